@@ -1,0 +1,9 @@
+"""One operation for every bank of small experts: `lowrank`, and the choice of how to run it.
+
+The module knows tensors only. `reference` is the definition; the other backends compute the same numbers faster.
+"""
+
+from mixadapters.kernels.backends import BACKENDS, adapter_backend, choose_backend
+from mixadapters.kernels.lowrank import ACTIVATIONS, lowrank
+
+__all__ = ["ACTIVATIONS", "BACKENDS", "adapter_backend", "choose_backend", "lowrank"]

@@ -1,0 +1,39 @@
+"""Mixtures of small experts in frozen pretrained models, as types of Hugging Face PEFT.
+
+Importing this package registers them: afterwards `peft.get_peft_model(model, MixDAConfig(...))` and all of PEFT's
+verbs work as for PEFT's own types.
+"""
+
+from mixadapters.core.context import ForwardContext
+from mixadapters.core.model import MixtureModel
+from mixadapters.routers import ROUTERS, Router
+from mixadapters.tuners import BottleneckConfig, MixDAConfig
+from mixadapters.tuners.registration import register
+
+__version__ = "0.1.0.dev0"
+
+_LAZY = {
+    "StageCallback": "mixadapters.training.callbacks",
+    "GateUsageCallback": "mixadapters.training.callbacks",
+}
+
+__all__ = [
+    "ROUTERS",
+    "BottleneckConfig",
+    "ForwardContext",
+    "GateUsageCallback",
+    "MixDAConfig",
+    "MixtureModel",
+    "Router",
+    "StageCallback",
+    "register",
+]
+
+
+def __getattr__(name: str) -> object:
+    # The callbacks need transformers' Trainer, which is slow to import.
+    if name in _LAZY:
+        import importlib
+
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

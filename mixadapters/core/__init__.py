@@ -1,0 +1,1 @@
+"""The mixture core: adapters, banks, routings, and the context of one forward."""

@@ -1,0 +1,86 @@
+"""What sits at a frozen layer: one map from its input and output to its new output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from mixadapters.core.context import ForwardContext
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the base model that takes an adapter."""
+
+    role: str  # what the place is, as in `core.sites`: "ffn_output", "attention_output" ...
+    path: str  # name of the frozen module, as in `named_modules()`
+    in_features: int
+    out_features: int
+    stack: str = ""  # "encoder" or "decoder" in models that have both
+    causal: bool = False  # a position must not see later ones
+    taps: tuple[tuple[str, str], ...] = ()  # (role, path of the module whose input is kept) pairs
+
+    def tap(self, role: str) -> str | None:
+        """Path of the tap for `role`, to be read with `context.tap(path)`; None where this site has none."""
+        return dict(self.taps).get(role)
+
+
+class Adapter(nn.Module):
+    """A map (x, y, context) -> y, with x the input and y the output of a frozen layer. Shapes (..., d), kept."""
+
+    observes = False  # whether `observe` has something to tell
+
+    def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
+        raise NotImplementedError
+
+    def prepare(self, context: ForwardContext) -> None:
+        """Called once per root forward, before its layers run and outside checkpointed regions."""
+
+    def observe(self, x: Tensor, y: Tensor, context: ForwardContext) -> list[Tensor]:
+        """What each trainable expert alone would add to y; used by losses on the base model's own stream."""
+        return []
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight (M, K) and bias (M,) of the linear layer that equals the frozen one with this adapter.
+
+        Raises:
+            ValueError: there is none; the message says why.
+        """
+        raise ValueError(f"{type(self).__name__} is not a linear map of the layer's input: no single weight equals it")
+
+
+class Chain(Adapter):
+    """Adapters in order; each takes the output of the one before."""
+
+    def __init__(self, **stages: Adapter) -> None:
+        super().__init__()
+        for name, stage in stages.items():
+            self.add_module(name, stage)
+
+    @property
+    def observes(self) -> bool:  # type: ignore[override]
+        return any(stage.observes for stage in self.stages.values())
+
+    @property
+    def stages(self) -> dict[str, Adapter]:
+        return dict(self.named_children())  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
+        for stage in self.children():
+            y = stage(x, y, context)
+        return y
+
+    def prepare(self, context: ForwardContext) -> None:
+        for stage in self.stages.values():
+            stage.prepare(context)
+
+    def observe(self, x: Tensor, y: Tensor, context: ForwardContext) -> list[Tensor]:
+        return [delta for stage in self.stages.values() if stage.observes for delta in stage.observe(x, y, context)]
+
+    def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        for stage in self.stages.values():
+            weight, bias = stage.fold(weight, bias)
+        return weight, bias

@@ -1,0 +1,105 @@
+"""The fields that all methods share. Configs are data that survives JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from peft.config import PeftConfig
+
+from mixadapters.core.registry import nearest
+
+FORMAT_VERSION = 1  # of saved configs and weights; raised when old files can no longer be read as they are
+
+
+@dataclass
+class MixtureConfig(PeftConfig):
+    """What a config of any method may say. `target_modules=None` takes the sites of the method by architecture."""
+
+    # Facts of a method, not fields.
+    stages: ClassVar[dict[str, tuple[str, ...]]] = {}  # name -> patterns of the parameters that train together
+    needs: ClassVar[frozenset[str]] = frozenset()  # batch columns without which the method does nothing
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Suffixes, or one regular expression, of modules to adapt. None: the method's own sites."},
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out, likewise."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt. None: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers, if not the first that is numbered."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained and saved whole, such as a classification head."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Module name or regular expression -> rank, where not `r`."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "Start as the base model. False: at random, for tests."}
+    )
+    sites: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Role -> regular expression of its modules, for architectures not in the table."},
+    )
+    hidden_size: int | None = field(
+        default=None, metadata={"help": "Width of adapted blocks, where neither block nor model config tells."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Not supported: adapters sit on modules. Wrap the whole MoE block instead."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Embedding rows trained beside the adapter, as in PEFT."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of the saved files."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={self.format_version} is newer than this mixadapters reads ({FORMAT_VERSION}); "
+                "upgrade mixadapters"
+            )
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters={self.target_parameters} is not supported: target the module that holds them"
+            )
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None and self.sites is None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform} has no effect on target_modules given as a string; "
+                "write the layers into the expression, or give a list"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuse unknown keys of a saved config, which PEFT would drop with a warning."""
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        target = PEFT_TYPE_TO_CONFIG_MAPPING.get(kwargs.get("peft_type"), cls)
+        if issubclass(target, MixtureConfig):
+            refuse_unknown(target, kwargs)
+        return super().check_kwargs(**kwargs)
+
+
+def refuse_unknown(cls: type, given: dict[str, Any]) -> None:
+    """Raise ValueError if a key of `given` is not a field of the dataclass `cls`."""
+    known = {f.name for f in fields(cls)}
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"{cls.__name__} has no field {name!r}.{nearest(name, known)} A config saved by a newer mixadapters "
+                "needs that version"
+            )
+
+
+def one_of(name: str, value: object, choices: Any) -> None:
+    """Raise ValueError if the field `name` has a value that is not among `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {list(choices)}.{nearest(str(value), choices)}")

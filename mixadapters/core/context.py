@@ -1,0 +1,523 @@
+"""What adapters may know of the current batch besides their own input.
+
+One `ForwardContext` per root model, filled by permanent hooks on it: hooks added per call are ignored under
+`torch.compile`. Each forward of the root opens a new `Record`; a layer that activation checkpointing runs again
+sees the record of the forward that it first ran in.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mixadapters.core.cache import gate_state
+from mixadapters.core.sites import layer_index
+
+COMMON_FIELDS = ("adapter_names", "domain_ids", "prompt_mask")
+
+
+class Objective(Protocol):
+    """Changes what a root forward computes: its inputs, its outputs, its loss.
+
+    Active in training; also in evaluation where the class says `in_eval = True`.
+    """
+
+    takes: tuple[str, ...]  # arguments that it removes from the forward of the base model
+
+    def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]: ...
+
+    def after(self, context: ForwardContext, module: nn.Module, output: Any) -> Any: ...
+
+
+@dataclass(eq=False)
+class Stream:
+    """The sequence that one stack of layers reads in this forward."""
+
+    batch: int = 0
+    length: int | None = None  # tokens in this forward, without those in the cache; None where there are none
+    mask: Tensor | None = None  # (B, length) bool, False at padding; None: not given
+    position_ids: Tensor | None = None  # (B or 1, length), only where the caller gave them
+    cache: Any = None
+    past: Any = 0  # tokens in the cache when the forward began; a tensor for static caches
+
+    @property
+    def cached(self) -> bool:
+        """Whether earlier tokens of the sequence are in the cache."""
+        return bool(self.past > 0)
+
+
+@dataclass(eq=False)
+class Record:
+    """What one forward of the root model says to its adapters, and they to its end."""
+
+    training: bool = False
+    grad: bool = False  # whether gradients were recorded when the forward began
+    open: bool = False  # between the root's first and last hook
+    inputs: dict[str, Any] = field(default_factory=dict)  # arguments of the base model's forward, by name
+    values: dict[str, Any] = field(default_factory=dict)  # arguments taken off, and pinned ones
+    streams: dict[str, Stream] = field(default_factory=dict)  # by stack: "", "encoder", "decoder"
+    taps: dict[str, Tensor] = field(default_factory=dict)  # by path of the tapped module
+    shared: dict[str, Any] = field(default_factory=dict)  # what `Adapter.prepare` leaves for the layers
+    state: dict[str, Tensor] = field(default_factory=dict)  # gate state until the model has made a cache
+    losses: dict[str, Tensor] = field(default_factory=dict)  # weighted, summed by name
+    main_loss: Tensor | None = None
+    main_scale: float = 1.0
+    observed: list[Tensor] | None = None  # not None: adapters report and change nothing
+    parent: Record | None = None
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """(B, T) bool mask of the only, or the encoder's, stream."""
+        stream = self.streams.get("") or self.streams.get("encoder")
+        return None if stream is None else stream.mask
+
+
+class _Checkpointed:
+    """A checkpoint function whose second run of a layer sees the record of the first."""
+
+    def __init__(self, context: ForwardContext, function: Any) -> None:
+        self.context, self.function = context, function
+
+    def __call__(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the compiler recomputes in its graph, not by running Python again
+            return self.function(layer, *args, **kwargs)
+        record = self.context.record
+
+        def run(*inner: Any, **keywords: Any) -> Any:
+            with self.context.using(record):
+                return layer(*inner, **keywords)
+
+        return self.function(run, *args, **kwargs)
+
+
+class _StackHook:
+    """Notes the sequence that the encoder, or the decoder, reads: in `generate` the encoder runs before any root."""
+
+    def __init__(self, context: ForwardContext, stack: str, names: tuple[str, ...]) -> None:
+        self.context, self.stack, self.names = context, stack, names
+
+    def open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        record = self.context.record
+        if not record.open:
+            record = self.context.record = Record(training=module.training, grad=torch.is_grad_enabled())
+            record.values.update(self.context.pinned)
+        record.streams[self.stack] = read_stream({**dict(zip(self.names, args, strict=False)), **kwargs})
+
+
+class ForwardContext:
+    """The context of one root model. Use `ForwardContext.of(model)`, which makes or finds it.
+
+    Attributes:
+        record: the current `Record`. Threads have their own while a forward runs.
+        objectives: what changes inputs, outputs and loss of a training forward, in order.
+        pinned: fields that hold over several forwards; see `pin`.
+        loss_scale: factor on auxiliary losses that are attached to the outputs for want of a loss (1 / number of
+            accumulated micro-batches); `StageCallback` sets it.
+        loss_log: running (sum, count) of each loss by name, detached; read and cleared by the callbacks.
+    """
+
+    def __init__(self, argument_names: tuple[str, ...] = ()) -> None:
+        self.fields: set[str] = set(COMMON_FIELDS)
+        self.objectives: list[Objective] = []
+        self.pinned: dict[str, Any] = {}
+        self.loss_scale = 1.0
+        self.loss_log: dict[str, tuple[Tensor, int]] = {}
+        self.preparing: list[Any] = []  # layers with an adapter to prepare before each forward
+        self.hosted: set[str] = set()  # names of adapters that this model holds
+        self._argument_names = argument_names
+        self._empty()
+
+    def _empty(self) -> None:
+        self._latest = Record()
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Tensors of a batch are no state of the model, and those with a history cannot be copied.
+        left_out = {"_latest": None, "_local": None, "loss_log": {}, "pinned": {}}
+        return {**self.__dict__, **left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._empty()
+
+    # The latest record serves threads that have none of their own, such as those of the autograd engine.
+    @property
+    def record(self) -> Record:
+        return getattr(self._local, "record", None) or self._latest
+
+    @record.setter
+    def record(self, record: Record) -> None:
+        self._local.record = record
+        self._latest = record
+
+    # --- attachment -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def find(cls, model: nn.Module) -> ForwardContext | None:
+        """The context of `model`, or None."""
+        for hook in model._forward_pre_hooks.values():
+            if isinstance(getattr(hook, "__self__", None), cls):
+                return hook.__self__  # type: ignore[union-attr]
+        return None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ForwardContext:
+        """The context of `model`; the first call makes it and hooks it up."""
+        found = cls.find(model)
+        if found is not None:
+            return found
+        context = cls(_argument_names(model))
+        model.register_forward_pre_hook(context.open, with_kwargs=True, prepend=True)
+        model.register_forward_hook(context.close, with_kwargs=True, always_call=True)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            for stack in ("encoder", "decoder"):
+                part = getattr(model, f"get_{stack}")()
+                hook = _StackHook(context, stack, _argument_names(part))
+                part.register_forward_pre_hook(hook.open, with_kwargs=True)
+        return context
+
+    def detach(self, model: nn.Module) -> None:
+        """Take the hooks of this context off `model` and everything in it."""
+        for module in model.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in list(hooks.items()):
+                    owner = getattr(hook, "__self__", None)
+                    if owner is self or getattr(owner, "context", None) is self:
+                        del hooks[key]
+                        for extra in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs"):
+                            getattr(module, extra).pop(key, None)
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(function, _Checkpointed):
+                module._gradient_checkpointing_func = function.function
+
+    # --- hooks of the root ------------------------------------------------------------------------------------
+
+    def open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        parent = self.record if self.record.open else None
+        kwargs = dict(kwargs)
+        taken = self.fields.union(*(o.takes for o in self.objectives))
+        values = {**self.pinned, **{name: kwargs.pop(name) for name in list(kwargs) if name in taken}}
+        record = Record(module.training, torch.is_grad_enabled(), open=True, values=values, parent=parent)
+        self.record = record
+        for objective in self._active(record):
+            args, kwargs = objective.before(self, args, kwargs)
+        record.inputs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
+        record.streams[""] = read_stream(record.inputs)
+        names = values.get("adapter_names")
+        if names is not None and record.streams[""].batch not in (
+            len(names),
+            len(names) * values.get("row_groups", 1),
+        ):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {record.streams[''].batch} respectively."
+            )
+        if module.training and not torch.compiler.is_compiling():
+            self._carry_into_checkpoints(module)
+        for host in self.preparing:
+            host.prepare()
+        return args, kwargs
+
+    def close(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        record = self.record
+        try:
+            if output is not None:  # None: the forward raised
+                output = self._finish(record, module, output)
+        finally:
+            record.open = False
+            if record.parent is not None:
+                self.record = record.parent
+        return output
+
+    def _active(self, record: Record) -> list[Objective]:
+        if record.parent is not None:
+            return []
+        return [o for o in self.objectives if record.training or getattr(o, "in_eval", False)]
+
+    def _finish(self, record: Record, module: nn.Module, output: Any) -> Any:
+        for objective in self._active(record):
+            output = objective.after(self, module, output)
+        output = self._join_losses(record, output)
+        cache = getattr(output, "past_key_values", None)
+        if record.state and cache is not None:
+            gate_state(cache).update(record.state)
+        return output
+
+    def _carry_into_checkpoints(self, module: nn.Module) -> None:
+        """Wrap the checkpoint functions that transformers sets on layers, whenever it has set new ones."""
+        layers = self.__dict__.setdefault("_checkpointable", {}).get(id(module))
+        if layers is None:
+            layers = [m for m in module.modules() if hasattr(m, "gradient_checkpointing")]
+            self._checkpointable[id(module)] = layers
+        for layer in layers:
+            function = layer.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, _Checkpointed):
+                layer._gradient_checkpointing_func = _Checkpointed(self, function)
+
+    # --- for adapters and routers -----------------------------------------------------------------------------
+
+    def stream(self, stack: str = "") -> Stream:
+        """The sequence that the layers of `stack` read in this forward."""
+        return self.record.streams.get(stack) or self.record.streams.get("") or Stream()
+
+    def tap(self, path: str) -> Tensor:
+        """The input of the module at `path` in this forward."""
+        if path not in self.record.taps:
+            raise RuntimeError(f"the module {path!r} has not run before the layer that needs its input")
+        return self.record.taps[path]
+
+    def as_sequences(self, tokens: Tensor, stack: str = "") -> Tensor:
+        """tokens (B, T, d) or flattened (B*T, d) -> (B, T, d)."""
+        if tokens.dim() == 3:
+            return tokens
+        batch = self.stream(stack).batch
+        if tokens.dim() != 2 or batch == 0 or tokens.shape[0] % batch:
+            raise ValueError(
+                f"a gate over sequences needs hidden states (B, T, d) or (B*T, d) with B={batch}, got "
+                f"{tuple(tokens.shape)}; use gate_granularity='token' here"
+            )
+        return tokens.unflatten(0, (batch, -1))
+
+    def rows(self, field_name: str, count: int) -> Tensor | None:
+        """A per-sequence field (B,) repeated to `count` rows: tokens of a flattened batch, beams of a search."""
+        value = self.record.values.get(field_name)
+        return None if value is None else _repeat(torch.as_tensor(value), count, field_name)
+
+    def adapter_rows(self, known: Sequence[str], count: int, device: torch.device) -> Tensor | None:
+        """(count,) index into `known` of the adapter named for each row, -1 where it is not among them."""
+        names = self.record.values.get("adapter_names")
+        if names is None:
+            return None
+        place = {name: i for i, name in enumerate(known)}
+        return _repeat(torch.tensor([place.get(n, -1) for n in names], device=device), count, "adapter_names")
+
+    def add_loss(self, name: str, value: Tensor, weight: float = 1.0) -> None:
+        """Add weight * value (scalar) to the loss of this forward. Ignored when a layer is merely run again.
+
+        Raises:
+            ValueError: reentrant activation checkpointing would drop the gradient of the loss.
+        """
+        record = self.record
+        if not record.open:
+            return
+        if record.training and record.grad and not torch.is_grad_enabled():
+            raise ValueError(
+                f"the auxiliary loss {name!r} has no gradient inside reentrant activation checkpointing; pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        loss = weight * value
+        record.losses[name] = record.losses[name] + loss if name in record.losses else loss
+        if not torch.compiler.is_compiling():
+            total, count = self.loss_log.get(name, (0.0, 0))
+            self.loss_log[name] = (total + value.detach().float(), count + 1)
+
+    def set_loss(self, value: Tensor) -> None:
+        """Make `value` (scalar) the main loss of this forward."""
+        self.record.main_loss = value
+
+    def scale_loss(self, factor: float) -> None:
+        """Multiply the main loss of this forward by `factor`."""
+        self.record.main_scale *= factor
+
+    # --- for callers ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def pin(self, **values: Any) -> Iterator[None]:
+        """Hold fields fixed over several forwards: `with context.pin(domain_ids=ids): model.generate(...)`.
+
+        Raises:
+            ValueError: no adapter of the model reads a field of that name.
+        """
+        unknown = set(values) - self.fields - {"row_groups"}
+        if unknown:
+            raise ValueError(f"no adapter of this model reads {sorted(unknown)}; fields are {sorted(self.fields)}")
+        before = self.pinned
+        self.pinned = {**before, **values}
+        try:
+            yield
+        finally:
+            self.pinned = before
+
+    @contextmanager
+    def using(self, record: Record) -> Iterator[None]:
+        """Make `record` the current one inside the block."""
+        before = getattr(self._local, "record", None)
+        self._local.record = record
+        try:
+            yield
+        finally:
+            self._local.record = before
+
+    def observe(self, module: nn.Module, **inputs: Any) -> list[Tensor]:
+        """Run the base model's own stream on `inputs`, up to the last layer that has something to tell.
+
+        Adapters compute on the stream and leave it unchanged.
+
+        Returns:
+            For each trainable expert of each observing adapter what it alone would add: (B, T, d).
+
+        Raises:
+            ValueError: no adapter observes.
+        """
+        backbone = getattr(module, getattr(module, "base_model_prefix", "") or "", module)
+        record = Record(module.training, torch.is_grad_enabled(), open=False, inputs=inputs, observed=[])
+        record.streams[""] = read_stream(inputs)
+        record.open = True
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            inputs = {
+                **inputs,
+                "decoder_input_ids": inputs["input_ids"],
+                "decoder_attention_mask": inputs.get("attention_mask"),
+            }
+        with self.using(record), _truncated(backbone):
+            if backbone is module:
+                module.forward(**inputs)
+            else:
+                backbone(**inputs)
+        record.open = False
+        if not record.observed:
+            raise ValueError("no trainable adapter of this model observes the base model's stream; check the stage")
+        return record.observed
+
+    # --- losses -----------------------------------------------------------------------------------------------
+
+    def _join_losses(self, record: Record, output: Any) -> Any:
+        """Add the losses of this forward to `output.loss`; without one, attach them to the outputs."""
+        extra = sum(record.losses.values()) if record.training and record.losses else None
+        if extra is None and record.main_loss is None and record.main_scale == 1.0:
+            return output
+        loss = record.main_loss if record.main_loss is not None else getattr(output, "loss", None)
+        if loss is not None:
+            share = _share({**record.values, **record.inputs})
+            loss = loss * record.main_scale * (1.0 if record.main_loss is None else share)
+            output["loss"] = loss if extra is None else loss + extra * share
+            return output
+        if record.main_scale != 1.0:
+            raise ValueError("the forward has no loss to weigh; pass labels, or an objective that makes a loss")
+        return _attach(output, extra * self.loss_scale)
+
+
+class _Carrier(torch.autograd.Function):
+    """Returns `value`; in backward also sends a gradient of 1 into `loss`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, loss: Tensor) -> Tensor:
+        ctx.like = (loss.shape, loss.dtype, loss.device)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype, device = ctx.like
+        return grad, torch.ones(shape, dtype=dtype, device=device)
+
+
+def _attach(output: Any, loss: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        if output.requires_grad:
+            return _Carrier.apply(output, loss)
+    elif isinstance(output, dict):
+        for name in ("logits", *output):
+            value = output.get(name)
+            if isinstance(value, Tensor) and value.requires_grad:
+                output[name] = _Carrier.apply(value, loss)
+                return output
+    elif isinstance(output, tuple):
+        for i, value in enumerate(output):
+            if isinstance(value, Tensor) and value.requires_grad:
+                return (*output[:i], _Carrier.apply(value, loss), *output[i + 1 :])
+    raise ValueError(
+        "auxiliary losses found neither a loss nor an output with a gradient to join; call the model with labels, or "
+        "set the coefficients of its auxiliary losses to 0"
+    )
+
+
+def _share(inputs: dict[str, Any]) -> Any:
+    """This micro-batch's part of the accumulated batch.
+
+    Given `num_items_in_batch`, transformers divides the loss by the labels of all micro-batches together, and the
+    Trainer does not divide again: losses added here must be scaled likewise, or each would count once per micro-batch.
+    """
+    items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
+    if items is None or labels is None:
+        return 1.0
+    return (labels != -100).sum() / items
+
+
+def _repeat(values: Tensor, count: int, name: str) -> Tensor:
+    if count % values.shape[0]:
+        raise ValueError(
+            f"Length of `{name}` should be the same as the number of inputs, but got {values.shape[0]} and {count} "
+            "respectively."
+        )
+    return values.repeat_interleave(count // values.shape[0])
+
+
+def _argument_names(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def read_stream(inputs: dict[str, Any]) -> Stream:
+    """Batch size, length, padding mask and cache from the arguments of a forward."""
+    tokens = inputs.get("input_ids")
+    if tokens is None:
+        tokens = inputs.get("inputs_embeds")
+    cache = inputs.get("past_key_values")
+    if cache is not None and not hasattr(cache, "get_seq_length"):
+        cache = None
+    past = 0 if cache is None else cache.get_seq_length()
+    past = past.clone() if isinstance(past, Tensor) else past  # static caches count in place
+    if tokens is None:
+        first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 0), None)
+        return Stream(0 if first is None else first.shape[0], cache=cache, past=past)
+    batch, length = tokens.shape[:2]
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, dict):  # one 4D mask per kind of layer
+        mask = next((m for m in mask.values() if m is not None), None)
+    mask = _current_mask(mask, batch, length, past)
+    return Stream(batch, length, mask, inputs.get("position_ids"), cache, past)
+
+
+def _current_mask(mask: Tensor | None, batch: int, length: int, past: Any) -> Tensor | None:
+    """(B, length) bool mask of the tokens of this forward, from any mask that transformers passes."""
+    if mask is None or mask.shape[0] != batch:
+        return None
+    if mask.dim() == 2 and mask.shape[1] == length:
+        return mask != 0
+    columns = torch.arange(length, device=mask.device) + past
+    if mask.dim() == 2:
+        return mask.index_select(1, columns) != 0
+    # (B, 1, T, S): a token is real where it may look at itself.
+    if mask.shape[-1] < length:
+        return None
+    own = mask[:, 0].gather(2, columns.clamp_max(mask.shape[-1] - 1).view(1, -1, 1).expand(batch, -1, 1)).squeeze(2)
+    return own if own.dtype == torch.bool else own == 0
+
+
+@contextmanager
+def _truncated(backbone: nn.Module) -> Iterator[None]:
+    """Cut each stack of layers after the last one that holds an observing adapter."""
+    depth: dict[str, int] = {}
+    for path, module in backbone.named_modules():
+        index = layer_index(path) if getattr(module, "observes", False) else None
+        if index is not None:
+            stack = path[: path.index(f".{index}.")]
+            depth[stack] = max(depth.get(stack, 0), index + 1)
+    cut: list[tuple[nn.Module, str, nn.ModuleList]] = []
+    try:
+        for path, layers in depth.items():
+            parent, _, name = path.rpartition(".")
+            owner, full = backbone.get_submodule(parent), backbone.get_submodule(path)
+            if isinstance(full, nn.ModuleList):
+                cut.append((owner, name, full))
+                setattr(owner, name, full[:layers])
+        yield
+    finally:
+        for owner, name, full in cut:
+            setattr(owner, name, full)

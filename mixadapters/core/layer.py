@@ -1,0 +1,252 @@
+"""Where PEFT meets an adapter: a frozen module together with the adapters named on it, wrapped or hooked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mixadapters.core.adapter import Adapter
+from mixadapters.core.context import ForwardContext
+from mixadapters.core.mixture import apply_rows
+
+
+class AdapterHost(BaseTunerLayer):
+    """Named adapters at one frozen module. `MixtureLayer` and `HookedLayer` say how they are attached.
+
+    The adapters live in the attribute `<prefix>adapters`, so that keys read `<module>.<prefix>adapters.<name>.<...>`.
+    """
+
+    context: ForwardContext
+    path: str
+
+    def _begin(self, base: nn.Module, context: ForwardContext, prefix: str, path: str, in_features: int,
+               out_features: int, **quantization: Any) -> None:  # fmt: skip
+        self.context, self.path = context, path
+        self.in_features, self.out_features = in_features, out_features
+        self.adapter_layer_names = (f"{prefix}adapters",)
+        self.add_module(f"{prefix}adapters", nn.ModuleDict())  # type: ignore[attr-defined]
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self._before_merge: tuple[Tensor, Tensor | None] | None = None
+        self.quantization_backend = resolve_quantization_backend(base, **quantization)
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        return self._modules[self.adapter_layer_names[0]]  # type: ignore[attr-defined]
+
+    @property
+    def observes(self) -> bool:
+        """Whether a trainable adapter here has something to tell on the base model's stream."""
+        return any(
+            adapter.observes and any(p.requires_grad for p in adapter.parameters())
+            for name, adapter in self.adapters.items()
+            if name in self.active_adapters
+        )
+
+    def add(self, name: str, adapter: Adapter, *, inference_mode: bool = False) -> None:
+        self.adapters[name] = adapter
+        self.context.hosted.add(name)
+        if type(adapter).prepare is not Adapter.prepare and self not in self.context.preparing:
+            self.context.preparing.append(self)
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def prepare(self) -> None:
+        if not self.disable_adapters:
+            for name in self.active_adapters:
+                if name in self.adapters:
+                    self.adapters[name].prepare(self.context)
+
+    def apply_adapters(self, x: Tensor, y: Tensor) -> Tensor:
+        """x: input of the frozen module; y: (..., M) its output. Returns the output with adapters."""
+        record = self.context.record
+        if record.observed is not None:
+            if record.open:
+                for name in self.active_adapters:
+                    if name in self.adapters and self.adapters[name].observes:
+                        record.observed += self.adapters[name].observe(x, y, self.context)
+            return y
+        if record.values.get("adapter_names") is not None:
+            if self.merged:
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
+            names = [n for n in self.adapters if n in record.values["adapter_names"]]
+            if not names:
+                return y
+            owner = self.context.adapter_rows(names, y.shape[0], y.device)
+            return apply_rows([self.adapters[n] for n in names], owner, x, y, self.context)
+        for name in self.active_adapters:
+            if name in self.adapters and name not in self.merged_adapters:
+                y = self.adapters[name](x, y, self.context)
+        return y
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        if device is None:  # a block has no weight of its own
+            inside = (t for t in (*base_layer.parameters(), *base_layer.buffers()) if t.is_floating_point())
+            first = next((t for t in inside if t.device.type != "meta"), None)
+            if first is not None:
+                device, dtype = first.device, first.dtype
+        return device, dtype
+
+    # --- merging ----------------------------------------------------------------------------------------------
+
+    def folded(self, adapter_names: list[str]) -> tuple[Tensor, Tensor | None]:
+        """Weight (M, K) and bias of the frozen layer with the named adapters folded in.
+
+        Raises:
+            ValueError: an adapter equals no linear layer; the message says which, where and why.
+        """
+        base = self.get_base_layer()
+        if not isinstance(base, Conv1D) and not hasattr(base, "in_features"):
+            raise ValueError(f"cannot merge at {self.path!r}: {type(base).__name__} is not a linear layer")
+        weight, bias = self.get_base_weight(), getattr(base, "bias", None)
+        weight = weight.T if isinstance(base, Conv1D) else weight
+        bias = None if bias is None else bias.data
+        for name in adapter_names:
+            try:
+                weight, new_bias = self.adapters[name].fold(weight, bias)
+            except ValueError as reason:
+                raise ValueError(f"adapter {name!r} at {self.path!r} cannot be merged: {reason}") from None
+            if bias is None and new_bias is not None:
+                raise ValueError(
+                    f"adapter {name!r} at {self.path!r} cannot be merged: it has a bias and the layer has none; train "
+                    "with use_bias=False"
+                )
+            bias = new_bias
+        return (weight.T if isinstance(base, Conv1D) else weight), bias
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the frozen weight. Raises ValueError, before any change, where that is not exact."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.adapters]
+        if not names:
+            return
+        weight, bias = self.folded(names)
+        if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+        base = self.get_base_layer()
+        if self._before_merge is None:
+            old = getattr(base, "bias", None)
+            self._before_merge = (self.get_base_weight().clone(), None if old is None else old.data.clone())
+        self._set(weight, bias)
+        self.merged_adapters += names
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore the frozen weight, bit for bit."""
+        if self._before_merge is not None:
+            self._set(*self._before_merge)
+            self._before_merge = None
+        self.merged_adapters.clear()
+
+    def _set(self, weight: Tensor, bias: Tensor | None) -> None:
+        like = self.get_base_weight()
+        self.set_base_weight(weight.to(like.dtype).contiguous())
+        if bias is not None:
+            base = self.get_base_layer()
+            base.bias.data = bias.to(base.bias.dtype)
+
+
+class MixtureLayer(nn.Module, AdapterHost):
+    """A frozen module of the base model, wrapped together with its adapters."""
+
+    def __init__(
+        self, base_layer: nn.Module, context: ForwardContext, prefix: str, path: str, in_features: int,
+        out_features: int, **quantization: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.base_layer = base_layer
+        self._begin(base_layer, context, prefix, path, in_features, out_features, **quantization)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        output = self.base_layer(*args, **kwargs)
+        if self.disable_adapters:
+            return output
+        return _on_first(output, lambda y: self.apply_adapters(_first_input(args, kwargs), y))
+
+    def __getattr__(self, name: str) -> Any:
+        # The base model reads attributes of a wrapped block (layer_idx, attention_type ...).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name.startswith("_hf_"):
+                raise
+            return getattr(self.base_layer, name)
+
+
+class HookedLayer(nn.Module, AdapterHost):
+    """Adapters on a module that keeps its place and its keys: a permanent forward hook on it.
+
+    For composite modules whose children other libraries address by name. Verbs of those libraries that are meant for
+    adapters of other names pass over this layer.
+    """
+
+    attribute = "mixadapters"  # name of this layer among the children of its target
+
+    def __init__(
+        self, target: nn.Module, context: ForwardContext, prefix: str, path: str, in_features: int, out_features: int,
+        **quantization: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.__dict__["target"] = target  # not a child: it is the parent
+        self._begin(target, context, prefix, path, in_features, out_features, **quantization)
+        target.add_module(self.attribute, self)
+        target.register_forward_hook(self.after, with_kwargs=True)
+
+    def get_base_layer(self) -> nn.Module:
+        return self.__dict__["target"]
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        if self.disable_adapters:
+            return output
+        return _on_first(output, lambda y: self.apply_adapters(_first_input(args, kwargs), y))
+
+    def remove(self) -> None:
+        """Leave the target as it was."""
+        target = self.get_base_layer()
+        for key, hook in list(target._forward_hooks.items()):
+            if getattr(hook, "__self__", None) is self:
+                del target._forward_hooks[key]
+                target._forward_hooks_with_kwargs.pop(key, None)
+        delattr(target, self.attribute)
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> nn.Module:
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.get_base_layer()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if names and not self.context.hosted.intersection(names):
+            return
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    # Called by diffusers on every tuner layer of a model, whoever owns it.
+    def set_scale(self, adapter_name: str, scale: float) -> None: ...
+
+    def scale_layer(self, scale: float) -> None: ...
+
+    def unscale_layer(self, scale: float | None = None) -> None: ...
+
+
+def _first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    if args:
+        return args[0]
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
+
+
+def _on_first(output: Any, change: Any) -> Any:
+    """`change` applied to a tensor, or to the first of a tuple (attention weights, router logits ... follow it)."""
+    if isinstance(output, tuple):
+        return (change(output[0]), *output[1:])
+    return change(output)

@@ -1,0 +1,302 @@
+"""Where each architecture keeps its sublayers: one table of module paths; and the hook that keeps a module's input.
+
+A role is a regular expression for `re.fullmatch` against a module's path in any model, with or without a head. The
+rows say what the models of transformers 5.23 do; a test runs a small model of every one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The paths of one architecture's sublayers; None where it has no such module.
+
+    `attention` and `ffn` take the sublayer's input and give its output before the residual, or a tuple that begins
+    with it. A norm is named only where the sublayer takes its output, so not in post-norm models; where
+    `attention_norm` finds modules and `ffn_norm` finds none, attention and FFN run in parallel on that one norm.
+    """
+
+    attention: str | None = None
+    attention_norm: str | None = None
+    attention_output: str | None = None  # the linear that ends self-attention
+    cross_attention_output: str | None = None
+    value: str | None = None
+    qkv: str | None = None  # query, key and value in one linear, in place of `value`
+    ffn: str | None = None
+    ffn_norm: str | None = None
+    ffn_input: str | None = None  # a module that takes the FFN's input
+    ffn_output: str | None = None  # the down projection, whose input is the FFN's intermediate
+    ffn_activation: str | None = None  # the config's attribute; None where it has none
+    causal: bool = False  # False for encoder-decoder models, where only the decoder is causal
+    gated: bool | str = False  # intermediate = act(gate) * up; a string is the config's attribute that decides
+
+
+ROLES = tuple(field.name for field in fields(Architecture) if field.name not in ("ffn_activation", "causal", "gated"))
+
+# fmt: off
+# Families. Paths are relative to a layer; `#` is an index, `a|b` a choice of paths.
+BERT = Architecture(  # post-norm, and the FFN is no module of its own
+    attention_output="attention.output.dense", value="attention.self.value",
+    cross_attention_output="crossattention.output.dense",
+    ffn_input="intermediate.dense", ffn_output="output.dense", ffn_activation="hidden_act",
+)
+MPNET = replace(BERT, attention_output="attention.attn.o", value="attention.attn.v", cross_attention_output=None)
+ALBERT = replace(  # all layers share one set of weights, and so one site
+    MPNET, attention_output="attention.dense", value="attention.value", ffn_input="ffn", ffn_output="ffn_output",
+)
+DISTILBERT = Architecture(  # post-norm
+    attention="attention", attention_output="attention.out_lin", value="attention.v_lin",
+    ffn="ffn", ffn_input="ffn.lin1", ffn_output="ffn.lin2", ffn_activation="activation",
+)
+MODERNBERT = Architecture(
+    attention="attn", attention_norm="attn_norm", attention_output="attn.Wo", qkv="attn.Wqkv",
+    ffn="mlp", ffn_norm="mlp_norm", ffn_input="mlp.Wi", ffn_output="mlp.Wo", ffn_activation="hidden_activation",
+    gated=True,
+)
+LLAMA = Architecture(
+    attention="self_attn", attention_norm="input_layernorm", attention_output="self_attn.o_proj",
+    value="self_attn.v_proj",
+    ffn="mlp", ffn_norm="post_attention_layernorm", ffn_input="mlp.gate_proj", ffn_output="mlp.down_proj",
+    ffn_activation="hidden_act", causal=True, gated=True,
+)
+POST_NORM_LLAMA = replace(LLAMA, attention_norm=None, ffn_norm=None)
+PLAIN_LLAMA = replace(LLAMA, ffn_input="mlp.up_proj", gated=False)
+GEMMA2 = replace(LLAMA, ffn_norm="pre_feedforward_layernorm", ffn_activation="hidden_activation")
+GLM = replace(LLAMA, ffn_input="mlp.gate_up_proj")
+HYBRID = replace(  # linear attention, without `value`, in most layers
+    LLAMA, attention="self_attn|linear_attn", attention_output="self_attn.o_proj|linear_attn.out_proj",
+)
+MOE = replace(LLAMA, ffn_input="mlp", ffn_output=None)  # the whole block, shared experts included; or a dense FFN
+GPT2 = Architecture(
+    attention="attn", attention_norm="ln_1", attention_output="attn.c_proj", qkv="attn.c_attn",
+    cross_attention_output="crossattention.c_proj",
+    ffn="mlp", ffn_norm="ln_2", ffn_input="mlp.c_fc", ffn_output="mlp.c_proj", ffn_activation="activation_function",
+    causal=True,
+)
+GPT_NEO = replace(
+    GPT2, attention_output="attn.attention.out_proj", value="attn.attention.v_proj", qkv=None,
+    cross_attention_output=None,
+)
+GPTJ = replace(
+    GPT_NEO, attention_output="attn.out_proj", value="attn.v_proj", ffn_norm=None, ffn_input="mlp.fc_in",
+    ffn_output="mlp.fc_out",
+)
+GPT_NEOX = Architecture(  # in parallel by default, each sublayer with a norm of its own
+    attention="attention", attention_norm="input_layernorm", attention_output="attention.dense",
+    qkv="attention.query_key_value",
+    ffn="mlp", ffn_norm="post_attention_layernorm", ffn_input="mlp.dense_h_to_4h", ffn_output="mlp.dense_4h_to_h",
+    ffn_activation="hidden_act", causal=True,
+)
+FALCON = replace(  # its norms differ from size to size
+    GPT_NEOX, attention="self_attention", attention_norm="input_layernorm|ln_attn",
+    attention_output="self_attention.dense", qkv="self_attention.query_key_value",
+    ffn_norm="post_attention_layernorm|ln_mlp", ffn_activation="activation",
+)
+BLOOM = replace(  # its sublayers add the residual themselves
+    FALCON, attention=None, attention_norm="input_layernorm", ffn=None, ffn_norm="post_attention_layernorm",
+    ffn_activation=None,
+)
+BART = Architecture(  # post-norm, and the FFN is no module of its own
+    attention="self_attn", attention_output="self_attn.out_proj", cross_attention_output="encoder_attn.out_proj",
+    value="self_attn.v_proj", ffn_input="fc1", ffn_output="fc2", ffn_activation="activation_function",
+)
+MBART = replace(BART, attention_norm="self_attn_layer_norm", ffn_norm="final_layer_norm")
+OPT = replace(MBART, cross_attention_output=None, causal=True)  # opt-350m alone is post-norm
+T5 = Architecture(
+    attention="block.#.layer.0.SelfAttention", attention_norm="block.#.layer.0.layer_norm",
+    attention_output="block.#.layer.0.SelfAttention.o", value="block.#.layer.0.SelfAttention.v",
+    cross_attention_output="block.#.layer.1.EncDecAttention.o",
+    ffn="block.#.layer.#.DenseReluDense", ffn_input="block.#.layer.#.DenseReluDense.(?:wi|wi_0)",
+    ffn_norm="encoder.block.#.layer.1.layer_norm|decoder.block.#.layer.2.layer_norm",
+    ffn_output="block.#.layer.#.DenseReluDense.wo", ffn_activation="dense_act_fn", gated="is_gated_act",
+)
+VIT = Architecture(
+    attention="attention", attention_norm="layernorm_before", attention_output="attention.o_proj",
+    value="attention.v_proj",
+    ffn="mlp", ffn_norm="layernorm_after", ffn_input="mlp.fc1", ffn_output="mlp.fc2", ffn_activation="hidden_act",
+)
+DINOV2 = replace(
+    VIT, attention_norm="norm1", ffn_norm="norm2", ffn_input="mlp.(?:fc1|gate_proj)",
+    ffn_output="mlp.(?:fc2|down_proj)", gated="use_swiglu_ffn",
+)
+DINOV3 = replace(DINOV2, ffn_input="mlp.up_proj", ffn_output="mlp.down_proj", gated="use_gated_mlp")
+CLIP = replace(
+    VIT, attention="self_attn", attention_norm="layer_norm1", attention_output="self_attn.out_proj",
+    value="self_attn.v_proj", ffn_norm="layer_norm2",
+)
+CONVNEXT = Architecture(  # (B, height, width, d), and no attention
+    ffn_norm="layernorm", ffn_input="pwconv1", ffn_output="pwconv2", ffn_activation="hidden_act",
+)
+WAV2VEC2 = Architecture(  # post-norm, but pre-norm in the large models
+    attention="attention", attention_output="attention.out_proj", value="attention.v_proj",
+    ffn="feed_forward", ffn_input="feed_forward.intermediate_dense", ffn_output="feed_forward.output_dense",
+    ffn_activation="hidden_act",
+)
+
+# (the layer's path, the family, values of `config.model_type`)
+ROWS: tuple[tuple[str, Architecture, str], ...] = (
+    ("layer.#", BERT, "bert roberta xlm-roberta camembert electra ernie rembert data2vec-text longformer big_bird"),
+    ("layer.#", replace(BERT, value=None, qkv="attention.self.in_proj"), "deberta"),
+    ("layer.#", replace(BERT, value="attention.self.value_proj"), "deberta-v2"),
+    ("layer.#", replace(BERT, attention_norm="attention.LayerNorm", ffn_norm="intermediate.LayerNorm"),
+     "roberta-prelayernorm"),
+    ("layer.#", replace(BERT, attention_norm="attention.LayerNorm", ffn_norm="LayerNorm", ffn_activation=None), "esm"),
+    ("layer.#", MPNET, "mpnet"),
+    ("albert_layers.#", ALBERT, "albert"),
+    ("transformer.layer.#", DISTILBERT, "distilbert"),
+    ("layers.#", MODERNBERT, "modernbert"),
+    ("layers.#", replace(LLAMA, causal=False), "eurobert"),
+    ("layers.#", replace(POST_NORM_LLAMA, causal=False), "nomic_bert"),
+    ("layers.#", LLAMA, "llama mistral ministral ministral3 qwen2 qwen3 gemma smollm3 granite olmo helium seed_oss "
+                        "cwm ernie4_5 hunyuan_v1_dense stablelm"),
+    ("language_model.layers.#", LLAMA, "llava mistral3 qwen2_vl qwen2_5_vl qwen3_vl"),
+    ("layers.#", POST_NORM_LLAMA, "olmo2 olmo3 exaone4"),
+    ("layers.#", GEMMA2, "gemma2 gemma3_text"),
+    ("language_model.layers.#", GEMMA2, "gemma3"),
+    ("layers.#", GLM, "glm glm4"),
+    ("layers.#", replace(GLM, value=None, qkv="self_attn.qkv_proj"), "phi3"),
+    ("layers.#", HYBRID, "qwen3_5_text"),
+    ("layers.#", replace(LLAMA, ffn_norm=None), "cohere cohere2"),
+    ("layers.#", PLAIN_LLAMA, "nemotron arcee"),
+    ("layers.#", replace(PLAIN_LLAMA, ffn_input="mlp.c_fc", ffn_output="mlp.c_proj"), "starcoder2"),
+    ("layers.#", replace(PLAIN_LLAMA, attention_output="self_attn.dense", ffn_norm=None, ffn_input="mlp.fc1",
+                         ffn_output="mlp.fc2"), "phi"),
+    ("layers.#", MOE, "mixtral qwen2_moe qwen3_moe olmoe phimoe minimax_m2 glm4_moe ernie4_5_moe hunyuan_v1_moe"),
+    ("layers.#", replace(MOE, value=None), "deepseek_v2 deepseek_v3 glm4_moe_lite"),
+    ("layers.#", replace(MOE, attention_norm=None, ffn_norm=None), "flex_olmo"),
+    ("layers.#", replace(MOE, ffn_activation=None), "gpt_oss"),  # its block gives a tuple
+    ("layers.#", replace(MOE, ffn="feed_forward", ffn_input="feed_forward"), "llama4_text"),  # a tuple, with (N, d)
+    ("layers.#", replace(MOE, ffn="block_sparse_moe", ffn_input="block_sparse_moe"), "granitemoe"),
+    ("layers.#", replace(HYBRID, ffn_input="mlp", ffn_output=None), "qwen3_next qwen3_5_moe_text"),
+    ("h.#", GPT2, "gpt2 gpt_bigcode"),
+    ("h.#", GPT_NEO, "gpt_neo"),
+    ("h.#", GPTJ, "gptj"),
+    ("h.#", replace(GPTJ, value=None, qkv="attn.qkv_proj"), "codegen"),
+    ("layers.#", GPT_NEOX, "gpt_neox"),
+    ("h.#", FALCON, "falcon"),
+    ("h.#", BLOOM, "bloom"),
+    ("layers.#", OPT, "opt xglm"),
+    ("layers.#", replace(OPT, ffn_activation="hidden_act"), "biogpt"),
+    ("layers.#", BART, "bart marian plbart blenderbot-small"),
+    ("layers.#", MBART, "mbart pegasus m2m_100 blenderbot whisper"),
+    ("", T5, "t5 mt5 umt5"),
+    ("layers.#", VIT, "vit deit beit vit_mae vit_msn ijepa audio-spectrogram-transformer"),
+    ("layers.#.blocks.#", replace(VIT, ffn=None), "swin"),  # stages differ in width, so no `ffn`
+    ("layers.#.blocks.#", replace(BERT, cross_attention_output=None), "swinv2"),
+    ("stages.#.layers.#", CONVNEXT, "convnext convnextv2"),
+    ("layer.#", DINOV2, "dinov2 dinov2_with_registers"),
+    ("layer.#", DINOV3, "dinov3_vit"),
+    ("encoder.layers.#", replace(CLIP, ffn=None), "clip siglip"),  # text and images differ in width, so no `ffn`
+    ("encoder.layers.#", CLIP, "clip_vision_model siglip_vision_model"),
+    ("encoder.layers.#", replace(CLIP, causal=True), "clip_text_model"),
+    ("encoder.layers.#", WAV2VEC2, "wav2vec2 hubert"),
+)
+# fmt: on
+
+
+def _anchored(layer: str, family: Architecture) -> Architecture:
+    """The family's paths inside `layer`, as patterns of full paths."""
+
+    def pattern(paths: str) -> str:
+        inside = f"{layer}.(?:{paths})" if layer else f"(?:{paths})"
+        return r"(?:.*\.)?" + inside.replace(".", r"\.").replace("#", r"\d+")
+
+    anchored: dict[str, Any] = {role: pattern(paths) for role in ROLES if (paths := getattr(family, role))}
+    return replace(family, **anchored)
+
+
+ARCHITECTURES = {name: _anchored(layer, family) for layer, family, names in ROWS for name in names.split()}
+
+
+def find_architecture(model_type: str) -> Architecture:
+    """The row of `config.model_type`; ValueError with the nearest name and the remedy where there is none."""
+    if model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type]
+    nearest = difflib.get_close_matches(str(model_type), ARCHITECTURES, n=1)
+    hint = f" (the nearest is {nearest[0]!r})" if nearest else ""
+    raise ValueError(
+        f"model_type={model_type!r} is not in the table of architectures{hint}; say where the adapters go with "
+        f"`target_modules`, or with `sites={{role: regular expression}}`, the roles being {', '.join(ROLES)}"
+    )
+
+
+def layer_index(path: str) -> int | None:
+    """The first number in a path: `encoder.block.3.layer.1.DenseReluDense.wo` is in layer 3."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
+
+
+def stack_of(path: str, model: nn.Module) -> str:
+    """Which stack of an encoder-decoder model holds the module: "encoder" or "decoder"; "" in other models."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return ""
+    return next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
+
+
+def _setting(config: Any, *names: str) -> Any:
+    """The first of these attributes that is set in the config, or in that of its text model."""
+    parts = (config, getattr(config, "text_config", None))
+    values = (getattr(part, name, None) for part in parts for name in names)
+    return next((value for value in values if value is not None), None)
+
+
+def number_of_layers(config: Any, stack: str = "") -> int:
+    """Layers of the model, both stacks counted, or of the one `stack`; stages, where layers come in stages."""
+    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_stages")
+    if getattr(config, "is_encoder_decoder", False):
+        encoder = _setting(config, "encoder_layers", *names)
+        decoder = _setting(config, "decoder_layers", "num_decoder_layers", *names)
+        return {"encoder": encoder, "decoder": decoder}[stack] if stack else encoder + decoder
+    layers = _setting(config, *names)
+    if layers is None:
+        raise ValueError(f"{type(config).__name__} does not give the number of layers; give layers by index")
+    return layers
+
+
+def hidden_size_of(config: Any) -> int | None:
+    """Width d of the model; None where the config does not give it, or stages differ."""
+    if getattr(config, "depths", None) is not None:
+        return None
+    return _setting(config, "hidden_size", "d_model", "n_embd", "dim")
+
+
+def activation_of(config: Any, architecture: Architecture) -> str | None:
+    """Name of the FFN's activation; None where the config does not give it."""
+    return _setting(config, architecture.ffn_activation) if architecture.ffn_activation else None
+
+
+class Tap:
+    """Keeps what a module receives, for adapters that sit elsewhere: a permanent forward pre-hook.
+
+    The hook is a bound method, so copies and pickles of the model have their own taps on their own context.
+    """
+
+    def __init__(self, path: str, context: Any) -> None:
+        self.path = path
+        self.context = context
+        self._handle: Any = None
+
+    @classmethod
+    def attach(cls, module: nn.Module, path: str, context: Any) -> Tap:
+        """Keep the input of `module`, (B, T, d) or (N, d), in `context.record.taps[path]`; the same tap every time."""
+        for hook in module._forward_pre_hooks.values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, cls) and owner.path == path and owner.context is context:
+                return owner
+        tap = cls(path, context)
+        tap._handle = module.register_forward_pre_hook(tap.keep, with_kwargs=True)
+        return tap
+
+    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.context.record.taps[self.path] = args[0] if args else kwargs["hidden_states"]
+
+    def detach(self) -> None:
+        """Remove the hook; once removed, do nothing."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None

@@ -1,0 +1,16 @@
+"""Routers by name. A new one is one file with a class under `@ROUTERS.register("name")`, imported here."""
+
+from mixadapters.routers.base import ROUTERS, Router, build_router
+from mixadapters.routers.fixed import ConstantRouter, SingleRouter
+from mixadapters.routers.learned import DomainGate, SigmoidGate, SoftmaxGate
+
+__all__ = [
+    "ROUTERS",
+    "ConstantRouter",
+    "DomainGate",
+    "Router",
+    "SigmoidGate",
+    "SingleRouter",
+    "SoftmaxGate",
+    "build_router",
+]

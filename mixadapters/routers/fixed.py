@@ -1,0 +1,48 @@
+"""Routers that do not look at their input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mixadapters.core.context import ForwardContext
+from mixadapters.core.routing import Routing
+from mixadapters.routers.base import ROUTERS, Router
+
+
+@ROUTERS.register("single")
+class SingleRouter(Router):
+    """The only expert, with weight 1."""
+
+    always_first = True
+
+    def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
+        return Routing()
+
+    def constant(self) -> list[float] | None:
+        return [1.0]
+
+
+@ROUTERS.register("constant")
+class ConstantRouter(Router):
+    """Every expert with a weight fixed by the user. None: the mean.
+
+    Raises:
+        ValueError: as many weights as experts are needed.
+    """
+
+    def __init__(self, in_features: int, experts: list[str], weights: Sequence[float] | None = None) -> None:
+        super().__init__(in_features, experts)
+        weights = [1 / len(experts)] * len(experts) if weights is None else list(weights)
+        if len(weights) != len(experts):
+            raise ValueError(f"weights={weights} must have one entry for each expert of {experts}")
+        self.register_buffer("weights", torch.tensor(weights), persistent=False)
+
+    def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
+        rows = tokens.numel() // tokens.shape[-1]
+        return Routing(weights=self.weights.to(tokens.dtype).expand(rows, -1))
+
+    def constant(self) -> list[float] | None:
+        return self.weights.tolist()

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from mixadapters.core.config import MixtureConfig, one_of
+from mixadapters.kernels import ACTIVATIONS
+from mixadapters.tuners.registration import peft_type
+
+PLACEMENTS = ("pfeiffer", "houlsby", "parallel")
+INPUTS = ("ffn_input", "ffn_intermediate")
+
+
+@dataclass
+class BottleneckConfig(MixtureConfig):
+    """One bottleneck adapter per site: y + scale * up(act(down(norm(source)))), zero at the start.
+
+    Placements: "pfeiffer" reads and follows the output of the FFN; "houlsby" also that of self-attention, both before
+    the residual sum; "parallel" reads the FFN's input (or its intermediate) and adds to its output. With
+    `target_modules` the adapter sits at exactly those modules, by the same rule.
+    """
+
+    stages: ClassVar[dict[str, tuple[str, ...]]] = {
+        "domain": ("*",),
+        "task": ("*", "modules_to_save"),
+    }
+
+    r: int | None = field(default=None, metadata={"help": "Bottleneck width. None: input width / reduction_factor."})
+    reduction_factor: float = field(default=16, metadata={"help": "Input width / bottleneck width (MixDA: 16)."})
+    placement: Literal["pfeiffer", "houlsby", "parallel"] = field(
+        default="pfeiffer", metadata={"help": "Where adapters sit (default: Pfeiffer et al. 2021)."}
+    )
+    adapter_input: Literal["ffn_input", "ffn_intermediate"] = field(
+        default="ffn_input",
+        metadata={"help": "What parallel adapters read; MixDA's domain adapters: ffn_intermediate."},
+    )
+    activation: str = field(default="gelu", metadata={"help": f"One of {sorted(ACTIVATIONS)}."})
+    glu: bool = field(default=False, metadata={"help": "up(act(gate(x)) * down(x)) instead of up(act(down(x)))."})
+    layer_norm: bool = field(default=False, metadata={"help": "A LayerNorm of its own on the adapter's input."})
+    use_bias: bool = field(default=True, metadata={"help": "Biases in the adapter's projections."})
+    scale: float | Literal["learnable"] = field(
+        default=1.0, metadata={"help": "Factor on the adapter's output; 'learnable': one per adapter, from 1."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input (MixDA: none)."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type("BOTTLENECK")
+        one_of("placement", self.placement, PLACEMENTS)
+        one_of("adapter_input", self.adapter_input, INPUTS)
+        one_of("activation", self.activation, ACTIVATIONS)
+        if self.adapter_input != "ffn_input" and self.placement != "parallel":
+            raise ValueError(
+                f"adapter_input={self.adapter_input!r} needs placement='parallel', not {self.placement!r}"
+            )
+        check_rank("r", self.r, "reduction_factor", self.reduction_factor)
+        check_dropout("dropout", self.dropout)
+        if isinstance(self.scale, str) and self.scale != "learnable":
+            raise ValueError(f"scale={self.scale!r} must be a number or 'learnable'")
+
+    def bank_options(self) -> dict[str, Any]:
+        """Arguments of `AdapterBank` for this adapter."""
+        return {
+            "activation": self.activation,
+            "glu": self.glu,
+            "bias": self.use_bias,
+            "layer_norm": self.layer_norm,
+            "scale": None if self.scale == "learnable" else float(self.scale),
+        }
+
+
+def placement_roles(placement: str, adapter_input: str, known: Collection[str]) -> tuple[str, ...]:
+    """Roles of the modules that an adapter so placed sits at, among the roles that the architecture has.
+
+    The end of the FFN is its last layer; in MoE blocks, which have none, the block.
+    """
+    end = "ffn_output" if "ffn_output" in known else "ffn"
+    if placement == "parallel":
+        # A whole FFN takes an adapter that reads its input; where there is no such module, its last layer and a tap.
+        return ("ffn",) if adapter_input == "ffn_input" and "ffn" in known else ("ffn_output",)
+    if placement == "houlsby":
+        cross = ("cross_attention_output",) if "cross_attention_output" in known else ()
+        return ("attention_output", *cross, end)
+    return (end,)
+
+
+def placement_taps(placement: str, adapter_input: str, known: Collection[str]) -> tuple[str, ...]:
+    """Roles of the modules whose input an adapter so placed reads, where its site's own input will not do."""
+    needs = placement == "parallel" and adapter_input == "ffn_input" and "ffn" not in known
+    return ("ffn_input",) if needs else ()
+
+
+def check_rank(name: str, rank: int | None, factor_name: str, factor: float) -> None:
+    if rank is not None and rank <= 0:
+        raise ValueError(f"`{name}` should be a positive integer value but the value passed is {rank}")
+    if factor <= 0:
+        raise ValueError(f"{factor_name}={factor} must be positive")
+
+
+def check_dropout(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}={value} must be at least 0 and less than 1")
