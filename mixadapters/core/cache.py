@@ -36,6 +36,8 @@ class _FollowsCache:
         # How to say by how much has changed between versions of transformers: read it off the result.
         result = super().crop(*args, **kwargs)  # type: ignore[misc]
         length = int(self.get_seq_length())  # type: ignore[attr-defined]
+        if length == 0:
+            self.gate_state.clear()
         self._each(lambda t: t[:, :length] if t.dim() == 3 else t)
         return result
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 
+from mixadapters.core.card import complete_card
 from mixadapters.core.registry import nearest
 
 FORMAT_VERSION = 1  # of saved configs and weights; raised when old files can no longer be read as they are
@@ -55,6 +56,10 @@ class MixtureConfig(PeftConfig):
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of the saved files."})
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> MixtureConfig:
+        refuse_unknown(cls, kwargs)  # PEFT would drop unknown keys of a saved config with a warning
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.format_version > FORMAT_VERSION:
@@ -77,15 +82,13 @@ class MixtureConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
 
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Refuse unknown keys of a saved config, which PEFT would drop with a warning."""
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT does; and where PEFT has written a model card before, complete it with how to load the adapter."""
+        from mixadapters import __version__  # not known yet while this module is imported
 
-        target = PEFT_TYPE_TO_CONFIG_MAPPING.get(kwargs.get("peft_type"), cls)
-        if issubclass(target, MixtureConfig):
-            refuse_unknown(target, kwargs)
-        return super().check_kwargs(**kwargs)
+        auto_mapping = kwargs.get("auto_mapping_dict")
+        super().save_pretrained(save_directory, **kwargs)
+        complete_card(save_directory, self, __version__, auto_mapping)
 
 
 def refuse_unknown(cls: type, given: dict[str, Any]) -> None:

@@ -104,10 +104,10 @@ class _StackHook:
         self.context, self.stack, self.names = context, stack, names
 
     def open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        record = self.context.record
-        if not record.open:
+        record = self.context.running
+        if record is None:
             record = self.context.record = Record(training=module.training, grad=torch.is_grad_enabled())
-            record.values.update(self.context.pinned)
+            record.values.update(self.context.held)
         record.streams[self.stack] = read_stream({**dict(zip(self.names, args, strict=False)), **kwargs})
 
 
@@ -157,6 +157,17 @@ class ForwardContext:
         self._local.record = record
         self._latest = record
 
+    @property
+    def running(self) -> Record | None:
+        """The record of the root forward that this thread is in; None outside one."""
+        record = getattr(self._local, "record", None)
+        return record if record is not None and record.open else None
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """The fields that hold for the next forward of this thread."""
+        return {**self.pinned, **getattr(self._local, "pinned", {})}
+
     # --- attachment -------------------------------------------------------------------------------------------
 
     @classmethod
@@ -200,10 +211,10 @@ class ForwardContext:
     # --- hooks of the root ------------------------------------------------------------------------------------
 
     def open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        parent = self.record if self.record.open else None
+        parent = self.running
         kwargs = dict(kwargs)
         taken = self.fields.union(*(o.takes for o in self.objectives))
-        values = {**self.pinned, **{name: kwargs.pop(name) for name in list(kwargs) if name in taken}}
+        values = {**self.held, **{name: kwargs.pop(name) for name in list(kwargs) if name in taken}}
         record = Record(module.training, torch.is_grad_enabled(), open=True, values=values, parent=parent)
         self.record = record
         for objective in self._active(record):
@@ -335,7 +346,7 @@ class ForwardContext:
         Raises:
             ValueError: no adapter of the model reads a field of that name.
         """
-        unknown = set(values) - self.fields - {"row_groups"}
+        unknown = set(values) - self.fields
         if unknown:
             raise ValueError(f"no adapter of this model reads {sorted(unknown)}; fields are {sorted(self.fields)}")
         before = self.pinned
@@ -344,6 +355,16 @@ class ForwardContext:
             yield
         finally:
             self.pinned = before
+
+    @contextmanager
+    def pin_in_thread(self, **values: Any) -> Iterator[None]:
+        """As `pin`, for forwards of this thread alone: servers run several requests at a time."""
+        before = getattr(self._local, "pinned", {})
+        self._local.pinned = {**before, **values}
+        try:
+            yield
+        finally:
+            self._local.pinned = before
 
     @contextmanager
     def using(self, record: Record) -> Iterator[None]:

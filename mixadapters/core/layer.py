@@ -67,10 +67,11 @@ class AdapterHost(BaseTunerLayer):
         """x: input of the frozen module; y: (..., M) its output. Returns the output with adapters."""
         record = self.context.record
         if record.observed is not None:
-            if record.open:
-                for name in self.active_adapters:
-                    if name in self.adapters and self.adapters[name].observes:
-                        record.observed += self.adapters[name].observe(x, y, self.context)
+            for name in self.active_adapters:
+                if name in self.adapters and self.adapters[name].observes:
+                    deltas = self.adapters[name].observe(x, y, self.context)
+                    if record.open:  # where checkpointing runs the layer again, the first run's are in use
+                        record.observed += deltas
             return y
         if record.values.get("adapter_names") is not None:
             if self.merged:

@@ -277,7 +277,7 @@ class MixtureModel(BaseTuner):
             for wrapper in wrappers:  # PEFT's own modules take the names as an argument
                 hook = partial(_pass_names, names=[n for n in names for _ in range(groups)])
                 handles.append(wrapper.register_forward_pre_hook(hook, with_kwargs=True))
-            with self.context.pin(adapter_names=list(names), row_groups=groups):
+            with self.context.pin_in_thread(adapter_names=list(names), row_groups=groups):
                 yield
         finally:
             for handle in handles:

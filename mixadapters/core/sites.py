@@ -116,14 +116,15 @@ T5 = Architecture(
     ffn_norm="encoder.block.#.layer.1.layer_norm|decoder.block.#.layer.2.layer_norm",
     ffn_output="block.#.layer.#.DenseReluDense.wo", ffn_activation="dense_act_fn", gated="is_gated_act",
 )
-VIT = Architecture(
-    attention="attention", attention_norm="layernorm_before", attention_output="attention.o_proj",
-    value="attention.v_proj",
-    ffn="mlp", ffn_norm="layernorm_after", ffn_input="mlp.fc1", ffn_output="mlp.fc2", ffn_activation="hidden_act",
+VIT = Architecture(  # the later names are those of older releases, where the FFN is no module of its own
+    attention="attention", attention_norm="layernorm_before",
+    attention_output="attention.(?:o_proj|output.dense)", value="attention.(?:v_proj|attention.value|self.value)",
+    ffn="mlp", ffn_norm="layernorm_after", ffn_input="mlp.fc1|intermediate.dense", ffn_output="mlp.fc2|output.dense",
+    ffn_activation="hidden_act",
 )
 DINOV2 = replace(
-    VIT, attention_norm="norm1", ffn_norm="norm2", ffn_input="mlp.(?:fc1|gate_proj)",
-    ffn_output="mlp.(?:fc2|down_proj)", gated="use_swiglu_ffn",
+    VIT, attention_norm="norm1", ffn_norm="norm2", ffn_input="mlp.(?:fc1|gate_proj|weights_in)",
+    ffn_output="mlp.(?:fc2|down_proj|weights_out)", gated="use_swiglu_ffn",
 )
 DINOV3 = replace(DINOV2, ffn_input="mlp.up_proj", ffn_output="mlp.down_proj", gated="use_gated_mlp")
 CLIP = replace(
@@ -186,7 +187,7 @@ ROWS: tuple[tuple[str, Architecture, str], ...] = (
     ("layers.#", BART, "bart marian plbart blenderbot-small"),
     ("layers.#", MBART, "mbart pegasus m2m_100 blenderbot whisper"),
     ("", T5, "t5 mt5 umt5"),
-    ("layers.#", VIT, "vit deit beit vit_mae vit_msn ijepa audio-spectrogram-transformer"),
+    ("layers?.#", VIT, "vit deit beit vit_mae vit_msn ijepa audio-spectrogram-transformer"),
     ("layers.#.blocks.#", replace(VIT, ffn=None), "swin"),  # stages differ in width, so no `ffn`
     ("layers.#.blocks.#", replace(BERT, cross_attention_output=None), "swinv2"),
     ("stages.#.layers.#", CONVNEXT, "convnext convnextv2"),

@@ -43,11 +43,11 @@ class MixDAModel(MixtureModel):
 
     def _domain_paths(self, config: MixDAConfig) -> list[str]:
         """Modules that can hold domain adapters, by name."""
-        pattern = config.sites[self.domain_role(config)] if config.sites is not None else None
         names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules())
-        if pattern is None:
-            return [n for n in names if n and self._check_target_module_exists(config, n)]
-        return [n for n in names if re.fullmatch(pattern, n)]
+        chosen = [n for n in names if n and self._check_target_module_exists(config, n)]
+        if config.sites is None:
+            return chosen
+        return [n for n in chosen if re.fullmatch(config.sites[self.domain_role(config)], n)]
 
     def _new_ranks(self, config: MixDAConfig, rank: int | None = None) -> dict[str, int]:
         """{module: rank} of a new domain."""
@@ -66,6 +66,11 @@ class MixDAModel(MixtureModel):
                 width = self._widths(config, self._unwrapped(path), path)[1] if tapped else width
                 default = rank or config.r or max(1, int(width // config.reduction_factor))
                 chosen[path] = self.rank_at(config, path, default)
+        if not chosen:
+            raise ValueError(
+                f"domain_layers={config.domain_layers} and layers_to_transform={config.layers_to_transform} leave no "
+                f"place for domain adapters; their sites are {self._domain_paths(config)}"
+            )
         return chosen
 
     # --- injection --------------------------------------------------------------------------------------------

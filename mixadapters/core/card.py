@@ -1,0 +1,133 @@
+"""What a saved adapter's model card says beside PEFT's own words: how to load it, and what it is."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, try_to_load_from_cache
+
+BEGIN, END = "<!-- mixadapters: {} -->", "<!-- /mixadapters: {} -->"  # with the adapter's folder below the card
+NO_SETTINGS = {  # fields that say nothing about the method
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "sites", "format_version",
+}  # fmt: skip
+CLASSES = {  # task type -> class that loads the base model
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def complete_card(folder: str, config: Any, version: str, auto_mapping: dict[str, str] | None = None) -> None:
+    """Complete the card that PEFT has written for the adapter in `folder`; saving again replaces what was said.
+
+    The card lies in the folder, or in the one above where PEFT has put an adapter of another name than "default".
+    Where there is none, nothing is written.
+
+    Args:
+        config: of the adapter.
+        auto_mapping: class and library of the base model, as PEFT saves them where a config has no task type.
+    """
+    path, below = Path(folder, "README.md"), ""
+    if not path.is_file():
+        path, below = Path(folder).resolve().parent / "README.md", Path(folder).resolve().name
+    if not path.is_file():
+        return
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    if card.data.get("library_name") != "peft":  # somebody else's readme
+        return
+    base = config.base_model_name_or_path or None
+    licence = _licence(base)
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), "mixadapters", config.peft_type.value.lower()})
+    if base and not card.data.get("base_model"):
+        card.data["base_model"] = base
+    if licence and not card.data.get("license"):
+        card.data["license"] = licence
+    said = "\n".join(
+        [BEGIN.format(below), *_how_to_load(config, base, below, auto_mapping or {}), ""]
+        + [*_what_it_is(config, base, licence, version), END.format(below)]
+    )
+    card.text = _put(card.text, said, below)
+    card.save(path)
+
+
+def _how_to_load(config: Any, base: str | None, below: str, auto_mapping: dict[str, str]) -> list[str]:
+    name, library = auto_mapping.get("base_model_class"), auto_mapping.get("parent_library", "")
+    if name is None:
+        name, library = CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel"), ""
+    source = "transformers" if library.split(".")[0] in ("", "transformers") else library
+    where = f", revision={config.revision!r}" if config.revision else ""
+    make = f"{name}.from_pretrained({base!r}{where})" if base else "...  # the model that it was trained on"
+    options = f", subfolder={below!r}, adapter_name={below!r}" if below else ""
+    return [
+        f"## How to load{f' `{below}`' if below else ''}",
+        "",
+        "This adapter is of a type that PEFT learns from the package `mixadapters`. Import it before loading, or PEFT "
+        f"ends in `KeyError: '{config.peft_type.value}'`.",
+        "",
+        "```python",
+        "import mixadapters",
+        "from peft import PeftModel",
+        *([f"from {source} import {name}"] if base else []),
+        "",
+        f"base = {make}",
+        f'model = PeftModel.from_pretrained(base, "path or hub id of this adapter"{options})',
+        "```",
+    ]
+
+
+def _what_it_is(config: Any, base: str | None, licence: str | None, version: str) -> list[str]:
+    lines = [f"- Type: `{config.peft_type.value}`, saved by mixadapters {version}"]
+    if base:
+        revision = f", revision `{config.revision}`" if config.revision else ""
+        lines.append(f"- Base model: `{base}`{revision}{f', licence `{licence}`' if licence else ''}")
+    for stage, patterns in type(config).stages.items():
+        lines.append(f"- Stage `{stage}` trains {', '.join(f'`{p}`' for p in patterns)}")
+    if changed := _changed(config):
+        lines.append(f"- Settings other than the defaults: {', '.join(changed)}")
+    return lines
+
+
+def _changed(config: Any) -> list[str]:
+    """The settings that differ from their defaults and are short enough to read."""
+    found = []
+    for f in fields(config):
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        value = getattr(config, f.name)
+        value = sorted(value) if isinstance(value, set) else value
+        readable = isinstance(value, (str, int, float, list)) and len(str(value)) < 80
+        if f.name not in NO_SETTINGS and readable and value != default:
+            found.append(f"`{f.name}={value!r}`")
+    return found
+
+
+def _put(text: str, said: str, below: str) -> str:
+    """`said` in place of what stood there from an earlier save, else below the title."""
+    begin, end = BEGIN.format(below), END.format(below)
+    if begin in text and end in text:
+        before, _, rest = text.partition(begin)
+        return before + said + rest.partition(end)[2]
+    lines = text.splitlines()
+    title = next((i for i, line in enumerate(lines) if line.startswith("# ")), -1)
+    return "\n".join([*lines[: title + 1], "", said, *lines[title + 1 :]])
+
+
+def _licence(base: str | None) -> str | None:
+    """The licence that the base model's own card names, if that card is on this machine."""
+    if not base:
+        return None
+    path: Any = Path(base, "README.md")
+    if not path.is_file():
+        try:
+            path = try_to_load_from_cache(base, "README.md")
+        except ValueError:  # a path that is no hub id
+            return None
+    if not isinstance(path, (str, Path)) or not Path(path).is_file():
+        return None
+    licence = ModelCard.load(path, ignore_metadata_errors=True).data.get("license")
+    return licence if isinstance(licence, str) else None

@@ -1,0 +1,239 @@
+"""What PEFT's own tests are run with: the types of this library, in the forms that users give them.
+
+The names that ``plugin.py`` reads:
+
+    TYPES           name of a type -> its config class
+    MANDATORY       (config class, arguments it cannot be built without), for the tests of configs
+    BY_TARGET       config classes for the tests that call ``config_cls(target_modules=[...])``
+    CUSTOM_MODELS   (name, model of test_custom_models.py, config class, arguments)
+    LEARNING_RATES  (name of a type, model) -> rate for the tests that train them without aim, where 0.5 is too much
+    PAIRS           (name, "", config class, arguments, arguments) of two adapters on one MLP
+    MIXED           (name, function that makes a config) for the tests of batches that mix adapters
+    MIXED_TARGETS   target modules that MIXED can take; PEFT's other rows are excluded, with MIXED_TARGETS_REASON
+    BY_FILE         test file -> (config class, arguments)
+    ALL_TYPES       tests that loop over every registered type in their body
+    EXCLUDE         tests that do not apply, each with the reason
+    AT_LEAST        name of a type -> how many tests have to pass in a full run
+    FILES_NOT_RUN   test file of PEFT -> why its tests are left out
+    why_not_mergeable
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mixadapters import BottleneckConfig, MixDAConfig
+
+Arguments = dict[str, Any]
+
+
+@dataclass
+class TwoDomains(MixDAConfig):
+    """MixDA with two new domains, for the tests that know no argument but ``target_modules``."""
+
+    domains: Any = field(default_factory=lambda: ["a", "b"])
+
+
+TYPES: dict[str, type] = {"BOTTLENECK": BottleneckConfig, "MIXDA": MixDAConfig}
+MANDATORY: list[tuple[type, Arguments]] = [(BottleneckConfig, {}), (MixDAConfig, {"domains": ["a", "b"]})]
+BY_TARGET: list[type] = [BottleneckConfig, TwoDomains]
+
+
+def bottleneck(**arguments: Any) -> tuple[type, Arguments]:
+    return BottleneckConfig, {"r": 4, **arguments}
+
+
+def mixda(**arguments: Any) -> tuple[type, Arguments]:
+    # At the default width, 1 or 2 here, the task adapter's ReLU is often dead.
+    return MixDAConfig, {"domains": ["a", "b"], "r": 4, "task_r": 8, **arguments}
+
+
+# --- models of test_custom_models.py: MLP has lin0 (10, 20) and lin1 (20, 2), both with bias ---
+
+BOTH = ["lin0", "lin1"]
+LINEAR = {"activation": "identity"}
+MLP_FORMS: dict[str, tuple[type, Arguments]] = {
+    "bottleneck, regular expression": bottleneck(target_modules="lin0"),
+    "bottleneck": bottleneck(target_modules=["lin0"]),
+    "bottleneck on both": bottleneck(target_modules=BOTH, activation="silu"),
+    "bottleneck and a trained head": bottleneck(target_modules=["lin0"], modules_to_save=["lin1"]),
+    "bottleneck, parallel": bottleneck(target_modules=BOTH, placement="parallel"),
+    "bottleneck, GLU": bottleneck(target_modules=["lin0"], glu=True, activation="silu"),
+    "bottleneck, layer norm": bottleneck(target_modules=["lin0"], layer_norm=True),
+    "bottleneck, learnable scale": bottleneck(target_modules=["lin0"], scale="learnable"),
+    "bottleneck, fixed scale and dropout": bottleneck(target_modules=["lin0"], scale=0.5, dropout=0.1),
+    "bottleneck, ranks by module": bottleneck(target_modules=BOTH, rank_pattern={"lin0": 2}),
+    "bottleneck, linear": bottleneck(target_modules=BOTH, **LINEAR),
+    "bottleneck, linear and parallel": bottleneck(target_modules=["lin0"], placement="parallel", **LINEAR),
+    "bottleneck, linear, learnable scale": bottleneck(target_modules=["lin1"], scale="learnable", **LINEAR),
+    "mixda": mixda(target_modules=["lin0"]),
+    "mixda on both": mixda(target_modules=BOTH),
+    "mixda and a trained head": mixda(target_modules=["lin0"], modules_to_save=["lin1"]),
+    "mixda, sigmoid gate": mixda(target_modules=["lin0"], gate="sigmoid"),
+    "mixda, gate with a hidden layer": mixda(target_modules=["lin0"], gate_hidden=[8]),
+    "mixda, no task adapter": mixda(target_modules=["lin0"], task_adapter=None),
+    "mixda, one domain": mixda(domains=["a"], target_modules=["lin1"]),
+}
+CUSTOM_MODELS = [
+    *((name, "MLP", config, arguments) for name, (config, arguments) in MLP_FORMS.items()),
+    # The scale makes it learn enough in the three steps of test_only_params_are_updated.
+    ("bottleneck on Conv1D", "EmbConv1D", *bottleneck(target_modules=["conv1d"], scale=4.0)),
+    ("bottleneck on Conv1D, linear", "EmbConv1D", *bottleneck(target_modules=["conv1d"], **LINEAR)),
+    ("mixda on Conv1D", "EmbConv1D", *mixda(target_modules=["conv1d"])),
+]
+# Inputs are up to 89 there: at 0.5 the second step saturates every gate, or ends in NaN.
+LEARNING_RATES = {("MIXDA", "MLP"): 0.05}
+PAIR_FORMS: dict[str, tuple[type, Arguments]] = {
+    "bottleneck": bottleneck(init_weights=False),
+    "bottleneck, parallel": bottleneck(init_weights=False, placement="parallel"),
+    "bottleneck, linear": bottleneck(init_weights=False, **LINEAR),
+    "bottleneck, linear and parallel": bottleneck(init_weights=False, placement="parallel", **LINEAR),
+    "mixda": mixda(init_weights=False),
+}
+PAIRS = [
+    (
+        f"{name}, lin0 and {other}",
+        "",
+        config,
+        *(arguments | {"target_modules": [target]} for target in ("lin0", other)),
+    )
+    for name, (config, arguments) in PAIR_FORMS.items()
+    for other in BOTH
+]
+MIXED: list[tuple[str, Callable[..., Any]]] = [
+    ("bottleneck", lambda i, **kwargs: BottleneckConfig(r=4 + 4 * i, init_weights=False, **kwargs)),
+    (
+        "bottleneck, two kinds",
+        lambda i, **kwargs: BottleneckConfig(r=4, glu=bool(i), activation="silu", init_weights=False, **kwargs),
+    ),
+    (
+        "bottleneck, linear and parallel",
+        lambda i, **kwargs: BottleneckConfig(
+            r=4, placement="parallel", activation="identity", init_weights=False, **kwargs
+        ),
+    ),
+    (
+        "mixda",
+        lambda i, **kwargs: MixDAConfig(domains=["a", "b", "c"][: 2 + i], r=4, task_r=8, init_weights=False, **kwargs),
+    ),
+]
+MIXED_TARGETS = {"lin0", "lin1"}
+MIXED_TARGETS_REASON = "targets an embedding, a convolution or an attention, which these types do not wrap as leaves"
+
+# --- transformers models ---
+
+# The linear layer that a block's FFN ends in, by the names of the models of each file.
+DECODER_OUTPUT = ["fc2", "c_proj", "fc_out", "down_proj"]
+ENCODER_OUTPUT = ["output.dense"]
+SEQ2SEQ_OUTPUT = ["wo", "fc2"]
+# The whole FFN, or where a model has no module for it, its last layer.
+DECODER_BLOCK = ["mlp", "fc2"]
+
+
+def with_task(task: str, *rows: tuple[type, Arguments]) -> list[tuple[type, Arguments]]:
+    return [(config, {"task_type": task, **arguments}) for config, arguments in rows]
+
+
+BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
+    "test_decoder_models.py": with_task(
+        "CAUSAL_LM",
+        bottleneck(),
+        bottleneck(placement="houlsby", layer_norm=True),
+        bottleneck(placement="parallel", adapter_input="ffn_intermediate"),
+        bottleneck(target_modules=DECODER_BLOCK, placement="parallel", glu=True, activation="silu"),
+        bottleneck(target_modules=DECODER_OUTPUT, **LINEAR),
+        mixda(domain_layers=[0, 1]),
+        mixda(target_modules=DECODER_OUTPUT),
+    ),
+    "test_encoder_decoder_models.py": with_task(
+        "SEQ_2_SEQ_LM",
+        bottleneck(),
+        bottleneck(target_modules=SEQ2SEQ_OUTPUT, **LINEAR),
+        mixda(domain_layers=[0, 1]),
+        mixda(target_modules=SEQ2SEQ_OUTPUT),
+    ),
+    "test_feature_extraction_models.py": with_task(
+        "FEATURE_EXTRACTION",
+        bottleneck(),
+        bottleneck(target_modules=ENCODER_OUTPUT, **LINEAR),
+        mixda(domain_layers=[0, 1], gate_granularity="sequence"),
+        mixda(target_modules=ENCODER_OUTPUT),
+    ),
+    "test_seq_classifier.py": with_task(
+        "SEQ_CLS",
+        bottleneck(),
+        bottleneck(target_modules=[*ENCODER_OUTPUT, "down_proj"], **LINEAR),
+        mixda(domain_layers=[0, 1]),
+    ),
+    "test_token_classification_qa.py": [bottleneck(), mixda(domain_layers=[0, 1])],
+    "test_extra_mixed.py": [
+        bottleneck(init_weights=False),
+        bottleneck(init_weights=False, target_modules=[*DECODER_BLOCK, "wo"], placement="parallel"),
+        mixda(init_weights=False, domain_layers=[0, 1]),
+        mixda(init_weights=False, target_modules=[*DECODER_OUTPUT, "wo"]),
+    ],
+}
+
+
+def why_not_mergeable(model_id: str, config: type, arguments: Arguments) -> str | None:
+    """The reason why no single weight equals the layer with its adapter; None where one does."""
+    if issubclass(config, MixDAConfig):
+        return "a gate weighs the domains by the input"
+    if arguments.get("glu") or arguments.get("layer_norm") or arguments.get("activation") != "identity":
+        return "the bottleneck is not linear"
+    if any(name in model_id.lower() for name in ("llama", "qwen2", "gemma3", "t5")):
+        return "the layer has no bias to take the bottleneck's"
+    return None
+
+
+# --- what does not apply ---
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Tests left out: a regular expression for their ids, why, and for which of their parameters."""
+
+    test: str
+    reason: str
+    when: Callable[[Arguments], bool] = lambda params: True
+
+
+EXCLUDE = [
+    Exclusion(
+        r"prompt_(tuning|learning)|FeatureExtractionModel::test_passing_input_embeds_works", "tests prompt learning"
+    ),
+    Exclusion(r"weighted_(combination|adapter)", "add_weighted_adapter is for LoRA and IA3"),
+    Exclusion(r"with_bias_(raises|warns)|learnable_bias", "these configs have no field `bias`"),
+    Exclusion(
+        r"(Decoder|EncoderDecoder)Models::test_(mixed_adapter_batches|generate_with_mixed)",
+        "PEFT runs it for LoRA only: extra_mixed.py runs it for these types",
+    ),
+    Exclusion(
+        r"test_default_target_modules_(list_of_str|str)\[",
+        "edits LoRA's and DeLoRA's tables of default target modules",
+    ),
+    Exclusion(
+        r"test_from_pretrained_forward_compatible\[",
+        "PEFT drops unknown keys of a saved config with a warning, these types refuse them",
+    ),
+    Exclusion(
+        r"test_mixed_adapter_batches_training_mode_raises",
+        "LoRA refuses mixed batches in training, these types train on them",
+    ),
+    Exclusion(
+        r"test_mixed_adapter_batches_merged_raises",
+        "merges, and this adapter cannot be merged",
+        lambda params: getattr(params["config0"], "activation", None) != "identity",
+    ),
+]
+ALL_TYPES = [r"test_from_peft_type$"]
+AT_LEAST = {"BOTTLENECK": 0, "MIXDA": 0}
+FILES_NOT_RUN = {
+    "test_torch_compile.py": "trains on a data set from the hub",
+    "test_vision_models.py": "downloads an image when it is imported",
+    "test_common_gpu.py, test_gpu_examples.py, test_quantization.py": "need a GPU",
+    "test_mixed.py": "PeftMixedModel takes a closed list of PEFT's types",
+    "the other files": "test one type of PEFT each, or build LoRA configs in the bodies of the tests",
+}

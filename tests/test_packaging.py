@@ -1,0 +1,163 @@
+"""What is installed, what it requires, and what importing it loads."""
+
+from __future__ import annotations
+
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from importlib.metadata import distribution
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
+PACKAGE_DIR = {
+    name.strip(): folder.strip()
+    for name, folder in (line.split("=") for line in SETUP["options"]["package_dir"].split("\n") if line.strip())
+}
+PACKAGES = SETUP["options"]["packages"].split()
+HEAVY = ("triton", "datasets", "evaluate", "diffusers", "matplotlib")
+
+
+def packages_in_folders() -> set[str]:
+    found = set()
+    for package, folder in PACKAGE_DIR.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            found.add(".".join((package, *init.parent.relative_to(ROOT / folder).parts)))
+    return found
+
+
+def run(code: str, cwd: Path) -> str:
+    """Standard output of a fresh interpreter."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_packages_are_those_in_the_folders() -> None:
+    assert sorted(PACKAGES) == sorted(packages_in_folders())
+
+
+def test_every_python_file_is_in_a_package() -> None:
+    folders = {path.parent for folder in PACKAGE_DIR.values() for path in (ROOT / folder).rglob("*.py")}
+    assert not [str(folder) for folder in folders if not (folder / "__init__.py").exists()]
+
+
+def test_the_folder_kernels_is_no_package() -> None:
+    # Transformers imports a package named `kernels`, Hugging Face's, when it finds one.
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_constraints_pin_exactly_and_requirements_do_not() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r'[a-z0-9-]+==[0-9.]+(; python_version >= "3\.\d+")?', pin) for pin in pins), pins
+    for requirement in SETUP["options"]["install_requires"].split("\n"):
+        assert not re.search(r"==|<|~=|!=", requirement.split(";")[0]), requirement
+
+
+def test_importing_loads_nothing_heavy(tmp_path: Path) -> None:
+    code = f"""
+import json, sys
+import peft
+before = set(sys.modules)
+import mixadapters
+added = set(sys.modules) - before
+print(json.dumps([name for name in {HEAVY} if name in added]))
+"""
+    # transformers and peft may load some of these themselves, depending on what is installed.
+    assert json.loads(run(code, tmp_path)) == []
+
+
+def test_importing_costs_little_over_peft(tmp_path: Path) -> None:
+    code = """
+import time
+start = time.perf_counter()
+import peft
+middle = time.perf_counter()
+import mixadapters
+print((time.perf_counter() - middle) / (middle - start))
+"""
+    # The machine may be busy: the best of a few.
+    shares = []
+    for _ in range(4):
+        shares.append(float(run(code, tmp_path)))
+        if shares[-1] <= 0.05:
+            return
+    pytest.fail(f"import mixadapters takes {min(shares):.1%} of what import peft takes, at most 5 % are allowed")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy: setuptools leaves a build folder beside its sources, and reuses one."""
+    pytest.importorskip("setuptools")
+    pytest.importorskip("wheel")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for folder in ("mixadapters", "kernels", "tasks"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / file).exists():
+            shutil.copy(ROOT / file, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    done = subprocess.run([*command, "--wheel-dir", out, source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_wheel_has_one_top_level_name_and_every_file(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if ".dist-info/" not in name]
+    assert {name.split("/")[0] for name in names} == {"mixadapters"}
+    expected = {"mixadapters/py.typed"}
+    for package, folder in PACKAGE_DIR.items():
+        for path in (ROOT / folder).rglob("*.py"):
+            expected.add(f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}")
+    assert set(names) == expected
+
+
+def test_metadata_leaves_the_ranges_open_and_triton_an_extra(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = Parser().parsestr(archive.read(name).decode())
+    assert metadata["Requires-Python"] == ">=3.10"
+    requirements = metadata.get_all("Requires-Dist")
+    plain = [requirement for requirement in requirements if "extra ==" not in requirement]
+    assert {"torch>=2.11", "transformers>=5", "peft>=0.21"} <= set(plain)
+    assert not [requirement for requirement in plain if re.search(r"[<~]|==", requirement)]
+    # An ordinary CPU install, and with it `make demo`, takes no triton.
+    (triton,) = [requirement for requirement in requirements if requirement.startswith("triton")]
+    assert 'sys_platform == "linux"' in triton
+    assert 'extra == "kernels"' in triton
+
+
+def test_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = f"""
+import sys
+sys.path.insert(0, {str(tmp_path / "site")!r})
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+import mixadapters, mixadapters.kernels, mixadapters.tasks
+print(mixadapters.__file__, mixadapters.kernels.__file__, mixadapters.tasks.__file__, sep="\\n")
+"""
+    files = [Path(line) for line in run(code, tmp_path).splitlines()]
+    assert [file.is_relative_to(tmp_path / "site") for file in files] == [True] * 3, files
+
+
+def test_version_is_the_installed_one() -> None:
+    import mixadapters
+
+    assert distribution("mixadapters").version == mixadapters.__version__
+
+
+def test_tests_do_not_see_the_checkout() -> None:
+    assert ROOT not in {Path(entry or os.curdir).resolve() for entry in sys.path}
