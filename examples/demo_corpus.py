@@ -76,8 +76,9 @@ FILE_SHARE = 20  # passages per file at most, so that no file makes a class
 class DemoData:
     """The texts of one two-stage run.
 
-    `domains` has the unlabelled texts of each stage-1 domain, for a task of one domain that domain first; `general`
-    the texts of the old-domain loss; both in random order. `train`, `dev` and `test` have pairs (text, index into
+    `domains` has the unlabelled texts of each stage-1 domain, in the order of their documents, so that neighbours
+    belong together; for a task of one domain that domain first. `general` has the texts of the old-domain loss, in
+    random order. `train`, `dev` and `test` have pairs (text, index into
     `labels`), `sources` where the texts come from, each with its version or its number of rows.
     """
 
@@ -188,10 +189,10 @@ def load_demo(seed: int = 13) -> DemoData:
     free = {domain: [t for f in files if f not in held_out for t in files[f]] for domain, files in texts.items()}
     free["general"], versions = package_prose(PACKAGES.split())
     kept = {name: [t for t in unique(found) if not runs(t) & unseen] for name, found in free.items()}
-    for found in kept.values():
-        rng.shuffle(found)
+    general = kept.pop("general")
+    rng.shuffle(general)
     return DemoData(
-        general=kept.pop("general"),
+        general=general,
         domains=kept,
         **splits,
         labels=[label for areas in AREAS.values() for label in areas],

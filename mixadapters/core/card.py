@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
-BEGIN, END = "<!-- mixadapters: {} -->", "<!-- /mixadapters: {} -->"  # with the adapter's folder below the card
+BEGIN, END = "<!-- mixadapters {} -->", "<!-- /mixadapters {} -->"  # of the adapter's folder, seen from the card
 NO_SETTINGS = {  # fields that say nothing about the method
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "sites", "format_version",
@@ -48,11 +49,8 @@ def complete_card(folder: str, config: Any, version: str, auto_mapping: dict[str
         card.data["base_model"] = base
     if licence and not card.data.get("license"):
         card.data["license"] = licence
-    said = "\n".join(
-        [BEGIN.format(below), *_how_to_load(config, base, below, auto_mapping or {}), ""]
-        + [*_what_it_is(config, base, licence, version), END.format(below)]
-    )
-    card.text = _put(card.text, said, below)
+    said = [*_how_to_load(config, base, below, auto_mapping or {}), "", *_what_it_is(config, base, licence, version)]
+    card.text = _put(card.text, "\n".join(said), below or ".")
     card.save(path)
 
 
@@ -61,9 +59,9 @@ def _how_to_load(config: Any, base: str | None, below: str, auto_mapping: dict[s
     if name is None:
         name, library = CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel"), ""
     source = "transformers" if library.split(".")[0] in ("", "transformers") else library
-    where = f", revision={config.revision!r}" if config.revision else ""
-    make = f"{name}.from_pretrained({base!r}{where})" if base else "...  # the model that it was trained on"
-    options = f", subfolder={below!r}, adapter_name={below!r}" if below else ""
+    where = f", revision={json.dumps(config.revision)}" if config.revision else ""
+    make = f"{name}.from_pretrained({json.dumps(base)}{where})" if base else "...  # the model that it was trained on"
+    options = f", subfolder={json.dumps(below)}, adapter_name={json.dumps(below)}" if below else ""
     return [
         f"## How to load{f' `{below}`' if below else ''}",
         "",
@@ -96,12 +94,13 @@ def _what_it_is(config: Any, base: str | None, licence: str | None, version: str
 def _changed(config: Any) -> list[str]:
     """The settings that differ from their defaults and are short enough to read."""
     found = []
+    hidden = NO_SETTINGS if config.sites is None else NO_SETTINGS | {"target_modules"}
     for f in fields(config):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         value = getattr(config, f.name)
         value = sorted(value) if isinstance(value, set) else value
         readable = isinstance(value, (str, int, float, list)) and len(str(value)) < 80
-        if f.name not in NO_SETTINGS and readable and value != default:
+        if f.name not in hidden and readable and value != default:
             found.append(f"`{f.name}={value!r}`")
     return found
 
@@ -109,6 +108,7 @@ def _changed(config: Any) -> list[str]:
 def _put(text: str, said: str, below: str) -> str:
     """`said` in place of what stood there from an earlier save, else below the title."""
     begin, end = BEGIN.format(below), END.format(below)
+    said = f"{begin}\n{said}\n{end}"
     if begin in text and end in text:
         before, _, rest = text.partition(begin)
         return before + said + rest.partition(end)[2]

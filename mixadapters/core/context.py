@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from mixadapters.core.cache import gate_state
 from mixadapters.core.sites import layer_index
@@ -255,7 +256,7 @@ class ForwardContext:
     def _finish(self, record: Record, module: nn.Module, output: Any) -> Any:
         for objective in self._active(record):
             output = objective.after(self, module, output)
-        output = self._join_losses(record, output)
+        output = self._join_losses(record, module, output)
         cache = getattr(output, "past_key_values", None)
         if record.state and cache is not None:
             gate_state(cache).update(record.state)
@@ -409,14 +410,14 @@ class ForwardContext:
 
     # --- losses -----------------------------------------------------------------------------------------------
 
-    def _join_losses(self, record: Record, output: Any) -> Any:
+    def _join_losses(self, record: Record, module: nn.Module, output: Any) -> Any:
         """Add the losses of this forward to `output.loss`; without one, attach them to the outputs."""
         extra = sum(record.losses.values()) if record.training and record.losses else None
         if extra is None and record.main_loss is None and record.main_scale == 1.0:
             return output
         loss = record.main_loss if record.main_loss is not None else getattr(output, "loss", None)
         if loss is not None:
-            share = _share({**record.values, **record.inputs})
+            share = _share({**record.values, **record.inputs}, module)
             loss = loss * record.main_scale * (1.0 if record.main_loss is None else share)
             output["loss"] = loss if extra is None else loss + extra * share
             return output
@@ -459,7 +460,7 @@ def _attach(output: Any, loss: Tensor) -> Any:
     )
 
 
-def _share(inputs: dict[str, Any]) -> Any:
+def _share(inputs: dict[str, Any], module: nn.Module) -> Any:
     """This micro-batch's part of the accumulated batch.
 
     Given `num_items_in_batch`, transformers divides the loss by the labels of all micro-batches together, and the
@@ -468,6 +469,10 @@ def _share(inputs: dict[str, Any]) -> Any:
     items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
     if items is None or labels is None:
         return 1.0
+    # The Trainer counts as the loss does: where that shifts the labels, the first of a row is no target.
+    shifts = LOSS_MAPPING.get(getattr(module, "loss_type", None)) is ForCausalLMLoss
+    if shifts and not getattr(module.config, "is_encoder_decoder", False):
+        labels = inputs.get("shift_labels", labels[..., 1:])
     return (labels != -100).sum() / items
 
 

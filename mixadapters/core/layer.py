@@ -130,6 +130,13 @@ class AdapterHost(BaseTunerLayer):
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.adapters]
         if not names:
             return
+        active = [n for n in self.active_adapters if n in self.adapters and n not in self.merged_adapters]
+        inside = [n for n in names if n in active]
+        if inside != active[: len(inside)]:
+            raise ValueError(
+                f"cannot merge {names} at {self.path!r}: the active adapters act one after the other, {active}; merge "
+                "them in this order, from the first"
+            )
         weight, bias = self.folded(names)
         if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")

@@ -148,6 +148,7 @@ class MixtureModel(BaseTuner):
             if config.target_modules not in (None, union):
                 raise ValueError("give either `sites` or `target_modules`, not both")
             config.target_modules = union
+        self._refuse_unmatched(config)
         self._refuse_nested(config)
         return config
 
@@ -159,6 +160,18 @@ class MixtureModel(BaseTuner):
         if matched and peft_config.sites is not None and layers is not None:
             return layer_index(key) in ([layers] if isinstance(layers, int) else layers)
         return found
+
+    def _refuse_unmatched(self, config: MixtureConfig) -> None:
+        """PEFT passes over a suffix that matches nothing as long as another one matches."""
+        if isinstance(config.target_modules, str) or config.target_modules is None:
+            return
+        names = [re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules()]
+        for target in sorted(config.target_modules):
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise ValueError(
+                    f"target_modules={sorted(config.target_modules)}: no module of the model is called {target!r}."
+                    f"{nearest(target, {name.rpartition('.')[2] for name in names})}"
+                )
 
     def _refuse_nested(self, config: MixtureConfig) -> None:
         """Sites inside sites would be lost on unload and skipped by later adapters."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,7 @@ class DomainGate(Router):
         self.convex, self.temperature, self.tap = convex, temperature, tap
         self.balance_coef, self.z_coef, self.entropy_coef = balance_coef, z_coef, entropy_coef
         self.path, self.stack, self.null_arms = path, stack, null_arms
+        self.mark = uuid4().hex  # tells the gates of several adapters at one site apart
         self.number(list(range(len(experts)) if ids is None else ids), num_ids)
         widths = [in_features, *hidden]
         layers: list[nn.Module] = []
@@ -197,20 +199,20 @@ class DomainGate(Router):
         """
         weight = torch.ones_like(scores[..., :1]) if mask is None else mask.to(scores.dtype).unsqueeze(-1)
         sums = torch.cat([scores * weight, weight], dim=-1).cumsum(1)  # (B, T, A + 1)
-        state = self._state(stream, context, "prefix")
-        past = None if state is None else state.get(self._key("prefix"))
+        state, key = self._state(stream, context)
+        past = None if state is None else state.get(key)
         if past is not None:
             sums = sums + past[:, -1:]
         elif stream.position_ids is not None and not stream.cached:
             sums = sums - _before_document(sums, stream.position_ids, mask)
         if state is not None:
-            state[self._key("prefix")] = sums if past is None else torch.cat([past, sums], dim=1)
+            state[key] = sums if past is None else torch.cat([past, sums], dim=1)
         return sums[..., :-1] / sums[..., -1:].clamp_min(1)
 
     def _request_mean(self, scores: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext) -> Tensor:
         """(B, T, A) -> (B, A): mean over the prompt, taken once and then kept with the cache."""
-        state = self._state(stream, context, "request")
-        frozen = None if state is None else state.get(self._key("request"))
+        state, key = self._state(stream, context)
+        frozen = None if state is None else state.get(key)
         if frozen is not None:
             return frozen
         _refuse_packed(stream, "request")
@@ -218,7 +220,7 @@ class DomainGate(Router):
         weight = prompt.to(scores.dtype).unsqueeze(-1)
         mean = (scores * weight).sum(1) / weight.sum(1).clamp_min(1)
         if state is not None:
-            state[self._key("request")] = mean
+            state[key] = mean
         return mean
 
     def _prompt(self, scores: Tensor, mask: Tensor | None, context: ForwardContext) -> Tensor:
@@ -244,26 +246,29 @@ class DomainGate(Router):
         prompt = prompt.bool()
         return prompt if mask is None else prompt & mask
 
-    def _key(self, what: str) -> str:
-        return f"{self.path}/{what}"
+    def _state(self, stream: Stream, context: ForwardContext) -> tuple[dict[str, Tensor] | None, str]:
+        """Where this gate keeps what it must remember of earlier tokens, None where nothing comes after; and its key.
 
-    def _state(self, stream: Stream, context: ForwardContext, what: str) -> dict[str, Tensor] | None:
-        """Where this gate keeps what it must remember of earlier tokens; None where nothing comes after."""
+        Layers that share their weights share their gate, which then runs several times in a forward.
+        """
+        runs = context.record.shared
+        runs[self.mark] = runs.get(self.mark, 0) + 1
+        key = f"{self.path}/{self.mark}/{runs[self.mark]}"
         if context.record.training:
             if stream.cached:
                 raise ValueError(
                     f"gate_granularity={self.granularity!r} cannot train on a sequence that a cache begins"
                 )
-            return None
+            return None, key
         if stream.cache is None:
-            return context.record.state
+            return context.record.state, key
         state = gate_state(stream.cache)
-        if stream.cached and self._key(what) not in state:
+        if stream.cached and key not in state:
             raise ValueError(
                 f"the key-value cache holds tokens that the gate at {self.path!r} has not seen (gate_granularity="
                 f"{self.granularity!r}): fill the cache by a forward of this model with these adapters active"
             )
-        return state
+        return state, key
 
     def _report(self, logits: Tensor, weights: Tensor, mask: Tensor | None, context: ForwardContext) -> None:
         record = context.record

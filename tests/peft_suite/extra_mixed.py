@@ -1,6 +1,6 @@
 """Mixed-adapter batches on language models, for our types.
 
-``run.py`` copies this file beside PEFT's tests. PEFT has the two tests, but runs them only for the configs that it
+`run.py` copies this file beside PEFT's tests. PEFT has the two tests, but runs them only for the configs that it
 knows by name; here these names are ours. The plugin fills in the configs.
 """
 

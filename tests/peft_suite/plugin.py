@@ -1,14 +1,14 @@
 """pytest plugin: PEFT's own tests, with the types of a spec in place of PEFT's.
 
-PEFT writes most of its tests once, for all its types, and lets ``pytest.mark.parametrize`` run them over lists of
+PEFT writes most of its tests once, for all its types, and lets `pytest.mark.parametrize` run them over lists of
 configs. Before the tests of a file are collected, this plugin
 
-* puts the spec's configs into every such list, told by the names of the arguments (``retarget``),
-* mends the few helpers that know PEFT's types by name (``mend_helpers``), and
-* makes every model id local (see ``tiny_models.py``).
+* puts the spec's configs into every such list, told by the names of the arguments (`retarget`),
+* mends the few helpers that know PEFT's types by name (`mend_helpers`), and
+* makes every model id local (see `tiny_models.py`).
 
 Afterwards it drops the tests that run no config of the spec: they build a config of another type in their body. At the
-end it prints for each type what was collected, passed, failed, skipped and excluded, and why. ``spec.py`` says what
+end it prints for each type what was collected, passed, failed, skipped and excluded, and why. `spec.py` says what
 a spec consists of.
 """
 
@@ -75,7 +75,7 @@ tally = Tally()
 
 
 def type_of(value: Any) -> str | None:
-    """Name of the type that ``value``, a config or a class of configs, belongs to; None if it is not the spec's."""
+    """Name of the type that `value`, a config or a class of configs, belongs to; None if it is not the spec's."""
     for base in (value if isinstance(value, type) else type(value)).__mro__:
         if base in TYPE_OF_CONFIG:
             return TYPE_OF_CONFIG[base]
@@ -102,23 +102,21 @@ def from_lora_rows(names: Sequence[str], rows: Sequence[Any]) -> list[Any] | Non
         return None
     new = []
     for row in lora_rows:
-        targets = set().union(*(row[index].target_modules or {"?"} for index in columns))
+        targets = [row[index].target_modules for index in columns]
         for label, make in spec.MIXED:
-            if not targets <= spec.MIXED_TARGETS:
+            if not all(isinstance(target, set) and target <= spec.MIXED_TARGETS for target in targets):
                 tally.exclude(str(type_of(make(0, target_modules=["lin0"]))), spec.MIXED_TARGETS_REASON)
                 continue
             values = [value.replace("LoRA", label) if isinstance(value, str) else value for value in row]
-            for position, index in enumerate(columns):
-                lora = row[index]
-                values[index] = make(
-                    position, target_modules=sorted(lora.target_modules), modules_to_save=lora.modules_to_save
-                )
+            for position, (index, target) in enumerate(zip(columns, targets, strict=True)):
+                saved = row[index].modules_to_save
+                values[index] = make(position, target_modules=sorted(target), modules_to_save=saved)
             new.append(tuple(values) if len(values) > 1 else values[0])
     return new
 
 
 def new_rows(file: str, names: tuple[str, ...], rows: list[Any]) -> list[Any] | None:
-    """What takes the place of ``rows``; None leaves them as they are."""
+    """What takes the place of `rows`; None leaves them as they are."""
     if names in ROWS:
         return list(getattr(spec, ROWS[names]))
     if names == ("config_cls", "config_kwargs"):

@@ -3,9 +3,9 @@
     python tests/peft_suite/run.py [--files decoder,config] [-n 4] [--sdist FILE] [--cache DIR] [pytest options]
 
 PEFT ships its tests in its source distribution, not in its wheel. The first run downloads the source distribution of
-the installed version into the cache (about 1 MB); everything after that, and everything with ``--sdist``, is offline:
-the models are random and tiny, made by ``tiny_models.py``. No file of PEFT is edited: ``plugin.py`` puts the types of
-``spec.py`` in place of PEFT's own while the tests are collected.
+the installed version into the cache (about 1 MB); everything after that, and everything with `--sdist`, is offline:
+the models are random and tiny, made by `tiny_models.py`. No file of PEFT is edited: `plugin.py` puts the types of
+`spec.py` in place of PEFT's own while the tests are collected.
 
 Needs, besides the library: pytest, pytest-xdist, diffusers, scipy, pyyaml (PEFT's test files import them).
 """
@@ -82,7 +82,7 @@ def find_sdist(cache: Path, version: str) -> Path:
 
 
 def prepare_tests(sdist: Path | None, version: str, cache: Path) -> Path:
-    """PEFT's tests as a package ``tests`` in the cache, with our extra file beside them."""
+    """PEFT's tests as a package `tests` in the cache, with our extra file beside them."""
     root = cache / f"peft-{version}"
     tests = root / "tests"
     if not tests.exists():

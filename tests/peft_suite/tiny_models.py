@@ -2,7 +2,7 @@
 
     python tiny_models.py FOLDER
 
-With FOLDER as the working directory, ``from_pretrained("peft-internal-testing/...")`` is local. The names stay the
+With FOLDER as the working directory, `from_pretrained("peft-internal-testing/...")` is local. The names stay the
 same, so that what the tests do by name still applies.
 """
 
