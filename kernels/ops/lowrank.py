@@ -73,15 +73,18 @@ def lowrank(
         raise ValueError(f"act={act!r} is unknown; choose one of {sorted(ACTIVATIONS)}")
     if sum(ranks) != w_down.shape[0] or w_up.shape[1] != w_down.shape[0] or x.shape[-1] != w_down.shape[1]:
         raise ValueError(
-            f"ranks={list(ranks)}, x {tuple(x.shape)}, w_down {tuple(w_down.shape)}, w_up {tuple(w_up.shape)} do not fit: "
-            "expected x (N, K), w_down (R, K), w_up (M, R) with R = sum(ranks)"
+            f"x {tuple(x.shape)}, w_down {tuple(w_down.shape)}, w_up {tuple(w_up.shape)} and ranks={list(ranks)} "
+            "do not fit: expected x (N, K), w_down (R, K), w_up (M, R) with R = sum(ranks)"
         )
     if x.dim() != 2 or (indices is not None and indices.shape[0] != x.shape[0]):
-        raise ValueError(f"x must be (N, K) and indices (N, k), got {tuple(x.shape)} and {indices}")
+        shape = None if indices is None else tuple(indices.shape)
+        raise ValueError(f"x must be (N, K) and indices (N, k), got {tuple(x.shape)} and {shape}")
+    slots = len(ranks) if indices is None else indices.shape[1]
+    if gates is not None and gates.shape != (x.shape[0], slots):
+        raise ValueError(f"gates must be {(x.shape[0], slots)}, one for each row and slot, got {tuple(gates.shape)}")
     down, up, b_down, b_up, w_gate, b_gate, scale, gates = (
         None if t is None else t.to(x.dtype) for t in (w_down, w_up, b_down, b_up, w_gate, b_gate, scale, gates)
     )
-    slots = len(ranks) if indices is None else indices.shape[1]
     backend = choose_backend(x.shape[0], slots, len(ranks), w_down.shape[0], x.dtype)
     run = {"dense": _dense, "segments": _segments, "reference": _reference}[backend]
     delta = run(x, down, up, ranks, b_down, b_up, w_gate, b_gate, indices, gates, scale, ACTIVATIONS[act])
@@ -113,7 +116,8 @@ def _dense(x, down, up, ranks, b_down, b_up, w_gate, b_gate, indices, gates, sca
     if b_up is None:
         return F.linear(h, up)
     # `addmm` would do for (N, E) weights, but (E,) weights broadcast.
-    return F.linear(h, up) + weights @ b_up
+    shift: Tensor = weights @ b_up
+    return F.linear(h, up) + shift
 
 
 def _scale_columns(h: Tensor, weights: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -149,8 +153,9 @@ def _segments(x, down, up, ranks, b_down, b_up, w_gate, b_gate, indices, gates, 
             here = slice(start, start + count)
             y = _hidden(x[rows[here]], downs[e], down_b[e], gate_w[e], gate_b[e], act)
             y = F.linear(y, ups[e], up_b[e])
-            if scales[e] is not None:
-                y = y * scales[e]
+            factor = scales[e]
+            if factor is not None:
+                y = y * factor
             pieces.append(y if weights is None else y * weights[order[here]].unsqueeze(-1))
         start += count
     if not pieces:

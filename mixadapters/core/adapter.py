@@ -66,7 +66,7 @@ class Chain(Adapter):
 
     @property
     def stages(self) -> dict[str, Adapter]:
-        return dict(self.named_children())  # type: ignore[arg-type]
+        return dict(self.named_children())
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         for stage in self.children():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ class AdapterBank(nn.Module):
             first.down.weight.dtype,
         )  # fmt: skip
 
-    def packed(self) -> dict[str, Tensor | None]:
+    def packed(self) -> dict[str, Any]:
         """The weights of all experts as `kernels.lowrank` takes them, computed anew from the parameters.
 
         Nothing is cached: parameters may be reassigned, moved, cast or gathered between two calls. A LayerNorm is
@@ -139,9 +140,9 @@ def run_banks(
     )
 
 
-def _pack(experts: list[tuple[AdapterBank, Expert]]) -> dict[str, Tensor | None]:
+def _pack(experts: list[tuple[AdapterBank, Expert]]) -> dict[str, Any]:
     downs, down_biases = zip(*(_folded(e.down, e.norm) for _, e in experts), strict=True)
-    packed = {
+    packed: dict[str, Any] = {
         "w_down": _cat(downs),
         "b_down": _cat(down_biases),
         "w_up": _cat([e.up.weight for _, e in experts], dim=1),
@@ -153,20 +154,20 @@ def _pack(experts: list[tuple[AdapterBank, Expert]]) -> dict[str, Tensor | None]
     if any(bank.scale != 1.0 for bank, _ in experts):
         like = experts[0][1].up.weight
         packed["scale"] = torch.cat(
-            [like.new_full((1,), b.scale) if e.scale is None else e.scale.weight for b, e in experts]
+            [like.new_full((1,), b.scale or 0.0) if e.scale is None else e.scale.weight for b, e in experts]
         )
     return packed
 
 
-def _folded(linear: nn.Linear, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor | None]:
+def _folded(linear: Any, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor | None]:
     if norm is None:
         return linear.weight, linear.bias
     shift = linear.weight @ norm.bias
     return linear.weight * norm.weight, shift if linear.bias is None else linear.bias + shift
 
 
-def _cat(parts: object, dim: int = 0) -> Tensor | None:
-    tensors = list(parts)  # type: ignore[call-overload]
+def _cat(parts: Iterable[Any], dim: int = 0) -> Tensor | None:
+    tensors = list(parts)
     if tensors[0] is None:
         return None
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)

@@ -47,7 +47,7 @@ class _FollowsCache:
 
 
 @cache
-def _following(cls: type) -> type:
+def _following(cls: Any) -> type:
     return type(cls.__name__, (_FollowsCache, cls), {"__module__": cls.__module__})
 
 

@@ -70,6 +70,7 @@ class Record:
     losses: dict[str, Tensor] = field(default_factory=dict)  # weighted, summed by name
     main_loss: Tensor | None = None
     main_scale: float = 1.0
+    own_rows: Tensor | None = None  # (N,) bool: the rows of a mixed batch that name the adapter whose router runs
     observed: list[Tensor] | None = None  # not None: adapters report and change nothing
     parent: Record | None = None
 
@@ -133,6 +134,7 @@ class ForwardContext:
         self.preparing: list[Any] = []  # layers with an adapter to prepare before each forward
         self.hosted: set[str] = set()  # names of adapters that this model holds
         self._argument_names = argument_names
+        self._layers: list[nn.Module] | None = None  # those that activation checkpointing may run again
         self._empty()
 
     def _empty(self) -> None:
@@ -141,7 +143,7 @@ class ForwardContext:
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors of a batch are no state of the model, and those with a history cannot be copied.
-        left_out = {"_latest": None, "_local": None, "loss_log": {}, "pinned": {}}
+        left_out: dict[str, Any] = {"_latest": None, "_local": None, "loss_log": {}, "pinned": {}}
         return {**self.__dict__, **left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -176,7 +178,7 @@ class ForwardContext:
         """The context of `model`, or None."""
         for hook in model._forward_pre_hooks.values():
             if isinstance(getattr(hook, "__self__", None), cls):
-                return hook.__self__  # type: ignore[union-attr]
+                return hook.__self__
         return None
 
     @classmethod
@@ -264,11 +266,9 @@ class ForwardContext:
 
     def _carry_into_checkpoints(self, module: nn.Module) -> None:
         """Wrap the checkpoint functions that transformers sets on layers, whenever it has set new ones."""
-        layers = self.__dict__.setdefault("_checkpointable", {}).get(id(module))
-        if layers is None:
-            layers = [m for m in module.modules() if hasattr(m, "gradient_checkpointing")]
-            self._checkpointable[id(module)] = layers
-        for layer in layers:
+        if self._layers is None:
+            self._layers = [m for m in module.modules() if hasattr(m, "gradient_checkpointing")]
+        for layer in self._layers:
             function = layer.__dict__.get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, _Checkpointed):
                 layer._gradient_checkpointing_func = _Checkpointed(self, function)
@@ -298,15 +298,13 @@ class ForwardContext:
         return tokens.unflatten(0, (batch, -1))
 
     def rows(self, field_name: str, count: int) -> Tensor | None:
-        """A per-sequence field (B,) repeated to `count` rows: tokens of a flattened batch, beams of a search."""
+        """A per-sequence field (B, ...) repeated to `count` rows: tokens of a flattened batch, beams of a search."""
         value = self.record.values.get(field_name)
         return None if value is None else _repeat(torch.as_tensor(value), count, field_name)
 
-    def adapter_rows(self, known: Sequence[str], count: int, device: torch.device) -> Tensor | None:
+    def adapter_rows(self, known: Sequence[str], count: int, device: torch.device) -> Tensor:
         """(count,) index into `known` of the adapter named for each row, -1 where it is not among them."""
-        names = self.record.values.get("adapter_names")
-        if names is None:
-            return None
+        names = self.record.values["adapter_names"]
         place = {name: i for i, name in enumerate(known)}
         return _repeat(torch.tensor([place.get(n, -1) for n in names], device=device), count, "adapter_names")
 
@@ -412,7 +410,7 @@ class ForwardContext:
 
     def _join_losses(self, record: Record, module: nn.Module, output: Any) -> Any:
         """Add the losses of this forward to `output.loss`; without one, attach them to the outputs."""
-        extra = sum(record.losses.values()) if record.training and record.losses else None
+        extra = sum(record.losses.values(), torch.zeros(())) if record.training and record.losses else None
         if extra is None and record.main_loss is None and record.main_scale == 1.0:
             return output
         loss = record.main_loss if record.main_loss is not None else getattr(output, "loss", None)
@@ -421,7 +419,7 @@ class ForwardContext:
             loss = loss * record.main_scale * (1.0 if record.main_loss is None else share)
             output["loss"] = loss if extra is None else loss + extra * share
             return output
-        if record.main_scale != 1.0:
+        if extra is None or record.main_scale != 1.0:
             raise ValueError("the forward has no loss to weigh; pass labels, or an objective that makes a loss")
         return _attach(output, extra * self.loss_scale)
 
@@ -482,7 +480,7 @@ def _repeat(values: Tensor, count: int, name: str) -> Tensor:
             f"Length of `{name}` should be the same as the number of inputs, but got {values.shape[0]} and {count} "
             "respectively."
         )
-    return values.repeat_interleave(count // values.shape[0])
+    return values.repeat_interleave(count // values.shape[0], dim=0)
 
 
 def _argument_names(module: nn.Module) -> tuple[str, ...]:

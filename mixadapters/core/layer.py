@@ -29,7 +29,7 @@ class AdapterHost(BaseTunerLayer):
         self.context, self.path = context, path
         self.in_features, self.out_features = in_features, out_features
         self.adapter_layer_names = (f"{prefix}adapters",)
-        self.add_module(f"{prefix}adapters", nn.ModuleDict())  # type: ignore[attr-defined]
+        self.add_module(f"{prefix}adapters", nn.ModuleDict())
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -38,7 +38,7 @@ class AdapterHost(BaseTunerLayer):
 
     @property
     def adapters(self) -> nn.ModuleDict:
-        return self._modules[self.adapter_layer_names[0]]  # type: ignore[attr-defined]
+        return self._modules[self.adapter_layer_names[0]]
 
     @property
     def observes(self) -> bool:

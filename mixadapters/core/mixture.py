@@ -46,7 +46,7 @@ class Mixture(Adapter):
         self.router, self.bank = router, bank
         self.insertion, self.tap = insertion, tap
         self.dropout = nn.Dropout(dropout)
-        self.observes, self.replaces = observes, replaces  # type: ignore[misc]
+        self.observes, self.replaces = observes, replaces
 
     def source(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         """What the experts read: (..., K)."""
@@ -106,11 +106,11 @@ def apply_rows(adapters: Sequence[Adapter], owner: Tensor, x: Tensor, y: Tensor,
         owner: (B,) index into `adapters` of each row of y (B, ..., M); -1 leaves the row as it is, bit for bit.
     """
     if all(isinstance(adapter, Chain) for adapter in adapters):
-        names = dict.fromkeys(name for adapter in adapters for name in adapter.stages)  # type: ignore[attr-defined]
+        names = dict.fromkeys(name for adapter in adapters for name in adapter.stages)
         for name in names:
-            have = [i for i, adapter in enumerate(adapters) if name in adapter.stages]  # type: ignore[attr-defined]
+            have = [i for i, adapter in enumerate(adapters) if name in adapter.stages]
             owned = _renumber(owner, have, len(adapters))
-            y = apply_rows([adapters[i].stages[name] for i in have], owned, x, y, context)  # type: ignore[attr-defined]
+            y = apply_rows([adapters[i].stages[name] for i in have], owned, x, y, context)
         return y
     groups: dict[object, list[int]] = {}
     for i, adapter in enumerate(adapters):
@@ -120,7 +120,7 @@ def apply_rows(adapters: Sequence[Adapter], owner: Tensor, x: Tensor, y: Tensor,
         mine = [adapters[i] for i in members]
         owned = _renumber(owner, members, len(adapters))
         if len(mine) > 1 or isinstance(mine[0], Mixture):
-            new = _mixtures_in_one_call(mine, owned, x, before, context)  # type: ignore[arg-type]
+            new = _mixtures_in_one_call(mine, owned, x, before, context)
         else:
             new = mine[0](x, before, context)
         y = torch.where((owned >= 0).view(-1, *[1] * (y.dim() - 1)), new, y)
@@ -150,7 +150,12 @@ def _mixtures_in_one_call(
     if all(len(m.bank.experts) == 1 and getattr(m.router, "always_first", False) for m in mixtures):
         routing = Routing(rows.unsqueeze(1))
     else:
-        routing = _joined([m.router(source, context) for m in mixtures], [m.bank for m in mixtures], rows)
+        routings = []
+        for i, mixture in enumerate(mixtures):
+            context.record.own_rows = rows == i
+            routings.append(mixture.router(source, context))
+        context.record.own_rows = None
+        routing = _joined(routings, [m.bank for m in mixtures], rows)
     out = run_banks([m.bank for m in mixtures], tokens, routing, y.reshape(-1, y.shape[-1]), routing.keep)
     return out.view_as(y)
 

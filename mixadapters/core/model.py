@@ -84,12 +84,11 @@ class MixtureModel(BaseTuner):
         stages = type(self.peft_config[adapter_name]).stages
         if stage not in stages:
             raise ValueError(f"stage={stage!r} is unknown; have {list(stages)}.{nearest(stage, stages)}")
-        chosen = []
-        for parameter, matches in self._stage_parameters(stages[stage], adapter_name):
-            parameter.requires_grad_(matches)
-            chosen.append(matches)
-        if not any(chosen):
+        chosen = list(self._stage_parameters(stages[stage], adapter_name))
+        if not any(matches for _, matches in chosen):
             raise ValueError(f"stage={stage!r} trains nothing: no parameter of {adapter_name!r} is in {stages[stage]}")
+        for parameter, matches in chosen:
+            parameter.requires_grad_(matches)
         self.__dict__.setdefault("stage", {})[adapter_name] = stage
 
     def _stage_parameters(self, patterns: tuple[str, ...], adapter_name: str) -> Iterator[tuple[nn.Parameter, bool]]:
@@ -105,14 +104,23 @@ class MixtureModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if not inference_mode:
+            self._keep_stages([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+
+    def enable_adapter_layers(self) -> None:
+        super().enable_adapter_layers()
+        self._keep_stages(self.active_adapters)
+
+    def _keep_stages(self, names: list[str]) -> None:
+        """PEFT makes active adapters trainable as a whole: freeze again what their stages do not train."""
         for name, stage in self.__dict__.get("stage", {}).items():
-            if name in names and name in self.peft_config and not inference_mode:
+            if name in names:
                 self.set_stage(stage, name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.context.hosted.discard(adapter_name)
+        self.__dict__.get("stage", {}).pop(adapter_name, None)
 
     # --- injection --------------------------------------------------------------------------------------------
 
@@ -198,7 +206,7 @@ class MixtureModel(BaseTuner):
         adapter = self.build(peft_config, site)
         if adapter is None:
             return
-        for _, path in site.taps:
+        for _role, path in site.taps:
             Tap.attach(self._unwrapped(path), path, self.context)
         if not isinstance(host, AdapterHost):
             host = self.attachment(

@@ -124,7 +124,8 @@ class DomainGate(Router):
         weights = self.weigh(logits / self.temperature)  # (N, A)
         self._report(logits, weights, mask, context)
         experts = weights[:, : len(self.experts)].to(tokens.dtype)
-        keep = weights[:, -1].to(tokens.dtype) if self.convex else None
+        # What removed domains leave behind goes to the frozen layer, so that a softmax still sums to 1.
+        keep = weights[:, len(self.experts) :].sum(1).to(tokens.dtype) if self.convex else None
         return Routing(weights=experts, keep=keep, probs=weights)
 
     def _by_ids(self, chosen: Tensor, dtype: torch.dtype, context: ForwardContext) -> Routing:
@@ -145,8 +146,9 @@ class DomainGate(Router):
         if self.granularity == "token":
             mask = stream.mask
             flat = tokens.reshape(-1, tokens.shape[-1])
-            fits = mask is not None and mask.numel() == flat.shape[0]
-            return self._score(flat), mask.reshape(-1) if fits else None
+            if mask is None or mask.numel() != flat.shape[0]:
+                return self._score(flat), None
+            return self._score(flat), mask.reshape(-1)
         sequences = context.as_sequences(tokens, self.stack)
         batch, length, _ = sequences.shape
         mask = stream.mask if stream.mask is not None and stream.mask.shape[1] == length else None
@@ -224,27 +226,35 @@ class DomainGate(Router):
         return mean
 
     def _prompt(self, scores: Tensor, mask: Tensor | None, context: ForwardContext) -> Tensor:
-        """(B, T) bool: the tokens of the request. From `prompt_mask`, else those before the first label, else all."""
-        record = context.record
-        prompt, labels = record.values.get("prompt_mask"), record.inputs.get("labels")
-        if prompt is None and labels is not None and labels.shape[:2] == scores.shape[:2]:
-            prompt = (labels != -100).cumsum(1) == 0
-            if not torch.compiler.is_compiling() and not bool(prompt.any(1).all()):
+        """(B, T) bool: the tokens of the request. All that an encoder of two stacks reads; else those of
+        `prompt_mask`, else those before the first label, else all."""
+        record, encoder = context.record, self.stack == "encoder"
+        prompt = None if encoder else context.rows("prompt_mask", scores.shape[0])
+        labels = None if encoder else record.inputs.get("labels")
+        real = torch.ones(scores.shape[:2], dtype=torch.bool, device=scores.device) if mask is None else mask
+        if prompt is not None:
+            if prompt.shape != real.shape:
+                raise ValueError(
+                    f"prompt_mask {tuple(prompt.shape)} does not fit the tokens of this forward {tuple(real.shape)}"
+                )
+            return prompt.to(real.device).bool() & real
+        if labels is not None and labels.shape[:2] == real.shape:
+            labelled = labels != -100
+            prompt = (labelled.cumsum(1) == 0) & real
+            if not torch.compiler.is_compiling() and bool((labelled.any(1) & ~prompt.any(1)).any()):
                 raise ValueError(
                     "gate_granularity='request' needs a prompt in each row, but labels cover a row from its first "
                     "token: mask the prompt's labels with -100, or pass prompt_mask (B, T)"
                 )
-        if prompt is None and record.training:
+            return prompt
+        if record.training and not encoder:
             raise ValueError(
                 "gate_granularity='request' must know the prompt in training, or it would see the answer: pass "
                 "prompt_mask (B, T), or labels with -100 on the prompt"
             )
-        if prompt is None:
-            if mask is None and scores.shape[0] > 1:
-                raise _missing_mask("request")
-            prompt = torch.ones(scores.shape[:2], dtype=torch.bool, device=scores.device)
-        prompt = prompt.bool()
-        return prompt if mask is None else prompt & mask
+        if mask is None and scores.shape[0] > 1:
+            raise _missing_mask("request")
+        return real
 
     def _state(self, stream: Stream, context: ForwardContext) -> tuple[dict[str, Tensor] | None, str]:
         """Where this gate keeps what it must remember of earlier tokens, None where nothing comes after; and its key.
@@ -272,6 +282,8 @@ class DomainGate(Router):
 
     def _report(self, logits: Tensor, weights: Tensor, mask: Tensor | None, context: ForwardContext) -> None:
         record = context.record
+        if record.own_rows is not None:  # what the other rows of a mixed batch would do is no concern of this gate
+            mask = record.own_rows if mask is None else mask & record.own_rows
         if record.training and record.open:
             self.usage.add(weights, mask)
         if not record.training:

@@ -137,5 +137,5 @@ def find_tuner(model: nn.Module) -> MixtureModel:
         if isinstance(module, MixtureModel):
             return module
     raise ValueError(
-        f"{type(model).__name__} holds no adapter of mixadapters; pass the result of peft.get_peft_model(model, config)"
+        f"{type(model).__name__} holds no adapter of mixadapters; pass the result of get_peft_model(model, config)"
     )

@@ -13,7 +13,7 @@ def peft_type(name: str) -> PeftType:
     """The member `name` of PEFT's enum of types; added if it is not there. Callable any number of times."""
     found = PeftType._member_map_.get(name)
     if found is not None:
-        return found  # type: ignore[return-value]
+        return found
     member: Any = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
     member.__objclass__ = PeftType

@@ -98,7 +98,9 @@ def with_import(saved: dict[str, Any]) -> tuple[dict[str, str], dict[str, torch.
     for kind in CONFIGS:
         code = code_of(saved[kind] / "README.md").replace("path or hub id of this adapter", str(saved[kind]))
         cards += code + f'logits["{kind}/card"] = model.eval()(torch.arange(5, 12)[None]).logits.detach()\n'
-    imported = 'import mixadapters\nimported = sorted(set(sys.modules) - known)\nsaid_imports = {"imports": imported}\n'
+    imported = (
+        'import mixadapters\nimported = sorted(set(sys.modules) - known)\nsaid_imports = {"imports": imported}\n'
+    )
     return run(HEADER + imported + LOADS + cards + "said.update(said_imports)\n" + FOOTER, saved, "with")
 
 

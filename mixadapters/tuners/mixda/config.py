@@ -43,7 +43,7 @@ class MixDAConfig(MixtureConfig):
         "task": ("domain.router.*", "task.*", "modules_to_save"),
     }
 
-    domains: list[str] | dict[str, Any] = field(
+    domains: Any = field(
         default_factory=lambda: ["domain"], metadata={"help": "New domains by name, or trained ones by source."}
     )
     r: int | None = field(default=None, metadata={"help": "Width of new domain adapters. None: by reduction_factor."})

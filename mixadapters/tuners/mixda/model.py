@@ -104,7 +104,7 @@ class MixDAModel(MixtureModel):
         if config.task_adapter is not None:
             tap = site.tap("ffn_input") if config.task_adapter == "parallel" else None
             task = bottleneck(config.task_config(), site, config.task_r or 0, tap)
-            task.observes = False  # type: ignore[misc]
+            task.observes = False
             stages["task"] = task
         return Chain(**stages) if stages else None
 

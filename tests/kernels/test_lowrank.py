@@ -1,0 +1,323 @@
+"""Every backend against the definition, and the definition against a loop over single rows."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mixadapters import kernels
+from mixadapters.kernels import ACTIVATIONS, BACKENDS, adapter_backend, backends, choose_backend, lowrank
+
+FAST = tuple(name for name in BACKENDS if name != "reference")
+WEIGHTS = ("w_down", "w_up", "b_down", "b_up", "w_gate", "b_gate", "scale")
+
+
+def row_by_row(x, w_down, w_up, ranks, indices=None, gates=None, base=None, base_weight=None, act="gelu", **optional):
+    """The formula of `lowrank`'s docstring, one row and one slot at a time."""
+    b_down, b_up, w_gate, b_gate, scale = (optional.get(n) for n in ("b_down", "b_up", "w_gate", "b_gate", "scale"))
+    starts = [sum(ranks[:e]) for e in range(len(ranks))]
+    rows = []
+    for n in range(x.shape[0]):
+        y = torch.zeros_like(w_up[:, 0])
+        if base is not None:
+            y = base[n] if base_weight is None else base_weight[n] * base[n]
+        chosen = range(len(ranks)) if indices is None else indices[n].tolist()
+        for slot, e in enumerate(chosen):
+            if e < 0:
+                continue
+            part = slice(starts[e], starts[e] + ranks[e])
+            h = w_down[part] @ x[n] + (0 if b_down is None else b_down[part])
+            if w_gate is None:
+                h = ACTIVATIONS[act](h)
+            else:
+                h = ACTIVATIONS[act](w_gate[part] @ x[n] + (0 if b_gate is None else b_gate[part])) * h
+            out = w_up[:, part] @ h + (0 if b_up is None else b_up[e])
+            out = out * (1 if scale is None else scale[e])
+            y = y + out * (1 if gates is None else gates[n, slot])
+        rows.append(y)
+    return torch.stack(rows) if rows else x.new_zeros(0, w_up.shape[0])
+
+
+def problem(
+    seed=0, rows=5, width_in=4, width_out=3, ranks=(2, 3), slots=2, glu=False, bias=True, scale=True, base=True,
+    base_weight=False, gates=True, act="gelu", routing="random", dtype=torch.float64,
+):  # fmt: skip
+    """Arguments of `lowrank`; every float tensor is a leaf that wants a gradient. slots None: no indices."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+    total, experts = sum(ranks), len(ranks)
+    given = {"x": leaf(rows, width_in), "w_down": leaf(total, width_in), "w_up": leaf(width_out, total)}
+    if bias:
+        given |= {"b_down": leaf(total), "b_up": leaf(experts, width_out)}
+    if glu:
+        given |= {"w_gate": leaf(total, width_in)} | ({"b_gate": leaf(total)} if bias else {})
+    if scale:
+        given["scale"] = leaf(experts)
+    if base:
+        given["base"] = leaf(rows, width_out)
+        if base_weight:
+            given["base_weight"] = leaf(rows)
+    if slots is not None:
+        indices = torch.randint(-1, experts, (rows, slots), generator=generator)
+        if routing == "none":
+            indices.fill_(-1)
+        elif routing == "last":  # all the others stay empty
+            indices.fill_(experts - 1)
+        elif routing == "all":
+            indices = torch.rand(rows, experts, generator=generator).argsort(1)
+        given["indices"] = indices
+    if gates:
+        given["gates"] = leaf(rows, experts if slots is None else given["indices"].shape[1])
+    return {**given, "ranks": list(ranks), "act": act}
+
+
+def copied(given: dict) -> dict:
+    return {
+        k: v.detach().clone().requires_grad_(v.is_floating_point()) if isinstance(v, Tensor) else v
+        for k, v in given.items()
+    }
+
+
+def run(given: dict, backend: str, function=lowrank):
+    """Output and the gradient of every float argument by name, zeros where there is none."""
+    given = copied(given)
+    with adapter_backend(backend):
+        y = function(**given)
+    if y.requires_grad:
+        generator = torch.Generator().manual_seed(1)
+        y.backward(torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype))
+    leaves = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    return y.detach(), {k: torch.zeros_like(v) if v.grad is None else v.grad for k, v in leaves.items()}
+
+
+def assert_same(given: dict, one: tuple, other: tuple, **tolerance) -> None:
+    torch.testing.assert_close(one[0], other[0], **tolerance)
+    for name in one[1]:
+        torch.testing.assert_close(one[1][name], other[1][name], msg=lambda m, n=name: f"{n}: {m}", **tolerance)
+
+
+@st.composite
+def problems(draw):
+    routing = draw(st.sampled_from(["random", "none", "last", "all", "dense"]))
+    return problem(
+        seed=draw(st.integers(0, 2**16)),
+        rows=draw(st.integers(0, 9)),
+        width_in=draw(st.integers(1, 6)),
+        width_out=draw(st.integers(1, 6)),
+        ranks=draw(st.one_of(st.lists(st.integers(1, 17), min_size=1, max_size=5), st.just([3, 3, 3]))),
+        slots=None if routing == "dense" else draw(st.integers(1, 6)),  # more slots than experts: duplicates
+        routing=routing,
+        act=draw(st.sampled_from(sorted(ACTIVATIONS))),
+        **{name: draw(st.booleans()) for name in ("glu", "bias", "scale", "base", "base_weight", "gates")},
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(problems())
+def test_reference_is_the_formula(given) -> None:
+    assert_same(given, run(given, "reference"), run(given, "reference", row_by_row))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(given=problems())
+def test_backend_equals_reference_in_value_and_every_gradient(backend, given) -> None:
+    assert_same(given, run(given, backend), run(given, "reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("glu", [False, True])
+@pytest.mark.parametrize("slots", [None, 2])
+def test_gradients_are_those_of_finite_differences(backend, glu, slots) -> None:
+    given = problem(glu=glu, slots=slots, base_weight=True, ranks=(1, 2), rows=3, act="silu")
+    names = [k for k, v in given.items() if isinstance(v, Tensor) and v.requires_grad]
+    assert {*WEIGHTS, "x", "gates", "base", "base_weight"} - {*names} == (set() if glu else {"w_gate", "b_gate"})
+    with adapter_backend(backend):
+        assert torch.autograd.gradcheck(
+            lambda *tensors: lowrank(**{**given, **dict(zip(names, tensors, strict=True))}),
+            [given[name] for name in names],
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_row_without_expert_is_its_base_bit_for_bit(backend, dtype) -> None:
+    given = problem(rows=8, slots=2, ranks=(3, 1, 4), dtype=dtype)
+    given["indices"][::2] = -1
+    given["indices"][1::2, 0] = 1
+    y, _ = run(given, backend)
+    assert torch.equal(y[::2], given["base"][::2])
+    assert (y[1::2] != given["base"][1::2]).any(1).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_experts_nobody_chose_get_a_zero_gradient_not_none(backend) -> None:
+    given = copied(problem(rows=4, slots=1, ranks=(2, 3, 1), glu=True, routing="last"))
+    with adapter_backend(backend):
+        lowrank(**given).sum().backward()
+    for name in ("w_down", "w_gate", "b_down"):
+        assert given[name].grad is not None
+        assert (given[name].grad[:5] == 0).all()
+        assert (given[name].grad[5:] != 0).any()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_half_precision_is_near_double(backend) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        given = problem(rows=16, width_in=32, width_out=24, ranks=(8, 5), dtype=dtype)
+        exact = {
+            k: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()
+        }
+        y, _ = run(given, backend)
+        expected = row_by_row(**exact)
+        assert y.dtype == dtype
+        error = (y.double() - expected).norm() / expected.norm()
+        assert error < (2e-2 if dtype is torch.bfloat16 else 3e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_follow_the_dtype_of_the_rows_and_the_result_that_of_the_base(backend) -> None:
+    given = problem(dtype=torch.float32)
+    given = {**given, "x": given["x"].bfloat16()}
+    with adapter_backend(backend):
+        y = lowrank(**given)
+        assert y.dtype == torch.float32  # that of the base
+        assert lowrank(**{**given, "base": None}).dtype == torch.bfloat16
+    y.sum().backward()
+    assert given["w_down"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backend_runs_under_autocast(backend) -> None:
+    given = problem(rows=6, slots=1, dtype=torch.float32)
+    with adapter_backend(backend), torch.autocast("cpu", torch.bfloat16):
+        y = lowrank(**given)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, run(given, "reference")[0], atol=0.2, rtol=0.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_and_expanded_rows_are_read_right(backend) -> None:
+    for slots in (None, 2):
+        given = problem(rows=6, width_in=5, slots=slots)
+        wide, tall = torch.randn(6, 10, dtype=torch.float64), torch.randn(5, 6, dtype=torch.float64)
+        for x in (wide[:, ::2], tall.T, wide[:1, :5].expand(6, 5), wide[:, 5:]):
+            with adapter_backend(backend):
+                torch.testing.assert_close(
+                    lowrank(**{**given, "x": x}), lowrank(**{**given, "x": x.clone(memory_format=torch.contiguous_format)})
+                )
+        with adapter_backend(backend):
+            turned = {**given, "w_down": given["w_down"].T.contiguous().T, "w_up": given["w_up"].T.contiguous().T}
+            torch.testing.assert_close(lowrank(**turned), lowrank(**given))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_indices_may_be_of_32_bits(backend) -> None:
+    given = problem()
+    with adapter_backend(backend):
+        assert torch.equal(lowrank(**{**given, "indices": given["indices"].int()}), lowrank(**given))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_may_be_computed(backend) -> None:
+    """Not only leaves: a method may make its weights of others in each forward."""
+    given = copied(problem())
+    shared = torch.ones((), dtype=torch.float64, requires_grad=True)
+    with adapter_backend(backend):
+        lowrank(**{**given, "w_down": given["w_down"] * shared, "w_up": given["w_up"] + 0}).sum().backward()
+    torch.testing.assert_close(shared.grad, (given["w_down"].grad * given["w_down"]).sum().detach())
+
+
+# --- the choice of backend ---------------------------------------------------------------------------------------
+
+
+def test_backend_is_forced_inside_the_block_and_restored_after_errors() -> None:
+    free = choose_backend(10, 1, 64, 4096, torch.float32)
+    assert free == "segments"
+    with adapter_backend("dense"):
+        assert choose_backend(10, 1, 64, 4096, torch.float32) == "dense"
+        with adapter_backend("reference"):
+            assert choose_backend(10, 1, 64, 4096, torch.float32) == "reference"
+        assert choose_backend(10, 1, 64, 4096, torch.float32) == "dense"
+    with pytest.raises(KeyError), adapter_backend("dense"):
+        raise KeyError
+    assert choose_backend(10, 1, 64, 4096, torch.float32) == free
+
+
+def test_unknown_backend_is_refused_with_the_choices() -> None:
+    with pytest.raises(ValueError, match=r"backend='triton'.*dense.*segments.*reference"), adapter_backend("triton"):
+        pass
+    assert backends._forced is None
+
+
+def test_rule_prefers_one_product_unless_most_of_it_is_wasted() -> None:
+    assert choose_backend(100, 4, 4, 256, torch.float32) == "dense"  # every expert for every row
+    assert choose_backend(100, 1, 2, 32, torch.float32) == "dense"  # small ranks: gathering costs more
+    assert choose_backend(100, 1, 16, 1024, torch.float32) == "segments"
+    assert choose_backend(100, 2, 0, 0, torch.float32) == "dense"
+
+
+def test_choice_is_logged_once(caplog, monkeypatch) -> None:
+    monkeypatch.setattr(backends, "_announced", set())
+    with caplog.at_level(logging.INFO, logger=backends.logger.name):
+        for _ in range(3):
+            choose_backend(10, 1, 64, 4096, torch.float32)
+    assert [r.getMessage().split(" (")[0] for r in caplog.records] == ["adapters run by the segments backend"]
+    assert "adapter_backend" in caplog.records[0].getMessage()
+
+
+def test_compiled_call_is_one_graph_for_every_routing() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lowrank, fullgraph=True, backend=counter)
+    for seed, routing in enumerate(["random", "none", "last", "random"]):
+        given = problem(seed, rows=12, ranks=(2, 3, 4), slots=1, routing=routing, glu=True)
+        assert_same(given, run_compiled(compiled, given), run(given, "dense"))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def run_compiled(compiled, given):
+    """As `run`, without a forced backend: under the compiler it is always the dense one."""
+    given = copied(given)
+    y = compiled(**given)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    return y.detach(), {k: v.grad for k, v in given.items() if isinstance(v, Tensor) and v.is_floating_point()}
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: {"act": "gleu"}, r"act='gleu'.*'gelu'"),
+        (lambda g: {"ranks": [2, 2]}, r"ranks=\[2, 2\].*w_down \(5, 4\).*R = sum\(ranks\)"),
+        (lambda g: {"w_up": g["w_up"][:, 1:]}, r"w_up \(3, 4\)"),
+        (lambda g: {"x": g["x"][:, 1:]}, r"x \(5, 3\)"),
+        (lambda g: {"x": g["x"].unsqueeze(0)}, r"x must be \(N, K\).*\(1, 5, 4\) and \(5, 2\)"),
+        (lambda g: {"indices": g["indices"][1:]}, r"indices \(N, k\).*\(5, 4\) and \(4, 2\)"),
+        (lambda g: {"gates": g["gates"][:, :1]}, r"gates must be \(5, 2\).*got \(5, 1\)"),
+        (lambda g: {"gates": g["gates"][:, 0]}, r"gates must be \(5, 2\).*got \(5,\)"),
+        (lambda g: {"indices": None, "gates": g["gates"][:, :1]}, r"gates must be \(5, 2\)"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_shapes_that_do_not_fit_are_refused_by_every_backend(backend, change, message) -> None:
+    given = problem()
+    with adapter_backend(backend), pytest.raises(ValueError, match=message):
+        lowrank(**{**given, **change(given)})
+
+
+def test_package_exports_what_it_says() -> None:
+    assert all(hasattr(kernels, name) for name in kernels.__all__)
+    assert set(BACKENDS) == {"dense", "segments", "reference"}
