@@ -44,7 +44,8 @@ class MixDAModel(MixtureModel):
     def _domain_paths(self, config: MixDAConfig) -> list[str]:
         """Modules that can hold domain adapters, by name."""
         names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules())
-        chosen = [n for n in names if n and self._check_target_module_exists(config, n)]
+        # A wrapped module and its `base_layer` have one name between them.
+        chosen = [n for n in dict.fromkeys(names) if n and self._check_target_module_exists(config, n)]
         if config.sites is None:
             return chosen
         return [n for n in chosen if re.fullmatch(config.sites[self.domain_role(config)], n)]
