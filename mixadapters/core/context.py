@@ -128,6 +128,7 @@ class ForwardContext:
     def __init__(self, argument_names: tuple[str, ...] = ()) -> None:
         self.fields: set[str] = set(COMMON_FIELDS)
         self.objectives: list[Objective] = []
+        self.staged: list[Objective] = []  # those of them that a StageCallback has attached
         self.pinned: dict[str, Any] = {}
         self.loss_scale = 1.0
         self.loss_log: dict[str, tuple[Tensor, int]] = {}
@@ -233,8 +234,7 @@ class ForwardContext:
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} and {record.streams[''].batch} respectively."
             )
-        if module.training and not torch.compiler.is_compiling():
-            self._carry_into_checkpoints(module)
+        self._carry_into_checkpoints(module)
         for host in self.preparing:
             host.prepare()
         return args, kwargs
@@ -266,6 +266,8 @@ class ForwardContext:
 
     def _carry_into_checkpoints(self, module: nn.Module) -> None:
         """Wrap the checkpoint functions that transformers sets on layers, whenever it has set new ones."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
         if self._layers is None:
             self._layers = [m for m in module.modules() if hasattr(m, "gradient_checkpointing")]
         for layer in self._layers:
@@ -390,6 +392,7 @@ class ForwardContext:
         record = Record(module.training, torch.is_grad_enabled(), open=False, inputs=inputs, observed=[])
         record.streams[""] = read_stream(inputs)
         record.open = True
+        self._carry_into_checkpoints(module)
         if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
             inputs = {
                 **inputs,

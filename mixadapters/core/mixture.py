@@ -106,11 +106,15 @@ def apply_rows(adapters: Sequence[Adapter], owner: Tensor, x: Tensor, y: Tensor,
         owner: (B,) index into `adapters` of each row of y (B, ..., M); -1 leaves the row as it is, bit for bit.
     """
     if all(isinstance(adapter, Chain) for adapter in adapters):
-        names = dict.fromkeys(name for adapter in adapters for name in adapter.stages)
-        for name in names:
-            have = [i for i, adapter in enumerate(adapters) if name in adapter.stages]
+        waiting = [list(adapter.stages.items()) for adapter in adapters]
+        while any(waiting):
+            # Next is a stage that no chain has further back, so that all chains which have it take it together.
+            first = [stages[0][0] for stages in waiting if stages]
+            later = {name for stages in waiting for name, _ in stages[1:]}
+            name = next((name for name in first if name not in later), first[0])
+            have = [i for i, stages in enumerate(waiting) if stages and stages[0][0] == name]
             owned = _renumber(owner, have, len(adapters))
-            y = apply_rows([adapters[i].stages[name] for i in have], owned, x, y, context)
+            y = apply_rows([waiting[i].pop(0)[1] for i in have], owned, x, y, context)
         return y
     groups: dict[object, list[int]] = {}
     for i, adapter in enumerate(adapters):
@@ -119,7 +123,7 @@ def apply_rows(adapters: Sequence[Adapter], owner: Tensor, x: Tensor, y: Tensor,
     for members in groups.values():
         mine = [adapters[i] for i in members]
         owned = _renumber(owner, members, len(adapters))
-        if len(mine) > 1 or isinstance(mine[0], Mixture):
+        if type(mine[0]) is Mixture:
             new = _mixtures_in_one_call(mine, owned, x, before, context)
         else:
             new = mine[0](x, before, context)

@@ -73,6 +73,11 @@ class MixtureModel(BaseTuner):
             if isinstance(module, AdapterHost):
                 yield module
 
+    @property
+    def stage(self) -> dict[str, str]:
+        """Adapter name -> the stage that it was set to. The others train as a whole."""
+        return self.__dict__.setdefault("_stage", {})
+
     def set_stage(self, stage: str, adapter_name: str = "default") -> None:
         """Train the parameters of one stage of a method, freeze the rest of the adapter and its saved modules.
 
@@ -89,7 +94,7 @@ class MixtureModel(BaseTuner):
             raise ValueError(f"stage={stage!r} trains nothing: no parameter of {adapter_name!r} is in {stages[stage]}")
         for parameter, matches in chosen:
             parameter.requires_grad_(matches)
-        self.__dict__.setdefault("stage", {})[adapter_name] = stage
+        self.stage[adapter_name] = stage
 
     def _stage_parameters(self, patterns: tuple[str, ...], adapter_name: str) -> Iterator[tuple[nn.Parameter, bool]]:
         for host in self.hosts():
@@ -113,14 +118,14 @@ class MixtureModel(BaseTuner):
 
     def _keep_stages(self, names: list[str]) -> None:
         """PEFT makes active adapters trainable as a whole: freeze again what their stages do not train."""
-        for name, stage in self.__dict__.get("stage", {}).items():
+        for name, stage in self.stage.items():
             if name in names:
                 self.set_stage(stage, name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.context.hosted.discard(adapter_name)
-        self.__dict__.get("stage", {}).pop(adapter_name, None)
+        self.stage.pop(adapter_name, None)
 
     # --- injection --------------------------------------------------------------------------------------------
 
@@ -186,7 +191,7 @@ class MixtureModel(BaseTuner):
         existing = {host.path for host in self.hosts()}
         names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules())
         wanted = {
-            n for n in names if n and self._check_target_module_exists(config, n) and not _inside(n, self.prefix)
+            n for n in names if n and self._check_target_module_exists(config, n) and not inside_adapters(n, self.prefix)
         }
         places = sorted(existing | wanted)
         for outer, inner in pairwise(places):
@@ -351,7 +356,7 @@ class MixtureModel(BaseTuner):
         return remapped
 
 
-def _inside(name: str, prefix: str) -> bool:
+def inside_adapters(name: str, prefix: str) -> bool:
     return any(part.startswith(prefix) or part == HookedLayer.attribute for part in name.split("."))
 
 

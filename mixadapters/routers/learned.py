@@ -162,18 +162,18 @@ class DomainGate(Router):
         return logits.reshape(batch * length, -1), None if mask is None else mask.reshape(-1)
 
     def _score(self, read: Tensor) -> Tensor:
-        weight = self.output.weight
-        read = read.to(torch.float32)
+        kind = torch.promote_types(read.dtype, torch.float32)  # at least float32
+        read = read.to(kind)
         if self.normalize:
             read = F.rms_norm(read, (read.shape[-1],))
         with torch.autocast(read.device.type, enabled=False):
             for layer in self.hidden:
                 read = (
-                    F.linear(read, layer.weight.float(), layer.bias.float())
+                    F.linear(read, layer.weight.to(kind), layer.bias.to(kind))
                     if isinstance(layer, nn.Linear)
                     else layer(read)
                 )
-            return F.linear(read, weight.float(), self.output.bias.float())
+            return F.linear(read, self.output.weight.to(kind), self.output.bias.to(kind))
 
     def _pooled(self, sequences: Tensor, mask: Tensor | None, stream: Stream) -> Tensor:
         """(B, T, d) -> (B, d)."""
@@ -310,6 +310,10 @@ class DomainGate(Router):
     def _insert_row(self, place: int, share: float) -> None:
         raise NotImplementedError
 
+    def start_at(self, share: float) -> None:
+        """Make `share` the weight of the one expert of a new gate."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def remove_expert(self, name: str, renormalize: bool) -> None:
         """Drop an arm: its mass goes to a null arm, or to the others where `renormalize`."""
@@ -347,6 +351,10 @@ class SoftmaxGate(DomainGate):
             torch.cat([weight[:place], weight[-1:], weight[place:]]), torch.cat([bias[:place], new_bias, bias[place:]])
         )
 
+    @torch.no_grad()
+    def start_at(self, share: float) -> None:
+        self.output.bias.copy_(self.output.bias.new_tensor([share, 1 - share]).log())
+
 
 @ROUTERS.register("sigmoid")
 class SigmoidGate(DomainGate):
@@ -364,6 +372,10 @@ class SigmoidGate(DomainGate):
             torch.cat([weight[:place], torch.zeros_like(weight[:1]), weight[place:]]),
             torch.cat([bias[:place], new_bias, bias[place:]]),
         )
+
+    @torch.no_grad()
+    def start_at(self, share: float) -> None:
+        self.output.bias[0] = torch.logit(self.output.bias.new_tensor(share))
 
 
 def _missing_mask(granularity: str) -> ValueError:

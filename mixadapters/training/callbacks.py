@@ -24,12 +24,14 @@ class StageCallback(TrainerCallback):
     Args:
         stage: a stage of the adapter's config, such as "domain" or "task".
         adapter_name: the adapter in the model.
-        objectives: what changes inputs, outputs and loss during this run; removed at its end.
+        objectives: what changes inputs, outputs and loss. They stay on the model, so that `Trainer.evaluate` knows
+            them after the run too, until the StageCallback of another Trainer replaces them.
         check_head: before the first step, refuse a language-model head that looks newly initialised.
 
     Raises:
         ValueError: unknown adapter or stage; a Trainer that would drop columns which an objective or the adapter
-            needs; reentrant activation checkpointing together with auxiliary losses.
+            needs; reentrant activation checkpointing together with auxiliary losses; a Trainer that trains after the
+            model was set to another stage.
     """
 
     def __init__(
@@ -55,10 +57,14 @@ class StageCallback(TrainerCallback):
                 "gradient_checkpointing_kwargs={'use_reentrant': True} drops the gradient of auxiliary losses; pass "
                 "{'use_reentrant': False}"
             )
+        self._attach(context, args)
+
+    def _attach(self, context: ForwardContext, args: TrainingArguments) -> None:
+        """This stage's objectives in place of those of an earlier stage; what else is attached stays."""
         context.loss_scale = 1 / args.gradient_accumulation_steps
-        for objective in self.objectives:
-            if objective not in context.objectives:
-                context.objectives.append(objective)
+        others = [o for o in context.objectives if o not in context.staged and o not in self.objectives]
+        context.objectives[:] = [*others, *self.objectives]
+        context.staged = list(self.objectives)
 
     def _has_auxiliary_losses(self, tuner: MixtureModel) -> bool:
         config = tuner.peft_config[self.adapter_name]
@@ -68,7 +74,14 @@ class StageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
         optimizer: Any = None, train_dataloader: Any = None, **_: Any,
     ) -> None:  # fmt: skip
-        base = find_tuner(model).model
+        tuner = find_tuner(model)
+        if (now := tuner.stage.get(self.adapter_name)) != self.stage:
+            raise ValueError(
+                f"the model has been set to stage={now!r} since this Trainer was made for stage={self.stage!r}; make "
+                "the Trainer of a stage when the run before it has ended"
+            )
+        self._attach(tuner.context, args)
+        base = tuner.model
         has_head = "MaskedLM" in type(base).__name__ or "CausalLM" in type(base).__name__
         if self.check_head and self.stage == "domain" and has_head and state.global_step == 0:
             with torch.random.fork_rng(enabled=True):
@@ -77,14 +90,6 @@ class StageCallback(TrainerCallback):
                 device = next(base.parameters()).device
                 named = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "labels") if k in batch}
                 require_pretrained_head(base, named)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        objectives = find_tuner(model).context.objectives
-        for objective in self.objectives:
-            if objective in objectives:
-                objectives.remove(objective)
 
 
 class GateUsageCallback(TrainerCallback):

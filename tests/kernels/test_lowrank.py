@@ -213,7 +213,8 @@ def test_strided_and_expanded_rows_are_read_right(backend) -> None:
         for x in (wide[:, ::2], tall.T, wide[:1, :5].expand(6, 5), wide[:, 5:]):
             with adapter_backend(backend):
                 torch.testing.assert_close(
-                    lowrank(**{**given, "x": x}), lowrank(**{**given, "x": x.clone(memory_format=torch.contiguous_format)})
+                    lowrank(**{**given, "x": x}),
+                    lowrank(**{**given, "x": x.clone(memory_format=torch.contiguous_format)}),
                 )
         with adapter_backend(backend):
             turned = {**given, "w_down": given["w_down"].T.contiguous().T, "w_up": given["w_up"].T.contiguous().T}

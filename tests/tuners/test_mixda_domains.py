@@ -214,6 +214,32 @@ def test_order_of_domains_survives_sorted_json(tiny, tiny_inputs, tmp_path) -> N
         assert torch.equal(logits(loaded, {**inputs, **extra}), logits(model, {**inputs, **extra}))
 
 
+def test_one_config_gathers_for_several_models(tiny, tmp_path) -> None:
+    """As in a loop over seeds: the second model must not get empty domains of the right shape."""
+    save_mixda(tiny, tmp_path, "a")
+    config = MixDAConfig(domains={"a": str(tmp_path / "a")})
+    one, other = (get_peft_model(tiny("llama"), config) for _ in range(2))
+    assert same(experts(one, "a"), experts(other, "a"))
+    assert any(tensor.abs().max() > 0 for name, tensor in experts(other, "a").items() if "up.weight" in name)
+
+
+def test_revision_of_a_source_reaches_the_hub(tiny, tmp_path, monkeypatch) -> None:
+    from mixadapters.tuners.mixda import model as module
+
+    save_mixda(tiny, tmp_path, "a")
+    asked = []
+    for owner, verb in ((module.PeftConfig, "from_pretrained"), (module, "load_peft_weights")):
+        real = getattr(owner, verb)
+
+        def spy(source: str, *, revision: Any, real: Any = real, **options: Any) -> Any:
+            asked.append((source, revision))
+            return real(str(tmp_path / "a"), **options)
+
+        monkeypatch.setattr(owner, verb, spy)
+    gather(tiny, {"a": {"source": "user/name", "revision": "v2"}})
+    assert asked == [("user/name", "v2")] * 2
+
+
 def test_gathered_domains_are_frozen_in_the_task_stage_and_train_in_the_domain_stage(tiny, tmp_path) -> None:
     save_mixda(tiny, tmp_path, "a")
     model = gather(tiny, {"a": str(tmp_path / "a")})
@@ -252,7 +278,7 @@ def test_source_without_weights_of_the_domain_is_an_error(tiny, tmp_path) -> Non
     with pytest.raises(ValueError, match="holds no weights of a domain adapter: none of its 16 keys fits"):
         gather(tiny, {"a": str(tmp_path / "a")})
     save_file({name: w for name, w in weights.items() if not name.endswith("down.bias")}, file)
-    with pytest.raises(ValueError, match=r"the source has \[.*'up.weight'\] at .*, expected \['down.bias'"):
+    with pytest.raises(ValueError, match=r"has \['down.weight', .*'up.weight'\] at .*, expected \['down.bias'"):
         gather(tiny, {"a": str(tmp_path / "a")})
 
 
@@ -271,7 +297,7 @@ def test_source_of_other_modules_is_an_error(tiny, tmp_path) -> None:
 
 
 def named(model: nn.Module, name: str) -> nn.Module:
-    model.config._name_or_path = name
+    model.config._name_or_path = model.name_or_path = name
     return model
 
 
@@ -316,12 +342,17 @@ def test_source_with_unknown_fields_is_an_error(tiny, tmp_path) -> None:
         gather(tiny, {"a": str(tmp_path / "a")})
 
 
-def test_refused_gathering_leaves_the_model_as_it_was(tiny, tiny_inputs, tmp_path) -> None:
-    save_mixda(tiny, tmp_path, "a", activation="relu")
-    base = tiny("llama")
-    with pytest.raises(ValueError, match="activation"):
+@pytest.mark.parametrize("late", [False, True])
+def test_refused_gathering_leaves_the_model_as_it_was(tiny, tiny_inputs, tmp_path, late) -> None:
+    save_mixda(tiny, tmp_path, "a", **({} if late else {"activation": "relu"}))
+    base = tiny("llama", **({"intermediate_size": 64} if late else {}))
+    keys = list(base.state_dict())
+    with pytest.raises(ValueError, match="in the source, expected" if late else "activation"):
         get_peft_model(base, MixDAConfig(domains={"a": str(tmp_path / "a")}))
     assert not base._forward_pre_hooks
+    assert list(base.state_dict()) == keys
+    if late:
+        return
     assert torch.equal(logits(base, tiny_inputs("llama")), logits(tiny("llama"), tiny_inputs("llama")))
 
 
@@ -490,6 +521,23 @@ def test_adapter_loaded_for_inference_stays_frozen_when_domains_come(tiny, tmp_p
     assert not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("task_adapter", ["pfeiffer", None])
+def test_added_domain_has_the_dtype_of_the_others(tiny, tiny_inputs, tmp_path, task_adapter) -> None:
+    save_mixda(tiny, tmp_path, "a")
+    for dtype, autocast in ((torch.bfloat16, True), (torch.bfloat16, False)):
+        base = tiny("llama").to(dtype)
+        config = MixDAConfig(domains=["b"], domain_layers=[2], task_adapter=task_adapter)
+        model = get_peft_model(base, config, autocast_adapter_dtype=autocast)
+        before = {n: p for n, p in model.named_parameters() if ".experts.b." in n}
+        tuner(model).add_domain("a", str(tmp_path / "a"))
+        tuner(model).add_domain("c")
+        found = {p.dtype for n, p in model.named_parameters() if "mixda_adapters" in n}
+        assert found == {torch.float32 if autocast else torch.bfloat16}
+        after = dict(model.named_parameters())
+        assert all(after[n] is p for n, p in before.items())
+        assert logits(model, tiny_inputs("llama")).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -621,6 +669,17 @@ def test_removing_all_domains_leaves_the_task_adapter_and_base(tiny, tiny_inputs
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path)
     assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize("stage", ["domain", "task"])
+def test_removing_all_domains_works_in_any_stage(tiny, tiny_inputs, stage) -> None:
+    model = trained(tiny)
+    tuner(model).set_stage(stage)
+    for name in "ab":
+        tuner(model).remove_domain(name)
+    tuner(model).add_domain("c")
+    part = {"domain": ".domain.bank.", "task": ".task."}[stage]
+    assert all(p.requires_grad for n, p in model.named_parameters() if part in n)
 
 
 def test_domain_ids_follow_the_domains_that_are_left(tiny, tiny_inputs) -> None:

@@ -51,7 +51,7 @@ def stir(verb: Any, *args: Any, **kwargs: Any) -> Any:
     model = made if isinstance(made, nn.Module) else verb.__self__
     with torch.no_grad():
         for gate in model.modules():
-            if isinstance(gate, DomainGate) and not gate.output.weight.any() and not gate.output.weight.is_meta:
+            if isinstance(gate, DomainGate) and not gate.output.weight.is_meta and not gate.output.weight.any():
                 gate.output.weight.normal_()
     return made
 

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from torch import nn
+
 from mixadapters.core.config import MixtureConfig, one_of
 from mixadapters.core.registry import nearest
 from mixadapters.kernels import ACTIVATIONS
@@ -127,6 +129,14 @@ class MixDAConfig(MixtureConfig):
             if isinstance(layer, float) and not 0 < layer <= 1:
                 raise ValueError(f"domain_layers={self.domain_layers}: the fraction {layer} must be in (0, 1]")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT does. A source that has been gathered is its domain's `origin` in files: loading reads it no more."""
+        saved = super().to_dict()
+        for spec in saved["domains"].values():
+            if "source" in spec and "ranks" in spec:
+                spec["origin"] = spec.pop("source")
+        return saved
+
     @classmethod
     def preset(cls, name: Literal["paper", "released"], **overrides: Any) -> MixDAConfig:
         """The paper's or the released code's choices; `overrides` are fields of this config."""
@@ -176,11 +186,14 @@ def _check_domains(domains: Any) -> dict[str, dict[str, Any]]:
         if len(set(domains)) != len(domains):
             raise ValueError(f"domains={list(domains)} names a domain twice")
         domains = dict.fromkeys(domains)
-    known = ("source", "revision", "ranks", "check_base_model")
-    checked = {}
+    known = ("source", "revision", "ranks", "check_base_model", "origin")
+    checked, experts = {}, nn.ModuleDict()
     for name, spec in domains.items():
-        if not isinstance(name, str) or not name or "." in name:
-            raise ValueError(f"domains: {name!r} is no name for a domain: use a string without dots")
+        if not isinstance(name, str) or not name or "." in name or name == "__base__" or hasattr(experts, name):
+            raise ValueError(
+                f"domains: {name!r} is no name for a domain: use a string without dots, other than '__base__' and the "
+                "attributes of nn.ModuleDict"
+            )
         spec = {"source": str(spec)} if spec is not None and not isinstance(spec, dict) else dict(spec or {})
         for key in spec:
             if key not in known:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from mixadapters.core.adapter import Adapter, Chain, Site
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.mixture import Mixture
-from mixadapters.core.model import MixtureModel
+from mixadapters.core.model import MixtureModel, inside_adapters
 from mixadapters.core.registry import nearest
 from mixadapters.core.sites import layer_index, stack_of
 from mixadapters.routers import DomainGate, build_router
-from mixadapters.tuners.bottleneck.config import placement_roles
+from mixadapters.tuners.bottleneck.config import check_rank, placement_roles
 from mixadapters.tuners.bottleneck.model import EXPERT, bottleneck
 from mixadapters.tuners.mixda.config import MixDAConfig
 
@@ -45,7 +45,8 @@ class MixDAModel(MixtureModel):
         """Modules that can hold domain adapters, by name."""
         names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules())
         # A wrapped module and its `base_layer` have one name between them.
-        chosen = [n for n in dict.fromkeys(names) if n and self._check_target_module_exists(config, n)]
+        outside = [n for n in dict.fromkeys(names) if n and not inside_adapters(n, self.prefix)]
+        chosen = [n for n in outside if self._check_target_module_exists(config, n)]
         if config.sites is None:
             return chosen
         return [n for n in chosen if re.fullmatch(config.sites[self.domain_role(config)], n)]
@@ -62,9 +63,7 @@ class MixDAModel(MixtureModel):
             index = layer_index(path)
             named = config.sites is None and config.domain_layers is None  # the user has chosen the modules
             if named or index is None or index in config.layers(depth[stack_of(path, self.model)]):
-                width, _ = self._widths(config, self._unwrapped(path), path)
-                tapped = config.adapter_input == "ffn_input" and self.taps(config)
-                width = self._widths(config, self._unwrapped(path), path)[1] if tapped else width
+                width, _ = self._bank_widths(config, path)
                 default = rank or config.r or max(1, int(width // config.reduction_factor))
                 chosen[path] = self.rank_at(config, path, default)
         if not chosen:
@@ -73,6 +72,12 @@ class MixDAModel(MixtureModel):
                 f"place for domain adapters; their sites are {self._domain_paths(config)}"
             )
         return chosen
+
+    def _bank_widths(self, config: MixDAConfig, path: str) -> tuple[int, int]:
+        """Widths in and out of domain adapters at `path`."""
+        width_in, width_out = self._widths(config, self._unwrapped(path), path)
+        tapped = config.sites is not None and config.adapter_input == "ffn_input" and bool(self.taps(config))
+        return (width_out if tapped else width_in), width_out
 
     # --- injection --------------------------------------------------------------------------------------------
 
@@ -87,15 +92,28 @@ class MixDAModel(MixtureModel):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         config: MixDAConfig = super()._prepare_adapter_config(peft_config, model_config)
+        if config.sites is None and config.gate_input == "ffn_input" and config.adapter_input != "ffn_input":
+            raise ValueError(
+                "gate_input='ffn_input' with target_modules: there is no telling where the FFN's input is; pass "
+                "sites={'ffn_output': ..., 'ffn_input': ...} instead, or leave gate_input=None"
+            )
         for name, spec in config.domains.items():
-            if "ranks" in spec:
-                continue
             if "source" in spec:
                 self._gathered[name] = self._read_source(config, name, spec)
                 spec["ranks"] = {path: w["down.weight"].shape[0] for path, w in self._gathered[name].items()}
-            else:
+            elif "ranks" not in spec:
                 spec["ranks"] = self._new_ranks(config)
+            if config.gate_granularity == "sequence":
+                self._refuse_causal(list(spec["ranks"]))
         return config
+
+    def _refuse_causal(self, paths: list[str]) -> None:
+        for path in paths:
+            if self._is_causal(stack_of(path, self.model)):
+                raise ValueError(
+                    f"gate_granularity='sequence' at {path!r}: the gate of a causal decoder would see the future; "
+                    "use 'token', 'causal_prefix' or 'request'"
+                )
 
     def build(self, config: MixDAConfig, site: Site) -> Adapter | None:
         stages: dict[str, Adapter] = {}
@@ -110,11 +128,6 @@ class MixDAModel(MixtureModel):
         return Chain(**stages) if stages else None
 
     def _mixture(self, config: MixDAConfig, site: Site, ranks: dict[str, int]) -> Mixture:
-        if site.causal and config.gate_granularity == "sequence":
-            raise ValueError(
-                f"gate_granularity='sequence' at {site.path!r}: the gate of a causal decoder would see the future; "
-                "use 'token', 'causal_prefix' or 'request'"
-            )
         tap = site.tap("ffn_input")
         reads = tap if config.adapter_input == "ffn_input" else None
         width = site.in_features if reads is None else site.out_features
@@ -167,7 +180,24 @@ class MixDAModel(MixtureModel):
             found.setdefault(here[0], {})[rest.removeprefix(expert)] = tensor
         if not found:
             raise ValueError(f"{where} holds no weights of a domain adapter: none of its {len(weights)} keys fits")
+        for path, tensors in found.items():
+            self._check_tensors(config, path, tensors, where)
         return found
+
+    def _check_tensors(self, config: MixDAConfig, path: str, tensors: dict[str, Tensor], where: str) -> None:
+        """Refuse tensors that are not those of an expert at `path`."""
+        with torch.device("meta"):
+            bank = AdapterBank(*self._bank_widths(config, path), **config.bank_options())
+            bank.add("like", tensors["down.weight"].shape[0] if "down.weight" in tensors else 1)
+        expected = dict(bank.experts["like"].named_parameters())
+        if expected.keys() != tensors.keys():
+            raise ValueError(f"{where} has {sorted(tensors)} at {path!r}, expected {sorted(expected)}")
+        for key, parameter in expected.items():
+            if parameter.shape != tensors[key].shape:
+                raise ValueError(
+                    f"{where}: {key} at {path!r} is {tuple(tensors[key].shape)} in the source, expected "
+                    f"{tuple(parameter.shape)}: trained on another base model?"
+                )
 
     def _check_source(self, config: MixDAConfig, name: str, saved: Any, where: str) -> str:
         """Refuse a source whose fields do not fit; return where its expert's parameters lie in its keys."""
@@ -207,20 +237,10 @@ class MixDAModel(MixtureModel):
 
     @torch.no_grad()
     def _fill(self, adapter_name: str, name: str, weights: dict[str, dict[str, Tensor]]) -> None:
-        """Copy the weights of a gathered domain into its experts: every parameter, or an error."""
+        """Copy the weights of a gathered domain into its experts."""
         for path, tensors in weights.items():
             expert = self._host_at(path).adapters[adapter_name].domain.bank.experts[name]
-            own = dict(expert.named_parameters())
-            if own.keys() != tensors.keys():
-                raise ValueError(
-                    f"domains[{name!r}]: the source has {sorted(tensors)} at {path!r}, expected {sorted(own)}"
-                )
-            for key, parameter in own.items():
-                if parameter.shape != tensors[key].shape:
-                    raise ValueError(
-                        f"domains[{name!r}]: {key} at {path!r} is {tuple(tensors[key].shape)} in the source, expected "
-                        f"{tuple(parameter.shape)}: trained on another base model?"
-                    )
+            for key, parameter in expert.named_parameters():
                 if parameter.is_meta:
                     raise ValueError("domains with a source need low_cpu_mem_usage=False")
                 parameter.copy_(tensors[key])
@@ -247,8 +267,9 @@ class MixDAModel(MixtureModel):
     ) -> None:
         """Add a domain, new (zero) or trained, to a mixture. The weights of the other domains do not change.
 
-        Its arm takes `share` of what a softmax gate gives to the frozen layer (for a sigmoid gate: starts at `share`).
-        So with combine="delta" a new domain leaves the output as it was. Make optimizers anew afterwards.
+        Its arm takes `share` of what a softmax gate gives to the frozen layer (for a sigmoid gate, and at layers that
+        had no gate: starts at `share`). So with combine="delta" a new domain leaves the output as it was. Make
+        optimizers anew afterwards.
 
         Raises:
             ValueError: the name is taken, the source does not fit, or share is not between 0 and 1.
@@ -258,6 +279,7 @@ class MixDAModel(MixtureModel):
             raise ValueError(f"domain {name!r} exists already; have {list(config.domains)}")
         if not 0 < share < 1:
             raise ValueError(f"share={share} must lie between 0 and 1")
+        check_rank("r", r, "reduction_factor", config.reduction_factor)
         given = MixDAConfig(domains={name: source} if source is not None else [name])
         spec = dict(given.domains[name])
         weights = self._read_source(config, name, spec) if "source" in spec else None
@@ -275,23 +297,27 @@ class MixDAModel(MixtureModel):
 
     def _add_expert(self, adapter_name: str, path: str, name: str, rank: int, share: float) -> None:
         config = self._config(adapter_name)
+        own = (p for h in self.hosts() if adapter_name in h.adapters for p in h.adapters[adapter_name].parameters())
+        dtype = next((p.dtype for p in own), None)
         parent, _, child = path.rpartition(".")
         host = self._host_at(path, missing_ok=True)
+        new: Any
         if host is None or adapter_name not in host.adapters:
             owner = self.model.get_submodule(parent)
             self._create_and_replace(config, adapter_name, getattr(owner, child), child, owner, path)
-            return
-        chain = host.adapters[adapter_name]
-        like = next(chain.parameters())
-        if "domain" in chain.stages:
-            bank, router = chain.domain.bank, chain.domain.router
-            bank.add(name, rank, config.init_weights)
-            router.add_expert(name, share)
-            bank.experts[name].to(like.device, like.dtype)
+            host = self._host_at(path)
+            new = host.adapters[adapter_name]
+            new.domain.router.start_at(share)
+        elif "domain" in (chain := host.adapters[adapter_name]).stages:
+            chain.domain.bank.add(name, rank, config.init_weights)
+            chain.domain.router.add_expert(name, share)
+            new = chain.domain.bank.experts[name]
         else:
-            site = self._site(config, host.get_base_layer(), path)
-            mixture = self._mixture(config, site, {name: rank}).to(like.device, like.dtype)
-            host.adapters[adapter_name] = Chain(domain=mixture, **chain.stages)
+            new = self._mixture(config, self._site(config, host.get_base_layer(), path), {name: rank})
+            new.router.start_at(share)
+            host.adapters[adapter_name] = Chain(domain=new, **chain.stages)
+        device, base_dtype = host._get_base_layer_device_and_dtype(host.get_base_layer())
+        new.to(device, dtype or base_dtype)
 
     def remove_domain(self, name: str, *, renormalize: bool = False, adapter_name: str = "default") -> None:
         """Remove a domain and its weights. Make optimizers anew afterwards.
@@ -328,8 +354,12 @@ class MixDAModel(MixtureModel):
             device = gate.output.weight.device
             gate.number([names.index(name) for name in gate.experts], len(names))
             gate.to(device)
-        stage = self.__dict__.get("stage", {}).get(adapter_name)
-        if stage is not None:
+        stage = self.stage.get(adapter_name)
+        if self._config(adapter_name).inference_mode:
+            for host in self.hosts():
+                if adapter_name in host.adapters:
+                    host.adapters[adapter_name].requires_grad_(False)
+        elif stage is not None and names:
             self.set_stage(stage, adapter_name)
 
     def _config(self, adapter_name: str) -> MixDAConfig:
