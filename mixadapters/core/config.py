@@ -57,7 +57,9 @@ class MixtureConfig(PeftConfig):
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of the saved files."})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> MixtureConfig:
-        refuse_unknown(cls, kwargs)  # PEFT would drop unknown keys of a saved config with a warning
+        # PEFT would drop unknown keys of a saved config with a warning. A file without a type is for PEFT to refuse.
+        if not kwargs or kwargs.keys() & {f.name for f in fields(cls)}:
+            refuse_unknown(cls, kwargs)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

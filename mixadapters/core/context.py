@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from mixadapters.core.cache import gate_state
-from mixadapters.core.sites import layer_index
+from mixadapters.core.sites import has_two_stacks, layer_index
 
 COMMON_FIELDS = ("adapter_names", "domain_ids", "prompt_mask")
 
@@ -141,6 +141,8 @@ class ForwardContext:
     def _empty(self) -> None:
         self._latest = Record()
         self._local = threading.local()
+        # What the compiler finds in a first forward must not differ in kind from what it finds in the next.
+        self._local.record, self._local.pinned = self._latest, {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors of a batch are no state of the model, and those with a history cannot be copied.
@@ -191,7 +193,7 @@ class ForwardContext:
         context = cls(_argument_names(model))
         model.register_forward_pre_hook(context.open, with_kwargs=True, prepend=True)
         model.register_forward_hook(context.close, with_kwargs=True, always_call=True)
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if has_two_stacks(model):
             for stack in ("encoder", "decoder"):
                 part = getattr(model, f"get_{stack}")()
                 hook = _StackHook(context, stack, _argument_names(part))
@@ -206,7 +208,8 @@ class ForwardContext:
                     owner = getattr(hook, "__self__", None)
                     if owner is self or getattr(owner, "context", None) is self:
                         del hooks[key]
-                        for extra in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs"):
+                        flags = ("_pre_hooks_with_kwargs", "_hooks_with_kwargs", "_hooks_always_called")
+                        for extra in (f"_forward{flag}" for flag in flags):
                             getattr(module, extra).pop(key, None)
             function = module.__dict__.get("_gradient_checkpointing_func")
             if isinstance(function, _Checkpointed):
@@ -253,7 +256,8 @@ class ForwardContext:
     def _active(self, record: Record) -> list[Objective]:
         if record.parent is not None:
             return []
-        return [o for o in self.objectives if record.training or getattr(o, "in_eval", False)]
+        trains = record.training and record.grad  # not so in a reference pass
+        return [o for o in self.objectives if trains or getattr(o, "in_eval", False)]
 
     def _finish(self, record: Record, module: nn.Module, output: Any) -> Any:
         for objective in self._active(record):
@@ -317,9 +321,9 @@ class ForwardContext:
             ValueError: reentrant activation checkpointing would drop the gradient of the loss.
         """
         record = self.record
-        if not record.open:
+        if not record.open or (record.training and not record.grad):  # such as a reference pass
             return
-        if record.training and record.grad and not torch.is_grad_enabled():
+        if record.training and not torch.is_grad_enabled():
             raise ValueError(
                 f"the auxiliary loss {name!r} has no gradient inside reentrant activation checkpointing; pass "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
@@ -386,14 +390,14 @@ class ForwardContext:
             For each trainable expert of each observing adapter what it alone would add: (B, T, d).
 
         Raises:
-            ValueError: no adapter observes.
+            ValueError: no adapter observes, or reentrant activation checkpointing drops the gradient.
         """
         backbone = getattr(module, getattr(module, "base_model_prefix", "") or "", module)
         record = Record(module.training, torch.is_grad_enabled(), open=False, inputs=inputs, observed=[])
         record.streams[""] = read_stream(inputs)
         record.open = True
         self._carry_into_checkpoints(module)
-        if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+        if has_two_stacks(module):
             inputs = {
                 **inputs,
                 "decoder_input_ids": inputs["input_ids"],
@@ -407,6 +411,11 @@ class ForwardContext:
         record.open = False
         if not record.observed:
             raise ValueError("no trainable adapter of this model observes the base model's stream; check the stage")
+        if record.grad and not any(delta.requires_grad for delta in record.observed):
+            raise ValueError(
+                "what the adapters do to the base model's stream has no gradient inside reentrant activation "
+                "checkpointing; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
         return record.observed
 
     # --- losses -----------------------------------------------------------------------------------------------
@@ -417,14 +426,46 @@ class ForwardContext:
         if extra is None and record.main_loss is None and record.main_scale == 1.0:
             return output
         loss = record.main_loss if record.main_loss is not None else getattr(output, "loss", None)
-        if loss is not None:
-            share = _share({**record.values, **record.inputs}, module)
-            loss = loss * record.main_scale * (1.0 if record.main_loss is None else share)
-            output["loss"] = loss if extra is None else loss + extra * share
-            return output
-        if extra is None or record.main_scale != 1.0:
+        weighed = record.main_loss is not None or record.main_scale != 1.0
+        if loss is None and (extra is None or weighed):
             raise ValueError("the forward has no loss to weigh; pass labels, or an objective that makes a loss")
-        return _attach(output, extra * self.loss_scale)
+        share = 1.0 if loss is None else _share({**record.values, **record.inputs}, module)
+        if extra is not None and torch.compiler.is_compiling():
+            if loss is None:
+                return _attach(output, extra * self.loss_scale, only_one=True)
+            extra = extra * share
+        elif extra is not None:
+            # Some training loops make a loss of their own of the other outputs, and leave the model's aside.
+            extra, carried = _Once.apply(extra, share, self.loss_scale, weighed)
+            output = _attach(output, carried, optional=loss is not None)
+        if loss is not None:
+            loss = loss * record.main_scale * (1.0 if record.main_loss is None else share)
+            output["loss"] = loss if extra is None else loss + extra
+        return output
+
+
+class _Once(torch.autograd.Function):
+    """An auxiliary loss on two ways to the end: added to the model's loss, and carried by its other outputs.
+
+    In backward it counts once: like the model's loss if that is used, else with weight `scale`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, extra: Tensor, share: Any, scale: float, weighed: bool) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.share, ctx.scale, ctx.weighed = share, scale, weighed
+        return extra * share, torch.zeros_like(extra)
+
+    @staticmethod
+    def backward(ctx: Any, added: Tensor | None, carried: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if added is not None:
+            return added * ctx.share, None, None, None
+        if ctx.weighed:
+            raise ValueError(
+                "an objective makes or weighs the model's loss, but the training loop makes its own of other outputs; "
+                "use a loop that trains on outputs.loss"
+            )
+        return None if carried is None else torch.full_like(carried, ctx.scale), None, None, None
 
 
 class _Carrier(torch.autograd.Function):
@@ -441,24 +482,28 @@ class _Carrier(torch.autograd.Function):
         return grad, torch.ones(shape, dtype=dtype, device=device)
 
 
-def _attach(output: Any, loss: Tensor) -> Any:
+def _attach(output: Any, loss: Tensor, *, only_one: bool = False, optional: bool = False) -> Any:
+    """`output` with its tensors that have a gradient, or the first of them, carrying `loss`."""
     if isinstance(output, Tensor):
-        if output.requires_grad:
-            return _Carrier.apply(output, loss)
-    elif isinstance(output, dict):
-        for name in ("logits", *output):
-            value = output.get(name)
-            if isinstance(value, Tensor) and value.requires_grad:
-                output[name] = _Carrier.apply(value, loss)
-                return output
-    elif isinstance(output, tuple):
-        for i, value in enumerate(output):
-            if isinstance(value, Tensor) and value.requires_grad:
-                return (*output[:i], _Carrier.apply(value, loss), *output[i + 1 :])
-    raise ValueError(
-        "auxiliary losses found neither a loss nor an output with a gradient to join; call the model with labels, or "
-        "set the coefficients of its auxiliary losses to 0"
-    )
+        items: dict[Any, Any] = {None: output}
+    else:
+        items = dict(output) if isinstance(output, dict) else dict(enumerate(output))
+    names = [n for n, v in items.items() if n != "loss" and isinstance(v, Tensor) and v.requires_grad]
+    if not names and not optional:
+        raise ValueError(
+            "auxiliary losses found neither a loss nor an output with a gradient to join; call the model with labels, "
+            "or set the coefficients of its auxiliary losses to 0"
+        )
+    names.sort(key=lambda name: name != "logits")
+    for name in names[:1] if only_one else names:
+        items[name] = _Carrier.apply(items[name], loss)
+    if isinstance(output, Tensor):
+        return items[None]
+    if isinstance(output, tuple):
+        return tuple(items.values())
+    for name in names:
+        output[name] = items[name]
+    return output
 
 
 def _share(inputs: dict[str, Any], module: nn.Module) -> Any:
@@ -472,7 +517,7 @@ def _share(inputs: dict[str, Any], module: nn.Module) -> Any:
         return 1.0
     # The Trainer counts as the loss does: where that shifts the labels, the first of a row is no target.
     shifts = LOSS_MAPPING.get(getattr(module, "loss_type", None)) is ForCausalLMLoss
-    if shifts and not getattr(module.config, "is_encoder_decoder", False):
+    if shifts and not has_two_stacks(module):
         labels = inputs.get("shift_labels", labels[..., 1:])
     return (labels != -100).sum() / items
 

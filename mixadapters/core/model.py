@@ -191,7 +191,9 @@ class MixtureModel(BaseTuner):
         existing = {host.path for host in self.hosts()}
         names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules())
         wanted = {
-            n for n in names if n and self._check_target_module_exists(config, n) and not inside_adapters(n, self.prefix)
+            n
+            for n in names
+            if n and self._check_target_module_exists(config, n) and not inside_adapters(n, self.prefix)
         }
         places = sorted(existing | wanted)
         for outer, inner in pairwise(places):

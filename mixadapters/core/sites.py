@@ -222,8 +222,8 @@ def find_architecture(model_type: str) -> Architecture:
     nearest = difflib.get_close_matches(str(model_type), ARCHITECTURES, n=1)
     hint = f" (the nearest is {nearest[0]!r})" if nearest else ""
     raise ValueError(
-        f"model_type={model_type!r} is not in the table of architectures{hint}; say where the adapters go with "
-        f"`target_modules`, or with `sites={{role: regular expression}}`, the roles being {', '.join(ROLES)}"
+        f"model_type={model_type!r} is not in the table of architectures{hint}. Please specify `target_modules`, "
+        f"or `sites={{role: regular expression}}`, the roles being {', '.join(ROLES)}"
     )
 
 
@@ -232,9 +232,14 @@ def layer_index(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
+def has_two_stacks(model: nn.Module) -> bool:
+    """Whether the model has an encoder and a decoder."""
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
+
+
 def stack_of(path: str, model: nn.Module) -> str:
     """Which stack of an encoder-decoder model holds the module: "encoder" or "decoder"; "" in other models."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not has_two_stacks(model):
         return ""
     return next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
 

@@ -252,7 +252,8 @@ class DomainGate(Router):
                 "gate_granularity='request' must know the prompt in training, or it would see the answer: pass "
                 "prompt_mask (B, T), or labels with -100 on the prompt"
             )
-        if mask is None and scores.shape[0] > 1:
+        # Generation drops a mask that has no padding, but always brings a cache.
+        if mask is None and scores.shape[0] > 1 and context.stream(self.stack).cache is None:
             raise _missing_mask("request")
         return real
 
@@ -284,10 +285,10 @@ class DomainGate(Router):
         record = context.record
         if record.own_rows is not None:  # what the other rows of a mixed batch would do is no concern of this gate
             mask = record.own_rows if mask is None else mask & record.own_rows
-        if record.training and record.open:
-            self.usage.add(weights, mask)
-        if not record.training:
+        if not (record.training and record.grad):  # evaluation, or a reference pass
             return
+        if record.open:
+            self.usage.add(weights, mask)
         for name, coef, loss in (
             ("balance", self.balance_coef, load_balance),
             ("entropy", self.entropy_coef, entropy),

@@ -24,7 +24,8 @@ class ContrastiveObjective:
     InfoNCE over cosine similarities, from anchors to positives and back, averaged (SimCSE, arXiv 2104.08821, for the
     pairs made by dropout). It takes the batches of `PairCollator` and replaces `outputs.loss`, in evaluation too; a
     forward without `labels` in evaluation mode, such as encoding texts, is left alone. Where a model has no dropout,
-    a text paired with itself gives two equal views; give positives then.
+    a text paired with itself gives two equal views; give positives then. Trainer evaluates a model without a head only
+    where TrainingArguments(label_names=["labels"]) says that there are labels.
 
     Args:
         temperature: divides the similarities.

@@ -192,7 +192,7 @@ def test_flattened_tokens_give_the_same(granularity) -> None:
 def test_tokens_that_are_no_sequences_are_refused_except_by_a_token_gate() -> None:
     tokens, mask = tokens_and_mask()
     odd = torch.randn(14, D)
-    with pytest.raises(ValueError, match="a gate over sequences needs hidden states.*gate_granularity='token'"):
+    with pytest.raises(ValueError, match=r"a gate over sequences needs hidden states.*gate_granularity='token'"):
         make(granularity="sequence")(odd, context_of(tokens, mask))
     assert make()(odd, context_of(tokens, mask)).probs.shape == (14, 4)
 
@@ -270,7 +270,9 @@ def test_one_row_and_one_token(granularity, shape) -> None:
 @pytest.mark.parametrize("granularity", ["sequence", "request"])
 def test_missing_mask_is_refused_where_padding_would_matter(granularity) -> None:
     router, tokens = make(granularity=granularity), torch.randn(2, 4, D)
-    with pytest.raises(ValueError, match=f"gate_granularity='{granularity}' needs to know the padding.*attention_mask"):
+    with pytest.raises(
+        ValueError, match=rf"gate_granularity='{granularity}' needs to know the padding.*attention_mask"
+    ):
         run(router, tokens)
     assert run(router, tokens[:1]).shape == (1, 4, 4)  # one row has no padding
 
@@ -285,7 +287,7 @@ def test_missing_mask_means_no_padding_where_the_future_does_not_matter(granular
 def test_packed_documents_are_refused_by_gates_that_would_mix_them(granularity) -> None:
     router, tokens = make(granularity=granularity), torch.randn(1, 5, D)
     packed = torch.tensor([[0, 1, 2, 0, 1]])
-    with pytest.raises(ValueError, match="position_ids restart inside a row.*'causal_prefix'"):
+    with pytest.raises(ValueError, match=r"position_ids restart inside a row.*'causal_prefix'"):
         run(router, tokens, torch.ones(1, 5), position_ids=packed)
     run(router, tokens, torch.ones(1, 5), position_ids=torch.arange(5)[None])
 
@@ -352,7 +354,7 @@ def test_request_gate_never_pools_padding_that_a_prompt_mask_covers() -> None:
 def test_request_gate_refuses_to_train_without_knowing_the_prompt() -> None:
     tokens, mask = tokens_and_mask()
     router = make(granularity="request")
-    with pytest.raises(ValueError, match="must know the prompt in training.*prompt_mask.*labels with -100"):
+    with pytest.raises(ValueError, match=r"must know the prompt in training.*prompt_mask.*labels with -100"):
         run(router, tokens, mask, training=True)
     with pytest.raises(ValueError, match="labels cover a row from its first token"):
         run(router, tokens, mask, training=True, labels=torch.zeros(3, 5).long())
@@ -637,7 +639,9 @@ def test_logits_are_float32_for_any_dtype(granularity, dtype) -> None:
     exact = copy.deepcopy(router).float()
     expected = naive(exact, tokens.to(dtype).float(), mask).flatten(0, 1)
     # Pooling hidden states happens in their own dtype; everything after it does not.
-    torch.testing.assert_close(routing.probs, expected, **({"atol": 2e-2, "rtol": 0} if granularity == "sequence" else {}))
+    torch.testing.assert_close(
+        routing.probs, expected, **({"atol": 2e-2, "rtol": 0} if granularity == "sequence" else {})
+    )
 
 
 def test_logits_are_float32_under_autocast() -> None:

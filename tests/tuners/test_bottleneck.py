@@ -145,7 +145,7 @@ def test_init_weights_false_starts_away_from_base(tiny, tiny_inputs) -> None:
 
 
 def test_adapter_has_the_published_size() -> None:
-    """Pfeiffer adapter of RoBERTa-large, reduction 16: 1024 -> 64 -> 1024 with biases is 132,160 (specification 1.4)."""
+    """In RoBERTa-large: 1024 -> 64 -> 1024 with biases is 132,160; beside its FFN 4096 -> 256 -> 1024 is 1,312,000."""
     from transformers import RobertaConfig, RobertaModel
 
     large = RobertaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=16)
@@ -301,7 +301,7 @@ def test_model_that_is_no_transformer_takes_explicit_modules() -> None:
 
 
 def test_block_of_unknown_width_asks_for_hidden_size() -> None:
-    with pytest.raises(ValueError, match="cannot tell the width of 'block'.*pass hidden_size"):
+    with pytest.raises(ValueError, match=r"cannot tell the width of 'block'.*pass hidden_size"):
         get_peft_model(Custom(), BottleneckConfig(r=2, target_modules=["block"]))
     model = get_peft_model(Custom(), BottleneckConfig(r=2, target_modules=["block"], hidden_size=8))
     assert sites(model) == ["block"]
@@ -327,9 +327,9 @@ def test_sites_name_the_modules_of_roles(tiny, tiny_inputs) -> None:
 def test_unmatched_targets_are_an_error(tiny) -> None:
     with pytest.raises(ValueError, match="nowhere"):
         get_peft_model(tiny("llama"), BottleneckConfig(target_modules=["nowhere"]))
-    with pytest.raises(ValueError, match="no module of the model is called 'down_prj'. Did you mean 'down_proj'"):
+    with pytest.raises(ValueError, match=r"no module of the model is called 'down_prj'. Did you mean 'down_proj'"):
         get_peft_model(tiny("llama"), BottleneckConfig(target_modules=["up_proj", "down_prj"]))
-    with pytest.raises(ValueError, match="not found|No modules|no modules"):
+    with pytest.raises(ValueError, match=r"not found|No modules|no modules"):
         get_peft_model(tiny("llama"), BottleneckConfig(layers_to_transform=[17]))
     with pytest.raises(ValueError, match=r"exclude|excluded"):
         get_peft_model(tiny("llama"), BottleneckConfig(exclude_modules=".*"))
@@ -403,7 +403,7 @@ def test_config_refuses_wrong_fields(fields, message) -> None:
 
 
 def test_config_refuses_unknown_arguments() -> None:
-    with pytest.raises(ValueError, match="has no field 'reduction'. Did you mean 'reduction_factor'"):
+    with pytest.raises(ValueError, match=r"has no field 'reduction'. Did you mean 'reduction_factor'"):
         BottleneckConfig(reduction=4)
 
 
@@ -551,7 +551,7 @@ def test_merging_is_refused_with_the_reason_and_changes_nothing(tiny, tiny_input
     model = randomize(get_peft_model(tiny(kind), BottleneckConfig(r=3, **fields))).eval()
     expected, before = logits(model, inputs), state(model)
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ValueError, match=f"cannot.* merge.*{reason}"):
+        with pytest.raises(ValueError, match=rf"cannot.* merge.*{reason}"):
             merge()
     after = state(model)
     assert after.keys() == before.keys()

@@ -305,7 +305,9 @@ def test_source_of_another_base_model_is_an_error_unless_allowed(tiny, tmp_path)
     source = get_peft_model(named(tiny("llama"), "org/one"), MixDAConfig(domains=["a"], domain_layers=[1]))
     source.save_pretrained(tmp_path)
     other = named(tiny("llama"), "org/two")
-    with pytest.raises(ValueError, match=r"was trained on 'org/one', this model is 'org/two'.*'check_base_model': False"):
+    with pytest.raises(
+        ValueError, match=r"was trained on 'org/one', this model is 'org/two'.*'check_base_model': False"
+    ):
         get_peft_model(copy.deepcopy(other), MixDAConfig(domains={"a": str(tmp_path)}))
     get_peft_model(named(tiny("llama"), "org/one"), MixDAConfig(domains={"a": str(tmp_path)}))
     model = get_peft_model(other, MixDAConfig(domains={"a": {"source": str(tmp_path), "check_base_model": False}}))
@@ -338,7 +340,7 @@ def test_source_with_unknown_fields_is_an_error(tiny, tmp_path) -> None:
     save_mixda(tiny, tmp_path, "a")
     path = tmp_path / "a" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "gait": "softmax"}))
-    with pytest.raises(ValueError, match="has no field 'gait'. Did you mean 'gate'"):
+    with pytest.raises(ValueError, match=r"has no field 'gait'. Did you mean 'gate'"):
         gather(tiny, {"a": str(tmp_path / "a")})
 
 
@@ -381,7 +383,9 @@ def test_domain_order_must_name_the_domains() -> None:
 
 def test_unknown_domain_names_are_refused_with_a_suggestion(tiny) -> None:
     model = gather(tiny, ["biomed", "reviews"], domain_layers=[1])
-    with pytest.raises(ValueError, match=r"unknown domain 'review'; have \['biomed', 'reviews'\]. Did you mean 'reviews'"):
+    with pytest.raises(
+        ValueError, match=r"unknown domain 'review'; have \['biomed', 'reviews'\]. Did you mean 'reviews'"
+    ):
         tuner(model).domain_ids(["review"])
     with pytest.raises(ValueError, match=r"unknown domain 'bio'"):
         tuner(model).remove_domain("bio")

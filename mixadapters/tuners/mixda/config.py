@@ -118,6 +118,8 @@ class MixDAConfig(MixtureConfig):
         check_rank("task_r", self.task_r, "task_reduction_factor", self.task_reduction_factor)
         check_dropout("adapter_dropout", self.adapter_dropout)
         check_dropout("gate_dropout", self.gate_dropout)
+        if not isinstance(self.gate_hidden, (list, tuple)) or any(width < 1 for width in self.gate_hidden):
+            raise ValueError(f"gate_hidden={self.gate_hidden} must be a list of positive widths, such as [768]")
         if self.temperature <= 0:
             raise ValueError(f"temperature={self.temperature} must be positive")
         if self.gate_input == "ffn_intermediate" and self.adapter_input == "ffn_input":
@@ -130,7 +132,7 @@ class MixDAConfig(MixtureConfig):
                 raise ValueError(f"domain_layers={self.domain_layers}: the fraction {layer} must be in (0, 1]")
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT does. A source that has been gathered is its domain's `origin` in files: loading reads it no more."""
+        """As PEFT's; in files a source that has been gathered is its domain's `origin`: loading reads it no more."""
         saved = super().to_dict()
         for spec in saved["domains"].values():
             if "source" in spec and "ranks" in spec:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,8 +55,8 @@ class MixDAModel(MixtureModel):
     def _new_ranks(self, config: MixDAConfig, rank: int | None = None) -> dict[str, int]:
         """{module: rank} of a new domain."""
         paths = self._domain_paths(config)
-        depth: dict[str, int] = {}
-        for path in paths:
+        depth: dict[str, int] = {}  # of the whole model, whichever layers are chosen
+        for path in self._domain_paths(replace(config, layers_to_transform=None, layers_pattern=None)):
             stack = stack_of(path, self.model)
             depth[stack] = max(depth.get(stack, 0), (layer_index(path) or 0) + 1)
         chosen = {}
