@@ -143,23 +143,32 @@ class AdapterHost(BaseTunerLayer):
         base = self.get_base_layer()
         if self._before_merge is None:
             old = getattr(base, "bias", None)
-            self._before_merge = (self.get_base_weight().clone(), None if old is None else old.data.clone())
+            kept = base.weight if self._is_torchao else self.get_base_weight().clone()
+            self._before_merge = (kept, None if old is None else old.data.clone())
         self._set(weight, bias)
         self.merged_adapters += names
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restore the frozen weight, bit for bit."""
+        """Restore the frozen weight: bit for bit, except where bitsandbytes or HQQ quantizes it anew."""
         if self._before_merge is not None:
-            self._set(*self._before_merge)
+            weight, bias = self._before_merge
+            if self._is_torchao:
+                self.get_base_layer().weight = weight
+                weight = None
+            self._set(weight, bias)
             self._before_merge = None
         self.merged_adapters.clear()
 
-    def _set(self, weight: Tensor, bias: Tensor | None) -> None:
-        like = self.get_base_weight()
-        self.set_base_weight(weight.to(like.dtype).contiguous())
+    @property
+    def _is_torchao(self) -> bool:
+        return getattr(self.quantization_backend, "backend_name", None) == "torchao"
+
+    def _set(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        base = self.get_base_layer()
+        if weight is not None:
+            self.set_base_weight(weight.to(self.get_base_weight().dtype).contiguous())
         if bias is not None:
-            base = self.get_base_layer()
             base.bias.data = bias.to(base.bias.dtype)
 
 

@@ -135,7 +135,7 @@ def test_detach_takes_everything_off(tiny, tiny_inputs) -> None:
                     assert not hooks, (kind, name)
             assert "mixadapters" not in type(module.__dict__.get("_gradient_checkpointing_func")).__module__
         assert ForwardContext.find(base) is None
-        base(**inputs, labels=inputs["input_ids"]).loss.backward()
+        base.requires_grad_()(**inputs, labels=inputs["input_ids"]).loss.backward()
 
 
 def test_detach_leaves_the_hooks_of_others(tiny, tiny_inputs) -> None:

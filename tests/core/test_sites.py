@@ -365,7 +365,7 @@ def test_t5_sites_are_in_both_stacks():
 def test_unknown_architecture_names_the_nearest_and_the_remedy():
     with pytest.raises(ValueError, match=r"'robertta'.*'roberta'.*target_modules.*sites.*ffn_output"):
         find_architecture("robertta")
-    with pytest.raises(ValueError, match="'zzz' is not in the table of architectures\."):
+    with pytest.raises(ValueError, match=r"'zzz' is not in the table of architectures\."):
         find_architecture("zzz")
 
 

@@ -302,7 +302,7 @@ def run_compiled(compiled, given):
     ("change", "message"),
     [
         (lambda g: {"act": "gleu"}, r"act='gleu'.*'gelu'"),
-        (lambda g: {"ranks": [2, 2]}, r"ranks=\[2, 2\].*w_down \(5, 4\).*R = sum\(ranks\)"),
+        (lambda g: {"ranks": [2, 2]}, r"w_down \(5, 4\).*ranks=\[2, 2\].*R = sum\(ranks\)"),
         (lambda g: {"w_up": g["w_up"][:, 1:]}, r"w_up \(3, 4\)"),
         (lambda g: {"x": g["x"][:, 1:]}, r"x \(5, 3\)"),
         (lambda g: {"x": g["x"].unsqueeze(0)}, r"x must be \(N, K\).*\(1, 5, 4\) and \(5, 2\)"),

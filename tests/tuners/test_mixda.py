@@ -1137,7 +1137,7 @@ def test_one_dominant_domain_is_the_same_as_routing_to_it(tiny, tiny_inputs, siz
         ({"gate_input": "ffn_intermediate", "adapter_input": "ffn_input"}, "is not possible.*leave gate_input=None"),
         ({"domain_layers": [1.5]}, r"domain_layers=\[1.5\]: the fraction 1.5 must be in \(0, 1\]"),
         ({"domain_layers": [0.0]}, "the fraction 0.0 must be"),
-        ({"gait": "softmax"}, "has no field 'gait'. Did you mean 'gate'"),
+        ({"gait": "softmax", "r": 2}, r"has no field 'gait'. Did you mean 'gate'"),
         ({"format_version": 9}, "format_version=9 is newer"),
         ({"gate_hidden": [0]}, r"gate_hidden=\[0\] must be a list of positive widths"),
         ({"gate_hidden": 768}, r"gate_hidden=768 must be a list of positive widths, such as \[768\]"),

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, StaticCache
+
+from mixadapters.core.cache import gate_state
+
+CONFIG = LlamaConfig(
+    vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+    max_position_embeddings=16,
+)  # fmt: skip
+
+
+def filled(cache, batch: int = 3, length: int = 5):
+    """A cache of `length` tokens, with the history of a gate, (B, T, 2), and one vector per row, (B, 2)."""
+    keys = torch.arange(batch).view(-1, 1, 1, 1).expand(-1, 2, length, 4).float()
+    for layer in range(2):
+        getattr(cache, "self_attention_cache", cache).update(keys, keys, layer)
+    state = gate_state(cache)
+    state["history"] = torch.arange(batch * length * 2.0).view(batch, length, 2)
+    state["vector"] = torch.arange(batch * 2.0).view(batch, 2)
+    return cache, state["history"].clone(), state["vector"].clone()
+
+
+def test_state_is_made_once_and_the_class_stays_what_it_was() -> None:
+    cache = DynamicCache()
+    state = gate_state(cache)
+    assert state == {}
+    assert gate_state(cache) is state
+    assert isinstance(cache, DynamicCache)
+    assert type(cache).__name__ == "DynamicCache"
+    assert type(gate_owner := DynamicCache()) is DynamicCache  # other caches are left alone
+    assert type(cache) is not type(gate_owner)
+    other = DynamicCache()
+    assert gate_state(other) is not state
+    assert type(other) is type(cache)  # one class for all of a kind
+
+
+def test_state_moves_with_the_rows() -> None:
+    cache, history, vector = filled(DynamicCache())
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert torch.equal(gate_state(cache)["history"], history[[2, 0, 0]])
+    assert torch.equal(gate_state(cache)["vector"], vector[[2, 0, 0]])
+    assert cache.layers[1].keys[:, 0, 0, 0].tolist() == [2, 0, 0]
+
+    cache, history, vector = filled(DynamicCache())
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(gate_state(cache)["history"], history.repeat_interleave(2, 0))
+    assert torch.equal(gate_state(cache)["vector"], vector.repeat_interleave(2, 0))
+    assert cache.layers[0].keys.shape[0] == 6
+
+    cache, history, vector = filled(DynamicCache())
+    cache.batch_select_indices(torch.tensor([1]))
+    assert torch.equal(gate_state(cache)["history"], history[[1]])
+    assert cache.layers[0].keys.shape[0] == 1
+
+
+def test_history_is_cropped_with_the_tokens() -> None:
+    cache, history, vector = filled(DynamicCache())
+    cache.crop(-2)
+    assert cache.get_seq_length() == 3
+    assert torch.equal(gate_state(cache)["history"], history[:, :3])
+    assert torch.equal(gate_state(cache)["vector"], vector)
+    cache.crop(-3)
+    assert gate_state(cache) == {}
+
+
+def test_reset_forgets() -> None:
+    cache, _, _ = filled(StaticCache(config=CONFIG, max_cache_len=8))
+    cache.reset()
+    assert gate_state(cache) == {}
+    assert int(cache.get_seq_length()) == 0
+
+
+def test_copies_keep_a_state_of_their_own() -> None:
+    cache, history, _ = filled(DynamicCache())
+    twin = copy.deepcopy(cache)
+    twin.crop(-4)
+    assert torch.equal(gate_state(cache)["history"], history)
+    assert gate_state(twin)["history"].shape == (3, 1, 2)
+
+
+@pytest.mark.parametrize("verb", ["reorder_cache", "batch_select_indices"])
+def test_caches_of_both_stacks_take_the_state_along(verb) -> None:
+    cache, history, _ = filled(EncoderDecoderCache(DynamicCache(), DynamicCache()))
+    getattr(cache, verb)(torch.tensor([1, 2]))
+    assert torch.equal(gate_state(cache)["history"], history[[1, 2]])
+    assert cache.self_attention_cache.layers[0].keys.shape[0] == 2

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixadapters import kernels
+from mixadapters.core.adapter import Adapter, Chain
+from mixadapters.core.bank import AdapterBank
+from mixadapters.core.context import ForwardContext, Record, Stream
+from mixadapters.core.mixture import Mixture, apply_rows
+from mixadapters.core.routing import Routing
+from mixadapters.routers import ConstantRouter, Router, SingleRouter
+
+BATCH, LENGTH, WIDTH = 3, 4, 6
+
+
+class Given(Router):
+    """Routes as it was told."""
+
+    def __init__(self, experts: list[str], routing: Routing) -> None:
+        super().__init__(WIDTH, experts)
+        self.routing = routing
+
+    def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
+        return self.routing
+
+
+def bank_of(*ranks: int, seed: int = 0, width_in: int = WIDTH, **form) -> AdapterBank:
+    bank = AdapterBank(width_in, WIDTH, **form)
+    for i, rank in enumerate(ranks):
+        bank.add(f"expert{i}", rank, init_weights=False)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return bank
+
+
+def single(rank: int, seed: int = 0, insertion: str = "parallel", **form) -> Mixture:
+    return Mixture(SingleRouter(WIDTH, ["expert0"]), bank_of(rank, seed=seed, **form), insertion)
+
+
+def routed(routing: Routing, *ranks: int, seed: int = 0) -> Mixture:
+    bank = bank_of(*ranks, seed=seed)
+    return Mixture(Given(bank.names, routing), bank)
+
+
+def expert(mixture: Mixture, name: str, x: Tensor) -> Tensor:
+    one = mixture.bank.experts[name]
+    return one.up(F.gelu(one.down(x)))
+
+
+@pytest.fixture
+def context() -> ForwardContext:
+    context = ForwardContext()
+    context.record = Record(streams={"": Stream(batch=BATCH, length=LENGTH)})
+    return context
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(BATCH, LENGTH, WIDTH)
+
+
+@pytest.fixture
+def y() -> Tensor:
+    return torch.randn(BATCH, LENGTH, WIDTH)
+
+
+# --- one mixture -------------------------------------------------------------------------------------------------
+
+
+def test_parallel_reads_the_input_sequential_the_output_and_a_tap_what_it_is_told(context, x, y) -> None:
+    other = torch.randn(BATCH, LENGTH, WIDTH)
+    context.record.taps["elsewhere"] = other
+    for insertion, tap, source in (("parallel", None, x), ("sequential", None, y), ("parallel", "elsewhere", other)):
+        mixture = Mixture(SingleRouter(WIDTH, ["expert0"]), bank_of(3), insertion, tap=tap)
+        torch.testing.assert_close(mixture(x, y, context), y + expert(mixture, "expert0", source))
+
+
+def test_keep_weighs_the_frozen_output(context, x, y) -> None:
+    weights, keep = torch.rand(BATCH * LENGTH, 2), torch.rand(BATCH * LENGTH)
+    mixture = routed(Routing(weights=weights, keep=keep), 3, 2)
+    w = weights.view(BATCH, LENGTH, 2, 1)
+    expected = keep.view(BATCH, LENGTH, 1) * y
+    expected = expected + w[:, :, 0] * expert(mixture, "expert0", x) + w[:, :, 1] * expert(mixture, "expert1", x)
+    torch.testing.assert_close(mixture(x, y, context), expected)
+    flat = mixture(x.flatten(0, 1), y.flatten(0, 1), context)
+    torch.testing.assert_close(flat.view_as(y), expected)
+
+
+def test_rows_of_many_axes_and_other_dtypes_pass(context) -> None:
+    mixture = single(3)
+    x, y = torch.randn(2, 3, 3, WIDTH), torch.randn(2, 3, 3, WIDTH)  # (B, height, width, d)
+    torch.testing.assert_close(mixture(x, y, context), y + expert(mixture, "expert0", x))
+    out = mixture(x.bfloat16(), y, context)  # a norm in full precision after a layer in half
+    assert out.dtype == y.dtype
+    half = mixture.to(torch.bfloat16)(x, y.bfloat16(), context)
+    assert half.dtype == torch.bfloat16
+
+
+def test_dropout_is_on_what_the_experts_read_in_training_alone(context, x, y) -> None:
+    mixture = Mixture(SingleRouter(WIDTH, ["expert0"]), bank_of(3), dropout=0.5)
+    assert not torch.equal(mixture(x, y, context), mixture(x, y, context))
+    mixture.eval()
+    torch.testing.assert_close(mixture(x, y, context), y + expert(mixture, "expert0", x))
+
+
+def test_observed_deltas_are_those_of_single_trainable_experts(context, x, y) -> None:
+    mixture = routed(Routing(weights=torch.zeros(BATCH * LENGTH, 3)), 3, 2, 4)
+    mixture.bank.experts["expert1"].requires_grad_(False)
+    deltas = mixture.observe(x, y, context)
+    assert len(deltas) == 2  # whatever the gate says
+    torch.testing.assert_close(deltas[1], expert(mixture, "expert2", x))
+    beside = Mixture(mixture.router, mixture.bank, replaces=True)
+    torch.testing.assert_close(beside.observe(x, y, context)[1], expert(mixture, "expert2", x) - y)
+
+
+# --- merging -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("insertion", ["parallel", "sequential"])
+@pytest.mark.parametrize("scale", [0.5, None])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layer_bias", [False, True])
+def test_folded_layer_equals_layer_and_adapter(context, insertion, scale, bias, layer_bias) -> None:
+    bank = bank_of(3, 2, activation="identity", bias=bias, scale=scale).double()
+    mixture = Mixture(ConstantRouter(WIDTH, bank.names, [0.25, -2.0]), bank, insertion).double()
+    linear, x = nn.Linear(WIDTH, WIDTH, bias=layer_bias).double(), torch.randn(5, WIDTH, dtype=torch.double)
+    weight, shift = mixture.fold(linear.weight, linear.bias)
+    assert (shift is None) == (not bias and not layer_bias)
+    torch.testing.assert_close(F.linear(x, weight, shift), mixture(x, linear(x), context), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        (lambda: single(3), "its own activation is not linear"),
+        (lambda: single(3, activation="identity", layer_norm=True), "its own LayerNorm is not linear"),
+        (lambda: single(3, activation="identity", glu=True), "its own activation is not linear"),
+        (lambda: routed(Routing(), 3), "its gate depends on the input"),
+        (lambda: Mixture(SingleRouter(9, ["expert0"]), bank_of(3, width_in=9, activation="identity")), "its input is"),
+        (
+            lambda: Mixture(SingleRouter(6, ["expert0"]), bank_of(3, activation="identity"), tap="elsewhere"),
+            "its input is not the input of the layer",
+        ),
+    ],
+)
+def test_what_no_single_weight_equals_is_refused(mixture, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        mixture().fold(torch.eye(WIDTH), None)
+
+
+# --- mixed batches -----------------------------------------------------------------------------------------------
+
+
+class Doubling(Adapter):
+    """No mixture: y -> 2 y."""
+
+    def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
+        return 2 * y
+
+
+class Negated(Mixture):
+    """A mixture with a forward of its own."""
+
+    def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
+        return -super().forward(x, y, context)
+
+
+def counted(monkeypatch) -> list[int]:
+    calls: list[int] = []
+    plain = kernels.lowrank
+    monkeypatch.setattr(kernels, "lowrank", lambda *a, **k: calls.append(len(k["ranks"])) or plain(*a, **k))
+    return calls
+
+
+ALL = torch.arange(BATCH * LENGTH)
+GROUPS = {
+    # case: (adapters, experts in each call of the op)
+    "single": (lambda: [single(3), single(5, seed=1)], [2]),
+    "kinds": (lambda: [single(3), single(5, seed=1, glu=True)], [1, 1]),
+    "insertions": (lambda: [single(3), single(5, seed=1, insertion="sequential")], [1, 1]),
+    "routed": (
+        lambda: [
+            routed(Routing(torch.stack([ALL % 2, -1 - 0 * ALL], 1), torch.rand(12, 2)), 3, 2),
+            routed(Routing(weights=torch.rand(12, 3), keep=torch.rand(12)), 2, 4, 1, seed=1),
+        ],
+        [5],
+    ),
+    "routed beside single": (lambda: [single(3), routed(Routing((ALL % 2).unsqueeze(1)), 3, 2, seed=1)], [3]),
+    "keep of one alone": (lambda: [routed(Routing(keep=torch.rand(12)), 2), routed(Routing(), 3, 1, seed=1)], [3]),
+    "no mixture": (lambda: [single(3), Doubling()], [1]),
+    "chains": (
+        lambda: [Chain(a=single(3), b=single(2, seed=2)), Chain(a=single(5, seed=1), b=single(4, seed=3))],
+        [2, 2],
+    ),
+    "chains of which one is shorter": (
+        lambda: [Chain(b=single(2, insertion="sequential")), Chain(a=single(5, seed=1), b=single(4, 3, "sequential"))],
+        [1, 2],
+    ),
+    "chains in another order": (
+        lambda: [
+            Chain(a=single(3, 0, "sequential"), b=single(2, 1, "sequential")),
+            Chain(b=single(5, 2, "sequential"), a=single(4, 3, "sequential")),
+        ],
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GROUPS)
+@pytest.mark.parametrize("flat", [False, True])
+def test_each_row_goes_through_the_adapter_it_names(context, monkeypatch, x, y, case, flat) -> None:
+    make, expected_calls = GROUPS[case]
+    torch.manual_seed(1)
+    adapters = make()
+    whole = [adapter(x, y, context) for adapter in adapters]
+    calls = counted(monkeypatch)
+    if flat:  # each token is a row of its own
+        owner = torch.tensor([1, -1, 0]).repeat_interleave(LENGTH)
+        out = apply_rows(adapters, owner, x.flatten(0, 1), y.flatten(0, 1), context).view_as(y)
+    else:
+        out = apply_rows(adapters, torch.tensor([1, -1, 0]), x, y, context)
+    assert expected_calls is None or calls == expected_calls
+    torch.testing.assert_close(out[0], whole[1][0])
+    assert torch.equal(out[1], y[1])
+    torch.testing.assert_close(out[2], whole[0][2])
+
+
+def test_mixture_with_a_forward_of_its_own_keeps_it(context, x, y) -> None:
+    mine = Negated(SingleRouter(WIDTH, ["expert0"]), bank_of(3))
+    out = apply_rows([mine, single(2, seed=1)], torch.tensor([0, 1, -1]), x, y, context)
+    torch.testing.assert_close(out[0], mine(x, y, context)[0])
+
+
+def test_routers_of_a_mixed_batch_know_their_rows(context, x, y) -> None:
+    seen: list[Tensor] = []
+
+    class Asking(Given):
+        def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
+            seen.append(context.record.own_rows)
+            return super().forward(tokens, context)
+
+    mixtures = [Mixture(Asking(["expert0"], Routing()), bank_of(2, seed=seed)) for seed in (0, 1)]
+    apply_rows(mixtures, torch.tensor([1, -1, 0]), x, y, context)
+    rows = torch.tensor([1, -1, 0]).repeat_interleave(LENGTH)
+    assert [torch.equal(mask, rows == i) for i, mask in enumerate(seen)] == [True, True]
+    assert context.record.own_rows is None
+    mixtures[0](x, y, context)
+    assert seen[-1] is None
+
+
+def test_gradients_of_a_mixed_batch_stay_with_its_rows(context, x, y) -> None:
+    adapters = [single(3), single(5, seed=1)]
+    apply_rows(adapters, torch.tensor([1, -1, -1]), x, y, context).sum().backward()
+    assert all((p.grad == 0).all() for p in adapters[0].parameters())
+    got = [p.grad.clone() for p in adapters[1].parameters()]
+    adapters[1].zero_grad()
+    adapters[1](x, y, context)[0].sum().backward()
+    for one, parameter in zip(got, adapters[1].parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad)

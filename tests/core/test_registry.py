@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import pytest
+
+from mixadapters.core.registry import Registry, nearest
+
+
+def test_names_map_to_classes() -> None:
+    registry: Registry[object] = Registry("shape")
+
+    @registry.register("circle")
+    class Circle: ...
+
+    assert registry["circle"] is Circle
+    assert "circle" in registry
+    assert "square" not in registry
+    assert list(registry) == ["circle"]
+
+
+def test_wrong_name_is_told_the_choices_and_the_nearest() -> None:
+    registry: Registry[object] = Registry("shape")
+    registry.register("circle")(int)
+    registry.register("square")(float)
+    with pytest.raises(
+        ValueError, match=r"unknown shape 'sqare'; have \['circle', 'square'\]\. Did you mean 'square'\?"
+    ):
+        registry["sqare"]
+    with pytest.raises(ValueError, match=r"unknown shape 'zzz'; have \['circle', 'square'\]\.$"):
+        registry["zzz"]
+
+
+def test_name_belongs_to_one_class() -> None:
+    registry: Registry[object] = Registry("shape")
+    registry.register("circle")(int)
+    registry.register("circle")(int)
+    with pytest.raises(ValueError, match="shape 'circle' is already int"):
+        registry.register("circle")(float)
+    assert registry["circle"] is int
+
+
+def test_nearest_name_or_nothing() -> None:
+    assert nearest("softmx", ["softmax", "sigmoid"]) == " Did you mean 'softmax'?"
+    assert nearest("xyz", ["softmax", "sigmoid"]) == ""
+    assert nearest("3", [3, 4]) == " Did you mean '3'?"

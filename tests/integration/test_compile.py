@@ -1,0 +1,141 @@
+"""torch.compile in one graph: the same outputs and gradients as in eager mode, and nothing ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from mixadapters import BottleneckConfig, MixDAConfig
+from mixadapters.routers import DomainGate
+
+KINDS = {
+    "bottleneck": lambda **f: BottleneckConfig(r=4, init_weights=False, **f),
+    "parallel": lambda **f: BottleneckConfig(r=4, init_weights=False, placement="parallel", glu=True, **f),
+    "mixda": lambda **f: MixDAConfig(domains=["a", "b"], r=4, init_weights=False, balance_coef=2.0, **f),
+    "mixda_prefix": lambda **f: MixDAConfig(
+        domains=["a", "b"], r=4, init_weights=False, gate_granularity="causal_prefix", z_coef=1.0, **f
+    ),
+}
+every = pytest.mark.parametrize("kind", KINDS)
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def made(tiny: Any, kind: str, architecture: str = "llama", **fields: Any) -> nn.Module:
+    model = get_peft_model(tiny(architecture, num_hidden_layers=1), KINDS[kind](**fields))
+    with torch.no_grad():
+        for gate in model.modules():
+            if isinstance(gate, DomainGate):
+                gate.output.weight.normal_()
+    return model
+
+
+@every
+def test_outputs_and_gradients_are_those_of_eager_mode(kind: str, tiny: Any, tiny_inputs: Any) -> None:
+    model = made(tiny, kind, task_type="CAUSAL_LM" if kind == "mixda" else None).train()
+    inputs = tiny_inputs("llama", batch=3, padding="left", labels="tokens")
+
+    def run(forward: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        output = forward(**inputs, use_cache=False)
+        output.loss.backward()
+        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        return output.logits.detach(), output.loss.detach(), grads
+
+    eager = run(model)
+    compiled = run(torch.compile(model, backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(compiled[0], eager[0], **CLOSE)
+    torch.testing.assert_close(compiled[1], eager[1], **CLOSE)
+    for name, grad in eager[2].items():
+        torch.testing.assert_close(compiled[2][name], grad, msg=name, **CLOSE)
+    if kind.startswith("mixda"):  # the auxiliary loss is in it
+        assert eager[1] > model.eval()(**inputs).loss + 0.1
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "mixda"])
+def test_outputs_of_an_encoder(kind: str, tiny: Any, tiny_inputs: Any) -> None:
+    fields = {"gate_granularity": "sequence"} if kind == "mixda" else {}
+    model = made(tiny, kind, "bert", **fields).eval()
+    inputs = tiny_inputs("bert", batch=3, padding="right")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        got = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).logits
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+@pytest.mark.parametrize(("kind", "task_type"), [("bottleneck", "CAUSAL_LM"), ("mixda_prefix", None)])
+def test_adapter_names_are_honoured_after_compiling(
+    kind: str, task_type: str | None, tiny: Any, tiny_inputs: Any
+) -> None:
+    model = made(tiny, kind, task_type=task_type)
+    model.add_adapter("second", KINDS[kind](task_type=task_type))
+    model.eval()
+    inputs = {**tiny_inputs("llama", batch=3), "use_cache": False}
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        torch.testing.assert_close(compiled(**inputs).logits, plain, **CLOSE)
+        for names in (["second", "__base__", "default"], ["__base__", "default", "second"]):
+            expected = model(**inputs, adapter_names=names).logits
+            assert not torch.allclose(expected, plain, atol=1e-3)
+            torch.testing.assert_close(compiled(**inputs, adapter_names=names).logits, expected, **CLOSE)
+        torch.testing.assert_close(compiled(**inputs).logits, plain, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "mixda"])
+def test_switching_and_disabling_are_honoured_after_compiling(kind: str, tiny: Any, tiny_inputs: Any) -> None:
+    model = made(tiny, kind)
+    model.add_adapter("second", KINDS[kind]())
+    model.eval()
+    inputs = {**tiny_inputs("llama"), "use_cache": False}
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        for name in ("default", "second", "default"):
+            model.set_adapter(name)
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, **CLOSE)
+        with model.disable_adapter():
+            base = tiny("llama", num_hidden_layers=1)(**inputs).logits
+            torch.testing.assert_close(compiled(**inputs).logits, base, **CLOSE)
+        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "mixda"])
+def test_weights_loaded_later_are_used_without_compiling_again(kind: str, tiny: Any, tiny_inputs: Any) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model, other = made(tiny, kind).eval(), made(tiny, kind).eval()
+    inputs = {**tiny_inputs("llama"), "use_cache": False}
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        compiled(**inputs)
+        set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+        torch.testing.assert_close(compiled(**inputs).logits, other(**inputs).logits, **CLOSE)
+    assert counter.frame_count == 1
+
+
+def test_checkpointing_in_a_compiled_model(tiny: Any, tiny_inputs: Any) -> None:
+    model = made(tiny, "mixda").train()
+    inputs = {**tiny_inputs("llama", labels="tokens"), "use_cache": False}
+    grads = []
+    for compiling in (False, True):
+        model.zero_grad()
+        if compiling:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        forward = torch.compile(model, backend="aot_eager") if compiling else model
+        forward(**inputs).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name, **CLOSE)
