@@ -55,12 +55,12 @@ class Arguments:
     max_length: int = 48
     parameters: int = field(default=40_000, metadata={"help": "Trainable parameters besides the head."})
     layers: int = field(default=3, metadata={"help": "Adapters sit in so many of the upper layers."})
-    stage1_steps: int = field(default=100, metadata={"help": "Steps per domain on unlabelled text."})
+    stage1_steps: int = field(default=60, metadata={"help": "Steps per domain on unlabelled text."})
     stage1_batch: int = field(default=32, metadata={"help": "Texts per step; each is read twice."})
     stage1_rate: float = 5e-4
     # Rates: the best for each method on the dev split of the demo's task, seed 100.
     head_rate: float = field(default=3e-2, metadata={"help": "Learning rate of the new head, in all methods."})
-    rate: float = field(default=2e-3, metadata={"help": "Learning rate of adapters."})
+    rate: float = field(default=1e-3, metadata={"help": "Learning rate of adapters."})
     check: str | None = field(default=None, metadata={"help": "Only predict with the adapter in this folder."})
 
 

@@ -259,9 +259,14 @@ def test_dpo_trains_the_auxiliary_loss_of_the_policy_once(
         torch.testing.assert_close(grads[name] - without[name], value, atol=1e-5, rtol=1e-3)
 
 
-def test_dpo_keeps_the_stage_through_its_reference_pass(base: Path, tokenizer: Any, tmp_path: Path) -> None:
-    model = get_peft_model(fresh(base), CONFIGS["mixda"](init_weights=False))
-    trainer = dpo(model, tokenizer, tmp_path, callbacks=[StageCallback("task")])
+@pytest.mark.parametrize("copied", [False, True])
+def test_dpo_keeps_the_stage_through_its_reference_pass(
+    copied: bool, base: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    config = CONFIGS["mixda"](init_weights=False)
+    given = (get_peft_model(fresh(base), config), None) if copied else (base, config)
+    trainer = dpo(given[0], tokenizer, tmp_path, given[1], callbacks=[StageCallback("task")])
+    model = trainer.model
     before = state(model)
     expected = {name for name, p in model.named_parameters() if p.requires_grad}
     trainer.train()

@@ -615,6 +615,23 @@ def test_usage_is_the_mean_over_real_training_tokens() -> None:
     assert not any("usage" in name for name in router.state_dict())
 
 
+def test_rows_of_others_in_a_mixed_batch_count_for_nothing() -> None:
+    tokens, mask = tokens_and_mask()
+    found = []
+    for rows in (None, [2]):
+        router = make(balance_coef=1.0, z_coef=1.0, entropy_coef=1.0).train()
+        mine, real = (tokens, mask) if rows is None else (tokens[rows], mask[rows])
+        context = context_of(mine, real, training=True)
+        if rows is None:  # three rows, of which the last names this gate's adapter
+            context.record.own_rows = torch.arange(15) >= 10
+        router(mine, context)
+        found.append((router.usage.summary(), float(router.usage.count), context.record.losses))
+    (one, count, losses), (other, alone, expected) = found
+    assert one == pytest.approx(other)
+    assert count == alone == 1
+    torch.testing.assert_close(losses, expected)
+
+
 def test_usage_names_arms_that_get_nothing() -> None:
     tokens, mask = tokens_and_mask()
     router = make().train()

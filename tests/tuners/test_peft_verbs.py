@@ -588,7 +588,7 @@ def test_a_failing_forward_with_adapter_names_leaves_nothing_behind(kind: str, t
     with pytest.raises(ZeroDivisionError):
         model(**ids, adapter_names=names)
     broken.remove()
-    assert context.pinned == {}
+    assert context.held == {}
     assert not context.record.open
     assert hooks == {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
     assert torch.equal(logits(model, ids), expected)
@@ -606,6 +606,18 @@ def test_adapter_names_train_each_row_in_its_own_adapter(kind: str, tiny: Any, i
     grads = {n: p.grad is not None and bool(p.grad.any()) for n, p in model.named_parameters() if p.requires_grad}
     assert any(got for name, got in grads.items() if ".default." in name)
     assert not any(got for name, got in grads.items() if ".second." in name)
+
+
+@one_of_each
+def test_a_failing_forward_leaves_no_adapter_names_with_the_head(kind: str, tiny: Any, tiny_inputs: Any) -> None:
+    inputs = tiny_inputs("bert", batch=2)
+    model = wrap(tiny("bert", "sequence_classification"), config(kind, task_type="SEQ_CLS"))
+    expected = logits(model, inputs)
+    broken = model.base_model.model.bert.pooler.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(**inputs, adapter_names=["default", "__base__"])
+    broken.remove()
+    assert torch.equal(logits(model, inputs), expected)
 
 
 @one_of_each
