@@ -453,6 +453,7 @@ def test_break_05_observing_leaves_the_stream_and_stops_early(tiny, tiny_inputs,
     assert len(layer_list(root, kind)) == LAYERS
     assert [tuple(d.shape) for d in deltas] == [(2, 6, 32)] * 2
     sum(d.square().mean() for d in deltas).backward()
+    assert len(deltas) == 2  # layers that run again report nothing more
     with_layers = gradients(model)
     assert len(with_layers) == 8  # two adapters of two linears with biases
     root.gradient_checkpointing_disable()
@@ -691,7 +692,7 @@ def test_break_07_shares_of_accumulated_batches_sum_to_one(tiny, tiny_inputs, ki
     inputs["labels"][1, 3:] = -100
     shifted = inputs["labels"][:, 1:] if kind == "llama" else inputs["labels"]
     items = (shifted != -100).sum()
-    model(**inputs, num_items_in_batch=items).loss.backward()
+    model(**inputs).loss.backward()
     whole = gradients(model)
     for part in (slice(0, 1), slice(1, 4)):
         model(**{k: v[part] for k, v in inputs.items()}, num_items_in_batch=items).loss.backward()
@@ -730,6 +731,16 @@ def test_break_07_trainer_accumulates_to_the_gradient_of_one_batch(tiny, tiny_in
 
     one, four = weights_after_one_step(4, 1), weights_after_one_step(1, 4)
     assert_same_gradients(one, four, atol=1e-5, rtol=1e-4)
+
+    model = adapt(tiny("llama"), BottleneckConfig(r=3, scale=0.5))  # and with no trainer
+    logits = model(**inputs).logits
+    loss = model.get_base_model().loss_function(logits, inputs["labels"], 96)
+    loss = loss if labels == "labels" else logits.square().mean()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    (loss + 0.1 * sum(p.square().sum() for p in trained)).backward()
+    torch.optim.SGD(trained, lr=1.0).step()
+    by_hand = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    assert_same_gradients(four, by_hand, atol=1e-5, rtol=1e-4)
 
 
 # --- 8 -----------------------------------------------------------------------------------------------------------
@@ -801,6 +812,29 @@ def test_break_08_shared_trunk_is_evaluated_once_per_forward(tiny, tiny_inputs, 
         model(**inputs, strength=strengths[0]).logits, twin(**inputs, strength=strengths[0]).logits
     )
     assert (twin_first.trunk.evaluated, first.trunk.evaluated) == (3, 3)
+
+
+@torch.no_grad()
+def test_break_08_trunk_is_ready_for_an_encoder_that_runs_before_any_root(tiny, tiny_inputs) -> None:
+    model = tiny("t5")
+    first: Conditioned | None = None
+    for path in ("encoder.block.0.layer.1.DenseReluDense.wo", "decoder.block.0.layer.2.DenseReluDense.wo"):
+        adapter = Conditioned(32, first)
+        first = first or adapter
+        host(model, path, adapter, 48, 32)
+    context = ForwardContext.of(model)
+    context.fields.add("strength")
+    randomize(model, std=1.0)
+    inputs = tiny_inputs("t5", batch=2)
+    inputs.pop("decoder_input_ids")
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    generated = []
+    for strength in (torch.tensor([3.0]), torch.tensor([-3.0])):
+        first.trunk.evaluated = 0
+        with context.pin(strength=strength):
+            generated.append(model.generate(**inputs, **settings))
+        assert first.trunk.evaluated == 5  # the encoder, and four steps
+    assert not torch.equal(*generated)
 
 
 def test_break_08_trunk_rests_while_adapters_are_off(tiny, tiny_inputs) -> None:

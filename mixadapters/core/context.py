@@ -100,17 +100,22 @@ class _Checkpointed:
 
 
 class _StackHook:
-    """Notes the sequence that the encoder, or the decoder, reads: in `generate` the encoder runs before any root."""
+    """Notes the sequence that a part of the model reads: in `generate` the encoder runs before any root forward."""
 
     def __init__(self, context: ForwardContext, stack: str, names: tuple[str, ...]) -> None:
         self.context, self.stack, self.names = context, stack, names
 
     def open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        record = self.context.running
-        if record is None:
-            record = self.context.record = Record(training=module.training, grad=torch.is_grad_enabled())
-            record.values.update(self.context.held)
-        record.streams[self.stack] = read_stream({**dict(zip(self.names, args, strict=False)), **kwargs})
+        running = self.context.running
+        if running is not None and not self.stack:  # the root has read it
+            return
+        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if running is None:
+            values = self.context.held
+            self.context.record = Record(module.training, torch.is_grad_enabled(), inputs=inputs, values=values)
+        self.context.record.streams[self.stack] = read_stream(inputs)
+        if running is None:
+            self.context.prepare()
 
 
 class ForwardContext:
@@ -198,6 +203,9 @@ class ForwardContext:
                 part = getattr(model, f"get_{stack}")()
                 hook = _StackHook(context, stack, _argument_names(part))
                 part.register_forward_pre_hook(hook.open, with_kwargs=True)
+        elif isinstance(part := getattr(model, getattr(model, "base_model_prefix", None) or "", None), nn.Module):
+            hook = _StackHook(context, "", _argument_names(part))  # reward trainers call the model without its head
+            part.register_forward_pre_hook(hook.open, with_kwargs=True)
         return context
 
     def detach(self, model: nn.Module) -> None:
@@ -238,9 +246,13 @@ class ForwardContext:
                 f"{len(names)} and {record.streams[''].batch} respectively."
             )
         self._carry_into_checkpoints(module)
+        self.prepare()
+        return args, kwargs
+
+    def prepare(self) -> None:
+        """Let adapters do what they do once per forward."""
         for host in self.preparing:
             host.prepare()
-        return args, kwargs
 
     def close(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         record = self.record

@@ -152,11 +152,10 @@ class AdapterHost(BaseTunerLayer):
     def unmerge(self) -> None:
         """Restore the frozen weight: bit for bit, except where bitsandbytes or HQQ quantizes it anew."""
         if self._before_merge is not None:
-            weight, bias = self._before_merge
+            kept, bias = self._before_merge
             if self._is_torchao:
-                self.get_base_layer().weight = weight
-                weight = None
-            self._set(weight, bias)
+                self.get_base_layer().weight = kept
+            self._set(None if self._is_torchao else kept, bias)
             self._before_merge = None
         self.merged_adapters.clear()
 

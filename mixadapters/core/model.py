@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -130,6 +131,8 @@ class MixtureModel(BaseTuner):
     # --- injection --------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # What is filled in here holds for this adapter; the caller's object may describe adapters of other models too.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         had_context = ForwardContext.find(model) is not None
         context = ForwardContext.of(model)
         context.fields.update(self.fields)

@@ -274,7 +274,7 @@ class DomainGate(Router):
         if stream.cache is None:
             return context.record.state, key
         state = gate_state(stream.cache)
-        if stream.cached and key not in state:
+        if key not in state and stream.cached:  # in this order: to look into a static cache breaks a compiled graph
             raise ValueError(
                 f"the key-value cache holds tokens that the gate at {self.path!r} has not seen (gate_granularity="
                 f"{self.granularity!r}): fill the cache by a forward of this model with these adapters active"

@@ -167,7 +167,7 @@ def test_teacher_pass_inside_a_forward_has_its_own_record(tiny, tiny_inputs) -> 
         assert outer.losses.keys() == seen["losses"].keys()
         context.add_loss("distance", (output.logits - teacher).square().mean(), 2.0)
 
-    spy = Spy(after=teach)
+    spy = Spy(after=teach, in_eval=True)
     context.objectives.append(spy)
     output = model(**inputs, note="outer")
     assert spy.calls == ["before", "after"]  # not for the pass inside
@@ -461,6 +461,29 @@ def test_fields_are_taken_off_the_forward_of_the_base(tiny, tiny_inputs) -> None
     model(**tiny_inputs("bert"), domain_ids=torch.tensor([0, 1]), prompt_mask=torch.ones(2, 7))
     assert seen[0].keys() >= {"attention_mask"}
     assert not {"domain_ids", "prompt_mask"} & seen[0].keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "backbone"), [("bert", "bert"), ("llama", "model"), ("gpt2", "transformer")])
+def test_model_called_without_its_head_reads_its_own_arguments(tiny, tiny_inputs, kind, backbone) -> None:
+    """Not those of the forward before."""
+    granularity = "sequence" if kind == "bert" else "causal_prefix"
+    config = MixDAConfig(**MIXDA, gate_granularity=granularity)
+    model = adapt(tiny(kind), config, second=copy.deepcopy(config))
+    part = getattr(model.get_base_model(), backbone)
+    inputs, other = (tiny_inputs(kind, padding=side) for side in ("right", "left"))
+    expected = part(**inputs).last_hidden_state
+    assert torch.equal(context_of(model).record.attention_mask, inputs["attention_mask"].bool())
+    head_runs = model(**inputs, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(expected, head_runs, **CLOSE)
+    model(**other, adapter_names=["second", "__base__"])
+    mask = {"attention_mask": inputs["attention_mask"]}
+    assert torch.equal(part(**inputs).last_hidden_state, expected)
+    assert torch.equal(part(inputs["input_ids"], **mask).last_hidden_state, expected)
+    ids = torch.tensor([0, 1])
+    with context_of(model).pin(domain_ids=ids):
+        pinned = part(**inputs).last_hidden_state
+    assert torch.equal(pinned, model(**inputs, domain_ids=ids, output_hidden_states=True).hidden_states[-1])
 
 
 def test_rows_repeat_fields_for_tokens_and_beams() -> None:

@@ -197,8 +197,9 @@ def test_weights_follow_the_dtype_of_the_rows_and_the_result_that_of_the_base(ba
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_backend_runs_under_autocast(backend) -> None:
-    given = problem(rows=6, slots=1, dtype=torch.float32)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_backend_runs_under_autocast(backend, weighted) -> None:
+    given = problem(rows=6, slots=1, dtype=torch.float32, gates=weighted, scale=weighted)
     with adapter_backend(backend), torch.autocast("cpu", torch.bfloat16):
         y = lowrank(**given)
     assert y.dtype == torch.float32

@@ -448,11 +448,14 @@ def test_adding_a_domain_changes_no_weight_of_the_others(tiny, tiny_inputs, gate
         torch.testing.assert_close(after["c"], share * frozen, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("task_adapter", ["pfeiffer", None])
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
-def test_domain_added_where_there_was_no_gate_starts_at_its_share(tiny, tiny_inputs, tmp_path, gate) -> None:
+def test_domain_added_where_there_was_no_gate_starts_at_its_share(
+    tiny, tiny_inputs, tmp_path, gate, task_adapter
+) -> None:
     save_mixda(tiny, tmp_path, "a")  # layers 0 and 2
     inputs = tiny_inputs("llama")
-    model = trained(tiny, gate, names="b", domain_layers=[2])
+    model = trained(tiny, gate, names="b", domain_layers=[2], task_adapter=task_adapter)
     before = weights_by_arm(model, inputs)
     tuner(model).add_domain("a", str(tmp_path / "a"), share=0.07)
     assert {path.split(".")[2]: m.bank.names for path, m in mixtures(model).items()} == {"0": ["a"], "2": ["b", "a"]}
@@ -579,6 +582,27 @@ def test_refused_source_leaves_the_mixture_as_it_was(tiny, tiny_inputs, tmp_path
     assert set(model.state_dict()) == keys
     assert list(tuner(model).peft_config["default"].domains) == ["a", "b"]
     assert torch.equal(logits(model, inputs), before)
+
+
+class Named(nn.Module):
+    """A model whose modules are called as the parts of an expert are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x).tanh())
+
+
+def test_added_domain_sits_in_the_model_and_not_in_other_experts() -> None:
+    model = get_peft_model(Named(), MixDAConfig(domains=["a"], target_modules=["down", "up"], r=2))
+    x = torch.randn(3, 4, 6)
+    expected = randomize(model)(x)
+    tuner(model).add_domain("b")
+    assert {host.path for host in tuner(model).hosts()} == {"down", "up"}
+    assert all(mixture.bank.names == ["a", "b"] for mixture in mixtures(model).values())
+    torch.testing.assert_close(model(x), expected)
 
 
 # --- removing ----------------------------------------------------------------------------------------------------

@@ -355,6 +355,30 @@ def test_is_trainable_and_requires_grad_verbs(kind: str, tiny: Any, tmp_path: Pa
     assert names_of(model) == trainable
 
 
+def test_one_config_object_describes_adapters_of_several_models(tiny: Any) -> None:
+    given = config("mixda")
+    untouched = copy.deepcopy(given)
+    at = {}
+    for depth in (2, 6):
+        model = wrap(tiny("llama", num_hidden_layers=depth), given)
+        at[depth] = {n.split("layers.")[1][0] for n in names_of(model) if ".domain." in n}
+    assert at == {2: {"0"}, 6: {"1", "2"}}  # a third and a half of each depth
+    assert given == untouched
+
+
+def test_adapters_made_of_one_config_object_keep_their_own(tiny: Any, ids: Any, tmp_path: Path) -> None:
+    given = config("mixda")
+    model = wrap(tiny("llama"), given)
+    model.add_adapter("second", given)
+    model.base_model.add_domain("c", adapter_name="second")
+    assert list(model.peft_config["default"].domains) == ["a", "b"]
+    assert list(model.peft_config["second"].domains) == ["a", "b", "c"]
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path), ids), expected)
+    PeftModel.from_pretrained(tiny("llama"), tmp_path / "second")
+
+
 # --- modules_to_save ----------------------------------------------------------------------------------------------
 
 
