@@ -54,6 +54,6 @@ def _following(cls: Any) -> type:
 def gate_state(cache: Any) -> dict[str, Tensor]:
     """The tensors that gates keep with `cache`. Its class is swapped for one that carries them along, once."""
     if not isinstance(cache, _FollowsCache):
-        cache.__class__ = _following(type(cache))
+        cache.__class__ = _following(type(cache))  # type: ignore[arg-type]
         cache.gate_state = {}
     return cache.gate_state

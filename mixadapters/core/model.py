@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,8 +132,8 @@ class MixtureModel(BaseTuner):
     # --- injection --------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # What is filled in here holds for this adapter; the caller's object may describe adapters of other models too.
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name] = self._own_config(adapter_name)
+        given = copy.deepcopy({f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
         had_context = ForwardContext.find(model) is not None
         context = ForwardContext.of(model)
         context.fields.update(self.fields)
@@ -142,6 +143,22 @@ class MixtureModel(BaseTuner):
             if not had_context and not any(self.hosts()):
                 context.detach(model)
             raise
+        finally:
+            config.__dict__["_filled_in"] = {k: v for k, v in given.items() if getattr(config, k) != v}
+
+    def _own_config(self, adapter_name: str) -> Any:
+        """The caller's object, as PEFT keeps it; a copy where it describes an adapter of this or another model.
+
+        What was filled in for another model's modules is as it was given in the copy.
+        """
+        config = self.peft_config[adapter_name]
+        filled = config.__dict__.get("_filled_in")
+        if filled is None:
+            return config
+        own = copy.deepcopy(config)
+        if not any(c is config for name, c in self.peft_config.items() if name != adapter_name):
+            own.__dict__.update(copy.deepcopy(filled))
+        return own
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         config: MixtureConfig = peft_config

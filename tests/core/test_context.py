@@ -623,6 +623,23 @@ def test_compiled_rows_name_their_adapters(tiny, tiny_inputs) -> None:
     )
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("granularity", ["causal_prefix", "request"])
+def test_compiled_steps_of_a_static_cache_are_one_graph(tiny, tiny_inputs, granularity) -> None:
+    model = adapt(tiny("llama", num_hidden_layers=2), MixDAConfig(**MIXDA, gate_granularity=granularity))
+    ids = tiny_inputs("llama", batch=2, length=8)["input_ids"]
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    model(input_ids=ids[:, :6], attention_mask=torch.ones(2, 6), past_key_values=cache)
+    fast, _ = compiled(model.get_base_model())
+    steps = [
+        fast(input_ids=ids[:, t : t + 1], attention_mask=torch.ones(2, t + 1), past_key_values=cache).logits
+        for t in (6, 7)
+    ]
+    prompt = (torch.arange(8) < 6).expand(2, -1)
+    expected = model(input_ids=ids, attention_mask=torch.ones(2, 8), prompt_mask=prompt, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(steps, 1), expected[:, 6:], **CLOSE)
+
+
 def test_compiled_training_has_the_losses_and_their_gradients(tiny, tiny_inputs) -> None:
     model = adapt(tiny("llama", num_hidden_layers=2), MixDAConfig(**MIXDA, balance_coef=0.5, z_coef=0.1)).train()
     inputs = tiny_inputs("llama", padding="right", labels="tokens")

@@ -889,6 +889,19 @@ def test_old_domain_loss_stops_after_the_last_adapted_layer(tiny, tiny_inputs) -
     assert len(inner.layers) == 4
 
 
+def test_old_domain_loss_leaves_out_domains_that_do_not_train(tiny, tiny_inputs) -> None:
+    old = old_text(tiny_inputs, "llama")
+    model = mixda(tiny).train()
+    model.base_model.set_stage("domain")
+    for mixture in mixtures(model).values():
+        mixture.bank.experts["a"].requires_grad_(False)
+    context(model).objectives.append(PreservationObjective(knowledge_weight=0.0))
+    found = model(**tiny_inputs("llama", labels="tokens"), **old).loss
+    for mixture in mixtures(model).values():
+        mixture.bank.remove("a")
+    torch.testing.assert_close(found, plain_old_loss(model, tiny, "llama", old, False), atol=1e-6, rtol=1e-4)
+
+
 def test_old_domain_loss_is_zero_for_a_new_delta_domain_and_not_for_a_convex_one(tiny, tiny_inputs) -> None:
     for combine, positive in (("delta", False), ("convex", True)):
         model = get_peft_model(tiny("llama"), MixDAConfig(domains=DOMAINS, combine=combine)).train()

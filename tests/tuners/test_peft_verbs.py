@@ -356,14 +356,15 @@ def test_is_trainable_and_requires_grad_verbs(kind: str, tiny: Any, tmp_path: Pa
 
 
 def test_one_config_object_describes_adapters_of_several_models(tiny: Any) -> None:
-    given = config("mixda")
-    untouched = copy.deepcopy(given)
-    at = {}
+    given = config("mixda", task_type="CAUSAL_LM")
+    models, at = [], {}
     for depth in (2, 6):
-        model = wrap(tiny("llama", num_hidden_layers=depth), given)
-        at[depth] = {n.split("layers.")[1][0] for n in names_of(model) if ".domain." in n}
+        models.append(wrap(tiny("llama", num_hidden_layers=depth), given))
+        at[depth] = {n.split("layers.")[1][0] for n in names_of(models[-1]) if ".domain." in n}
     assert at == {2: {"0"}, 6: {"1", "2"}}  # a third and a half of each depth
-    assert given == untouched
+    models[0].base_model.add_domain("c")
+    assert list(models[1].peft_config["default"].domains) == ["a", "b"]
+    assert models[0].peft_config["default"] is given  # as PEFT does
 
 
 def test_adapters_made_of_one_config_object_keep_their_own(tiny: Any, ids: Any, tmp_path: Path) -> None:
