@@ -356,6 +356,13 @@ def test_transformers_deletes_adapters_by_the_lower_case_type_and_an_underscore(
     assert 'f"{self.peft_config[adapter_name].peft_type.value.lower()}_"' in source
 
 
+def test_loss_mapping_tells_which_losses_shift_their_labels(tiny: Any) -> None:
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    assert LOSS_MAPPING[tiny("llama").loss_type] is ForCausalLMLoss
+    assert LOSS_MAPPING.get(getattr(tiny("bert"), "loss_type", None)) is not ForCausalLMLoss
+
+
 def test_cache_counts_its_tokens() -> None:
     assert transformers.DynamicCache().get_seq_length() == 0
     for name in ("reorder_cache", "batch_repeat_interleave", "batch_select_indices", "crop", "reset"):

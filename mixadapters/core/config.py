@@ -20,6 +20,7 @@ class MixtureConfig(PeftConfig):
     # Facts of a method, not fields.
     stages: ClassVar[dict[str, tuple[str, ...]]] = {}  # name -> patterns of the parameters that train together
     needs: ClassVar[frozenset[str]] = frozenset()  # batch columns without which the method does nothing
+    _used: ClassVar[Any] = None  # which adapter an object describes, set by the model
 
     target_modules: list[str] | str | None = field(
         default=None,
@@ -83,6 +84,9 @@ class MixtureConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_used"}  # not in copies
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT does; and where PEFT has written a model card before, complete it with how to load the adapter."""

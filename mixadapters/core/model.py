@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -132,8 +133,8 @@ class MixtureModel(BaseTuner):
     # --- injection --------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self.peft_config[adapter_name] = self._own_config(adapter_name)
-        given = copy.deepcopy({f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
+        config = self._own_config(adapter_name)
+        given = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(config)}
         had_context = ForwardContext.find(model) is not None
         context = ForwardContext.of(model)
         context.fields.update(self.fields)
@@ -144,21 +145,26 @@ class MixtureModel(BaseTuner):
                 context.detach(model)
             raise
         finally:
-            config.__dict__["_filled_in"] = {k: v for k, v in given.items() if getattr(config, k) != v}
+            filled = {name: value for name, value in given.items() if getattr(config, name) != value}
+            config._used = (weakref.ref(model), adapter_name, filled)
 
     def _own_config(self, adapter_name: str) -> Any:
-        """The caller's object, as PEFT keeps it; a copy where it describes an adapter of this or another model.
+        """The config of an adapter, shared with no other adapter: some of its fields are filled in for this model.
 
-        What was filled in for another model's modules is as it was given in the copy.
+        PEFT keeps the caller's object. If that is in use already, the earlier model goes on with a copy, and here the
+        fields are as they were given; a second adapter of the same model takes the copy.
         """
         config = self.peft_config[adapter_name]
-        filled = config.__dict__.get("_filled_in")
-        if filled is None:
-            return config
-        own = copy.deepcopy(config)
-        if not any(c is config for name, c in self.peft_config.items() if name != adapter_name):
-            own.__dict__.update(copy.deepcopy(filled))
-        return own
+        if any(c is config for name, c in self.peft_config.items() if name != adapter_name):
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)
+        elif config._used is not None:
+            user, name, filled = config._used
+            configs = getattr(user(), "peft_config", {})
+            if configs.get(name) is config:
+                configs[name] = copy.deepcopy(config)
+            for field, value in filled.items():
+                setattr(config, field, value)
+        return config
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         config: MixtureConfig = peft_config

@@ -201,6 +201,22 @@ def test_gradient_checkpointing_gives_the_same_gradients(base: Path, ids: Any) -
         torch.testing.assert_close(grads[1][name], grad, msg=name)
 
 
+def test_one_config_object_describes_adapters_of_several_models(tiny: Any, ids: Any, tmp_path: Path) -> None:
+    given, at, models = config("mixda"), {}, {}
+    for depth in (2, 6):
+        tiny("llama", num_hidden_layers=depth).save_pretrained(tmp_path / f"base{depth}")
+        models[depth] = fresh(tmp_path / f"base{depth}")
+        models[depth].add_adapter(given)
+        names = [n for n, _ in models[depth].named_parameters() if ".domain." in n]
+        at[depth] = {n.split("layers.")[1][0] for n in names}
+    assert at == {2: {"0"}, 6: {"1", "2"}}  # a third and a half of each depth
+    for depth, model in models.items():
+        model.save_pretrained(tmp_path / str(depth))
+        other = fresh(tmp_path / f"base{depth}")
+        assert not other.load_adapter(str(tmp_path / str(depth))).missing_keys
+        equal(logits(other, ids), logits(model, ids))
+
+
 def test_hotswap_is_refused_by_transformers(base: Path, tmp_path: Path) -> None:
     model = fresh(base)
     model.add_adapter(config("bottleneck"))

@@ -355,7 +355,7 @@ def test_is_trainable_and_requires_grad_verbs(kind: str, tiny: Any, tmp_path: Pa
     assert names_of(model) == trainable
 
 
-def test_one_config_object_describes_adapters_of_several_models(tiny: Any) -> None:
+def test_one_config_object_describes_adapters_of_several_models(tiny: Any, tmp_path: Path) -> None:
     given = config("mixda", task_type="CAUSAL_LM")
     models, at = [], {}
     for depth in (2, 6):
@@ -364,7 +364,10 @@ def test_one_config_object_describes_adapters_of_several_models(tiny: Any) -> No
     assert at == {2: {"0"}, 6: {"1", "2"}}  # a third and a half of each depth
     models[0].base_model.add_domain("c")
     assert list(models[1].peft_config["default"].domains) == ["a", "b"]
-    assert models[0].peft_config["default"] is given  # as PEFT does
+    assert models[1].peft_config["default"] is given  # as PEFT does
+    for model, depth in zip(models, (2, 6), strict=True):
+        model.save_pretrained(tmp_path / str(depth))
+        PeftModel.from_pretrained(tiny("llama", num_hidden_layers=depth), tmp_path / str(depth))
 
 
 def test_adapters_made_of_one_config_object_keep_their_own(tiny: Any, ids: Any, tmp_path: Path) -> None:
