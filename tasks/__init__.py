@@ -1,1 +1,1 @@
-"""Task definitions."""
+"""Task definitions and runners. None yet: `examples/demo.py` evaluates until they come."""

@@ -36,7 +36,7 @@ def encoder(tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    def text(i, n=8):
+    def text(i, n=12):
         return " ".join(random.Random(i).choices(WORDS, k=n)) + "."
 
     def write(name, rows):
