@@ -16,10 +16,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from mixadapters.core.cache import gate_state
+from mixadapters.core.joining import Once, attach, share_of_batch
 from mixadapters.core.sites import has_two_stacks, layer_index
+from mixadapters.core.streams import Stream, read_stream, repeat_rows
 
 COMMON_FIELDS = ("adapter_names", "domain_ids", "prompt_mask")
 
@@ -35,23 +36,6 @@ class Objective(Protocol):
     def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]: ...
 
     def after(self, context: ForwardContext, module: nn.Module, output: Any) -> Any: ...
-
-
-@dataclass(eq=False)
-class Stream:
-    """The sequence that one stack of layers reads in this forward."""
-
-    batch: int = 0
-    length: int | None = None  # tokens in this forward, without those in the cache; None where there are none
-    mask: Tensor | None = None  # (B, length) bool, False at padding; None: not given
-    position_ids: Tensor | None = None  # (B or 1, length), only where the caller gave them
-    cache: Any = None
-    past: Any = 0  # tokens in the cache when the forward began; a tensor for static caches
-
-    @property
-    def cached(self) -> bool:
-        """Whether earlier tokens of the sequence are in the cache."""
-        return bool(self.past > 0)
 
 
 @dataclass(eq=False)
@@ -318,13 +302,13 @@ class ForwardContext:
     def rows(self, field_name: str, count: int) -> Tensor | None:
         """A per-sequence field (B, ...) repeated to `count` rows: tokens of a flattened batch, beams of a search."""
         value = self.record.values.get(field_name)
-        return None if value is None else _repeat(torch.as_tensor(value), count, field_name)
+        return None if value is None else repeat_rows(torch.as_tensor(value), count, field_name)
 
     def adapter_rows(self, known: Sequence[str], count: int, device: torch.device) -> Tensor:
         """(count,) index into `known` of the adapter named for each row, -1 where it is not among them."""
         names = self.record.values["adapter_names"]
         place = {name: i for i, name in enumerate(known)}
-        return _repeat(torch.tensor([place.get(n, -1) for n in names], device=device), count, "adapter_names")
+        return repeat_rows(torch.tensor([place.get(n, -1) for n in names], device=device), count, "adapter_names")
 
     def add_loss(self, name: str, value: Tensor, weight: float = 1.0) -> None:
         """Add weight * value (scalar) to the loss of this forward. Ignored when a layer is merely run again.
@@ -441,147 +425,23 @@ class ForwardContext:
         weighed = record.main_loss is not None or record.main_scale != 1.0
         if loss is None and (extra is None or weighed):
             raise ValueError("the forward has no loss to weigh; pass labels, or an objective that makes a loss")
-        share = 1.0 if loss is None else _share({**record.values, **record.inputs}, module)
+        share = 1.0 if loss is None else share_of_batch({**record.values, **record.inputs}, module)
         if extra is not None and torch.compiler.is_compiling():
             if loss is None:
-                return _attach(output, extra * self.loss_scale, only_one=True)
+                return attach(output, extra * self.loss_scale, only_one=True)
             extra = extra * share
         elif extra is not None:
             # Some training loops make a loss of their own of the other outputs, and leave the model's aside.
-            extra, carried = _Once.apply(extra, share, self.loss_scale, weighed)
-            output = _attach(output, carried, optional=loss is not None)
+            extra, carried = Once.apply(extra, share, self.loss_scale, weighed)
+            output = attach(output, carried, optional=loss is not None)
         if loss is not None:
             loss = loss * record.main_scale * (1.0 if record.main_loss is None else share)
             output["loss"] = loss if extra is None else loss + extra
         return output
 
 
-class _Once(torch.autograd.Function):
-    """An auxiliary loss on two ways to the end: added to the model's loss, and carried by its other outputs.
-
-    In backward it counts once: like the model's loss if that is used, else with weight `scale`.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, extra: Tensor, share: Any, scale: float, weighed: bool) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.share, ctx.scale, ctx.weighed = share, scale, weighed
-        return extra * share, torch.zeros_like(extra)
-
-    @staticmethod
-    def backward(ctx: Any, added: Tensor | None, carried: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        if added is not None:
-            return added * ctx.share, None, None, None
-        if ctx.weighed:
-            raise ValueError(
-                "an objective makes or weighs the model's loss, but the training loop makes its own of other outputs; "
-                "use a loop that trains on outputs.loss"
-            )
-        return None if carried is None else torch.full_like(carried, ctx.scale), None, None, None
-
-
-class _Carrier(torch.autograd.Function):
-    """Returns `value`; in backward also sends a gradient of 1 into `loss`."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, loss: Tensor) -> Tensor:
-        ctx.like = (loss.shape, loss.dtype, loss.device)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        shape, dtype, device = ctx.like
-        return grad, torch.ones(shape, dtype=dtype, device=device)
-
-
-def _attach(output: Any, loss: Tensor, *, only_one: bool = False, optional: bool = False) -> Any:
-    """`output` with its tensors that have a gradient, or the first of them, carrying `loss`."""
-    if isinstance(output, Tensor):
-        items: dict[Any, Any] = {None: output}
-    else:
-        items = dict(output) if isinstance(output, dict) else dict(enumerate(output))
-    names = [n for n, v in items.items() if n != "loss" and isinstance(v, Tensor) and v.requires_grad]
-    if not names and not optional:
-        raise ValueError(
-            "auxiliary losses found neither a loss nor an output with a gradient to join; call the model with labels, "
-            "or set the coefficients of its auxiliary losses to 0"
-        )
-    names.sort(key=lambda name: name != "logits")
-    for name in names[:1] if only_one else names:
-        items[name] = _Carrier.apply(items[name], loss)
-    if isinstance(output, Tensor):
-        return items[None]
-    if isinstance(output, tuple):
-        return tuple(items.values())
-    for name in names:
-        output[name] = items[name]
-    return output
-
-
-def _share(inputs: dict[str, Any], module: nn.Module) -> Any:
-    """This micro-batch's part of the accumulated batch.
-
-    Given `num_items_in_batch`, transformers divides the loss by the labels of all micro-batches together, and the
-    Trainer does not divide again: losses added here must be scaled likewise, or each would count once per micro-batch.
-    """
-    items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
-    if items is None or labels is None:
-        return 1.0
-    # The Trainer counts as the loss does: where that shifts the labels, the first of a row is no target.
-    shifts = LOSS_MAPPING.get(getattr(module, "loss_type", None)) is ForCausalLMLoss
-    if shifts and not has_two_stacks(module):
-        labels = inputs.get("shift_labels", labels[..., 1:])
-    return (labels != -100).sum() / items
-
-
-def _repeat(values: Tensor, count: int, name: str) -> Tensor:
-    if count % values.shape[0]:
-        raise ValueError(
-            f"Length of `{name}` should be the same as the number of inputs, but got {values.shape[0]} and {count} "
-            "respectively."
-        )
-    return values.repeat_interleave(count // values.shape[0], dim=0)
-
-
 def _argument_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
-
-
-def read_stream(inputs: dict[str, Any]) -> Stream:
-    """Batch size, length, padding mask and cache from the arguments of a forward."""
-    tokens = inputs.get("input_ids")
-    if tokens is None:
-        tokens = inputs.get("inputs_embeds")
-    cache = inputs.get("past_key_values")
-    if cache is not None and not hasattr(cache, "get_seq_length"):
-        cache = None
-    past = 0 if cache is None else cache.get_seq_length()
-    past = past.clone() if isinstance(past, Tensor) else past  # static caches count in place
-    if tokens is None:
-        first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 0), None)
-        return Stream(0 if first is None else first.shape[0], cache=cache, past=past)
-    batch, length = tokens.shape[:2]
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, dict):  # one 4D mask per kind of layer
-        mask = next((m for m in mask.values() if m is not None), None)
-    mask = _current_mask(mask, batch, length, past)
-    return Stream(batch, length, mask, inputs.get("position_ids"), cache, past)
-
-
-def _current_mask(mask: Tensor | None, batch: int, length: int, past: Any) -> Tensor | None:
-    """(B, length) bool mask of the tokens of this forward, from any mask that transformers passes."""
-    if mask is None or mask.shape[0] != batch:
-        return None
-    if mask.dim() == 2 and mask.shape[1] == length:
-        return mask != 0
-    columns = torch.arange(length, device=mask.device) + past
-    if mask.dim() == 2:
-        return mask.index_select(1, columns) != 0
-    # (B, 1, T, S): a token is real where it may look at itself.
-    if mask.shape[-1] < length:
-        return None
-    own = mask[:, 0].gather(2, columns.clamp_max(mask.shape[-1] - 1).view(1, -1, 1).expand(batch, -1, 1)).squeeze(2)
-    return own if own.dtype == torch.bool else own == 0
 
 
 @contextmanager

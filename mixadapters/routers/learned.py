@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters.core.cache import gate_state
-from mixadapters.core.context import ForwardContext, Stream
+from mixadapters.core.context import ForwardContext
 from mixadapters.core.losses import entropy, load_balance, router_z
 from mixadapters.core.routing import Routing
+from mixadapters.core.streams import Stream
 from mixadapters.core.usage import GateUsage
 from mixadapters.routers.base import ROUTERS, Router
 

@@ -15,7 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache, StaticCache
 
 from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig
-from mixadapters.core.context import Record, Stream, read_stream
+from mixadapters.core.context import Record
+from mixadapters.core.streams import Stream, read_stream
 
 transformers.logging.set_verbosity_error()
 pytestmark = [

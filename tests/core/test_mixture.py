@@ -8,9 +8,10 @@ from torch.nn import functional as F
 from mixadapters import kernels
 from mixadapters.core.adapter import Adapter, Chain
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.context import ForwardContext, Record, Stream
+from mixadapters.core.context import ForwardContext, Record
 from mixadapters.core.mixture import Mixture, apply_rows
 from mixadapters.core.routing import Routing
+from mixadapters.core.streams import Stream
 from mixadapters.routers import ConstantRouter, Router, SingleRouter
 
 BATCH, LENGTH, WIDTH = 3, 4, 6

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mixadapters import ROUTERS, Router
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.context import ForwardContext, Record, Stream
+from mixadapters.core.context import ForwardContext, Record
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.routing import Routing
+from mixadapters.core.streams import Stream
 from mixadapters.routers import ConstantRouter, DomainGate, SingleRouter, build_router
 
 NAMES = sorted(name for name in ROUTERS if not name.startswith("toy_"))

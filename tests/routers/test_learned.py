@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mixadapters.core.context import ForwardContext, Record, Stream
+from mixadapters.core.context import ForwardContext, Record
+from mixadapters.core.streams import Stream
 from mixadapters.routers import ROUTERS, DomainGate, SigmoidGate, SoftmaxGate
 from mixadapters.routers.base import build_router
 

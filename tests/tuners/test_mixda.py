@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.context import Record, Stream
+from mixadapters.core.context import Record
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.routing import Routing
+from mixadapters.core.streams import Stream
 from mixadapters.kernels import adapter_backend
 from mixadapters.routers import build_router
 from mixadapters.training.objectives import PreservationObjective

@@ -1,0 +1,73 @@
+"""The sequences that a forward reads: sizes, padding masks and cache, from whatever transformers passes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Stream:
+    """The sequence that one stack of layers reads in this forward."""
+
+    batch: int = 0
+    length: int | None = None  # tokens in this forward, without those in the cache; None where there are none
+    mask: Tensor | None = None  # (B, length) bool, False at padding; None: not given
+    position_ids: Tensor | None = None  # (B or 1, length), only where the caller gave them
+    cache: Any = None
+    past: Any = 0  # tokens in the cache when the forward began; a tensor for static caches
+
+    @property
+    def cached(self) -> bool:
+        """Whether earlier tokens of the sequence are in the cache."""
+        return bool(self.past > 0)
+
+
+def read_stream(inputs: dict[str, Any]) -> Stream:
+    """Batch size, length, padding mask and cache from the arguments of a forward."""
+    tokens = inputs.get("input_ids")
+    if tokens is None:
+        tokens = inputs.get("inputs_embeds")
+    cache = inputs.get("past_key_values")
+    if cache is not None and not hasattr(cache, "get_seq_length"):
+        cache = None
+    past = 0 if cache is None else cache.get_seq_length()
+    past = past.clone() if isinstance(past, Tensor) else past  # static caches count in place
+    if tokens is None:
+        first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 0), None)
+        return Stream(0 if first is None else first.shape[0], cache=cache, past=past)
+    batch, length = tokens.shape[:2]
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, dict):  # one 4D mask per kind of layer
+        mask = next((m for m in mask.values() if m is not None), None)
+    mask = _current_mask(mask, batch, length, past)
+    return Stream(batch, length, mask, inputs.get("position_ids"), cache, past)
+
+
+def _current_mask(mask: Tensor | None, batch: int, length: int, past: Any) -> Tensor | None:
+    """(B, length) bool mask of the tokens of this forward, from any mask that transformers passes."""
+    if mask is None or mask.shape[0] != batch:
+        return None
+    if mask.dim() == 2 and mask.shape[1] == length:
+        return mask != 0
+    columns = torch.arange(length, device=mask.device) + past
+    if mask.dim() == 2:
+        return mask.index_select(1, columns) != 0
+    # (B, 1, T, S): a token is real where it may look at itself.
+    if mask.shape[-1] < length:
+        return None
+    own = mask[:, 0].gather(2, columns.clamp_max(mask.shape[-1] - 1).view(1, -1, 1).expand(batch, -1, 1)).squeeze(2)
+    return own if own.dtype == torch.bool else own == 0
+
+
+def repeat_rows(values: Tensor, count: int, name: str) -> Tensor:
+    """values (B, ...) -> (count, ...), each row repeated in place: tokens of a flattened batch, beams of a search."""
+    if count % values.shape[0]:
+        raise ValueError(
+            f"Length of `{name}` should be the same as the number of inputs, but got {values.shape[0]} and {count} "
+            "respectively."
+        )
+    return values.repeat_interleave(count // values.shape[0], dim=0)
