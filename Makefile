@@ -32,7 +32,7 @@ tests test-peft: export OMP_WAIT_POLICY = PASSIVE
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test tests lint types format test-peft clean
+.PHONY: help demo test tests lint types format test-peft kernels-check bench clean
 
 help:  ## this list
 	@echo "usage: make TARGET"
@@ -51,6 +51,18 @@ lint: $(VENV)/.lint  ## ruff check, ruff format --check, mypy
 
 tests: $(VENV)/.test
 	$(BIN)/python -m pytest -n logical --maxprocesses $(WORKERS) $(ARGS)
+ifndef ARGS
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n logical --maxprocesses $(WORKERS) tests/kernels/interpreted
+endif
+
+kernels-check: $(VENV)/.test  ## compile the Triton kernels for GPUs that need not be there (ARGS=--subset: a part)
+	$(BIN)/python kernels/check.py $(ARGS)
+
+# matplotlib, for the plot, comes with the tests.
+bench: export OMP_NUM_THREADS = 1
+bench: export OMP_WAIT_POLICY = PASSIVE
+bench: $(VENV)/.test  ## time the operation on one CPU thread, against what else one would write (writes runs/bench/)
+	$(BIN)/python kernels/bench/cpu.py $(ARGS)
 
 test-peft: $(VENV)/.test  ## PEFT's own test suite on the types of this package
 	$(BIN)/python tests/peft_suite/run.py $(ARGS)

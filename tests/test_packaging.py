@@ -119,7 +119,7 @@ def test_wheel_has_one_top_level_name_and_every_file(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"mixadapters"}
     expected = {"mixadapters/py.typed"}
     for package, folder in PACKAGE_DIR.items():
-        for path in (ROOT / folder).rglob("*.py"):
+        for path in (f for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".yaml", ".json")):
             expected.add(f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}")
     assert set(names) == expected
 

@@ -3,7 +3,8 @@
 The module knows tensors only. `reference` is the definition; the other backends compute the same numbers faster.
 """
 
+from mixadapters.kernels.activations import ACTIVATIONS
 from mixadapters.kernels.backends import BACKENDS, adapter_backend, choose_backend
-from mixadapters.kernels.lowrank import ACTIVATIONS, lowrank
+from mixadapters.kernels.lowrank import lowrank
 
 __all__ = ["ACTIVATIONS", "BACKENDS", "adapter_backend", "choose_backend", "lowrank"]

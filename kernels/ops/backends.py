@@ -1,60 +1,171 @@
-"""Which way to run the operation: measured rule, override, one line in the log."""
+"""Which way to run the operation: measured rule, override, one line in the log.
+
+A backend is a module with four functions:
+
+    refuses(p) -> str | None                  why it cannot run this problem
+    keeps(p) -> tuple[Tensor, ...]            empty tensors like those that forward keeps; knows no values, nor N
+    forward(p, keep) -> (y, kept)             kept is () where nothing will be differentiated
+    backward(p, kept, grad, needs) -> dict    gradients by field, of those in `needs`
+
+`reference` is different: plain differentiable operations.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 
+from mixadapters.kernels.problem import Problem
+
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("dense", "segments", "reference")
+BACKENDS = ("triton", "grouped", "segments", "gathered", "dense", "reference")
+# Those that compute a row in the same way whatever other rows there are.
+BATCH_INVARIANT = ("triton", "gathered")
 
 # Rows that are gathered and scattered cost as much as this many columns of the dense product (CPU, one thread).
 GATHER_COST = {torch.float32: 30, torch.bfloat16: 65}
 
+# Rows of one expert that stand together in such numbers are worth a product of their own.
+TOGETHER = 32
+# Slots of rows up to which weights are gathered: in all, and for each expert.
+FEW_PLACES = {torch.float32: (64, 2), torch.bfloat16: (256, 4)}
+# Slots of rows above which blocks pay, since copies of all of them leave the cache.
+MOST_GROUPED = 4096
+
 _forced: str | None = None
+_batch_invariant = False
 _announced: set[str] = set()
 
 
 @contextmanager
-def adapter_backend(name: str) -> Iterator[None]:
-    """Run every adapter inside the block by one backend: "dense", "segments" or "reference".
+def adapter_backend(name: str | None = None, *, batch_invariant: bool | None = None) -> Iterator[None]:
+    """Run every adapter inside the block by one backend, one of BACKENDS; None leaves the choice as it is.
+
+    Args:
+        batch_invariant: a row's result does not depend, in any bit, on the other rows of the batch. Only the
+            backends of BATCH_INVARIANT can promise that.
 
     Raises:
-        ValueError: the name is not a backend.
+        ValueError: the name is not a backend, or the backend does not compute rows independently.
     """
-    global _forced
-    if name not in BACKENDS:
-        raise ValueError(f"backend={name!r} is unknown; choose one of {list(BACKENDS)}")
-    before, _forced = _forced, name
+    global _forced, _batch_invariant
+    before = _forced, _batch_invariant
+    invariant = _batch_invariant if batch_invariant is None else batch_invariant
+    forced = _forced if name is None else name
+    if forced is not None and forced not in BACKENDS:
+        raise ValueError(f"backend={forced!r} is unknown; choose one of {list(BACKENDS)}")
+    if invariant and forced is not None and forced not in BATCH_INVARIANT:
+        raise ValueError(
+            f"backend={forced!r} with batch_invariant=True: its products depend on how many rows there are; "
+            f"choose one of {list(BATCH_INVARIANT)}, or none"
+        )
+    _forced, _batch_invariant = forced, invariant
     try:
         yield
     finally:
-        _forced = before
+        _forced, _batch_invariant = before
 
 
-def choose_backend(rows: int, slots: int, num_experts: int, total_rank: int, dtype: torch.dtype) -> str:
-    """The backend for `rows` rows that each use `slots` of `num_experts` experts.
+def settings() -> tuple[str, bool]:
+    """The forced backend, "" if none, and whether rows must not depend on each other."""
+    return _forced or "", _batch_invariant
 
-    The dense product computes every expert for every row; segments gather each expert's rows first. Dense wins
-    when `slots * (mean rank + c) >= total rank`, with c the measured cost of gathering. Under the compiler the
-    answer is always "dense", whose shapes do not depend on the routing.
+
+@cache
+def module(name: str) -> Any:
+    """Raises ValueError for "triton" where triton is not installed."""
+    if name == "triton" and not _has_triton():
+        raise ValueError("backend='triton' needs the package triton; install it, or choose another backend")
+    return import_module(f"mixadapters.kernels.{name}")
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def pick(p: Problem, forced: str, rows: int, training: bool) -> Any:
+    """The module that runs the problem; depends on shapes, dtypes and device alone.
+
+    Raises:
+        ValueError: the forced backend cannot run it; says why.
+    """
+    if forced:
+        chosen = module(forced)
+        reason = chosen.refuses(p)
+        if reason is not None:
+            raise ValueError(f"backend={forced!r} cannot run this: {reason}; choose another, or leave the choice open")
+        return chosen
+    name = "triton"
+    if not (p.x.is_cuda and _has_triton()) or module(name).refuses(p) is not None:
+        name = choose_backend(
+            rows, p.slots, len(p.ranks), p.down.shape[0], p.x.dtype,
+            run=p.run, training=training, batch_invariant=p.batch_invariant,
+        )  # fmt: skip
+        reason = module(name).refuses(p)
+        if reason is not None and p.batch_invariant:
+            raise ValueError(
+                f"batch_invariant=True: no backend can promise it here; {name!r} cannot run this: {reason}"
+            )
+        if reason is not None:
+            name = "segments"
+    if name not in _announced:
+        _announce(name, p)
+    return module(name)
+
+
+def _announce(name: str, p: Problem) -> None:
+    _announced.add(name)
+    logger.info(
+        "adapters run by the %s backend (experts per row=%d of %d, ranks sum to %d, %s on %s); "
+        "override with mixadapters.kernels.adapter_backend",
+        name, p.slots, len(p.ranks), p.down.shape[0], p.x.dtype, p.x.device,
+    )  # fmt: skip
+
+
+def choose_backend(
+    rows: int,
+    slots: int,
+    num_experts: int,
+    total_rank: int,
+    dtype: torch.dtype,
+    *,
+    run: int = 1,
+    training: bool = False,
+    batch_invariant: bool = False,
+) -> str:
+    """The backend for `rows` rows that each use `slots` of `num_experts` experts, on a CPU or without triton.
+
+    1. One product of all experts, "dense", wastes what a row did not choose; the others gather rows, or weights. Dense
+       wins where `slots * (mean rank + c) >= total rank`, with c the measured cost of gathering a row; c = 0 where
+       rows of one expert stand together, which are not gathered at all ("segments").
+    2. Few rows, no gradient: the rows' weights come to them, "gathered".
+    3. Few rows for each expert: "grouped", one call for all experts, where grouped_mm takes the shapes.
+    4. Otherwise "segments", whose blocks stay in the cache.
+
+    What is kept for backward depends on point 1 alone, hence not on the number of rows.
     """
     if _forced is not None:
         return _forced
-    if torch.compiler.is_compiling():
-        return "dense"
+    if batch_invariant:
+        return "gathered"
+    together = run >= TOGETHER
+    gather_cost = 0 if together else GATHER_COST.get(dtype, 30)
     mean_rank = total_rank / max(num_experts, 1)
-    dense = slots >= num_experts or slots * (mean_rank + GATHER_COST.get(dtype, 30)) >= total_rank
-    chosen = "dense" if dense else "segments"
-    if chosen not in _announced:
-        _announced.add(chosen)
-        logger.info(
-            "adapters run by the %s backend (rows=%d, experts per row=%d of %d, ranks sum to %d); "
-            "override with mixadapters.kernels.adapter_backend",
-            chosen, rows, slots, num_experts, total_rank,
-        )  # fmt: skip
-    return chosen
+    if slots >= num_experts or slots * (mean_rank + gather_cost) >= total_rank:
+        return "dense"
+    if together:
+        return "segments"
+    places = rows * slots
+    fewest, per_expert = FEW_PLACES.get(dtype, FEW_PLACES[torch.float32])
+    if not training and places <= min(fewest, per_expert * num_experts):
+        return "gathered"
+    return "grouped" if places <= min(MOST_GROUPED, 64 * num_experts) else "segments"

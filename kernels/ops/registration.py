@@ -1,0 +1,136 @@
+"""The operation as torch sees it: two operators, opaque to the compiler, and the autograd function over them."""
+
+from contextlib import nullcontext
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from mixadapters.kernels import backends
+from mixadapters.kernels.problem import DIFFERENTIABLE, Problem
+
+_PROBLEM = (
+    "Tensor x, Tensor down, Tensor up, int[] ranks, Tensor? b_down, Tensor? b_up, Tensor? gate, Tensor? b_gate, "
+    "Tensor? indices, Tensor? gates, Tensor? scale, Tensor? base, Tensor? base_weight, str act, float dropout, "
+    "Tensor? seed, SymInt run, bool batch_invariant, str backend"
+)
+_NAMES = tuple(field.name for field in fields(Problem))
+# Places of a problem's fields among the arguments.
+_BASE, _BASE_WEIGHT = _NAMES.index("base"), _NAMES.index("base_weight")
+_INSIDE = tuple(_NAMES.index(name) for name in DIFFERENTIABLE)  # whose gradients a backend computes
+_FLOATS = (*_INSIDE, _BASE, _BASE_WEIGHT)
+_TENSORS = (*_FLOATS, _NAMES.index("indices"), _NAMES.index("seed"))
+
+library = torch.library.Library("mixadapters", "DEF")
+library.define(f"lowrank({_PROBLEM}, bool keep) -> (Tensor, Tensor[])")
+library.define(f"lowrank_backward(Tensor grad, Tensor[] kept, {_PROBLEM}, bool[] needs) -> Tensor[]")
+
+
+def _forward(*args):
+    *args, backend, keep = args
+    p = _problem(args)
+    p.check_indices()
+    with torch.no_grad(), _without_autocast(p.x):
+        y, kept = backends.pick(p, backend, p.x.shape[0], training=keep).forward(p, keep)
+    return y, list(kept)
+
+
+def _backward(grad, kept, *args):
+    *args, backend, needs = args
+    p = _problem(args)
+    names = [name for name, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
+    with torch.no_grad(), _without_autocast(p.x):
+        module = backends.pick(p, backend, p.x.shape[0], training=True)
+        gradients = module.backward(p, tuple(kept), grad.contiguous(), frozenset(names))
+    return [_laid_out(gradients[name], name, getattr(p, name)) for name in names]
+
+
+def _forward_fake(*args):
+    *args, backend, keep = args
+    p = _problem(args)
+    like = p.x if p.base is None else p.base
+    y = like.new_empty(p.x.shape[0], p.up.shape[0])
+    # All routed backends keep the same, so the choice need not know how many rows there are.
+    return y, list(backends.pick(p, backend, 0, training=True).keeps(p)) if keep else []
+
+
+def _backward_fake(grad, kept, *args):
+    *args, _, needs = args
+    p = _problem(args)
+    return [_like(name, getattr(p, name)) for name, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
+
+
+def _problem(args):
+    return Problem(*args[:3], tuple(args[3]), *args[4:])
+
+
+def _without_autocast(x):
+    """Everything in here is in the dtype of x already; autocast would change float32 sums as well."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _like(name, field):
+    """Gradients are contiguous, but that of `up` is laid out as `up` is: it may be a view of rows (R, M)."""
+    return torch.empty_like(field) if name == "up" else field.new_empty(field.shape)
+
+
+def _laid_out(gradient, name, field):
+    out = _like(name, field)
+    same = gradient.dtype == out.dtype and gradient.stride() == out.stride()
+    return gradient if same else out.copy_(gradient)
+
+
+for _name, _real, _fake in (("lowrank", _forward, _forward_fake), ("lowrank_backward", _backward, _backward_fake)):
+    library.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mixadapters::{_name}", _fake, lib=library)
+_forward_op = torch.ops.mixadapters.lowrank.default
+_backward_op = torch.ops.mixadapters.lowrank_backward.default
+
+
+class _Lowrank(torch.autograd.Function):
+    """The operators as one differentiable function of the fields of Problem, in order, and a backend's name."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        y, kept = _forward_op(*args, True)
+        # The frozen layer's output is kept for its weight's gradient only.
+        keeps_base = ctx.needs_input_grad[_BASE_WEIGHT]
+        ctx.save_for_backward(*(args[i] if i != _BASE or keeps_base else None for i in _TENSORS), *kept)
+        ctx.others = tuple(None if i in _TENSORS else arg for i, arg in enumerate(args))
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise RuntimeError(
+                "lowrank gives first derivatives; to differentiate twice, run the forward under "
+                'mixadapters.kernels.adapter_backend("reference")'
+            )
+        args = list(ctx.others)
+        saved = ctx.saved_tensors  # once: checkpointing refuses to unpack again
+        for i, tensor in zip(_TENSORS, saved, strict=False):
+            args[i] = tensor
+        needs = ctx.needs_input_grad
+        out = [None] * len(args)
+        base, base_weight = args[_BASE], args[_BASE_WEIGHT]
+        if needs[_BASE]:
+            out[_BASE] = grad if base_weight is None else grad * base_weight.to(grad.dtype).unsqueeze(1)
+        if needs[_BASE_WEIGHT]:
+            out[_BASE_WEIGHT] = (grad * base).sum(1).to(base_weight.dtype)
+        args[_BASE] = args[_BASE_WEIGHT] = None
+        asked = [needs[i] for i in _INSIDE]
+        if any(asked):
+            found = iter(_backward_op(grad, saved[len(_TENSORS) :], *args, asked))
+            for i in _INSIDE:
+                if needs[i]:
+                    out[i] = next(found)
+        return tuple(out)
+
+
+def run(p: Problem, backend: str) -> Tensor:
+    """The operator on a problem, with gradients where any are wanted; backend "" leaves the choice to the rule."""
+    args = (*(getattr(p, name) for name in _NAMES), backend)
+    if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in _FLOATS):
+        return _Lowrank.apply(*args)
+    return _forward_op(*args, False)[0]

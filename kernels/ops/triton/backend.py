@@ -1,0 +1,308 @@
+"""The operation by Triton kernels on CUDA and ROCm; `mixadapters.kernels.backends` says what a backend is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import gcd
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixadapters.kernels.hashing import threshold
+from mixadapters.kernels.problem import Problem
+from mixadapters.kernels.triton import configs, kernels
+from mixadapters.kernels.triton.launch import architecture, launch
+from mixadapters.kernels.triton.plan import Pass, Plan, column_tables, plan
+
+_BIAS = {"down": "b_down", "gate": "b_gate"}  # summed along with the weight's gradient
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def refuses(p: Problem) -> str | None:
+    """Why the kernels cannot run `p`, or None."""
+    if p.x.device.type != "cuda" and not configs.interpreted():
+        return f"x is on {p.x.device.type}, and the kernels need a GPU"
+    if p.x.dtype not in DTYPES:
+        return f"x is {p.x.dtype}; the kernels take float32, float16 and bfloat16"
+    if max(p.ranks, default=0) > configs.WIDEST:
+        return f"a rank of {max(p.ranks)} is above {configs.WIDEST}"
+    if p.x.stride(1) != 1:
+        return f"the columns of x are {p.x.stride(1)} elements apart, not 1"
+    if p.run > 1 and p.x.shape[0] % p.run:
+        return f"{p.x.shape[0]} rows are no multiple of run={p.run}"
+    return None
+
+
+def keeps(p: Problem) -> tuple[Tensor, ...]:
+    """What `forward` keeps: z (passes, 1 or 2, N, widest window) fp32, and the tables of sorted rows, if any."""
+    todo = plan(p, training=True)
+    return _hidden(p, todo, len(todo.passes)), *todo.tables
+
+
+def forward(p: Problem, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """y (N, M), and what `keeps` says if `keep`."""
+    call = _Call(p, keep)
+    p, todo = call.p, call.plan
+    z = _hidden(p, todo, len(todo.passes) if keep else 1)
+    y, base, base_weight = p.x, p.base, p.base_weight
+    for i, step in enumerate(todo.passes):
+        # Between passes sums stay in fp32.
+        final = p.x.dtype if p.base is None else p.base.dtype
+        y = p.x.new_empty(p.x.shape[0], p.up.shape[0], dtype=final if i == len(todo.passes) - 1 else torch.float32)
+        whole = z[i if keep else 0]
+        parts = call.shrink_parts(p.x.shape[1], p.gate is not None)
+        partial = whole if parts == 1 else z.new_empty(parts, *whole.shape)
+        call.shrink(step, p.x, p.down, p.gate, partial, parts, seed=call.seed)
+        call.expand(step, partial, whole if keep and parts > 1 else None, parts, base, base_weight, y)
+        base, base_weight = y, None
+    return y, (z, *todo.tables) if keep else ()
+
+
+def _hidden(p: Problem, todo: Plan, passes: int) -> Tensor:
+    return p.x.new_empty(passes, 1 if p.gate is None else 2, p.x.shape[0], todo.hidden, dtype=torch.float32)
+
+
+def backward(p: Problem, kept: tuple[Tensor, ...], grad: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
+    """The gradients named in `needs`, each in the dtype of its field; never those of base and base_weight."""
+    z, *tables = kept
+    call = _Call(p, True, tuple(tables))
+    p, todo = call.p, call.plan
+    rows = p.x.shape[0]
+    sums = {name: _Sum(call, name) for name in ("down", "gate", "up", "b_up") if needs & {name, _BIAS.get(name)}}
+    weigh = bool(needs & {"gates", "scale"})
+    dgates = p.x.new_zeros(rows, p.slots, dtype=torch.float32) if weigh else None
+    dx = None
+    for i, step in enumerate(todo.passes):
+        parts = call.shrink_parts(p.up.shape[0], False)
+        dh = z.new_empty(parts, rows, todo.hidden)
+        call.shrink(step, grad, p.up.t(), None, dh, parts)
+        b_up_dot = None
+        if weigh and p.b_up is not None:
+            b_up_dot = z.new_empty(rows, todo.experts)
+            call.shrink(step, grad, p.b_up, None, b_up_dot, 1, by_expert=True)
+        before = dx
+        if "x" in needs:
+            dx = p.x.new_empty(p.x.shape, dtype=p.x.dtype if i == len(todo.passes) - 1 else torch.float32)
+        lefts = {name: p.x.new_empty(rows, total.hidden) for name, total in sums.items()}
+        slot = 0 if todo.mode == "all" else i
+        call.expand_back(
+            step, z[i], dh, parts, b_up_dot, before, dx, lefts, None if dgates is None else dgates[:, slot:]
+        )
+        for name, total in sums.items():
+            total.add(step, i, lefts[name], p.x if name in _BIAS else grad)
+    found = {"x": dx} if dx is not None else {}
+    for name, total in sums.items():
+        found[name], bias = total.finish()
+        if bias is not None:
+            found[_BIAS[name]] = bias
+    if dgates is not None:
+        found |= _weight_gradients(p, dgates)
+    return {name: gradient for name, gradient in found.items() if name in needs}
+
+
+def _weight_gradients(p: Problem, dgates: Tensor) -> dict[str, Tensor]:
+    """Of gates and scale, from `dgates` (N, k), which has neither factor."""
+    found = {}
+    if p.gates is not None:
+        scale = 1.0 if p.scale is None else p.scale.float()
+        if p.scale is not None and p.indices is not None:
+            scale = scale[p.indices.clamp_min(0).long()]
+        found["gates"] = (dgates * scale).to(p.gates.dtype)
+    if p.scale is not None:
+        values = dgates if p.gates is None else dgates * p.gates.float()
+        if p.indices is None:
+            by_expert = values.sum(0)
+        else:
+            # By sorting: adding at an index would add in any order.
+            experts, order = p.indices.reshape(-1).sort(stable=True)
+            bounds = torch.arange(len(p.ranks) + 1, device=experts.device, dtype=experts.dtype)
+            offsets = torch.searchsorted(experts, bounds)
+            by_expert = torch.segment_reduce(values.reshape(-1)[order], "sum", offsets=offsets, unsafe=True)
+        found["scale"] = by_expert.to(p.scale.dtype)
+    return found
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return t if t is None else t.contiguous()
+
+
+class _Call:
+    """A problem with its plan, and how each kernel is launched for it."""
+
+    def __init__(self, p: Problem, training: bool, tables: tuple[Tensor, ...] = ()) -> None:
+        names = ("b_down", "b_up", "b_gate", "indices", "gates", "scale", "base", "base_weight")
+        self.p = p = replace(p, **{name: _dense(getattr(p, name)) for name in names})
+        self.plan: Plan = plan(p, training, tables)
+        self.arch = architecture(p.x.device)
+        self.starts, self.owners = column_tables(p.ranks, p.x.device)
+        self.unit_starts = column_tables((1,) * len(p.ranks), p.x.device)[0] if p.b_up is not None else None
+        self.common = {
+            "MODE": self.plan.mode,
+            "ALIGN": gcd(16, *p.ranks),
+            "DTYPE": DTYPES[p.x.dtype],
+            "PRECISION": configs.precision(p.x.dtype, self.arch),
+        }
+        # Of a run, or of the batch; unknown where it does not or must not matter.
+        self.rows = p.run if self.plan.mode == "runs" else p.x.shape[0]
+        if p.batch_invariant or self.plan.mode == "sorted":
+            self.rows = None
+        self.seed = p.seed if p.dropout else None
+        self.keep_factor = 1 / (1 - p.dropout)
+        self.threshold = threshold(p.dropout)
+        self.experts = configs.bucket(self.plan.experts)
+
+    def tiles(self, kernel: str, width: int, gated: bool, by_expert: bool = False) -> configs.Tiles:
+        hidden = self.plan.experts if by_expert else self.plan.hidden
+        tiles = configs.tiles(kernel, self.arch, self.p.x.dtype, hidden, self.rows, width, gated)
+        if self.plan.mode == "sorted" and kernel != "wgrad":
+            tiles = tiles._replace(rows=configs.sorted_rows(self.p.x.dtype, self.plan.hidden, self.p.gate is not None))
+        return tiles
+
+    def programs(self, step: Pass, size: int) -> int:
+        """Tiles of `size` rows."""
+        rows = self.p.x.shape[0]
+        if self.plan.mode == "all":
+            return triton.cdiv(rows, size)
+        if self.plan.mode == "runs":
+            return rows // self.p.run * triton.cdiv(self.p.run, size)
+        return step.tiles.shape[1]
+
+    def shrink_parts(self, width: int, gated: bool) -> int:
+        tiles = self.tiles("shrink", width, gated)
+        blocks = triton.cdiv(width, tiles.width)
+        return configs.parts(
+            "shrink", self.arch, self.programs(self.plan.passes[0], tiles.rows), blocks, self.p.batch_invariant
+        )
+
+    def _sizes(self, step: Pass) -> tuple[int, ...]:
+        return self.p.run, 0 if step.tiles is None else step.tiles.shape[1], step.first, step.last
+
+    def shrink(
+        self, step: Pass, x: Tensor, w: Tensor, v: Tensor | None, z: Tensor, parts: int,
+        seed: Tensor | None = None, by_expert: bool = False,
+    ) -> None:  # fmt: skip
+        """z (parts, ..., N, hidden) = x w^T in `parts` parts; w and v are (R, K) of any strides, or w is (E, K)."""
+        tiles = self.tiles("shrink", x.shape[1], v is not None, by_expert)
+        starts, common = (self.unit_starts, self.common | {"ALIGN": 1}) if by_expert else (self.starts, self.common)
+        launch(
+            kernels.shrink, (self.programs(step, tiles.rows), parts),
+            x, w, v, z, seed, step.indices, step.order, step.tiles, starts,
+            x.shape[0], x.shape[1], z.shape[-1], *self._sizes(step), self.threshold,
+            self.keep_factor if seed is not None else 1.0,
+            x.stride(0), *w.stride(), *(v.stride() if v is not None else (0, 0)),
+            z.stride(0) if parts > 1 else 0, x.shape[0] * z.shape[-1],
+            _row_stride(step.indices),
+            **common, EVEN=x.shape[1] % tiles.width == 0, BM=tiles.rows, BR=tiles.hidden, BK=tiles.width,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+
+    def expand(
+        self, step: Pass, partial: Tensor, z: Tensor | None, parts: int, base: Tensor | None,
+        base_weight: Tensor | None, y: Tensor,
+    ) -> None:  # fmt: skip
+        """y (N, M) from the parts of z; their sum goes to `z`."""
+        p, tiles = self.p, self.tiles("expand", y.shape[1], False)
+        programs = self.programs(step, tiles.rows)
+        columns = configs.parts("expand", self.arch, programs, triton.cdiv(y.shape[1], tiles.width))
+        launch(
+            kernels.expand, (programs, columns),
+            partial, z, p.b_down, p.b_gate, p.up, p.b_up, step.gates, p.scale, base, base_weight, y,
+            step.indices, step.order, step.tiles, self.starts, self.owners,
+            y.shape[0], y.shape[1], self.plan.hidden, *self._sizes(step),
+            partial.stride(0) if parts > 1 else 0, partial.stride(-3), p.up.stride(1), p.up.stride(0),
+            _row_stride(step.gates), _row_stride(base), _row_stride(step.indices),
+            **self.common, EVEN=y.shape[1] % tiles.width == 0, ACT=p.act, GATED=p.gate is not None, SLOTS=step.slots,
+            PARTS=parts, STAGES=tiles.stages, BM=tiles.rows, BR=tiles.hidden, BE=self.experts, BN=tiles.width,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+
+    def expand_back(
+        self, step: Pass, z: Tensor, dh: Tensor, parts: int, b_up_dot: Tensor | None, before: Tensor | None,
+        dx: Tensor | None, lefts: dict[str, Tensor], dgates: Tensor | None,
+    ) -> None:  # fmt: skip
+        """dx (N, K) from the parts of dh, and what the gradients of weights and gates are made of."""
+        p, width = self.p, self.p.x.shape[1]
+        tiles = self.tiles("expand_back", width, p.gate is not None)
+        programs = self.programs(step, tiles.rows)
+        columns = 1
+        if dx is not None:
+            columns = configs.parts("expand_back", self.arch, programs, triton.cdiv(width, tiles.width))
+        launch(
+            kernels.expand_back, (programs, columns),
+            z, dh, p.b_down, p.b_gate, p.down, p.gate, step.gates, p.scale, b_up_dot, self.seed,
+            before, dx, lefts.get("down"), lefts.get("gate"), lefts.get("up"), lefts.get("b_up"), dgates,
+            step.indices, step.order, step.tiles, self.starts, self.owners,
+            z.shape[1], width, self.plan.hidden, *self._sizes(step), self.threshold, self.keep_factor,
+            z.stride(0), dh.stride(0), *p.down.stride(), *(p.gate.stride() if p.gate is not None else (0, 0)),
+            _row_stride(step.gates), _row_stride(dgates), _row_stride(step.indices), self.plan.experts,
+            **self.common, EVEN=width % tiles.width == 0, ACT=p.act, GATED=p.gate is not None, SLOTS=step.slots,
+            PARTS=parts, STAGES=tiles.stages, BM=tiles.rows, BR=tiles.hidden, BE=self.experts, BN=tiles.width,
+            num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+
+
+def _row_stride(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+class _Sum:
+    """The gradient of one weight, summed over parts of the rows and over passes."""
+
+    def __init__(self, call: _Call, name: str) -> None:
+        self.call, self.name = call, name
+        p = call.p
+        self.weight: Tensor = getattr(p, name)
+        by_expert = name == "b_up"
+        # Rows are the hidden columns, or the experts; columns those of the other factor.
+        self.shape = (len(p.ranks) if by_expert else sum(p.ranks), p.x.shape[1] if name in _BIAS else p.up.shape[0])
+        self.starts = call.unit_starts if by_expert else call.starts
+        self.hidden = call.plan.experts if by_expert else call.plan.hidden
+        self.tiles = configs.tiles("wgrad", call.arch, p.x.dtype, self.hidden, call.rows, self.shape[1])
+        self.hidden_blocks = triton.cdiv(self.hidden, self.tiles.hidden)
+        groups = self.hidden_blocks * (1 if call.plan.mode == "all" else len(p.ranks))
+        self.blocks = triton.cdiv(self.shape[1], self.tiles.width), groups
+        rows = p.run if call.plan.mode == "runs" else p.x.shape[0]
+        if call.plan.mode == "sorted":
+            rows //= len(p.ranks)
+        # At least four tiles of rows for each part: the workspace costs memory traffic too.
+        most = max(1, rows // (4 * self.tiles.rows))
+        self.parts = configs.parts("wgrad", call.arch, self.blocks[0] * self.blocks[1], most)
+        self.all_parts = self.parts * (1 if call.plan.mode == "all" else len(call.plan.passes))
+        if self.all_parts == 1:
+            self.out = torch.empty_like(self.weight)
+            view = self.out.t() if name == "up" else self.out
+            self.strides = (0, *view.stride())
+        else:
+            self.out = p.x.new_empty(self.all_parts, *self.shape, dtype=torch.float32)
+            self.strides = self.out.stride()
+        bias = _BIAS.get(name)
+        has_bias = bias is not None and getattr(p, bias) is not None
+        self.bias = p.x.new_empty(self.all_parts, self.shape[0], dtype=torch.float32) if has_bias else None
+
+    def add(self, step: Pass, i: int, left: Tensor, right: Tensor) -> None:
+        """The share of one pass: left (N, hidden)^T right (N, C), for the rows of each expert."""
+        call, p, tiles = self.call, self.call.p, self.tiles
+        first_part = 0 if call.plan.mode == "all" else i * self.parts
+        seed = call.seed if self.name in _BIAS else None
+        launch(
+            kernels.wgrad, (*self.blocks, self.parts),
+            left, right, seed, self.out[first_part:] if self.all_parts > 1 else self.out,
+            None if self.bias is None else self.bias[first_part:], step.indices, step.order, step.offsets, self.starts,
+            right.shape[0], right.shape[1], self.hidden, p.run, step.first, step.last, call.threshold,
+            call.keep_factor if seed is not None else 1.0,
+            right.stride(0), *self.strides, self.shape[0], _row_stride(step.indices),
+            MODE=call.plan.mode, EVEN=right.shape[1] % tiles.width == 0, DTYPE=call.common["DTYPE"],
+            PRECISION=call.common["PRECISION"], BLOCKS=self.hidden_blocks,
+            BM=tiles.rows, BR=tiles.hidden, BC=tiles.width, num_warps=tiles.warps, num_stages=tiles.stages,
+        )  # fmt: skip
+
+    def finish(self) -> tuple[Tensor, Tensor | None]:
+        """The gradient, and that of the bias."""
+        out = self.out
+        if self.all_parts > 1:
+            out = out.sum(0)
+            out = (out.t() if self.name == "up" else out).to(self.weight.dtype)
+        bias = None if self.bias is None else self.bias.sum(0).to(getattr(self.call.p, _BIAS[self.name]).dtype)
+        return out, bias

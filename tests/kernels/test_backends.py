@@ -1,0 +1,137 @@
+"""The choice of backend: the rule, the override, what refuses, and batch invariance."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mixadapters.kernels import adapter_backend, backends, choose_backend, lowrank
+
+
+def arguments(rows=64, experts=8, rank=8, width=32, slots=1, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+
+    def make(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    return {
+        "x": make(rows, width), "w_down": make(experts * rank, width), "w_up": make(width, experts * rank),
+        "ranks": (rank,) * experts, "base": make(rows, width), "gates": make(rows, slots),
+        "indices": torch.randint(0, experts, (rows, slots), generator=generator),
+    }  # fmt: skip
+
+
+def rule(rows, slots, experts, rank, dtype=torch.float32, **more):
+    return choose_backend(rows, slots, experts, experts * rank, dtype, **more)
+
+
+def test_backend_is_forced_inside_the_block_and_restored_after_errors() -> None:
+    free = rule(10_000, 1, 64, 64)
+    assert free != "dense"
+    with adapter_backend("dense"):
+        assert rule(10_000, 1, 64, 64) == "dense"
+        with adapter_backend("reference"):
+            assert rule(10_000, 1, 64, 64) == "reference"
+        with adapter_backend(None):
+            assert rule(10_000, 1, 64, 64) == "dense"
+        assert rule(10_000, 1, 64, 64) == "dense"
+    with pytest.raises(KeyError), adapter_backend("dense"):
+        raise KeyError
+    assert rule(10_000, 1, 64, 64) == free
+
+
+def test_unknown_backend_is_refused_with_the_choices() -> None:
+    with pytest.raises(ValueError, match=r"backend='cutlass'.*segments.*dense.*reference"), adapter_backend("cutlass"):
+        pass
+    assert backends.settings() == ("", False)
+
+
+def test_rule_prefers_one_product_unless_most_of_it_is_wasted() -> None:
+    for training in (False, True):
+        assert rule(2048, 4, 4, 64, training=training) == "dense"  # every expert for every row
+        assert rule(2048, 1, 2, 16, training=training) == "dense"  # small ranks: gathering costs more
+        assert rule(2048, 1, 16, 64, training=training) != "dense"
+        assert rule(2048, 1, 64, 16, run=32, training=training) == "segments"  # rows of one expert stand together
+    assert rule(8, 1, 64, 16) == "gathered"  # decoding
+    assert rule(0, 2, 0, 0) == "dense"
+
+
+def test_rule_knows_what_is_kept_for_backward_without_the_number_of_rows() -> None:
+    """A compiled graph has one layout of the kept tensors for every number of rows."""
+    for slots in (1, 2, 8):
+        for experts in (1, 2, 8, 64):
+            for rank in (4, 16, 128):
+                for run in (1, 16):
+                    kept = {
+                        rule(rows, slots, experts, rank, run=run, training=True) == "dense"
+                        for rows in (0, 1, 16, 256, 4096, 10**5)
+                    }
+                    assert len(kept) == 1
+
+
+def test_choice_is_logged_once(caplog, monkeypatch) -> None:
+    monkeypatch.setattr(backends, "_announced", set())
+    with caplog.at_level(logging.INFO, logger=backends.logger.name):
+        for _ in range(3):
+            lowrank(**{**arguments(), "indices": None, "gates": None})
+    assert [r.getMessage().split(" (")[0] for r in caplog.records] == ["adapters run by the dense backend"]
+    assert "adapter_backend" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"width": 30}, r"multiples of 16 bytes, and K=30, M=30 in torch.float32"),
+        ({"rank": 6}, r"multiples of 16 bytes, and rank=6"),
+        ({"dtype": torch.float64}, r"knows no torch.float64"),
+    ],
+)
+def test_a_forced_backend_that_cannot_run_says_why(change, reason) -> None:
+    with adapter_backend("grouped"), pytest.raises(ValueError, match=rf"backend='grouped' cannot run this.*{reason}"):
+        lowrank(**arguments(**change))
+
+
+def test_grouped_refuses_experts_of_several_ranks() -> None:
+    given = {**arguments(experts=2), "ranks": (4, 12)}
+    with adapter_backend("grouped"), pytest.raises(ValueError, match=r"one rank, and the ranks are \[4, 12\]"):
+        lowrank(**given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_batch_invariant_rows_are_the_same_alone_and_in_any_batch(dtype, slots) -> None:
+    given = arguments(rows=130, slots=slots, dtype=dtype)
+    with adapter_backend(batch_invariant=True), torch.no_grad():
+        together = lowrank(**given)
+        for part in (slice(0, 1), slice(3, 5), slice(7, 70), slice(100, 130)):
+            fields = {name: given[name][part] for name in ("x", "base", "gates", "indices")}
+            assert torch.equal(lowrank(**{**given, **fields}), together[part])
+    with adapter_backend("reference"):
+        expected = lowrank(**given)
+    torch.testing.assert_close(together, expected, atol=0.3 if dtype is torch.bfloat16 else 1e-4, rtol=1e-2)
+
+
+@pytest.mark.parametrize("backend", ["segments", "grouped", "dense", "reference"])
+def test_batch_invariance_is_refused_by_backends_that_cannot_promise_it(backend) -> None:
+    with pytest.raises(ValueError, match=rf"backend='{backend}' with batch_invariant=True.*'gathered'"):
+        with adapter_backend(backend, batch_invariant=True):
+            pass
+    with adapter_backend(batch_invariant=True), pytest.raises(ValueError, match="batch_invariant=True"):
+        with adapter_backend(backend):
+            pass
+    assert backends.settings() == ("", False)
+
+
+def test_a_cpu_loads_no_triton_kernels() -> None:
+    code = """
+import sys, torch
+from mixadapters.kernels import lowrank
+x = torch.randn(4, 8, requires_grad=True)
+lowrank(x, x, x.t(), [4]).sum().backward()
+assert "mixadapters.kernels.dense" in sys.modules and "mixadapters.kernels.triton" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,112 @@
+"""The operators under torch's own checks, the compiler and export."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mixadapters.kernels import adapter_backend, lowrank
+
+
+def arguments(rows=12, slots=1, glu=False, experts=3, seed=0, rank=8, width=16):
+    generator = torch.Generator().manual_seed(seed)
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=generator).requires_grad_()
+
+    given = {
+        "x": leaf(rows, width), "w_down": leaf(experts * rank, width), "w_up": leaf(width, experts * rank),
+        "b_down": leaf(experts * rank), "b_up": leaf(experts, width), "scale": leaf(experts), "base": leaf(rows, width),
+        "base_weight": leaf(rows),
+    }  # fmt: skip
+    if glu:
+        given |= {"w_gate": leaf(experts * rank, width)}
+    if slots is not None:
+        given["indices"] = torch.randint(-1, experts, (rows, slots), generator=generator)
+    given["gates"] = leaf(rows, experts if slots is None else slots)
+    return {**given, "ranks": (rank,) * experts}
+
+
+def outcome(function, given):
+    """y and all gradients."""
+    leaves = [v for v in given.values() if isinstance(v, Tensor) and v.is_floating_point()]
+    y = function(**given)
+    return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y).cumsum(1))]
+
+
+CASES = [("dense", None), ("dense", 2), ("segments", 1), ("segments", 2), ("grouped", 2), ("gathered", 2)]
+
+
+@pytest.mark.parametrize("glu", [False, True])
+@pytest.mark.parametrize(("backend", "slots"), CASES)
+def test_operators_pass_opcheck(backend, slots, glu) -> None:
+    given = arguments(slots=slots, glu=glu)
+    positional = (
+        given["x"], given["w_down"], given["w_up"], given["ranks"], given["b_down"], given["b_up"],
+        given.get("w_gate"), None, given.get("indices"), given["gates"], given["scale"], given["base"],
+        given["base_weight"], "silu", 0.25, torch.tensor(3), 1, False, backend,
+    )  # fmt: skip
+    op = torch.ops.mixadapters.lowrank.default
+    plain = [a.detach() if isinstance(a, Tensor) else a for a in positional]  # autograd is above the operators
+    torch.library.opcheck(op, (*plain, True))
+    torch.library.opcheck(op, (*plain, False))
+    y, kept = op(*plain, True)
+    needs = [True] * 4 + [True] * 1 + [glu, False, True, True]
+    torch.library.opcheck(torch.ops.mixadapters.lowrank_backward.default, (torch.randn_like(y), kept, *plain, needs))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("slots", [None, 1, 2])
+def test_compiled_whole_with_dynamic_rows(backend, slots) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+
+    def layer(**given):
+        return lowrank(**given, act="silu").relu()
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (12, 20, 7):
+        given = arguments(rows, slots, seed=rows)
+        for ours, theirs in zip(outcome(compiled, given), outcome(layer, given), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_a_backend_forced_around_a_compiled_call_is_the_one_that_runs() -> None:
+    """And compiling again, not a stale graph, follows when it changes."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lowrank, fullgraph=True, backend="aot_eager")
+    given = arguments(slots=2)
+    for name in ("dense", "segments", "gathered", "reference"):
+        with adapter_backend(name):
+            for ours, theirs in zip(outcome(compiled, given), outcome(lowrank, given), strict=True):
+                torch.testing.assert_close(ours, theirs)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("slots", [None, 1])
+def test_exported_with_dynamic_rows_is_one_operator(slots) -> None:
+    given = arguments(slots=slots)
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Parameter(given["w_down"].detach()), nn.Parameter(given["w_up"].detach())
+
+        def forward(self, x, indices, base):
+            return lowrank(x, self.down, self.up, given["ranks"], indices=indices, base=base, act="gelu")
+
+    layer = Layer()
+    inputs = [given["x"].detach(), given.get("indices"), given["base"].detach()]
+    rows = torch.export.Dim("rows", min=2, max=4096)
+    program = torch.export.export(
+        layer, tuple(inputs), dynamic_shapes=({0: rows}, None if slots is None else {0: rows}, {0: rows})
+    )
+    ops = [node.target for node in program.graph.nodes if "mixadapters" in str(node.target)]
+    assert ops == [torch.ops.mixadapters.lowrank.default]
+    more = arguments(31, slots, seed=1)
+    inputs = [more["x"].detach(), more.get("indices"), more["base"].detach()]
+    torch.testing.assert_close(program.module()(*inputs), layer(*inputs))
