@@ -7,7 +7,7 @@ verbs work as for PEFT's own types.
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.model import MixtureModel
 from mixadapters.routers import ROUTERS, Router
-from mixadapters.tuners import BottleneckConfig, MixDAConfig
+from mixadapters.tuners import AGDConfig, BottleneckConfig, LazyAdamW, MixDAConfig, MoSAConfig, PILLConfig
 from mixadapters.tuners.registration import register
 
 __version__ = "0.1.0.dev0"
@@ -19,11 +19,15 @@ _LAZY = {
 
 __all__ = [
     "ROUTERS",
+    "AGDConfig",
     "BottleneckConfig",
     "ForwardContext",
     "GateUsageCallback",
+    "LazyAdamW",
     "MixDAConfig",
     "MixtureModel",
+    "MoSAConfig",
+    "PILLConfig",
     "Router",
     "StageCallback",
     "register",

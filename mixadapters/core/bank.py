@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters import kernels
+from mixadapters.core.arena import Arena, Slot, Stack, holders, read, stacked
 from mixadapters.core.routing import Routing
+
+if TYPE_CHECKING:
+    from mixadapters.core.context import ForwardContext
+
+
+class Weights(NamedTuple):
+    """What one expert computes with: its parameters, or tensors computed from them."""
+
+    down: Tensor  # (r, K)
+    up: Tensor  # (M, r)
+    b_down: Tensor | None = None  # (r,)
+    b_up: Tensor | None = None  # (M,)
+    gate: Tensor | None = None  # (r, K)
+    b_gate: Tensor | None = None  # (r,)
+    norm: tuple[Tensor, Tensor] | None = None  # weight and bias (K,) of a LayerNorm on the input
+    scale: Tensor | float = 1.0  # a tensor has one entry
 
 
 class Scale(nn.Module):
@@ -27,6 +44,9 @@ class Expert(nn.Module):
     Starts as zero (`up` is 0) unless `init_weights` is False.
     """
 
+    arena: Arena | None = None  # where the parameters have their memory, once experts run together
+    slot: Slot | None = None
+
     def __init__(self, bank: AdapterBank, rank: int, init_weights: bool) -> None:
         super().__init__()
         self.rank = rank
@@ -41,6 +61,18 @@ class Expert(nn.Module):
                 if part is not None and part.bias is not None:
                     nn.init.zeros_(part.bias)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("arena", "slot")}
+
+    def weights(self, scale: float | None) -> Weights:
+        """Its parameters. scale: the factor where it has none of its own."""
+        gate, norm = self.gate, self.norm
+        return Weights(
+            self.down.weight, self.up.weight, self.down.bias, self.up.bias,
+            None if gate is None else gate.weight, None if gate is None else gate.bias,
+            None if norm is None else (norm.weight, norm.bias), self.scale.weight if scale is None else scale,
+        )  # fmt: skip
+
 
 class Kind(NamedTuple):
     """What two banks must share to run in one call."""
@@ -51,7 +83,6 @@ class Kind(NamedTuple):
     glu: bool
     bias: bool
     layer_norm: bool
-    dtype: torch.dtype
 
 
 class AdapterBank(nn.Module):
@@ -80,6 +111,7 @@ class AdapterBank(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.activation, self.glu, self.bias = activation, glu, bias
         self.layer_norm, self.scale = layer_norm, scale
+        self.kind = Kind(in_features, out_features, activation, glu, bias, layer_norm)
         self.experts = nn.ModuleDict()
 
     def add(self, name: str, rank: int, init_weights: bool = True) -> None:
@@ -97,73 +129,140 @@ class AdapterBank(nn.Module):
     def names(self) -> list[str]:
         return list(self.experts)
 
-    @property
-    def kind(self) -> Kind:
-        first = next(iter(self.experts.values()))
-        return Kind(
-            self.in_features, self.out_features, self.activation, self.glu, self.bias, self.layer_norm,
-            first.down.weight.dtype,
-        )  # fmt: skip
+    def weights(self, context: ForwardContext | None) -> list[Weights]:
+        """What the numbers of a routing stand for in this forward. A subclass may compute them, and their number.
 
-    def packed(self) -> dict[str, Any]:
-        """The weights of all experts as `kernels.lowrank` takes them, computed anew from the parameters.
-
-        Nothing is cached: parameters may be reassigned, moved, cast or gathered between two calls. A LayerNorm is
-        folded in, D(g * n + b) = (D g) n + D b, so that all experts read the same normalised rows.
+        context: None stands for an evaluation outside a forward, such as a merge.
         """
-        return _pack([(self, expert) for expert in self.experts.values()])
+        return [expert.weights(self.scale) for expert in self.experts.values()]
 
     def forward(
-        self, tokens: Tensor, routing: Routing, base: Tensor | None = None, keep: Tensor | None = None
+        self,
+        tokens: Tensor,
+        routing: Routing,
+        context: ForwardContext | None,
+        base: Tensor | None = None,
+        keep: Tensor | None = None,
+        dropout: float = 0.0,
     ) -> Tensor:
-        """tokens (N, K) -> (N, M): keep * base plus what the routing makes of the experts."""
-        return run_banks([self], tokens, routing, base, keep)
+        """tokens (N, K) -> (N, M): keep * base plus what the routing makes of the experts.
+
+        dropout: probability that they read an element of `tokens` as 0.
+        """
+        packed = pack([self], context)
+        return packed(tokens, packed.placed(routing, tokens.shape[0]), base, keep, dropout, routing.run)
 
 
-def run_banks(
-    banks: list[AdapterBank], tokens: Tensor, routing: Routing, base: Tensor | None, keep: Tensor | None = None
-) -> Tensor:
-    """One call over the experts of several banks of one kind, numbered through in order."""
-    experts = [(bank, expert) for bank in banks for expert in bank.experts.values()]
-    first = banks[0]
-    if first.layer_norm:
-        tokens = F.layer_norm(tokens, (first.in_features,))
-    return kernels.lowrank(
-        tokens,
-        ranks=[expert.rank for _, expert in experts],
-        indices=routing.indices,
-        gates=routing.weights,
-        base=base,
-        base_weight=keep,
-        act=first.activation,
-        **_pack(experts),
+class Packed(NamedTuple):
+    """The experts of several banks of one kind, for one call of the op."""
+
+    kind: Kind
+    sizes: list[int]  # experts of each bank
+    numbers: list[int] | None  # the place of each expert among those of the op; None: in order
+    arguments: dict[str, Any]
+
+    def placed(self, routing: Routing, rows: int) -> Routing:
+        """A routing of `rows` rows over the experts in order, by their places."""
+        if self.numbers is None:
+            return routing
+        indices = routing.indices
+        table = torch.tensor([*self.numbers, -1], device=self.arguments["w_down"].device)
+        chosen = table[:-1].expand(rows, -1) if indices is None else table[indices.long()]  # -1 reads the last entry
+        return routing._replace(indices=chosen)
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        routing: Routing,
+        base: Tensor | None = None,
+        keep: Tensor | None = None,
+        dropout: float = 0.0,
+        run: int = 1,
+    ) -> Tensor:
+        """As `AdapterBank.forward`, by places; the routing is constant over every `run` consecutive rows."""
+        seed = None
+        if self.kind.layer_norm:
+            tokens = F.layer_norm(F.dropout(tokens, dropout), (self.kind.in_features,))
+            dropout = 0.0
+        elif dropout:
+            seed = torch.randint(2**63 - 1, (), device=tokens.device)
+        return kernels.lowrank(
+            tokens, indices=routing.indices, gates=routing.weights, base=base, base_weight=keep,
+            act=self.kind.activation, dropout=dropout, seed=seed, run=run, **self.arguments,
+        )  # fmt: skip
+
+
+def pack(banks: Sequence[AdapterBank], context: ForwardContext | None) -> Packed:
+    """The experts of `banks` by their arena; those whose weights are computed, one below the other."""
+    tied = tie(banks)
+    return concatenate(banks, context) if tied is None else tied.pack()
+
+
+class Tied:
+    """Banks of one kind whose experts are in one arena. It may be kept, and asked whether it still stands."""
+
+    def __init__(self, banks: Sequence[AdapterBank], experts: list[Expert], stack: Stack) -> None:
+        self.kind, self.sizes = banks[0].kind, [len(bank.experts) for bank in banks]
+        self.numbers = None if stack.in_order else stack.numbers
+        self._scales = [float(bank.scale or 0) for bank, n in zip(banks, self.sizes, strict=True) for _ in range(n)]
+        self._stack, self._holders = stack, holders(experts)
+
+    def stands(self) -> bool:
+        return self._stack.stands(read(self._holders))
+
+    def pack(self) -> Packed:
+        leaves = read(self._holders) if torch.is_grad_enabled() else []
+        arguments = self._stack.arguments(leaves, self._scales)
+        return Packed(self.kind, self.sizes, self.numbers, arguments)
+
+
+def tie(banks: Sequence[AdapterBank]) -> Tied | None:
+    """Bring the experts of `banks` into one arena; None where they are computed, one alone, or cannot be moved.
+
+    The compiler could not check that they have stayed there: under it, all are concatenated.
+    """
+    computed = any(
+        bank.layer_norm or bank.scale is None or type(bank).weights is not AdapterBank.weights for bank in banks
     )
+    experts = [expert for bank in banks for expert in bank.experts.values()]
+    if computed or len(experts) == 1 or torch.compiler.is_compiling():
+        return None
+    stack = stacked(experts)
+    return None if stack is None else Tied(banks, experts, stack)
 
 
-def _pack(experts: list[tuple[AdapterBank, Expert]]) -> dict[str, Any]:
-    downs, down_biases = zip(*(_folded(e.down, e.norm) for _, e in experts), strict=True)
-    packed: dict[str, Any] = {
+def concatenate(banks: Sequence[AdapterBank], context: ForwardContext | None) -> Packed:
+    """The weights that `banks` give for this forward.
+
+    A LayerNorm is folded in, D(g * n + b) = (D g) n + D b, so that all experts read the same normalised rows.
+    """
+    by_bank = [bank.weights(context) for bank in banks]
+    weights = [w for some in by_bank for w in some]
+    downs, down_biases = zip(*(_folded(w.down, w.b_down, w.norm) for w in weights), strict=True)
+    arguments: dict[str, Any] = {
+        "ranks": [w.down.shape[0] for w in weights],
         "w_down": _cat(downs),
         "b_down": _cat(down_biases),
-        "w_up": _cat([e.up.weight for _, e in experts], dim=1),
-        "b_up": None if experts[0][1].up.bias is None else torch.stack([e.up.bias for _, e in experts]),
+        "w_up": _cat([w.up for w in weights], dim=1),
+        "b_up": None if weights[0].b_up is None else torch.stack([w.b_up for w in weights]),
     }
-    if experts[0][1].gate is not None:
-        gates, gate_biases = zip(*(_folded(e.gate, e.norm) for _, e in experts), strict=True)
-        packed |= {"w_gate": _cat(gates), "b_gate": _cat(gate_biases)}
-    if any(bank.scale != 1.0 for bank, _ in experts):
-        like = experts[0][1].up.weight
-        packed["scale"] = torch.cat(
-            [like.new_full((1,), b.scale or 0.0) if e.scale is None else e.scale.weight for b, e in experts]
+    if weights[0].gate is not None:
+        gates, gate_biases = zip(*(_folded(w.gate, w.b_gate, w.norm) for w in weights), strict=True)
+        arguments |= {"w_gate": _cat(gates), "b_gate": _cat(gate_biases)}
+    if any(isinstance(w.scale, Tensor) or w.scale != 1.0 for w in weights):
+        like = weights[0].up
+        arguments["scale"] = torch.cat(
+            [w.scale if isinstance(w.scale, Tensor) else like.new_full((1,), w.scale) for w in weights]
         )
-    return packed
+    return Packed(banks[0].kind, [len(some) for some in by_bank], None, arguments)
 
 
-def _folded(linear: Any, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor | None]:
+def _folded(weight: Any, bias: Tensor | None, norm: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
     if norm is None:
-        return linear.weight, linear.bias
-    shift = linear.weight @ norm.bias
-    return linear.weight * norm.weight, shift if linear.bias is None else linear.bias + shift
+        return weight, bias
+    factor, shift = norm
+    moved = weight @ shift
+    return weight * factor, moved if bias is None else bias + moved
 
 
 def _cat(parts: Iterable[Any], dim: int = 0) -> Tensor | None:

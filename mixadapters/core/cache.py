@@ -57,3 +57,18 @@ def gate_state(cache: Any) -> dict[str, Tensor]:
         cache.__class__ = _following(type(cache))  # type: ignore[arg-type]
         cache.gate_state = {}
     return cache.gate_state
+
+
+def claim(cache: Any, who: str, filled: bool) -> None:
+    """Note that a forward of the adapters `who` writes into `cache`.
+
+    Raises:
+        ValueError: it is filled already, by other adapters: its keys and values are not theirs.
+    """
+    before = getattr(cache, "filled_by", who)
+    if filled and before != who:
+        raise ValueError(
+            f"the key-value cache was filled by {before}, and now {who} would go on with it; begin with a new cache "
+            "after adapters or stages have been switched"
+        )
+    cache.filled_by = who

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mixadapters.core.cache import gate_state
+from mixadapters.core.cache import claim, gate_state
 from mixadapters.core.joining import Once, attach, share_of_batch
 from mixadapters.core.sites import has_two_stacks, layer_index
 from mixadapters.core.streams import Stream, read_stream, repeat_rows
@@ -47,6 +47,7 @@ class Record:
     open: bool = False  # between the root's first and last hook
     inputs: dict[str, Any] = field(default_factory=dict)  # arguments of the base model's forward, by name
     values: dict[str, Any] = field(default_factory=dict)  # arguments taken off, and pinned ones
+    pinned: frozenset[str] = frozenset()  # the names of the pinned ones among them
     streams: dict[str, Stream] = field(default_factory=dict)  # by stack: "", "encoder", "decoder"
     taps: dict[str, Tensor] = field(default_factory=dict)  # by path of the tapped module
     shared: dict[str, Any] = field(default_factory=dict)  # what `Adapter.prepare` leaves for the layers
@@ -96,7 +97,9 @@ class _StackHook:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if running is None:
             values = self.context.held
-            self.context.record = Record(module.training, torch.is_grad_enabled(), inputs=inputs, values=values)
+            self.context.record = Record(
+                module.training, torch.is_grad_enabled(), inputs=inputs, values=values, pinned=frozenset(values)
+            )
         self.context.record.streams[self.stack] = read_stream(inputs)
         if running is None:
             self.context.prepare()
@@ -112,6 +115,8 @@ class ForwardContext:
         loss_scale: factor on auxiliary losses that are attached to the outputs for want of a loss (1 / number of
             accumulated micro-batches); `StageCallback` sets it.
         loss_log: running (sum, count) of each loss by name, detached; read and cleared by the callbacks.
+        cache_owner: says which adapters are at work; a key-value cache that others have filled is then refused.
+            None: no such check.
     """
 
     def __init__(self, argument_names: tuple[str, ...] = ()) -> None:
@@ -123,6 +128,7 @@ class ForwardContext:
         self.loss_log: dict[str, tuple[Tensor, int]] = {}
         self.preparing: list[Any] = []  # layers with an adapter to prepare before each forward
         self.hosted: set[str] = set()  # names of adapters that this model holds
+        self.cache_owner: Callable[[], str] | None = None
         self._argument_names = argument_names
         self._layers: list[nn.Module] | None = None  # those that activation checkpointing may run again
         self._empty()
@@ -157,6 +163,11 @@ class ForwardContext:
         """The record of the root forward that this thread is in; None outside one."""
         record = getattr(self._local, "record", None)
         return record if record is not None and record.open else None
+
+    @property
+    def own_fields(self) -> set[str]:
+        """The fields that are no arguments of the base model's forward."""
+        return self.fields.difference(self._argument_names)
 
     @property
     def held(self) -> dict[str, Any]:
@@ -211,10 +222,13 @@ class ForwardContext:
 
     def open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         parent = self.running
-        kwargs = dict(kwargs)
-        taken = self.fields.union(*(o.takes for o in self.objectives))
-        values = {**self.held, **{name: kwargs.pop(name) for name in list(kwargs) if name in taken}}
-        record = Record(module.training, torch.is_grad_enabled(), open=True, values=values, parent=parent)
+        taken = self.own_fields.union(*(o.takes for o in self.objectives))
+        held, given = self.held, {name: kwargs[name] for name in kwargs if name in self.fields | taken}
+        kwargs = {name: value for name, value in kwargs.items() if name not in taken}
+        values, pinned = {**held, **given}, frozenset(held).difference(given)
+        record = Record(
+            module.training, torch.is_grad_enabled(), open=True, values=values, pinned=pinned, parent=parent
+        )
         self.record = record
         for objective in self._active(record):
             args, kwargs = objective.before(self, args, kwargs)
@@ -229,9 +243,16 @@ class ForwardContext:
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} and {record.streams[''].batch} respectively."
             )
+        self._claim_cache(record, record.streams[""].cache)
         self._carry_into_checkpoints(module)
         self.prepare()
         return args, kwargs
+
+    def _claim_cache(self, record: Record, cache: Any) -> None:
+        if self.cache_owner is not None and cache is not None and not torch.compiler.is_compiling():
+            names = record.values.get("adapter_names")
+            who = self.cache_owner() if names is None else f"the rows' own adapters, {list(names)}"
+            claim(cache, who, filled=record.streams[""].cached)
 
     def prepare(self) -> None:
         """Let adapters do what they do once per forward."""
@@ -262,6 +283,8 @@ class ForwardContext:
         cache = getattr(output, "past_key_values", None)
         if record.state and cache is not None:
             gate_state(cache).update(record.state)
+        if cache is not record.streams[""].cache and hasattr(cache, "get_seq_length"):
+            self._claim_cache(record, cache)
         return output
 
     def _carry_into_checkpoints(self, module: nn.Module) -> None:
@@ -303,6 +326,34 @@ class ForwardContext:
         """A per-sequence field (B, ...) repeated to `count` rows: tokens of a flattened batch, beams of a search."""
         value = self.record.values.get(field_name)
         return None if value is None else repeat_rows(torch.as_tensor(value), count, field_name)
+
+    def token_field(self, name: str, stack: str = "") -> Tensor | None:
+        """(B, T) values of the tokens of this forward, from a field that has one for each token; None if not given.
+
+        An argument covers the tokens of this forward, or with a cache the whole sequence so far. A pinned field covers
+        the beginning of the sequence, such as the prompt of a generation; tokens after it have the value 0. Rows are
+        repeated for beams.
+
+        Raises:
+            ValueError: the field has another length, or its rows do not divide those of the batch.
+        """
+        stream, record = self.stream(stack), self.record
+        value = record.values.get(name, record.inputs.get(name))
+        if value is None:
+            return None
+        value = repeat_rows(torch.as_tensor(value), stream.batch, name)
+        length = stream.length or 0
+        if name in record.pinned:
+            value = nn.functional.pad(value, (0, 1))
+        elif value.shape[1] == length:
+            return value
+        elif value.shape[1] != length + int(stream.past):
+            raise ValueError(
+                f"{name} has {value.shape[1]} values per row, but this forward reads {length} tokens"
+                f"{f' after {int(stream.past)} in the cache' if stream.cached else ''}; give one value for each token"
+            )
+        position = torch.arange(length, device=value.device) + stream.past
+        return value.index_select(1, position.clamp_max(value.shape[1] - 1))
 
     def adapter_rows(self, known: Sequence[str], count: int, device: torch.device) -> Tensor:
         """(count,) index into `known` of the adapter named for each row, -1 where it is not among them."""

@@ -83,7 +83,12 @@ def share_of_batch(inputs: dict[str, Any], module: nn.Module) -> Any:
     if items is None or labels is None:
         return 1.0
     # The Trainer counts as the loss does: where that shifts the labels, the first of a row is no target.
-    shifts = LOSS_MAPPING.get(getattr(module, "loss_type", None)) is ForCausalLMLoss
-    if shifts and not has_two_stacks(module):
+    if shifts_labels(module):
         labels = inputs.get("shift_labels", labels[..., 1:])
     return (labels != -100).sum() / items
+
+
+def shifts_labels(module: nn.Module) -> bool:
+    """Whether the model's own loss compares the logits of a place with the label of the next."""
+    loss = LOSS_MAPPING.get(getattr(module, "loss_type", None))
+    return loss is ForCausalLMLoss and not has_two_stacks(module)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mixadapters.core.adapter import Adapter
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.mixture import apply_rows
+from mixadapters.core.mixture import MixedBatch
 
 
 class AdapterHost(BaseTunerLayer):
@@ -59,12 +59,23 @@ class AdapterHost(BaseTunerLayer):
 
     def prepare(self) -> None:
         if not self.disable_adapters:
-            for name in self.active_adapters:
+            named = self.context.record.values.get("adapter_names")
+            for name in self.active_adapters if named is None else dict.fromkeys(named):
                 if name in self.adapters:
                     self.adapters[name].prepare(self.context)
 
     def apply_adapters(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: input of the frozen module; y: (..., M) its output. Returns the output with adapters."""
+        """x: input of the frozen module; y: (..., M) its output. Returns the output with adapters.
+
+        Convolutions of kernel 1 have their channels second: (B, K, ...) and (B, M, ...).
+        """
+        base = self.get_base_layer()
+        if not is_pointwise(base):
+            return self._run_adapters(x, y)
+        places = tuple(slice(None, None, step) for step in base.stride)
+        return self._run_adapters(x[(..., *places)].movedim(1, -1), y.movedim(1, -1)).movedim(-1, 1)
+
+    def _run_adapters(self, x: Tensor, y: Tensor) -> Tensor:
         record = self.context.record
         if record.observed is not None:
             for name in self.active_adapters:
@@ -78,15 +89,24 @@ class AdapterHost(BaseTunerLayer):
                 raise ValueError(
                     "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
                 )
-            names = [n for n in self.adapters if n in record.values["adapter_names"]]
-            if not names:
-                return y
-            owner = self.context.adapter_rows(names, y.shape[0], y.device)
-            return apply_rows([self.adapters[n] for n in names], owner, x, y, self.context)
+            return self._mixed()(x, y, self.context)
         for name in self.active_adapters:
             if name in self.adapters and name not in self.merged_adapters:
                 y = self.adapters[name](x, y, self.context)
         return y
+
+    def _mixed(self) -> MixedBatch:
+        """The rows of this batch by the adapters they name; kept for all steps of a `generate`."""
+        values = self.context.record.values
+        kept = {} if torch.compiler.is_compiling() else values.get("mixed_batches", {})
+        if self not in kept:
+            named = values["adapter_names"]
+            asked = set(named)
+            mine = [name for name in self.adapters if name in asked]
+            place = {name: i for i, name in enumerate(mine)}
+            owner = [place.get(name, -1) for name in named]
+            kept[self] = MixedBatch([self.adapters[name] for name in mine], owner)
+        return kept[self]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
@@ -106,10 +126,11 @@ class AdapterHost(BaseTunerLayer):
             ValueError: an adapter equals no linear layer; the message says which, where and why.
         """
         base = self.get_base_layer()
-        if not isinstance(base, Conv1D) and not hasattr(base, "in_features"):
+        if not isinstance(base, Conv1D) and not hasattr(base, "in_features") and not is_pointwise(base):
             raise ValueError(f"cannot merge at {self.path!r}: {type(base).__name__} is not a linear layer")
         weight, bias = self.get_base_weight(), getattr(base, "bias", None)
-        weight = weight.T if isinstance(base, Conv1D) else weight
+        shape = weight.shape
+        weight = weight.T if isinstance(base, Conv1D) else weight.flatten(1)
         bias = None if bias is None else bias.data
         for name in adapter_names:
             try:
@@ -122,7 +143,7 @@ class AdapterHost(BaseTunerLayer):
                     "with use_bias=False"
                 )
             bias = new_bias
-        return (weight.T if isinstance(base, Conv1D) else weight), bias
+        return (weight.T if isinstance(base, Conv1D) else weight.reshape(shape)), bias
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -227,6 +248,10 @@ class HookedLayer(nn.Module, AdapterHost):
             return output
         return _on_first(output, lambda y: self.apply_adapters(_first_input(args, kwargs), y))
 
+    def forward(self, x: Tensor) -> Tensor:
+        # A container that runs its children in turn comes by here.
+        return x
+
     def remove(self) -> None:
         """Leave the target as it was."""
         target = self.get_base_layer()
@@ -235,6 +260,11 @@ class HookedLayer(nn.Module, AdapterHost):
                 del target._forward_hooks[key]
                 target._forward_hooks_with_kwargs.pop(key, None)
         delattr(target, self.attribute)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        # On a block it can only be diffusers fusing its own adapters: PEFT's verbs have been refused before.
+        if hasattr(self.get_base_layer(), "in_features"):
+            super().merge(safe_merge, adapter_names)
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> nn.Module:
         if merge:
@@ -253,6 +283,14 @@ class HookedLayer(nn.Module, AdapterHost):
     def scale_layer(self, scale: float) -> None: ...
 
     def unscale_layer(self, scale: float | None = None) -> None: ...
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether `module` is a convolution that is a linear layer at every place."""
+    if not isinstance(module, nn.modules.conv._ConvNd) or module.transposed:
+        return False
+    padded = isinstance(module.padding, str) or any(module.padding)
+    return all(size == 1 for size in module.kernel_size) and module.groups == 1 and not padded
 
 
 def _first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:

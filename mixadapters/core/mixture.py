@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mixadapters.core.adapter import Adapter, Chain
-from mixadapters.core.bank import AdapterBank, run_banks
+from mixadapters.core.bank import AdapterBank, Packed, Tied, concatenate, tie
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.routing import Routing
 
@@ -48,6 +48,11 @@ class Mixture(Adapter):
         self.dropout = nn.Dropout(dropout)
         self.observes, self.replaces = observes, replaces
 
+    @property
+    def rate(self) -> float:
+        """The probability of dropout, 0 in evaluation. The op drops, by a hash that is computed again in backward."""
+        return self.dropout.p if self.dropout.training else 0.0
+
     def source(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         """What the experts read: (..., K)."""
         if self.insertion == "sequential":
@@ -57,8 +62,8 @@ class Mixture(Adapter):
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         source = self.source(x, y, context).to(y.dtype)
         routing = self.router(source, context)
-        tokens = self.dropout(source.reshape(-1, source.shape[-1]))
-        return self.bank(tokens, routing, y.reshape(-1, y.shape[-1]), routing.keep).view_as(y)
+        tokens, base = source.reshape(-1, source.shape[-1]), y.reshape(-1, y.shape[-1])
+        return self.bank(tokens, routing, context, base, routing.keep, self.rate).view_as(y)
 
     def observe(self, x: Tensor, y: Tensor, context: ForwardContext) -> list[Tensor]:
         source = self.source(x, y, context).to(y.dtype)
@@ -68,7 +73,7 @@ class Mixture(Adapter):
             if not any(p.requires_grad for p in expert.parameters()):
                 continue
             only = Routing(torch.full((tokens.shape[0], 1), i, device=tokens.device))
-            alone = self.bank(tokens, only).view_as(y)
+            alone = self.bank(tokens, only, context).view_as(y)
             deltas.append(alone - y.detach() if self.replaces else alone)
         return deltas
 
@@ -85,12 +90,12 @@ class Mixture(Adapter):
             raise ValueError("its input is not the input of the layer that it would be folded into")
         delta = weight.new_zeros(bank.out_features, bank.in_features)
         shift = weight.new_zeros(bank.out_features)
-        for expert, w in zip(bank.experts.values(), weights, strict=True):
-            factor = w * (bank.scale if expert.scale is None else expert.scale.weight.to(weight.dtype))
-            up = expert.up.weight.to(weight.dtype)
-            delta = delta + factor * (up @ expert.down.weight.to(weight.dtype))
-            if expert.up.bias is not None:
-                shift = shift + factor * (up @ expert.down.bias.to(weight.dtype) + expert.up.bias.to(weight.dtype))
+        for expert, w in zip(bank.weights(None), weights, strict=True):
+            factor = w * (expert.scale.to(weight.dtype) if isinstance(expert.scale, Tensor) else expert.scale)
+            up = expert.up.to(weight.dtype)
+            delta = delta + factor * (up @ expert.down.to(weight.dtype))
+            if expert.b_down is not None and expert.b_up is not None:
+                shift = shift + factor * (up @ expert.b_down.to(weight.dtype) + expert.b_up.to(weight.dtype))
         old = weight.new_zeros(bank.out_features) if bias is None else bias
         if self.insertion == "parallel":
             weight, new = weight + delta, old + shift
@@ -99,12 +104,26 @@ class Mixture(Adapter):
         return weight, new if bias is not None or bool(shift.any()) else None
 
 
-def apply_rows(adapters: Sequence[Adapter], owner: Tensor, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
+class MixedBatch:
     """Each row through the adapter it names, in as few calls as the adapters' kinds allow.
 
+    It may be kept while the adapters stay the same modules; parameters may change and move.
+
     Args:
-        owner: (B,) index into `adapters` of each row of y (B, ..., M); -1 leaves the row as it is, bit for bit.
+        owner: index into `adapters` for each row of the batch, -1 for rows that stay as they are, bit for bit.
     """
+
+    def __init__(self, adapters: Sequence[Adapter], owner: Sequence[int]) -> None:
+        self._calls = list(_calls(adapters, tuple(owner)))
+
+    def __call__(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
+        """y: (B, ..., M) or (B * T, M); each entry of `owner` stands for as many rows as it takes."""
+        for call in self._calls:  # no row is in two of those that stand side by side
+            y = call(x, y, context)
+        return y
+
+
+def _calls(adapters: Sequence[Adapter], owner: tuple[int, ...]) -> Iterator[_Together | _Alone]:
     if all(isinstance(adapter, Chain) for adapter in adapters):
         waiting = [list(adapter.stages.items()) for adapter in adapters]
         while any(waiting):
@@ -113,60 +132,94 @@ def apply_rows(adapters: Sequence[Adapter], owner: Tensor, x: Tensor, y: Tensor,
             later = {name for stages in waiting for name, _ in stages[1:]}
             name = next((name for name in first if name not in later), first[0])
             have = [i for i, stages in enumerate(waiting) if stages and stages[0][0] == name]
-            owned = _renumber(owner, have, len(adapters))
-            y = apply_rows([waiting[i].pop(0)[1] for i in have], owned, x, y, context)
-        return y
+            yield from _calls([waiting[i].pop(0)[1] for i in have], _renumber(owner, have))
+        return
     groups: dict[object, list[int]] = {}
     for i, adapter in enumerate(adapters):
         groups.setdefault(_group(adapter), []).append(i)
-    before = y
     for members in groups.values():
-        mine = [adapters[i] for i in members]
-        owned = _renumber(owner, members, len(adapters))
-        if type(mine[0]) is Mixture:
-            new = _mixtures_in_one_call(mine, owned, x, before, context)
-        else:
-            new = mine[0](x, before, context)
-        y = torch.where((owned >= 0).view(-1, *[1] * (y.dim() - 1)), new, y)
-    return y
+        mine, owned = [adapters[i] for i in members], _renumber(owner, members)
+        yield _Alone(mine[0], owned) if _group(mine[0]) is mine[0] else _Together(mine, owned)
 
 
 def _group(adapter: Adapter) -> object:
-    if type(adapter) is not Mixture:
-        return id(adapter)
-    return (adapter.bank.kind, adapter.insertion, adapter.tap, adapter.dropout.p)
+    """What adapters must have in common to run in one call."""
+    if not isinstance(adapter, Mixture) or type(adapter).forward is not Mixture.forward:
+        return adapter
+    return (adapter.bank.kind, adapter.insertion, adapter.tap, adapter.rate)
 
 
-def _renumber(owner: Tensor, members: list[int], count: int) -> Tensor:
-    """owner (B,) over `count` adapters -> index into `members`, -1 for the others."""
-    table = torch.full((count + 1,), -1, dtype=torch.long)
-    table[members] = torch.arange(len(members))
-    return table.to(owner.device)[owner]  # -1 reads the last entry, which is -1
+def _renumber(owner: tuple[int, ...], members: list[int]) -> tuple[int, ...]:
+    """Index into `members` for each entry of `owner`, -1 for the others."""
+    place = {member: i for i, member in enumerate(members)}
+    return tuple(place.get(one, -1) for one in owner)
 
 
-def _mixtures_in_one_call(
-    mixtures: list[Mixture], owner: Tensor, x: Tensor, y: Tensor, context: ForwardContext
-) -> Tensor:
-    first = mixtures[0]
-    source = first.source(x, y, context).to(y.dtype)
-    tokens = first.dropout(source.reshape(-1, source.shape[-1]))
-    rows = owner.repeat_interleave(tokens.shape[0] // owner.shape[0])
-    if all(len(m.bank.experts) == 1 and getattr(m.router, "always_first", False) for m in mixtures):
-        routing = Routing(rows.unsqueeze(1))
-    else:
+def _rows(owner: tuple[int, ...], count: int, device: torch.device, context: ForwardContext) -> Tensor:
+    """(count,) owner of each row. Layers of a forward share it."""
+    if count % len(owner):
+        raise ValueError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(owner)} and {count} "
+            "respectively."
+        )
+    key, shared = ("rows", owner, count, device), context.record.shared
+    if key not in shared:
+        shared[key] = torch.tensor(owner, device=device).repeat_interleave(count // len(owner))
+    return shared[key]
+
+
+class _Alone:
+    """An adapter that computes all rows, of which its own are taken."""
+
+    def __init__(self, adapter: Adapter, owner: tuple[int, ...]) -> None:
+        self.adapter, self.owner = adapter, owner
+
+    def __call__(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
+        own = _rows(self.owner, y.shape[0], y.device, context) >= 0
+        return torch.where(own.view(-1, *[1] * (y.dim() - 1)), self.adapter(x, y, context), y)
+
+
+class _Together:
+    """Mixtures whose banks are of one kind, in one call."""
+
+    def __init__(self, mixtures: Sequence[Any], owner: tuple[int, ...]) -> None:
+        self.first: Mixture = mixtures[0]
+        self.owner = owner
+        self.banks = [mixture.bank for mixture in mixtures]
+        self.routers = [mixture.router for mixture in mixtures]
+        self.always_first = all(getattr(router, "always_first", False) for router in self.routers)
+        self.tied: Tied | None = None
+
+    def __call__(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
+        if self.tied is None or not self.tied.stands():
+            self.tied = tie(self.banks)
+        packed = concatenate(self.banks, context) if self.tied is None else self.tied.pack()
+        source = self.first.source(x, y, context).to(y.dtype)
+        tokens, base = source.reshape(-1, source.shape[-1]), y.reshape(-1, y.shape[-1])
+        if self.always_first and all(size == 1 for size in packed.sizes):
+            routing, run = self._by_owner(packed, len(tokens), y.device, context), len(tokens) // len(self.owner)
+        else:
+            routing, run = packed.placed(self._by_routers(packed, source, context), len(tokens)), 1
+        return packed(tokens, routing, base, routing.keep, self.first.rate, run).view_as(y)
+
+    def _by_owner(self, packed: Packed, count: int, device: torch.device, context: ForwardContext) -> Routing:
+        owner, numbers = self.owner, packed.numbers
+        if numbers is not None:
+            owner = tuple(numbers[one] if one >= 0 else -1 for one in owner)
+        return Routing(_rows(owner, count, device, context).unsqueeze(1))
+
+    def _by_routers(self, packed: Packed, source: Tensor, context: ForwardContext) -> Routing:
+        rows = _rows(self.owner, source.numel() // source.shape[-1], source.device, context)
         routings = []
-        for i, mixture in enumerate(mixtures):
+        for i, router in enumerate(self.routers):
             context.record.own_rows = rows == i
-            routings.append(mixture.router(source, context))
+            routings.append(router(source, context))
         context.record.own_rows = None
-        routing = _joined(routings, [m.bank for m in mixtures], rows)
-    out = run_banks([m.bank for m in mixtures], tokens, routing, y.reshape(-1, y.shape[-1]), routing.keep)
-    return out.view_as(y)
+        return _joined(routings, packed.sizes, rows)
 
 
-def _joined(routings: list[Routing], banks: list[AdapterBank], rows: Tensor) -> Routing:
+def _joined(routings: list[Routing], sizes: list[int], rows: Tensor) -> Routing:
     """Each row's slots from its own mixture's routing, experts numbered through; rows (N,) names the mixture."""
-    sizes = [len(bank.experts) for bank in banks]
     slots = max(size if r.indices is None else r.indices.shape[1] for r, size in zip(routings, sizes, strict=True))
     indices = torch.full((rows.shape[0], slots), -1, device=rows.device, dtype=torch.long)
     weights: Tensor | None = None

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.layer import AdapterHost, HookedLayer, MixtureLayer
+from mixadapters.core.layer import AdapterHost, HookedLayer, MixtureLayer, is_pointwise
 from mixadapters.core.registry import nearest
 from mixadapters.core.sites import ROLES, Tap, find_architecture, hidden_size_of, layer_index, stack_of
 
@@ -72,9 +72,21 @@ class MixtureModel(BaseTuner):
 
     def hosts(self) -> Iterator[AdapterHost]:
         """The layers of this model that hold adapters."""
-        for module in self.model.modules():
-            if isinstance(module, AdapterHost):
+        return (module for module in self._outside() if isinstance(module, AdapterHost))
+
+    def _outside(self) -> Iterator[nn.Module]:
+        """The modules of this model, as `modules()` gives them, without those inside adapters: there may be many."""
+        seen: set[nn.Module] = set()
+        waiting: list[nn.Module] = [self.model]
+        while waiting:
+            module = waiting.pop()
+            if module not in seen:
+                seen.add(module)
                 yield module
+                children = [child for child in module._modules.values() if child is not None]
+                if isinstance(module, AdapterHost):
+                    children.remove(module.adapters)
+                waiting += reversed(children)
 
     @property
     def stage(self) -> dict[str, str]:
@@ -103,7 +115,8 @@ class MixtureModel(BaseTuner):
         for host in self.hosts():
             if adapter_name in host.adapters:
                 for name, parameter in host.adapters[adapter_name].named_parameters():
-                    yield parameter, any(fnmatch(name, pattern) for pattern in patterns)
+                    wanted = any(fnmatch(name, pattern) for pattern in patterns)
+                    yield parameter, wanted and not any(fnmatch(name, p[1:]) for p in patterns if p[0] == "!")
         for module in self.model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 for name, parameter in module.named_parameters():
@@ -273,9 +286,12 @@ class MixtureModel(BaseTuner):
             return base.nx, base.nf
         if hasattr(base, "in_features") and hasattr(base, "out_features"):
             return base.in_features, base.out_features
+        if is_pointwise(base):
+            return base.in_channels, base.out_channels
         if isinstance(base, (nn.Embedding, nn.modules.conv._ConvNd)):
             raise ValueError(
-                f"Target module {path} is not supported: {type(base).__name__}; target linear layers or blocks"
+                f"Target module {path} is not supported: {type(base).__name__}; target linear layers, convolutions of "
+                "kernel 1 without padding and groups, or blocks"
             )
         weight = getattr(base, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() == 1:  # a norm
@@ -314,13 +330,19 @@ class MixtureModel(BaseTuner):
 
     # --- forward, saving, unloading ---------------------------------------------------------------------------
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's, which refuses the batch fields of adapters: they hold over the whole generation."""
+        held = {name: kwargs.pop(name) for name in list(kwargs) if name in self.context.own_fields}
+        with self.context.pin_in_thread(**held):
+            return self.model.generate(*args, **kwargs)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
             return
-        wrappers = [m for m in self.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        wrappers = [m for m in self._outside() if isinstance(m, AuxiliaryTrainingWrapper)]
         known = set().union(*(h._get_available_adapters() for h in (*self.hosts(), *wrappers)))
         unknown = sorted(set(names) - known - {"__base__"})
         if unknown:
@@ -331,7 +353,7 @@ class MixtureModel(BaseTuner):
             for wrapper in wrappers:  # PEFT's own modules take the names as an argument
                 hook = partial(_pass_names, names=[n for n in names for _ in range(groups)])
                 handles.append(wrapper.register_forward_pre_hook(hook, with_kwargs=True))
-            with self.context.pin_in_thread(adapter_names=list(names), row_groups=groups):
+            with self.context.pin_in_thread(adapter_names=list(names), row_groups=groups, mixed_batches={}):
                 yield
         finally:
             for handle in handles:
@@ -376,7 +398,8 @@ class MixtureModel(BaseTuner):
                 f"the file holds {len(wanted) - len(missing)} of {len(wanted)} weights of adapter {adapter_name!r}: "
                 f"{missing[0]!r} is missing. Was it saved from another base model or with another config?"
             )
-        if extra := sorted(given - wanted):
+        saved = {k for k in remapped if any(f".{module}." in k for module in config.modules_to_save or ())}
+        if extra := sorted((given - wanted) | (saved - model.state_dict().keys())):
             raise ValueError(
                 f"the file holds {len(extra)} weights that adapter {adapter_name!r} has no place for, such as "
                 f"{extra[0]!r}. Was it saved from another base model or with another config?"

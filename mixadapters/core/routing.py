@@ -14,3 +14,4 @@ class Routing(NamedTuple):
     weights: Tensor | None = None  # (N, k), or (N, E) where indices is None; differentiable; None: 1
     keep: Tensor | None = None  # (N,) weight of the frozen layer's own output; None: 1
     probs: Tensor | None = None  # (N, A) the gate's distribution over its arms, for losses and usage only
+    run: int = 1  # `indices` are constant over every so many consecutive rows

@@ -7,6 +7,7 @@ rows say what the models of transformers 5.23 do; a test runs a small model of e
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -26,8 +27,9 @@ class Architecture:
     attention_norm: str | None = None
     attention_output: str | None = None  # the linear that ends self-attention
     cross_attention_output: str | None = None
+    query: str | None = None  # named like `value`, from which it is derived
     value: str | None = None
-    qkv: str | None = None  # query, key and value in one linear, in place of `value`
+    qkv: str | None = None  # query, key and value in one linear, in place of `query` and `value`
     ffn: str | None = None
     ffn_norm: str | None = None
     ffn_input: str | None = None  # a module that takes the FFN's input
@@ -208,6 +210,9 @@ def _anchored(layer: str, family: Architecture) -> Architecture:
         inside = f"{layer}.(?:{paths})" if layer else f"(?:{paths})"
         return r"(?:.*\.)?" + inside.replace(".", r"\.").replace("#", r"\d+")
 
+    if family.value is not None:
+        like_value = {"value": "query", "v": "q"}
+        family = replace(family, query=re.sub(r"\b(?:value|v(?=_|\b))", lambda m: like_value[m[0]], family.value))
     anchored: dict[str, Any] = {role: pattern(paths) for role in ROLES if (paths := getattr(family, role))}
     return replace(family, **anchored)
 

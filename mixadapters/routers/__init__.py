@@ -3,11 +3,14 @@
 from mixadapters.routers.base import ROUTERS, Router, build_router
 from mixadapters.routers.fixed import ConstantRouter, SingleRouter
 from mixadapters.routers.learned import DomainGate, SigmoidGate, SoftmaxGate
+from mixadapters.routers.modality import Modalities, ModalityRouter
 
 __all__ = [
     "ROUTERS",
     "ConstantRouter",
     "DomainGate",
+    "Modalities",
+    "ModalityRouter",
     "Router",
     "SigmoidGate",
     "SingleRouter",

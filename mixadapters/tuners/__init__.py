@@ -1,10 +1,28 @@
 """The methods. Importing this package registers them with PEFT."""
 
+from mixadapters.tuners.agd import AGDConfig, AGDModel
 from mixadapters.tuners.bottleneck import BottleneckConfig, BottleneckModel
 from mixadapters.tuners.mixda import MixDAConfig, MixDAModel
+from mixadapters.tuners.mosa import LazyAdamW, MoSAConfig, MoSAModel
+from mixadapters.tuners.pill import PILLConfig, PILLModel
 from mixadapters.tuners.registration import register
 
+register("agd", AGDConfig, AGDModel)
 register("bottleneck", BottleneckConfig, BottleneckModel)
 register("mixda", MixDAConfig, MixDAModel)
+register("mosa", MoSAConfig, MoSAModel)
+register("pill", PILLConfig, PILLModel)
 
-__all__ = ["BottleneckConfig", "BottleneckModel", "MixDAConfig", "MixDAModel"]
+__all__ = [
+    "AGDConfig",
+    "AGDModel",
+    "BottleneckConfig",
+    "BottleneckModel",
+    "LazyAdamW",
+    "MixDAConfig",
+    "MixDAModel",
+    "MoSAConfig",
+    "MoSAModel",
+    "PILLConfig",
+    "PILLModel",
+]

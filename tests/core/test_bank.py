@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixadapters.core.bank import AdapterBank, run_banks
+from mixadapters.core.bank import AdapterBank, pack
 from mixadapters.core.routing import Routing
 from mixadapters.kernels import ACTIVATIONS
 
@@ -50,16 +50,16 @@ def test_bank_is_the_weighted_sum_of_its_experts(form) -> None:
     x, base, keep = torch.randn(7, WIDTH_IN), torch.randn(7, WIDTH_OUT), torch.rand(7)
     experts = torch.stack([alone(bank, name, x) for name in bank.names], dim=1)  # (N, E, M)
     weights = torch.rand(7, 3, requires_grad=True)
-    torch.testing.assert_close(bank(x, Routing(weights=weights)), (experts * weights.unsqueeze(-1)).sum(1))
-    torch.testing.assert_close(bank(x, Routing(), base, keep), keep.unsqueeze(1) * base + experts.sum(1))
+    torch.testing.assert_close(bank(x, Routing(weights=weights), None), (experts * weights.unsqueeze(-1)).sum(1))
+    torch.testing.assert_close(bank(x, Routing(), None, base, keep), keep.unsqueeze(1) * base + experts.sum(1))
     indices = torch.tensor([[0, 2], [1, -1], [-1, -1], [2, 2], [1, 0], [0, -1], [2, 1]])
     picked = torch.zeros(7, WIDTH_OUT)
     for n, row in enumerate(indices.tolist()):
         for slot, e in enumerate(row):
             if e >= 0:
                 picked[n] += weights[n, slot] * experts[n, e]
-    torch.testing.assert_close(bank(x, Routing(indices, weights[:, :2])), picked)
-    assert torch.equal(bank(x, Routing(indices, weights[:, :2]), base)[2], base[2])
+    torch.testing.assert_close(bank(x, Routing(indices, weights[:, :2]), None), picked)
+    assert torch.equal(bank(x, Routing(indices, weights[:, :2]), None, base)[2], base[2])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -67,7 +67,7 @@ def test_every_parameter_gets_the_gradient_of_its_expert(form) -> None:
     bank = bank_of(3, 2, **FORMS[form])
     twin = copy.deepcopy(bank)
     x, weights = torch.randn(4, WIDTH_IN), torch.rand(4, 2)
-    bank(x, Routing(weights=weights)).square().sum().backward()
+    bank(x, Routing(weights=weights), None).square().sum().backward()
     out = sum(alone(twin, name, x) * weights[:, [i]] for i, name in enumerate(twin.names))
     out.square().sum().backward()
     for (name, one), other in zip(bank.named_parameters(), twin.parameters(), strict=True):
@@ -83,7 +83,8 @@ def test_banks_of_one_kind_run_as_one(form) -> None:
         for expert in second.experts.values():
             expert.scale = None
     x, base = torch.randn(4, WIDTH_IN), torch.randn(4, WIDTH_OUT)
-    out = run_banks([first, second], x, Routing(torch.tensor([[0], [1], [2], [-1]])), base)
+    routing, packed = Routing(torch.tensor([[0], [1], [2], [-1]])), pack([first, second], None)
+    out = packed(x, packed.placed(routing, 4), base)
     experts = [(first, "expert0"), (second, "expert0"), (second, "expert1")]
     expected = [base[n] + alone(bank, name, x[n]) for n, (bank, name) in enumerate(experts)]
     torch.testing.assert_close(out, torch.stack([*expected, base[3]]))
@@ -94,9 +95,9 @@ def test_new_experts_are_zero_unless_told_otherwise(form) -> None:
     bank = AdapterBank(WIDTH_IN, WIDTH_OUT, **FORMS[form])
     x, base = torch.randn(3, WIDTH_IN), torch.randn(3, WIDTH_OUT)
     bank.add("zero", 4)
-    assert torch.equal(bank(x, Routing(), base), base)
+    assert torch.equal(bank(x, Routing(), None, base), base)
     bank.add("random", 4, init_weights=False)
-    assert (bank(x, Routing(), base) - base).abs().max() > 1e-3
+    assert (bank(x, Routing(), None, base) - base).abs().max() > 1e-3
     if bank.bias:
         down = bank.experts["zero"].down.bias
         assert (down == 0).all()
@@ -110,7 +111,7 @@ def test_experts_come_and_go_by_name() -> None:
     expected = alone(bank, "a", x) + alone(bank, "c", x)
     bank.remove("b")
     assert bank.names == ["a", "c"]
-    torch.testing.assert_close(bank(x, Routing()), expected)
+    torch.testing.assert_close(bank(x, Routing(), None), expected)
     with pytest.raises(ValueError, match=r"'a' exists already; have \['a', 'c'\]"):
         bank.add("a", 2)
     with pytest.raises(ValueError, match=r"`r` should be a positive integer value but the value passed is 0"):
@@ -132,11 +133,6 @@ def test_kind_tells_apart_what_cannot_run_in_one_call() -> None:
     kinds = [bank_of(2, **form).kind for form in FORMS.values()]
     assert bank_of(2, 7, scale=3.0).kind == bank_of(5).kind == kinds[0]
     assert len(set(kinds)) == len(FORMS) - 1  # "scaled" is "plain"
-    assert bank_of(2).to(torch.bfloat16).kind != bank_of(2).kind
-    packed = bank_of(2, 3).packed()
-    assert packed["w_down"].shape == (5, WIDTH_IN)
-    assert packed["w_up"].shape == (WIDTH_OUT, 5)
-    assert "scale" not in packed
 
 
 def test_norm_without_statistics_of_its_own_is_folded_exactly() -> None:
@@ -144,4 +140,4 @@ def test_norm_without_statistics_of_its_own_is_folded_exactly() -> None:
     x = torch.randn(4, WIDTH_IN)
     expert = bank.experts["expert0"]
     by_hand = expert.up(F.gelu(expert.down(nn.LayerNorm(WIDTH_IN)(x) * expert.norm.weight + expert.norm.bias)))
-    torch.testing.assert_close(bank(x, Routing()), by_hand)
+    torch.testing.assert_close(bank(x, Routing(), None), by_hand)

@@ -9,7 +9,7 @@ from mixadapters import kernels
 from mixadapters.core.adapter import Adapter, Chain
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.context import ForwardContext, Record
-from mixadapters.core.mixture import Mixture, apply_rows
+from mixadapters.core.mixture import MixedBatch, Mixture
 from mixadapters.core.routing import Routing
 from mixadapters.core.streams import Stream
 from mixadapters.routers import ConstantRouter, Router, SingleRouter
@@ -221,10 +221,9 @@ def test_each_row_goes_through_the_adapter_it_names(context, monkeypatch, x, y, 
     whole = [adapter(x, y, context) for adapter in adapters]
     calls = counted(monkeypatch)
     if flat:  # each token is a row of its own
-        owner = torch.tensor([1, -1, 0]).repeat_interleave(LENGTH)
-        out = apply_rows(adapters, owner, x.flatten(0, 1), y.flatten(0, 1), context).view_as(y)
+        out = MixedBatch(adapters, (1, -1, 0))(x.flatten(0, 1), y.flatten(0, 1), context).view_as(y)
     else:
-        out = apply_rows(adapters, torch.tensor([1, -1, 0]), x, y, context)
+        out = MixedBatch(adapters, (1, -1, 0))(x, y, context)
     assert expected_calls is None or calls == expected_calls
     torch.testing.assert_close(out[0], whole[1][0])
     assert torch.equal(out[1], y[1])
@@ -233,7 +232,7 @@ def test_each_row_goes_through_the_adapter_it_names(context, monkeypatch, x, y, 
 
 def test_mixture_with_a_forward_of_its_own_keeps_it(context, x, y) -> None:
     mine = Negated(SingleRouter(WIDTH, ["expert0"]), bank_of(3))
-    out = apply_rows([mine, single(2, seed=1)], torch.tensor([0, 1, -1]), x, y, context)
+    out = MixedBatch([mine, single(2, seed=1)], (0, 1, -1))(x, y, context)
     torch.testing.assert_close(out[0], mine(x, y, context)[0])
 
 
@@ -246,7 +245,7 @@ def test_routers_of_a_mixed_batch_know_their_rows(context, x, y) -> None:
             return super().forward(tokens, context)
 
     mixtures = [Mixture(Asking(["expert0"], Routing()), bank_of(2, seed=seed)) for seed in (0, 1)]
-    apply_rows(mixtures, torch.tensor([1, -1, 0]), x, y, context)
+    MixedBatch(mixtures, (1, -1, 0))(x, y, context)
     rows = torch.tensor([1, -1, 0]).repeat_interleave(LENGTH)
     assert [torch.equal(mask, rows == i) for i, mask in enumerate(seen)] == [True, True]
     assert context.record.own_rows is None
@@ -256,7 +255,7 @@ def test_routers_of_a_mixed_batch_know_their_rows(context, x, y) -> None:
 
 def test_gradients_of_a_mixed_batch_stay_with_its_rows(context, x, y) -> None:
     adapters = [single(3), single(5, seed=1)]
-    apply_rows(adapters, torch.tensor([1, -1, -1]), x, y, context).sum().backward()
+    MixedBatch(adapters, (1, -1, -1))(x, y, context).sum().backward()
     assert all((p.grad == 0).all() for p in adapters[0].parameters())
     got = [p.grad.clone() for p in adapters[1].parameters()]
     adapters[1].zero_grad()

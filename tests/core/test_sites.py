@@ -229,7 +229,7 @@ def expected_sites(case: str, role: str) -> int:
         if config.is_encoder_decoder:
             return number_of_layers(config, "decoder")
         return layers if getattr(config, "add_cross_attention", False) else 0
-    if role == "value" and OVERRIDES.get(case) is HYBRID:
+    if role in ("query", "value") and OVERRIDES.get(case) is HYBRID:
         return HYBRID["layer_types"].count("full_attention")
     if role == "ffn_norm" and case in ONE_NORM_FOR_BOTH:
         return 0
@@ -310,7 +310,7 @@ def test_attention_takes_its_input_and_gives_its_output(case):
     trial = run(case)
     for block, leaf in trial.pairs("attention", "attention_output"):
         assert same(tensor_of(block.output), leaf.output)
-    for role in ("value", "qkv"):
+    for role in ("query", "value", "qkv"):
         for block, leaf in trial.pairs("attention", role):
             assert same(block.input, leaf.input)
     assert not (trial.found.get("value") and trial.found.get("qkv"))

@@ -1272,6 +1272,6 @@ def test_hard_routing_by_hand_equals_the_banks_own(tiny) -> None:
     x, y = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
     indices = torch.tensor([[0], [2], [-1], [1], [0], [-1]])
     weights = F.one_hot(indices[:, 0].clamp_min(0), 3) * (indices >= 0)
-    one = mixture.bank(x, Routing(indices), y)
+    one = mixture.bank(x, Routing(indices), None, y)
     torch.testing.assert_close(one, plain_mixture(mixture, x, y, weights.double(), None))
     assert torch.equal(one[[2, 5]], y[[2, 5]])

@@ -31,9 +31,12 @@ class BottleneckConfig(MixtureConfig):
     placement: Literal["pfeiffer", "houlsby", "parallel"] = field(
         default="pfeiffer", metadata={"help": "Where adapters sit (default: Pfeiffer et al. 2021)."}
     )
-    adapter_input: Literal["ffn_input", "ffn_intermediate"] = field(
+    adapter_input: Literal["ffn_input", "ffn_intermediate", "residual"] = field(
         default="ffn_input",
-        metadata={"help": "What parallel adapters read; MixDA's domain adapters: ffn_intermediate."},
+        metadata={
+            "help": "What parallel adapters read; MixDA's domain adapters: ffn_intermediate; AdaptFormer's: residual, "
+            "the stream before the FFN's norm."
+        },
     )
     activation: str = field(default="gelu", metadata={"help": f"One of {sorted(ACTIVATIONS)}."})
     glu: bool = field(default=False, metadata={"help": "up(act(gate(x)) * down(x)) instead of up(act(down(x)))."})
@@ -48,7 +51,7 @@ class BottleneckConfig(MixtureConfig):
         super().__post_init__()
         self.peft_type = peft_type("BOTTLENECK")
         one_of("placement", self.placement, PLACEMENTS)
-        one_of("adapter_input", self.adapter_input, INPUTS)
+        one_of("adapter_input", self.adapter_input, (*INPUTS, "residual"))
         one_of("activation", self.activation, ACTIVATIONS)
         if self.adapter_input != "ffn_input" and self.placement != "parallel":
             raise ValueError(
@@ -78,7 +81,7 @@ def placement_roles(placement: str, adapter_input: str, known: Collection[str]) 
     end = "ffn_output" if "ffn_output" in known else "ffn"
     if placement == "parallel":
         # A whole FFN takes an adapter that reads its input; where there is no such module, its last layer and a tap.
-        return ("ffn",) if adapter_input == "ffn_input" and "ffn" in known else ("ffn_output",)
+        return ("ffn",) if adapter_input != "ffn_intermediate" and "ffn" in known else ("ffn_output",)
     if placement == "houlsby":
         cross = ("cross_attention_output",) if "cross_attention_output" in known else ()
         return ("attention_output", *cross, end)
@@ -87,6 +90,8 @@ def placement_roles(placement: str, adapter_input: str, known: Collection[str]) 
 
 def placement_taps(placement: str, adapter_input: str, known: Collection[str]) -> tuple[str, ...]:
     """Roles of the modules whose input an adapter so placed reads, where its site's own input will not do."""
+    if adapter_input == "residual":
+        return ("ffn_norm",)
     needs = placement == "parallel" and adapter_input == "ffn_input" and "ffn" not in known
     return ("ffn_input",) if needs else ()
 

@@ -19,7 +19,7 @@ class BottleneckModel(MixtureModel):
 
     def build(self, config: BottleneckConfig, site: Site) -> Mixture:
         rank = self.rank_at(config, site.path, config.r or 0)
-        return bottleneck(config, site, rank, tap=site.tap("ffn_input"))
+        return bottleneck(config, site, rank, tap=site.tap("ffn_norm") or site.tap("ffn_input"))
 
 
 def bottleneck(config: BottleneckConfig, site: Site, rank: int, tap: str | None = None) -> Mixture:

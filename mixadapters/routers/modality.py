@@ -1,0 +1,96 @@
+"""Hard routing by modality: what each token is, as the batch says it, and the experts of each kind of token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mixadapters.core.context import ForwardContext
+from mixadapters.core.routing import Routing
+from mixadapters.routers.base import ROUTERS, Router
+
+TOKEN_TYPES = ("text", "image", "video", "audio")  # what transformers' processors number in `mm_token_type_ids`
+UNKNOWN = -2
+
+
+@dataclass(frozen=True)
+class Modalities:
+    """The modalities of a model by number, 0 being text, and what says which a token has.
+
+    In this order: the batch field `modality_ids` (B, T), with -1 for tokens that use no expert; `mm_token_type_ids`
+    (B, T) of transformers' processors; the token ids themselves.
+
+    Args:
+        names: of the modalities, in the order of their numbers.
+        tokens: (token id, modality) pairs, or None: token ids say nothing.
+    """
+
+    names: tuple[str, ...]
+    tokens: tuple[tuple[int, str], ...] | None = None
+
+    def ids(self, context: ForwardContext) -> Tensor:
+        """(B, T) number of the modality of each token of this forward, -1 for none.
+
+        Raises:
+            ValueError: nothing says what the tokens are, or they are of a modality that is not among `names`.
+        """
+        shared, key = context.record.shared, f"modalities {self}"
+        if key not in shared:
+            found = self._given(context)
+            if torch.compiler.is_compiling():
+                return found
+            if found.numel() and not -1 <= int(found.min()) <= int(found.max()) < len(self.names):
+                wrong = found[(found < -1) | (found >= len(self.names))].unique().tolist()
+                known = dict(enumerate(self.names))
+                raise ValueError(
+                    f"the batch has tokens of a modality (number {wrong}, {UNKNOWN}: one without a number) that is "
+                    f"not among modalities={known}; add it to the config, or leave such tokens out"
+                )
+            shared[key] = found
+        return shared[key]
+
+    def _given(self, context: ForwardContext) -> Tensor:
+        given = context.token_field("modality_ids")
+        if given is not None:
+            return given.long()
+        types = context.token_field("mm_token_type_ids")
+        if types is not None:
+            return self._numbered(types, enumerate(TOKEN_TYPES), missing=UNKNOWN)
+        tokens = context.record.inputs.get("input_ids")
+        if self.tokens is None or tokens is None:
+            reason = "token_ids is not set" if self.tokens is None else "there are no input_ids"
+            raise ValueError(
+                f"nothing says which tokens are {' or '.join(self.names[1:])}: the batch has neither modality_ids nor "
+                f"mm_token_type_ids, and {reason}; pass modality_ids (B, T) with 0 for text"
+            )
+        return self._numbered(tokens, self.tokens, missing=0)
+
+    def _numbered(self, codes: Tensor, table: Sequence[tuple[int, str]] | enumerate[str], missing: int) -> Tensor:
+        """codes (B, T) -> the number of the modality that `table` gives to each code; `missing` where it has none."""
+        ids = torch.full_like(codes, missing, dtype=torch.long)
+        for code, name in table:
+            ids = ids.masked_fill(codes == code, self.names.index(name) if name in self.names else UNKNOWN)
+        return ids
+
+
+@ROUTERS.register("modality")
+class ModalityRouter(Router):
+    """Each token to the expert of its modality; tokens of a modality without expert, and of none, to no expert.
+
+    Args:
+        experts: names of modalities, those that have an expert.
+        modalities: all of them, and what says which a token has. None: those of the experts, said by the batch.
+    """
+
+    def __init__(self, in_features: int, experts: list[str], modalities: Modalities | None = None) -> None:
+        super().__init__(in_features, experts)
+        self.modalities = Modalities(tuple(experts)) if modalities is None else modalities
+        places = [self.experts.index(n) if n in self.experts else -1 for n in self.modalities.names]
+        self.register_buffer("expert_of", torch.tensor([*places, -1]), persistent=False)  # the last is for -1
+
+    def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
+        ids = self.modalities.ids(context).to(tokens.device)
+        return Routing(self.expert_of[ids].reshape(-1, 1))
