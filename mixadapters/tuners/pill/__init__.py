@@ -1,0 +1,6 @@
+"""PILL, modality experts and an attention gate: Zhang et al. 2023 (arXiv 2311.02126)."""
+
+from mixadapters.tuners.pill.config import PILLConfig
+from mixadapters.tuners.pill.model import PILLModel
+
+__all__ = ["PILLConfig", "PILLModel"]
