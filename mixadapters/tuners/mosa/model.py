@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mixadapters.core.adapter import Site
+from mixadapters.core.bank import AdapterBank
+from mixadapters.core.mixture import Mixture
+from mixadapters.core.model import MixtureModel
+from mixadapters.routers import SingleRouter
+from mixadapters.tuners.bottleneck.config import placement_roles, placement_taps
+from mixadapters.tuners.bottleneck.model import EXPERT, bottleneck
+from mixadapters.tuners.mosa.config import MoSAConfig
+from mixadapters.tuners.mosa.objective import ConsistencyObjective
+from mixadapters.tuners.mosa.split import HALVES, PassRouter, SplitBank, SplitMixture
+
+
+class MoSAModel(MixtureModel):
+    """The plain adapter of a config, split; and the way back, `merge_experts`."""
+
+    def roles(self, config: MoSAConfig) -> tuple[str, ...]:
+        known = self.known_roles(config)
+        if config.base == "lora":
+            return ("query", "value") if "value" in known else ("qkv",)
+        plain = config.plain()
+        return placement_roles(plain.placement, plain.adapter_input, known)
+
+    def taps(self, config: MoSAConfig) -> tuple[str, ...]:
+        if config.base == "lora":
+            return ()
+        plain = config.plain()
+        return placement_taps(plain.placement, plain.adapter_input, self.known_roles(config))
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        config: MoSAConfig = peft_config
+        if config.style == "adaptformer" and config.adapter_input is None:
+            # Stages of Swin and ConvNeXt, and post-norm models, have no norm that the stream alone runs into.
+            by_table = config.sites is not None or config.target_modules is None
+            whole = by_table and {"ffn", "ffn_norm"} <= self.known_roles(config)
+            config.adapter_input = "residual" if whole else "ffn_input"
+        return super()._prepare_adapter_config(config, model_config)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        objectives = self.context.objectives
+        mine = next((o for o in objectives if isinstance(o, ConsistencyObjective)), None)
+        if mine is None:
+            mine = ConsistencyObjective(self.model)
+            objectives.insert(0, mine)  # the others see the rows of the first pass
+        host = next((h for h in self.hosts() if adapter_name in h.adapters), None)
+        if host is not None:
+            mine.adapters[adapter_name] = host, self.peft_config[adapter_name]
+
+    def build(self, config: MoSAConfig, site: Site) -> Mixture:
+        rank = self.rank_at(config, site.path, config.r or 0)
+        if config.base == "lora":
+            bank = AdapterBank(
+                site.in_features, site.out_features, activation="identity", bias=False, scale=float(config.scale or 0)
+            )
+            bank.add(EXPERT, rank, config.init_weights)
+            plain = Mixture(SingleRouter(site.in_features, [EXPERT]), bank, dropout=config.dropout, observes=True)
+        else:
+            tap = site.tap("ffn_norm") or site.tap("ffn_input")
+            plain = bottleneck(config.plain(), site, rank, tap=tap)
+        return plain if config.num_experts == 1 else self._split(config, site, plain)
+
+    def _split(self, config: MoSAConfig, site: Site, plain: Mixture) -> SplitMixture:
+        name = site.path.replace(".base_layer", "")
+        bank = SplitBank(
+            plain.bank, name, num_experts=config.num_experts, granularity=config.granularity,
+            seed=config.partition_seed, halves=HALVES if config.split == "both" else (config.split,),
+            per_expert=config.biases == "per_expert",
+            merge=config.merge, separate=config.sampler == "group", lazy=config.inactive_update == "lazy",
+            sync_ranks=config.sync_ranks, init_weights=config.init_weights,
+        )  # fmt: skip
+        router = PassRouter(bank.in_features, [EXPERT], bank, site.stack)
+        return SplitMixture(
+            router, bank, plain.insertion, tap=plain.tap, dropout=plain.dropout.p, observes=plain.observes
+        )
+
+    # --- the way back -----------------------------------------------------------------------------------------
+
+    def merge_experts(self, adapter_name: str = "default") -> tuple[PeftConfig, dict[str, Tensor]]:
+        """The plain adapter that equals this one in evaluation: its config, and its weights as PEFT saves them.
+
+        A BottleneckConfig for base="adapter"; stock LoRA, which needs no mixadapters to be loaded, for base="lora".
+        Nothing is changed, so it may be called at any time and any number of times.
+
+        Raises:
+            ValueError: unknown adapter name.
+        """
+        config = self.peft_config.get(adapter_name)
+        if config is None:
+            raise ValueError(f"adapter_name={adapter_name!r} is unknown; have {list(self.peft_config)}")
+        hosts = [host for host in self.hosts() if adapter_name in host.adapters]
+        weights = self._modules_to_save(adapter_name)
+        for host in hosts:
+            bank = host.adapters[adapter_name].bank
+            ((_, expert),) = bank.experts.items()
+            (plain,) = bank.weights(None)
+            where = f"base_model.model.{host.path}."
+            if config.base == "lora":
+                ones = (1,) * (host.get_base_layer().weight.dim() - 2)  # of a convolution
+                weights[f"{where}lora_A.weight"] = plain.down.reshape(*plain.down.shape, *ones)
+                weights[f"{where}lora_B.weight"] = plain.up.reshape(*plain.up.shape, *ones)
+            else:
+                where += f"bottleneck_adapters.bank.experts.{EXPERT}."
+                kept = {n: p for n, p in expert.named_parameters() if n.partition(".")[0] not in HALVES}
+                computed = {"down.weight": plain.down, "up.weight": plain.up, "down.bias": plain.b_down,
+                            "up.bias": plain.b_up}  # fmt: skip
+                weights |= {f"{where}{n}": t for n, t in {**kept, **computed}.items() if t is not None}
+        weights = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
+        if config.base == "adapter":
+            return config.plain(), weights
+        ranks = {h.path: h.adapters[adapter_name].bank.weights(None)[0].down.shape[0] for h in hosts}
+        return config.plain_lora(
+            sorted(ranks), {path: rank for path, rank in ranks.items() if rank != config.r},
+            fan_in_fan_out=any(isinstance(h.get_base_layer(), Conv1D) for h in hosts),
+        ), weights  # fmt: skip
+
+    def save_merged(self, folder: str | Path, adapter_name: str = "default") -> None:
+        """Write the plain adapter of `merge_experts` as PEFT saves one, for `PeftModel.from_pretrained`."""
+        config, weights = self.merge_experts(adapter_name)
+        inference_mode, config.inference_mode = config.inference_mode, True
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(weights, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+        config.inference_mode = inference_mode
+
+    def _modules_to_save(self, adapter_name: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for path, module in self.model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                state = module.adapter_state_dict(adapter_name, module.state_dict())
+                found |= {f"base_model.model.{path}.{key}": tensor for key, tensor in state.items()}
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As for every method; and the partition of the file must be that of the model."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        banks = {f"{name}.partition": m for name, m in model.named_modules() if isinstance(m, SplitBank)}
+        for key, saved in remapped.items():
+            if key in banks and int(saved) != banks[key].checksum:
+                raise ValueError(
+                    f"adapter {adapter_name!r}: the entries at {key!r} were dealt to other experts when it was saved; "
+                    "load it with its own config (num_experts, partition_seed, split, granularity, r)"
+                )
+        return remapped

@@ -1,0 +1,209 @@
+"""Two draws that are to agree: both passes in one forward, on a batch that holds every row twice."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixadapters.core.joining import shifts_labels
+from mixadapters.core.sites import has_two_stacks
+from mixadapters.core.streams import read_stream
+from mixadapters.tuners.mosa.split import PASSES
+
+if TYPE_CHECKING:
+    from mixadapters.core.context import ForwardContext
+    from mixadapters.core.layer import AdapterHost
+    from mixadapters.tuners.mosa.config import MoSAConfig
+
+STATE = "mosa objective"  # in `record.shared`, between `before` and `after`
+# Outputs with a distribution in their last axis -> the labels that belong to it.
+DISTRIBUTIONS = {"logits": "labels", "start_logits": "start_positions", "end_logits": "end_positions"}
+# Labels that the losses of transformers and torch leave out; positions are clamped to the length, which is left out.
+IGNORED = {"labels": -100, "start_positions": 2**31 - 1, "end_positions": 2**31 - 1}
+NOT_PER_ROW = frozenset({"cache_position", "num_items_in_batch"})
+REMEDY = "pass consistency=0 (and no aux_ce or deep_weight) to train on one pass"
+
+
+class ConsistencyObjective:
+    """L = L(z1) + aux_ce CE(z2) + consistency 1/2 [KL(sg p2 || p1) + KL(sg p1 || p2)] + deep_weight MSE(h1, h2).
+
+    Rows are doubled side by side, the first of each pair for pass 1. The labels of pass 2 are those that a loss leaves
+    out, so the model itself computes L(z1), whatever its loss is, and gradient accumulation counts labels as ever. The
+    caller gets the rows of pass 1. Only in training forwards with gradients.
+
+    Raises (in the forward):
+        ValueError: labels that no loss can leave out, such as numbers to regress; an output without logits.
+    """
+
+    takes: tuple[str, ...] = ()
+    in_eval = False
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.adapters: dict[str, tuple[AdapterHost, MoSAConfig]] = {}  # by name: a layer that holds it, its config
+
+    def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        record = context.record
+        config = self._config(record.values.get("adapter_names"))
+        if config is None:
+            return args, kwargs
+        positional = self.names[: len(args)]
+        kwargs = dict(kwargs)
+        inputs = {**dict(zip(positional, args, strict=False)), **kwargs}
+        batch = read_stream(inputs).batch if inputs else next(a.shape[0] for a in args if isinstance(a, Tensor))
+        if decoder_input := self._decoder_input(inputs):
+            kwargs |= decoder_input
+        record.shared[PASSES] = 2
+        record.shared[STATE] = config, inputs, batch
+        record.values["row_groups"] = 2 * record.values.get("row_groups", 1)
+        names = (*positional, *[""] * (len(args) - len(positional)))
+        args = tuple(_doubled(name, value, batch) for name, value in zip(names, args, strict=True))
+        kwargs = {name: _doubled(name, value, batch) for name, value in kwargs.items()}
+        if config.deep_weight:
+            kwargs["output_hidden_states"] = True
+        return args, kwargs
+
+    def after(self, context: ForwardContext, module: nn.Module, output: Any) -> Any:
+        if STATE not in context.record.shared:
+            return output
+        config, inputs, batch = context.record.shared.pop(STATE)
+        if config.deep_weight:
+            context.add_loss("deep_consistency", _deep_distance(context, output, config), config.deep_weight)
+            if not inputs.get("output_hidden_states"):
+                output["hidden_states"] = None
+        found = {"logits": output} if isinstance(output, Tensor) else {n: _get(output, n) for n in DISTRIBUTIONS}
+        found = {name: value for name, value in found.items() if value is not None}
+        if not found:
+            raise ValueError(f"{type(output).__name__} has no logits, whose consistency MoSA trains; {REMEDY}")
+        labels = {**context.record.values, **inputs}
+        for name, logits in found.items():
+            pair = Pair.of(context, module, logits, labels.get(DISTRIBUTIONS[name]), "shift_labels" not in inputs)
+            if config.consistency:
+                context.add_loss("consistency", pair.divergence(), config.consistency / len(found))
+            if config.aux_ce:
+                context.add_loss("aux_ce", pair.second_loss(), config.aux_ce / len(found))
+        return _first_of_each_pair(output, 2 * batch)
+
+    def _config(self, named: list[str] | None) -> MoSAConfig | None:
+        """That of the adapter that trains in this forward on two passes, if any."""
+        for name, (host, config) in self.adapters.items():
+            used = name in host.adapters and (name in host.active_adapters if named is None else name in named)
+            if not used or host.disable_adapters or not config.two_passes:
+                continue
+            if any(p.requires_grad for p in host.adapters[name].parameters()):
+                return config
+        return None
+
+    def _decoder_input(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """What an encoder-decoder model would make of the labels, which pass 2 does not have."""
+        labels = inputs.get("labels")
+        given = any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+        if labels is None or labels.dim() < 2 or given or not has_two_stacks(self.model):
+            return {}
+        return {"decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(labels=labels)}
+
+
+class Pair:
+    """The logits of both passes at the same places, (..., C) each; what is to be predicted there, and where."""
+
+    def __init__(self, first: Tensor, second: Tensor, target: Tensor | None, valid: Tensor | None) -> None:
+        self.first, self.second, self.target, self.valid = first.float(), second.float(), target, valid
+
+    @classmethod
+    def of(
+        cls, context: ForwardContext, module: nn.Module, logits: Tensor, target: Tensor | None, shift: bool
+    ) -> Pair:
+        """From logits (2B, ..., C); target (B, ...) or None. Causal models predict the next token."""
+        if logits.shape[-1] < 2:
+            raise ValueError(f"logits {tuple(logits.shape)} are no distribution over classes; {REMEDY}")
+        first, second = logits[0::2], logits[1::2]
+        if target is not None and target.shape == first.shape[:-1]:
+            if shift and first.dim() == 3 and shifts_labels(module):
+                first, second, target = first[:, :-1], second[:, :-1], target[:, 1:]
+            return cls(first, second, target, target != -100)
+        mask = context.stream("decoder").mask
+        mask = None if mask is None else mask[0::2]
+        return cls(first, second, None, mask if mask is not None and mask.shape == first.shape[:-1] else None)
+
+    def divergence(self) -> Tensor:
+        """1/2 [KL(sg p2 || p1) + KL(sg p1 || p2)], the mean over valid places, in fp32."""
+        logs = self.first.log_softmax(-1), self.second.log_softmax(-1)
+        (p, q), (fixed_p, fixed_q) = logs, (log.detach() for log in logs)
+        both = fixed_q.exp() * (fixed_q - p) + fixed_p.exp() * (fixed_p - q)
+        return _mean(both.sum(-1) / 2, self.valid)
+
+    def second_loss(self) -> Tensor:
+        """Cross-entropy of pass 2."""
+        if self.target is None:
+            raise ValueError("aux_ce > 0 needs labels of the shape of the logits in the batch; pass aux_ce=0")
+        places = self.second.shape[-1]
+        target = self.target.clamp_max(places).flatten()  # question answering: positions past the end are left out
+        losses = F.cross_entropy(
+            F.pad(self.second.flatten(0, -2), (0, 1), value=-1e9), target, ignore_index=-100, reduction="none"
+        )
+        kept = (target >= 0) & (target < places)
+        return _mean(losses, kept)
+
+
+def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None:
+        return values.mean()
+    return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)
+
+
+def _deep_distance(context: ForwardContext, output: Any, config: MoSAConfig) -> Tensor:
+    """Mean over the first blocks, valid tokens and width of the squared distance between the passes."""
+    states = _get(output, "hidden_states") or _get(output, "encoder_hidden_states")
+    if not states or len(states) < 2:
+        raise ValueError(
+            f"deep_weight={config.deep_weight} needs a model that returns hidden_states; {type(output).__name__} has "
+            "none, so pass deep_weight=0"
+        )
+    mask, distances = context.record.attention_mask, []
+    for hidden in states[1 : 1 + config.deep_layers]:
+        square = (hidden[0::2].float() - hidden[1::2].float()).square().mean(-1)
+        fits = mask is not None and mask[0::2].shape == square.shape
+        distances.append(_mean(square, mask[0::2] if fits and mask is not None else None))
+    return torch.stack(distances).mean()
+
+
+def _get(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+
+
+def _doubled(name: str, value: Any, batch: int) -> Any:
+    """`value` with every row of the batch twice in succession; labels of the second row are such as losses ignore."""
+    if isinstance(value, dict):
+        return type(value)(**{k: _doubled(k, v, batch) for k, v in value.items()})
+    if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
+        return type(value)(_doubled(name, v, batch) for v in value)
+    if not isinstance(value, Tensor) or value.dim() == 0 or name in NOT_PER_ROW:
+        return value
+    if value.shape[0] != batch:
+        if value.is_floating_point() and value.shape[0] != 1:
+            raise ValueError(f"{name} {tuple(value.shape)} does not hold one entry per row of {batch}; {REMEDY}")
+        return value
+    twice = value.repeat_interleave(2, dim=0)
+    if name in IGNORED or name == "shift_labels":
+        if value.is_floating_point() or value.dtype == torch.bool:
+            raise ValueError(f"{name} are {value.dtype}: no classes, whose consistency MoSA trains; {REMEDY}")
+        twice[1::2] = IGNORED.get(name, -100)
+    return twice
+
+
+def _first_of_each_pair(output: Any, rows: int) -> Any:
+    """The rows of pass 1 of every tensor in `output` that has `rows` of them."""
+    if isinstance(output, Tensor):
+        return output[0::2] if output.dim() > 0 and output.shape[0] == rows else output
+    if isinstance(output, dict):
+        return type(output)(**{name: _first_of_each_pair(value, rows) for name, value in output.items()})
+    if isinstance(output, (list, tuple)):
+        return type(output)(_first_of_each_pair(value, rows) for value in output)
+    if hasattr(output, "batch_select_indices"):  # a key-value cache
+        output.batch_select_indices(torch.arange(0, rows, 2))
+    return output
