@@ -79,7 +79,7 @@ class ObjectMaskingCollator:
                 f"tokenizer {type(self.tokenizer).__name__} has no mask_token; masked objects need a masked language "
                 "model and its tokenizer"
             )
-        _require_padding(self.tokenizer)
+        require_padding(self.tokenizer)
         template = "{subject} {relation} {object}." if self.template is None else self.template
         given = {None: template} if isinstance(template, str) else dict(template)
         self._templates = {relation: _parse(text) for relation, text in given.items()}
@@ -203,7 +203,7 @@ class PairCollator:
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
-        _require_padding(self.tokenizer)
+        require_padding(self.tokenizer)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         texts: list[str] = []
@@ -255,7 +255,7 @@ class WithGeneralText:
         batch_size: int,
         seed: int = 0,
     ) -> None:
-        _require_padding(tokenizer)
+        require_padding(tokenizer)
         if not (hasattr(general, "__len__") and hasattr(general, "__getitem__")):
             raise TypeError(
                 f"general={type(general).__name__} has no length or no index; give a list of texts or a dataset of "
@@ -348,7 +348,7 @@ def _text(row: Mapping[str, Any], name: str = "text") -> str:
     return text
 
 
-def _require_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+def require_padding(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.pad_token is None:
         raise ValueError(
             f"tokenizer {type(tokenizer).__name__} has no pad_token; set one, for example "

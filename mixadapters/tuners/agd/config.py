@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any, ClassVar, Literal
+
+from mixadapters.core.config import MixtureConfig, one_of
+from mixadapters.core.registry import nearest
+from mixadapters.tuners.registration import peft_type
+
+KINDS = ("film", "cross_attention", "offset")
+CONDITIONS = ("timestep", "class", "prompt", "prompt_mask", "pooled")
+
+
+@dataclass
+class AGDConfig(MixtureConfig):
+    """Adapters that give classifier-free guidance in one forward pass (adapter guidance distillation).
+
+    Each adds to the output of an attention block a residual that depends on the guidance scale w, the timestep and the
+    condition, such that one pass gives u + w (c - u) of a conditional prediction c and an unconditional u.
+
+    Kinds, with Z the block's input, e the features of (w, t, condition) and phi = (w - 1) / s:
+    "film": phi * up(SiLU((down Z)(1 + gamma(e)) + beta(e))); "cross_attention": phi * attention from Z to the conditions;
+    "offset": phi * a vector made of e, the same for all tokens.
+    """
+
+    stages: ClassVar[dict[str, tuple[str, ...]]] = {"distill": ("*", "modules_to_save")}
+    needs: ClassVar[frozenset[str]] = frozenset({"guidance_scale"})
+
+    kind: Literal["film", "cross_attention", "offset"] = field(
+        default="film", metadata={"help": "What an adapter computes; the last two are those of Jensen and Sadat 2025."}
+    )
+    r: int = field(default=256, metadata={"help": "Width of the features of the conditions, and of each adapter."})
+    gate: bool = field(
+        default=True, metadata={"help": "The factor phi, zero at w = 1. False: as in the paper, w = 1 is not the base."}
+    )
+    min_scale: float = field(default=1.0, metadata={"help": "The least guidance scale of the training data."})
+    max_scale: float = field(default=12.0, metadata={"help": "The largest; phi is 2 there."})
+    default_scale: float = field(
+        default=1.0, metadata={"help": "Guidance scale of a forward that is given none; 1: the base model."}
+    )
+    conditions: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": f"What adapters read, of {CONDITIONS} -> argument of the forward. None: by the model."},
+    )
+    num_classes: int | None = field(
+        default=None, metadata={"help": "Classes, the null class included. None: by the model's config."}
+    )
+    prompt_width: int | None = field(
+        default=None, metadata={"help": "Width of the prompt's tokens. None: by the model's config."}
+    )
+    pooled_width: int | None = field(
+        default=None, metadata={"help": "Width of the pooled text. None: by the model's config."}
+    )
+    timestep_scale: float = field(
+        default=1.0, metadata={"help": "Factor that brings timesteps to 0 ... 1000; 1000 for models that take 0 ... 1."}
+    )
+    base_class: str | None = field(
+        default=None, metadata={"help": "Class of the base model; filled in, and checked when loading."}
+    )
+    teacher: dict[str, Any] | None = field(
+        default=None, metadata={"help": "How the training data were made: `Trajectories.info`. Kept for the record."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type("AGD")
+        one_of("kind", self.kind, KINDS)
+        for name in self.conditions or {}:
+            if name not in CONDITIONS:
+                raise ValueError(
+                    f"conditions={self.conditions}: {name!r} is unknown; have {CONDITIONS}.{nearest(name, CONDITIONS)}"
+                )
+        for name in ("r", "num_classes", "prompt_width", "pooled_width"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value}")
+        if not (isfinite(self.min_scale) and isfinite(self.max_scale) and self.max_scale > max(1, self.min_scale)):
+            raise ValueError(
+                f"min_scale={self.min_scale}, max_scale={self.max_scale}: guidance scales are a range that ends above 1"
+            )
+        for name in ("default_scale", "timestep_scale"):
+            if not isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number")

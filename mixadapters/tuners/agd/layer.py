@@ -1,0 +1,268 @@
+"""The trunk that turns (guidance scale, timestep, condition) into features, and the adapters that read them."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixadapters.core.adapter import Adapter, Site
+from mixadapters.core.context import ForwardContext
+from mixadapters.core.streams import repeat_rows
+from mixadapters.tuners.agd.config import AGDConfig
+
+SCALE_PERIODS = (50.0, 0.25)  # of the waves that stand for a guidance scale: smooth over its whole range
+TIMESTEP_PERIODS = (2 * math.pi * 1e4, 2 * math.pi)
+WAVES = 32
+
+
+class Features(NamedTuple):
+    """What a forward is conditioned on, in fp32."""
+
+    scale: Tensor  # (B,) guidance scales
+    summary: Tensor  # (B, r)
+    tokens: Tensor | None = None  # (B, S, r), for cross-attention
+    mask: Tensor | None = None  # (B, S) bool, False at padding; None: no padding
+
+
+class CastLinear(nn.Linear):
+    """A linear layer that computes in the dtype of its input, whatever that of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+def waves(values: Tensor, periods: tuple[float, float]) -> Tensor:
+    """values (B,) -> (B, 2 * WAVES) sines and cosines, with periods spaced evenly by their logarithm."""
+    long, short = (math.log(p) for p in periods)
+    steps = torch.linspace(long, short, WAVES, device=values.device)
+    angles = 2 * math.pi * values.unsqueeze(1) / steps.exp()
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Trunk(nn.Module):
+    """Features of guidance scale, timestep and condition, in fp32: the sum of one embedding for each.
+
+    A half-precision guidance scale, or features that are fast waves of it, would tell neighbouring scales apart as if
+    they had nothing in common; these are slow, fixed, and computed in fp32.
+    """
+
+    def __init__(self, config: AGDConfig) -> None:
+        super().__init__()
+        conditions = config.conditions or {}
+        self.timestep_scale = config.timestep_scale
+        self.as_tokens = config.kind == "cross_attention"
+        self.scale = self._mlp(config.r)
+        self.timestep = self._mlp(config.r) if "timestep" in conditions else None
+        self.classes = nn.Embedding(config.num_classes or 0, config.r) if "class" in conditions else None
+        self.prompt = CastLinear(config.prompt_width or 0, config.r) if "prompt" in conditions else None
+        self.pooled = CastLinear(config.pooled_width or 0, config.r) if "pooled" in conditions else None
+
+    @staticmethod
+    def _mlp(width: int) -> nn.Sequential:
+        return nn.Sequential(CastLinear(2 * WAVES, width), nn.SiLU(), CastLinear(width, width))
+
+    @property
+    def device(self) -> torch.device:
+        return self.scale[0].weight.device
+
+    def forward(self, scale: Tensor, inputs: dict[str, Tensor]) -> Features:
+        """scale: (B,). inputs: timestep (B,), class (B,), prompt (B, S, P), prompt_mask (B, S), pooled (B, P)."""
+        singles = [self.scale(waves(scale, SCALE_PERIODS))]
+        if self.timestep is not None:
+            singles.append(self.timestep(waves(inputs["timestep"] * self.timestep_scale, TIMESTEP_PERIODS)))
+        if self.classes is not None:
+            singles.append(self.classes(inputs["class"].long()).float())
+        if self.pooled is not None:
+            singles.append(self.pooled(inputs["pooled"].float()))
+        prompt, mask = None, inputs.get("prompt_mask")
+        if self.prompt is not None:
+            prompt = self.prompt(inputs["prompt"].float())
+            mask = None if mask is None else mask.bool()
+        if self.as_tokens:
+            tokens = torch.stack(singles, dim=1)
+            if prompt is not None:
+                known = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+                tokens = torch.cat([tokens, prompt], dim=1)
+                mask = None if mask is None else torch.cat([known, mask], dim=1)
+            return Features(scale, tokens[:, 0], tokens, mask)
+        if prompt is not None:
+            real = torch.ones_like(prompt[..., :1]) if mask is None else mask.unsqueeze(-1).to(prompt.dtype)
+            singles.append((prompt * real).sum(1) / real.sum(1).clamp_min(1))
+        return Features(scale, torch.stack(singles).sum(0))
+
+
+class GuidanceAdapter(Adapter):
+    """y + phi(w) * g(x, features); a forward without a guidance scale leaves y as it is.
+
+    The adapter at a model's first site owns the trunk, and runs it once per forward.
+    """
+
+    def __init__(self, site: Site, config: AGDConfig, first: GuidanceAdapter | None) -> None:
+        super().__init__()
+        self.__dict__["first"] = first or self  # no child: its parameters are the first one's
+        self.path, self.stack = site.path, site.stack
+        self.gate = 2 / (config.max_scale - 1) if config.gate else None
+        self.config = config
+        if first is None:
+            self.trunk = Trunk(config)
+
+    @property
+    def key(self) -> str:
+        return f"guidance {id(self.__dict__['first'])}"
+
+    def prepare(self, context: ForwardContext) -> None:
+        if self.__dict__["first"] is not self:
+            return
+        record, config = context.record, self.config
+        scale = record.values.get("guidance_scale", config.default_scale if config.default_scale != 1 else None)
+        if scale is None:
+            return
+        batch = context.stream(self.stack).batch
+        sample = next(v for v in record.inputs.values() if isinstance(v, Tensor))
+        device = self.trunk.device
+        device = sample.device if device.type == "meta" else device  # weights that are loaded when used
+        check_scale(scale, config)
+        scale = _rows("guidance_scale", scale, batch, device, repeat="input_ids" in record.inputs)
+        inputs = {name: _argument(record.inputs, path) for name, path in (config.conditions or {}).items()}
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        if missing := [n for n in config.conditions or {} if n not in inputs and n != "prompt_mask"]:
+            names = [(config.conditions or {})[n] for n in missing]
+            raise ValueError(f"the forward has no {names}, which the adapters read as {missing}")
+        if "timestep" in inputs:
+            inputs["timestep"] = _rows("timestep", inputs["timestep"], batch, device, single=True)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        interval = record.values.get("guidance_interval")
+        if interval is not None:
+            if "timestep" not in inputs:
+                raise ValueError(f"guidance_interval={interval} needs adapters that read the timestep")
+            low, high = interval
+            scale = torch.where((inputs["timestep"] >= low) & (inputs["timestep"] <= high), scale, 1.0)
+        with torch.autocast(device.type, enabled=False):
+            record.shared[self.key] = self.trunk(scale, inputs)
+
+    def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
+        """x (B, ..., K), y (B, ..., M) -> (B, ..., M); B may be a multiple of the forward's batch."""
+        features: Features | None = context.record.shared.get(self.key)
+        if features is None:
+            return y
+        features = Features(*(None if f is None else _like(f, x, self.path) for f in features))
+        delta = self.delta(x.to(y.dtype), features).to(y.dtype)
+        if self.gate is None:
+            return y + delta
+        phi = ((features.scale - 1) * self.gate).to(y.dtype)
+        return torch.addcmul(y, phi.view(-1, *[1] * (y.dim() - 1)), delta)
+
+    def delta(self, x: Tensor, features: Features) -> Tensor:
+        """g: (B, ..., M), or with ones in place of the token axes."""
+        raise NotImplementedError
+
+
+class FilmAdapter(GuidanceAdapter):
+    """up(SiLU((down x)(1 + gamma) + beta)), with gamma and beta made of the features."""
+
+    def __init__(self, site: Site, config: AGDConfig, rank: int, first: GuidanceAdapter | None) -> None:
+        super().__init__(site, config, first)
+        self.down = CastLinear(site.in_features, rank)
+        self.film = CastLinear(config.r, 2 * rank)
+        self.up = CastLinear(rank, site.out_features)
+
+    def delta(self, x: Tensor, features: Features) -> Tensor:
+        summary = F.silu(F.layer_norm(features.summary, features.summary.shape[-1:]))
+        gamma, beta = _between(self.film(summary), x).to(x.dtype).chunk(2, dim=-1)
+        return self.up(F.silu(torch.addcmul(beta, self.down(x), 1 + gamma)))
+
+
+class OffsetAdapter(GuidanceAdapter):
+    """up(LN(ReLU(down features))): one vector for all tokens (the paper's offset adapter)."""
+
+    def __init__(self, site: Site, config: AGDConfig, rank: int, first: GuidanceAdapter | None) -> None:
+        super().__init__(site, config, first)
+        self.down = CastLinear(config.r, rank)
+        self.up = CastLinear(rank, site.out_features)
+
+    def delta(self, x: Tensor, features: Features) -> Tensor:
+        hidden = F.relu(self.down(features.summary))
+        return _between(self.up(F.layer_norm(hidden, hidden.shape[-1:])), x)
+
+
+class CrossAttentionAdapter(GuidanceAdapter):
+    """Attention of one head from x to the conditions as tokens (the paper's other adapter, without its positions:
+    the tokens of a prompt bring their own)."""
+
+    def __init__(self, site: Site, config: AGDConfig, rank: int, first: GuidanceAdapter | None) -> None:
+        super().__init__(site, config, first)
+        self.query = CastLinear(site.in_features, rank, bias=False)
+        self.key_value = CastLinear(config.r, 2 * rank, bias=False)
+        self.up = CastLinear(rank, site.out_features)
+
+    def delta(self, x: Tensor, features: Features) -> Tensor:
+        tokens = features.tokens
+        assert tokens is not None
+        tokens = F.layer_norm(tokens, tokens.shape[-1:])
+        query = self.query(x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1))
+        key, value = self.key_value(tokens).to(query.dtype).chunk(2, dim=-1)
+        mask = None if features.mask is None else features.mask.unsqueeze(1)
+        out = self.up(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+
+ADAPTERS: dict[str, Any] = {"film": FilmAdapter, "offset": OffsetAdapter, "cross_attention": CrossAttentionAdapter}
+
+
+def check_scale(scale: Any, config: AGDConfig) -> None:
+    """Warn of a scale that was not trained; not of one on an accelerator, which would have to be waited for.
+
+    Raises:
+        ValueError: a scale that is not finite.
+    """
+    if torch.compiler.is_compiling() or (isinstance(scale, Tensor) and scale.device.type != "cpu"):
+        return
+    values = torch.as_tensor(scale, dtype=torch.float32)
+    if not values.isfinite().all():
+        raise ValueError(f"guidance_scale={scale} must be finite")
+    outside = ((values < config.min_scale) | (values > config.max_scale)) & (values != 1)
+    if outside.any():
+        warnings.warn(
+            f"guidance_scale={scale} lies outside the trained range [{config.min_scale}, {config.max_scale}]",
+            stacklevel=2,
+        )
+
+
+def _rows(
+    name: str, value: Any, batch: int, device: torch.device, *, single: bool = False, repeat: bool = False
+) -> Tensor:
+    """A number or (B,) tensor -> (B,) fp32. single: (1,) counts as a number; repeat: (B / k,) is repeated (beams)."""
+    rows = torch.as_tensor(value, dtype=torch.float32, device=device)
+    if rows.dim() == 0 or (single and rows.numel() == 1):
+        return rows.reshape(()).expand(batch)
+    if rows.dim() == 1 and repeat:
+        return repeat_rows(rows, batch, name)
+    if rows.shape != (batch,):
+        raise ValueError(
+            f"{name} of shape {tuple(rows.shape)} does not fit a batch of {batch}: give a number or one for each row"
+        )
+    return rows
+
+
+def _argument(inputs: dict[str, Any], path: str) -> Any:
+    """The argument at a path such as "added_cond_kwargs.text_embeds"; None where it is not given."""
+    found: Any = inputs
+    for part in path.split("."):
+        found = None if found is None else found.get(part)
+    return found
+
+
+def _like(feature: Tensor, x: Tensor, path: str) -> Tensor:
+    """feature (B, ...) on the device of x and with as many rows."""
+    feature = feature.to(x.device)
+    return feature if feature.shape[0] == x.shape[0] else repeat_rows(feature, x.shape[0], f"features at {path}")
+
+
+def _between(rows: Tensor, x: Tensor) -> Tensor:
+    """rows (B, d) -> (B, 1, ..., d), to meet x (B, ..., K)."""
+    return rows.view(rows.shape[0], *[1] * (x.dim() - 2), rows.shape[-1])

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from mixadapters.core.adapter import Site
+from mixadapters.core.layer import AdapterHost, HookedLayer
+from mixadapters.core.model import MixtureModel
+from mixadapters.tuners.agd.config import AGDConfig
+from mixadapters.tuners.agd.layer import ADAPTERS, GuidanceAdapter
+
+# Where the paper puts its adapters: on self-attention in class-conditional models, on cross-attention in those that
+# read a prompt by it, on joint attention where image and text are one sequence.
+SITES = {
+    "DiTTransformer2DModel": r"transformer_blocks\.\d+\.attn1",
+    "SD3Transformer2DModel": r"transformer_blocks\.\d+\.attn",
+    "PixArtTransformer2DModel": r"transformer_blocks\.\d+\.attn2",
+    "UNet2DConditionModel": r"(.*\.)?transformer_blocks\.\d+\.attn2",
+}
+
+
+class AGDModel(MixtureModel):
+    fields = ("guidance_scale", "guidance_interval")
+    attachment = HookedLayer
+
+    def roles(self, config: AGDConfig) -> tuple[str, ...]:
+        return ("attention",)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        config: AGDConfig = peft_config
+        base = type(self.model).__name__
+        if config.base_class not in (None, base):
+            raise ValueError(
+                f"base_class={config.base_class!r}: the adapter was made for that class of model, this one is a {base!r}"
+            )
+        if config.sites is None and config.target_modules is None and base in SITES:
+            config.sites = {"attention": SITES[base]}
+        super()._prepare_adapter_config(config, model_config)
+        config.base_class = base
+        self._read_conditions(config)
+        self._first: GuidanceAdapter | None = None
+        return config
+
+    def _read_conditions(self, config: AGDConfig) -> None:
+        """Fill in which arguments of the model's forward the adapters read, and how wide they are."""
+        arguments = inspect.signature(type(self.model).forward).parameters
+        known = getattr(self.model, "config", None)
+        widths = _widths_of_conditions(known.get if hasattr(known, "get") else lambda name: None)
+        if config.conditions is None:
+            config.conditions = {"timestep": "timestep"} if "timestep" in arguments else {}
+            for name, (argument, _) in widths.items():
+                if argument.partition(".")[0] in arguments:
+                    config.conditions[name] = argument
+            if "prompt" in config.conditions and "encoder_attention_mask" in arguments:
+                config.conditions["prompt_mask"] = "encoder_attention_mask"
+        for name, argument in config.conditions.items():
+            if argument.partition(".")[0] not in arguments:
+                raise ValueError(
+                    f"conditions={config.conditions}: {type(self.model).__name__} takes no {argument!r}; it takes "
+                    f"{[a for a in arguments if a != 'self']}"
+                )
+            size = {"class": "num_classes", "prompt": "prompt_width", "pooled": "pooled_width"}.get(name)
+            if size is not None and getattr(config, size) is None:
+                if name not in widths:
+                    raise ValueError(f"the model's config does not tell {size}; pass it to read the condition {name!r}")
+                setattr(config, size, widths[name][1])
+
+    def _widths(self, config: Any, base: nn.Module, path: str) -> tuple[int, int]:
+        """Widths of a block: those of its first and last linear layer, in the order in which they were made."""
+        own = [m for name, m in base.named_modules() if not name.startswith(HookedLayer.attribute)]
+        linears = [m for m in own if hasattr(m, "in_features") and hasattr(m, "out_features")]
+        if config.hidden_size is None and linears and linears[0] is not base:
+            return linears[0].in_features, linears[-1].out_features
+        return super()._widths(config, base, path)
+
+    def build(self, config: AGDConfig, site: Site) -> GuidanceAdapter:
+        rank = self.rank_at(config, site.path, config.r)
+        adapter: GuidanceAdapter = ADAPTERS[config.kind](site, config, rank, self._first)
+        if config.init_weights:
+            nn.init.zeros_(adapter.up.weight)
+            nn.init.zeros_(adapter.up.bias)
+        self._first = self._first or adapter
+        return adapter
+
+    def train(self, mode: bool = True) -> AGDModel:
+        """As usual, but the frozen model's dropout rests: its teacher and its student are to see the same.
+
+        (DiT drops labels, in every block on its own.) Modules that may be checkpointed keep the flag, which some ask.
+        """
+        super().train(mode)
+        if mode:
+            self._rest(self.model)
+        return self
+
+    def _rest(self, module: nn.Module) -> None:
+        for child in module.children():
+            if not isinstance(child, (AdapterHost, AuxiliaryTrainingWrapper)):
+                child.training = hasattr(child, "gradient_checkpointing")
+                self._rest(child)
+
+
+def _widths_of_conditions(setting: Any) -> dict[str, tuple[str, int]]:
+    """condition -> (argument of the forward, its size), from the config of a model of diffusers."""
+    found = {}
+    if setting("num_embeds_ada_norm"):
+        found["class"] = ("class_labels", setting("num_embeds_ada_norm") + 1)
+    elif setting("num_class_embeds"):
+        found["class"] = ("class_labels", setting("num_class_embeds"))
+    for name in ("encoder_hid_dim", "joint_attention_dim", "caption_channels", "cross_attention_dim"):
+        if isinstance(setting(name), int):
+            found["prompt"] = ("encoder_hidden_states", setting(name))
+            break
+    if setting("pooled_projection_dim"):
+        found["pooled"] = ("pooled_projections", setting("pooled_projection_dim"))
+    elif setting("addition_embed_type") == "text_time":
+        # SDXL: the pooled text next to six embedded sizes
+        width = setting("projection_class_embeddings_input_dim") - 6 * setting("addition_time_embed_dim")
+        found["pooled"] = ("added_cond_kwargs.text_embeds", width)
+    return found

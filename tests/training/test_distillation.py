@@ -1,0 +1,368 @@
+"""Distillation: the losses by their formulas, and that adapters learn to say in one pass what two passes say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+from mixadapters import AGDConfig, StageCallback
+from mixadapters.training.distillation import (
+    GuidanceDistillation,
+    LanguageGuidanceDistillation,
+    guided_log_probabilities,
+    relative_error,
+    snr_weights,
+)
+from mixadapters.training.trajectories import (
+    Trajectories,
+    TrajectoryCollator,
+    TrajectoryPlan,
+    denoiser,
+    guided,
+    record,
+)
+
+diffusers = pytest.importorskip("diffusers")
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:peft"), pytest.mark.filterwarnings("ignore:.*torchao.*")]
+
+NULL = {"class_labels": torch.tensor([5])}
+
+
+def dit(out_channels: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(
+        sample_size=4, patch_size=2, in_channels=2, out_channels=out_channels, num_layers=2, num_attention_heads=2,
+        attention_head_dim=8, num_embeds_ada_norm=5,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.2)
+    return model.eval().requires_grad_(False)
+
+
+def recorded(base: nn.Module, rows: int = 16, steps: int = 6) -> Trajectories:
+    plan = TrajectoryPlan((2, 4, 4), steps=steps, batch_size=8, dtype="float32")
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    return record(denoiser(base), scheduler, {"class_labels": torch.arange(rows) % 5}, NULL, plan)
+
+
+@pytest.fixture(scope="module")
+def data() -> Trajectories:
+    return recorded(dit())
+
+
+def adapt(base: nn.Module, data: Trajectories | None = None, **fields: Any) -> PeftModel:
+    fields = {"r": 8, **({} if data is None else data.config_fields), **fields}
+    return get_peft_model(base, AGDConfig(**fields))
+
+
+def arguments(folder: Any, **changes: Any) -> TrainingArguments:
+    return TrainingArguments(
+        **{
+            "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 16, "learning_rate": 1e-2,
+            "remove_unused_columns": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
+            "use_cpu": True, "logging_strategy": "no", **changes,
+        }
+    )  # fmt: skip
+
+
+def trainer(model: nn.Module, data: Any, folder: Any, objective: Any = None, **changes: Any) -> Trainer:
+    return Trainer(
+        model, arguments(folder, **changes), train_dataset=data, data_collator=TrajectoryCollator(model),
+        callbacks=[StageCallback("distill", objectives=[objective or GuidanceDistillation()])],
+    )  # fmt: skip
+
+
+def batch_of(data: Trajectories, model: nn.Module, rows: int = 6) -> dict[str, Any]:
+    return TrajectoryCollator(model)([data[i * 5] for i in range(rows)])
+
+
+# --- the loss -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["normalized", "native"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_loss_is_the_weighted_distance_to_the_target(data, loss, weighted) -> None:
+    model = adapt(dit(), data)
+    batch = batch_of(data, model)
+    table = snr_weights(diffusers.DDIMScheduler()) if weighted else None
+    context = model.base_model.context
+    context.objectives.append(GuidanceDistillation(loss, timestep_weights=table))
+    output = model.train()(**batch)
+    distance = (output.sample - batch["target"]).square().mean((1, 2, 3))
+    if loss == "normalized":
+        distance = distance / ((batch["guidance_scale"] - 1) ** 2 + 0.25)
+    if weighted:
+        alphas = diffusers.DDIMScheduler().alphas_cumprod[batch["timestep"].long()]
+        distance = distance * (1 / alphas).clamp(max=25)
+    torch.testing.assert_close(output.loss, distance.mean())
+    model.eval()
+    torch.testing.assert_close(model(**batch).loss, output.loss)  # in evaluation too
+    assert not hasattr(model(**{k: v for k, v in batch.items() if k != "target"}), "loss")
+
+
+def test_targets_are_made_on_the_way_where_the_batch_says_how(data) -> None:
+    model = adapt(dit(), data)
+    batch = batch_of(data, model)
+    context = model.base_model.context
+    context.objectives.append(GuidanceDistillation())
+    expected = model.train()(**batch).loss
+    target = batch.pop("target")
+    null = {"class_labels": torch.full((6,), 5)}
+    with torch.no_grad():  # adapters that do something must not reach the teacher
+        for host in model.base_model.hosts():
+            host.adapters["default"].up.weight.normal_(std=3.0)
+    moved = model(**batch, target=target).loss
+    torch.testing.assert_close(model(**batch, unconditional=null).loss, moved)
+    assert (moved - expected).abs() > 1e-3
+    with pytest.raises(ValueError, match="neither target nor unconditional"):
+        model(**batch)
+
+
+def test_learned_variance_is_neither_guided_nor_trained() -> None:
+    base = dit(out_channels=4)
+    data = recorded(base)
+    assert data[0]["target"].shape == (2, 4, 4)
+    model = adapt(base, data)
+    model.base_model.context.objectives.append(GuidanceDistillation())
+    batch = batch_of(data, model)
+    output = model.train()(**batch)
+    assert output.sample.shape[1] == 4
+    distance = (output.sample[:, :2] - batch["target"]).square().mean((1, 2, 3))
+    torch.testing.assert_close(output.loss, (distance / ((batch["guidance_scale"] - 1) ** 2 + 0.25)).mean())
+
+
+def test_batches_that_cannot_be_distilled_are_refused(data, tmp_path) -> None:
+    model = adapt(dit(), data)
+    model.base_model.context.objectives.append(GuidanceDistillation())
+    batch = batch_of(data, model)
+    with pytest.raises(ValueError, match=r"target \(6, 2, 3, 4\) does not fit the prediction \(6, 2, 4, 4\)"):
+        model(**{**batch, "target": batch["target"][:, :, :3]})
+    with pytest.raises(ValueError, match="no guidance_scale"):
+        model(**{k: v for k, v in batch.items() if k != "guidance_scale"})
+    with pytest.raises(ValueError, match="loss='huber' is unknown"):
+        GuidanceDistillation("huber")
+    with pytest.raises(ValueError, match="delta=0 must be positive"):
+        GuidanceDistillation(delta=0)
+    with pytest.raises(ValueError, match=r"remove_unused_columns=True would drop.*'guidance_scale', 'target'"):
+        trainer(model, data, tmp_path, remove_unused_columns=True)
+
+
+def test_models_that_return_tensors_or_tuples_get_a_loss_too(data) -> None:
+    class Bare(nn.Module):
+        def __init__(self, inner: nn.Module, as_tuple: bool) -> None:
+            super().__init__()
+            self.inner, self.as_tuple = inner, as_tuple
+
+        def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor) -> Any:
+            output = self.inner(hidden_states, timestep=timestep, class_labels=class_labels).sample
+            return (output,) if self.as_tuple else output
+
+    for as_tuple in (False, True):
+        fields = {"target_modules": ["attn1"], "conditions": {"timestep": "timestep"}, "base_class": None}
+        model = adapt(Bare(dit(), as_tuple), data, **fields)
+        model.base_model.context.objectives.append(GuidanceDistillation())
+        output = model.train()(**batch_of(data, model))
+        assert output["loss"] > 0
+        assert output["sample"].shape == (6, 2, 4, 4)
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["film", "cross_attention", "offset"])
+def test_adapters_learn_the_guided_prediction_on_held_out_trajectories(kind, tmp_path) -> None:
+    base = dit()
+    train, held_out = recorded(base, rows=48).split(8)
+    model = adapt(base, train, kind=kind, r=16)
+    batches = list(DataLoader(held_out, 24, collate_fn=TrajectoryCollator(model)))
+    assert relative_error(model, batches) == [1.0]
+    run = trainer(model, train, tmp_path, max_steps=100, lr_scheduler_type="cosine", per_device_train_batch_size=32)
+    run.train()
+    model.eval()
+    (after,) = relative_error(model, batches)
+    assert after < {"film": 0.65, "cross_attention": 0.85, "offset": 0.85}[kind]
+    by_scale = relative_error(model, batches, "guidance_scale", [2.0, 4.0, 7.0])
+    assert len(by_scale) == 4
+    assert max(by_scale[:3]) < 1
+    assert by_scale[3] != by_scale[3]  # no scale above 7
+    by_time = relative_error(model, batches, "timestep", [500.0])
+    assert min(by_time) <= after <= max(by_time)
+
+
+def test_trainer_trains_the_adapters_alone_and_evaluates(data, tmp_path) -> None:
+    model = adapt(dit(), data)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    run = trainer(model, data, tmp_path, label_names=["target"], per_device_eval_batch_size=16)
+    run.train()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed
+    assert all(".agd_adapters.default." in n for n in changed)
+    assert any("trunk" in n for n in changed)
+    measured = run.evaluate(data)["eval_loss"]
+    model.eval()
+    with torch.no_grad():
+        losses = [model(**batch).loss for batch in DataLoader(data, 16, collate_fn=TrajectoryCollator(model))]
+    assert measured == pytest.approx(float(sum(losses) / len(losses)), rel=1e-4)
+
+
+def test_accumulated_micro_batches_equal_one_batch(data, tmp_path) -> None:
+    weights = []
+    for size, accumulate in ((16, 1), (4, 4)):
+        torch.manual_seed(0)
+        model = adapt(dit(), data)
+        run = trainer(
+            model, data, tmp_path, max_steps=2, per_device_train_batch_size=size, max_grad_norm=0.0,
+            gradient_accumulation_steps=accumulate, optim="sgd", train_sampling_strategy="sequential",
+        )  # fmt: skip
+        run.train()
+        weights.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, msg=name, atol=1e-5, rtol=1e-4)
+
+
+def test_training_in_bf16_with_checkpointing_saves_and_resumes_adapters_alone(data, tmp_path) -> None:
+    def made() -> PeftModel:
+        torch.manual_seed(0)
+        model = adapt(dit().bfloat16(), data)
+        model.get_base_model().enable_gradient_checkpointing()
+        return model
+
+    options = {"bf16": True, "save_strategy": "steps", "save_steps": 2, "save_safetensors": True}
+    options = {k: v for k, v in options.items() if k in TrainingArguments.__dataclass_fields__}
+    whole = made()
+    trainer(whole, data, tmp_path / "run", **options).train()
+    folder = tmp_path / "run" / "checkpoint-2"
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    adapters = 4 * sum(p.numel() for p in whole.parameters() if p.requires_grad)
+    assert size < adapters + 20_000
+    assert not list(folder.glob("model*.safetensors"))
+    resumed = made()
+    trainer(resumed, data, tmp_path / "run", **options).train(resume_from_checkpoint=str(folder))
+    for (name, value), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(other, value, msg=name, atol=1e-5, rtol=1e-4)
+    assert any(p.abs().max() > 0 for n, p in whole.named_parameters() if ".up." in n)
+
+
+def test_interval_teacher_is_imitated_outside_its_interval_by_the_base() -> None:
+    base = dit()
+    x, t = torch.randn(4, 2, 4, 4), torch.tensor([100.0, 300.0, 600.0, 900.0])
+    labels, scale = {"class_labels": torch.arange(4)}, torch.full((4,), 3.0)
+    step = guided(denoiser(base), labels, NULL, scale, interval=(200, 700))
+    model = adapt(base).eval()
+    for host in model.base_model.hosts():
+        nn.init.normal_(host.adapters["default"].up.weight, std=0.3)
+    with torch.no_grad():
+        student = model(x, timestep=t, **labels, guidance_scale=scale, guidance_interval=(200, 700)).sample
+        plain = model(x, timestep=t, **labels).sample
+    for row in (0, 3):
+        assert torch.equal(student[row], plain[row])
+        torch.testing.assert_close(step(x, t)[row], plain[row], atol=1e-5, rtol=1e-5)
+
+
+# --- language models ----------------------------------------------------------------------------------------------
+
+
+def texts(rows: int = 4, length: int = 10, seed: int = 0, words: int = 91) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, 5 + words, (rows, length), generator=g)
+    prompt = torch.zeros_like(ids)
+    real = torch.ones_like(ids)
+    for row in range(rows):
+        real[row, : row % 3] = 0  # left padding
+        prompt[row, row % 3 : 4 + row % 2] = 1
+    ids = ids.masked_fill(real == 0, 0)
+    return {"input_ids": ids, "attention_mask": real, "prompt_mask": prompt}
+
+
+def test_teacher_of_language_models_is_that_of_generate(tiny) -> None:
+    model = tiny("llama")
+    batch = texts()
+    scores = guided_log_probabilities(
+        model_without_fields(model), batch["input_ids"], batch["attention_mask"].bool(), batch["prompt_mask"].bool(), 2.5
+    )
+    for row in range(4):
+        start, end = row % 3, 4 + row % 2  # the prompt
+        ids = batch["input_ids"][row : row + 1, start:]
+        rule = UnbatchedClassifierFreeGuidanceLogitsProcessor(2.5, model)
+        for place in range(end - start, ids.shape[1] + 1):
+            with torch.no_grad():
+                logits = model(ids[:, :place]).logits[:, -1]
+            expected = rule(ids[:, :place], logits).log_softmax(-1)
+            torch.testing.assert_close(scores[row, start + place - 1], expected[0], atol=1e-4, rtol=1e-4)
+
+
+def model_without_fields(model: nn.Module) -> Any:
+    """The base knows no guidance_scale."""
+
+    class Dropping:
+        def __call__(self, **kwargs: Any) -> Any:
+            kwargs.pop("guidance_scale")
+            return model(**kwargs)
+
+    return Dropping()
+
+
+def test_language_model_learns_to_generate_in_one_pass_what_guidance_takes_two_for(tiny, tmp_path) -> None:
+    base = tiny("llama", num_hidden_layers=2)
+    model = get_peft_model(base, AGDConfig(r=32, max_scale=3.0, task_type="CAUSAL_LM"))
+    many = texts(2048, words=6)
+    train = [
+        {k: v[i] for k, v in many.items()} | {"guidance_scale": torch.tensor(1.5 + (i // 6 % 4) / 2)}
+        for i in range(2048)
+    ]
+    test = texts(32, seed=99, words=6)
+    real, prompt = test["attention_mask"].bool(), test["prompt_mask"].bool()
+    valid = real & ~prompt
+
+    def distance(scale: float | None) -> float:
+        model.eval()
+        with torch.no_grad():
+            extra = {} if scale is None else {"guidance_scale": scale}
+            student = model(input_ids=test["input_ids"], attention_mask=test["attention_mask"], **extra).logits
+        teacher = guided_log_probabilities(model, test["input_ids"], real, prompt, 2.5)
+        student = student.log_softmax(-1)
+        return float((teacher.exp() * (teacher - student)).sum(-1)[valid].mean())
+
+    before = distance(2.5)
+    assert before == pytest.approx(distance(None))
+    run = Trainer(
+        model, arguments(tmp_path, max_steps=150, learning_rate=5e-3, per_device_train_batch_size=32),
+        train_dataset=train,
+        callbacks=[StageCallback("distill", objectives=[LanguageGuidanceDistillation()], check_head=False)],
+    )  # fmt: skip
+    run.train()
+    assert distance(2.5) < 0.87 * before
+    assert distance(None) == pytest.approx(before)
+
+    # In use: one pass per token, over a cache, each row with its scale.
+    ids = test["input_ids"][:4, 3:7]
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    calls: list[int] = []
+    handle = base.register_forward_pre_hook(lambda m, a, k: calls.append(k["input_ids"].shape[0]), with_kwargs=True)
+    with model.base_model.context.pin(guidance_scale=torch.tensor([1.0, 2.5, 2.5, 1.0])):
+        together = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        again = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings, use_cache=False)
+    assert torch.equal(together, again)
+    handle.remove()
+    assert calls == [4] * 8
+    plain = tiny("llama", num_hidden_layers=2).generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    assert torch.equal(together[[0, 3]], plain[[0, 3]])
+    with model.base_model.context.pin(guidance_scale=2.5):
+        beams = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), num_beams=2, **settings)
+    assert beams.shape == together.shape
+
+
+def test_language_batches_without_prompts_are_refused(tiny) -> None:
+    model = get_peft_model(tiny("llama"), AGDConfig(r=4, task_type="CAUSAL_LM")).train()
+    model.base_model.context.objectives.append(LanguageGuidanceDistillation())
+    batch = texts()
+    with pytest.raises(ValueError, match=r"no \['prompt_mask', 'guidance_scale'\]"):
+        model(input_ids=batch["input_ids"])

@@ -1,0 +1,306 @@
+"""Trajectories: what the sampler computes, and that a record is whole, bounded and resumable."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixadapters.training import trajectories
+from mixadapters.training.trajectories import (
+    Trajectories,
+    TrajectoryPlan,
+    classifier_free,
+    denoiser,
+    guided,
+    nested,
+    record,
+    sample,
+)
+
+diffusers = pytest.importorskip("diffusers")
+
+SHAPE = (2, 4, 4)
+LABELS = {"class_labels": torch.arange(6)}
+NULL = {"class_labels": torch.tensor([9])}
+
+
+def predict(x: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+    """A model of one formula: depends on all of its arguments."""
+    label = conditions["class_labels"].view(-1, 1, 1, 1) / 10
+    return (x * (0.3 + label) + timestep.view(-1, 1, 1, 1) / 2000).tanh()
+
+
+def ddim(**changes: Any) -> Any:
+    return diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing", **changes)
+
+
+def plan(**changes: Any) -> TrajectoryPlan:
+    return TrajectoryPlan(**{"shape": SHAPE, "steps": 5, "batch_size": 2, "dtype": "float32", **changes})
+
+
+# --- the teacher --------------------------------------------------------------------------------------------------
+
+
+def test_guidance_is_linear_in_the_scale_and_exact_at_one() -> None:
+    c, u = torch.randn(3, *SHAPE), torch.randn(3, *SHAPE)
+    scale = torch.tensor([1.0, 2.0, 4.0])
+    out = classifier_free(c, u, scale, torch.zeros(3))
+    assert torch.equal(out[0], c[0])
+    torch.testing.assert_close(out[2], c[2] + 3 * (c[2] - u[2]))
+    first = classifier_free(c, u, scale, torch.zeros(3), channels=1)
+    torch.testing.assert_close(first[:, :1], out[:, :1])
+    assert torch.equal(first[:, 1:], c[:, 1:])
+    like = classifier_free(c, u, scale, torch.zeros(3), rescale=1.0)
+    torch.testing.assert_close(like.std((1, 2, 3)), c.std((1, 2, 3)))
+
+
+def test_guided_prediction_is_made_of_a_conditional_and_an_unconditional_one() -> None:
+    x, t = torch.randn(6, *SHAPE), torch.full((6,), 300.0)
+    scale = torch.linspace(1, 6, 6)
+    calls: list[int] = []
+
+    def counting(*args: Any) -> Tensor:
+        calls.append(len(args[0]))
+        return predict(*args)
+
+    out = guided(counting, LABELS, NULL, scale)(x, t)
+    assert calls == [12]
+    c, u = predict(x, t, LABELS), predict(x, t, {"class_labels": torch.full((6,), 9)})
+    torch.testing.assert_close(out, u + scale.view(-1, 1, 1, 1) * (c - u))
+    inside = guided(predict, LABELS, NULL, scale, interval=(400, 800))
+    torch.testing.assert_close(inside(x, t), c)
+    torch.testing.assert_close(inside(x, t + 200), guided(predict, LABELS, NULL, scale)(x, t + 200))
+
+
+def test_any_rule_may_guide() -> None:
+    def rule(c: Tensor, u: Tensor, scale: Tensor, timestep: Tensor) -> Tensor:
+        return c + timestep.view(-1, 1, 1, 1)
+
+    x, t = torch.randn(6, *SHAPE), torch.full((6,), 7.0)
+    out = guided(predict, LABELS, NULL, torch.full((6,), 3.0), rule)(x, t)
+    torch.testing.assert_close(out, predict(x, t, LABELS) + 7)
+
+
+def test_dotted_conditions_are_entries_of_dict_arguments() -> None:
+    assert nested({"a": 1, "b.c": 2, "b.d": 3}) == {"a": 1, "b": {"c": 2, "d": 3}}
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda: ddim(),
+        lambda: ddim(prediction_type="v_prediction"),
+        lambda: diffusers.DDPMScheduler(),
+        lambda: diffusers.EulerDiscreteScheduler(),
+        lambda: diffusers.EulerAncestralDiscreteScheduler(),
+        lambda: diffusers.DPMSolverMultistepScheduler(),
+        lambda: diffusers.HeunDiscreteScheduler(),
+        lambda: diffusers.FlowMatchEulerDiscreteScheduler(),
+    ],
+)
+def test_every_scheduler_samples_and_is_left_as_it_was(scheduler) -> None:
+    scheduler = scheduler()
+    before = scheduler.timesteps.clone()
+    seen: list[Tensor] = []
+
+    def step(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t)
+        assert t.shape == (6,)
+        return predict(x, t, LABELS)
+
+    results = [
+        sample(step, scheduler, torch.randn(6, *SHAPE, generator=g), 5, generator=g)
+        for g in (torch.Generator().manual_seed(s) for s in (0, 0, 1))
+    ]
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+    assert results[0].isfinite().all()
+    assert torch.equal(scheduler.timesteps, before)
+    assert len(seen) >= 15
+
+
+def test_sampler_does_what_a_pipeline_does() -> None:
+    """DiTPipeline's own loop, on a model with a learned variance that both leave aside."""
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(
+        sample_size=4, patch_size=2, in_channels=4, out_channels=8, num_layers=1, num_attention_heads=2,
+        attention_head_dim=8, num_embeds_ada_norm=1000,
+    ).eval()  # fmt: skip
+    vae = diffusers.AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4).eval()
+    pipe = diffusers.DiTPipeline(model, vae, ddim())
+    pipe.set_progress_bar_config(disable=True)
+    found: list[Tensor] = []
+    vae.decode = lambda z: found.append(z * vae.config.scaling_factor) or vae.__class__.decode(vae, z)
+    g = torch.Generator().manual_seed(3)
+    pipe([1, 2], guidance_scale=3.0, num_inference_steps=4, generator=g, output_type="np")
+    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    step = guided(
+        denoiser(model), {"class_labels": torch.tensor([1, 2])}, {"class_labels": torch.tensor([1000])},
+        torch.full((2,), 3.0), lambda c, u, w, t: classifier_free(c, u, w, t, channels=3),
+    )  # fmt: skip
+    ours = sample(step, ddim(), noise, 4)
+    # The pipeline guides all four channels of the noise.
+    assert not torch.allclose(ours, found[0], atol=1e-4)
+    step = guided(
+        denoiser(model), {"class_labels": torch.tensor([1, 2])}, {"class_labels": torch.tensor([1000])},
+        torch.full((2,), 3.0),
+    )  # fmt: skip
+    torch.testing.assert_close(sample(step, ddim(), noise, 4), found[0], atol=1e-4, rtol=1e-4)
+
+
+# --- recording ----------------------------------------------------------------------------------------------------
+
+
+def test_states_have_the_targets_of_the_guided_model(tmp_path) -> None:
+    data = record(predict, ddim(), LABELS, NULL, plan(scales=(2.0, 5.0)), tmp_path / "data")
+    assert len(data) == 6 * 5
+    for item in (data[0], data[7], data[-1]):
+        x, t, w = item["sample"].unsqueeze(0), item["timestep"].view(1), item["guidance_scale"].view(1)
+        assert 2 <= w <= 5
+        labels = {"class_labels": item["class_labels"].view(1)}
+        torch.testing.assert_close(guided(predict, labels, NULL, w)(x, t)[0], item["target"])
+    assert [int(data[i]["class_labels"]) for i in range(0, 30, 5)] == list(range(6))
+    assert [float(data[i]["timestep"]) for i in range(5)] == [999, 799, 599, 399, 199]
+
+
+def test_interval_is_recorded_as_a_scale_of_one() -> None:
+    data = record(predict, ddim(), LABELS, NULL, plan(interval=(300, 700), scales=(3.0, 4.0)))
+    for i in range(len(data)):
+        inside = 300 <= data[i]["timestep"] <= 700
+        assert (data[i]["guidance_scale"] > 1) == inside
+        if not inside:
+            labels = {"class_labels": data[i]["class_labels"].view(1)}
+            plain = predict(data[i]["sample"].unsqueeze(0), data[i]["timestep"].view(1), labels)
+            torch.testing.assert_close(plain[0], data[i]["target"])
+
+
+def test_kept_states_are_some_of_each_trajectory() -> None:
+    whole = record(predict, ddim(), LABELS, NULL, plan(steps=8))
+    some = record(predict, ddim(), LABELS, NULL, plan(steps=8, keep=3))
+    assert len(some) == 18
+    chosen = set()
+    for row in range(6):
+        times = [float(some[3 * row + k]["timestep"]) for k in range(3)]
+        assert times == sorted(set(times), reverse=True)
+        chosen.add(tuple(times))
+        for k in range(3):
+            twin = next(
+                whole[8 * row + i] for i in range(8) if whole[8 * row + i]["timestep"] == some[3 * row + k]["timestep"]
+            )
+            assert torch.equal(twin["sample"], some[3 * row + k]["sample"])
+            assert torch.equal(twin["target"], some[3 * row + k]["target"])
+    assert len(chosen) > 1
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_interrupted_record_goes_on_and_equals_an_unbroken_one(tmp_path, monkeypatch) -> None:
+    unbroken = record(predict, ddim(), LABELS, NULL, plan(), tmp_path / "unbroken")
+    shards: list[int] = []
+    plain = trajectories._shard
+
+    def breaking(*args: Any) -> Any:
+        shards.append(args[5])
+        if len(shards) == 2:
+            raise KeyboardInterrupt
+        return plain(*args)
+
+    monkeypatch.setattr(trajectories, "_shard", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        record(predict, ddim(), LABELS, NULL, plan(), tmp_path / "broken")
+    assert set(files(tmp_path / "broken")) == {"index.json", "00000.safetensors"}
+    resumed = record(predict, ddim(), LABELS, NULL, plan(), tmp_path / "broken")
+    assert shards == [0, 1, 1, 2]
+    assert files(tmp_path / "broken") == files(tmp_path / "unbroken")
+    assert len(resumed) == len(unbroken)
+    with pytest.raises(ValueError, match=r"a record with other \['plan'\]"):
+        record(predict, ddim(), LABELS, NULL, plan(seed=1), tmp_path / "broken")
+    with pytest.raises(ValueError, match=r"a record with other \['scheduler'\]"):
+        record(predict, ddim(beta_start=2e-4), LABELS, NULL, plan(), tmp_path / "broken")
+    with pytest.raises(ValueError, match=r"a record with other \['conditions'\]"):
+        record(predict, ddim(), {"class_labels": torch.ones(6)}, NULL, plan(), tmp_path / "broken")
+
+
+def test_record_in_memory_equals_the_one_on_disk(tmp_path) -> None:
+    memory = record(predict, ddim(), LABELS, NULL, plan())
+    disk = record(predict, ddim(), LABELS, NULL, plan(), tmp_path / "data")
+    for i in range(len(memory)):
+        assert all(torch.equal(memory[i][key], disk[i][key]) for key in memory[i])
+    assert memory.info == disk.info
+
+
+def test_size_is_bounded_before_anything_is_sampled(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"more than max_bytes=5000; keep fewer steps"):
+        record(predict, ddim(), LABELS, NULL, plan(max_bytes=5000), tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+    record(predict, ddim(), LABELS, NULL, plan(max_bytes=5000, keep=1), tmp_path / "data")
+    expected = plan(keep=1).bytes_of(LABELS)
+    stored = sum(p.stat().st_size for p in (tmp_path / "data").glob("*.safetensors"))
+    assert expected <= stored < expected + 3 * 1000
+
+
+def test_half_precision_halves_the_record(tmp_path) -> None:
+    data = record(predict, ddim(), LABELS, NULL, plan(dtype="float16"), tmp_path / "data")
+    assert data.shards[0]["sample"].dtype == torch.float16
+    assert data[0]["sample"].dtype == torch.float32
+    assert plan(dtype="float16").bytes_of(LABELS) < 0.6 * plan().bytes_of(LABELS)
+
+
+def test_second_order_schedulers_keep_as_many_states_as_asked() -> None:
+    data = record(predict, diffusers.HeunDiscreteScheduler(), LABELS, NULL, plan())
+    assert len(data) == 30
+
+
+def test_facts_of_the_record_are_kept(tmp_path) -> None:
+    rule = partial(classifier_free, channels=1)
+    data = record(predict, ddim(), LABELS, NULL, plan(), tmp_path / "d", rule=rule, info={"model": "tiny"})
+    info = json.loads((tmp_path / "d" / "index.json").read_text())
+    assert info == data.info
+    assert info["rule"] == {"name": "classifier_free", "channels": 1}
+    assert info["scheduler"]["class"] == "DDIMScheduler"
+    assert info["model"] == "tiny"
+    assert data.config_fields == {"min_scale": 1.0, "max_scale": 6.0, "teacher": info}
+    info["format_version"] = 2
+    (tmp_path / "d" / "index.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="format_version=2 is newer"):
+        Trajectories.open(tmp_path / "d")
+
+
+def test_held_out_trajectories_share_no_state_with_the_others() -> None:
+    data = record(predict, ddim(), LABELS, NULL, plan())
+    train, held_out = data.split(3)
+    assert (len(train), len(held_out)) == (15, 15)
+    assert {int(train[i]["class_labels"]) for i in range(15)} == {0, 1, 2}
+    assert {int(held_out[i]["class_labels"]) for i in range(15)} == {3, 4, 5}
+    for bad in (0, 6):
+        with pytest.raises(ValueError, match=f"held_out={bad}"):
+            data.split(bad)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scales": (3.0, 1.0)}, r"scales=\(3.0, 1.0\) is no range"),
+        ({"keep": 6}, "keep=6 must lie between 1 and steps=5"),
+        ({"dtype": "int8"}, "dtype='int8' is unknown"),
+    ],
+)
+def test_impossible_plans_are_refused(fields, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(**fields)
+
+
+def test_other_files_and_uneven_conditions_are_refused(tmp_path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files"):
+        record(predict, ddim(), LABELS, NULL, plan(), tmp_path)
+    with pytest.raises(ValueError, match="same number of rows"):
+        record(predict, ddim(), {**LABELS, "other": torch.ones(2)}, NULL, plan())

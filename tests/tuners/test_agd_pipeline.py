@@ -1,0 +1,379 @@
+"""Pipelines of diffusers that guide in one pass, and trajectories recorded from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from mixadapters import AGDConfig
+from mixadapters.tuners.agd import OnePass
+
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+diffusers.logging.set_verbosity_error()
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:peft"), pytest.mark.filterwarnings("ignore:.*torchao.*")]
+
+CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+
+
+def clip(projected: bool = False) -> nn.Module:
+    config = transformers.CLIPTextConfig(
+        vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=12, projection_dim=10, bos_token_id=38, eos_token_id=39, pad_token_id=39,
+    )  # fmt: skip
+    return (transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel)(config).eval()
+
+
+def tokenizer(folder: Path) -> Any:
+    folder.mkdir(exist_ok=True)
+    letters = [chr(c) for c in range(ord("a"), ord("s") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return transformers.CLIPTokenizer.from_pretrained(str(folder), model_max_length=12)
+
+
+def vae() -> nn.Module:
+    return diffusers.AutoencoderKL(
+        latent_channels=4, block_out_channels=(8,), norm_num_groups=4, shift_factor=0.1
+    ).eval()
+
+
+def ddim() -> Any:
+    return diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+
+
+UNET = {
+    "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 8, "attention_head_dim": 4, "norm_num_groups": 4,
+}  # fmt: skip
+
+
+def stable_diffusion(folder: Path) -> Any:
+    torch.manual_seed(0)
+    return diffusers.StableDiffusionPipeline(
+        vae(), clip(), tokenizer(folder), diffusers.UNet2DConditionModel(**UNET).eval(), ddim(), None, None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def stable_diffusion_xl(folder: Path) -> Any:
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        **{**UNET, "cross_attention_dim": 16}, addition_embed_type="text_time", addition_time_embed_dim=2,
+        projection_class_embeddings_input_dim=2 * 6 + 10,
+    ).eval()  # fmt: skip
+    words = tokenizer(folder)
+    return diffusers.StableDiffusionXLPipeline(vae(), clip(), clip(projected=True), words, words, unet, ddim())
+
+
+def stable_diffusion_3(folder: Path) -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2,
+        attention_head_dim=8, joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=20,
+        pos_embed_max_size=8,
+    ).eval()  # fmt: skip
+    words, flow = tokenizer(folder), diffusers.FlowMatchEulerDiscreteScheduler()
+    return diffusers.StableDiffusion3Pipeline(
+        transformer, flow, vae(), clip(projected=True), words, clip(projected=True), words, None, None
+    )
+
+
+def dit(folder: Path) -> Any:
+    torch.manual_seed(0)
+    model = diffusers.DiTTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=2, num_attention_heads=2,
+        attention_head_dim=8, num_embeds_ada_norm=1000,
+    )  # fmt: skip
+    return diffusers.DiTPipeline(model.eval(), vae(), ddim())
+
+
+PIPELINES = {"sd": stable_diffusion, "sdxl": stable_diffusion_xl, "sd3": stable_diffusion_3, "dit": dit}
+
+
+def guided(pipe: Any, std: float = 0.4, **fields: Any) -> PeftModel:
+    """Adapters in the pipeline's model, as if trained."""
+    model = getattr(pipe, "unet", None) or pipe.transformer
+    pipe.set_progress_bar_config(disable=True)
+    adapted = get_peft_model(model, AGDConfig(**{"r": 6, "max_scale": 6.0, **fields})).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "agd_adapters." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return adapted
+
+
+def draw(pipe: Any, what: Any = None, **options: Any) -> Tensor:
+    """Images as numbers, from the same noise at every call."""
+    key = "class_labels" if isinstance(pipe, diffusers.DiTPipeline) else "prompt"
+    what = what or ([1, 2] if key == "class_labels" else ["a cab", "dad"])
+    if key == "prompt":
+        options = {"height": 8, "width": 8, **options} if not hasattr(pipe, "transformer") else options
+    generator = torch.Generator().manual_seed(0)
+    settings = {"num_inference_steps": 3, "output_type": "np", "generator": generator, **options}
+    return torch.as_tensor(pipe(**{key: what}, **settings).images)
+
+
+class Passes:
+    """Counts the rows that a model is run on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rows: list[int] = []
+        self.handle = model.register_forward_pre_hook(self.note, with_kwargs=True)
+
+    def note(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        first = args[0] if args else kwargs["hidden_states"]
+        self.rows.append(first.shape[0])
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_one_line_guides_in_half_the_passes_and_one_line_ends_it(name, tmp_path) -> None:
+    pipe = PIPELINES[name](tmp_path / "words")
+    model = guided(pipe)
+    base, cfg = draw(pipe, guidance_scale=1.0), draw(pipe, guidance_scale=4.0)
+    passes = Passes(model.get_base_model())
+    plain = type(pipe)
+    with OnePass(pipe, 4.0):
+        assert isinstance(pipe, plain)
+        within = draw(pipe)
+        assert passes.rows == [2] * 3
+        repeated = draw(pipe, guidance_scale=2.0)
+    assert torch.equal(within, repeated)  # the scale of the helper counts
+    assert (within - base).abs().max() > 1e-4
+    assert (within - cfg).abs().max() > 1e-4
+    assert type(pipe) is plain
+    passes.rows.clear()
+    assert torch.equal(draw(pipe, guidance_scale=4.0), cfg)
+    assert passes.rows == [4] * 3
+
+    handle = OnePass(pipe)
+    assert torch.equal(draw(pipe, guidance_scale=4.0), within)
+    assert torch.equal(draw(pipe, guidance_scale=1.0), base)
+    handle.remove()
+    assert torch.equal(draw(pipe, guidance_scale=1.0), base)
+
+
+def test_scales_may_differ_by_prompt(tmp_path) -> None:
+    pipe = stable_diffusion(tmp_path / "words")
+    guided(pipe)
+    handle = OnePass(pipe, torch.tensor([1.0, 4.0]))
+    both = draw(pipe, num_images_per_prompt=2)
+    handle.remove()
+    base = draw(pipe, guidance_scale=1.0, num_images_per_prompt=2)
+    torch.testing.assert_close(both[:2], base[:2], **CLOSE)
+    assert (both[2:] - base[2:]).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="does not fit a batch of 1"), OnePass(pipe, [1.0, 4.0]):
+        draw(pipe, ["a cab"])
+
+
+def test_interval_guides_at_some_timesteps(tmp_path) -> None:
+    pipe = dit(tmp_path)
+    guided(pipe)
+    base = draw(pipe, guidance_scale=1.0)
+    with OnePass(pipe, 4.0, interval=(0, 1000)):
+        always = draw(pipe)
+    with OnePass(pipe, 4.0, interval=(500, 700)):
+        once = draw(pipe)
+    with OnePass(pipe, 4.0, interval=(1500, 1700)):
+        assert torch.equal(draw(pipe), base)
+    assert not torch.equal(once, base)
+    assert not torch.equal(once, always)
+
+
+def test_negative_prompts_are_refused_ignored_or_guided_by_two_passes(tmp_path) -> None:
+    pipe = stable_diffusion(tmp_path / "words")
+    model = guided(pipe)
+    plain = draw(pipe, guidance_scale=4.0, negative_prompt=["bad", "bad"])
+    with OnePass(pipe, 4.0):
+        expected = draw(pipe)
+        assert torch.equal(draw(pipe, negative_prompt=["", ""]), expected)
+        with pytest.raises(ValueError, match=r"\['negative_prompt'\].*two_passes"):
+            draw(pipe, negative_prompt=["bad", "bad"])
+    with (
+        OnePass(pipe, 4.0, negative_prompts="ignore"),
+        pytest.warns(UserWarning, match=r"\['negative_prompt'\] are ignored"),
+    ):
+        assert torch.equal(draw(pipe, negative_prompt=["bad", "bad"]), expected)
+    passes = Passes(model.get_base_model())
+    with OnePass(pipe, 4.0, negative_prompts="two_passes"):
+        assert torch.equal(draw(pipe, negative_prompt=["bad", "bad"]), plain)
+        assert passes.rows == [4] * 3
+        assert torch.equal(draw(pipe), expected)
+
+
+def test_what_cannot_be_guided_in_one_pass_is_refused(tmp_path) -> None:
+    pipe = stable_diffusion(tmp_path / "words")
+    with pytest.raises(ValueError, match="no active guidance adapter; load one by"):
+        OnePass(pipe, 4.0)
+    model = guided(pipe)
+    with pytest.raises(ValueError, match="negative_prompts='drop' is unknown"):
+        OnePass(pipe, 4.0, negative_prompts="drop")
+    with OnePass(pipe, 4.0):
+        with pytest.raises(ValueError, match="already; remove"):
+            OnePass(pipe, 3.0)
+        with model.disable_adapter(), pytest.raises(ValueError, match="are disabled"):
+            draw(pipe)
+        with pytest.warns(UserWarning, match="outside the trained range"):
+            pipe.one_pass.scale = 9.0
+            draw(pipe)
+    pipe.unet.register_to_config(time_cond_proj_dim=8)
+    with pytest.raises(ValueError, match="embeds the guidance scale itself"):
+        OnePass(pipe, 4.0)
+    with pytest.raises(ValueError, match="neither unet nor transformer"):
+        OnePass(type("Empty", (), {"__call__": lambda self, guidance_scale: None})(), 4.0)
+
+
+def test_adapter_serves_another_checkpoint_and_a_lora_on_top(tmp_path) -> None:
+    from peft import LoraConfig
+
+    first = stable_diffusion(tmp_path / "words")
+    guided(first).save_pretrained(tmp_path / "adapter")
+    other = stable_diffusion(tmp_path / "words")
+    other.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        other.unet.conv_in.weight.mul_(1.3)
+    base = draw(other, guidance_scale=1.0)
+    PeftModel.from_pretrained(other.unet, tmp_path / "adapter")
+    assert torch.equal(draw(other, guidance_scale=1.0), base)
+    with OnePass(other, 4.0):
+        alone = draw(other)
+        assert (alone - base).abs().max() > 1e-4
+        other.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "style")
+        styled = draw(other)
+        assert (styled - alone).abs().max() > 1e-4
+        other.set_adapters(["style"], [0.0])
+        torch.testing.assert_close(draw(other), alone, **CLOSE)
+
+
+def test_ip_adapter_loads_and_guides_beside_the_adapters(tmp_path) -> None:
+    """Loading one replaces the processors of the cross-attention that the adapters sit on."""
+    pipe = stable_diffusion(tmp_path / "words")
+    width, tokens = 8, 4
+    inner = [m for n, m in pipe.unet.named_modules() if n.endswith("attn2")]
+    state: dict[str, Tensor] = {
+        "proj.weight": torch.randn(tokens * width, 10),
+        "proj.bias": torch.randn(tokens * width),
+        "norm.weight": torch.ones(width),
+        "norm.bias": torch.zeros(width),
+    }
+    layers: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for i, module in enumerate(inner):
+        for key in ("to_k_ip", "to_v_ip"):
+            layers[f"{2 * i + 1}.{key}.weight"] = torch.randn(module.inner_dim, width, generator=generator)
+    guided(pipe)
+    with OnePass(pipe, 4.0):
+        before = draw(pipe)
+    pipe.unet._load_ip_adapter_weights([{"image_proj": state, "ip_adapter": layers}])
+    embeds = [torch.randn(1, 1, 10, generator=generator)]
+    pipe.set_ip_adapter_scale(0.6)
+    base = draw(pipe, guidance_scale=1.0, ip_adapter_image_embeds=embeds)
+    with OnePass(pipe, 4.0):
+        both = draw(pipe, ip_adapter_image_embeds=embeds)
+    assert (both - base).abs().max() > 1e-4
+    assert (both - before).abs().max() > 1e-4
+
+
+@pytest.fixture
+def _fresh_compiler() -> Any:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_pipeline_guides_without_compiling_again(tmp_path) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    pipe = dit(tmp_path)
+    guided(pipe)
+    expected = {}
+    for w in (2.0, 5.0):
+        with OnePass(pipe, w):
+            expected[w] = draw(pipe)
+    counter = CompileCounterWithBackend("eager")
+    pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
+    for w in (2.0, 5.0):
+        with OnePass(pipe, w):
+            torch.testing.assert_close(draw(pipe), expected[w], **CLOSE)
+        if w == 2.0:
+            first = counter.frame_count
+    assert counter.frame_count == first > 0
+
+
+# --- recording ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_record_of_a_pipeline_ends_in_its_own_images(name, tmp_path) -> None:
+    """The last recorded state, and its target, lead to what the pipeline draws at that scale."""
+    from mixadapters.training.pipelines import record_pipeline
+
+    pipe = PIPELINES[name](tmp_path / "words")
+    pipe.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {"class_labels": [1, 2]} if name == "dit" else {"prompts": ["a cab", "dad"]}
+    data = record_pipeline(
+        pipe, folder=tmp_path / "data", scales=(3.0, 3.0), steps=3, dtype="float32", seed=5, **options
+    )
+    model = getattr(pipe, "unet", None) or pipe.transformer
+    assert data.info["model_class"] == type(model).__name__
+    assert len(data) == 2 * 3
+    found: list[Tensor] = []
+    inputs: list[Tensor] = []
+    model.register_forward_pre_hook(
+        lambda m, a, k: inputs.append((a[0] if a else k["hidden_states"])[:2].clone()), with_kwargs=True
+    )
+    plain = pipe.vae.decode
+    pipe.vae.decode = lambda z, *a, **k: found.append(z) or plain(z, *a, **k)
+    start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5 << 20))
+    if name == "dit":
+        pipeline_noise = start
+
+        def noise(*args: Any, **kwargs: Any) -> Tensor:
+            return pipeline_noise
+
+        import diffusers.pipelines.dit.pipeline_dit as module
+
+        original = module.randn_tensor
+        module.randn_tensor = noise
+        try:
+            draw(pipe, guidance_scale=3.0)
+        finally:
+            module.randn_tensor = original
+    else:
+        draw(pipe, guidance_scale=3.0, latents=start)
+    for step in range(3):
+        for row in range(2):
+            torch.testing.assert_close(data[row * 3 + step]["sample"], inputs[step][row], atol=1e-4, rtol=1e-3)
+
+
+def test_record_needs_prompts_or_classes(tmp_path) -> None:
+    from mixadapters.training.pipelines import record_pipeline
+
+    pipe = stable_diffusion(tmp_path / "words")
+    with pytest.raises(ValueError, match="either prompts or class_labels"):
+        record_pipeline(pipe)
+    with pytest.raises(ValueError, match="does not tell its null class"):
+        record_pipeline(pipe, class_labels=[1])
+
+
+def test_negative_prompt_of_the_teacher_is_recorded(tmp_path) -> None:
+    from mixadapters.training.pipelines import record_pipeline
+
+    pipe = stable_diffusion(tmp_path / "words")
+    plain, other = (
+        record_pipeline(pipe, ["a cab"], steps=2, dtype="float32", negative_prompt=negative)
+        for negative in (None, "bad")
+    )
+    assert other.info["negative_prompt"] == "bad"
+    assert not torch.equal(plain[0]["target"], other[0]["target"])
+    assert torch.equal(plain[0]["sample"], other[0]["sample"])
