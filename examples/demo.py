@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_corpus import DemoData, load_demo, load_folder, minilm_path, read_rows
+from demo_corpus import DemoData, load_demo, load_folder, minilm_path
 from peft import LoraConfig, PeftModel, get_peft_model
-from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers import logging as transformers_logging
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from mixadapters import BottleneckConfig, GateUsageCallback, MixDAConfig, StageCallback
-from mixadapters.training.collators import PairCollator, WithGeneralText
-from mixadapters.training.objectives import ContrastiveObjective, PreservationObjective, pool
+from mixadapters.tasks.domains import HELD_OUT, train_domain
+from mixadapters.tasks.models import PooledHead
+from mixadapters.tasks.retention import drift, embed, similarity
+from mixadapters.tasks.sources import read_texts
 
 METHODS = ("head", "lora", "bottleneck", "mixda_untuned", "mixda_one", "mixda")
 
@@ -62,23 +62,6 @@ class Arguments:
     head_rate: float = field(default=3e-2, metadata={"help": "Learning rate of the new head, in all methods."})
     rate: float = field(default=1e-3, metadata={"help": "Learning rate of adapters."})
     check: str | None = field(default=None, metadata={"help": "Only predict with the adapter in this folder."})
-
-
-class SentenceClassifier(nn.Module):
-    """A linear head on the masked mean of an encoder's last states."""
-
-    def __init__(self, path: str, num_labels: int) -> None:
-        super().__init__()
-        self.encoder = AutoModel.from_pretrained(path)
-        self.config = self.encoder.config
-        self.classifier = nn.Linear(self.config.hidden_size, num_labels)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
-        """input_ids, attention_mask (B, T), labels (B,) -> loss and logits (B, C)."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        logits = self.classifier(pool(hidden, attention_mask, "mean"))
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 class TwoRateTrainer(Trainer):
@@ -120,60 +103,41 @@ class Demo:
         args, folder = self.args, self.out / "domains" / name
         set_seed(0)
         model = get_peft_model(AutoModel.from_pretrained(self.path), self.domain_config())
-        texts = self.data.domains[name]
-        general, held_out = self.data.general[:-200], self.data.general[-200:]
-        collator = WithGeneralText(
-            PairCollator(self.tokenizer, max_length=args.max_length), general, self.tokenizer,
-            max_length=args.max_length, batch_size=args.stage1_batch, seed=0,
-        )  # fmt: skip
-        trainer = Trainer(
-            model,
-            self.training_arguments(
-                args.stage1_batch,
-                args.stage1_rate,
-                max_steps=args.stage1_steps,
-                dataloader_drop_last=True,
-                train_sampling_strategy="random",
-            ),
-            # The halves of a text are each other's positive: dropout alone is no task for a trained encoder.
-            train_dataset=[halves(text) for text in texts if len(text.split()) >= 10],
-            data_collator=collator,
-            callbacks=[StageCallback("domain", objectives=[ContrastiveObjective(), PreservationObjective()])],
+        general, held_out = self.data.general[:-HELD_OUT], self.data.general[-HELD_OUT:]
+        before, stsb = self.embed(model, held_out), self.similarity(model)
+        arguments = self.training_arguments(
+            args.stage1_batch,
+            args.stage1_rate,
+            max_steps=args.stage1_steps,
+            dataloader_drop_last=True,
+            train_sampling_strategy="random",
         )
-        before, similarity = self.embed(model, held_out), self.similarity(model)
-        trainer.train()
+        train_domain(model, self.tokenizer, self.data.domains[name], general, arguments, args.max_length)
         after = self.embed(model, held_out)
         model.save_pretrained(folder)
-        drift = 1 - nn.functional.cosine_similarity(before, after).mean().item()
-        measure = {"drift_on_general_text": drift}
-        if similarity is not None:
-            measure |= {"stsb_before": similarity, "stsb_after": self.similarity(model)}
+        measure = {"drift_on_general_text": drift(before, after)}
+        if stsb is not None:
+            measure |= {"stsb_before": stsb, "stsb_after": self.similarity(model)}
         return measure
 
     def similarity(self, encoder: nn.Module) -> float | None:
         """Spearman correlation with the scores of 500 sentence pairs of STS-B, where `data_dir` has them."""
         if self.args.data_dir is None:
             return None
-        rows = read_rows(Path(self.args.data_dir), "glue/stsb/dev", "sentence1", "sentence2", "score")[:500]
-        first, second = (self.embed(encoder, [row[i] for row in rows]) for i in (0, 1))
-        cosine = nn.functional.cosine_similarity(first, second)
-        return float(spearmanr(cosine, [float(row[2]) for row in rows]).statistic)
+        rows = read_texts(Path(self.args.data_dir), "glue/stsb/dev", "sentence1", "sentence2", "score")[:500]
+        return similarity(encoder, self.tokenizer, rows, self.args.max_length)
 
     def embed(self, model: nn.Module, texts: list[str]) -> Tensor:
-        """(N, d) masked means of the last hidden states."""
-        model.eval()
-        rows = []
-        with torch.no_grad():
-            for start in range(0, len(texts), 64):
-                batch = self.tokenize(texts[start : start + 64])
-                rows.append(pool(model(**batch).last_hidden_state, batch["attention_mask"], "mean"))
-        return torch.cat(rows)
+        return embed(model, self.tokenizer, texts, self.args.max_length)
 
     # --- stage 2: labels ------------------------------------------------------------------------------------------
 
+    def classifier(self) -> PooledHead:
+        return PooledHead(AutoModel.from_pretrained(self.path), len(self.data.labels))
+
     def build(self, method: str, domains: dict[str, str]) -> nn.Module:
         """The classifier with the adapters of `method`, sized to the budget."""
-        base = SentenceClassifier(self.path, len(self.data.labels))
+        base = self.classifier()
         if method == "head":
             return base.requires_grad_(False).train()
         shared = {"layers_to_transform": self.upper, "modules_to_save": ["classifier"]}
@@ -334,7 +298,7 @@ class Demo:
         return subprocess.run(command, check=False).returncode == 0
 
     def check(self, folder: Path) -> None:
-        model = PeftModel.from_pretrained(SentenceClassifier(self.path, len(self.data.labels)), folder)
+        model = PeftModel.from_pretrained(self.classifier(), folder)
         found = self.predict(model, [text for text, _ in self.data.test[: self.args.test_rows]])
         expected = json.loads((folder / "expected.json").read_text())
         raise SystemExit(0 if found.tolist() == expected else 1)
@@ -363,12 +327,6 @@ def spread(values: list[float], sign: str = "", digits: int = 3) -> str:
     """Mean and standard deviation."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):{sign}.{digits}f} ± {deviation:.{digits}f}"
-
-
-def halves(text: str) -> dict[str, str]:
-    words = text.split()
-    middle = len(words) // 2
-    return {"text": " ".join(words[:middle]), "positive": " ".join(words[middle:])}
 
 
 def plot_gates(history: list[dict[str, Any]], path: Path) -> None:

@@ -20,9 +20,7 @@ overlap with dev or test.
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import json
 import platform
 import random
 import re
@@ -31,7 +29,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_text import file_sentences, key, package_prose, reference_sentences, runs, source_files, unique
+from demo_text import file_sentences, package_prose, reference_sentences, runs, source_files
+
+from mixadapters.tasks import TASKS
+from mixadapters.tasks.domains import GENERAL, UNLABELLED, domains_for, general, key, split_text, unique, unlabelled
+from mixadapters.tasks.sources import read_texts
 
 Row = tuple[str, int]  # text, index of its label
 
@@ -203,96 +205,35 @@ def load_demo(seed: int = 13) -> DemoData:
 
 # --- Published tasks in a folder ------------------------------------------------------------------------------------
 
-# Task -> its folders, and the domain of its text.
-TASKS = {
-    "chemprot": ("dapt/chemprot", "biomed"),
-    "rct_like": ("dapt/rct_like", "biomed"),
-    "csabstruct": ("dapt/csabstruct", "papers"),
-    "citation_intent_aclarc": ("dapt/citation_intent_aclarc", "papers"),
-    "imdb": ("reviews/imdb", "reviews"),
-    "amazon_helpfulness": ("reviews/amazon_helpfulness", "reviews"),
-    "reviews": (" ".join(f"reviews/blitzer/{d}" for d in ("books", "dvd", "electronics", "kitchen")), "reviews"),
-}
-# Computer science has no unlabelled file of its own: the training texts of its two tasks serve, without their labels.
-UNLABELLED = {
-    "biomed": "unlabelled/biomed_sentences",
-    "reviews": "unlabelled/imdb_unsup unlabelled/amazon_reviews",
-    "papers": "dapt/csabstruct/train dapt/citation_intent_aclarc/train",
-}
-GENERAL = {"glue/mnli/train": "premise", "glue/qnli/train": "sentence"}  # ten genres of English; Wikipedia
-UNLABELLED_SIZE = 40_000  # sentences of a domain at most
-
-
-def split_text(text: str) -> Iterator[str]:
-    """Split a text into its sentences, and those of over 60 words into parts; drop what has under 5 words."""
-    for sentence in re.split(r"(?<=[.!?])\s+", text):
-        w = sentence.split()
-        yield from (" ".join(w[i : i + 60]) for i in range(0, len(w), 60) if len(w) - i >= 5)
-
-
-def read_rows(folder: Path, name: str, *fields: str) -> list[tuple[str, ...]]:
-    """Return the `fields` of each row of `folder/name*.jsonl` or `.jsonl.gz`, as text without line breaks.
-
-    Raises:
-        ValueError: no such file, or it is empty or unreadable; or a row is no JSON object or lacks a field. The
-            message names file, row and field.
-    """
-    files = sorted([*folder.glob(f"{name}*.jsonl"), *folder.glob(f"{name}*.jsonl.gz")])
-    if not files:
-        raise ValueError(f"--data-dir {folder} has no file {name}*.jsonl or {name}*.jsonl.gz")
-    rows = []
-    for file in files:
-        try:
-            with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as opened:
-                lines = list(opened)
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} cannot be read as UTF-8 text: {error}") from error
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{file}, row {number}: not JSON ({error})") from None
-            values = [row.get(f) if isinstance(row, dict) else None for f in fields]
-            for field, value in zip(fields, values, strict=True):
-                if not isinstance(value, str | int | float) or not str(value).strip():
-                    raise ValueError(f"{file}, row {number}: field {field!r} must be text, got {value!r}")
-            rows.append(tuple(" ".join(re.sub(r"<br ?/?>", " ", str(v)).split()) for v in values))
-    if not rows:
-        raise ValueError(f"{files[0]} has no rows")
-    return rows
+PUBLISHED = [name for name, task in TASKS.items() if task.columns == ("text",) and task.domain]
 
 
 def load_folder(data_dir: str | Path, task: str, seed: int = 13) -> DemoData:
     """Read a published task, its domain, one other domain and general English from a folder of JSON lines.
 
-    Labelled files are `<folder of the task>/{train,dev,test}*.jsonl[.gz]` with `text` and `label`; `TASKS`,
-    `UNLABELLED` and `GENERAL` list the rest. Unlabelled text is cut into sentences, and those of dev and test dropped.
+    `mixadapters.tasks` has the layout of the folder. Unlabelled text is cut into sentences, and those of dev and test
+    dropped.
 
     Raises:
         ValueError: unknown task, missing file, or a faulty row.
     """
-    if task not in TASKS:
-        raise ValueError(f"--task {task!r} is unknown: choose one of {', '.join(TASKS)}")
-    folder, rng = Path(data_dir), random.Random(seed)
-    folders, own = TASKS[task]
-    raw = {s: [r for f in folders.split() for r in read_rows(folder, f"{f}/{s}", "text", "label")] for s in SIZES}
+    if task not in PUBLISHED:
+        raise ValueError(f"--task {task!r} is unknown: choose one of {', '.join(PUBLISHED)}")
+    folder, rng, definition = Path(data_dir), random.Random(seed), TASKS[task]
+    raw = {split: read_texts(folder, definition.local[split], "text", "label") for split in SIZES}
     labels = sorted({label for rows in raw.values() for _, label in rows})
     sources = {f"{task}/{split}": f"{len(rows)} rows" for split, rows in raw.items()}
     unseen = {key(s) for split in ("dev", "test") for text, _ in raw[split] for s in split_text(text)}
     domains = {}
-    for domain in (own, "reviews" if own == "biomed" else "biomed"):
-        found = [text for name in UNLABELLED[domain].split() for (text,) in read_rows(folder, name, "text")]
-        cut = [s for s in unique(s for text in found for s in split_text(text)) if key(s) not in unseen]
-        chosen = sorted(rng.sample(range(len(cut)), min(len(cut), UNLABELLED_SIZE)))
-        domains[domain] = [cut[i] for i in chosen]  # neighbours stay neighbours
-        sources[domain] = f"{len(found)} rows of {UNLABELLED[domain]}"
-    general = unique(s for n, f in GENERAL.items() for (text,) in read_rows(folder, n, f) for s in split_text(text))
-    rng.shuffle(general)
+    for domain in domains_for(definition.domain):
+        domains[domain], count = unlabelled(folder, domain, unseen, rng)
+        sources[domain] = f"{count} rows of {UNLABELLED[domain]}"
+    general_text = general(folder, rng)
     return DemoData(
         domains=domains,
-        general=general,
+        general=general_text,
         **{split: [(text, labels.index(label)) for text, label in rows] for split, rows in raw.items()},
         labels=labels,
         description=f"{task}: {len(labels)} labels, split as published",
-        sources={**sources, "general": f"{len(general)} sentences of {' '.join(GENERAL)}"},
+        sources={**sources, "general": f"{len(general_text)} sentences of {' '.join(GENERAL)}"},
     )

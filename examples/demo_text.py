@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from mixadapters.tasks.domains import key, unique
+
 OVERLAP = 8  # words in a row that two texts may not share across splits
 
 HEADING = re.compile(r"(\w[^\n]{0,60})\n\s*([-=~^*#])\2{2,}\s*(?:\n|$)")
@@ -147,18 +149,6 @@ def package_prose(packages: list[str]) -> tuple[list[str], dict[str, str]]:
             if (licence and file.suffix in ("", ".txt", ".md")) or "/datasets/descr/" in file.as_posix():
                 texts.append(Path(str(file.locate())).read_text(encoding="utf-8", errors="replace"))
     return unique(s for text in texts for s in sentences(text, indented=True)), versions
-
-
-def key(text: str) -> str:
-    """Return `text` without letter case, digits and punctuation."""
-    return " ".join(re.findall(r"[a-z]+", text.lower()))
-
-
-def unique(texts: Iterable[str]) -> list[str]:
-    first: dict[str, str] = {}
-    for text in texts:
-        first.setdefault(key(text), text)
-    return list(first.values())
 
 
 def runs(text: str) -> set[str]:

@@ -1,0 +1,103 @@
+"""`python -m mixadapters.tasks list | run | table | shots | kilt`: see docs/tasks.md, or `run --help`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mixadapters.tasks.registry import TASKS, get_task
+
+USAGE = """usage: python -m mixadapters.tasks COMMAND ...
+
+  list                          the tasks
+  run --tasks NAME ... --model MODEL --data-dir DATA ...
+                                train and evaluate (--help for all arguments)
+  table FOLDER [--reference METHOD] [--latex] [--plot FILE.png]
+                                a table from results
+  shots --data-dir DATA TASK ...
+                                write a few-shot index file of a task into the current folder
+  kilt GOLD GUESS               KILT's measures of a file of predictions"""
+
+
+def show_list(arguments: list[str]) -> int:
+    for task in TASKS.values():
+        source = [n for n, there in (("hub", "path" in task.hub), ("local", task.local)) if there]
+        labels = f"{len(task.labels)} labels" if task.labels else ""
+        print(f"{task.name:>20}  {task.family:8} {task.kind:15}{labels:10} {task.metrics[0]:12} {', '.join(source)}")
+    return 0
+
+
+def run(arguments: list[str]) -> int:
+    from transformers import HfArgumentParser
+    from transformers import logging as transformers_logging
+
+    from mixadapters.tasks.arguments import RunArguments, TrainArguments
+    from mixadapters.tasks.runner import Runner
+
+    args, training = HfArgumentParser([RunArguments, TrainArguments]).parse_args_into_dataclasses(arguments)
+    if not sys.stderr.isatty():
+        transformers_logging.set_verbosity_error()
+        training.disable_tqdm = True
+    return 1 if Runner(args, training).main() else 0
+
+
+def table(arguments: list[str]) -> int:
+    import argparse
+
+    from mixadapters.tasks import report
+
+    parser = argparse.ArgumentParser("python -m mixadapters.tasks table")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--reference", default="bottleneck", help="the method that others are compared with")
+    parser.add_argument("--latex", action="store_true")
+    parser.add_argument("--plot", type=Path, help="write a figure to this file")
+    args = parser.parse_args(arguments)
+    found = report.tables(report.read_results(args.folder), args.reference)
+    print("\n\n".join(map(report.latex if args.latex else report.markdown, found)))
+    if args.plot:
+        report.plot(found, args.plot)
+    return 0
+
+
+def shots(arguments: list[str]) -> int:
+    import argparse
+
+    from mixadapters.tasks.protocols import publish
+    from mixadapters.tasks.sources import read_task
+
+    parser = argparse.ArgumentParser("python -m mixadapters.tasks shots")
+    parser.add_argument("tasks", nargs="+")
+    parser.add_argument("--data-dir", type=Path)
+    args = parser.parse_args(arguments)
+    for task in map(get_task, args.tasks):
+        print(publish(task, read_task(task, args.data_dir), Path()))
+    return 0
+
+
+def kilt(arguments: list[str]) -> int:
+    from mixadapters.tasks.kilt import score_file
+
+    if len(arguments) != 2:
+        raise ValueError("kilt takes two files, GOLD and GUESS")
+    for name, value in score_file(*arguments).items():
+        print(f"{name:>16} {value:.4f}")
+    return 0
+
+
+COMMANDS = {"list": show_list, "run": run, "table": table, "shots": shots, "kilt": kilt}
+
+
+def main(argv: list[str] | None = None) -> int:
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
+    if command not in COMMANDS:
+        print(USAGE, file=sys.stderr)
+        return 0 if command in ("-h", "--help") else 2
+    try:
+        return COMMANDS[command](arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

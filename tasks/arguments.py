@@ -1,0 +1,101 @@
+"""What a run is told: arguments of its own, and transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments
+
+from mixadapters.tasks.methods import UNTRAINED, Method
+from mixadapters.tasks.registry import TASKS, get_task
+
+# TrainingArguments that change no result, by their beginnings; of the rest, what is set decides a run's hash.
+HARMLESS = (
+    "accelerator_config", "data_seed", "dataloader", "ddp_", "disable_tqdm", "do_", "eval", "generation", "hub",
+    "learning_rate", "local_rank", "log", "output_dir", "per_device_eval", "predict_with_generate", "project",
+    "push_to_hub", "remove_unused", "report_to", "restore", "run_name", "save", "seed", "skip_memory", "trackio",
+    "use_cpu",
+)  # fmt: skip
+
+
+@dataclass
+class RunArguments:
+    """What to run. TrainingArguments of transformers follow on the same command line."""
+
+    tasks: list[str] = field(metadata={"help": "Names from `list`, or `all`."})
+    model: str | None = field(default=None, metadata={"help": "Pretrained model: folder or hub id."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of JSON lines; without it, the hub."})
+    out: str = field(default="runs/tasks", metadata={"help": "Where results go."})
+    methods: list[str] = field(
+        default_factory=lambda: ["majority", "tfidf", "probe", "lora", "bottleneck", "mixda"],
+        metadata={"help": "Rows of the table; a path ending in .json is the config of any PEFT type."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    shots: int | None = field(default=None, metadata={"help": "Rows per class for train and for dev. Default: all."})
+    shots_from: str = field(default="published", metadata={"help": "Few-shot index files, 'published', or 'rule'."})
+    dev_rows: int = field(default=1000, metadata={"help": "At most so many dev rows (full data)."})
+    test_rows: int | None = field(default=None, metadata={"help": "At most so many test rows, the same in all runs."})
+    max_length: int = 128
+    pooling: str = field(default="mean", metadata={"help": "Of an encoder's states for the head: mean or first."})
+    parameters: int = field(default=40_000, metadata={"help": "Trainable parameters of an adapter, head aside."})
+    layers: int | None = field(default=None, metadata={"help": "Adapters in so many upper layers. Default: all."})
+    rates: list[float] = field(
+        default_factory=lambda: [1e-3], metadata={"help": "Adapter rates; of several, the best on dev."}
+    )
+    full_rates: list[float] = field(default_factory=lambda: [5e-5], metadata={"help": "The same for full tuning."})
+    head_rate: float = field(default=1e-2, metadata={"help": "Learning rate of a new head."})
+    domains: list[str] = field(
+        default_factory=list, metadata={"help": "name=folder of trained domain adapters. Default: train them."}
+    )
+    stage1_steps: int = field(default=60, metadata={"help": "Steps per domain on unlabelled text."})
+    stage1_batch: int = 32
+    stage1_rate: float = 5e-4
+    max_new_tokens: int = field(default=16, metadata={"help": "Of generated answers."})
+    retention: bool = field(default=True, metadata={"help": "Measure what happened to general text."})
+    keep_going: bool = field(default=False, metadata={"help": "Report a run that fails and go on."})
+    dry_run: bool = field(default=False, metadata={"help": "Only say what would run, how large it is and how long."})
+
+    def __post_init__(self) -> None:
+        if self.tasks == ["all"]:
+            self.tasks = list(TASKS)
+        for name in self.tasks:
+            get_task(name)
+        for name in self.methods:
+            Method(name, self.parameters, self.layers, {})
+        if self.model is None and set(self.methods) - set(UNTRAINED):
+            raise ValueError("model=None: pass --model, a folder or a hub id")
+        if self.shots_from not in ("published", "rule"):
+            raise ValueError(f"shots_from={self.shots_from!r} must be 'published' or 'rule'")
+        for given in self.domains:
+            if "=" not in given:
+                raise ValueError(f"domains={given!r} must be name=folder")
+        for name in ("rates", "full_rates"):
+            values = getattr(self, name)
+            if not values or min(values) <= 0:
+                raise ValueError(f"{name}={values} must be one or more positive learning rates")
+
+
+@dataclass
+class TrainArguments(Seq2SeqTrainingArguments):
+    """TrainingArguments with defaults for few-shot runs. For full data: --max_steps -1 --num_train_epochs 3.
+
+    Each run sets its own `output_dir`, `seed` and `learning_rate`.
+    """
+
+    max_steps: int = 100
+    per_device_train_batch_size: int = 16
+    per_device_eval_batch_size: int = 64
+    warmup_steps: float = 0.06
+    weight_decay: float = 0.01
+    save_strategy: str = "no"
+    report_to: str = "none"
+    remove_unused_columns: bool = False
+    logging_steps: float = 20
+    dataloader_pin_memory: bool = False
+
+    def changes(self) -> dict[str, Any]:
+        """The arguments that may change a result and are not transformers' defaults."""
+        usual = Seq2SeqTrainingArguments("unused")
+        names = [f.name for f in fields(Seq2SeqTrainingArguments) if not f.name.startswith(HARMLESS)]
+        return {n: str(v) for n in names if (v := getattr(self, n)) != getattr(usual, n)}

@@ -1,0 +1,115 @@
+"""Stage 1 of domain adapters: unlabelled text of a domain, general English beside it, and the training on both."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from mixadapters.core.context import Objective
+from mixadapters.tasks.sources import read_texts
+from mixadapters.training.callbacks import StageCallback
+from mixadapters.training.collators import PairCollator, WithGeneralText
+from mixadapters.training.objectives import ContrastiveObjective, PreservationObjective
+
+# Computer science has no unlabelled file of its own: the training texts of its two tasks serve, without their labels.
+UNLABELLED = {
+    "biomed": "unlabelled/biomed_sentences",
+    "reviews": "unlabelled/imdb_unsup unlabelled/amazon_reviews",
+    "papers": "dapt/csabstruct/train dapt/citation_intent_aclarc/train",
+}
+GENERAL = {"glue/mnli/train": "premise", "glue/qnli/train": "sentence"}  # ten genres of English; Wikipedia
+HELD_OUT = 200  # general texts that stage 1 does not see
+SIZE = 40_000  # sentences of a domain at most
+
+
+def key(text: str) -> str:
+    """`text` without letter case, digits and punctuation."""
+    return " ".join(re.findall(r"[a-z]+", text.lower()))
+
+
+def unique(texts: Iterable[str]) -> list[str]:
+    """The texts with different keys, the first of each."""
+    first: dict[str, str] = {}
+    for text in texts:
+        first.setdefault(key(text), text)
+    return list(first.values())
+
+
+def split_text(text: str) -> Iterator[str]:
+    """Split a text into its sentences, and those of over 60 words into parts; drop what has under 5 words."""
+    for sentence in re.split(r"(?<=[.!?])\s+", text):
+        w = sentence.split()
+        yield from (" ".join(w[i : i + 60]) for i in range(0, len(w), 60) if len(w) - i >= 5)
+
+
+def domains_for(domain: str) -> tuple[str, str]:
+    """The domain of a task and one that is foreign to it."""
+    if domain not in UNLABELLED:
+        raise ValueError(f"domain {domain!r} has no unlabelled text; have {', '.join(UNLABELLED)}")
+    return domain, "reviews" if domain == "biomed" else "biomed"
+
+
+def unlabelled(folder: Path, domain: str, unseen: Collection[str], rng: random.Random) -> tuple[list[str], int]:
+    """At most SIZE sentences of a domain in the order of their documents, and the number of documents.
+
+    Args:
+        unseen: keys of sentences to leave out, those of dev and test.
+    """
+    found = [text for (text,) in read_texts(folder, UNLABELLED[domain], "text")]
+    cut = [s for s in unique(s for text in found for s in split_text(text)) if key(s) not in unseen]
+    chosen = sorted(rng.sample(range(len(cut)), min(len(cut), SIZE)))
+    return [cut[i] for i in chosen], len(found)  # neighbours stay neighbours
+
+
+def general(folder: Path, rng: random.Random) -> list[str]:
+    """Sentences of general English, in random order; the last HELD_OUT are for measuring."""
+    texts = unique(s for n, f in GENERAL.items() for (text,) in read_texts(folder, n, f) for s in split_text(text))
+    rng.shuffle(texts)
+    return texts
+
+
+def halves(text: str) -> dict[str, str]:
+    words = text.split()
+    middle = len(words) // 2
+    return {"text": " ".join(words[:middle]), "positive": " ".join(words[middle:])}
+
+
+def train_domain(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    general: Sequence[str],
+    arguments: TrainingArguments,
+    max_length: int,
+    generates: bool = False,
+) -> None:
+    """Train the domain adapter in `model` on a domain's texts, and hold it to leave general text as it is.
+
+    The knowledge loss is contrastive between the halves of a text (dropout alone is no task for a trained encoder), or
+    of the next token where the model `generates`.
+    """
+    objectives: list[Objective] = [PreservationObjective()]
+    rows: list[dict[str, Any]]
+    if generates:
+        rows = [{"input_ids": tokenizer(t, truncation=True, max_length=max_length)["input_ids"]} for t in texts]
+        collator: Any = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    else:
+        rows = [halves(text) for text in texts if len(text.split()) >= 10]
+        collator = PairCollator(tokenizer, max_length=max_length)
+        objectives.insert(0, ContrastiveObjective())
+    Trainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        data_collator=WithGeneralText(
+            collator, general, tokenizer, max_length=max_length,
+            batch_size=arguments.per_device_train_batch_size, seed=0,
+        ),
+        callbacks=[StageCallback("domain", objectives=objectives)],
+    ).train()  # fmt: skip

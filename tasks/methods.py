@@ -1,0 +1,126 @@
+"""What trains: a linear probe, everything, or an adapter whose width is chosen so that trainable sizes are equal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, get_peft_config, get_peft_model
+from torch import nn
+from transformers import TrainerCallback
+
+from mixadapters.core.config import MixtureConfig
+from mixadapters.core.registry import nearest
+from mixadapters.tasks.models import Base, LikelihoodRanker
+from mixadapters.training.callbacks import StageCallback
+from mixadapters.tuners.bottleneck.config import BottleneckConfig
+from mixadapters.tuners.mixda.config import MixDAConfig
+
+UNTRAINED = ("majority", "tfidf")  # no model at all; see baselines
+METHODS = (*UNTRAINED, "frozen", "probe", "full", "lora", "bottleneck", "mixda_untuned", "mixda")
+HEAD = "classifier"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of a comparison.
+
+    Args:
+        name: one of METHODS, or the path of a JSON file with the config of any PEFT type.
+        parameters: trainable parameters besides the head, for adapters that this module sizes.
+        layers: adapters sit in so many of the upper layers; None: in all.
+        domains: name -> folder of a trained domain adapter, for MixDA.
+    """
+
+    name: str
+    parameters: int
+    layers: int | None
+    domains: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if self.name not in METHODS and not self.name.endswith(".json"):
+            raise ValueError(
+                f"method {self.name!r} is unknown; choose from {', '.join(METHODS)}, or give a config's .json file."
+                f"{nearest(self.name, METHODS)}"
+            )
+
+    def build(self, base: Base) -> tuple[nn.Module, list[TrainerCallback], dict[str, Any]]:
+        """The model to train, its callbacks, and the adapter's settings (with the rank found, where one was)."""
+        if base.form != "head" and self.name == "probe":
+            raise ValueError("method 'probe' trains a head, and a decoder has none; take 'frozen' (zero-shot)")
+        if base.form == "head" and self.name == "frozen":
+            raise ValueError("method 'frozen' with an encoder is a random head; take 'probe'")
+        model = base.load()
+        callbacks: list[TrainerCallback] = []
+        settings: dict[str, Any] = {}
+        if self.name in ("frozen", "probe"):
+            model.requires_grad_(False)
+            if self.name == "probe":
+                model.get_submodule(HEAD).requires_grad_(True)
+        elif self.name != "full":
+            config, settings = self.config(base)
+            model = get_peft_model(model, config)
+            if isinstance(config, MixtureConfig) and "task" in type(config).stages:
+                callbacks.append(StageCallback("task"))
+        return (LikelihoodRanker(model) if base.form == "likelihood" else model), callbacks, settings
+
+    def config(self, base: Base) -> tuple[PeftConfig, dict[str, Any]]:
+        """The adapter's config at the size asked for."""
+        saved = {"modules_to_save": [HEAD]} if base.form == "head" else {"task_type": "CAUSAL_LM"}
+        if base.config.is_encoder_decoder:
+            saved = {"task_type": "SEQ_2_SEQ_LM"}
+        if self.name.endswith(".json"):
+            given = json.loads(Path(self.name).read_text(encoding="utf-8"))
+            return get_peft_config({**saved, **given}), given
+        make = self._maker(base, saved)
+        rank = rank_for(self.parameters, lambda r: make(r, True), base)
+        return make(rank, False), {"rank": rank}
+
+    def _maker(self, base: Base, saved: dict[str, Any]) -> Callable[[int, bool], PeftConfig]:
+        """(rank, only to count) -> config."""
+        depth = base.config.get_text_config().num_hidden_layers
+        upper = list(range(depth - self.layers, depth)) if self.layers else None
+        shared: dict[str, Any] = {**saved, "layers_to_transform": upper}
+        if self.name == "lora":
+            return lambda r, _: LoraConfig(r=r, lora_alpha=2 * r, **shared)
+        if self.name == "bottleneck":
+            return lambda r, _: BottleneckConfig(r=r, activation="relu", **shared)
+        shared["domain_layers"] = domain_layers(depth, self.layers)
+        # Domain adapters are frozen, so that their width does not count: new ones stand for the trained.
+        new = list(self.domains) or ["domain"]
+        untuned = self.name == "mixda_untuned"
+        return lambda r, counted: MixDAConfig(
+            domains=new if counted or untuned else dict(self.domains), task_r=r, **shared
+        )
+
+
+def domain_layers(depth: int, layers: int | None) -> list[int]:
+    """Layers of domain adapters: a third and half of the depth up (the paper), or the lower two that have adapters."""
+    return [depth // 3, depth // 2] if layers is None else list(range(depth - layers, depth))[:2]
+
+
+def trainable(model: nn.Module, head: bool = False) -> int:
+    """Trainable parameters, those of the head or those beside it."""
+    return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and (HEAD in n.split(".")) == head)
+
+
+def rank_for(parameters: int, make: Callable[[int], PeftConfig], base: Base) -> int:
+    """The rank at which an adapter's trainable size is nearest to `parameters`; a size is linear in the rank.
+
+    Raises ValueError: not even rank 1 is as small.
+    """
+
+    def size(rank: int) -> int:
+        model = get_peft_model(base.load(empty=True), make(rank))
+        if isinstance(config := model.peft_config["default"], MixtureConfig) and "task" in type(config).stages:
+            model.base_model.set_stage("task")
+        return trainable(model)
+
+    one, two = size(1), size(2)
+    rank = round((parameters - one) / (two - one)) + 1
+    if rank < 1:
+        raise ValueError(f"parameters={parameters} is too small: with rank 1 there are {one} trainable ones")
+    return rank

@@ -1,0 +1,361 @@
+"""Runs: one for each task, method and seed; each ends in a JSON file named by the hash of all that decides it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PrinterCallback, Seq2SeqTrainer, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from mixadapters.tasks import baselines, domains, retention
+from mixadapters.tasks.arguments import RunArguments, TrainArguments
+from mixadapters.tasks.methods import HEAD, UNTRAINED, Method, domain_layers, trainable
+from mixadapters.tasks.metrics import score
+from mixadapters.tasks.models import Base
+from mixadapters.tasks.protocols import Rows, select
+from mixadapters.tasks.provenance import fingerprint, provenance
+from mixadapters.tasks.registry import TASKS, Task, get_task
+from mixadapters.tasks.sources import Example, read_task, read_texts
+from mixadapters.tuners.bottleneck.config import BottleneckConfig
+
+FORMAT = 1  # of result files
+SETUP = (  # arguments that decide how models train
+    "model", "max_length", "pooling", "parameters", "layers", "rates", "full_rates", "head_rate", "domains",
+    "stage1_steps", "stage1_batch", "stage1_rate", "max_new_tokens",
+)  # fmt: skip
+
+
+class TaskTrainer(Seq2SeqTrainer):
+    """A new head learns at a rate of its own; generated text comes without its prompt."""
+
+    head_rate: float
+    optimizer: Any
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            named = [(n.split("."), p) for n, p in self.model.named_parameters() if p.requires_grad]
+            groups: list[dict[str, Any]] = [
+                {"params": [p for n, p in named if HEAD in n], "lr": self.head_rate},
+                {"params": [p for n, p in named if HEAD not in n]},
+            ]
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = cls([g for g in groups if g["params"]], weight_decay=self.args.weight_decay, **options)
+        return self.optimizer
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss, predicted, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        if self.args.predict_with_generate and not self.model.config.is_encoder_decoder:
+            predicted = predicted[:, inputs["input_ids"].shape[1] :]
+        return loss, predicted, labels
+
+
+class Runner:
+    """All runs of one command, and what they share."""
+
+    def __init__(self, args: RunArguments, training: TrainArguments) -> None:
+        self.args, self.training, self.out = args, training, Path(args.out)
+        self.failed = 0
+        self._folders: dict[str, str] = {}  # domain -> its adapter
+
+    def main(self) -> int:
+        """Every run that has no result yet. Returns how many failed."""
+        for name in self.args.tasks:
+            self._guard(partial(self._task, get_task(name)), name)
+        return self.failed
+
+    def _guard(self, work: Callable[[], None], name: str) -> None:
+        try:
+            work()
+        except Exception as error:
+            if not self.args.keep_going:
+                raise
+            self.failed += 1
+            print(f"{name}: FAILED: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+
+    def _task(self, task: Task) -> None:
+        a, splits = self.args, read_task(task, self.args.data_dir)
+        for seed in a.seeds[:1] if a.dry_run else a.seeds:
+            rows = select(task, splits, seed, a.shots, a.shots_from, a.dev_rows, a.test_rows)
+            for method in a.methods:
+                run = Run(self, task, rows, method, seed)
+                self._guard(run.describe if a.dry_run else run.do, f"{task.name} {method} seed {seed}")
+
+    @cached_property
+    def general(self) -> list[str]:
+        """General English; empty where the folder has none."""
+        try:
+            return domains.general(Path(self.args.data_dir or ""), random.Random(13))
+        except ValueError:
+            return []
+
+    @cached_property
+    def pairs(self) -> list[tuple[str, ...]]:
+        """Pairs of sentences with the scores of their similarity; empty where the folder has none."""
+        try:
+            return read_texts(Path(self.args.data_dir or ""), "glue/stsb/dev", "sentence1", "sentence2", "score")[:150]
+        except ValueError:
+            return []
+
+    @cached_property
+    def unseen(self) -> set[str]:
+        """Keys of all sentences of dev and test of any task in the folder: domain adapters never read them."""
+        found: set[str] = set()
+        for task in TASKS.values():
+            try:
+                splits = read_task(task, self.args.data_dir, ("dev", "test"))
+            except ValueError:  # the folder does not have it
+                continue
+            texts = (t for examples in splits.values() for e in examples for t in e.texts)
+            found.update(domains.key(s) for text in texts for s in domains.split_text(text))
+        return found
+
+    def domains(self, base: Base) -> dict[str, str]:
+        """Folders of the domain adapters of a task, trained unless given or there already."""
+        if self.args.domains:
+            return dict(given.split("=", 1) for given in self.args.domains)
+        if not base.task.domain or not self.general:
+            raise ValueError(
+                f"mixda trains domain adapters on unlabelled text, and task {base.task.name!r} has domain="
+                f"{base.task.domain!r} and {len(self.general)} general texts; pass --domains name=folder, or take "
+                "mixda_untuned"
+            )
+        for name in (names := domains.domains_for(base.task.domain)):
+            if name not in self._folders:
+                self._folders[name] = self._domain(base, name)
+        return {name: self._folders[name] for name in names}
+
+    def _domain(self, base: Base, name: str) -> str:
+        a = self.args
+        texts, _ = domains.unlabelled(Path(str(a.data_dir)), name, self.unseen, random.Random(13))
+        layers = domain_layers(base.config.get_text_config().num_hidden_layers, a.layers)
+        decides = [FORMAT, a.model, layers, a.stage1_steps, a.stage1_batch, a.stage1_rate, a.max_length, texts]
+        folder = self.out / "domains" / f"{name}-{fingerprint(decides)}"
+        if (folder / "adapter_config.json").is_file():
+            return str(folder)
+        set_seed(0)
+        generates = base.form != "head"
+        auto = AutoModelForCausalLM if generates else AutoModel
+        config = BottleneckConfig(
+            placement="parallel", adapter_input="ffn_intermediate", layers_to_transform=layers,
+            task_type="CAUSAL_LM" if generates else None,
+        )  # fmt: skip
+        model = get_peft_model(auto.from_pretrained(base.path, dtype=torch.float32), config)
+        arguments = self.arguments(a.stage1_rate, 0, folder)
+        arguments.max_steps, arguments.per_device_train_batch_size = a.stage1_steps, a.stage1_batch
+        arguments.dataloader_drop_last = True
+        started = time.perf_counter()
+        shown = self.general[: -domains.HELD_OUT]
+        domains.train_domain(model, base.tokenizer, texts, shown, arguments, a.max_length, generates)
+        model.save_pretrained(str(folder))
+        print(f"stage 1, {name}: {a.stage1_steps} steps, {time.perf_counter() - started:.0f} s, {folder}", flush=True)
+        return str(folder)
+
+    def arguments(self, rate: float, seed: int, folder: Path) -> TrainArguments:
+        """TrainingArguments of one training."""
+        arguments = copy.copy(self.training)
+        arguments.learning_rate, arguments.seed, arguments.data_seed = rate, seed, seed
+        arguments.output_dir = str(folder)
+        return arguments
+
+
+class Run:
+    """One task, method and seed."""
+
+    def __init__(self, runner: Runner, task: Task, rows: Rows, method: str, seed: int) -> None:
+        self.runner, self.args, self.task, self.rows = runner, runner.args, task, rows
+        self.method, self.seed = method, seed
+        self.label = f"{task.name:>20} {Path(method).stem:>13}"
+        # What all methods of a table have in common, and how models are trained: nothing for those that train none.
+        self.protocol = {
+            "task": task.name, "shots": self.args.shots, "shots_from": rows.shots_from,
+            "dev_rows": self.args.dev_rows, "test_rows": self.args.test_rows, "test": rows.digests["test"],
+        }  # fmt: skip
+        setup = {**{n: getattr(self.args, n) for n in SETUP}, "training": runner.training.changes()}
+        self.setup: dict[str, Any] = {} if method in UNTRAINED else setup
+        config = Path(method).read_text(encoding="utf-8") if method.endswith(".json") else ""
+        decides = [FORMAT, self.protocol, self.setup, rows.digests, method, config, seed]
+        self.file = runner.out / task.name / f"{Path(method).stem}-s{seed}-{fingerprint(decides)}.json"
+
+    @cached_property
+    def base(self) -> Base:
+        return Base(str(self.args.model), self.task, self.args.pooling, self.args.max_length)
+
+    @property
+    def rates(self) -> list[float]:
+        if self.method in ("frozen", "probe"):
+            return [self.args.head_rate]
+        return self.args.full_rates if self.method == "full" else self.args.rates
+
+    def do(self) -> None:
+        """Run unless there is a result, and write one."""
+        if self.file.is_file():
+            print(f"{self.label} seed {self.seed}: cached, {self.file}", flush=True)
+            return
+        started = time.perf_counter()
+        found = self._baseline() if self.method in UNTRAINED else self._train()
+        gold = [e.target for e in self.rows.test]
+        metrics = score(self.task, found["predictions"], gold)
+        if self.runner.training.process_index:
+            return
+        result = {
+            "format": FORMAT, "task": self.task.name, "method": Path(self.method).stem, "seed": self.seed,
+            "protocol": self.protocol, "setup": self.setup, "metrics": metrics,
+            "rows": {split: len(getattr(self.rows, split)) for split in self.rows.digests},
+            "digests": self.rows.digests, "left_out_for_standing_in_test": self.rows.leaked, **found, "gold": gold,
+            "seconds": round(time.perf_counter() - started, 1), **provenance(),
+        }  # fmt: skip
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        written = self.file.with_suffix(".partial")
+        written.write_text(json.dumps(result), encoding="utf-8")
+        written.replace(self.file)  # whole or not at all
+        name, value = next(iter(metrics.items()))
+        print(f"{self.label} seed {self.seed}: {name} {value:.3f}, {found['trainable_parameters']:,} parameters, "
+              f"{result['seconds']:.0f} s", flush=True)  # fmt: skip
+
+    def _baseline(self) -> dict[str, Any]:
+        # The most frequent class is that of all of train, also where few rows of each are drawn.
+        train = self.rows.train if self.method == "tfidf" else self.rows.known
+        predictions = baselines.predict(self.method, self.task, train, self.rows.test)
+        return {"predictions": predictions, "trainable_parameters": 0, "head_parameters": 0}
+
+    def _train(self) -> dict[str, Any]:
+        """Train with each rate, keep the best on dev, and only that one meets test."""
+        known = self.runner.domains(self.base) if self.method == "mixda" else {}
+        method = Method(self.method, self.args.parameters, self.args.layers, known)
+        best: tuple[float, TaskTrainer, dict[str, Any]] | None = None
+        candidates = []
+        for rate in self.rates:
+            trainer, settings = self._trainer(method, rate)
+            folder = Path(trainer.args.output_dir)
+            if self.method != "frozen":
+                trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+            value = 0.0
+            if len(self.rates) > 1:
+                gold = [e.target for e in self.rows.dev]
+                value = next(iter(score(self.task, self._predict(trainer, self.rows.dev), gold).values()))
+                candidates.append({"rate": rate, "dev": value})
+            if best is None or value > best[0]:
+                best = value, trainer, {**settings, "rate": rate}
+        assert best is not None
+        _, trainer, settings = best
+        return {
+            "predictions": self._predict(trainer, self.rows.test),
+            "trainable_parameters": trainable(trainer.model),
+            "head_parameters": trainable(trainer.model, head=True),
+            "settings": settings,
+            "candidates": candidates,
+            "retention": self._retention(trainer.model),
+        }
+
+    def _trainer(self, method: Method, rate: float) -> tuple[TaskTrainer, dict[str, Any]]:
+        set_seed(self.seed)
+        model, callbacks, settings = method.build(self.base)
+        folder = self.runner.out / "trainer" / f"{self.file.stem}-{rate:g}"
+        arguments = self.runner.arguments(rate, self.seed, folder)
+        arguments.predict_with_generate = self.base.form == "generate"
+        trainer = TaskTrainer(
+            model, arguments, train_dataset=self.base.features(self.rows.train, training=True),
+            data_collator=self.base.collate, callbacks=callbacks,
+        )  # fmt: skip
+        trainer.head_rate = self.args.head_rate
+        trainer.remove_callback(PrinterCallback)  # a run is one line
+        return trainer, settings
+
+    def _predict(self, trainer: TaskTrainer, examples: Sequence[Example]) -> list[Any]:
+        """Predictions in the order of `examples`; they go through the model sorted by length."""
+        order = sorted(range(len(examples)), key=lambda i: -len(examples[i].key))
+        features = self.base.features([examples[i] for i in order], training=False)
+        options: dict[str, Any] = {}
+        if self.base.form == "generate":
+            options = {"max_new_tokens": self.args.max_new_tokens, "do_sample": False, "num_beams": 1}
+        read = self._read(trainer.predict(features, **options).predictions)
+        found = dict(zip(order, read, strict=True))
+        return [found[i] for i in range(len(examples))]
+
+    def _read(self, output: Any) -> list[Any]:
+        """Predictions out of logits or of generated ids."""
+        if self.base.form == "generate":
+            ids = np.where(output < 0, self.base.tokenizer.pad_token_id, output)
+            texts = self.base.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            return [next(iter(t.strip().splitlines()), "").strip() for t in texts]
+        if self.task.kind == "regression":
+            low, high = self.task.bounds
+            return (low + (high - low) * output.reshape(-1).astype(float)).tolist()
+        return output.argmax(-1).tolist()
+
+    def _retention(self, model: nn.Module) -> dict[str, float] | None:
+        """How far general text moved, and the similarity that an encoder still sees; a decoder's loss on it."""
+        if not self.args.retention or not self.runner.general or self.base.config.is_encoder_decoder:
+            return None
+        texts, tokenizer, length = self.runner.general[-domains.HELD_OUT :], self.base.tokenizer, self.args.max_length
+        before = untouched(self.base.path, self.base.form, length, tuple(texts))
+        if self.base.form != "head":
+            lm = getattr(model, "lm", model)
+            return {"token loss": retention.token_loss(lm, tokenizer, texts, length), "untouched": before}
+        found = {"drift": retention.drift(before, retention.embed(model.encoder, tokenizer, texts, length))}
+        if self.runner.pairs:
+            found["STS-B"] = retention.similarity(model.encoder, tokenizer, self.runner.pairs, length)
+        return found
+
+    def describe(self) -> None:
+        """What would train, on how much, and how long that takes here: one step and one batch are timed."""
+        sizes = ", ".join(f"{len(getattr(self.rows, split))} {split}" for split in self.rows.digests)
+        if self.method in UNTRAINED:
+            print(f"{self.label}: {sizes} rows", flush=True)
+            return
+        # Domain adapters that are still to be trained are stood for by new ones.
+        new = dict.fromkeys(domains.domains_for(self.task.domain) if self.task.domain else ["domain"], "")
+        name = "mixda_untuned" if self.method == "mixda" else self.method
+        trainer, settings = self._trainer(Method(name, self.args.parameters, self.args.layers, new), self.rates[0])
+        model, args = trainer.model, trainer.args
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        per_epoch = -(-len(self.rows.train) // (args.train_batch_size * args.gradient_accumulation_steps))
+        steps = (args.max_steps if args.max_steps > 0 else per_epoch * args.num_train_epochs) if names else 0
+        part = self.rows.test[: args.eval_batch_size]
+        time_each = seconds(lambda: self._predict(trainer, part)) * len(self.rows.test) / len(part)
+        if steps:
+            batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+            step = seconds(lambda: trainer.model.train()(**batch).loss.backward())
+            time_each += step * steps * args.gradient_accumulation_steps
+        runs = len(self.args.seeds) * len(self.rates)
+        head, whole = trainable(model, head=True), sum(p.numel() for p in model.parameters())
+        print(f"{self.label}: {sizes} rows; trains {trainable(model):,} parameters and {head:,} of a head, of "
+              f"{whole:,}; {settings}; {steps:.0f} steps; {runs} x about {time_each:.0f} s",
+              *briefly(names), sep="\n" + " " * 36, flush=True)  # fmt: skip
+
+
+@cache
+def untouched(path: str, form: str, max_length: int, texts: tuple[str, ...]) -> Any:
+    """The pretrained model's embeddings of general text, or its loss on it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if form == "head":
+        return retention.embed(AutoModel.from_pretrained(path), tokenizer, texts, max_length)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return retention.token_loss(AutoModelForCausalLM.from_pretrained(path), tokenizer, texts, max_length)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Seconds that `work` takes when it runs for the second time."""
+    work()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def briefly(names: Sequence[str]) -> list[str]:
+    """Parameter names with layer numbers as `*`, each once."""
+    return list(dict.fromkeys(".".join("*" if p.isdigit() else p for p in n.split(".")) for n in names))

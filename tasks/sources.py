@@ -1,0 +1,167 @@
+"""Rows of a task in one form, from the hub or from JSON lines in a folder; errors name file, row and field."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixadapters.tasks.registry import SPLITS, Task
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row: its texts, what is right, and the answers to choose from where it has any.
+
+    `target` is the number of a label or of a choice, a score, or the accepted answers.
+    """
+
+    texts: tuple[str, ...]
+    target: Any
+    choices: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The row's input as one string: equal keys are equal inputs."""
+        return "\x1f".join([*self.texts, *self.choices])
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """Fingerprint of rows with their targets, in order."""
+    state = hashlib.sha256()
+    for example in examples:
+        state.update(f"{example.key}\x1e{example.target}\x1d".encode())
+    return state.hexdigest()[:16]
+
+
+def plain(value: object) -> str:
+    """Text without line breaks, HTML's among them."""
+    return " ".join(re.sub(r"<br ?/?>", " ", str(value)).split())
+
+
+def json_lines(folder: Path, names: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("file, row n", row) of `folder/<name>*.jsonl` and `.jsonl.gz`, for each of the names, split by spaces.
+
+    Raises:
+        ValueError: no such file, or it is empty, unreadable, or has a row that is no JSON object.
+    """
+    for name in names.split():
+        files = sorted([*folder.glob(f"{name}*.jsonl"), *folder.glob(f"{name}*.jsonl.gz")])
+        if not files:
+            raise ValueError(f"--data-dir {folder} has no file {name}*.jsonl or {name}*.jsonl.gz")
+        for file in files:
+            try:
+                with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as opened:
+                    lines = list(opened)
+            except (OSError, EOFError, UnicodeDecodeError) as error:
+                raise ValueError(f"{file} cannot be read as UTF-8 text: {error}") from error
+            if not lines:
+                raise ValueError(f"{file} has no rows")
+            for number, line in enumerate(lines, start=1):
+                where = f"{file}, row {number}"
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{where}: not JSON ({error})") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{where}: must be an object with named fields, got {line.strip()[:40]}")
+                yield where, row
+
+
+def read_texts(folder: Path, names: str, *fields: str) -> list[tuple[str, ...]]:
+    """The `fields` of each row as plain text. Raises ValueError as `json_lines` does, and for a field without text."""
+    return [tuple(_text(row, f, where) for f in fields) for where, row in json_lines(folder, names)]
+
+
+def read_task(task: Task, data_dir: str | Path | None, splits: Collection[str] = SPLITS) -> dict[str, list[Example]]:
+    """The task's rows by split, from `data_dir` or, without one, from the hub.
+
+    Raises:
+        ValueError: the task has no such source; a missing file or split; a row with a missing or faulty field.
+    """
+    if not data_dir and "path" not in task.hub:
+        raise ValueError(f"task {task.name!r} has no source on the hub; pass --data-dir with {dict(task.local)}")
+    found: dict[str, list[Example]] = {}
+    for split in splits:
+        if split not in (task.local if data_dir else task.hub):
+            continue
+        keep = task.local_where.get(split, {}) if data_dir else {}
+        found[split] = [
+            _example(task, row, where)
+            for where, row in (json_lines(Path(data_dir), task.local[split]) if data_dir else _hub(task, split))
+            if all(lookup(row, f) == v for f, v in keep.items())
+            and not any(lookup(row, f) == v for f, v in task.drop.items())
+        ]
+        if not found[split]:
+            raise ValueError(f"task {task.name!r} has no rows in its {split} set")
+    return found
+
+
+def _hub(task: Task, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    from datasets import load_dataset
+
+    name, there, rename = task.hub["path"], task.hub[split], task.hub.get("rename", {})
+    for number, row in enumerate(load_dataset(name, task.hub.get("name"), split=there)):
+        yield f"{name}, {there} row {number}", {**row, **{ours: lookup(row, o) for ours, o in rename.items()}}
+
+
+def lookup(row: Any, path: str) -> Any:
+    """The value at a dotted path, None where there is none; `*` gives the list of what lies in each entry."""
+    for i, part in enumerate(parts := path.split(".")):
+        if part == "*" and isinstance(row, list):
+            rest = ".".join(parts[i + 1 :])
+            return [v for entry in row if (v := lookup(entry, rest)) is not None]
+        if isinstance(row, list) and part.isdigit():
+            row = row[int(part)] if int(part) < len(row) else None
+        else:
+            row = row.get(part) if isinstance(row, dict) else None
+    return row
+
+
+def _text(row: dict[str, Any], field: str, where: str, optional: bool = False) -> str:
+    value = lookup(row, field)
+    if optional and value in (None, ""):
+        return ""
+    if not isinstance(value, str | int | float) or not str(value).strip():
+        raise ValueError(f"{where}: field {field!r} must be text, got {value!r}")
+    return plain(value)
+
+
+def _example(task: Task, row: dict[str, Any], where: str) -> Example:
+    texts = tuple(_text(row, c, where, c in task.optional) for c in task.columns)
+    value = lookup(row, task.target)
+    if task.kind == "classification":
+        return Example(texts, _label(task, value, where))
+    if task.kind == "regression":
+        low, high = task.bounds
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise ValueError(f"{where}: field {task.target!r} must be a number from {low} to {high}, got {value!r}")
+        return Example(texts, float(value))
+    if task.kind == "generation":
+        answers = tuple(dict.fromkeys(a.strip() for a in value or () if isinstance(a, str) and a.strip()))
+        if not answers:
+            raise ValueError(f"{where}: field {task.target!r} must have an answer, got {value!r}")
+        return Example(texts, answers)
+    given = lookup(row, task.choices)
+    if not isinstance(given, list) or len(given) < 2 or not all(isinstance(c, str) and c.strip() for c in given):
+        raise ValueError(f"{where}: field {task.choices!r} must be a list of two or more texts, got {given!r}")
+    choices = tuple(plain(c) for c in given)
+    if isinstance(value, str) and len(value) == 1:
+        value = ord(value.upper()) - ord("A")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(choices):
+        raise ValueError(f"{where}: field {task.target!r} must number one of {len(choices)} choices, got {value!r}")
+    return Example(texts, value, choices)
+
+
+def _label(task: Task, value: Any, where: str) -> int:
+    if isinstance(value, str) and value in task.labels:
+        return task.labels.index(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(task.labels):
+        return value
+    hidden = "; the labels of this set are hidden" if value == -1 else ""
+    raise ValueError(f"{where}: field {task.target!r} must be one of {list(task.labels)}, got {value!r}{hidden}")

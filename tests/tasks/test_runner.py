@@ -1,0 +1,165 @@
+"""Whole runs on tiny models: cached, repeatable, and blind to test until the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixadapters.tasks import __main__ as cli
+from mixadapters.tasks import runner as runner_module
+
+SMALL = (
+    "--max_steps 2 --per_device_train_batch_size 4 --max_length 24 --parameters 1200 --stage1_steps 1 --stage1_batch 4"
+)
+SHOTS = "--shots 4 --shots_from rule --test_rows 8"
+
+
+def run(model: Path, data: Path, out: Path, line: str) -> int:
+    return cli.main(["run", "--model", str(model), "--data-dir", str(data), "--out", str(out),
+                     *f"{SMALL} --stage1_steps 1 {line}".split()])  # fmt: skip
+
+
+def results(out: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+    found = [json.loads(f.read_text()) for f in sorted(out.glob("*/*-s*-*.json"))]
+    return {(r["task"], r["method"], r["seed"]): r for r in found}
+
+
+def test_all_methods_run_once_and_are_then_cached(encoder, data, tmp_path, capsys, monkeypatch) -> None:
+    methods = "majority tfidf probe lora bottleneck mixda_untuned mixda full"
+    line = f"--tasks imdb --methods {methods} --seeds 1 {SHOTS} --layers 2"
+    assert run(encoder, data, tmp_path, line) == 0
+    found = results(tmp_path)
+    assert {m for _, m, _ in found} == set(methods.split())
+    assert len(found) == 8
+    one = found["imdb", "mixda", 1]
+    assert one["rows"] == {"train": 8, "dev": 8, "test": 8}
+    assert len(one["predictions"]) == len(one["gold"]) == 8
+    assert one["retention"]["drift"] >= 0
+    assert one["versions"]["torch"]
+    assert one["setup"]["training"]["max_steps"] == "2"
+    assert len({r["digests"]["test"] for r in found.values()}) == 1
+    assert len({r["digests"]["train"] for r in found.values()}) == 1
+    assert len(list((tmp_path / "domains").iterdir())) == 2
+    assert "mixda seed 1: accuracy 0." in capsys.readouterr().out
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(runner_module.TaskTrainer, "train", refuse)
+    assert run(encoder, data, tmp_path, line) == 0
+    assert capsys.readouterr().out.count(": cached, ") == 8
+    with pytest.raises(AssertionError, match="trained again"):
+        run(encoder, data, tmp_path, f"{line} --weight_decay 0.5")
+    # Where results go, and how often they are logged, decides nothing.
+    assert run(encoder, data, tmp_path, f"{line} --logging_steps 1 --per_device_eval_batch_size 3") == 0
+
+
+def test_a_run_can_be_repeated(encoder, data, tmp_path) -> None:
+    line = f"--tasks imdb --methods bottleneck --seeds 3 {SHOTS} --max_steps 6"
+    for out in ("a", "b"):
+        run(encoder, data, tmp_path / out, line)
+    a, b = (results(tmp_path / out)["imdb", "bottleneck", 3] for out in ("a", "b"))
+    assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+
+
+def test_only_the_rate_chosen_on_dev_meets_test(encoder, data, tmp_path, monkeypatch) -> None:
+    asked: list[int] = []
+    predict = runner_module.Run._predict
+
+    def spy(self: Any, trainer: Any, examples: Any) -> list[Any]:
+        asked.append({id(self.rows.dev): 0, id(self.rows.test): 1}[id(examples)])
+        gold = [e.target for e in examples]
+        if asked[-1]:
+            return predict(self, trainer, examples)
+        return gold if trainer.args.learning_rate == 2e-3 else [1 - g for g in gold]
+
+    monkeypatch.setattr(runner_module.Run, "_predict", spy)
+    run(encoder, data, tmp_path, f"--tasks imdb --methods lora --seeds 0 {SHOTS} --rates 1e-3 2e-3 3e-3")
+    assert asked == [0, 0, 0, 1]
+    result = results(tmp_path)["imdb", "lora", 0]
+    assert result["settings"]["rate"] == 2e-3
+    assert result["candidates"] == [{"rate": r, "dev": float(r == 2e-3)} for r in (1e-3, 2e-3, 3e-3)]
+
+
+@pytest.mark.parametrize("task", ["stsb", "commonsenseqa"])
+def test_scores_and_choices_with_an_encoder(encoder, data, tmp_path, task) -> None:
+    run(encoder, data, tmp_path, f"--tasks {task} --methods bottleneck --seeds 0 {SHOTS}")
+    result = results(tmp_path)[task, "bottleneck", 0]
+    kind = float if task == "stsb" else int
+    assert all(isinstance(p, kind) for p in result["predictions"])
+
+
+def test_decoders_rank_and_generate(decoder, data, tmp_path) -> None:
+    line = f"--tasks fever commonsenseqa trex_slotfilling --methods frozen lora bottleneck --seeds 0 {SHOTS}"
+    assert run(decoder, data, tmp_path, f"{line} --max_new_tokens 3") == 0
+    found = results(tmp_path)
+    assert len(found) == 9
+    said = found["trex_slotfilling", "lora", 0]["predictions"]
+    assert all(isinstance(p, str) and len(p.split()) <= 3 for p in said)
+    before = found["fever", "lora", 0]["retention"]["untouched"]
+    assert found["fever", "frozen", 0]["retention"] == {"token loss": before, "untouched": before}
+
+
+def test_a_decoder_learns_to_generate_an_answer(decoder, data, tmp_path) -> None:
+    rows = [{"input": f"bad {w}", "output": [{"answer": "kog"}]} for w in ("bel", "bim", "bon", "bur", "bak")]
+    for split in ("train", "dev", "test"):
+        lines = (json.dumps({**r, "input": f"{r['input']} {split}"}) for r in rows)
+        (data / f"kilt/trex_slotfilling/{split}.jsonl").write_text("\n".join(lines))
+    line = "--tasks trex_slotfilling --methods full --seeds 0 --full_rates 1e-2 --max_steps 40 --max_new_tokens 4"
+    run(decoder, data, tmp_path, line)
+    assert results(tmp_path)["trex_slotfilling", "full", 0]["metrics"]["accuracy"] == 1  # no prompt in it, and it ends
+
+
+def test_a_stopped_run_goes_on_from_its_checkpoint(encoder, data, tmp_path, monkeypatch) -> None:
+    line = f"--tasks imdb --methods lora --seeds 0 {SHOTS} --max_steps 6 --save_strategy steps --save_steps 2"
+    predict = runner_module.Run._predict
+    monkeypatch.setattr(runner_module.Run, "_predict", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(encoder, data, tmp_path, line)
+    monkeypatch.setattr(runner_module.Run, "_predict", predict)
+    train, asked = runner_module.TaskTrainer.train, []
+
+    def spy(self: Any, resume_from_checkpoint: str | None) -> Any:
+        asked.append(resume_from_checkpoint)
+        return train(self, resume_from_checkpoint=resume_from_checkpoint)
+
+    monkeypatch.setattr(runner_module.TaskTrainer, "train", spy)
+    run(encoder, data, tmp_path, line)
+    assert asked[0].endswith("checkpoint-6")
+    assert results(tmp_path)
+
+
+def test_dry_run_trains_nothing_and_tells_sizes_and_time(encoder, data, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(runner_module.TaskTrainer, "train", None)
+    run(encoder, data, tmp_path, f"--tasks imdb --methods majority bottleneck mixda --seeds 0 1 {SHOTS} --dry-run")
+    out = capsys.readouterr().out
+    assert "bottleneck: 8 train, 8 dev, 8 test rows; trains 1,2" in out
+    assert "2 x about " in out
+    assert "layer.*.output.dense.mixda_adapters.default.domain.router.output.weight" in out
+    assert not list(tmp_path.glob("imdb"))
+
+
+def test_a_run_that_fails_does_not_stop_the_others(encoder, data, tmp_path, capsys) -> None:
+    line = f"--tasks trex_slotfilling imdb --methods majority probe --seeds 0 {SHOTS} --keep_going"
+    assert run(encoder, data, tmp_path, line) == 1
+    assert "trex_slotfilling probe seed 0: FAILED: ValueError: task" in capsys.readouterr().err
+    assert len(results(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--tasks imbd", "task 'imbd' is unknown"),
+        ("--tasks imdb --methods lorra", "method 'lorra' is unknown"),
+        ("--tasks imdb --rates 0", r"rates=[0.0] must be one or more positive"),
+        ("--tasks imdb --shots_from mine", "shots_from='mine' must be 'published' or 'rule'"),
+        ("--tasks imdb --domains reviews", "domains='reviews' must be name=folder"),
+        ("--tasks fever --methods mixda", "pass --domains name=folder, or take mixda_untuned"),
+    ],
+)
+def test_bad_arguments_are_named(encoder, data, tmp_path, capsys, line, message) -> None:
+    assert run(encoder, data, tmp_path, line) == 1
+    assert message in capsys.readouterr().err

@@ -1,0 +1,102 @@
+"""Rows come out the same from every source, and what is wrong with one is named by file, row and field."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from mixadapters.tasks import get_task
+from mixadapters.tasks.sources import Example, digest, lookup, read_task
+
+
+def test_splits_and_labels(data: Path) -> None:
+    splits = read_task(get_task("imdb"), data)
+    assert {s: len(rows) for s, rows in splits.items()} == {"train": 60, "dev": 12, "test": 16}
+    assert all(e.target == (e.texts[0][0] in "bdf") for e in splits["train"])
+
+
+def test_kilt_rows_drop_the_third_label_and_keep_all_answers(data: Path) -> None:
+    claims = read_task(get_task("fever"), data)["train"]
+    assert len(claims) == 40
+    assert {e.target for e in claims} == {0, 1}
+    fact = read_task(get_task("trex_slotfilling"), data)["train"][0]
+    assert fact.target == tuple(fact.texts[0].split()[:2])
+
+
+def test_gzip_line_breaks_and_several_files(tmp_path: Path, write) -> None:
+    for split in ("train", "dev"):
+        write(tmp_path, f"reviews/imdb/{split}", [{"text": "a", "label": "negative"}])
+    for part in (1, 2):
+        with gzip.open(tmp_path / f"reviews/imdb/test_{part}.jsonl.gz", "wt") as file:
+            file.write(json.dumps({"text": f"part<br />{part}\n", "label": 1}))
+    assert read_task(get_task("imdb"), tmp_path)["test"] == [Example(("part 1",), 1), Example(("part 2",), 1)]
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("imdb", {"label": 1}, r"test\.jsonl, row 2: field 'text' must be text, got None"),
+        (
+            "imdb",
+            {"text": "a", "label": "good"},
+            r"'label' must be one of \['negative', 'positive'\], got 'good'",
+        ),
+        ("imdb", {"text": "a", "label": -1}, r"got -1; the labels of this set are hidden"),
+        ("imdb", {"text": "a", "label": True}, "got True"),
+        ("imdb", ["a"], "row 2: must be an object with named fields"),
+        ("trex_slotfilling", {"input": "a", "output": [{"answer": " "}]}, r"field 'output\.\*\.answer' must have an"),
+        ("commonsenseqa", {"question": "a", "choices": ["b"], "answer": 0}, "field 'choices' must be a list of two"),
+        (
+            "commonsenseqa",
+            {"question": "a", "choices": ["b", "c"], "answer": 2},
+            "number one of 2 choices, got 2",
+        ),
+        ("stsb", {"sentence1": "a", "sentence2": "b", "score": 5.1}, "must be a number from 0 to 5, got 5.1"),
+    ],
+)
+def test_faulty_row_is_named(data: Path, task: str, row: Any, message: str) -> None:
+    definition = get_task(task)
+    path = data / f"{definition.local['test']}.jsonl"
+    first = path.read_text().splitlines()[0]
+    path.write_text(f"{first}\n{json.dumps(row)}\n")
+    with pytest.raises(ValueError, match=message):
+        read_task(definition, data)
+
+
+def test_missing_file_and_missing_source_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no file reviews/imdb/train\*\.jsonl"):
+        read_task(get_task("imdb"), tmp_path)
+    with pytest.raises(ValueError, match="task 'chemprot' has no source on the hub; pass --data-dir"):
+        read_task(get_task("chemprot"), None)
+
+
+def test_hub_rows_are_renamed_and_lettered(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(path: str, name: str | None, split: str) -> list[dict[str, Any]]:
+        asked.append((path, name, split))
+        return [{"question": "why", "choices": {"label": ["A", "B"], "text": ["one", "two"]}, "answerKey": "B"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    splits = read_task(get_task("commonsenseqa"), None)
+    assert splits == {s: [Example(("why",), 1, ("one", "two"))] for s in ("train", "test")}
+    assert asked == [("tau/commonsense_qa", None, "train"), ("tau/commonsense_qa", None, "validation")]
+
+
+def test_lookup_goes_into_objects_and_lists() -> None:
+    row = {"output": [{"answer": "a"}, {"meta": 1}, {"answer": "b"}], "meta": {"x": {"y": 2}}}
+    assert lookup(row, "output.*.answer") == ["a", "b"]
+    assert lookup(row, "output.2.answer") == "b"
+    assert lookup(row, "meta.x.y") == 2
+    assert lookup(row, "output.7.answer") is None
+    assert lookup(row, "meta.none.y") is None
+
+
+def test_digest_sees_text_target_and_order() -> None:
+    a, b = Example(("a",), 0), Example(("b",), 0)
+    assert len({digest(rows) for rows in ([a, b], [b, a], [a], [a, Example(("b",), 1)])}) == 4
