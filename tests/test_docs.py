@@ -18,7 +18,7 @@ from peft import PeftConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mixadapters import ROUTERS, BottleneckConfig, MixDAConfig, MixtureModel, Router
+from mixadapters import ROUTERS, AGDConfig, BottleneckConfig, MixDAConfig, MixtureModel, Router
 from mixadapters.core.adapter import Adapter
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.context import Objective
@@ -204,6 +204,7 @@ def own_fields(cls: type, base: type) -> Iterator[Field]:
     [
         ("docs/bottleneck.md", BottleneckConfig, MixtureConfig),
         ("docs/mixda.md", MixDAConfig, MixtureConfig),
+        ("docs/agd.md", AGDConfig, MixtureConfig),
         ("docs/using-with-peft.md", MixtureConfig, PeftConfig),
     ],
 )
@@ -269,7 +270,7 @@ def test_commands_pass_arguments_that_the_demo_takes() -> None:
 
 
 def test_the_readme_lists_every_method() -> None:
-    for name in ("Bottleneck", "MixDA"):
-        assert re.search(rf"\| \[{name}\]\(docs/{name.lower()}\.md\) \|.*\| here \|", PAGES["README.md"])
-    for name in ("PILL", "MoSA", "AGD"):
-        assert re.search(rf"\| {name} \|.*\| planned \|", PAGES["README.md"])
+    for name in ("Bottleneck", "MixDA", "PILL", "MoSA", "AGD"):
+        page = f"docs/{name.lower()}.md"
+        row = rf"\[{name}\]\({page}\) \|.*\| here" if page in PAGES else rf"{name} \|.*\| planned"
+        assert re.search(rf"\| {row} \|", PAGES["README.md"]), name

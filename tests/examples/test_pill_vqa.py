@@ -1,0 +1,140 @@
+"""The comparison on questions about images, whole, on a few made-up images."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import json
+import sys
+import tarfile
+import types
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ROOT = Path(__file__).resolve().parents[2]
+COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
+SMALL = (
+    "--steps 3 --pretraining_steps 5 --batch_size 4 --width 16 --r 2 --image_size 16 --seeds 0 --max_length 40"
+).split()
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("\n".join(json.dumps(row) for row in rows))
+
+
+def pack(path: Path, images: dict[str, Image.Image]) -> None:
+    with tarfile.open(path, "w:gz") as archive:
+        for name, image in images.items():
+            data = io.BytesIO()
+            image.save(data, "PNG")
+            entry = tarfile.TarInfo(name)
+            entry.size = data.tell()
+            data.seek(0)
+            archive.addfile(entry, data)
+
+
+def picture(color: str) -> Image.Image:
+    return Image.new("RGB", (16, 16), COLORS[color])
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    folder, images = tmp_path / "data" / "vision/easy_vqa", {}
+    for split, count in (("train", 12), ("test", 4)):
+        rows = []
+        for i in range(count):
+            color, name = ("red", "blue")[i % 2], f"{split}/{i}.png"
+            images[name] = picture(color)
+            rows += [
+                {"question": "what color is the shape?", "answer": color, "image": name},
+                {"question": "is there a red shape?", "answer": "yes" if color == "red" else "no", "image": name},
+                {"question": "is there not a blue circle?", "answer": "yes", "image": name},
+            ]
+        write(folder / f"{split}_questions.jsonl.gz", rows)
+    pack(folder / "images.tar.gz", images)
+    folder, rows = tmp_path / "data" / "scienceqa", []
+    for i, (split, image) in enumerate([("mm_train", 1), ("mm_dev", 1), ("mm_test", 1), (None, 1), (None, 0)] * 3):
+        row = {"question": f"which {i} ?", "context": "red" if i % 2 else "", "choices": ["red", "blue"],
+               "answer": i % 2, "has_image": bool(image), "subject": "natural science", "topic": "color"}  # fmt: skip
+        rows.append(row | ({"image_file": f"images/{i}.jpg", "mm_split": split} if split else {}))
+    write(folder / "test.jsonl.gz", rows)
+    write(folder / "train_subset.jsonl.gz", rows[4::5])
+    write(folder / "val_subset.jsonl.gz", rows[4::5])
+    pack(folder / "images.tar.gz", {row["image_file"]: picture("red") for row in rows if "image_file" in row})
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def example(monkeypatch) -> types.ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    for name in ("pill_vqa", "pill_vqa_data"):
+        sys.modules.pop(name, None)
+    return importlib.import_module("pill_vqa")
+
+
+def test_comparison_runs_all_methods_and_chooses_rates_on_dev(tmp_path, data, example, capsys) -> None:
+    out = tmp_path / "out"
+    example.main(["--data_dir", str(data), "--out", str(out), "--rates", "1e-2", "1e-3", *SMALL])
+    report = json.loads((out / "report.json").read_text())
+    assert [run["method"] for run in report["runs"]] == list(example.METHODS)
+    assert {run["seed"] for run in report["search"]} == {100}
+    assert {run["rate"] for run in report["search"]} == {1e-2, 1e-3}
+    for run in report["runs"]:
+        assert run["rate"] == report["rates"][run["method"]]
+        assert 0 <= run["all"] <= 1
+        assert {"subject: color", "subject: yes or no", "modality: image"} <= run.keys()
+    sizes = {run["method"]: run["adapters"] for run in report["runs"]}
+    assert abs(sizes["lora"] - sizes["pill_one"]) < 0.1 * sizes["pill_one"]
+    printed = capsys.readouterr().out
+    for method in example.METHODS:
+        assert f"| {method} |" in printed
+
+
+def test_scienceqa_has_questions_with_and_without_images(tmp_path, data, example) -> None:
+    arguments = ["--task", "scienceqa", "--data_dir", str(data), "--out", str(tmp_path / "out"), "--rates", "1e-2"]
+    example.main([*arguments, "--methods", "pill_align", "lora", *SMALL])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    groups = {"modality: image", "modality: text", "modality: neither", "subject: natural science", "all"}
+    assert all(groups <= run.keys() for run in report["runs"])
+
+
+def test_small_pieces_are_pretrained_once(tmp_path, data, example) -> None:
+    arguments = ["--data_dir", str(data), "--out", str(tmp_path / "out"), "--rates", "1e-2", "--methods", "gate_off"]
+    example.main([*arguments, *SMALL])
+    weights = tmp_path / "out" / "llama" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    example.main([*arguments, *SMALL])
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_words_that_describe_an_image_come_from_all_its_answers(data, example) -> None:
+    rows = example.load("easy_vqa", str(data))
+    assert all(row["tags"] == {"red"} or row["tags"] == {"blue"} for row in rows.train)
+    assert {row["image"] for row in rows.train}.isdisjoint(row["image"] for row in rows.dev)
+
+
+def test_set_of_the_hub_is_read_by_its_own_names(example, monkeypatch) -> None:
+    row = {"question": "which ?", "hint": "a text", "choices": ["a", "b"], "answer": 1, "image": None,
+           "subject": "social science", "topic": "geography"}  # fmt: skip
+    asked = []
+    fake = types.SimpleNamespace(
+        load_dataset=lambda name: asked.append(name) or dict.fromkeys(("train", "validation", "test"), [row])
+    )
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    questions = example.load("derek-thomas/ScienceQA", None)
+    assert asked == ["derek-thomas/ScienceQA"]
+    assert questions.test[0]["answer"] == " B"
+    assert questions.test[0]["modality"] == "text"
+
+
+def test_bad_commands_are_refused(example) -> None:
+    with pytest.raises(SystemExit, match="pil_one"):
+        example.main(["--methods", "pil_one"])
+    with pytest.raises(SystemExit, match="needs --data_dir"):
+        example.main([])
