@@ -61,8 +61,11 @@ kernels-check: $(VENV)/.test  ## compile the Triton kernels for GPUs that need n
 # matplotlib, for the plot, comes with the tests.
 bench: export OMP_NUM_THREADS = 1
 bench: export OMP_WAIT_POLICY = PASSIVE
-bench: $(VENV)/.test  ## time the operation on one CPU thread, against what else one would write (writes runs/bench/)
+bench: $(VENV)/.test  ## time the operation, layers and models on one CPU thread (writes runs/bench/)
 	$(BIN)/python kernels/bench/cpu.py $(ARGS)
+ifndef ARGS
+	$(BIN)/python kernels/bench/models.py
+endif
 
 test-peft: $(VENV)/.test  ## PEFT's own test suite on the types of this package
 	$(BIN)/python tests/peft_suite/run.py $(ARGS)

@@ -44,7 +44,7 @@ class Arguments:
         default=None, metadata={"help": "Encoder: folder or hub id. Default: MiniLM of the extra."}
     )
     task: str = field(default="areas", metadata={"help": "'areas' (from the installation), or a task of --data_dir."})
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of published sets; see demo_corpus.py."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder of published sets; see docs/tasks.md."})
     out: str = field(default="runs/demo", metadata={"help": "Where report, plot and adapters go."})
     methods: list[str] = field(default_factory=lambda: ["head", "lora", "bottleneck", "mixda"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])

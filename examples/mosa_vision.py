@@ -36,7 +36,6 @@ from mixadapters import MoSAConfig
 ABLATION = ("adapter", "sparsity", "consistency", "mosa")  # neither, one, the other, both
 METHODS = ("linear", "full", "lora", *ABLATION)
 RATES = {"linear": [1e-2, 1e-1], "full": [3e-4, 1e-3]}
-ADAPTER_RATES = [3e-3, 1e-2]
 
 
 @dataclass
@@ -58,6 +57,9 @@ class Arguments:
     test_rows: int = field(default=1000, metadata={"help": "The first so many test rows."})
     epochs: int = 30
     batch_size: int = 20
+    rates: list[float] = field(
+        default_factory=lambda: [3e-3, 1e-2], metadata={"help": "Learning rates of adapters and LoRA, to choose from."}
+    )
     r: int = field(default=16, metadata={"help": "Width of the adapter; LoRA gets the rank of nearest size."})
     num_experts: int = 4
     style: str = "adaptformer"
@@ -350,7 +352,7 @@ class Experiment:
         self.out.mkdir(parents=True, exist_ok=True)
         costs = self.costs() if set(ABLATION) <= set(args.methods) else {}
         for method in args.methods:
-            rates = RATES.get(method, ADAPTER_RATES)
+            rates = RATES.get(method, args.rates)
             if len(rates) > 1:
                 self.tuning += [self.run(method, seed, rate, False) for seed in args.tuning_seeds for rate in rates]
         for seed in args.seeds:
@@ -363,11 +365,11 @@ class Experiment:
                     flush=True,
                 )
                 self.write(costs)
-        print("\n" + self.table() + f"\n\nreport: {self.out / 'report.json'}")
+        print(f"\n{self.table()}\n\n{cost_table(costs)}\n\nreport: {self.out / 'report.json'}")
 
     def best_rate(self, method: str) -> float:
         """The rate with the best mean accuracy on the validation rows of the tuning seeds; of equals the smaller."""
-        rates = RATES.get(method, ADAPTER_RATES)
+        rates = RATES.get(method, self.args.rates)
 
         def score(rate: float) -> float:
             return sum(r["validation"] for r in self.tuning if r["method"] == method and r["rate"] == rate)
@@ -381,7 +383,7 @@ class Experiment:
             "pretraining": json.loads(facts.read_text()) if facts.is_file() else None,
         }  # fmt: skip
         (self.out / "report.json").write_text(json.dumps(report, indent=2))
-        (self.out / "table.md").write_text(self.table() + "\n")
+        (self.out / "table.md").write_text(f"{self.table()}\n\n{cost_table(costs)}\n")
         plot(self.runs, self.out / "plot.png")
 
     def table(self) -> str:
@@ -416,6 +418,17 @@ def head_size(model: nn.Module) -> int:
 
 def model_hosts(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "adapters") and hasattr(module, "path")]
+
+
+def cost_table(costs: dict[str, dict[str, float]]) -> str:
+    """What a training step costs, as multiples of the plain adapter's."""
+    names = {"seconds": "time", "bytes_for_backward": "kept for backward", "trainable_bytes": "trainable",
+             "optimizer_bytes": "optimizer"}  # fmt: skip
+    lines = [f"| a training step of | {' | '.join(names.values())} |", "|---" * (len(names) + 1) + "|"]
+    plain = costs.get("adapter", {})
+    for method, cost in costs.items():
+        lines.append(f"| {method} | {' | '.join(f'{cost[n] / plain[n]:.2f}' for n in names)} |")
+    return "\n".join(lines)
 
 
 def spread(values: list[float]) -> str:

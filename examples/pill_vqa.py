@@ -73,18 +73,21 @@ class Arguments:
     out: str = "runs/pill_vqa"
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
-    rates: list[float] = field(default_factory=lambda: [1e-2, 3e-2])
+    rates: list[float] = field(default_factory=lambda: [1e-2, 3e-3])
     search_seed: int = 100
-    steps: int = 400
+    steps: int = 300
     batch_size: int = 32
     r: int = 16
-    grid: int = field(default=1, metadata={"help": "An image becomes grid x grid tokens."})
+    grid: int = field(default=2, metadata={"help": "An image becomes grid x grid tokens."})
     max_length: int = 64
     pretraining_steps: int = field(
         default=2500, metadata={"help": "Of the small Llama; a fifth of it of the small ViT."}
     )
     width: int = field(default=64, metadata={"help": "Of the small pieces."})
     image_size: int = field(default=64, metadata={"help": "What the small encoder reads."})
+    per_subject: int | None = field(
+        default=None, metadata={"help": "At most so many training questions of a subject."}
+    )
     test_rows: int | None = None
 
 
@@ -203,13 +206,14 @@ class Comparison:
         collator = ImageTextCollator(
             self.tokenizer, self.processor, images.token_id, images.tokens_per_image, args.max_length
         )
-        train = self.data.train if method != "text_only" else [without_images(row) for row in self.data.train]
+        train = first_of_each(self.data.train, args.per_subject)
+        if method == "text_only":
+            train, rows = ([without_images(row) for row in some] for some in (train, rows))
         fields, aligned = METHODS[method]
         if aligned:
             self.train(model, train, collator, rate, round(args.steps * aligned), seed, "align")
         stage = None if fields is None else "tune"
         self.train(model, train, collator, rate, args.steps - round(args.steps * aligned), seed, stage)
-        rows = rows if method != "text_only" else [without_images(row) for row in rows]
         right = self.answers(model, images, collator, rows)
         groups: dict[str, list[bool]] = defaultdict(list)
         for row, correct in zip(rows, right, strict=True):
@@ -257,6 +261,16 @@ class Comparison:
         report = {"arguments": asdict(args), "search": searched, "rates": rates, "runs": runs}
         (self.out / "report.json").write_text(json.dumps(report, indent=2))
         print("\n" + table(runs))
+
+
+def first_of_each(rows: list[Row], count: int | None) -> list[Row]:
+    seen: Counter[str] = Counter()
+    kept = []
+    for row in rows:
+        seen[row["subject"]] += 1
+        if count is None or seen[row["subject"]] <= count:
+            kept.append(row)
+    return kept
 
 
 def size_of_lora(model: nn.Module) -> int:

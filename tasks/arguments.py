@@ -12,11 +12,20 @@ from mixadapters.tasks.registry import TASKS, get_task
 
 # TrainingArguments that change no result, by their beginnings; of the rest, what is set decides a run's hash.
 HARMLESS = (
-    "accelerator_config", "data_seed", "dataloader", "ddp_", "disable_tqdm", "do_", "eval", "generation", "hub",
+    "accelerator_config", "data_seed", "dataloader", "ddp_", "disable_tqdm", "do_", "eval", "hub",
     "learning_rate", "local_rank", "log", "output_dir", "per_device_eval", "predict_with_generate", "project",
     "push_to_hub", "remove_unused", "report_to", "restore", "run_name", "save", "seed", "skip_memory", "trackio",
     "use_cpu",
 )  # fmt: skip
+# Those that a run sets itself, and what to pass in their place.
+INSTEAD = {
+    "learning_rate": "--rates, --full_rates or --head_rate",
+    "seed": "--seeds",
+    "data_seed": "--seeds",
+    "output_dir": "--out",
+    "predict_with_generate": "nothing: the task decides",
+    "generation_max_length": "--max_new_tokens",
+}
 
 
 @dataclass
@@ -53,6 +62,7 @@ class RunArguments:
     stage1_rate: float = 5e-4
     max_new_tokens: int = field(default=16, metadata={"help": "Of generated answers."})
     retention: bool = field(default=True, metadata={"help": "Measure what happened to general text."})
+    keep_adapters: bool = field(default=False, metadata={"help": "Save each run's adapter beside its result."})
     keep_going: bool = field(default=False, metadata={"help": "Report a run that fails and go on."})
     dry_run: bool = field(default=False, metadata={"help": "Only say what would run, how large it is and how long."})
 
@@ -80,7 +90,7 @@ class RunArguments:
 class TrainArguments(Seq2SeqTrainingArguments):
     """TrainingArguments with defaults for few-shot runs. For full data: --max_steps -1 --num_train_epochs 3.
 
-    Each run sets its own `output_dir`, `seed` and `learning_rate`.
+    Raises ValueError for those that each run sets itself.
     """
 
     max_steps: int = 100
@@ -93,6 +103,13 @@ class TrainArguments(Seq2SeqTrainingArguments):
     remove_unused_columns: bool = False
     logging_steps: float = 20
     dataloader_pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        for name, instead in INSTEAD.items():
+            default = next(f.default for f in fields(Seq2SeqTrainingArguments) if f.name == name)
+            if (value := getattr(self, name)) != default:
+                raise ValueError(f"{name}={value!r} is set by each run; pass {instead}")
+        super().__post_init__()
 
     def changes(self) -> dict[str, Any]:
         """The arguments that may change a result and are not transformers' defaults."""

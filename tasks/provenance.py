@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+FORMAT = 1  # of result files
 PACKAGES = ("mixadapters", "torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "numpy")
 
 

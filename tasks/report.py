@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from mixadapters.tasks.metrics import row_scores, score
+from mixadapters.tasks.provenance import FORMAT
 from mixadapters.tasks.registry import Task, get_task
 
 RESAMPLES = 500
@@ -61,7 +62,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     files = sorted(f for f in folder.glob("*/*-s*-*.json"))
     found = [json.loads(f.read_text(encoding="utf-8")) for f in files]
     for file, result in zip(files, found, strict=True):
-        if result.get("format") != 1:
+        if result.get("format") != FORMAT:
             raise ValueError(f"{file}: format={result.get('format')!r} is not read by this version")
     if not found:
         raise ValueError(f"{folder} holds no results; make some with `run --out {folder}`")
@@ -86,7 +87,13 @@ def _table(results: list[dict[str, Any]], setup: dict[str, Any], reference: str)
     task = get_task(results[0]["task"])
     methods: dict[str, dict[int, dict[str, Any]]] = {}
     for result in results:
-        methods.setdefault(result["method"], {})[result["seed"]] = result
+        runs = methods.setdefault(result["method"], {})
+        if result["seed"] in runs:
+            raise ValueError(
+                f"two results of task {task.name!r}, method {result['method']!r}, seed {result['seed']} under one "
+                "protocol and setup: other training rows, or another config file of that name; keep one"
+            )
+        runs[result["seed"]] = result
     against = methods.get(reference, {})
     lines = [_line(name, runs, against if name != reference else {}) for name, runs in methods.items()]
     return Table(

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import get_peft_model
+from accelerate import PartialState
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PrinterCallback, Seq2SeqTrainer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -25,12 +26,11 @@ from mixadapters.tasks.methods import HEAD, UNTRAINED, Method, domain_layers, tr
 from mixadapters.tasks.metrics import score
 from mixadapters.tasks.models import Base
 from mixadapters.tasks.protocols import Rows, select
-from mixadapters.tasks.provenance import fingerprint, provenance
+from mixadapters.tasks.provenance import FORMAT, fingerprint, provenance
 from mixadapters.tasks.registry import TASKS, Task, get_task
 from mixadapters.tasks.sources import Example, read_task, read_texts
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
 
-FORMAT = 1  # of result files
 SETUP = (  # arguments that decide how models train
     "model", "max_length", "pooling", "parameters", "layers", "rates", "full_rates", "head_rate", "domains",
     "stage1_steps", "stage1_batch", "stage1_rate", "max_new_tokens",
@@ -67,6 +67,7 @@ class Runner:
     def __init__(self, args: RunArguments, training: TrainArguments) -> None:
         self.args, self.training, self.out = args, training, Path(args.out)
         self.failed = 0
+        self.first = training.device is not None and training.process_index == 0  # `device` joins the processes
         self._folders: dict[str, str] = {}  # domain -> its adapter
 
     def main(self) -> int:
@@ -82,7 +83,12 @@ class Runner:
             if not self.args.keep_going:
                 raise
             self.failed += 1
-            print(f"{name}: FAILED: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            self.say(f"{name}: FAILED: {type(error).__name__}: {error}", file=sys.stderr)
+
+    def say(self, *lines: str, **options: Any) -> None:
+        """Print, in one of several processes."""
+        if self.first:
+            print(*lines, flush=True, **options)
 
     def _task(self, task: Task) -> None:
         a, splits = self.args, read_task(task, self.args.data_dir)
@@ -140,7 +146,8 @@ class Runner:
         a = self.args
         texts, _ = domains.unlabelled(Path(str(a.data_dir)), name, self.unseen, random.Random(13))
         layers = domain_layers(base.config.get_text_config().num_hidden_layers, a.layers)
-        decides = [FORMAT, a.model, layers, a.stage1_steps, a.stage1_batch, a.stage1_rate, a.max_length, texts]
+        steps = [a.stage1_steps, a.stage1_batch, a.stage1_rate]
+        decides = [FORMAT, a.model, layers, *steps, a.max_length, texts, self.general]
         folder = self.out / "domains" / f"{name}-{fingerprint(decides)}"
         if (folder / "adapter_config.json").is_file():
             return str(folder)
@@ -158,8 +165,10 @@ class Runner:
         started = time.perf_counter()
         shown = self.general[: -domains.HELD_OUT]
         domains.train_domain(model, base.tokenizer, texts, shown, arguments, a.max_length, generates)
-        model.save_pretrained(str(folder))
-        print(f"stage 1, {name}: {a.stage1_steps} steps, {time.perf_counter() - started:.0f} s, {folder}", flush=True)
+        if self.first:
+            model.save_pretrained(str(folder))
+        PartialState().wait_for_everyone()
+        self.say(f"stage 1, {name}: {a.stage1_steps} steps, {time.perf_counter() - started:.0f} s, {folder}")
         return str(folder)
 
     def arguments(self, rate: float, seed: int, folder: Path) -> TrainArguments:
@@ -201,13 +210,13 @@ class Run:
     def do(self) -> None:
         """Run unless there is a result, and write one."""
         if self.file.is_file():
-            print(f"{self.label} seed {self.seed}: cached, {self.file}", flush=True)
+            self.runner.say(f"{self.label} seed {self.seed}: cached, {self.file}")
             return
         started = time.perf_counter()
         found = self._baseline() if self.method in UNTRAINED else self._train()
         gold = [e.target for e in self.rows.test]
         metrics = score(self.task, found["predictions"], gold)
-        if self.runner.training.process_index:
+        if not self.runner.first:
             return
         result = {
             "format": FORMAT, "task": self.task.name, "method": Path(self.method).stem, "seed": self.seed,
@@ -221,8 +230,8 @@ class Run:
         written.write_text(json.dumps(result), encoding="utf-8")
         written.replace(self.file)  # whole or not at all
         name, value = next(iter(metrics.items()))
-        print(f"{self.label} seed {self.seed}: {name} {value:.3f}, {found['trainable_parameters']:,} parameters, "
-              f"{result['seconds']:.0f} s", flush=True)  # fmt: skip
+        size, took = found["trainable_parameters"], result["seconds"]
+        self.runner.say(f"{self.label} seed {self.seed}: {name} {value:.3f}, {size:,} parameters, {took:.0f} s")
 
     def _baseline(self) -> dict[str, Any]:
         # The most frequent class is that of all of train, also where few rows of each are drawn.
@@ -250,6 +259,9 @@ class Run:
                 best = value, trainer, {**settings, "rate": rate}
         assert best is not None
         _, trainer, settings = best
+        tuned = getattr(trainer.model, "lm", trainer.model)
+        if self.args.keep_adapters and isinstance(tuned, PeftModel) and self.runner.first:
+            tuned.save_pretrained(str(self.file.with_suffix("")))
         return {
             "predictions": self._predict(trainer, self.rows.test),
             "trainable_parameters": trainable(trainer.model),
@@ -279,7 +291,8 @@ class Run:
         features = self.base.features([examples[i] for i in order], training=False)
         options: dict[str, Any] = {}
         if self.base.form == "generate":
-            options = {"max_new_tokens": self.args.max_new_tokens, "do_sample": False, "num_beams": 1}
+            options = {"max_new_tokens": self.args.max_new_tokens, "do_sample": False,
+                       "num_beams": trainer.args.generation_num_beams or 1}  # fmt: skip
         read = self._read(trainer.predict(features, **options).predictions)
         found = dict(zip(order, read, strict=True))
         return [found[i] for i in range(len(examples))]
@@ -313,7 +326,7 @@ class Run:
         """What would train, on how much, and how long that takes here: one step and one batch are timed."""
         sizes = ", ".join(f"{len(getattr(self.rows, split))} {split}" for split in self.rows.digests)
         if self.method in UNTRAINED:
-            print(f"{self.label}: {sizes} rows", flush=True)
+            self.runner.say(f"{self.label}: {sizes} rows")
             return
         # Domain adapters that are still to be trained are stood for by new ones.
         new = dict.fromkeys(domains.domains_for(self.task.domain) if self.task.domain else ["domain"], "")
@@ -331,9 +344,12 @@ class Run:
             time_each += step * steps * args.gradient_accumulation_steps
         runs = len(self.args.seeds) * len(self.rates)
         head, whole = trainable(model, head=True), sum(p.numel() for p in model.parameters())
-        print(f"{self.label}: {sizes} rows; trains {trainable(model):,} parameters and {head:,} of a head, of "
-              f"{whole:,}; {settings}; {steps:.0f} steps; {runs} x about {time_each:.0f} s",
-              *briefly(names), sep="\n" + " " * 36, flush=True)  # fmt: skip
+        self.runner.say(
+            f"{self.label}: {sizes} rows; trains {trainable(model):,} parameters and {head:,} of a head, of "
+            f"{whole:,}; {settings}; {steps:.0f} steps; {runs} x about {time_each:.0f} s",
+            *briefly(names),
+            sep="\n" + " " * 36,
+        )
 
 
 @cache

@@ -18,7 +18,16 @@ from peft import PeftConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mixadapters import ROUTERS, AGDConfig, BottleneckConfig, MixDAConfig, MixtureModel, Router
+from mixadapters import (
+    ROUTERS,
+    AGDConfig,
+    BottleneckConfig,
+    MixDAConfig,
+    MixtureModel,
+    MoSAConfig,
+    PILLConfig,
+    Router,
+)
 from mixadapters.core.adapter import Adapter
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.context import Objective
@@ -204,6 +213,8 @@ def own_fields(cls: type, base: type) -> Iterator[Field]:
     [
         ("docs/bottleneck.md", BottleneckConfig, MixtureConfig),
         ("docs/mixda.md", MixDAConfig, MixtureConfig),
+        ("docs/mosa.md", MoSAConfig, MixtureConfig),
+        ("docs/pill.md", PILLConfig, MixtureConfig),
         ("docs/agd.md", AGDConfig, MixtureConfig),
         ("docs/using-with-peft.md", MixtureConfig, PeftConfig),
     ],

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from mixadapters import BottleneckConfig
 
-SCALE = 2.0
+SCALE = 1.5
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GROUPS = ("module", "generate", "forward", "step")
 ADAPTERS = 64

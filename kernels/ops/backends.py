@@ -35,6 +35,8 @@ GATHER_COST = {torch.float32: 30, torch.bfloat16: 65}
 
 # Rows of one expert that stand together in such numbers are worth a product of their own.
 TOGETHER = 32
+# A product by oneDNN costs about 60 us however small it is, one by BLAS about 10.
+FEW_CALLS = (torch.bfloat16, torch.float16)
 # Slots of rows up to which weights are gathered: in all, and for each expert.
 FEW_PLACES = {torch.float32: (64, 2), torch.bfloat16: (256, 4)}
 # Slots of rows above which blocks pay, since copies of all of them leave the cache.
@@ -147,9 +149,11 @@ def choose_backend(
     1. One product of all experts, "dense", wastes what a row did not choose; the others gather rows, or weights. Dense
        wins where `slots * (mean rank + c) >= total rank`, with c the measured cost of gathering a row; c = 0 where
        rows of one expert stand together, which are not gathered at all ("segments").
-    2. Few rows, no gradient: the rows' weights come to them, "gathered".
-    3. Few rows for each expert: "grouped", one call for all experts, where grouped_mm takes the shapes.
-    4. Otherwise "segments", whose blocks stay in the cache.
+    2. Rows that stand together: one product for each run of them, "segments", or one call for all, "gathered", where
+       runs are short or a call is dear (bfloat16).
+    3. Few rows, no gradient: their weights come to them, "gathered".
+    4. Few rows for each expert: "grouped", one call for all experts, where grouped_mm takes the shapes.
+    5. Otherwise "segments", whose blocks stay in the cache.
 
     What is kept for backward depends on point 1 alone, hence not on the number of rows.
     """
@@ -163,9 +167,11 @@ def choose_backend(
     if slots >= num_experts or slots * (mean_rank + gather_cost) >= total_rank:
         return "dense"
     if together:
-        return "segments"
+        few = run < 2 * TOGETHER or dtype in FEW_CALLS
+        return "gathered" if few and slots * mean_rank <= run else "segments"
     places = rows * slots
     fewest, per_expert = FEW_PLACES.get(dtype, FEW_PLACES[torch.float32])
     if not training and places <= min(fewest, per_expert * num_experts):
         return "gathered"
-    return "grouped" if places <= min(MOST_GROUPED, 64 * num_experts) else "segments"
+    rows_each = 256 if dtype in FEW_CALLS else 64
+    return "grouped" if places <= min(MOST_GROUPED, rows_each * num_experts) else "segments"

@@ -47,7 +47,7 @@ def forward(p: Problem, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 def backward(p: Problem, saved: tuple[Tensor, ...], grad: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
     p = p.cast()
-    z, v = (*saved, None)[:2]
+    z, v = saved[0], saved[1] if len(saved) > 1 else None
     grad = grad.to(p.x.dtype)
     out: dict[str, Tensor] = {}
     weights, gates, chosen = _weights(p)
@@ -98,11 +98,15 @@ def _weights(p: Problem) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     gates, chosen = p.gates, None
     if p.indices is not None:
         experts = len(p.ranks)
-        columns = p.indices.where(p.indices >= 0, experts).long()  # "none" has a column of its own, which is cut off
-        ones = torch.ones_like(columns, dtype=p.x.dtype) if gates is None else gates
-        table = ones.new_zeros(columns.shape[0], experts + 1)
-        gates = table.scatter_add_(1, columns, ones)[:, :experts]
-        chosen = table.new_zeros(table.shape, dtype=torch.bool).scatter_(1, columns, True)[:, :experts]
+        if p.slots == 1:
+            chosen = p.indices == torch.arange(experts, device=p.x.device)
+            gates = chosen.to(p.x.dtype) if gates is None else gates * chosen
+        else:
+            columns = p.indices.where(p.indices >= 0, experts).long()  # "none" has a column of its own, cut off later
+            ones = torch.ones_like(columns, dtype=p.x.dtype) if gates is None else gates
+            table = ones.new_zeros(columns.shape[0], experts + 1)
+            gates = table.scatter_add_(1, columns, ones)[:, :experts]
+            chosen = table.new_zeros(table.shape, dtype=torch.bool).scatter_(1, columns, True)[:, :experts]
     if p.scale is None:
         return gates, gates, chosen
     return (p.scale if gates is None else gates * p.scale), gates, chosen

@@ -59,7 +59,7 @@ def backward(p: Problem, saved: tuple[Tensor, ...], grad: Tensor, needs: frozens
     out = {}
     if "up" in needs:
         out["up"] = g.scattered(p.up.t(), torch.bmm(g.weighted(h).transpose(1, 2), grad)).t()
-    if "b_up" in needs:
+    if "b_up" in needs and p.b_up is not None:
         parts = torch.bmm(g.sequences(g.slot_weights()).transpose(1, 2), grad).flatten(0, 1)
         out["b_up"] = torch.zeros_like(p.b_up).index_add_(0, g.experts.reshape(-1), parts)
     if "gates" in needs or "scale" in needs:
@@ -118,6 +118,9 @@ class _Gathered:
             if (experts < 0).any():
                 experts, self.none = experts.clamp_min(0), p.indices < 0
             self.experts = experts
+        # One sequence for each expert, in order: the weights are read where they lie.
+        everyone = torch.arange(len(p.ranks)).unsqueeze(1)
+        self.in_order = self.none is None and torch.equal(self.experts, everyone)
         # Of an expert narrower than the widest, the last row is read again in place of those it lacks.
         self.table = self.lacking = None
         if p.equal_rank is None:
@@ -135,6 +138,8 @@ class _Gathered:
         width = self.p.slots * self.rank
         if self.table is None:
             stacked = weight.reshape(len(self.p.ranks), self.rank, -1)
+            if self.in_order:
+                return stacked
             return stacked.index_select(0, self.experts.reshape(-1)).view(-1, width, weight.shape[1])
         return weight.index_select(0, self.table[self.experts].reshape(-1)).view(-1, width, weight.shape[1])
 
@@ -161,7 +166,8 @@ class _Gathered:
         p = self.p
         weights = p.x.new_ones(p.x.shape[0], p.slots) if p.gates is None else p.gates
         if p.scale is not None:
-            weights = weights * p.scale[self.experts].repeat_interleave(self.run, 0)
+            scale = p.scale[self.experts]
+            weights = weights * (scale if self.run == 1 else scale.repeat_interleave(self.run, 0))
         return weights if self.none is None else weights.masked_fill(self.none, 0)
 
     def weighted(self, h: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def forward(p: Problem, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 def backward(p: Problem, saved: tuple[Tensor, ...], grad: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
     p = p.cast()
-    z, order, v = (*saved, None)[:3]
+    z, order, v = saved[0], saved[1], saved[2] if len(saved) > 2 else None
     g = _Groups(p, sort_slots(p, order))
     z = z[: g.count]
     v = None if v is None else v[: g.count]

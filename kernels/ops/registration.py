@@ -19,6 +19,7 @@ _NAMES = tuple(field.name for field in fields(Problem))
 _BASE, _BASE_WEIGHT = _NAMES.index("base"), _NAMES.index("base_weight")
 _INSIDE = tuple(_NAMES.index(name) for name in DIFFERENTIABLE)  # whose gradients a backend computes
 _FLOATS = (*_INSIDE, _BASE, _BASE_WEIGHT)
+_RANKS = _NAMES.index("ranks")
 _TENSORS = (*_FLOATS, _NAMES.index("indices"), _NAMES.index("seed"))
 
 library = torch.library.Library("mixadapters", "DEF")
@@ -27,8 +28,8 @@ library.define(f"lowrank_backward(Tensor grad, Tensor[] kept, {_PROBLEM}, bool[]
 
 
 def _forward(*args):
-    *args, backend, keep = args
-    p = _problem(args)
+    *given, backend, keep = args
+    p = _problem(given)
     p.check_indices()
     with torch.no_grad(), _without_autocast(p.x):
         y, kept = backends.pick(p, backend, p.x.shape[0], training=keep).forward(p, keep)
@@ -36,8 +37,8 @@ def _forward(*args):
 
 
 def _backward(grad, kept, *args):
-    *args, backend, needs = args
-    p = _problem(args)
+    *given, backend, needs = args
+    p = _problem(given)
     names = [name for name, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
     with torch.no_grad(), _without_autocast(p.x):
         module = backends.pick(p, backend, p.x.shape[0], training=True)
@@ -46,8 +47,8 @@ def _backward(grad, kept, *args):
 
 
 def _forward_fake(*args):
-    *args, backend, keep = args
-    p = _problem(args)
+    *given, backend, keep = args
+    p = _problem(given)
     like = p.x if p.base is None else p.base
     y = like.new_empty(p.x.shape[0], p.up.shape[0])
     # All routed backends keep the same, so the choice need not know how many rows there are.
@@ -55,13 +56,14 @@ def _forward_fake(*args):
 
 
 def _backward_fake(grad, kept, *args):
-    *args, _, needs = args
-    p = _problem(args)
+    *given, _, needs = args
+    p = _problem(given)
     return [_like(name, getattr(p, name)) for name, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
 
 
-def _problem(args):
-    return Problem(*args[:3], tuple(args[3]), *args[4:])
+def _problem(given: list) -> Problem:
+    given[_RANKS] = tuple(given[_RANKS])
+    return Problem(*given)
 
 
 def _without_autocast(x):

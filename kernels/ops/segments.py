@@ -72,7 +72,7 @@ def forward(p: Problem, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 def backward(p: Problem, saved: tuple[Tensor, ...], grad: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
     p = p.cast()
-    z, order, v = (*saved, None)[:3]
+    z, order, v = saved[0], saved[1], saved[2] if len(saved) > 2 else None
     plan = _plan(p, order)
     grad = grad.to(p.x.dtype)
     weights = plan.weights

@@ -202,7 +202,7 @@ def holders(experts: list[Expert]) -> list[tuple[dict[str, Any], str]]:
 
 
 def read(places: list[tuple[dict[str, Any], str]]) -> list[Any]:
-    return [held.get(name) for held, name in places]
+    return [held[name] for held, name in places]
 
 
 def stacked(experts: list[Expert]) -> Stack | None:
@@ -250,6 +250,8 @@ def _is_plain(leaf: Any) -> bool:
         and not leaf.is_inference()
         and not (leaf.device.type == "cpu" and leaf.is_shared())
         and leaf.untyped_storage().nbytes() == leaf.numel() * leaf.element_size()
+        # DDP lays out its buckets by the strides of parameters, and a move changes those of `up`.
+        and not (leaf.requires_grad and torch.distributed.is_available() and torch.distributed.is_initialized())
     )
 
 

@@ -199,16 +199,13 @@ def pack(banks: Sequence[AdapterBank], context: ForwardContext | None) -> Packed
 
 
 class Tied:
-    """Banks of one kind whose experts are in one arena. It may be kept, and asked whether it still stands."""
+    """Banks of one kind whose experts are in one arena. Kept for the steps of one call of a model, no longer."""
 
     def __init__(self, banks: Sequence[AdapterBank], experts: list[Expert], stack: Stack) -> None:
         self.kind, self.sizes = banks[0].kind, [len(bank.experts) for bank in banks]
         self.numbers = None if stack.in_order else stack.numbers
         self._scales = [float(bank.scale or 0) for bank, n in zip(banks, self.sizes, strict=True) for _ in range(n)]
         self._stack, self._holders = stack, holders(experts)
-
-    def stands(self) -> bool:
-        return self._stack.stands(read(self._holders))
 
     def pack(self) -> Packed:
         leaves = read(self._holders) if torch.is_grad_enabled() else []

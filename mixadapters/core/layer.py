@@ -72,8 +72,8 @@ class AdapterHost(BaseTunerLayer):
         base = self.get_base_layer()
         if not is_pointwise(base):
             return self._run_adapters(x, y)
-        places = tuple(slice(None, None, step) for step in base.stride)
-        return self._run_adapters(x[(..., *places)].movedim(1, -1), y.movedim(1, -1)).movedim(-1, 1)
+        places: Any = (..., *(slice(None, None, step) for step in base.stride))
+        return self._run_adapters(x[places].movedim(1, -1), y.movedim(1, -1)).movedim(-1, 1)
 
     def _run_adapters(self, x: Tensor, y: Tensor) -> Tensor:
         record = self.context.record

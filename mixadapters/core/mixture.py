@@ -107,7 +107,8 @@ class Mixture(Adapter):
 class MixedBatch:
     """Each row through the adapter it names, in as few calls as the adapters' kinds allow.
 
-    It may be kept while the adapters stay the same modules; parameters may change and move.
+    Made anew for every call of a model, and kept for the steps of a `generate`, in which adapters and their parameters
+    stay the same objects. Their values may change.
 
     Args:
         owner: index into `adapters` for each row of the batch, -1 for rows that stay as they are, bit for bit.
@@ -191,8 +192,7 @@ class _Together:
         self.tied: Tied | None = None
 
     def __call__(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
-        if self.tied is None or not self.tied.stands():
-            self.tied = tie(self.banks)
+        self.tied = self.tied or tie(self.banks)
         packed = concatenate(self.banks, context) if self.tied is None else self.tied.pack()
         source = self.first.source(x, y, context).to(y.dtype)
         tokens, base = source.reshape(-1, source.shape[-1]), y.reshape(-1, y.shape[-1])

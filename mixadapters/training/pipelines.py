@@ -45,7 +45,9 @@ def encode_prompts(
         pooled = "pooled_projections" if "pooled_projections" in inspect.signature(model.forward).parameters else None
         names.append(pooled or "added_cond_kwargs.text_embeds")
     elif len(columns) != 2:
-        raise ValueError(f"{type(pipe).__name__}.encode_prompt gives {len(columns)} tensors; encode the prompts yourself")
+        raise ValueError(
+            f"{type(pipe).__name__}.encode_prompt gives {len(columns)} tensors; use record() and your own"
+        )
     conditions = {name: columns[2 * i] for i, name in enumerate(names)}
     unconditional = {name: columns[2 * i + 1][:1] for i, name in enumerate(names)}
     if "added_cond_kwargs.text_embeds" in names:

@@ -48,7 +48,7 @@ def denoiser(model: nn.Module) -> Predict:
 
 
 def prediction_of(output: Any) -> Tensor:
-    """The prediction in what a denoiser returns: a tensor, a tuple, or an output with `sample` or `prediction` first."""
+    """The prediction in what a denoiser returns: a tensor, a tuple, or an output whose first entry it is."""
     if isinstance(output, Tensor):
         return output
     return output[0] if isinstance(output, tuple) else next(v for k, v in output.items() if k != "loss")
@@ -217,7 +217,7 @@ def record(
         )
     facts = {
         "format_version": FORMAT_VERSION,
-        "plan": {k: v for k, v in asdict(plan).items() if k not in ("max_bytes",)},
+        "plan": {k: v for k, v in asdict(plan).items() if k != "max_bytes"},
         "rule": _rule_name(rule),
         "scheduler": _scheduler_facts(scheduler),
         "conditions": {n: _digest(v) for n, v in sorted(conditions.items())},
@@ -384,7 +384,7 @@ class TrajectoryCollator:
     """Items of `Trajectories` -> arguments of a model's forward, with the targets."""
 
     def __init__(self, model: nn.Module) -> None:
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.first = list(inspect.signature(type(model).forward).parameters)[1]
 
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Any]:

@@ -29,8 +29,8 @@ def example() -> Any:
 @pytest.fixture(scope="module")
 def report(example, tmp_path_factory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("digits")
-    sizes = {"samples": 40, "base_steps": 300, "steps": 150, "trajectories": 32, "timing_rounds": 3}
-    made = example.main(example.Arguments(out=str(out), seeds=[0], arms=["film", "film_mixed"], **sizes))
+    sizes = {"samples": 40, "base_steps": 250, "judge_epochs": 8, "steps": 120, "trajectories": 20, "timing_rounds": 3}
+    made = example.main(example.Arguments(out=str(out), seeds=[0], arms=["film"], **sizes))
     return {**made, "out": out}
 
 
@@ -52,13 +52,13 @@ def test_report_says_which_thresholds_are_met(report) -> None:
     assert {"1", "2", "3", "4", "5a", "5b", "6a", "6b", "10"} <= set(rows)
     assert rows["1"][1]
     assert rows["6a"][1]
-    assert not rows["2"][1]  # 150 steps are too few
+    assert not rows["2"][1]  # 120 steps are too few
     table = (report["out"] / "table.md").read_text()
     assert "| film | " in table
     assert "| base |  | 6 | 1.000 | 1.000 |" in table
     assert (report["out"] / "samples.png").stat().st_size > 5000
     assert (report["out"] / "adapter" / "adapter_model.safetensors").is_file()
-    assert report["judge_accuracy"] > 0.95
+    assert report["judge_accuracy"] > 0.9
 
 
 def test_frechet_distance_is_that_of_normal_distributions(example) -> None:

@@ -17,9 +17,8 @@ from PIL import Image
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parents[2]
 COLORS = {"red": (220, 30, 30), "blue": (30, 30, 220)}
-SMALL = (
-    "--steps 3 --pretraining_steps 5 --batch_size 4 --width 16 --r 2 --image_size 16 --seeds 0 --max_length 40"
-).split()
+SIZES = {"steps": 2, "pretraining_steps": 5, "batch_size": 4, "width": 16, "r": 2, "image_size": 16, "max_length": 40}
+SMALL = ["--seeds", "0", *(part for name, size in SIZES.items() for part in (f"--{name}", str(size)))]
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -80,7 +79,7 @@ def example(monkeypatch) -> types.ModuleType:
 
 def test_comparison_runs_all_methods_and_chooses_rates_on_dev(tmp_path, data, example, capsys) -> None:
     out = tmp_path / "out"
-    example.main(["--data_dir", str(data), "--out", str(out), "--rates", "1e-2", "1e-3", *SMALL])
+    example.main(["--data_dir", str(data), "--out", str(out), "--rates", "1e-2", "1e-3", "--per_subject", "5", *SMALL])
     report = json.loads((out / "report.json").read_text())
     assert [run["method"] for run in report["runs"]] == list(example.METHODS)
     assert {run["seed"] for run in report["search"]} == {100}
@@ -124,7 +123,7 @@ def test_set_of_the_hub_is_read_by_its_own_names(example, monkeypatch) -> None:
            "subject": "social science", "topic": "geography"}  # fmt: skip
     asked = []
     fake = types.SimpleNamespace(
-        load_dataset=lambda name: asked.append(name) or dict.fromkeys(("train", "validation", "test"), [row])
+        load_dataset=lambda name: asked.append(name) or {split: [row] for split in ("train", "validation", "test")}
     )
     monkeypatch.setitem(sys.modules, "datasets", fake)
     questions = example.load("derek-thomas/ScienceQA", None)

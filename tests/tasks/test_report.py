@@ -84,6 +84,11 @@ def test_unlike_protocols_and_setups_have_tables_of_their_own() -> None:
     assert "majority" in {line.method for line in found[0].lines}  # it trains nothing: it stands in both
 
 
+def test_two_results_for_one_place_are_refused() -> None:
+    with pytest.raises(ValueError, match="two results of task 'imdb', method 'lora', seed 0 under one protocol"):
+        report.tables([*RUNS, result("lora", 0, 30)])
+
+
 def test_holm_corrects_step_by_step() -> None:
     made = [report.Line(str(p), [], [], None, None, None, p, 0, 0, {}) for p in (0.04, 0.01, 0.03, None)]
     assert [line.p for line in report.holm(made)] == pytest.approx([0.06, 0.03, 0.06, None])

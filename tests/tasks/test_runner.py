@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, HfArgumentParser
 
 from mixadapters.tasks import __main__ as cli
 from mixadapters.tasks import runner as runner_module
+from mixadapters.tasks.arguments import RunArguments, TrainArguments
 
 SMALL = (
     "--max_steps 2 --per_device_train_batch_size 4 --max_length 24 --parameters 1200 --stage1_steps 1 --stage1_batch 4"
@@ -65,6 +69,23 @@ def test_a_run_can_be_repeated(encoder, data, tmp_path) -> None:
     assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
 
 
+def test_the_seed_reaches_everything_that_draws(encoder, data, tmp_path, monkeypatch) -> None:
+    heads = []
+
+    def spy(self: Any, **_: Any) -> None:
+        assert (self.args.seed, self.args.data_seed) == (7 + len(heads), 7 + len(heads))
+        heads.append(self.model.classifier.weight.tolist())
+
+    monkeypatch.setattr(runner_module.TaskTrainer, "train", spy)
+    line = "--tasks imdb --methods probe --max_length 24"
+    run(encoder, data, tmp_path, f"{line} --seeds 7 8")
+    assert heads[0] != heads[1]
+    digests = [r["digests"]["train"] for r in results(tmp_path).values()]
+    assert digests[0] == digests[1]
+    run(encoder, data, tmp_path, f"{line} {SHOTS} --methods majority --seeds 7 8")
+    assert len({r["digests"]["train"] for r in results(tmp_path).values()}) == 3
+
+
 def test_only_the_rate_chosen_on_dev_meets_test(encoder, data, tmp_path, monkeypatch) -> None:
     asked: list[int] = []
     predict = runner_module.Run._predict
@@ -94,8 +115,10 @@ def test_scores_and_choices_with_an_encoder(encoder, data, tmp_path, task) -> No
 
 def test_decoders_rank_and_generate(decoder, data, tmp_path) -> None:
     line = f"--tasks fever commonsenseqa trex_slotfilling --methods frozen lora bottleneck --seeds 0 {SHOTS}"
-    assert run(decoder, data, tmp_path, f"{line} --max_new_tokens 3") == 0
+    assert run(decoder, data, tmp_path, f"{line} --max_new_tokens 3 --keep_adapters") == 0
     found = results(tmp_path)
+    (saved,) = tmp_path.glob("fever/lora-s0-*/")
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(decoder), str(saved))
     assert len(found) == 9
     said = found["trex_slotfilling", "lora", 0]["predictions"]
     assert all(isinstance(p, str) and len(p.split()) <= 3 for p in said)
@@ -156,6 +179,8 @@ def test_a_run_that_fails_does_not_stop_the_others(encoder, data, tmp_path, caps
         ("--tasks imdb --methods lorra", "method 'lorra' is unknown"),
         ("--tasks imdb --rates 0", r"rates=[0.0] must be one or more positive"),
         ("--tasks imdb --shots_from mine", "shots_from='mine' must be 'published' or 'rule'"),
+        ("--tasks imdb --learning_rate 1e-4", "learning_rate=0.0001 is set by each run; pass --rates"),
+        ("--tasks imdb --seed 3", "seed=3 is set by each run; pass --seeds"),
         ("--tasks imdb --domains reviews", "domains='reviews' must be name=folder"),
         ("--tasks fever --methods mixda", "pass --domains name=folder, or take mixda_untuned"),
     ],
@@ -163,3 +188,14 @@ def test_a_run_that_fails_does_not_stop_the_others(encoder, data, tmp_path, caps
 def test_bad_arguments_are_named(encoder, data, tmp_path, capsys, line, message) -> None:
     assert run(encoder, data, tmp_path, line) == 1
     assert message in capsys.readouterr().err
+
+
+def test_documented_arguments_exist() -> None:
+    parser = HfArgumentParser([RunArguments, TrainArguments])
+    known = {name for action in parser._actions for name in action.option_strings}
+    pages = (Path(__file__).parents[2] / page for page in ("README.md", "docs/tasks.md", "docs/results.md"))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ")
+    commands = re.findall(r"mixadapters\.tasks run (.*)", text)
+    assert commands
+    for command in commands:
+        assert set(re.findall(r"--[\w-]+", command)) <= known, command

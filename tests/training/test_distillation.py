@@ -109,7 +109,7 @@ def test_loss_is_the_weighted_distance_to_the_target(data, loss, weighted) -> No
 
 
 def test_targets_are_made_on_the_way_where_the_batch_says_how(data) -> None:
-    model = adapt(dit(), data)
+    model = adapt(dit(), data, default_scale=3.0)
     batch = batch_of(data, model)
     context = model.base_model.context
     context.objectives.append(GuidanceDistillation())
@@ -285,9 +285,8 @@ def texts(rows: int = 4, length: int = 10, seed: int = 0, words: int = 91) -> di
 def test_teacher_of_language_models_is_that_of_generate(tiny) -> None:
     model = tiny("llama")
     batch = texts()
-    scores = guided_log_probabilities(
-        model_without_fields(model), batch["input_ids"], batch["attention_mask"].bool(), batch["prompt_mask"].bool(), 2.5
-    )
+    real, prompt = batch["attention_mask"].bool(), batch["prompt_mask"].bool()
+    scores = guided_log_probabilities(model_without_fields(model), batch["input_ids"], real, prompt, 2.5)
     for row in range(4):
         start, end = row % 3, 4 + row % 2  # the prompt
         ids = batch["input_ids"][row : row + 1, start:]

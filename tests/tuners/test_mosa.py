@@ -203,7 +203,7 @@ def test_m03_one_expert_is_the_plain_adapter_bit_for_bit(tiny, tiny_inputs, fiel
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         history = []
         for step in range(50):
-            outputs = model(**tiny_inputs("llama", labels="tokens", seed=step % 3))
+            outputs = model(**tiny_inputs("llama", length=4, labels="tokens", seed=step % 3))
             outputs.loss.backward()
             history.append(outputs.loss.detach())
             optimizer.step()
@@ -505,6 +505,14 @@ def test_m11_checkpointing_recomputes_with_the_same_draws(tiny, tiny_inputs, kin
     assert any(g.abs().max() > 1e-4 for g in plain.values())
 
 
+def test_m11_compiled_forwards_draw_like_others(tiny, tiny_inputs) -> None:
+    inputs = tiny_inputs("vit", labels="classes")
+    model = mosa(without_dropout(tiny("vit")))
+    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(**inputs).loss, model(**inputs).loss)
+
+
 # --- M12: several processes --------------------------------------------------------------------------------------
 
 WORKER = """
@@ -515,53 +523,51 @@ from peft import get_peft_model
 from mixadapters import MoSAConfig
 from mixadapters.tuners.mosa.split import SplitBank
 
-rank, world, folder, sync = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == "1"
+def train(rows, wrap):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(num_attention_heads=4, **sizes)
+    model = get_peft_model(LlamaForCausalLM(config), MoSAConfig(r=8, split="both")).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mosa_" in name:
+                parameter.normal_(std=0.3)
+    wrapped = wrap(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    draws, banks = [], [m for m in model.modules() if isinstance(m, SplitBank)]
+    for step in range(4):
+        ids = torch.randint(5, 64, (4, 6), generator=torch.Generator().manual_seed(step))[rows]
+        wrapped(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        draws.append(torch.stack([model.base_model.context.record.shared[bank._key] for bank in banks]))
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack(draws), [p.detach() for p in model.parameters() if p.requires_grad]
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
-if world > 1:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-torch.manual_seed(0)
-config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-model = get_peft_model(LlamaForCausalLM(config), MoSAConfig(r=8, split="both", sync_ranks=sync)).train()
-with torch.no_grad():
-    for name, parameter in model.named_parameters():
-        if "mosa_" in name:
-            parameter.normal_(std=0.3)
-wrapped = DistributedDataParallel(model) if world > 1 else model
-optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-draws, banks = [], [m for m in model.modules() if isinstance(m, SplitBank)]
-for step in range(4):
-    ids = torch.randint(5, 64, (4, 6), generator=torch.Generator().manual_seed(step))
-    mine = ids if world == 1 else ids[2 * rank : 2 * rank + 2]
-    wrapped(input_ids=mine, attention_mask=torch.ones_like(mine), labels=mine).loss.backward()
-    draws.append(torch.stack([model.base_model.context.record.shared[bank._key] for bank in banks]))
-    optimizer.step()
-    optimizer.zero_grad()
-weights = [p.detach() for p in model.parameters() if p.requires_grad]
-torch.save((torch.stack(draws), weights), f"{folder}/out{rank}of{world}sync{int(sync)}")
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+torch.save(train(slice(2 * rank, 2 * rank + 2), DistributedDataParallel), f"{folder}/{rank}")
+if rank == 0:
+    torch.save(train(slice(None), lambda model: model), f"{folder}/alone")
 """
 
 
-def workers(folder: Path, world: int, sync: bool) -> list[Any]:
-    script = folder / "worker.py"
-    script.write_text(WORKER)
-    (folder / "store").unlink(missing_ok=True)
+def test_m12_two_ranks_draw_alike_and_equal_one_process(tmp_path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(world), str(folder), str(int(sync))],
-                         env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(world)
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "worker.py"), str(rank), str(tmp_path)],
+            env=environment, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
     ]  # fmt: skip
     for process in running:
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors[-2000:]
-    return [torch.load(folder / f"out{rank}of{world}sync{int(sync)}") for rank in range(world)]
-
-
-def test_m12_two_ranks_draw_alike_and_equal_one_process(tmp_path) -> None:
-    (draws0, weights0), (draws1, weights1) = workers(tmp_path, 2, True)
+    (draws0, weights0), (draws1, weights1), (_, alone) = (torch.load(tmp_path / name) for name in ("0", "1", "alone"))
     assert torch.equal(draws0, draws1)
     assert len({tuple(step.flatten().tolist()) for step in draws0}) > 1
-    ((_, alone),) = workers(tmp_path, 1, True)
     for a, b, c in zip(weights0, weights1, alone, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c, atol=1e-5, rtol=1e-4)
@@ -884,6 +890,22 @@ def test_m17_rows_of_a_mixed_batch_use_their_own_adapters(tiny, tiny_inputs) -> 
             expected.append(model(**one).logits)
     mixed = model(**inputs, adapter_names=["default", "plain", "__base__"]).logits
     torch.testing.assert_close(mixed, torch.cat(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_m17_mixed_batches_train_on_two_passes(tiny, tiny_inputs) -> None:
+    inputs = tiny_inputs("llama", batch=3, labels="tokens")
+    model = mosa(tiny("llama"), split="both", scale=1.0)
+    alone = {name: value[:1] for name, value in inputs.items()}
+    model(**alone).loss.backward()
+    expected, distance = gradients(model), losses(model)["consistency"]
+    for bank in banks(model):
+        bank.draws.zero_()
+    shown = torch.tensor([True, False, False]).view(-1, 1)
+    inputs["labels"] = torch.where(shown, inputs["labels"], -100)
+    model(**inputs, adapter_names=["default", "__base__", "__base__"]).loss.backward()
+    assert losses(model)["consistency"] == pytest.approx(distance, rel=1e-4)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-3)
 
 
 class Pointwise(nn.Module):

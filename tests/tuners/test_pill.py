@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -310,15 +312,19 @@ def test_t10_a_batch_without_images_gives_zero_gradients_not_none(tiny, tiny_inp
         assert all((grad == 0).all() for grad in images)
 
 
-def _rank(rank: int, folder: str, model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
-    os.environ.update(GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    parallel = nn.parallel.DistributedDataParallel(model)
-    for _ in range(2):
-        parallel(**batches[rank]).loss.backward()
-    torch.save({n: p.grad / 2 for n, p in model.named_parameters() if p.requires_grad}, f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
+RANK = """
+import sys
+import torch
+import mixadapters
+folder, rank = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+model, batches = torch.load(f"{folder}/given", weights_only=False)
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+for _ in range(2):
+    parallel(**batches[rank]).loss.backward()
+torch.save({n: p.grad / 2 for n, p in model.named_parameters() if p.requires_grad}, f"{folder}/{rank}")
+"""
 
 
 def small_vit(size: int = 16, **config: Any) -> ViTModel:
@@ -340,7 +346,11 @@ def test_t10_ranks_with_other_modalities_train_together(tiny, tiny_inputs, tmp_p
     batches[1]["pixel_values"] = torch.randn(2, 3, 16, 16)
     expected = copy.deepcopy(model)
     (sum(expected(**batch).loss for batch in batches) / 2).backward()
-    torch.multiprocessing.start_processes(_rank, (str(tmp_path), model, batches), nprocs=2, start_method="fork")
+    torch.save((model, batches), tmp_path / "given")
+    command = [sys.executable, "-W", "ignore", "-c", RANK, str(tmp_path)]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [subprocess.Popen([*command, str(rank)], env=environment, cwd=tmp_path) for rank in (0, 1)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
     ranks = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
     for name, parameter in expected.named_parameters():
         if parameter.requires_grad:

@@ -106,10 +106,11 @@ def _weight_gradients(p: Problem, dgates: Tensor) -> dict[str, Tensor]:
     """Of gates and scale, from `dgates` (N, k), which has neither factor."""
     found = {}
     if p.gates is not None:
-        scale = 1.0 if p.scale is None else p.scale.float()
-        if p.scale is not None and p.indices is not None:
-            scale = scale[p.indices.clamp_min(0).long()]
-        found["gates"] = (dgates * scale).to(p.gates.dtype)
+        scaled = dgates
+        if p.scale is not None:
+            scale = p.scale.float()
+            scaled = dgates * (scale if p.indices is None else scale[p.indices.clamp_min(0).long()])
+        found["gates"] = scaled.to(p.gates.dtype)
     if p.scale is not None:
         values = dgates if p.gates is None else dgates * p.gates.float()
         if p.indices is None:
@@ -132,8 +133,10 @@ class _Call:
     """A problem with its plan, and how each kernel is launched for it."""
 
     def __init__(self, p: Problem, training: bool, tables: tuple[Tensor, ...] = ()) -> None:
-        names = ("b_down", "b_up", "b_gate", "indices", "gates", "scale", "base", "base_weight")
-        self.p = p = replace(p, **{name: _dense(getattr(p, name)) for name in names})
+        self.p = p = replace(
+            p, b_down=_dense(p.b_down), b_up=_dense(p.b_up), b_gate=_dense(p.b_gate), indices=_dense(p.indices),
+            gates=_dense(p.gates), scale=_dense(p.scale), base=_dense(p.base), base_weight=_dense(p.base_weight),
+        )  # fmt: skip
         self.plan: Plan = plan(p, training, tables)
         self.arch = architecture(p.x.device)
         self.starts, self.owners = column_tables(p.ranks, p.x.device)
@@ -145,7 +148,7 @@ class _Call:
             "PRECISION": configs.precision(p.x.dtype, self.arch),
         }
         # Of a run, or of the batch; unknown where it does not or must not matter.
-        self.rows = p.run if self.plan.mode == "runs" else p.x.shape[0]
+        self.rows: int | None = p.run if self.plan.mode == "runs" else p.x.shape[0]
         if p.batch_invariant or self.plan.mode == "sorted":
             self.rows = None
         self.seed = p.seed if p.dropout else None
@@ -163,11 +166,11 @@ class _Call:
     def programs(self, step: Pass, size: int) -> int:
         """Tiles of `size` rows."""
         rows = self.p.x.shape[0]
-        if self.plan.mode == "all":
-            return triton.cdiv(rows, size)
+        if step.tiles is not None:
+            return step.tiles.shape[1]
         if self.plan.mode == "runs":
             return rows // self.p.run * triton.cdiv(self.p.run, size)
-        return step.tiles.shape[1]
+        return triton.cdiv(rows, size)
 
     def shrink_parts(self, width: int, gated: bool) -> int:
         tiles = self.tiles("shrink", width, gated)

@@ -40,7 +40,7 @@ def precision(dtype: torch.dtype, arch: str) -> str:
 
 def sorted_rows(dtype: torch.dtype, hidden: int, gated: bool) -> int:
     """Rows of a tile of sorted rows: the same for all kernels, which share the table of tiles."""
-    return 16 if dtype == torch.float32 and bucket(hidden) * (2 if gated else 1) > 64 else 32
+    return 16 if _load(hidden, gated) > (64 if dtype == torch.float32 else 128) else 32
 
 
 def tiles(
@@ -52,38 +52,50 @@ def tiles(
         hidden: columns of the window. rows: of a run, or of the batch; None: whatever they are (batch invariance).
         width: of the third axis. gated: two products go side by side.
     """
-    br = bucket(hidden)
+    br, fp32 = bucket(hidden), dtype == torch.float32
     if arch == "cpu":
         return Tiles(32, min(br, 128) if kernel == "wgrad" else br, 64, 4, 1)
-    wide = dtype == torch.float32
     if kernel == "wgrad":
-        return _wgrad_tiles(arch, wide, min(br, 128))
-    load = br * (2 if gated else 1)  # accumulator columns of a row
-    few = rows is not None and rows <= 16
-    if kernel == "shrink":
-        bm, bk, warps = (16 if few else 64), (128 if few else 64), 4
-        if load > 64:
-            bm, bk, warps = min(bm, 64 if load == 128 else 32), 32, 8
-        if arch == "sm_100" and not few and load in (64, 128):
-            warps = 12 - 4 * (load // 64)  # its tensor cores' accumulators leave few registers: 8, and 4
-        t = Tiles(bm, br, bk, warps, 3 if load <= 128 else 2)
-    else:
-        t = Tiles(16 if few else 64 if load <= 64 else 32, br, 64 if load <= 128 else 32, 4 if load <= 64 else 8, 3)
-        if load > 128:
-            t = t._replace(stages=2)
-        if arch == "sm_100" and width % t.width:
-            t = t._replace(width=32)
-    if wide:  # each product becomes three of tf32
+        return _wgrad_tiles(arch, fp32, min(br, 128))
+    load, few = _load(hidden, gated), rows is not None and rows <= 16
+    t = _shrink_tiles(arch, br, load, few) if kernel == "shrink" else _expand_tiles(arch, br, load, few, width)
+    if fp32:  # on NVIDIA each product is three of tf32
         t = t._replace(rows=min(t.rows, 32 if load <= 64 else 16), width=min(t.width, 32), stages=2)
     return t._replace(rows=min(t.rows, 32)) if rows is None or rows <= 32 else t
 
 
-def _wgrad_tiles(arch: str, wide: bool, br: int) -> Tiles:
-    if wide:
-        return Tiles(32, br, 32, 8 if br > 64 else 4, 2)
+def _load(hidden: int, gated: bool) -> int:
+    """Accumulator columns of a row."""
+    return bucket(hidden) * (2 if gated else 1)
+
+
+def _shrink_tiles(arch: str, br: int, load: int, few: bool) -> Tiles:
+    if few:
+        return Tiles(16, br, 128, 4, 3) if load <= 64 else Tiles(16, br, 32, 8, 3 if load <= 128 else 2)
+    if load > 128:
+        return Tiles(32, br, 32, 8, 2)
+    if load > 64:
+        return Tiles(64, br, 32, 4 if arch == "sm_100" else 8, 3)
+    return Tiles(64, br, 64, 8 if arch == "sm_100" and load == 64 else 4, 3)
+
+
+def _expand_tiles(arch: str, br: int, load: int, few: bool, width: int) -> Tiles:
+    bm, gfx = 16 if few else 64 if load <= 64 else 32, arch.startswith("gfx")
+    if load > 128:
+        return Tiles(16, br, 32, 8, 1) if gfx else Tiles(bm, br, 32, 8, 2)
+    if load > 64:
+        return Tiles(bm, br, 32, 8, 2) if gfx else Tiles(bm, br, 64, 8, 3)
+    # Masked columns cost sm_100 too many registers.
+    return Tiles(bm, br, 32 if arch == "sm_100" and width % 64 else 64, 4, 2 if gfx else 3)
+
+
+def _wgrad_tiles(arch: str, fp32: bool, br: int) -> Tiles:
+    warps = 4 if br <= 64 else 8
     if arch.startswith("gfx"):
-        return Tiles(32, br, 64 if br <= 64 else 32, 4, 2)
-    return Tiles(64, br, 128, 4, 3) if br <= 64 else Tiles(64, br, 64, 8, 2)
+        return Tiles(32, br, 64 if br <= 64 else 32, warps, 2)
+    if fp32:
+        return Tiles(32, br, 32, warps, 2)
+    return Tiles(64, br, 128 if br <= 64 else 64, warps, 2)
 
 
 def parts(kernel: str, arch: str, programs: int, blocks: int, invariant: bool = False) -> int:

@@ -176,7 +176,7 @@ def shrink(
     rows, row_there, first, last = _tile(
         tl.program_id(0), INDICES, index_stride, ORDER, TILES, TILES_MAX, N, RUN, FIRST, LAST, MODE, BM
     )
-    start, columns, there = _window(STARTS, first, last, ALIGN, BR)
+    start, _, there = _window(STARTS, first, last, ALIGN, BR)
     lane = tl.arange(0, BR)
     per_part = tl.cdiv(tl.cdiv(K, BK), tl.num_programs(1)) * BK
     low = part * per_part

@@ -37,9 +37,10 @@ def record(arch: str) -> Iterator[list[Launch]]:
 
     Tensors may be anywhere, on "meta" for instance: the shapes of all outputs come without a device.
     """
-    token = _recording.set(Recording(arch, []))
+    made: list[Launch] = []
+    token = _recording.set(Recording(arch, made))
     try:
-        yield _recording.get().launches
+        yield made
     finally:
         _recording.reset(token)
 

@@ -111,4 +111,7 @@ def _column_tables(ranks: tuple[int, ...], device: torch.device) -> tuple[Tensor
     for e, rank in enumerate(ranks):
         starts.append(starts[-1] + rank)
         owners += [e] * rank
-    return tuple(torch.tensor(t, dtype=torch.int32, device=device) for t in (starts, owners))
+    return (
+        torch.tensor(starts, dtype=torch.int32, device=device),
+        torch.tensor(owners, dtype=torch.int32, device=device),
+    )

@@ -20,8 +20,8 @@ class AGDConfig(MixtureConfig):
     condition, such that one pass gives u + w (c - u) of a conditional prediction c and an unconditional u.
 
     Kinds, with Z the block's input, e the features of (w, t, condition) and phi = (w - 1) / s:
-    "film": phi * up(SiLU((down Z)(1 + gamma(e)) + beta(e))); "cross_attention": phi * attention from Z to the conditions;
-    "offset": phi * a vector made of e, the same for all tokens.
+    "film": phi * up(SiLU((down Z)(1 + gamma(e)) + beta(e))); "cross_attention": phi * attention from Z to the
+    conditions; "offset": phi * a vector made of e, the same for all tokens.
     """
 
     stages: ClassVar[dict[str, tuple[str, ...]]] = {"distill": ("*", "modules_to_save")}
@@ -32,7 +32,8 @@ class AGDConfig(MixtureConfig):
     )
     r: int = field(default=256, metadata={"help": "Width of the features of the conditions, and of each adapter."})
     gate: bool = field(
-        default=True, metadata={"help": "The factor phi, zero at w = 1. False: as in the paper, w = 1 is not the base."}
+        default=True,
+        metadata={"help": "The factor phi, zero at w = 1. False: as in the paper, and not the base there."},
     )
     min_scale: float = field(default=1.0, metadata={"help": "The least guidance scale of the training data."})
     max_scale: float = field(default=12.0, metadata={"help": "The largest; phi is 2 there."})
@@ -53,7 +54,8 @@ class AGDConfig(MixtureConfig):
         default=None, metadata={"help": "Width of the pooled text. None: by the model's config."}
     )
     timestep_scale: float = field(
-        default=1.0, metadata={"help": "Factor that brings timesteps to 0 ... 1000; 1000 for models that take 0 ... 1."}
+        default=1.0,
+        metadata={"help": "Factor that brings timesteps to 0 ... 1000 (for models that take 0 ... 1: 1000)."},
     )
     base_class: str | None = field(
         default=None, metadata={"help": "Class of the base model; filled in, and checked when loading."}
@@ -77,7 +79,7 @@ class AGDConfig(MixtureConfig):
                 raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value}")
         if not (isfinite(self.min_scale) and isfinite(self.max_scale) and self.max_scale > max(1, self.min_scale)):
             raise ValueError(
-                f"min_scale={self.min_scale}, max_scale={self.max_scale}: guidance scales are a range that ends above 1"
+                f"min_scale={self.min_scale}, max_scale={self.max_scale}: scales are a range that ends above 1"
             )
         for name in ("default_scale", "timestep_scale"):
             if not isfinite(getattr(self, name)):

@@ -150,7 +150,7 @@ class GuidanceAdapter(Adapter):
         features: Features | None = context.record.shared.get(self.key)
         if features is None:
             return y
-        features = Features(*(None if f is None else _like(f, x, self.path) for f in features))
+        features = Features._make(None if f is None else _like(f, x, self.path) for f in features)
         delta = self.delta(x.to(y.dtype), features).to(y.dtype)
         if self.gate is None:
             return y + delta

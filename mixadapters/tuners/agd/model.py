@@ -34,7 +34,7 @@ class AGDModel(MixtureModel):
         base = type(self.model).__name__
         if config.base_class not in (None, base):
             raise ValueError(
-                f"base_class={config.base_class!r}: the adapter was made for that class of model, this one is a {base!r}"
+                f"base_class={config.base_class!r}: the adapter was made for this class of model, not for a {base!r}"
             )
         if config.sites is None and config.target_modules is None and base in SITES:
             config.sites = {"attention": SITES[base]}
@@ -47,8 +47,7 @@ class AGDModel(MixtureModel):
     def _read_conditions(self, config: AGDConfig) -> None:
         """Fill in which arguments of the model's forward the adapters read, and how wide they are."""
         arguments = inspect.signature(type(self.model).forward).parameters
-        known = getattr(self.model, "config", None)
-        widths = _widths_of_conditions(known.get if hasattr(known, "get") else lambda name: None)
+        widths = _widths_of_conditions(getattr(getattr(self.model, "config", None), "get", lambda name: None))
         if config.conditions is None:
             config.conditions = {"timestep": "timestep"} if "timestep" in arguments else {}
             for name, (argument, _) in widths.items():
@@ -65,7 +64,7 @@ class AGDModel(MixtureModel):
             size = {"class": "num_classes", "prompt": "prompt_width", "pooled": "pooled_width"}.get(name)
             if size is not None and getattr(config, size) is None:
                 if name not in widths:
-                    raise ValueError(f"the model's config does not tell {size}; pass it to read the condition {name!r}")
+                    raise ValueError(f"the model's config does not tell {size}; pass it, to read {name!r}")
                 setattr(config, size, widths[name][1])
 
     def _widths(self, config: Any, base: nn.Module, path: str) -> tuple[int, int]:

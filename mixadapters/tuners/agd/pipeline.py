@@ -44,7 +44,7 @@ class OnePass:
         interval: timesteps at which to guide, both ends inclusive.
 
     Raises:
-        ValueError: the pipeline's model has no guidance adapter, or embeds the guidance scale itself; one is on already.
+        ValueError: the pipeline's model has no guidance adapter, or embeds the guidance scale; one is on already.
     """
 
     def __init__(
@@ -66,22 +66,23 @@ class OnePass:
         self.scale, self.negative_prompts, self.interval = scale, negative_prompts, interval
         self.adapters()
         call = functools.wraps(plain.__call__)(lambda pipe, *args, **kwargs: self.call(*args, **kwargs))
-        names = {"one_pass": self, "__call__": call, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
-        pipe.__class__ = type(plain.__name__, (plain,), names)
+        same = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}  # it is saved under its own name
+        pipe.__class__ = type(plain.__name__, (plain,), {"one_pass": self, "__call__": call, **same})
 
     def adapters(self) -> list[GuidanceAdapter]:
         """The active adapters; ValueError where there are none."""
         hosts = [m for m in self.model.modules() if isinstance(m, AdapterHost)]
-        found = [
-            a for h in hosts for n, a in h.adapters.items() if n in h.active_adapters and isinstance(a, GuidanceAdapter)
-        ]
+        active = [a for h in hosts for name, a in h.adapters.items() if name in h.active_adapters]
+        found = [a for a in active if isinstance(a, GuidanceAdapter)]
         if ForwardContext.find(self.model) is None or not found:
             raise ValueError(
-                f"{type(self.model).__name__} has no active guidance adapter; load one by PeftModel.from_pretrained, or "
-                "make one by get_peft_model(model, AGDConfig(...))"
+                f"{type(self.model).__name__} has no active guidance adapter; load one by PeftModel.from_pretrained, "
+                "or make one by get_peft_model(model, AGDConfig(...))"
             )
         if any(h.disable_adapters for h in hosts):
-            raise ValueError("the guidance adapters are disabled; diffusers' enable_adapters() or enable_lora() ends that")
+            raise ValueError(
+                "the guidance adapters are disabled; enable_adapters() or enable_lora() of diffusers ends it"
+            )
         return found
 
     def call(self, *args: Any, **kwargs: Any) -> Any:

@@ -152,6 +152,7 @@ class MoSAConfig(MixtureConfig):
         shared = {f.name: getattr(self, f.name) for f in fields(MixtureConfig) if f.init and f.name != "peft_type"}
         assert self.style is not None
         assert self.activation is not None
+        assert self.scale is not None
         layer_norm = self.layer_norm
         if layer_norm is None:
             layer_norm = self.style == "pfeiffer" or self.adapter_input == "residual"

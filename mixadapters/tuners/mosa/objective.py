@@ -81,8 +81,10 @@ class ConsistencyObjective:
         if not found:
             raise ValueError(f"{type(output).__name__} has no logits, whose consistency MoSA trains; {REMEDY}")
         labels = {**context.record.values, **inputs}
+        shifted = labels.get("shift_labels")
         for name, logits in found.items():
-            pair = Pair.of(context, module, logits, labels.get(DISTRIBUTIONS[name]), "shift_labels" not in inputs)
+            target = labels.get(DISTRIBUTIONS[name]) if shifted is None else shifted
+            pair = Pair.of(context, logits, target, shift=shifted is None and shifts_labels(module))
             if config.consistency:
                 context.add_loss("consistency", pair.divergence(), config.consistency / len(found))
             if config.aux_ce:
@@ -115,15 +117,13 @@ class Pair:
         self.first, self.second, self.target, self.valid = first.float(), second.float(), target, valid
 
     @classmethod
-    def of(
-        cls, context: ForwardContext, module: nn.Module, logits: Tensor, target: Tensor | None, shift: bool
-    ) -> Pair:
-        """From logits (2B, ..., C); target (B, ...) or None. Causal models predict the next token."""
+    def of(cls, context: ForwardContext, logits: Tensor, target: Tensor | None, *, shift: bool) -> Pair:
+        """From logits (2B, ..., C); target (B, ...) or None. shift: a place predicts the next one's target."""
         if logits.shape[-1] < 2:
             raise ValueError(f"logits {tuple(logits.shape)} are no distribution over classes; {REMEDY}")
         first, second = logits[0::2], logits[1::2]
         if target is not None and target.shape == first.shape[:-1]:
-            if shift and first.dim() == 3 and shifts_labels(module):
+            if shift and first.dim() == 3:
                 first, second, target = first[:, :-1], second[:, :-1], target[:, 1:]
             return cls(first, second, target, target != -100)
         mask = context.stream("decoder").mask

@@ -76,6 +76,8 @@ class SplitLinear(nn.Module):
         lazy: note which experts were drawn since the last step of the optimizer.
     """
 
+    weight: Tensor
+    bias: Tensor | None
     base: Tensor | None
     owner: Tensor
     drawn: Tensor
@@ -121,16 +123,14 @@ class SplitLinear(nn.Module):
         Raises:
             ValueError: an optimizer has changed D that knows nothing of draws.
         """
-        if torch.compiler.is_compiling():
-            self.drawn.index_fill_(0, experts.reshape(-1), True)
-            return
-        if self._seen not in (None, self.weight._version):
-            raise ValueError(
-                "inactive_update='lazy' needs the optimizer LazyAdamW(parameters, peft_model=model), and another one "
-                "has changed the weights; use it, or inactive_update='dense'"
-            )
+        if not torch.compiler.is_compiling():
+            if self._seen not in (None, self.weight._version):
+                raise ValueError(
+                    "inactive_update='lazy' needs the optimizer LazyAdamW(parameters, peft_model=model), and another "
+                    "one has changed the weights; use it, or inactive_update='dense'"
+                )
+            self._seen = self.weight._version
         self.drawn.index_fill_(0, experts.reshape(-1), True)
-        self._seen = self.weight._version
 
     def forget(self) -> None:
         """Forget the draws: the optimizer has made its step."""

@@ -119,9 +119,9 @@ CASES = {
     "all, two windows, gated": {"ranks": WIDE, "rows": 33, "without": ()},
     "runs": {"slots": 1, "run": 32, "rows": 160},
     "runs, lora": {"slots": 1, "run": 40, "rows": 160, "without": PLAIN, "act": "identity"},
-    "runs, top 2": {"slots": 2, "run": 16, "rows": 96, "ranks": (200, 190, 180), "without": ()},
+    "runs, top 2": {"slots": 2, "run": 16, "rows": 48, "ranks": (200, 190, 180), "without": ()},
     "sorted": {"slots": 1, "ranks": WIDE, "rows": 150, "without": PLAIN},
-    "sorted, top 2, gated": {"slots": 2, "ranks": (200, 190, 180), "rows": 70, "without": ()},
+    "sorted, top 2, gated": {"slots": 2, "ranks": (200, 190, 180), "rows": 40, "without": ()},
     "sorted, invariant": {"slots": 1, "rows": 70, "batch_invariant": True},
     "one expert": {"ranks": (20,), "slots": 1},
 }
@@ -206,8 +206,9 @@ def test_all_is_written_and_nothing_else(case, guarded):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_without_expert_are_their_base_bit_for_bit(case, dtype):
     p = problem(**{**CASES[case], "dtype": dtype, "without": ("gate", "b_gate", "base_weight")})
-    p.indices[32:64] = -1
-    p.base[32:64, :3] = -0.0
+    rows = slice(32, 64) if p.run > 1 else slice(10, 30)
+    p.indices[rows] = -1
+    p.base[rows, :3] = -0.0
     y = forward(p, False)[0]
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     none = (p.indices == -1).all(1)
@@ -223,6 +224,7 @@ def test_nobody_chose_an_expert(case):
     assert_close(p)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of 0 * inf
 @pytest.mark.parametrize("case", ["all, top 2", "runs", "sorted"])
 def test_infinite_weights_of_others_do_no_harm_to_routed_rows(case):
     p = problem(**{**CASES[case], "without": ("gate", "b_gate")})
