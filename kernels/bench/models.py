@@ -121,30 +121,34 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def module_cases() -> Iterator[Case]:
     """One frozen linear layer with its adapters."""
-    for rows, length, width in ((64, 128, 768), (64, 32, 768)):
-        ours, theirs = both(OneLayer(width), ["linear"], 16)
-        x, grad = torch.randn(2, rows, length, width)
-        label = f"Linear({width}) and adapters of rank 16, T={rows * length}"
+    for length in (128, 32):
+        yield from layer_cases(64, length, 768)
 
-        def infer(model: Any, adapters: int | None = None, x: Tensor = x, rows: int = rows) -> Tensor:
-            with torch.inference_mode():
-                return model(x) if adapters is None else model(x, adapter_names=names_of(adapters, rows))
 
-        def train(model: Any, adapters: int | None = None, x: Tensor = x, grad: Tensor = grad) -> None:
-            model.zero_grad()
-            y = model(x) if adapters is None else model(x, adapter_names=names_of(adapters, len(x)))
-            y.backward(grad)
+def layer_cases(rows: int, length: int, width: int) -> Iterator[Case]:
+    ours, theirs = both(OneLayer(width), ["linear"], 16)
+    x, grad = torch.randn(2, rows, length, width)
+    label = f"Linear({width}) and adapters of rank 16, T={rows * length}"
 
-        for mode, run in (("inference", infer), ("training step", train)):
-            contenders = {"frozen layer": Contender(lambda: infer(ours.get_base_model().linear.base_layer))}
-            contenders["ours, 1"] = Contender(lambda run=run: run(ours), one(ours))
-            for n in (8, 64):
-                contenders[f"ours, {n}"] = Contender(lambda run=run, n=n: run(ours, n), every(ours))
-                if mode == "inference":
-                    contenders[f"PEFT, {n}"] = Contender(lambda n=n: infer(theirs, n), one(theirs))
-            contenders["PEFT, 1"] = Contender(lambda run=run: run(theirs), one(theirs))
-            errors = {"output, 64 adapters": distance(infer(ours, 64), infer(theirs, 64))}
-            yield Case(f"{label}, {mode}", contenders, errors, [("ours, 8", "ours, 1"), ("ours, 64", "ours, 1")])
+    def infer(model: Any, adapters: int | None = None) -> Tensor:
+        with torch.inference_mode():
+            return model(x) if adapters is None else model(x, adapter_names=names_of(adapters, rows))
+
+    def train(model: Any, adapters: int | None = None) -> None:
+        model.zero_grad()
+        y = model(x) if adapters is None else model(x, adapter_names=names_of(adapters, rows))
+        y.backward(grad)
+
+    errors = {"output, 64 adapters": distance(infer(ours, 64), infer(theirs, 64))}
+    for mode, run in (("inference", infer), ("training step", train)):
+        contenders = {"frozen layer, inference": Contender(lambda: infer(ours.get_base_model().linear.base_layer))}
+        contenders["ours, 1"] = Contender(lambda run=run: run(ours), one(ours))
+        contenders["PEFT, 1"] = Contender(lambda run=run: run(theirs), one(theirs))
+        for n in (8, 64):
+            contenders[f"ours, {n}"] = Contender(lambda run=run, n=n: run(ours, n), every(ours))
+            if mode == "inference":
+                contenders[f"PEFT, {n}"] = Contender(lambda n=n: infer(theirs, n), one(theirs))
+        yield Case(f"{label}, {mode}", contenders, errors, [("ours, 8", "ours, 1"), ("ours, 64", "ours, 1")])
 
 
 def generate_cases() -> Iterator[Case]:

@@ -184,7 +184,7 @@ class _Hung(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors
+        _ = ctx.saved_tensors  # raises where a parameter has changed in place
         needed = ctx.needs_input_grad[2:]
         return None, None, *(grad[piece] if needs else None for piece, needs in zip(ctx.pieces, needed, strict=True))
 

@@ -350,8 +350,13 @@ def test_language_model_learns_to_generate_in_one_pass_what_guidance_takes_two_f
         together = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
         again = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings, use_cache=False)
     assert torch.equal(together, again)
-    handle.remove()
     assert calls == [4] * 8
+    calls.clear()
+    scales = torch.tensor([1.0, 2.5, 2.5, 1.0])
+    by_argument = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), guidance_scale=scales, **settings)
+    assert torch.equal(by_argument, together)
+    assert calls == [4] * 4
+    handle.remove()
     plain = tiny("llama", num_hidden_layers=2).generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
     assert torch.equal(together[[0, 3]], plain[[0, 3]])
     with model.base_model.context.pin(guidance_scale=2.5):

@@ -15,6 +15,7 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from transformers import (
     CLIPVisionConfig,
@@ -406,6 +407,33 @@ def test_t12_every_way_to_generate_is_the_one_without_cache(tiny, tiny_inputs, w
 
 
 @torch.no_grad()
+def test_generated_tokens_are_text(tiny, tiny_inputs) -> None:
+    model, inputs = pill(tiny("llama")), tiny_inputs("llama", length=5)
+    ids = mixed(inputs, [0, 1, 1, 0, 1], [1, 0, 0, 1, 1])  # the prompt ends in an image
+    tokens = model.generate(**inputs, modality_ids=ids, **SETTINGS)
+    logits = model(input_ids=tokens[:, :-1], modality_ids=F.pad(ids, (0, 5))).logits
+    assert torch.equal(tokens[:, 5:], logits[:, 4:].argmax(-1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["modality_ids", "tokens"])
+def test_compiled_forward_is_one_graph_for_any_ids(tiny, tiny_inputs, given) -> None:
+    model = pill(tiny("llama", num_hidden_layers=2), token_ids={"image": [90]} if given == "tokens" else None)
+    model(**tiny_inputs("llama"), modality_ids=mixed(tiny_inputs("llama")))  # weights find their place in memory
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    fast = torch.compile(model, fullgraph=True, backend=counter)
+    for seed in (0, 1):
+        inputs = {**tiny_inputs("llama", seed=seed), "use_cache": False}
+        ids = mixed(inputs, [0, 1, 1], [seed, 1])
+        inputs["input_ids"] = torch.where(ids == 1, 90, inputs["input_ids"])
+        if given == "modality_ids":
+            inputs["modality_ids"] = ids
+        torch.testing.assert_close(fast(**inputs).logits, model(**inputs).logits, **CLOSE)
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
 def test_static_cache_in_pieces_is_the_whole_forward(tiny, tiny_inputs) -> None:
     model, inputs = pill(tiny("llama")), tiny_inputs("llama", length=9)
     ids = mixed(inputs, [0, 1, 1, 0, 1], [1, 0, 0, 1, 1])
@@ -783,7 +811,9 @@ def test_t17_preset_of_the_7b_model_has_the_papers_number_of_parameters() -> Non
         ({"modalities": ["text", "keys"]}, "no name for a modality"),
         ({"ffn_experts": ["imag"]}, r"ffn_experts='imag' is unknown.*Did you mean 'image'"),
         ({"token_ids": {"audoi": [3]}}, "token_ids='audoi' is unknown.*Did you mean 'audio'"),
-        ({"gate_modalities": ["text"]}, "text are never gated"),
+        ({"gate_modalities": ["text"]}, "must name modalities other than text"),
+        ({"gate_modalities": []}, "for no gate set gate=False"),
+        ({"token_ids": {"image": 90}}, "must give a list of tokens"),
         ({"gate_init": "half"}, "gate_init='half' is unknown"),
         ({"attention_adapter": "both"}, "attention_adapter='both' is unknown"),
         ({"stage": "alig"}, "Did you mean 'align'"),

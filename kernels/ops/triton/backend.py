@@ -159,7 +159,7 @@ class _Call:
     def tiles(self, kernel: str, width: int, gated: bool, by_expert: bool = False) -> configs.Tiles:
         hidden = self.plan.experts if by_expert else self.plan.hidden
         tiles = configs.tiles(kernel, self.arch, self.p.x.dtype, hidden, self.rows, width, gated)
-        if self.plan.mode == "sorted" and kernel != "wgrad":
+        if self.rows is None and kernel != "wgrad":
             tiles = tiles._replace(rows=configs.sorted_rows(self.p.x.dtype, self.plan.hidden, self.p.gate is not None))
         return tiles
 

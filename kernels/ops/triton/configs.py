@@ -95,7 +95,7 @@ def _wgrad_tiles(arch: str, fp32: bool, br: int) -> Tiles:
         return Tiles(32, br, 64 if br <= 64 else 32, warps, 2)
     if fp32:
         return Tiles(32, br, 32, warps, 2)
-    return Tiles(64, br, 128 if br <= 64 else 64, warps, 2)
+    return Tiles(32, br, 128, warps, 3) if br <= 64 else Tiles(64, br, 64, warps, 2)
 
 
 def parts(kernel: str, arch: str, programs: int, blocks: int, invariant: bool = False) -> int:

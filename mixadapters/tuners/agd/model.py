@@ -41,7 +41,7 @@ class AGDModel(MixtureModel):
         super()._prepare_adapter_config(config, model_config)
         config.base_class = base
         self._read_conditions(config)
-        self._first: GuidanceAdapter | None = None
+        self.__dict__["first"] = None  # no child: it is that of its site
         return config
 
     def _read_conditions(self, config: AGDConfig) -> None:
@@ -77,11 +77,11 @@ class AGDModel(MixtureModel):
 
     def build(self, config: AGDConfig, site: Site) -> GuidanceAdapter:
         rank = self.rank_at(config, site.path, config.r)
-        adapter: GuidanceAdapter = ADAPTERS[config.kind](site, config, rank, self._first)
+        adapter: GuidanceAdapter = ADAPTERS[config.kind](site, config, rank, self.__dict__["first"])
         if config.init_weights:
             nn.init.zeros_(adapter.up.weight)
             nn.init.zeros_(adapter.up.bias)
-        self._first = self._first or adapter
+        self.__dict__["first"] = self.__dict__["first"] or adapter
         return adapter
 
     def train(self, mode: bool = True) -> AGDModel:

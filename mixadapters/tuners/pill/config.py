@@ -85,8 +85,13 @@ class PILLConfig(MixtureConfig):
         ):  # fmt: skip
             for modality in getattr(self, name) or ():
                 one_of(name, modality, known)
-        if "text" in (self.gate_modalities or ()):
-            raise ValueError(f"gate_modalities={self.gate_modalities}: the values of text are never gated")
+        if self.gate_modalities == [] or "text" in (self.gate_modalities or ()):
+            raise ValueError(
+                f"gate_modalities={self.gate_modalities} must name modalities other than text, whose values are never "
+                "gated; for no gate set gate=False"
+            )
+        if any(isinstance(tokens, (int, str)) for tokens in (self.token_ids or {}).values()):
+            raise ValueError(f"token_ids={self.token_ids} must give a list of tokens for each modality")
         one_of("attention_adapter", self.attention_adapter, ("shared", "per_modality", "none"))
         one_of("gate_init", self.gate_init, ("zero", "one", None))
         one_of("gate_granularity", self.gate_granularity, ("kv_head", "layer"))
