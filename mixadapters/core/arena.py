@@ -78,9 +78,9 @@ class Arena:
 
     def holds(self, expert: Expert) -> bool:
         """Whether all parameters of `expert` are here."""
-        leaves = _parameters(expert)
-        return expert.arena is self and all(
-            leaf.data_ptr() == expert.slot.addresses.get(part) for part, leaf in leaves.items()
+        slot = expert.slot if expert.arena is self else None
+        return slot is not None and all(
+            leaf.data_ptr() == slot.addresses.get(part) for part, leaf in _parameters(expert).items()
         )
 
     def move_in(self, experts: list[Expert]) -> None:
@@ -141,7 +141,8 @@ class Stack:
         self.ranks = tuple(slot.rank for slot in span)
         self.numbers = [slot.number - first for slot in slots]  # where each expert is among them
         self.in_order = self.numbers == list(range(len(span)))
-        self._scales, self._scale = [1.0] * len(slots), None
+        self._scales = [1.0] * len(slots)
+        self._scale: Tensor | None = None
         self._experts = list(map(weakref.ref, experts))
         self._addresses = [slot.addresses[part] for part in arena.blocks for slot in slots]
         self._blocks = {
@@ -161,8 +162,9 @@ class Stack:
     def arguments(self, leaves: list[Any], scales: list[float]) -> dict[str, Any]:
         """Arguments of the op. Gradients reach `leaves`, if there are any; scales: one for each expert."""
         if scales != self._scales:
-            self._scales, self._scale = scales, next(iter(self._blocks.values())).new_ones(len(self.ranks))
-            self._scale[self.numbers] = self._scale.new_tensor(scales)
+            scale = self._blocks["w_down"].new_ones(len(self.ranks))
+            scale[self.numbers] = scale.new_tensor(scales)
+            self._scales, self._scale = scales, scale
         blocks = self._blocks
         if leaves:
             rest = iter(leaves)

@@ -70,7 +70,8 @@ class Expert(nn.Module):
         return Weights(
             self.down.weight, self.up.weight, self.down.bias, self.up.bias,
             None if gate is None else gate.weight, None if gate is None else gate.bias,
-            None if norm is None else (norm.weight, norm.bias), self.scale.weight if scale is None else scale,
+            None if norm is None else (norm.weight, norm.bias),
+            float(scale or 0.0) if self.scale is None else self.scale.weight,
         )  # fmt: skip
 
 
@@ -241,7 +242,7 @@ def concatenate(banks: Sequence[AdapterBank], context: ForwardContext | None) ->
         "w_down": _cat(downs),
         "b_down": _cat(down_biases),
         "w_up": _cat([w.up for w in weights], dim=1),
-        "b_up": None if weights[0].b_up is None else torch.stack([w.b_up for w in weights]),
+        "b_up": None if weights[0].b_up is None else torch.stack([w.b_up for w in weights if w.b_up is not None]),
     }
     if weights[0].gate is not None:
         gates, gate_biases = zip(*(_folded(w.gate, w.b_gate, w.norm) for w in weights), strict=True)

@@ -163,10 +163,10 @@ def _rows(owner: tuple[int, ...], count: int, device: torch.device, context: For
             f"Length of `adapter_names` should be the same as the number of inputs, but got {len(owner)} and {count} "
             "respectively."
         )
-    key, shared = ("rows", owner, count, device), context.record.shared
-    if key not in shared:
-        shared[key] = torch.tensor(owner, device=device).repeat_interleave(count // len(owner))
-    return shared[key]
+    key, made = (owner, count, device), context.record.shared.setdefault("rows", {})
+    if key not in made:
+        made[key] = torch.tensor(owner, device=device).repeat_interleave(count // len(owner))
+    return made[key]
 
 
 class _Alone:

@@ -194,6 +194,16 @@ def test_program_order_changes_no_bit(case, shuffled):
             assert torch.equal(found[name], value), name
 
 
+@pytest.mark.parametrize("case", [{"ranks": (4,)}, {"ranks": (4, 3), "slots": 1, "run": 256, "rows": 512}])
+def test_weight_gradients_summed_in_parts(case, shuffled):
+    p = problem(**{"rows": 256, "wide": (16, 16), **case})
+    with record("cpu") as launches:
+        by_kernels(p, output_gradient(p))
+    assert [launch.grid[2] for launch in launches if launch.kernel is kernels.wgrad] == [2, 2, 2]
+    with shuffled(1):
+        assert_close(p)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_all_is_written_and_nothing_else(case, guarded):
     p = problem(**CASES[case])
