@@ -227,8 +227,9 @@ def _standing(experts: list[Expert]) -> Stack | None:
 def _put_together(experts: list[Expert]) -> Stack | None:
     parameters = list(map(_parameters, experts))
     leaves = [leaf for own in parameters for leaf in own.values()]
+    plain = all(_is_plain(part, leaf) for own in parameters for part, leaf in own.items())
     types = {(part, leaf.dtype, leaf.device) for own in parameters for part, leaf in own.items()}
-    if not all(map(_is_plain, leaves)) or len(set(map(id, leaves))) < len(leaves) or len(types) > len(parameters[0]):
+    if not plain or len(set(map(id, leaves))) < len(leaves) or len(types) > len(parameters[0]):
         return None
     homes = [e.arena for e in experts if e.arena is not None and e.arena.holds(e)]
     arena = max(homes, key=lambda home: len(home.slots), default=None) or Arena()
@@ -243,8 +244,12 @@ def _parameters(expert: Expert) -> dict[str, Any]:
     return {part: leaf for part, leaf in found.items() if leaf is not None}
 
 
-def _is_plain(leaf: Any) -> bool:
-    """Whether `leaf` is the only owner of ordinary memory, which can be exchanged for a piece of a block."""
+def _is_plain(part: str, leaf: Any) -> bool:
+    """Whether `leaf` is the only owner of ordinary memory that can be exchanged for a piece of a block.
+
+    Strides must stay what they are: fused optimizers walk parameters and moments by memory, and compiled graphs test
+    them.
+    """
     return (
         type(leaf) is nn.Parameter
         and leaf.device.type in DEVICES
@@ -252,6 +257,7 @@ def _is_plain(leaf: Any) -> bool:
         and not leaf.is_inference()
         and not (leaf.device.type == "cpu" and leaf.is_shared())
         and leaf.untyped_storage().nbytes() == leaf.numel() * leaf.element_size()
+        and (leaf.T if part == "w_up" else leaf).is_contiguous()
         # DDP lays out its buckets by the strides of parameters, and a move changes those of `up`.
         and not (leaf.requires_grad and torch.distributed.is_available() and torch.distributed.is_initialized())
     )

@@ -53,6 +53,8 @@ class Expert(nn.Module):
         self.down = nn.Linear(bank.in_features, rank, bias=bank.bias)
         self.gate = nn.Linear(bank.in_features, rank, bias=bank.bias) if bank.glu else None
         self.up = nn.Linear(rank, bank.out_features, bias=bank.bias)
+        lay_out(self)
+        self.register_load_state_dict_post_hook(lay_out)
         self.norm = nn.LayerNorm(bank.in_features) if bank.layer_norm else None
         self.scale = Scale(1.0) if bank.scale is None else None
         if init_weights:
@@ -73,6 +75,12 @@ class Expert(nn.Module):
             None if norm is None else (norm.weight, norm.bias),
             float(scale or 0.0) if self.scale is None else self.scale.weight,
         )  # fmt: skip
+
+
+def lay_out(expert: Expert, *_: Any) -> None:
+    """Store `up.weight` (M, r) row by row of its transpose, as arenas do: weights that move keep their strides."""
+    if type(expert.up) is nn.Linear and not expert.up.weight.T.is_contiguous():
+        expert.up.weight.data = expert.up.weight.data.T.contiguous().T
 
 
 class Kind(NamedTuple):

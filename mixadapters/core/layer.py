@@ -97,10 +97,9 @@ class AdapterHost(BaseTunerLayer):
 
     def _mixed(self) -> MixedBatch:
         """The rows of this batch by the adapters they name; kept for all steps of a `generate`."""
-        values = self.context.record.values
-        kept = {} if torch.compiler.is_compiling() else values.get("mixed_batches", {})
+        named = self.context.record.values["adapter_names"]
+        kept = {} if torch.compiler.is_compiling() else getattr(named, "batches", {})
         if self not in kept:
-            named = values["adapter_names"]
             asked = set(named)
             mine = [name for name in self.adapters if name in asked]
             place = {name: i for i, name in enumerate(mine)}

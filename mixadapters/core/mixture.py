@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -102,6 +102,14 @@ class Mixture(Adapter):
         else:
             weight, new = weight + delta @ weight, old + delta @ old + shift
         return weight, new if bias is not None or bool(shift.any()) else None
+
+
+class RowNames(list[str]):
+    """The adapters that the rows of one call of a model name, with what its layers have made of them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(names)
+        self.batches: dict[nn.Module, MixedBatch] = {}
 
 
 class MixedBatch:

@@ -24,6 +24,7 @@ from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.layer import AdapterHost, HookedLayer, MixtureLayer, is_pointwise
+from mixadapters.core.mixture import RowNames
 from mixadapters.core.registry import nearest
 from mixadapters.core.sites import ROLES, Tap, find_architecture, hidden_size_of, layer_index, stack_of
 
@@ -353,7 +354,7 @@ class MixtureModel(BaseTuner):
             for wrapper in wrappers:  # PEFT's own modules take the names as an argument
                 hook = partial(_pass_names, names=[n for n in names for _ in range(groups)])
                 handles.append(wrapper.register_forward_pre_hook(hook, with_kwargs=True))
-            with self.context.pin_in_thread(adapter_names=list(names), row_groups=groups, mixed_batches={}):
+            with self.context.pin_in_thread(adapter_names=RowNames(names), row_groups=groups):
                 yield
         finally:
             for handle in handles:

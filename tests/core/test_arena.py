@@ -184,6 +184,21 @@ def test_optimizers_of_single_adapters_write_the_blocks() -> None:
     assert_tied(banks)
 
 
+def test_fused_optimizers_see_no_change_of_memory() -> None:
+    """They walk a parameter and its moments side by side in memory: strides may not change in between."""
+    banks = adapters(3, 1, 4)
+    twins = copy.deepcopy(banks)
+    for group, function, fused in ((banks, run, True), (twins, expected, False)):
+        parameters = [p for bank in group for p in bank.parameters()]
+        optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=fused)
+        for step in range(4):  # alone at first, then together
+            optimizer.zero_grad()
+            (expected if step < 2 else function)(group, seed=step).square().sum().backward()
+            optimizer.step()
+    assert_tied(banks)
+    torch.testing.assert_close(run(banks), expected(twins))
+
+
 def test_another_adapter_may_step_between_forward_and_backward_but_not_one_of_the_batch() -> None:
     banks = adapters(3, 1, 4)
     run(banks)
@@ -423,6 +438,12 @@ def with_tied_weights(banks):
     experts_of(banks)[0].down.bias = nn.Parameter(torch.zeros(1))
 
 
+def with_other_strides(banks):
+    """Moments of a fused optimizer lie as the parameter lay when it made them."""
+    linear = experts_of(banks)[2].up
+    linear.weight = nn.Parameter(linear.weight.detach().contiguous())
+
+
 def with_two_dtypes(banks):
     banks[1].to(torch.float64)
 
@@ -430,7 +451,15 @@ def with_two_dtypes(banks):
 @pytest.mark.parametrize("already", [False, True])
 @pytest.mark.parametrize(
     "change",
-    [with_subclass, with_function, with_flat_memory, with_shared_memory, with_tied_weights, with_two_dtypes],
+    [
+        with_subclass,
+        with_function,
+        with_flat_memory,
+        with_shared_memory,
+        with_tied_weights,
+        with_other_strides,
+        with_two_dtypes,
+    ],
 )
 def test_what_cannot_be_moved_is_concatenated(change, already) -> None:
     banks = adapters(3, 1, 4)

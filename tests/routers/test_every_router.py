@@ -207,10 +207,10 @@ def test_constant_router_takes_a_weight_for_each_expert() -> None:
 
 
 def test_every_file_registers_what_it_defines() -> None:
-    classes = [cls for cls in Router.__subclasses__() if cls.__module__.startswith("mixadapters.")]
+    classes = [cls for cls in Router.__subclasses__() if cls.__module__.startswith("mixadapters.routers.")]
     while classes:
         cls = classes.pop()
-        subclasses = [c for c in cls.__subclasses__() if c.__module__.startswith("mixadapters.")]
+        subclasses = [c for c in cls.__subclasses__() if c.__module__.startswith("mixadapters.routers.")]
         classes += subclasses
         if not subclasses and not inspect.isabstract(cls):
             assert any(ROUTERS[name] is cls for name in ROUTERS), cls
