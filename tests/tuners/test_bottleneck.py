@@ -353,7 +353,9 @@ def test_nested_targets_are_refused(tiny) -> None:
 
 
 def test_modules_that_take_no_adapter_are_refused(tiny) -> None:
-    with pytest.raises(ValueError, match=r"embed_tokens is not supported: Embedding; target linear layers, convolutions"):
+    with pytest.raises(
+        ValueError, match=r"embed_tokens is not supported: Embedding; target linear layers, convolutions"
+    ):
         get_peft_model(tiny("llama"), BottleneckConfig(target_modules=["embed_tokens"]))
 
 
