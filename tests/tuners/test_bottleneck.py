@@ -112,7 +112,8 @@ def test_adapter_equals_the_naive_reference(
         path, mark, rest = name.partition(".bottleneck_adapters.default.bank.experts.adapter.")
         if mark:
             wanted = weights[path.removeprefix("base_model.model.")][rest].grad
-            difference = (parameter.grad - wanted).norm() / wanted.norm()
+            # A scale's gradient is one sum, which may nearly cancel.
+            difference = (parameter.grad - wanted).norm() / wanted.norm().clamp_min(0.1)
             assert difference < 1e-3, (name, difference)
         else:
             assert parameter.grad is None
