@@ -151,7 +151,7 @@ def choose_backend(
        rows of one expert stand together, which are not gathered at all ("segments").
     2. Rows that stand together: one product for each run of them, "segments", or one call for all, "gathered", where
        runs are short or a call is dear (bfloat16).
-    3. Few rows, no gradient: their weights come to them, "gathered".
+    3. Few rows, or short runs of them, and no gradient: their weights come to them, "gathered".
     4. Few rows for each expert: "grouped", one call for all experts, where grouped_mm takes the shapes.
     5. Otherwise "segments", whose blocks stay in the cache.
 
@@ -171,7 +171,8 @@ def choose_backend(
         return "gathered" if few and slots * mean_rank <= run else "segments"
     places = rows * slots
     fewest, per_expert = FEW_PLACES.get(dtype, FEW_PLACES[torch.float32])
-    if not training and places <= min(fewest, per_expert * num_experts):
+    short_runs = run > 1 and slots * mean_rank <= 16 * run  # beyond that the copied weights outweigh the rows
+    if not training and (short_runs or places <= min(fewest, per_expert * num_experts)):
         return "gathered"
     rows_each = 256 if dtype in FEW_CALLS else 64
     return "grouped" if places <= min(MOST_GROUPED, rows_each * num_experts) else "segments"
