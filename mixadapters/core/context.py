@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -354,12 +354,6 @@ class ForwardContext:
             )
         position = torch.arange(length, device=value.device) + stream.past
         return value.index_select(1, position.clamp_max(value.shape[1] - 1))
-
-    def adapter_rows(self, known: Sequence[str], count: int, device: torch.device) -> Tensor:
-        """(count,) index into `known` of the adapter named for each row, -1 where it is not among them."""
-        names = self.record.values["adapter_names"]
-        place = {name: i for i, name in enumerate(known)}
-        return repeat_rows(torch.tensor([place.get(n, -1) for n in names], device=device), count, "adapter_names")
 
     def add_loss(self, name: str, value: Tensor, weight: float = 1.0) -> None:
         """Add weight * value (scalar) to the loss of this forward. Ignored when a layer is merely run again.

@@ -489,10 +489,9 @@ def test_model_called_without_its_head_reads_its_own_arguments(tiny, tiny_inputs
 
 def test_rows_repeat_fields_for_tokens_and_beams() -> None:
     context = ForwardContext()
-    context.record.values.update(domain_ids=[3, 5], adapter_names=["b", "__base__"])
+    context.record.values.update(domain_ids=[3, 5])
     assert context.rows("domain_ids", 6).tolist() == [3, 3, 3, 5, 5, 5]
     assert context.rows("other", 6) is None
-    assert context.adapter_rows(["a", "b"], 4, torch.device("cpu")).tolist() == [1, 1, -1, -1]
     with pytest.raises(ValueError, match=r"Length of `domain_ids`.*2 and 5"):
         context.rows("domain_ids", 5)
     with pytest.raises(ValueError, match=r"Length of `domain_ids`.*2 and 1"):
