@@ -6,5 +6,6 @@ The module knows tensors only. `reference` is the definition; the other backends
 from mixadapters.kernels.activations import ACTIVATIONS
 from mixadapters.kernels.backends import BACKENDS, adapter_backend, choose_backend
 from mixadapters.kernels.lowrank import lowrank
+from mixadapters.kernels.problem import constant
 
-__all__ = ["ACTIVATIONS", "BACKENDS", "adapter_backend", "choose_backend", "lowrank"]
+__all__ = ["ACTIVATIONS", "BACKENDS", "adapter_backend", "choose_backend", "constant", "lowrank"]

@@ -5,6 +5,8 @@ Pays where rows are few and their experts many, as in decoding; each row's produ
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -36,10 +38,10 @@ def forward(p: Problem, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     else:
         wide += torch.bmm(h, up)
     if p.b_up is not None:
-        weights = g.sequences(g.slot_weights())
-        wide += torch.bmm(weights, g.biases_of(p.b_up))
+        wide += torch.bmm(g.full_weights(), g.biases_of(p.b_up))
     if p.base is not None and g.none is not None:
-        y = torch.where(g.none.all(1, keepdim=True), p.start(), y)  # adding a zero turns -0.0 into 0.0
+        # Adding a zero turns -0.0 into 0.0.
+        y = torch.where(g.none.all(1).view(-1, 1, 1), g.sequences(p.start()), wide).view_as(y)
     if not keep:
         return y, ()
     order = torch.zeros(p.x.shape[0] * p.slots, dtype=torch.int64)  # nothing is sorted
@@ -60,7 +62,7 @@ def backward(p: Problem, saved: tuple[Tensor, ...], grad: Tensor, needs: frozens
     if "up" in needs:
         out["up"] = g.scattered(p.up.t(), torch.bmm(g.weighted(h).transpose(1, 2), grad)).t()
     if "b_up" in needs and p.b_up is not None:
-        parts = torch.bmm(g.sequences(g.slot_weights()).transpose(1, 2), grad).flatten(0, 1)
+        parts = torch.bmm(g.full_weights().transpose(1, 2), grad).flatten(0, 1)
         out["b_up"] = torch.zeros_like(p.b_up).index_add_(0, g.experts.reshape(-1), parts)
     if "gates" in needs or "scale" in needs:
         out |= _weight_gradients(p, g, g.without_lacking(u * h), grad, needs)
@@ -91,7 +93,7 @@ def _weight_gradients(
     if p.b_up is not None:
         per_slot = per_slot + torch.bmm(grad, g.biases_of(p.b_up).transpose(1, 2)).view(-1, p.slots)
     if g.none is not None:
-        per_slot = per_slot.masked_fill(g.none, 0)
+        per_slot = per_slot.view(-1, g.run, p.slots).masked_fill(g.none.unsqueeze(1), 0).view_as(per_slot)
     out = {}
     if "scale" in needs:
         by_gate = per_slot if p.gates is None else per_slot * p.gates
@@ -103,31 +105,46 @@ def _weight_gradients(
     return out
 
 
+class _Places(NamedTuple):
+    """Where the weights of each sequence stand: what depends on the indices and the ranks alone."""
+
+    run: int
+    rank: int
+    experts: Tensor  # (B, k)
+    none: Tensor | None  # (B, k) where there is no expert, and the weights of expert 0 are read
+    in_order: bool  # one sequence for each expert, one after the other: the weights are read where they lie
+    # Of an expert narrower than the widest, the last row is read again in place of those it lacks.
+    table: Tensor | None  # (E, r) rows of each expert
+    lacking: Tensor | None  # (B, 1, k * r)
+
+
+def _places(p: Problem, run: int) -> _Places:
+    count, rank = len(p.ranks), max(p.ranks)
+    everyone = torch.arange(count)
+    none = None
+    if p.indices is None:
+        experts = everyone.expand(p.x.shape[0] // run, -1)
+    else:
+        experts = p.indices[::run].long()
+        if p.indices.numel() and p.bounds()[0] < 0:
+            experts, none = experts.clamp_min(0), experts < 0
+    in_order = none is None and torch.equal(experts, everyone.unsqueeze(1))
+    table = lacking = None
+    if p.equal_rank is None:
+        column = torch.arange(rank)
+        ranks = torch.tensor(p.ranks).unsqueeze(1)
+        table = torch.tensor(p.starts).unsqueeze(1) + column.minimum(ranks - 1)
+        lacking = (column >= ranks)[experts].flatten(1).unsqueeze(1)
+    return _Places(run, rank, experts, none, in_order, table, lacking)
+
+
 class _Gathered:
     """B = N / run sequences, each with the weights of its k slots side by side: k * r columns, r the widest rank."""
 
     def __init__(self, p: Problem) -> None:
-        self.p, self.rank = p, max(p.ranks)
-        self.run = 1 if p.batch_invariant else p.run
-        self.none = None
-        if p.indices is None:
-            count = p.x.shape[0] // self.run
-            self.experts = torch.arange(len(p.ranks)).expand(count, -1)
-        else:
-            experts = p.indices[:: self.run].long()
-            if (experts < 0).any():
-                experts, self.none = experts.clamp_min(0), p.indices < 0
-            self.experts = experts
-        # One sequence for each expert, in order: the weights are read where they lie.
-        everyone = torch.arange(len(p.ranks)).unsqueeze(1)
-        self.in_order = self.none is None and torch.equal(self.experts, everyone)
-        # Of an expert narrower than the widest, the last row is read again in place of those it lacks.
-        self.table = self.lacking = None
-        if p.equal_rank is None:
-            column = torch.arange(self.rank)
-            ranks = torch.tensor(p.ranks).unsqueeze(1)
-            self.table = torch.tensor(p.starts).unsqueeze(1) + column.minimum(ranks - 1)
-            self.lacking = (column >= ranks)[self.experts]  # (B, k, r)
+        self.p, run = p, 1 if p.batch_invariant else p.run
+        places = p.derived(("gathered", p.ranks, run), lambda: _places(p, run))
+        self.run, self.rank, self.experts, self.none, self.in_order, self.table, self.lacking = places
 
     def sequences(self, t: Tensor) -> Tensor:
         """(N, d) -> (B, run, d)"""
@@ -158,25 +175,41 @@ class _Gathered:
         return total
 
     def affine(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        product = torch.bmm(x, self.rows_of(weight).transpose(1, 2))
+        rows = self.rows_of(weight)
+        # A matrix times a vector is the faster of two ways to say it, but one sequence alone gets other bits by it.
+        if self.run == 1 and not self.p.batch_invariant:
+            product = torch.bmm(rows, x.transpose(1, 2)).transpose(1, 2)
+        else:
+            product = torch.bmm(x, rows.transpose(1, 2))
         return product if bias is None else product + self.rows_of(bias.unsqueeze(1)).transpose(1, 2)
 
-    def slot_weights(self) -> Tensor:
-        """(N, k) gate times scale, 0 where there is no expert."""
-        p = self.p
-        weights = p.x.new_ones(p.x.shape[0], p.slots) if p.gates is None else p.gates
-        if p.scale is not None:
-            scale = p.scale[self.experts]
-            weights = weights * (scale if self.run == 1 else scale.repeat_interleave(self.run, 0))
-        return weights if self.none is None else weights.masked_fill(self.none, 0)
+    def slot_weights(self) -> Tensor | None:
+        """(B, run or 1, k) gate times scale, 0 where there is no expert; None where all are 1."""
+        weights = None if self.p.gates is None else self.p.gates.view(-1, self.run, self.p.slots)
+        if self.p.scale is not None:
+            scale = self.p.scale.unsqueeze(1) if self.in_order else self.p.scale[self.experts]
+            weights = scale.unsqueeze(1) if weights is None else weights * scale.unsqueeze(1)
+        if self.none is None:
+            return weights
+        none = self.none.unsqueeze(1)
+        return (~none).to(self.p.x.dtype) if weights is None else weights.masked_fill(none, 0)
+
+    def full_weights(self) -> Tensor:
+        """(B, run, k)"""
+        weights = self.slot_weights()
+        if weights is None:
+            weights = self.p.x.new_ones(1, 1, 1)
+        return weights.expand(self.experts.shape[0], self.run, self.p.slots)
 
     def weighted(self, h: Tensor) -> Tensor:
         """h (B, run, k * r) times the weight of its slot; exact zeros where there is no expert, or no such column."""
-        if self.p.gates is not None or self.p.scale is not None:
-            h = (h.reshape(-1, self.p.slots, self.rank) * self.slot_weights().unsqueeze(2)).view_as(h)
-        if self.none is not None:
-            h = h.reshape(-1, self.p.slots, self.rank).masked_fill(self.none.unsqueeze(2), 0).view_as(h)
+        weights = self.slot_weights()
+        if weights is not None:
+            slots = h.view(*h.shape[:2], self.p.slots, self.rank) * weights.unsqueeze(3)
+            if self.none is not None:
+                slots = slots.masked_fill_(self.none.view(-1, 1, self.p.slots, 1), 0)
+            h = slots.flatten(2)
         return self.without_lacking(h)
 
     def without_lacking(self, h: Tensor) -> Tensor:
-        return h if self.lacking is None else h.masked_fill(self.lacking.flatten(1).unsqueeze(1), 0)
+        return h if self.lacking is None else h.masked_fill(self.lacking, 0)

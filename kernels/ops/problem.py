@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +27,20 @@ _SHAPES = {
     "w_gate": "(R, K)",
     "b_gate": "(R,)",
 }
+
+T = TypeVar("T")
+_DERIVED = "_mixadapters_derived"
+
+
+def constant(indices: Tensor) -> Tensor:
+    """Promise that the values of `indices` never change again: what one call derives from them serves the next.
+
+    For indices that many calls share, as those of a mixed batch in the layers of a model. Returns the tensor itself,
+    with whom all that was derived is forgotten.
+    """
+    if not torch.compiler.is_compiling() and not hasattr(indices, _DERIVED):
+        setattr(indices, _DERIVED, {})
+    return indices
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +127,27 @@ class Problem:
         """Raises ValueError where an index names no expert; on a GPU, which it would wait for, nothing is read."""
         if self.indices is None or not self.indices.is_cpu or not self.indices.numel():
             return
-        least, most = (int(value) for value in self.indices.aminmax())
+        least, most = self.bounds()
         if least < -1 or most >= len(self.ranks):
             raise ValueError(
                 f"indices run from {least} to {most}; expected -1 (no expert) to {len(self.ranks) - 1}, "
                 f"one less than the {len(self.ranks)} experts"
             )
+
+    def bounds(self) -> tuple[int, int]:
+        """Least and greatest index; for indices on a CPU."""
+        indices = self.indices
+        assert indices is not None
+        return self.derived("bounds", lambda: (int(indices.min()), int(indices.max())))
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` derives from the indices (and from what is in `key`), once where they are `constant`."""
+        known: dict[Hashable, Any] | None = getattr(self.indices, _DERIVED, None)
+        if known is None:
+            return make()
+        if key not in known:
+            known[key] = make()
+        return known[key]
 
     def cast(self) -> Problem:
         """All weights in the dtype of x."""

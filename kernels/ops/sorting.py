@@ -21,6 +21,10 @@ class Sorted(NamedTuple):
 
 def sort_slots(p: Problem, order: Tensor | None = None) -> Sorted:
     """`order` is that of an earlier call: sorting is a good part of the time of small problems."""
+    return p.derived(("sorted", len(p.ranks)), lambda: _sort_slots(p, order))
+
+
+def _sort_slots(p: Problem, order: Tensor | None) -> Sorted:
     number = len(p.ranks)
     if p.indices is None:
         experts = torch.arange(number, device=p.x.device).expand(p.x.shape[0], -1).reshape(-1)

@@ -198,30 +198,35 @@ def holders(experts: list[Expert]) -> list[tuple[dict[str, Any], str]]:
     """
     places = []
     for module, name in PARTS.values():
-        modules = [expert._modules.get(module) for expert in experts]
-        places += [(module._parameters, name) for module in modules if module is not None]
-    return [(held, name) for held, name in places if held.get(name) is not None]
+        first = experts[0]._modules.get(module)
+        if first is not None and first._parameters.get(name) is not None:
+            modules: list[Any] = [expert._modules.get(module) for expert in experts]
+            places += [(module._parameters, name) for module in modules if module is not None]
+    return places
 
 
 def read(places: list[tuple[dict[str, Any], str]]) -> list[Any]:
-    return [held[name] for held, name in places]
+    return [held.get(name) for held, name in places]
 
 
-def stacked(experts: list[Expert]) -> Stack | None:
+def stacked(experts: list[Expert], places: list[tuple[dict[str, Any], str]]) -> Stack | None:
     """The weights of experts of one kind, of one bank or several, in common blocks; None where they cannot be.
 
     Parameters that are not in one arena yet are moved there: they stay the objects that they are, with their values.
+
+    Args:
+        places: their `holders`.
     """
-    stack = _standing(experts)
+    stack = _standing(experts, places)
     if stack is None:
         with _moving, torch.inference_mode(False), torch.no_grad():
-            stack = _standing(experts) or _put_together(experts)
+            stack = _standing(experts, places) or _put_together(experts)
     return stack
 
 
-def _standing(experts: list[Expert]) -> Stack | None:
+def _standing(experts: list[Expert], places: list[tuple[dict[str, Any], str]]) -> Stack | None:
     stack = None if experts[0].arena is None else experts[0].arena.stack
-    return stack if stack is not None and stack.is_of(experts) and stack.stands(read(holders(experts))) else None
+    return stack if stack is not None and stack.is_of(experts) and stack.stands(read(places)) else None
 
 
 def _put_together(experts: list[Expert]) -> Stack | None:

@@ -210,11 +210,13 @@ def pack(banks: Sequence[AdapterBank], context: ForwardContext | None) -> Packed
 class Tied:
     """Banks of one kind whose experts are in one arena. Kept for the steps of one call of a model, no longer."""
 
-    def __init__(self, banks: Sequence[AdapterBank], experts: list[Expert], stack: Stack) -> None:
-        self.kind, self.sizes = banks[0].kind, [len(bank.experts) for bank in banks]
+    def __init__(
+        self, banks: Sequence[AdapterBank], sizes: list[int], places: list[tuple[dict[str, Any], str]], stack: Stack
+    ) -> None:
+        self.kind, self.sizes = banks[0].kind, sizes
         self.numbers = None if stack.in_order else stack.numbers
-        self._scales = [float(bank.scale or 0) for bank, n in zip(banks, self.sizes, strict=True) for _ in range(n)]
-        self._stack, self._holders = stack, holders(experts)
+        self._scales = [float(bank.scale or 0) for bank, n in zip(banks, sizes, strict=True) for _ in range(n)]
+        self._stack, self._holders = stack, places
 
     def pack(self) -> Packed:
         leaves = read(self._holders) if torch.is_grad_enabled() else []
@@ -230,11 +232,14 @@ def tie(banks: Sequence[AdapterBank]) -> Tied | None:
     computed = any(
         bank.layer_norm or bank.scale is None or type(bank).weights is not AdapterBank.weights for bank in banks
     )
-    experts = [expert for bank in banks for expert in bank.experts.values()]
+    experts_of: list[Any] = [bank._modules["experts"] for bank in banks]  # past `nn.Module.__getattr__`
+    by_bank = [experts._modules for experts in experts_of]
+    experts = [expert for some in by_bank for expert in some.values()]
     if computed or len(experts) == 1 or torch.compiler.is_compiling():
         return None
-    stack = stacked(experts)
-    return None if stack is None else Tied(banks, experts, stack)
+    places = holders(experts)
+    stack = stacked(experts, places)
+    return None if stack is None else Tied(banks, list(map(len, by_bank)), places, stack)
 
 
 def concatenate(banks: Sequence[AdapterBank], context: ForwardContext | None) -> Packed:

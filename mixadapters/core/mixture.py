@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mixadapters import kernels
 from mixadapters.core.adapter import Adapter, Chain
 from mixadapters.core.bank import AdapterBank, Packed, Tied, concatenate, tie
 from mixadapters.core.context import ForwardContext
@@ -47,11 +48,13 @@ class Mixture(Adapter):
         self.insertion, self.tap = insertion, tap
         self.dropout = nn.Dropout(dropout)
         self.observes, self.replaces = observes, replaces
+        self.kind = (bank.kind, insertion, tap)  # what mixtures that run in one call have in common
 
     @property
     def rate(self) -> float:
         """The probability of dropout, 0 in evaluation. The op drops, by a hash that is computed again in backward."""
-        return self.dropout.p if self.dropout.training else 0.0
+        dropout = self.dropout
+        return dropout.p if dropout.training else 0.0
 
     def source(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         """What the experts read: (..., K)."""
@@ -110,6 +113,7 @@ class RowNames(list[str]):
     def __init__(self, names: Iterable[str]) -> None:
         super().__init__(names)
         self.batches: dict[nn.Module, MixedBatch] = {}
+        self.owners: dict[object, Tensor] = {}
 
 
 class MixedBatch:
@@ -146,16 +150,16 @@ def _calls(adapters: Sequence[Adapter], owner: tuple[int, ...]) -> Iterator[_Tog
     groups: dict[object, list[int]] = {}
     for i, adapter in enumerate(adapters):
         groups.setdefault(_group(adapter), []).append(i)
-    for members in groups.values():
+    for group, members in groups.items():
         mine, owned = [adapters[i] for i in members], _renumber(owner, members)
-        yield _Alone(mine[0], owned) if _group(mine[0]) is mine[0] else _Together(mine, owned)
+        yield _Alone(mine[0], owned) if group is mine[0] else _Together(mine, owned)
 
 
 def _group(adapter: Adapter) -> object:
     """What adapters must have in common to run in one call."""
     if not isinstance(adapter, Mixture) or type(adapter).forward is not Mixture.forward:
         return adapter
-    return (adapter.bank.kind, adapter.insertion, adapter.tap, adapter.rate)
+    return (adapter.kind, adapter.rate)
 
 
 def _renumber(owner: tuple[int, ...], members: list[int]) -> tuple[int, ...]:
@@ -165,15 +169,19 @@ def _renumber(owner: tuple[int, ...], members: list[int]) -> tuple[int, ...]:
 
 
 def _rows(owner: tuple[int, ...], count: int, device: torch.device, context: ForwardContext) -> Tensor:
-    """(count,) owner of each row. Layers of a forward share it."""
+    """(count, 1) owner of each row. Layers share it, and the steps of a `generate`."""
     if count % len(owner):
         raise ValueError(
             f"Length of `adapter_names` should be the same as the number of inputs, but got {len(owner)} and {count} "
             "respectively."
         )
-    key, made = (owner, count, device), context.record.shared.setdefault("rows", {})
+    record = context.record
+    kept = getattr(record.values.get("adapter_names"), "owners", None)
+    made = record.shared.setdefault("owners", {}) if kept is None or torch.compiler.is_compiling() else kept
+    key = (owner, count, device)
     if key not in made:
-        made[key] = torch.tensor(owner, device=device).repeat_interleave(count // len(owner))
+        rows = torch.tensor(owner, device=device).repeat_interleave(count // len(owner))
+        made[key] = kernels.constant(rows.unsqueeze(1))
     return made[key]
 
 
@@ -184,7 +192,7 @@ class _Alone:
         self.adapter, self.owner = adapter, owner
 
     def __call__(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
-        own = _rows(self.owner, y.shape[0], y.device, context) >= 0
+        own = _rows(self.owner, y.shape[0], y.device, context)[:, 0] >= 0
         return torch.where(own.view(-1, *[1] * (y.dim() - 1)), self.adapter(x, y, context), y)
 
 
@@ -194,8 +202,9 @@ class _Together:
     def __init__(self, mixtures: Sequence[Any], owner: tuple[int, ...]) -> None:
         self.first: Mixture = mixtures[0]
         self.owner = owner
-        self.banks = [mixture.bank for mixture in mixtures]
-        self.routers = [mixture.router for mixture in mixtures]
+        # Past `nn.Module.__getattr__`, as in `arena.holders`.
+        self.banks: list[AdapterBank] = [mixture._modules["bank"] for mixture in mixtures]
+        self.routers: list[Any] = [mixture._modules["router"] for mixture in mixtures]
         self.always_first = all(getattr(router, "always_first", False) for router in self.routers)
         self.tied: Tied | None = None
 
@@ -214,10 +223,10 @@ class _Together:
         owner, numbers = self.owner, packed.numbers
         if numbers is not None:
             owner = tuple(numbers[one] if one >= 0 else -1 for one in owner)
-        return Routing(_rows(owner, count, device, context).unsqueeze(1))
+        return Routing(_rows(owner, count, device, context))
 
     def _by_routers(self, packed: Packed, source: Tensor, context: ForwardContext) -> Routing:
-        rows = _rows(self.owner, source.numel() // source.shape[-1], source.device, context)
+        rows = _rows(self.owner, source.numel() // source.shape[-1], source.device, context)[:, 0]
         routings = []
         for i, router in enumerate(self.routers):
             context.record.own_rows = rows == i

@@ -9,7 +9,7 @@ from mixadapters import kernels
 from mixadapters.core.adapter import Adapter, Chain
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.context import ForwardContext, Record
-from mixadapters.core.mixture import MixedBatch, Mixture
+from mixadapters.core.mixture import MixedBatch, Mixture, RowNames
 from mixadapters.core.routing import Routing
 from mixadapters.core.streams import Stream
 from mixadapters.routers import ConstantRouter, Router, SingleRouter
@@ -228,6 +228,20 @@ def test_each_row_goes_through_the_adapter_it_names(context, monkeypatch, x, y, 
     torch.testing.assert_close(out[0], whole[1][0])
     assert torch.equal(out[1], y[1])
     torch.testing.assert_close(out[2], whole[0][2])
+
+
+def test_layers_and_steps_of_one_call_share_one_tensor_of_owners(monkeypatch, x, y) -> None:
+    seen: list[Tensor] = []
+    lowrank = kernels.lowrank
+    monkeypatch.setattr(kernels, "lowrank", lambda *a, **k: (seen.append(k["indices"]), lowrank(*a, **k))[1])
+    names, context = RowNames(["b", "__base__", "a"]), ForwardContext()
+    layers = [MixedBatch([single(2), single(2, seed=1)], (1, -1, 0)) for _ in range(2)]
+    for length in (LENGTH, LENGTH, 1, 1):  # a prompt, twice, and the steps that follow
+        context.record = Record(streams={"": Stream(BATCH, length)}, values={"adapter_names": names})
+        for layer in layers:
+            layer(x[:, :length], y[:, :length], context)
+    assert len({id(indices) for indices in seen[:4]}) == len({id(indices) for indices in seen[4:]}) == 1
+    assert seen[0] is not seen[-1]
 
 
 def test_mixture_with_a_forward_of_its_own_keeps_it(context, x, y) -> None:

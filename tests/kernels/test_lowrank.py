@@ -312,6 +312,41 @@ def test_indices_may_be_of_32_bits(backend) -> None:
         assert torch.equal(lowrank(**{**given, "indices": given["indices"].int()}), lowrank(**given))
 
 
+def _gradients(given: dict) -> list[Tensor]:
+    y = lowrank(**given)
+    wanted = [v for v in given.values() if isinstance(v, Tensor) and v.requires_grad]
+    return [y, *torch.autograd.grad(y.sum(), wanted, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_constant_indices_change_no_bit_whatever_the_experts(backend) -> None:
+    """What is kept with the indices belongs to the ranks and runs of one problem, not to the next."""
+    given = problem(rows=6, run=2)
+    indices = given["indices"]
+    promised = kernels.constant(indices.clone())
+    assert kernels.constant(promised) is promised
+    with adapter_backend(backend):
+        for _ in range(2):
+            for ranks, run in (((2, 3), 2), ((2, 3), 1), ((3, 3, 1), 2), ((4, 4), 2)):
+                experts = {**problem(rows=6, run=2, ranks=ranks), "run": run}
+                found = _gradients({**experts, "indices": promised})
+                expected = _gradients({**experts, "indices": indices})
+                assert all(map(torch.equal, found, expected))
+                with torch.no_grad():
+                    assert torch.equal(lowrank(**{**experts, "indices": promised}), expected[0])
+
+
+@pytest.mark.parametrize("backend", ["segments", "gathered"])
+def test_what_is_derived_from_constant_indices_is_derived_once(backend) -> None:
+    given = problem(rows=12, slots=2, gates=False, scale=False)
+    promised = kernels.constant(given["indices"])
+    with adapter_backend(backend), torch.no_grad():
+        y = lowrank(**given)
+        promised.fill_(0)  # breaks the promise: nobody looks
+        assert torch.equal(lowrank(**given), y)
+        assert not torch.equal(lowrank(**{**given, "indices": promised.clone()}), y)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_may_be_computed(backend) -> None:
     """Not only leaves: a method may make its weights of others in each forward."""
