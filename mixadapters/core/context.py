@@ -97,8 +97,8 @@ class _StackHook:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if running is None:
             values = self.context.held
-            self.context.record = Record(
-                module.training, torch.is_grad_enabled(), inputs=inputs, values=values, pinned=frozenset(values)
+            self.context.enter(
+                Record(module.training, torch.is_grad_enabled(), inputs=inputs, values=values, pinned=frozenset(values))
             )
         self.context.record.streams[self.stack] = read_stream(inputs)
         if running is None:
@@ -155,6 +155,10 @@ class ForwardContext:
 
     @record.setter
     def record(self, record: Record) -> None:
+        self.enter(record)
+
+    def enter(self, record: Record) -> None:
+        """Make `record` the current one; torch 2.11 compiles nested models without the setter above."""
         self._local.record = record
         self._latest = record
 
@@ -229,7 +233,7 @@ class ForwardContext:
         record = Record(
             module.training, torch.is_grad_enabled(), open=True, values=values, pinned=pinned, parent=parent
         )
-        self.record = record
+        self.enter(record)
         for objective in self._active(record):
             args, kwargs = objective.before(self, args, kwargs)
         record.inputs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
@@ -267,7 +271,7 @@ class ForwardContext:
         finally:
             record.open = False
             if record.parent is not None:
-                self.record = record.parent
+                self.enter(record.parent)
         return output
 
     def _active(self, record: Record) -> list[Objective]:
