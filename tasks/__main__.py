@@ -34,9 +34,11 @@ def run(arguments: list[str]) -> int:
     from mixadapters.tasks.arguments import RunArguments, TrainArguments
     from mixadapters.tasks.runner import Runner
 
-    args, training = HfArgumentParser([RunArguments, TrainArguments]).parse_args_into_dataclasses(arguments)
+    parser = HfArgumentParser([RunArguments, TrainArguments], prog="python -m mixadapters.tasks run")
+    args, training = parser.parse_args_into_dataclasses(arguments)
     if not sys.stderr.isatty():
         transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         training.disable_tqdm = True
     return 1 if Runner(args, training).main() else 0
 
@@ -48,11 +50,15 @@ def table(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser("python -m mixadapters.tasks table")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--reference", default="bottleneck", help="the method that others are compared with")
+    parser.add_argument("--reference", help="the method that others are compared with; default: bottleneck")
     parser.add_argument("--latex", action="store_true")
     parser.add_argument("--plot", type=Path, help="write a figure to this file")
     args = parser.parse_args(arguments)
-    found = report.tables(report.read_results(args.folder), args.reference)
+    results = report.read_results(args.folder)
+    methods = sorted({result["method"] for result in results})
+    if args.reference is not None and args.reference not in methods:
+        raise ValueError(f"--reference {args.reference} has no results in {args.folder}; have {', '.join(methods)}")
+    found = report.tables(results, args.reference or "bottleneck")
     print("\n\n".join(map(report.latex if args.latex else report.markdown, found)))
     if args.plot:
         report.plot(found, args.plot)

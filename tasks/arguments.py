@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments
@@ -16,6 +17,11 @@ HARMLESS = (
     "learning_rate", "local_rank", "log", "output_dir", "per_device_eval", "predict_with_generate", "project",
     "push_to_hub", "remove_unused", "report_to", "restore", "run_name", "save", "seed", "skip_memory", "trackio",
     "use_cpu",
+)  # fmt: skip
+# Numbers of a run that are None or at least 1.
+COUNTS = (
+    "shots", "dev_rows", "test_rows", "max_length", "parameters", "layers", "stage1_steps", "stage1_batch",
+    "max_new_tokens",
 )  # fmt: skip
 # Those that a run sets itself, and what to pass in their place.
 INSTEAD = {
@@ -73,6 +79,16 @@ class RunArguments:
             get_task(name)
         for name in self.methods:
             Method(name, self.parameters, self.layers, {})
+        stems = [Path(name).stem for name in dict.fromkeys(self.methods)]
+        if len(set(stems)) < len(stems):
+            raise ValueError(
+                f"methods={self.methods} have a name twice, and a table could not tell them apart; rename"
+            )
+        for name in COUNTS:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more")
+        if self.pooling not in ("mean", "first"):
+            raise ValueError(f"pooling={self.pooling!r} must be 'mean' or 'first'")
         if self.model is None and set(self.methods) - set(UNTRAINED):
             raise ValueError("model=None: pass --model, a folder or a hub id")
         if self.shots_from not in ("published", "rule"):

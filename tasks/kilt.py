@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mixadapters.tasks.sources import json_lines, lookup
+from mixadapters.tasks.sources import lookup, rows_of
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -122,7 +122,7 @@ def _pages(output: Mapping[str, Any]) -> list[Any]:
 
 def _by_id(file: Path) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
-    for where, row in json_lines(file.parent, file.name.removesuffix(".gz").removesuffix(".jsonl")):
+    for where, row in rows_of(file):
         name = str(row.get("id", "")).strip()
         if not name or name in rows:
             raise ValueError(f"{where}: field 'id' must be there and differ between rows, got {row.get('id')!r}")

@@ -46,13 +46,22 @@ class Method:
                 f"method {self.name!r} is unknown; choose from {', '.join(METHODS)}, or give a config's .json file."
                 f"{nearest(self.name, METHODS)}"
             )
+        if self.name.endswith(".json") and not Path(self.name).is_file():
+            raise ValueError(f"method {self.name!r} is no file; a config's .json file must be there")
 
-    def build(self, base: Base) -> tuple[nn.Module, list[TrainerCallback], dict[str, Any]]:
-        """The model to train, its callbacks, and the adapter's settings (with the rank found, where one was)."""
+    def check(self, base: Base) -> None:
+        """Raises ValueError: the method says nothing about such a model."""
         if base.form != "head" and self.name == "probe":
             raise ValueError("method 'probe' trains a head, and a decoder has none; take 'frozen' (zero-shot)")
         if base.form == "head" and self.name == "frozen":
             raise ValueError("method 'frozen' with an encoder is a random head; take 'probe'")
+        depth = base.config.get_text_config().num_hidden_layers
+        if self.layers is not None and self.layers > depth:
+            raise ValueError(f"layers={self.layers} must be at most the {depth} layers of model {base.path!r}")
+
+    def build(self, base: Base) -> tuple[nn.Module, list[TrainerCallback], dict[str, Any]]:
+        """The model to train, its callbacks, and the adapter's settings (with the rank found, where one was)."""
+        self.check(base)
         model = base.load()
         callbacks: list[TrainerCallback] = []
         settings: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 """Pretrained models in the form a task needs, and the batches that they take.
 
-An encoder gets a head on its pooled states; a decoder ranks labels or choices by their likelihood after a prompt, or
-generates. Head and ranker have one interface: candidates in, scores (B, C) out.
+An encoder gets a head on its pooled states; a decoder, with an encoder or without, ranks labels or choices by their
+likelihood after a prompt, or generates. Head and ranker have one interface: candidates in, scores (B, C) out.
 """
 
 from __future__ import annotations
@@ -57,20 +57,29 @@ class PooledHead(nn.Module):
 
 
 class LikelihoodRanker(nn.Module):
-    """Scores completions of a prompt by their log-likelihood under a causal model `lm`."""
+    """Scores completions of a prompt by their log-likelihood under `lm`, a causal or an encoder-decoder model.
+
+    A causal model has prompt and completion in `input_ids`, and `completion_mask` on the latter. An encoder-decoder
+    model reads the prompt in `input_ids` and writes `completion`, padded with -100.
+    """
 
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
         self.lm, self.config = lm, lm.config
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, choice_mask: Tensor,
-        labels: Tensor | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor, choice_mask: Tensor, completion_mask: Tensor | None = None,
+        completion: Tensor | None = None, labels: Tensor | None = None,
     ) -> SequenceClassifierOutput:  # fmt: skip
-        """input_ids, attention_mask, completion_mask (R, T), choice_mask (B, C) with R True -> loss, logits (B, C)."""
-        logits = self.lm(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1].float()
-        said = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")  # (R, T - 1)
-        return judged(spread(-(said * completion_mask[:, 1:]).sum(1), choice_mask), labels)
+        """input_ids and its masks (R, T), completion (R, S), choice_mask (B, C) with R True -> loss, logits (B, C)."""
+        if completion is not None:  # as labels: the model makes its decoder's inputs of them
+            logits = self.lm(input_ids=input_ids, attention_mask=attention_mask, labels=completion).logits
+        else:
+            logits = self.lm(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
+            assert completion_mask is not None
+            completion = input_ids[:, 1:].masked_fill(completion_mask[:, 1:] == 0, -100)
+        said = F.cross_entropy(logits.float().transpose(1, 2), completion, reduction="none")  # (R, S); 0 for -100
+        return judged(spread(-said.sum(1), choice_mask), labels)
 
 
 def spread(scores: Tensor, mask: Tensor) -> Tensor:
@@ -100,8 +109,6 @@ def form_of(task: Task, config: PretrainedConfig) -> str:
         return "generate"
     if writes and task.kind == "regression":
         raise ValueError(f"task {task.name!r} wants a score: take an encoder, not model_type={kind!r}")
-    if config.is_encoder_decoder:
-        raise ValueError(f"task {task.name!r} with an encoder-decoder model_type={kind!r} is not supported")
     return "likelihood" if writes else "head"
 
 
@@ -115,11 +122,16 @@ class Base:
     max_length: int = 128
 
     def __post_init__(self) -> None:
-        self.config = AutoConfig.from_pretrained(self.path)
+        try:
+            self.config = AutoConfig.from_pretrained(self.path)
+        except OSError as error:
+            raise ValueError(f"model={self.path!r} cannot be loaded: {error}") from error
         self.form = form_of(self.task, self.config)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.path)
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        if self.config.is_encoder_decoder:
+            self.tokenizer.truncation_side = "left"  # prompts end with what is asked
 
     @property
     def outputs(self) -> int:
@@ -165,21 +177,36 @@ class Base:
 
     def _prompt(self, example: Example, room: int) -> list[int]:
         """Ids of the prompt, cut on the left to the length that leaves `room`."""
-        ids = self._ids(self.task.prompt(example.texts))[-max(1, self.max_length - room) :]
+        text = self.task.prompt(example.texts)
+        if self.config.is_encoder_decoder:
+            return self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"]
+        ids = self._ids(text)[-max(1, self.max_length - room) :]
         start = self.tokenizer.bos_token_id
-        return ids if start is None or self.config.is_encoder_decoder else [start, *ids]
+        return ids if start is None else [start, *ids]
+
+    def _written(self, text: str) -> list[int]:
+        """Ids of what an encoder-decoder model is to write, with special tokens as in its pretraining, and an end."""
+        ids, end = self.tokenizer(text_target=text)["input_ids"], self.tokenizer.eos_token_id
+        if end is not None and ids[-1:] != [end]:
+            ids = [*ids, end]
+        return ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], ids[-1]]
 
     def _for_ranker(self, example: Example) -> dict[str, Any]:
-        answers = [self._ids(f" {a}") for a in example.choices or self.task.said]
+        said = example.choices or self.task.said
+        if self.config.is_encoder_decoder:
+            prompt = self._prompt(example, 0)
+            rows = [{"input_ids": prompt, "completion": self._written(a)} for a in said]
+            return {"candidates": rows, "labels": example.target}
+        answers = [self._ids(f" {a}") for a in said]
         prompt = self._prompt(example, max(map(len, answers)))
         rows = [{"input_ids": prompt + a, "completion_mask": [0] * len(prompt) + [1] * len(a)} for a in answers]
         return {"candidates": rows, "labels": example.target}
 
     def _for_training(self, example: Example) -> dict[str, Any]:
-        answer = [*self._ids(f" {example.target[0]}")[: self.max_length // 2], self.tokenizer.eos_token_id]
-        prompt = self._prompt(example, 0 if self.config.is_encoder_decoder else len(answer))
         if self.config.is_encoder_decoder:
-            return {"input_ids": prompt, "labels": answer}
+            return {"input_ids": self._prompt(example, 0), "labels": self._written(example.target[0])}
+        answer = [*self._ids(f" {example.target[0]}")[: self.max_length // 2], self.tokenizer.eos_token_id]
+        prompt = self._prompt(example, len(answer))
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
     def _for_generation(self, example: Example) -> dict[str, Any]:
@@ -200,7 +227,7 @@ class Base:
         """Every column padded to its longest row, and the mask of `input_ids`."""
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         columns["attention_mask"] = [[1] * len(ids) for ids in columns["input_ids"]]
-        fill = {"input_ids": self.tokenizer.pad_token_id, "labels": -100}
+        fill = {"input_ids": self.tokenizer.pad_token_id, "labels": -100, "completion": -100}
         return {name: torch.tensor(padded(values, fill.get(name, 0), left)) for name, values in columns.items()}
 
 

@@ -28,7 +28,7 @@ from mixadapters.tasks.models import Base
 from mixadapters.tasks.protocols import Rows, select
 from mixadapters.tasks.provenance import FORMAT, fingerprint, provenance
 from mixadapters.tasks.registry import TASKS, Task, get_task
-from mixadapters.tasks.sources import Example, read_task, read_texts
+from mixadapters.tasks.sources import Example, check_source, read_task, read_texts
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
 
 SETUP = (  # arguments that decide how models train
@@ -72,9 +72,26 @@ class Runner:
 
     def main(self) -> int:
         """Every run that has no result yet. Returns how many failed."""
+        if not self.args.keep_going:
+            for name in self.args.tasks:
+                self._check(get_task(name))
         for name in self.args.tasks:
             self._guard(partial(self._task, get_task(name)), name)
         return self.failed
+
+    def _check(self, task: Task) -> None:
+        """Raises ValueError: files are missing, or the model cannot do the task by one of the methods."""
+        check_source(task, self.args.data_dir)
+        for name in self.args.methods:
+            if name not in UNTRAINED:
+                base = self.base(task)
+                Method(name, self.args.parameters, self.args.layers, {}).check(base)
+                if name == "mixda":
+                    self.domain_names(base)
+
+    def base(self, task: Task) -> Base:
+        """The pretrained model as the task needs it."""
+        return Base(str(self.args.model), task, self.args.pooling, self.args.max_length)
 
     def _guard(self, work: Callable[[], None], name: str) -> None:
         try:
@@ -127,17 +144,29 @@ class Runner:
             found.update(domains.key(s) for text in texts for s in domains.split_text(text))
         return found
 
-    def domains(self, base: Base) -> dict[str, str]:
-        """Folders of the domain adapters of a task, trained unless given or there already."""
+    def domain_names(self, base: Base) -> tuple[str, ...]:
+        """The domains that `mixda` mixes. Raises ValueError: none are given, and none can be trained."""
         if self.args.domains:
-            return dict(given.split("=", 1) for given in self.args.domains)
+            return tuple(given.split("=", 1)[0] for given in self.args.domains)
+        instead = "pass --domains name=folder, or take mixda_untuned"
+        if base.config.is_encoder_decoder:
+            raise ValueError(
+                "mixda trains domain adapters of encoders and of decoders, not of an encoder-decoder model_type="
+                f"{base.config.model_type!r}; {instead}"
+            )
         if not base.task.domain or not self.general:
             raise ValueError(
                 f"mixda trains domain adapters on unlabelled text, and task {base.task.name!r} has domain="
-                f"{base.task.domain!r} and {len(self.general)} general texts; pass --domains name=folder, or take "
-                "mixda_untuned"
+                f"{base.task.domain!r} and {len(self.general)} general texts; {instead}"
             )
-        for name in (names := domains.domains_for(base.task.domain)):
+        return domains.domains_for(base.task.domain)
+
+    def domains(self, base: Base) -> dict[str, str]:
+        """Folders of the domain adapters of a task, trained unless given or there already."""
+        names = self.domain_names(base)
+        if self.args.domains:
+            return dict(given.split("=", 1) for given in self.args.domains)
+        for name in names:
             if name not in self._folders:
                 self._folders[name] = self._domain(base, name)
         return {name: self._folders[name] for name in names}
@@ -199,7 +228,7 @@ class Run:
 
     @cached_property
     def base(self) -> Base:
-        return Base(str(self.args.model), self.task, self.args.pooling, self.args.max_length)
+        return self.runner.base(self.task)
 
     @property
     def rates(self) -> list[float]:
@@ -329,7 +358,7 @@ class Run:
             self.runner.say(f"{self.label}: {sizes} rows")
             return
         # Domain adapters that are still to be trained are stood for by new ones.
-        new = dict.fromkeys(domains.domains_for(self.task.domain) if self.task.domain else ["domain"], "")
+        new = dict.fromkeys(self.runner.domain_names(self.base), "") if self.method == "mixda" else {}
         name = "mixda_untuned" if self.method == "mixda" else self.method
         trainer, settings = self._trainer(Method(name, self.args.parameters, self.args.layers, new), self.rates[0])
         model, args = trainer.model, trainer.args

@@ -44,38 +44,62 @@ def plain(value: object) -> str:
     return " ".join(re.sub(r"<br ?/?>", " ", str(value)).split())
 
 
+def files(folder: Path, names: str) -> list[Path]:
+    """The files `folder/<name>*.jsonl` and `.jsonl.gz` for each of the names, split by spaces.
+
+    Raises ValueError: a name has no file.
+    """
+    found: list[Path] = []
+    for name in names.split():
+        of_name = sorted([*folder.glob(f"{name}*.jsonl"), *folder.glob(f"{name}*.jsonl.gz")])
+        if not of_name:
+            raise ValueError(f"--data-dir {folder} has no file {name}*.jsonl or {name}*.jsonl.gz")
+        found += of_name
+    return found
+
+
 def json_lines(folder: Path, names: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ("file, row n", row) of `folder/<name>*.jsonl` and `.jsonl.gz`, for each of the names, split by spaces.
+    """Yield ("file, row n", row) of the `files` of the names. Raises ValueError as `files` and `rows_of` do."""
+    for file in files(folder, names):
+        yield from rows_of(file)
+
+
+def rows_of(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("file, row n", row) of a file of JSON lines, gzipped if its name ends in .gz.
 
     Raises:
-        ValueError: no such file, or it is empty, unreadable, or has a row that is no JSON object.
+        ValueError: the file is empty or cannot be read, or has a row that is no JSON object.
     """
-    for name in names.split():
-        files = sorted([*folder.glob(f"{name}*.jsonl"), *folder.glob(f"{name}*.jsonl.gz")])
-        if not files:
-            raise ValueError(f"--data-dir {folder} has no file {name}*.jsonl or {name}*.jsonl.gz")
-        for file in files:
-            try:
-                with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as opened:
-                    lines = list(opened)
-            except (OSError, EOFError, UnicodeDecodeError) as error:
-                raise ValueError(f"{file} cannot be read as UTF-8 text: {error}") from error
-            if not lines:
-                raise ValueError(f"{file} has no rows")
-            for number, line in enumerate(lines, start=1):
-                where = f"{file}, row {number}"
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{where}: not JSON ({error})") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{where}: must be an object with named fields, got {line.strip()[:40]}")
-                yield where, row
+    try:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as opened:
+            lines = list(opened)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    if not lines:
+        raise ValueError(f"{file} has no rows")
+    for number, line in enumerate(lines, start=1):
+        where = f"{file}, row {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: must be an object with named fields, got {line.strip()[:40]}")
+        yield where, row
 
 
 def read_texts(folder: Path, names: str, *fields: str) -> list[tuple[str, ...]]:
     """The `fields` of each row as plain text. Raises ValueError as `json_lines` does, and for a field without text."""
     return [tuple(_text(row, f, where) for f in fields) for where, row in json_lines(folder, names)]
+
+
+def check_source(task: Task, data_dir: str | Path | None) -> None:
+    """Raises ValueError: the task has no such source, or a file of it is not there. Nothing is read."""
+    if data_dir:
+        for names in task.local.values():
+            files(Path(data_dir), names)
+    elif "path" not in task.hub:
+        raise ValueError(f"task {task.name!r} has no source on the hub; pass --data-dir with {dict(task.local)}")
 
 
 def read_task(task: Task, data_dir: str | Path | None, splits: Collection[str] = SPLITS) -> dict[str, list[Example]]:
@@ -84,8 +108,8 @@ def read_task(task: Task, data_dir: str | Path | None, splits: Collection[str] =
     Raises:
         ValueError: the task has no such source; a missing file or split; a row with a missing or faulty field.
     """
-    if not data_dir and "path" not in task.hub:
-        raise ValueError(f"task {task.name!r} has no source on the hub; pass --data-dir with {dict(task.local)}")
+    if not data_dir:
+        check_source(task, None)
     found: dict[str, list[Example]] = {}
     for split in splits:
         if split not in (task.local if data_dir else task.hub):
@@ -106,7 +130,16 @@ def _hub(task: Task, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     from datasets import load_dataset
 
     name, there, rename = task.hub["path"], task.hub[split], task.hub.get("rename", {})
-    for number, row in enumerate(load_dataset(name, task.hub.get("name"), split=there)):
+    try:
+        rows = load_dataset(name, task.hub.get("name"), split=there)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"task {task.name!r}: {name} cannot be loaded from the hub ({error}); pass --data-dir with "
+            f"{dict(task.local)}"
+        ) from error
+    read = {field.split(".")[0] for field in (*task.columns, task.target, task.choices, *task.drop, *rename.values())}
+    rows = rows.select_columns([c for c in rows.column_names if c in read])  # images would be decoded
+    for number, row in enumerate(rows):
         yield f"{name}, {there} row {number}", {**row, **{ours: lookup(row, o) for ours, o in rename.items()}}
 
 

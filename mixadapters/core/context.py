@@ -98,7 +98,9 @@ class _StackHook:
         if running is None:
             values = self.context.held
             self.context.enter(
-                Record(module.training, torch.is_grad_enabled(), inputs=inputs, values=values, pinned=frozenset(values))
+                Record(
+                    module.training, torch.is_grad_enabled(), inputs=inputs, values=values, pinned=frozenset(values)
+                )
             )
         self.context.record.streams[self.stack] = read_stream(inputs)
         if running is None:

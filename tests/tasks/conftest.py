@@ -1,4 +1,4 @@
-"""A folder of made-up data, and a tiny encoder and decoder with a tokenizer, as `from_pretrained` takes them."""
+"""A folder of made-up data, and tiny models with a tokenizer, as `from_pretrained` takes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 WORDS = [a + b for a in "bdfgkm" for b in ("ad", "el", "im", "on", "ur", "ak", "ep", "it", "og", "us")]
 SAID = ["true", "false", "positive", "negative", "Claim", "Review", "Sentiment", "Question", "Answer", ":", "?", "or"]
@@ -28,11 +38,13 @@ def write_rows(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def tokenizer(**options: Any) -> PreTrainedTokenizerFast:
+def tokenizer(template: str = "[CLS] $A [SEP]", **options: Any) -> PreTrainedTokenizerFast:
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *WORDS, *SAID])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    pair = template.replace("[SEP]", "[SEP] $B [SEP]")
+    special = [("[CLS]", 2), ("[SEP]", 3)]
+    made.post_processor = processors.TemplateProcessing(single=template, pair=pair, special_tokens=special)
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]", **options)
 
 
@@ -58,6 +70,34 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("t5")
+    tokenizer("$A [SEP]", eos_token="[SEP]").save_pretrained(path)
+    config = T5Config(
+        vocab_size=len(SPECIAL + WORDS + SAID), d_model=16, d_kv=8, d_ff=32, num_layers=3, num_heads=2, pad_token_id=0,
+        eos_token_id=3, decoder_start_token_id=0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bart")
+    tokenizer(bos_token="[CLS]", eos_token="[SEP]").save_pretrained(path)
+    config = BartConfig(
+        vocab_size=len(SPECIAL + WORDS + SAID), d_model=16, encoder_layers=3, decoder_layers=3,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=3,
+        forced_eos_token_id=None, init_std=0.1,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config)
+    model.generation_config.forced_bos_token_id = 2  # as in BART's own
+    model.save_pretrained(path)
     return path
 
 

@@ -88,3 +88,12 @@ def test_without_pages_there_are_no_kilt_scores(tmp_path: Path, write) -> None:
 def test_faulty_predictions_are_named(tmp_path: Path, rows: list[dict], message: str, write) -> None:
     with pytest.raises(ValueError, match=message):
         kilt.score_file(write(tmp_path, "gold", GOLD), write(tmp_path, "guess", rows))
+
+
+def test_only_the_files_that_are_named_are_read(tmp_path: Path, write) -> None:
+    gold, said = write(tmp_path, "gold", GOLD), write(tmp_path, "guess", guess(("Paris", []), ("nile", [])))
+    for neighbour in ("gold2", "guess_old"):
+        write(tmp_path, neighbour, GOLD)
+    assert kilt.score_file(gold, said)["accuracy"] == 0.5
+    with pytest.raises(ValueError, match=r"none\.jsonl cannot be read"):
+        kilt.score_file(gold, tmp_path / "none.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -19,15 +20,18 @@ def logits(base, model, examples):
     return model.eval()(**base.collate(base.features(examples, training=False))).logits
 
 
-@pytest.mark.parametrize("name", ["imdb", "commonsenseqa", "stsb", "fever"])
-@pytest.mark.parametrize("kind", ["encoder", "decoder"])
+KINDS = ("encoder", "decoder", "t5", "bart")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*itertools.product(KINDS, ("imdb", "commonsenseqa", "fever")), ("encoder", "stsb")],  # the others give no score
+)
 def test_scores_do_not_depend_on_the_batch(request, data, name, kind) -> None:
-    if (name, kind) == ("stsb", "decoder"):
-        pytest.skip("a decoder gives no score")
     task = get_task(name)
     base = Base(str(request.getfixturevalue(kind)), task, max_length=32)
     model = base.load()
-    model = LikelihoodRanker(model) if kind == "decoder" else model
+    model = model if kind == "encoder" else LikelihoodRanker(model)
     examples = [Example((e.texts[0][: 9 + 8 * i], *e.texts[1:]), e.target, e.choices)
                 for i, e in enumerate(read_task(task, data)["train"][:5])]  # fmt: skip
     together = logits(base, model, examples)
@@ -83,11 +87,69 @@ def test_loss_of_a_head_is_that_of_its_task(encoder, data) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "name", "message"),
-    [("encoder", "trex_slotfilling", "wants text"), ("decoder", "stsb", "wants a score: take an encoder")],
+    [
+        ("encoder", "trex_slotfilling", "wants text"),
+        ("decoder", "stsb", "wants a score: take an encoder"),
+        ("t5", "stsb", "wants a score: take an encoder, not model_type='t5'"),
+    ],
 )
 def test_a_model_that_cannot_do_the_task_is_refused(request, kind, name, message) -> None:
     with pytest.raises(ValueError, match=message):
         Base(str(request.getfixturevalue(kind)), get_task(name))
+
+
+# --- encoder-decoders ------------------------------------------------------------------------------------------------
+
+START = {"t5": 0, "bart": 3}  # the token that a decoder begins with
+WRITTEN = {"t5": [], "bart": [2]}  # and what every answer begins with
+
+
+@torch.no_grad()
+def log_likelihood(lm, kind: str, prompt: list[int], answer: list[int]) -> list[torch.Tensor]:
+    """Of each token of an answer, by as many forward passes over prompt and what was written so far."""
+    before, found = [START[kind]], []
+    for token in answer:
+        scores = lm(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([before])).logits[0, -1]
+        found.append(scores.log_softmax(-1)[token])
+        before.append(token)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_encoder_decoder_ranks_by_the_log_likelihood_of_each_answer(request, kind) -> None:
+    base = Base(str(request.getfixturevalue(kind)), get_task("commonsenseqa"), max_length=32)
+    lm = base.load().eval()
+    examples = [Example(("bad bel dus gog",), 1, ("kog", "bad bel mus", "fit")), Example(("mit",), 0, ("dur", "kim"))]
+    found = logits(base, LikelihoodRanker(lm), examples)
+    for row, example in zip(found, examples, strict=True):
+        prompt = [*WRITTEN[kind], *base._ids(f"Question: {example.texts[0]}\nAnswer:"), 3]
+        answers = [[*WRITTEN[kind], *base._ids(choice), 3] for choice in example.choices]
+        expected = torch.stack([sum(log_likelihood(lm, kind, prompt, answer)) for answer in answers])
+        torch.testing.assert_close(row[: len(answers)], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_encoder_decoder_is_trained_to_write_the_answer_and_to_end(request, kind) -> None:
+    base = Base(str(request.getfixturevalue(kind)), get_task("trex_slotfilling"), max_length=32)
+    lm = base.load().eval()
+    examples = [Example(("bad bel dus gog",), ("kog", "no")), Example(("mit",), ("bad bel mus",))]
+    batch = base.collate(base.features(examples, training=True))
+    short, long = ([*WRITTEN[kind], *base._ids(e.target[0]), 3] for e in examples)
+    assert batch["labels"].tolist() == [[*short, -100, -100], long]
+    prompts = [[*WRITTEN[kind], *base._ids(f"{e.texts[0]} :"), 3] for e in examples]
+    assert batch["input_ids"].tolist() == [prompts[0], [*prompts[1], 0, 0, 0]]
+    each = [p for prompt, answer in zip(prompts, (short, long), strict=True)
+            for p in log_likelihood(lm, kind, prompt, answer)]  # fmt: skip
+    torch.testing.assert_close(lm(**batch).loss, -torch.stack(each).mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_encoder_decoder_texts_are_cut_to_length_and_end_as_they_do(request, kind) -> None:
+    base = Base(str(request.getfixturevalue(kind)), get_task("trex_slotfilling"), max_length=5)
+    (row,) = base.features([Example(("bad " * 9 + "kog",), ("mit " * 9,))], training=True)
+    kept = 4 - len(WRITTEN[kind])
+    assert row["input_ids"] == [*WRITTEN[kind], *base._ids("bad bad kog :")[-kept:], 3]
+    assert row["labels"] == [*WRITTEN[kind], *base._ids("mit mit mit mit")[:kept], 3]
 
 
 # --- metrics and baselines ------------------------------------------------------------------------------------------

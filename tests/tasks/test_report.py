@@ -107,6 +107,8 @@ def test_markdown_latex_and_plot(tmp_path, capsys) -> None:
     assert (tmp_path / "p.png").stat().st_size > 1000
     assert cli.main(["table", str(tmp_path), "--latex", "--reference", "lora"]) == 0
     assert r"majority & 3 & 0.500 & 0.500 to 0.500 & -0.250" in capsys.readouterr().out
+    assert cli.main(["table", str(tmp_path), "--reference", "lorra"]) == 1
+    assert "--reference lorra has no results in" in capsys.readouterr().err
 
 
 def test_an_empty_folder_and_a_newer_format_are_refused(tmp_path, capsys) -> None:
@@ -120,7 +122,7 @@ def test_an_empty_folder_and_a_newer_format_are_refused(tmp_path, capsys) -> Non
 
 def test_list_shots_and_usage(data, tmp_path, capsys, monkeypatch) -> None:
     assert cli.main(["list"]) == 0
-    assert "chemprot  domains  classification 13 labels  micro_f1     local" in capsys.readouterr().out
+    assert "chemprot  domains  classification 13 labels  micro_f1     hub, local" in capsys.readouterr().out
     monkeypatch.chdir(tmp_path)
     assert cli.main(["shots", "--data-dir", str(data), "imdb"]) == 0
     assert json.loads((tmp_path / "imdb.json").read_text())["rows"] == 60

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, HfArgumentParser
 
 from mixadapters.tasks import __main__ as cli
 from mixadapters.tasks import runner as runner_module
@@ -126,14 +127,46 @@ def test_decoders_rank_and_generate(decoder, data, tmp_path) -> None:
     assert found["fever", "frozen", 0]["retention"] == {"token loss": before, "untouched": before}
 
 
-def test_a_decoder_learns_to_generate_an_answer(decoder, data, tmp_path) -> None:
-    rows = [{"input": f"bad {w}", "output": [{"answer": "kog"}]} for w in ("bel", "bim", "bon", "bur", "bak")]
-    for split in ("train", "dev", "test"):
-        lines = (json.dumps({**r, "input": f"{r['input']} {split}"}) for r in rows)
-        (data / f"kilt/trex_slotfilling/{split}.jsonl").write_text("\n".join(lines))
-    line = "--tasks trex_slotfilling --methods full --seeds 0 --full_rates 1e-2 --max_steps 40 --max_new_tokens 4"
-    run(decoder, data, tmp_path, line)
-    assert results(tmp_path)["trex_slotfilling", "full", 0]["metrics"]["accuracy"] == 1  # no prompt in it, and it ends
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_encoder_decoders_rank_and_generate(request, data, tmp_path, kind) -> None:
+    model = request.getfixturevalue(kind)
+    methods = "frozen lora bottleneck mixda_untuned"
+    line = f"--tasks fever commonsenseqa trex_slotfilling --methods {methods} --seeds 0 {SHOTS} --max_new_tokens 3"
+    assert run(model, data, tmp_path, f"{line} --keep_adapters") == 0
+    found = results(tmp_path)
+    assert len(found) == 12
+    said = found["trex_slotfilling", "lora", 0]["predictions"]
+    assert all(isinstance(p, str) and len(p.split()) <= 3 for p in said)
+    assert found["fever", "frozen", 0]["trainable_parameters"] == 0
+    for task, method in ((t, m) for t in ("fever", "trex_slotfilling") for m in methods.split()[1:]):
+        (saved,) = tmp_path.glob(f"{task}/{method}-s0-*/")
+        tuned = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(model), str(saved))
+        names = [n for n, _ in tuned.named_parameters()]
+        assert any("encoder" in n and "default" in n for n in names)
+        assert any("decoder" in n and "default" in n for n in names)
+        # What begins as zero has moved: the adapter learned.
+        ends = {n: v for n, v in load_file(saved / "adapter_model.safetensors").items()
+                if "lora_B" in n or ("up." in n and "domain.bank" not in n)}  # fmt: skip
+        assert ends
+        assert [n for n, v in ends.items() if not v.any()] == []
+
+
+@pytest.mark.parametrize("kind", ["decoder", "t5", "bart"])
+def test_a_model_learns_to_generate_answers(request, data, tmp_path, kind) -> None:
+    answers = {"bel": "kog", "mit": "bad bel", "dus": "kim kim fon", "gak": "dur"}
+    for split in (
+        "train",
+        "dev",
+        "test",
+    ):  # words that the tokenizer has not: rows differ, what the model sees does not
+        rows = ({"input": f"{w} {split}", "output": [{"answer": a}]} for w, a in answers.items())
+        (data / f"kilt/trex_slotfilling/{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    line = "--tasks trex_slotfilling --methods full --seeds 0 --full_rates 1e-2 --max_steps 120 --max_new_tokens 8"
+    run(request.getfixturevalue(kind), data, tmp_path, line)
+    result = results(tmp_path)["trex_slotfilling", "full", 0]
+    assert result["rows"] == {"train": 4, "dev": 4, "test": 4}
+    assert result["predictions"] == [right for (right,) in result["gold"]]  # no prompt in it, and it ends
+    assert result["metrics"]["accuracy"] == 1
 
 
 def test_a_stopped_run_goes_on_from_its_checkpoint(encoder, data, tmp_path, monkeypatch) -> None:
@@ -165,6 +198,40 @@ def test_dry_run_trains_nothing_and_tells_sizes_and_time(encoder, data, tmp_path
     assert not list(tmp_path.glob("imdb"))
 
 
+@pytest.mark.parametrize("method", ["mixda_untuned", "mixda"])
+def test_dry_run_counts_what_the_run_trains(encoder, data, tmp_path, capsys, method) -> None:
+    line = f"--tasks imdb --methods {method} --seeds 0 {SHOTS}"
+    run(encoder, data, tmp_path, f"{line} --dry-run")
+    (said,) = re.findall(r"trains ([\d,]+) parameters", capsys.readouterr().out)
+    run(encoder, data, tmp_path, line)
+    assert said == f"{results(tmp_path)['imdb', method, 0]['trainable_parameters']:,}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "message"),
+    [
+        ("encoder", "--tasks imdb trex_slotfilling --methods majority lora", "task 'trex_slotfilling' wants text"),
+        ("decoder", "--tasks fever --methods majority probe", "method 'probe' trains a head"),
+        ("encoder", "--tasks imdb rte --methods majority", r"has no file glue/rte/train\*\.jsonl"),
+        ("encoder", "--tasks imdb fever --methods probe mixda", "task 'fever' has domain='' and 260 general texts"),
+        ("t5", "--tasks imdb --methods majority mixda", "not of an encoder-decoder model_type='t5'; pass --domains"),
+        ("encoder", "--tasks imdb --methods majority no/such.json", r"method 'no/such\.json' is no file"),
+    ],
+)
+@pytest.mark.parametrize("dry", ["", "--dry-run"])
+def test_what_cannot_run_is_found_at_once(request, data, tmp_path, capsys, kind, line, message, dry) -> None:
+    assert run(request.getfixturevalue(kind), data, tmp_path / "out", f"{line} --seeds 0 {SHOTS} {dry}") == 1
+    said = capsys.readouterr()
+    assert re.search(message, said.err)
+    assert not said.out
+    assert not results(tmp_path / "out")
+
+
+def test_a_model_that_is_not_there_is_named(data, tmp_path, capsys) -> None:
+    assert run(tmp_path / "nowhere", data, tmp_path, f"--tasks imdb --methods probe --seeds 0 {SHOTS}") == 1
+    assert re.search(r"error: model='.*nowhere' cannot be loaded: ", capsys.readouterr().err)
+
+
 def test_a_run_that_fails_does_not_stop_the_others(encoder, data, tmp_path, capsys) -> None:
     line = f"--tasks trex_slotfilling imdb --methods majority probe --seeds 0 {SHOTS} --keep_going"
     assert run(encoder, data, tmp_path, line) == 1
@@ -182,12 +249,22 @@ def test_a_run_that_fails_does_not_stop_the_others(encoder, data, tmp_path, caps
         ("--tasks imdb --learning_rate 1e-4", "learning_rate=0.0001 is set by each run; pass --rates"),
         ("--tasks imdb --seed 3", "seed=3 is set by each run; pass --seeds"),
         ("--tasks imdb --domains reviews", "domains='reviews' must be name=folder"),
+        ("--tasks imdb --test_rows 0", "test_rows=0 must be 1 or more"),
+        ("--tasks imdb --shots -1", "shots=-1 must be 1 or more"),
+        ("--tasks imdb --layers 4 --methods lora", "layers=4 must be at most the 3 layers of model"),
+        ("--tasks imdb --pooling max", "pooling='max' must be 'mean' or 'first'"),
         ("--tasks fever --methods mixda", "pass --domains name=folder, or take mixda_untuned"),
     ],
 )
 def test_bad_arguments_are_named(encoder, data, tmp_path, capsys, line, message) -> None:
     assert run(encoder, data, tmp_path, line) == 1
     assert message in capsys.readouterr().err
+
+
+def test_methods_that_a_table_cannot_tell_apart_are_refused(encoder, data, tmp_path, capsys) -> None:
+    (tmp_path / "lora.json").write_text('{"peft_type": "LORA"}')
+    assert run(encoder, data, tmp_path, f"--tasks imdb --methods lora {tmp_path}/lora.json") == 1
+    assert "have a name twice, and a table could not tell them apart; rename" in capsys.readouterr().err
 
 
 def test_documented_arguments_exist() -> None:

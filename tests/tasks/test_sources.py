@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -71,21 +72,51 @@ def test_faulty_row_is_named(data: Path, task: str, row: Any, message: str) -> N
 def test_missing_file_and_missing_source_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no file reviews/imdb/train\*\.jsonl"):
         read_task(get_task("imdb"), tmp_path)
-    with pytest.raises(ValueError, match="task 'chemprot' has no source on the hub; pass --data-dir"):
-        read_task(get_task("chemprot"), None)
+    with pytest.raises(ValueError, match="task 'rct_like' has no source on the hub; pass --data-dir"):
+        read_task(get_task("rct_like"), None)
 
 
 def test_hub_rows_are_renamed_and_lettered(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(path: str, name: str | None, split: str) -> list[dict[str, Any]]:
+    def load(path: str, name: str | None, split: str) -> datasets.Dataset:
         asked.append((path, name, split))
-        return [{"question": "why", "choices": {"label": ["A", "B"], "text": ["one", "two"]}, "answerKey": "B"}]
+        choices = {"label": ["A", "B"], "text": ["one", "two"]}
+        return datasets.Dataset.from_list([{"question": "why", "choices": choices, "answerKey": "B"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     splits = read_task(get_task("commonsenseqa"), None)
     assert splits == {s: [Example(("why",), 1, ("one", "two"))] for s in ("train", "test")}
     assert asked == [("tau/commonsense_qa", None, "train"), ("tau/commonsense_qa", None, "validation")]
+
+
+def test_hub_columns_that_a_task_has_no_use_for_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = {"question": ["why"], "hint": [""], "choices": [["one", "two"]], "answer": [1],
+               "image": [{"bytes": b"none", "path": None}]}  # fmt: skip
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: rows)
+    assert read_task(get_task("scienceqa"), None)["test"] == [Example(("why", ""), 1, ("one", "two"))]
+
+
+@pytest.mark.parametrize("name", ["chemprot", "citation_intent"])
+def test_hub_sets_that_are_json_lines_have_the_splits_of_the_definition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write, name: str
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    task = get_task(name)
+    for split in ("train", "dev", "test"):  # files as they are named there
+        write(tmp_path / "set", f"{name}_{split}", [{"text": split, "label": task.labels[1], "metadata": {}}])
+    there = dataclasses.replace(task, hub={**task.hub, "path": str(tmp_path / "set")})
+    assert read_task(there, None) == {s: [Example((s,), 1)] for s in ("train", "dev", "test")}
+
+
+def test_a_hub_out_of_reach_is_named_with_the_way_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach it")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(ValueError, match=r"imdb cannot be loaded from the hub \(Couldn't .*pass --data-dir"):
+        read_task(get_task("imdb"), None)
 
 
 def test_lookup_goes_into_objects_and_lists() -> None:
