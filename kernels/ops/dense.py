@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mixadapters.kernels import products
 from mixadapters.kernels.activations import hidden, hidden_backward
 from mixadapters.kernels.problem import Problem
 
@@ -23,18 +24,18 @@ def keeps(p: Problem) -> tuple[Tensor, ...]:
 def forward(p: Problem, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     p = p.cast()
     x = p.dropped(p.x)
-    z = _affine(x, p.down, p.b_down)
-    v = None if p.gate is None else _affine(x, p.gate, p.b_gate)
+    z = products.mm(x, p.down.t(), p.b_down)
+    v = None if p.gate is None else products.mm(x, p.gate.t(), p.b_gate)
     weights, _, chosen = _weights(p)
     h = _weighted(hidden(p.act, z, v), weights, chosen, p.ranks)
-    if p.base is not None and p.base_weight is None and p.base.dtype == x.dtype:
-        y = torch.addmm(p.base, h, p.up.t())
+    if p.base is None or (p.base_weight is None and p.base.dtype == x.dtype):
+        y = products.mm(h, p.up.t(), p.base)
     else:
         y = p.start()
         if y.dtype == x.dtype:
-            y.addmm_(h, p.up.t())
+            products.mm(h, p.up.t(), y, out=y)
         else:
-            y += torch.mm(h, p.up.t())
+            y += products.mm(h, p.up.t())
     if p.b_up is not None:
         y += p.b_up.sum(0) if weights is None else weights @ p.b_up
     if p.indices is not None and p.base is not None:
@@ -54,14 +55,14 @@ def backward(p: Problem, saved: tuple[Tensor, ...], grad: Tensor, needs: frozens
     h = hidden(p.act, z, v)
     if "up" in needs:
         used = _weighted(h, weights, chosen, p.ranks)
-        out["up"] = torch.mm(used.t(), grad).t() if p.up.stride(0) == 1 else torch.mm(grad.t(), used)
+        out["up"] = products.outer(used, grad).t() if p.up.stride(0) == 1 else products.outer(grad, used)
     if "b_up" in needs:
         if weights is not None and weights.dim() == 2:
             out["b_up"] = weights.t() @ grad
         else:
             total = grad.sum(0).expand(len(p.ranks), -1)
             out["b_up"] = total if weights is None else total * weights.unsqueeze(1)
-    u = torch.mm(grad, p.up)
+    u = products.mm(grad, p.up)
     if "gates" in needs or "scale" in needs:
         out |= _weight_gradients(p, u, h, grad, gates, chosen, needs)
     if not needs & {"x", "down", "b_down", "gate", "b_gate"}:
@@ -73,24 +74,20 @@ def backward(p: Problem, saved: tuple[Tensor, ...], grad: Tensor, needs: frozens
                 _mask(part, chosen, p.ranks)
     x = p.dropped(p.x) if needs & {"down", "gate"} else p.x
     if "down" in needs:
-        out["down"] = torch.mm(dz.t(), x)
+        out["down"] = products.outer(dz, x)
     if "b_down" in needs:
         out["b_down"] = dz.sum(0)
     if dv is not None and "gate" in needs:
-        out["gate"] = torch.mm(dv.t(), x)
+        out["gate"] = products.outer(dv, x)
     if dv is not None and "b_gate" in needs:
         out["b_gate"] = dv.sum(0)
     if "x" in needs:
-        dx = torch.mm(dz, p.down)
+        dx = products.mm(dz, p.down)
         if dv is not None:
             assert p.gate is not None
-            dx.addmm_(dv, p.gate)
+            products.mm(dv, p.gate, dx, out=dx)
         out["x"] = p.dropped(dx)
     return out
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
 def _weights(p: Problem) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

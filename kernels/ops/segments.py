@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixadapters.kernels import products
 from mixadapters.kernels.activations import hidden, hidden_backward
 from mixadapters.kernels.problem import Problem
 from mixadapters.kernels.sorting import keeps, sort_slots, sorted_weights
@@ -40,6 +41,11 @@ class Plan(NamedTuple):
             return self.scale if self.gates is None else self.gates
         return self.gates * self.scale
 
+    def once(self, p: Problem) -> bool:
+        """Each row stands in one piece, in place: its result is written, not added to."""
+        places = sum(at.stop - at.start for _, at, _ in self.pieces)
+        return p.slots == 1 and self.order is None and places == p.x.shape[0]
+
 
 def refuses(p: Problem) -> str | None:
     return None
@@ -58,12 +64,16 @@ def forward(p: Problem, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
             gates.affine(piece.expert, x, v[piece.at])
     weights = plan.weights
     h = _weighted(hidden(p.act, z, v), weights)
-    y = p.start()
+    # The base comes in piece by piece, each while it is in the cache.
+    base = p.base if p.base_weight is None and plan.once(p) else None
+    if base is not None and base.dtype != h.dtype:
+        base = None
+    y = p.start() if base is None else base.new_empty(base.shape)
     ups = p.up.t().split(p.ranks)
     for piece in plan.pieces:
         e, at = piece.expert, piece.at
         shift = None if p.b_up is None else (p.b_up[e], None if weights is None else weights[at])
-        _add_product(y, piece.rows, h[at, : p.ranks[e]], ups[e], shift)
+        _add_product(y, piece.rows, h[at, : p.ranks[e]], ups[e], shift, base)
     if not keep:
         return y, ()
     order = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device) if plan.order is None else plan.order
@@ -86,9 +96,9 @@ def backward(p: Problem, saved: tuple[Tensor, ...], grad: Tensor, needs: frozens
     for piece in plan.pieces:
         e, at = piece.expert, piece.at
         g = _take(grad, piece.rows)
-        torch.mm(g, ups[e].t(), out=u[at, : p.ranks[e]])
+        products.mm(g, ups[e].t(), out=u[at, : p.ranks[e]])
         if dups:
-            _accumulate(dups[e], used[at, : p.ranks[e]].t(), g)
+            _accumulate(dups[e], used[at, : p.ranks[e]], g)
         if "b_up" in needs:
             out["b_up"][e] += g.sum(0) if weights is None else torch.mv(g.t(), weights[at])
         if shifts is not None:
@@ -104,10 +114,12 @@ def backward(p: Problem, saved: tuple[Tensor, ...], grad: Tensor, needs: frozens
 
 
 def _plan(p: Problem, order: Tensor | None = None) -> Plan:
-    pieces = _pieces_in_place(p)
+    number = len(p.ranks)
+    pieces = p.derived(("pieces", number, p.run), lambda: _pieces_in_place(p))
     if pieces is None:
         by = sort_slots(p, order)
-        return Plan(_sorted_pieces(by.rows, by.counts.tolist()), by.order, *sorted_weights(p, by))
+        pieces = p.derived(("sorted pieces", number), lambda: _sorted_pieces(by.rows, by.counts.tolist()))
+        return Plan(pieces, by.order, *sorted_weights(p, by))
     gates = None if p.gates is None else p.gates.t().reshape(-1)
     scale = p.scale
     if scale is not None:
@@ -160,11 +172,8 @@ class _Cut:
         self.biases = None if bias is None else bias.split(p.ranks)
 
     def affine(self, e: int, x: Tensor, out: Tensor) -> None:
-        out = out[:, : self.ranks[e]]
-        if self.biases is None:
-            torch.mm(x, self.weights[e].t(), out=out)
-        else:
-            torch.addmm(self.biases[e], x, self.weights[e].t(), out=out)
+        bias = None if self.biases is None else self.biases[e]
+        products.mm(x, self.weights[e].t(), bias, out=out[:, : self.ranks[e]])
 
 
 def _take(t: Tensor, rows: slice | Tensor) -> Tensor:
@@ -176,15 +185,21 @@ def _weighted(h: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _add_product(
-    y: Tensor, rows: slice | Tensor, h: Tensor, up: Tensor, shift: tuple[Tensor, Tensor | None] | None = None
+    y: Tensor,
+    rows: slice | Tensor,
+    h: Tensor,
+    up: Tensor,
+    shift: tuple[Tensor, Tensor | None] | None = None,
+    base: Tensor | None = None,
 ) -> None:
-    """y[rows] += h @ up, plus a bias times a weight per row."""
+    """y[rows] += h @ up, plus a bias times a weight per row; with a base, y[rows] = base[rows] + that."""
     if isinstance(rows, slice) and y.dtype == h.dtype:
-        here = y[rows].addmm_(h, up)
+        here = y[rows]
+        products.mm(h, up, here if base is None else base[rows], out=here)
         if shift is not None:
             here += shift[0] if shift[1] is None else torch.outer(shift[1], shift[0])
         return
-    delta = torch.mm(h, up)
+    delta = products.mm(h, up)
     if shift is not None:
         delta += shift[0] if shift[1] is None else torch.outer(shift[1], shift[0])
     if isinstance(rows, slice):
@@ -194,11 +209,11 @@ def _add_product(
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; a total of half-precision products is kept in float32."""
+    """total += a^T @ b; a total of half-precision products is kept in float32."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        products.outer(a, b, total)
     else:
-        total += torch.mm(a, b)
+        total += torch.mm(a.t(), b)
 
 
 def _buffers(p: Problem, needs: frozenset[str]) -> dict[str, Tensor]:
@@ -230,8 +245,7 @@ def _weight_gradients(p: Problem, plan: Plan, per_slot: Tensor, needs: frozenset
 def _input_gradients(
     p: Problem, plan: Plan, dz: Tensor, dv: Tensor | None, out: dict[str, Tensor], needs: frozenset[str]
 ) -> None:
-    # Where each row stands in one piece, its gradient is written, not added to.
-    once = p.slots == 1 and plan.order is None and sum(at.stop - at.start for _, at, _ in plan.pieces) == len(p.x)
+    once = plan.once(p)
     dx = None if "x" not in needs else p.x.new_empty(p.x.shape) if once else p.x.new_zeros(p.x.shape)
     for grads, weight, weight_name, bias_name in ((dz, p.down, "down", "b_down"), (dv, p.gate, "gate", "b_gate")):
         if grads is None:
@@ -244,11 +258,11 @@ def _input_gradients(
             e = piece.expert
             d = grads[piece.at, : p.ranks[e]]
             if totals:
-                _accumulate(totals[e], d.t(), p.dropped(_take(p.x, piece.rows), piece.rows))
+                _accumulate(totals[e], d, p.dropped(_take(p.x, piece.rows), piece.rows))
             if shifts:
                 shifts[e].add_(d.sum(0))
             if dx is not None and once and grads is dz:
-                torch.mm(d, weights[e], out=dx[piece.rows])
+                products.mm(d, weights[e], out=dx[piece.rows])
             elif dx is not None:
                 _add_product(dx, piece.rows, d, weights[e])
     if dx is not None:
