@@ -76,12 +76,15 @@ class Arena:
         self.room = (0, 0)  # experts, and rows
         self.stack: Stack | None = None  # the last one asked for
 
+    def knows(self, expert: Expert) -> bool:
+        """Whether `expert` has a slot here, be its parameters in it or not."""
+        slot = expert.slot if expert.arena is self else None
+        return slot is not None and slot.number < len(self.slots) and self.slots[slot.number] is slot
+
     def holds(self, expert: Expert) -> bool:
         """Whether all parameters of `expert` are here."""
-        slot = expert.slot if expert.arena is self else None
-        return slot is not None and all(
-            leaf.data_ptr() == slot.addresses.get(part) for part, leaf in _parameters(expert).items()
-        )
+        addresses: Any = expert.slot.addresses if expert.slot is not None and self.knows(expert) else {}
+        return all(leaf.data_ptr() == addresses.get(part) for part, leaf in _parameters(expert).items())
 
     def move_in(self, experts: list[Expert]) -> None:
         """Give each expert a free slot of its rank, or a new one at the end."""
@@ -220,13 +223,25 @@ def stacked(experts: list[Expert], places: list[tuple[dict[str, Any], str]]) -> 
     stack = _standing(experts, places)
     if stack is None:
         with _moving, torch.inference_mode(False), torch.no_grad():
-            stack = _standing(experts, places) or _put_together(experts)
+            stack = _standing(experts, places) or _together(experts, places) or _put_together(experts)
     return stack
 
 
 def _standing(experts: list[Expert], places: list[tuple[dict[str, Any], str]]) -> Stack | None:
     stack = None if experts[0].arena is None else experts[0].arena.stack
     return stack if stack is not None and stack.is_of(experts) and stack.stands(read(places)) else None
+
+
+def _together(experts: list[Expert], places: list[tuple[dict[str, Any], str]]) -> Stack | None:
+    """As other experts of the arena ran last: batches name different adapters, and these need not move."""
+    arena = experts[0].arena
+    if arena is None or not all(map(arena.knows, experts)) or len(set(map(id, experts))) < len(experts):
+        return None
+    stack = Stack(arena, experts)
+    if not stack.stands(read(places)):
+        return None
+    arena.stack = stack
+    return stack
 
 
 def _put_together(experts: list[Expert]) -> Stack | None:

@@ -138,6 +138,29 @@ def test_nothing_is_concatenated_or_copied_in_later_calls(monkeypatch) -> None:
         run(banks)
 
 
+def test_batches_of_other_adapters_look_at_no_parameter_twice(monkeypatch) -> None:
+    banks = adapters(3, 1, 4, 2)
+    run(banks)
+
+    def refuse(*_):
+        raise AssertionError("put together again")
+
+    monkeypatch.setattr(arena, "_put_together", refuse)
+    for order in ([0, 1, 2], [3, 1, 0], [2, 0, 3, 1], [0, 1, 2, 3]):
+        assert_tied([banks[i] for i in order])
+
+
+def test_slot_that_its_arena_has_given_up_is_not_believed() -> None:
+    banks = adapters(3, 1, 4)
+    before = run(banks)
+    expert = experts_of(banks)[2]
+    stale = arena.Slot(0, 0, expert.rank)
+    stale.addresses = expert.slot.addresses  # as if memory that was freed had come back
+    expert.slot = stale
+    assert not expert.arena.holds(expert)
+    assert torch.equal(run(banks), before)
+
+
 # --- gradients ---------------------------------------------------------------------------------------------------
 
 
