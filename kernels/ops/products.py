@@ -79,12 +79,12 @@ def _multiply(a: Tensor, b: Tensor) -> Tensor:
 def _blocks(a: Tensor, b: Tensor, least_width: int = 0) -> list[slice]:
     """The first rows of a, as far as oneDNN takes them."""
     rows, width = a.shape
-    if not _PAYS or rows < SIZES[-1] or width < least_width or a.dtype != torch.float32 or not a.is_cpu:
+    work = width * b.shape[1]
+    if not _PAYS or rows * work < LEAST or rows < SIZES[-1] or width < least_width:
         return []
-    if not torch.backends.mkldnn.enabled:
+    if a.dtype != torch.float32 or not a.is_cpu or not torch.backends.mkldnn.enabled:
         return []
     blocks, start = [], 0
-    work = width * b.shape[1]
     least = LEAST * torch.get_num_threads() * (2 if rows % SIZES[-1] else 1)  # rows left over are a call more
     for size in SIZES:
         while size * work >= least and start + size <= rows:

@@ -6,6 +6,8 @@ gathered and scattered by blocks that stay in the cache. Only the hidden values 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -31,6 +33,7 @@ class Plan(NamedTuple):
     """The slots' order: slot by slot, rows in place (order None), or sorted by expert."""
 
     pieces: list[Piece]
+    sizes: list[int] | None  # of the pieces, where these are all rows, once and in order
     order: Tensor | None
     gates: Tensor | None  # (S,) of the slots, in that order
     scale: Tensor | None  # (S,)
@@ -41,10 +44,22 @@ class Plan(NamedTuple):
             return self.scale if self.gates is None else self.gates
         return self.gates * self.scale
 
-    def once(self, p: Problem) -> bool:
-        """Each row stands in one piece, in place: its result is written, not added to."""
-        places = sum(at.stop - at.start for _, at, _ in self.pieces)
-        return p.slots == 1 and self.order is None and places == p.x.shape[0]
+    def taken(self, t: Tensor) -> Iterable[Tensor]:
+        """The rows of t (N, d), by pieces; gathered one piece after the other where they do not stand together."""
+        return t.split(self.sizes) if self.sizes else (_take(t, piece.rows) for piece in self.pieces)
+
+    def views(self, t: Tensor) -> Iterable[Tensor | None]:
+        """The rows of t (N, d), by pieces, where they stand together."""
+        if self.sizes:
+            return t.split(self.sizes)
+        return (t[piece.rows] if isinstance(piece.rows, slice) else None for piece in self.pieces)
+
+    def hidden(self, t: Tensor, ranks: tuple[int, ...]) -> Iterable[Tensor]:
+        """The slots of t (S, r), by pieces, as wide as the experts."""
+        parts = t.split(self.sizes) if self.sizes else (t[piece.at] for piece in self.pieces)
+        if ranks.count(t.shape[1]) == len(ranks):
+            return parts
+        return (part[:, : ranks[piece.expert]] for part, piece in zip(parts, self.pieces, strict=True))
 
 
 def refuses(p: Problem) -> str | None:
@@ -56,24 +71,21 @@ def forward(p: Problem, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     plan = _plan(p)
     z = p.x.new_zeros(p.x.shape[0] * p.slots, max(p.ranks, default=0))
     v = None if p.gate is None else torch.zeros_like(z)
-    downs, gates = _Cut(p, p.down, p.b_down), _Cut(p, p.gate, p.b_gate)
-    for piece in plan.pieces:
-        x = p.dropped(_take(p.x, piece.rows), piece.rows)
-        downs.affine(piece.expert, x, z[piece.at])
-        if v is not None:
-            gates.affine(piece.expert, x, v[piece.at])
+    _affine(p, plan, z, v)
     weights = plan.weights
     h = _weighted(hidden(p.act, z, v), weights)
     # The base comes in piece by piece, each while it is in the cache.
-    base = p.base if p.base_weight is None and plan.once(p) else None
+    base = p.base if plan.sizes and p.base_weight is None else None
     if base is not None and base.dtype != h.dtype:
         base = None
     y = p.start() if base is None else base.new_empty(base.shape)
+    starts = repeat(None) if base is None else plan.views(base)
     ups = p.up.t().split(p.ranks)
-    for piece in plan.pieces:
-        e, at = piece.expert, piece.at
-        shift = None if p.b_up is None else (p.b_up[e], None if weights is None else weights[at])
-        _add_product(y, piece.rows, h[at, : p.ranks[e]], ups[e], shift, base)
+    for piece, here, start, part in zip(plan.pieces, plan.views(y), starts, plan.hidden(h, p.ranks), strict=False):
+        shift = None
+        if p.b_up is not None:
+            shift = (p.b_up[piece.expert], None if weights is None else weights[piece.at])
+        _add_product(y, piece.rows, here, part, ups[piece.expert], shift, start)
     if not keep:
         return y, ()
     order = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device) if plan.order is None else plan.order
@@ -93,12 +105,12 @@ def backward(p: Problem, saved: tuple[Tensor, ...], grad: Tensor, needs: frozens
     out = _buffers(p, needs)
     ups = p.up.t().split(p.ranks)
     dups = out["up"].t().split(p.ranks) if "up" in needs else ()
-    for piece in plan.pieces:
+    parts = zip(plan.taken(grad), plan.hidden(u, p.ranks), plan.hidden(used, p.ranks), strict=True)
+    for piece, (g, du, used_part) in zip(plan.pieces, parts, strict=True):
         e, at = piece.expert, piece.at
-        g = _take(grad, piece.rows)
-        products.mm(g, ups[e].t(), out=u[at, : p.ranks[e]])
+        products.mm(g, ups[e].t(), out=du)
         if dups:
-            _accumulate(dups[e], used[at, : p.ranks[e]], g)
+            _accumulate(dups[e], used_part, g)
         if "b_up" in needs:
             out["b_up"][e] += g.sum(0) if weights is None else torch.mv(g.t(), weights[at])
         if shifts is not None:
@@ -119,7 +131,8 @@ def _plan(p: Problem, order: Tensor | None = None) -> Plan:
     if pieces is None:
         by = sort_slots(p, order)
         pieces = p.derived(("sorted pieces", number), lambda: _sorted_pieces(by.rows, by.counts.tolist()))
-        return Plan(pieces, by.order, *sorted_weights(p, by))
+        return Plan(pieces, None, by.order, *sorted_weights(p, by))
+    sizes = [piece.at.stop - piece.at.start for piece in pieces] if p.slots == 1 else []
     gates = None if p.gates is None else p.gates.t().reshape(-1)
     scale = p.scale
     if scale is not None:
@@ -127,7 +140,7 @@ def _plan(p: Problem, order: Tensor | None = None) -> Plan:
             scale = scale.repeat_interleave(p.x.shape[0])
         else:
             scale = scale.index_select(0, p.indices.t().reshape(-1).clamp_min(0))
-    return Plan(pieces, None, gates, scale)
+    return Plan(pieces, sizes if sum(sizes) == p.x.shape[0] else None, None, gates, scale)
 
 
 def _pieces_in_place(p: Problem) -> list[Piece] | None:
@@ -163,17 +176,17 @@ def _sorted_pieces(rows: Tensor, counts: list[int]) -> list[Piece]:
     return pieces
 
 
-class _Cut:
-    """A weight (R, K) and its bias (R,), by expert."""
-
-    def __init__(self, p: Problem, weight: Tensor | None, bias: Tensor | None) -> None:
-        self.ranks = p.ranks
-        self.weights = () if weight is None else weight.split(p.ranks)
-        self.biases = None if bias is None else bias.split(p.ranks)
-
-    def affine(self, e: int, x: Tensor, out: Tensor) -> None:
-        bias = None if self.biases is None else self.biases[e]
-        products.mm(x, self.weights[e].t(), bias, out=out[:, : self.ranks[e]])
+def _affine(p: Problem, plan: Plan, z: Tensor, v: Tensor | None) -> None:
+    """Write what the down and the gate projections make of x."""
+    into = []
+    for out, weight, bias in ((z, p.down, p.b_down), (v, p.gate, p.b_gate)):
+        if out is not None and weight is not None:
+            biases = None if bias is None else bias.split(p.ranks)
+            into.append((iter(plan.hidden(out, p.ranks)), weight.split(p.ranks), biases))
+    for piece, taken in zip(plan.pieces, plan.taken(p.x), strict=True):
+        e, x = piece.expert, p.dropped(taken, piece.rows)
+        for parts, weights, biases in into:
+            products.mm(x, weights[e].t(), None if biases is None else biases[e], out=next(parts))
 
 
 def _take(t: Tensor, rows: slice | Tensor) -> Tensor:
@@ -185,26 +198,25 @@ def _weighted(h: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _add_product(
-    y: Tensor,
-    rows: slice | Tensor,
-    h: Tensor,
-    up: Tensor,
-    shift: tuple[Tensor, Tensor | None] | None = None,
-    base: Tensor | None = None,
-) -> None:
-    """y[rows] += h @ up, plus a bias times a weight per row; with a base, y[rows] = base[rows] + that."""
-    if isinstance(rows, slice) and y.dtype == h.dtype:
-        here = y[rows]
-        products.mm(h, up, here if base is None else base[rows], out=here)
+    y: Tensor, rows: slice | Tensor, here: Tensor | None, h: Tensor, up: Tensor,
+    shift: tuple[Tensor, Tensor | None] | None = None, start: Tensor | None = None,
+) -> None:  # fmt: skip
+    """y[rows] += h @ up, plus a bias times a weight per row; `here` is y[rows] if that is a view.
+
+    start: y[rows] is that plus the product, whatever it was.
+    """
+    if here is not None and y.dtype == h.dtype:
+        products.mm(h, up, here if start is None else start, out=here)
         if shift is not None:
             here += shift[0] if shift[1] is None else torch.outer(shift[1], shift[0])
         return
     delta = products.mm(h, up)
     if shift is not None:
         delta += shift[0] if shift[1] is None else torch.outer(shift[1], shift[0])
-    if isinstance(rows, slice):
-        y[rows] += delta
+    if here is not None:
+        here += delta
     else:
+        assert isinstance(rows, Tensor)
         y.index_add_(0, rows, delta.to(y.dtype))
 
 
@@ -245,25 +257,27 @@ def _weight_gradients(p: Problem, plan: Plan, per_slot: Tensor, needs: frozenset
 def _input_gradients(
     p: Problem, plan: Plan, dz: Tensor, dv: Tensor | None, out: dict[str, Tensor], needs: frozenset[str]
 ) -> None:
-    once = plan.once(p)
-    dx = None if "x" not in needs else p.x.new_empty(p.x.shape) if once else p.x.new_zeros(p.x.shape)
+    dx = None
+    if "x" in needs:  # where each row stands in one piece, its gradient is written, not added to
+        dx = p.x.new_empty(p.x.shape) if plan.sizes else p.x.new_zeros(p.x.shape)
     for grads, weight, weight_name, bias_name in ((dz, p.down, "down", "b_down"), (dv, p.gate, "gate", "b_gate")):
         if grads is None:
             continue
         assert weight is not None
         weights = weight.split(p.ranks)
-        totals = out[weight_name].split(p.ranks) if weight_name in needs else ()
-        shifts = out[bias_name].split(p.ranks) if bias_name in needs else ()
-        for piece in plan.pieces:
-            e = piece.expert
-            d = grads[piece.at, : p.ranks[e]]
-            if totals:
-                _accumulate(totals[e], d, p.dropped(_take(p.x, piece.rows), piece.rows))
-            if shifts:
-                shifts[e].add_(d.sum(0))
-            if dx is not None and once and grads is dz:
-                products.mm(d, weights[e], out=dx[piece.rows])
-            elif dx is not None:
-                _add_product(dx, piece.rows, d, weights[e])
+        if weight_name in needs:
+            totals = out[weight_name].split(p.ranks)
+            for piece, d, x in zip(plan.pieces, plan.hidden(grads, p.ranks), plan.taken(p.x), strict=True):
+                _accumulate(totals[piece.expert], d, p.dropped(x, piece.rows))
+        if bias_name in needs:
+            shifts = out[bias_name].split(p.ranks)
+            for piece, d in zip(plan.pieces, plan.hidden(grads, p.ranks), strict=True):
+                shifts[piece.expert].add_(d.sum(0))
+        if dx is not None:
+            for piece, d, here in zip(plan.pieces, plan.hidden(grads, p.ranks), plan.views(dx), strict=True):
+                if here is not None and plan.sizes and grads is dz:
+                    products.mm(d, weights[piece.expert], out=here)
+                else:
+                    _add_product(dx, piece.rows, here, d, weights[piece.expert])
     if dx is not None:
         out["x"] = p.dropped(dx)
