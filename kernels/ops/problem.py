@@ -36,9 +36,10 @@ def constant(indices: Tensor) -> Tensor:
     """Promise that the values of `indices` never change again: what one call derives from them serves the next.
 
     For indices that many calls share, as those of a mixed batch in the layers of a model. Returns the tensor itself,
-    with whom all that was derived is forgotten.
+    with whom all that was derived is forgotten. On a GPU nothing is kept: what is derived while a CUDA graph is
+    captured has no values before the graph runs.
     """
-    if not torch.compiler.is_compiling() and not hasattr(indices, _DERIVED):
+    if indices.is_cpu and not torch.compiler.is_compiling() and not hasattr(indices, _DERIVED):
         setattr(indices, _DERIVED, {})
     return indices
 
