@@ -155,12 +155,8 @@ class ForwardContext:
     def record(self) -> Record:
         return getattr(self._local, "record", None) or self._latest
 
-    @record.setter
-    def record(self, record: Record) -> None:
-        self.enter(record)
-
     def enter(self, record: Record) -> None:
-        """Make `record` the current one; torch 2.11 compiles nested models without the setter above."""
+        """Make `record` the current one. No setter: torch 2.11 compiles nested models without it."""
         self._local.record = record
         self._latest = record
 

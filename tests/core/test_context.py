@@ -568,15 +568,15 @@ def test_losses_are_logged_by_name_and_late_ones_ignored() -> None:
     context.add_loss("late", torch.tensor(1.0))  # no forward is open: a layer is merely run again
     assert not context.record.losses
     assert not context.loss_log
-    context.record = Record(training=True, grad=False, open=True)  # a reference pass in training mode
+    context.enter(Record(training=True, grad=False, open=True))  # a reference pass in training mode
     context.add_loss("early", torch.tensor(1.0))
     assert not context.loss_log
-    context.record = Record(training=True, grad=True, open=True)
+    context.enter(Record(training=True, grad=True, open=True))
     context.add_loss("balance", torch.tensor(2.0), 0.5)
     context.add_loss("balance", torch.tensor(4.0), 0.25)
     assert context.record.losses["balance"] == 2
     assert context.loss_log["balance"] == (6.0, 2)  # before weighing
-    context.record = Record(training=True, grad=True, open=True)
+    context.enter(Record(training=True, grad=True, open=True))
     with torch.no_grad(), pytest.raises(ValueError, match=r"'z'.*reentrant"):
         context.add_loss("z", torch.tensor(1.0))
 

@@ -179,7 +179,7 @@ def test_active_adapters_are_prepared_once_per_forward() -> None:
 def test_observing_reports_and_changes_nothing(x) -> None:
     base = nn.Linear(WIDTH, WIDTH)
     mine = layer(base, first=Affine(0.5), second=Squaring())
-    mine.context.record = Record(open=True, observed=[])
+    mine.context.enter(Record(open=True, observed=[]))
     assert torch.equal(mine(x), base(x))
     assert len(mine.context.record.observed) == 1
     torch.testing.assert_close(mine.context.record.observed[0], 0.5 * x)
@@ -196,7 +196,7 @@ def test_rows_name_adapters_and_others_pass(x) -> None:
     mine = layer(base, first=Affine(0.5), second=Squaring())
     y = base(x)
     names = ["second", "elsewhere", "first"]
-    mine.context.record = Record(streams={"": Stream(3, 2)}, values={"adapter_names": names})
+    mine.context.enter(Record(streams={"": Stream(3, 2)}, values={"adapter_names": names}))
     out = mine(x)
     torch.testing.assert_close(out[0], y[0].square())
     assert torch.equal(out[1], y[1])
@@ -267,7 +267,7 @@ def test_merge_that_is_not_exact_is_refused_before_any_change(x) -> None:
 def test_mixed_batch_over_merged_weights_is_refused(x) -> None:
     mine = layer(nn.Linear(WIDTH, WIDTH), first=Affine(0.5))
     mine.merge()
-    mine.context.record = Record(streams={"": Stream(3, 2)}, values={"adapter_names": ["first"] * 3})
+    mine.context.enter(Record(streams={"": Stream(3, 2)}, values={"adapter_names": ["first"] * 3}))
     with pytest.raises(ValueError, match="call `unmerge_adapter` first"):
         mine(x)
 

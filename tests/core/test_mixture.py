@@ -56,7 +56,7 @@ def expert(mixture: Mixture, name: str, x: Tensor) -> Tensor:
 @pytest.fixture
 def context() -> ForwardContext:
     context = ForwardContext()
-    context.record = Record(streams={"": Stream(batch=BATCH, length=LENGTH)})
+    context.enter(Record(streams={"": Stream(batch=BATCH, length=LENGTH)}))
     return context
 
 
@@ -237,7 +237,7 @@ def test_layers_and_steps_of_one_call_share_one_tensor_of_owners(monkeypatch, x,
     names, context = RowNames(["b", "__base__", "a"]), ForwardContext()
     layers = [MixedBatch([single(2), single(2, seed=1)], (1, -1, 0)) for _ in range(2)]
     for length in (LENGTH, LENGTH, 1, 1):  # a prompt, twice, and the steps that follow
-        context.record = Record(streams={"": Stream(BATCH, length)}, values={"adapter_names": names})
+        context.enter(Record(streams={"": Stream(BATCH, length)}, values={"adapter_names": names}))
         for layer in layers:
             layer(x[:, :length], y[:, :length], context)
     assert len({id(indices) for indices in seen[:4]}) == len({id(indices) for indices in seen[4:]}) == 1

@@ -43,7 +43,7 @@ def context_of(training: bool = False, **values) -> ForwardContext:
     mask = torch.tensor([[True, True, True], [True, True, False]])
     streams = {"": Stream(BATCH, LENGTH, mask)}
     values = {"modality_ids": torch.tensor([[0, 1, 2], [1, 0, -1]]), **values}
-    context.record = Record(training=training, grad=True, open=True, streams=streams, values=values)
+    context.enter(Record(training=training, grad=True, open=True, streams=streams, values=values))
     return context
 
 

@@ -34,7 +34,7 @@ def context_of(
 ) -> ForwardContext:  # fmt: skip
     context = ForwardContext()
     inputs = {} if labels is None else {"labels": labels}
-    context.record = Record(training, torch.is_grad_enabled(), open=True, inputs=inputs, values=values)
+    context.enter(Record(training, torch.is_grad_enabled(), open=True, inputs=inputs, values=values))
     mask = None if mask is None else mask.bool()
     context.record.streams[""] = Stream(*tokens.shape[:2], mask, position_ids, cache, past)
     return context

@@ -90,7 +90,7 @@ def small_mixture(gate: str, convex: bool, dtype: torch.dtype = torch.float64, *
 
 def context_of(tokens: Tensor, mask: Tensor | None = None) -> ForwardContext:
     found = ForwardContext()
-    found.record = Record(open=True)
+    found.enter(Record(open=True))
     found.record.streams[""] = Stream(*tokens.shape[:2], mask)
     return found
 
