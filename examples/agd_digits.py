@@ -31,8 +31,8 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers import logging as transformers_logging
 
 from mixadapters import AGDConfig, StageCallback
-from mixadapters.training.distillation import GuidanceDistillation
-from mixadapters.training.trajectories import (
+from mixadapters.tuners.agd import (
+    GuidanceDistillation,
     Trajectories,
     TrajectoryCollator,
     TrajectoryPlan,

@@ -22,10 +22,14 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from mixadapters import AGDConfig, StageCallback
-from mixadapters.training.distillation import GuidanceDistillation, relative_error
-from mixadapters.training.pipelines import record_pipeline
-from mixadapters.training.trajectories import Trajectories, TrajectoryCollator
-from mixadapters.tuners.agd import OnePass
+from mixadapters.tuners.agd import (
+    GuidanceDistillation,
+    OnePass,
+    Trajectories,
+    TrajectoryCollator,
+    record_pipeline,
+    relative_error,
+)
 from mixadapters.tuners.agd.pipeline import denoiser_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -317,7 +317,7 @@ def test_compiled_pipeline_guides_without_compiling_again(tmp_path) -> None:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_record_of_a_pipeline_ends_in_its_own_images(name, tmp_path) -> None:
     """The last recorded state, and its target, lead to what the pipeline draws at that scale."""
-    from mixadapters.training.pipelines import record_pipeline
+    from mixadapters.tuners.agd import record_pipeline
 
     pipe = PIPELINES[name](tmp_path / "words")
     pipe.set_progress_bar_config(disable=True)
@@ -358,7 +358,7 @@ def test_record_of_a_pipeline_ends_in_its_own_images(name, tmp_path) -> None:
 
 
 def test_record_needs_prompts_or_classes(tmp_path) -> None:
-    from mixadapters.training.pipelines import record_pipeline
+    from mixadapters.tuners.agd import record_pipeline
 
     pipe = stable_diffusion(tmp_path / "words")
     with pytest.raises(ValueError, match="either prompts or class_labels"):
@@ -368,7 +368,7 @@ def test_record_needs_prompts_or_classes(tmp_path) -> None:
 
 
 def test_negative_prompt_of_the_teacher_is_recorded(tmp_path) -> None:
-    from mixadapters.training.pipelines import record_pipeline
+    from mixadapters.tuners.agd import record_pipeline
 
     pipe = stable_diffusion(tmp_path / "words")
     plain, other = (

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixadapters.training import trajectories
-from mixadapters.training.trajectories import (
+from mixadapters.tuners.agd import (
     Trajectories,
     TrajectoryPlan,
     classifier_free,
@@ -20,6 +19,7 @@ from mixadapters.training.trajectories import (
     guided,
     nested,
     record,
+    recording,
     sample,
 )
 
@@ -205,7 +205,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_interrupted_record_goes_on_and_equals_an_unbroken_one(tmp_path, monkeypatch) -> None:
     unbroken = record(predict, ddim(), LABELS, NULL, plan(), tmp_path / "unbroken")
     shards: list[int] = []
-    plain = trajectories._shard
+    plain = recording._shard
 
     def breaking(*args: Any) -> Any:
         shards.append(args[5])
@@ -213,7 +213,7 @@ def test_interrupted_record_goes_on_and_equals_an_unbroken_one(tmp_path, monkeyp
             raise KeyboardInterrupt
         return plain(*args)
 
-    monkeypatch.setattr(trajectories, "_shard", breaking)
+    monkeypatch.setattr(recording, "_shard", breaking)
     with pytest.raises(KeyboardInterrupt):
         record(predict, ddim(), LABELS, NULL, plan(), tmp_path / "broken")
     assert set(files(tmp_path / "broken")) == {"index.json", "00000.safetensors"}
@@ -304,3 +304,13 @@ def test_other_files_and_uneven_conditions_are_refused(tmp_path) -> None:
         record(predict, ddim(), LABELS, NULL, plan(), tmp_path)
     with pytest.raises(ValueError, match="same number of rows"):
         record(predict, ddim(), {**LABELS, "other": torch.ones(2)}, NULL, plan())
+
+
+def test_former_places_of_the_names_still_serve_them() -> None:
+    from mixadapters.training import distillation, pipelines
+    from mixadapters.training import trajectories as former
+    from mixadapters.tuners import agd
+
+    for module in (distillation, pipelines, former):
+        assert all(getattr(module, name) is getattr(agd, name) for name in module.__all__)
+    assert {*distillation.__all__, *pipelines.__all__, *former.__all__} <= set(agd.__all__)

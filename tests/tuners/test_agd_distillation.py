@@ -13,20 +13,18 @@ from transformers import Trainer, TrainingArguments
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from mixadapters import AGDConfig, StageCallback
-from mixadapters.training.distillation import (
+from mixadapters.tuners.agd import (
     GuidanceDistillation,
     LanguageGuidanceDistillation,
-    guided_log_probabilities,
-    relative_error,
-    snr_weights,
-)
-from mixadapters.training.trajectories import (
     Trajectories,
     TrajectoryCollator,
     TrajectoryPlan,
     denoiser,
     guided,
+    guided_log_probabilities,
     record,
+    relative_error,
+    snr_weights,
 )
 
 diffusers = pytest.importorskip("diffusers")

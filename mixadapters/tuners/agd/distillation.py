@@ -1,0 +1,173 @@
+"""Objectives that teach adapters to say in one pass what guidance says in two, and a measure of how well they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixadapters.core.config import one_of
+from mixadapters.core.context import ForwardContext
+from mixadapters.tuners.agd.guidance import Rule, classifier_free, prediction_of
+
+LOSSES = ("normalized", "native")
+BASE = {"guidance_scale": None}  # a forward without guidance, whatever is pinned
+
+
+class GuidanceDistillation:
+    """Makes the main loss the squared distance of a denoiser's prediction to its guided self.
+
+        L = mean |student - target|^2 / ((w - 1)^2 + delta)         ("normalized"; "native": without the divisor)
+
+    The guidance to be learned grows with w - 1; without the divisor, large scales make up nearly all of the loss.
+    Predictions of whatever kind (noise, velocity, flow) will do, since guidance is linear.
+
+    The target comes with the batch, or is made by the same model without adapters, where the batch has
+    `unconditional`, the conditions of the second pass. Also in evaluation, where there is either.
+
+    Args:
+        loss: "normalized" or "native" (Jensen and Sadat 2025).
+        delta: as above.
+        timestep_weights: (T,) factors on the loss, by timestep; see `snr_weights`.
+        rule: guidance of the teacher, where the batch has no target.
+    """
+
+    takes: tuple[str, ...] = ("target", "unconditional")
+    in_eval = True
+
+    def __init__(
+        self, loss: str = "normalized", delta: float = 0.25, timestep_weights: Tensor | None = None,
+        rule: Rule = classifier_free,
+    ) -> None:  # fmt: skip
+        one_of("loss", loss, LOSSES)
+        if not delta > 0:
+            raise ValueError(f"delta={delta} must be positive")
+        self.loss, self.delta, self.timestep_weights, self.rule = loss, delta, timestep_weights, rule
+
+    def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, kwargs
+
+    def after(self, context: ForwardContext, module: nn.Module, output: Any) -> Any:
+        values, inputs = context.record.values, context.record.inputs
+        if values.get("target") is None and values.get("unconditional") is None:
+            if context.record.training:
+                raise ValueError(
+                    "the training batch has neither target nor unconditional, which GuidanceDistillation needs; use "
+                    "TrajectoryCollator, and pass remove_unused_columns=False to TrainingArguments"
+                )
+            return output
+        if values.get("guidance_scale") is None:
+            raise ValueError("the batch has no guidance_scale, so there is nothing to distil")
+        prediction = prediction_of(output).float()
+        scale = torch.as_tensor(values["guidance_scale"], device=prediction.device).float().expand(len(prediction))
+        timestep = torch.as_tensor(inputs["timestep"], device=prediction.device).float().expand(len(prediction))
+        target = values.get("target")
+        if target is None:
+            target = self._target(module, inputs, values["unconditional"], scale, timestep)
+        if target.shape[0] != prediction.shape[0] or target.shape[2:] != prediction.shape[2:]:
+            raise ValueError(f"target {tuple(target.shape)} does not fit the prediction {tuple(prediction.shape)}")
+        # A learned variance, in further channels, is not guided.
+        error = (prediction[:, : target.shape[1]] - target.float()).square().flatten(1).mean(1)
+        if self.loss == "normalized":
+            error = error / ((scale - 1).square() + self.delta)
+        if self.timestep_weights is not None:
+            table = self.timestep_weights.to(error.device)
+            error = error * table[timestep.round().long().clamp(0, len(table) - 1)]
+        if isinstance(output, (Tensor, tuple)):
+            output = {"sample": prediction_of(output)}
+        context.set_loss(error.mean())
+        return output
+
+    @torch.no_grad()
+    def _target(self, module: nn.Module, inputs: dict[str, Any], null: Any, scale: Tensor, timestep: Tensor) -> Tensor:
+        conditional = prediction_of(module(**inputs, **BASE)).float()
+        unconditional = prediction_of(module(**{**inputs, **null}, **BASE)).float()
+        return self.rule(conditional, unconditional, scale, timestep)
+
+
+def snr_weights(scheduler: Any, clip: float = 25.0) -> Tensor:
+    """(T,) weights 1 / alpha_t^2, clipped: errors of a noise prediction as errors of the velocity it implies."""
+    return (1 / scheduler.alphas_cumprod).clamp(max=clip).float()
+
+
+@torch.no_grad()
+def relative_error(
+    model: nn.Module, batches: Iterable[dict[str, Any]], by: str = "guidance_scale", edges: Sequence[float] = ()
+) -> list[float]:
+    """R = sum |student - target|^2 / sum |base - target|^2 on batches with targets: 0 perfect, 1 no guidance learned.
+
+    Args:
+        batches: arguments of the model's forward, with `target`, as `TrajectoryCollator` makes them.
+        by: "guidance_scale" or "timestep"; `edges` part its values into len(edges) + 1 bins, of which empty ones are
+            NaN.
+    """
+    bins = torch.zeros(2, len(edges) + 1, dtype=torch.float64)
+    for batch in batches:
+        batch = dict(batch)
+        target = batch.pop("target").float()
+        place = torch.bucketize(batch[by].float(), torch.tensor(edges), right=True).cpu()
+        for row, arguments in enumerate((batch, {**batch, **BASE})):
+            prediction = prediction_of(model(**arguments)).float()[:, : target.shape[1]]
+            error = (prediction - target).square().flatten(1).sum(1)
+            bins[row].index_add_(0, place, error.double().cpu())
+    return (bins[0] / bins[1]).tolist()
+
+
+class LanguageGuidanceDistillation:
+    """Makes the main loss KL(teacher || student) on the tokens that follow a prompt, for causal language models.
+
+    The teacher is the guidance of `generate(guidance_scale=w)` (Sanchez et al. 2023): with log-probabilities c of the
+    whole text and u of the text from the prompt's last token on, softmax(u + w (c - u)). Both are the same model
+    without adapters. Batches have `guidance_scale` and `prompt_mask` (B, T), 1 on the prompt. Also in evaluation.
+    """
+
+    takes: tuple[str, ...] = ()  # prompt_mask and guidance_scale are taken by the model
+    in_eval = True
+
+    def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        return args, kwargs
+
+    def after(self, context: ForwardContext, module: nn.Module, output: Any) -> Any:
+        values, inputs = context.record.values, context.record.inputs
+        if missing := [n for n in ("prompt_mask", "guidance_scale") if values.get(n) is None]:
+            if not context.record.training:
+                return output
+            raise ValueError(
+                f"the training batch has no {missing}, which LanguageGuidanceDistillation needs; pass "
+                "remove_unused_columns=False to TrainingArguments"
+            )
+        prompt = values["prompt_mask"].bool()
+        real = inputs.get("attention_mask")
+        real = torch.ones_like(prompt) if real is None else real.bool()
+        teacher = guided_log_probabilities(module, inputs["input_ids"], real, prompt, values["guidance_scale"])
+        student = output.logits.float().log_softmax(-1)
+        distance = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)  # (B, T)
+        valid = real & ~prompt | _last(prompt)
+        context.set_loss((distance * valid).sum() / valid.sum())
+        return output
+
+
+@torch.no_grad()
+def guided_log_probabilities(module: nn.Module, tokens: Tensor, real: Tensor, prompt: Tensor, scale: Any) -> Tensor:
+    """(B, T, V) next-token log-probabilities of the guided model; of use from the prompt's last token on.
+
+    tokens, real (False at padding), prompt: (B, T); scale: a number or (B,).
+    """
+    kept = real & ~prompt | _last(prompt)
+    conditional, unconditional = (
+        module(
+            input_ids=tokens, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+            use_cache=False, **BASE,
+        ).logits.float().log_softmax(-1)
+        for mask in (real, kept)
+    )  # fmt: skip
+    weight = torch.as_tensor(scale, device=tokens.device).float().expand(len(tokens)).view(-1, 1, 1)
+    return (unconditional + weight * (conditional - unconditional)).log_softmax(-1)
+
+
+def _last(mask: Tensor) -> Tensor:
+    """(B, T) bool: the last True of each row."""
+    return mask & (mask.flip(1).cumsum(1).flip(1) == 1)

@@ -1,0 +1,125 @@
+"""The teacher: guided predictions of a model, and the sampler loop over them.
+
+One loop over `predict(x, timestep, conditions)`, for models of diffusers and others: pipelines differ in the order of
+their conditional and unconditional halves. Schedulers are those of diffusers, or objects like them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Conditions = dict[str, Tensor]  # argument of the model's forward -> (B, ...); "a.b" is entry b of a dict argument a
+Predict = Callable[[Tensor, Tensor, Conditions], Tensor]  # x (B, ...), timestep (B,), conditions -> prediction
+Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # conditional, unconditional, scale (B,), timestep (B,)
+
+
+def denoiser(model: nn.Module) -> Predict:
+    """`predict` of a model that takes its noisy input first and `timestep` by name; computes in the model's dtype."""
+    floating = (p.dtype for name, p in model.named_parameters() if "adapters." not in name and p.is_floating_point())
+    dtype = next(floating, torch.float32)
+
+    def predict(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        return prediction_of(model(x.to(dtype), timestep=timestep, **nested(conditions))).float()
+
+    return predict
+
+
+def prediction_of(output: Any) -> Tensor:
+    """The prediction in what a denoiser returns: a tensor, a tuple, or an output whose first entry it is."""
+    if isinstance(output, Tensor):
+        return output
+    return output[0] if isinstance(output, tuple) else next(v for k, v in output.items() if k != "loss")
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """{"a.b": x} -> {"a": {"b": x}}."""
+    found: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split(".")
+        place = found
+        for part in parents:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return found
+
+
+def classifier_free(
+    conditional: Tensor, unconditional: Tensor, scale: Tensor, timestep: Tensor, *, channels: int | None = None,
+    rescale: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Classifier-free guidance (Ho and Salimans 2022): u + w (c - u).
+
+    Args:
+        channels: guide the first channels only, the others are the conditional ones (DiT's own sampler: 3 of 4).
+        rescale: share of the result that takes the conditional prediction's deviation (Lin et al. 2023, section 3.4).
+    """
+    weight = scale.view(-1, *[1] * (conditional.dim() - 1)).to(conditional.dtype)
+    guided = unconditional + weight * (conditional - unconditional)
+    if rescale:
+        axes = tuple(range(1, guided.dim()))
+        like = guided * (conditional.std(axes, keepdim=True) / guided.std(axes, keepdim=True))
+        guided = rescale * like + (1 - rescale) * guided
+    # exactly the conditional prediction at w = 1, as the student
+    guided = torch.where(weight == 1, conditional, guided)
+    return guided if channels is None else torch.cat([guided[:, :channels], conditional[:, channels:]], 1)
+
+
+def scale_at(scale: Tensor, timestep: Tensor, interval: Sequence[float] | None) -> Tensor:
+    """(B,) scales: 1 at timesteps outside `interval` (Kynkaanniemi et al. 2024), both ends inclusive."""
+    if interval is None:
+        return scale
+    return torch.where((timestep >= interval[0]) & (timestep <= interval[1]), scale, 1.0)
+
+
+def guided(
+    predict: Predict, conditions: Conditions, unconditional: Conditions, scale: Tensor, rule: Rule = classifier_free,
+    interval: Sequence[float] | None = None,
+) -> Callable[[Tensor, Tensor], Tensor]:  # fmt: skip
+    """(x, timestep) -> the guided prediction, by one call of `predict` on both halves.
+
+    unconditional: a tensor of one row, or of as many as `conditions`, for each condition that differs.
+    """
+    rows = len(scale)
+    null = {name: unconditional.get(name, value).expand_as(value) for name, value in conditions.items()}
+    both = {name: torch.cat([conditions[name], null[name]]) for name in conditions}
+
+    def step(x: Tensor, timestep: Tensor) -> Tensor:
+        prediction = predict(torch.cat([x, x]), torch.cat([timestep, timestep]), both)
+        return rule(prediction[:rows], prediction[rows:], scale_at(scale, timestep, interval), timestep)
+
+    return step
+
+
+@torch.no_grad()
+def sample(
+    step: Callable[[Tensor, Tensor], Tensor], scheduler: Any, noise: Tensor, steps: int, *,
+    generator: torch.Generator | None = None, visit: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+    **schedule: Any,
+) -> Tensor:  # fmt: skip
+    """Runs a scheduler of diffusers from standard noise (B, C, ...) to a sample.
+
+    Args:
+        step: x, timestep (B,) -> prediction. Channels beyond those of x (a learned variance) are left aside.
+        scheduler: not changed; a copy runs.
+        visit: called with (index, model input, timesteps (B,), prediction) at every step.
+        schedule: further arguments of `set_timesteps`, such as `mu` of flow matching.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps, device=noise.device, **schedule)
+    takes = inspect.signature(scheduler.step).parameters
+    options = {"generator": generator} if "generator" in takes else {}
+    x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+    for index, timestep in enumerate(scheduler.timesteps):
+        given = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+        rows = timestep.to(x.device).expand(len(x))
+        prediction = step(given, rows)[:, : x.shape[1]]
+        if visit is not None:
+            visit(index, given, rows, prediction)
+        x = scheduler.step(prediction, timestep, x, return_dict=False, **options)[0]
+    return x

@@ -1,0 +1,94 @@
+"""Recorded states of guided trajectories, as a data set."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from mixadapters.tuners.agd.guidance import nested
+
+FORMAT_VERSION = 1
+
+
+class Trajectories(Dataset):
+    """Recorded states. An item has sample, target (C, ...), timestep, guidance_scale () and the conditions, by name.
+
+    Attributes:
+        info: how they were made; goes into `AGDConfig.teacher`.
+    """
+
+    def __init__(self, shards: list[dict[str, Tensor]], info: dict[str, Any]) -> None:
+        if not shards:
+            raise ValueError("a record without shards; was it interrupted before the first?")
+        self.shards, self.info = shards, info
+        self._ends = list(accumulate(s["timestep"].numel() for s in shards))
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Trajectories:
+        """A record on disk. Its shards are mapped into memory, not read."""
+        info = json.loads((Path(folder) / "index.json").read_text(encoding="utf-8"))
+        if info["format_version"] > FORMAT_VERSION:
+            raise ValueError(f"format_version={info['format_version']} is newer than this mixadapters reads")
+        return cls([load_file(file) for file in sorted(Path(folder).glob("*.safetensors"))], info)
+
+    @property
+    def config_fields(self) -> dict[str, Any]:
+        """Fields of an `AGDConfig` that follow from the data."""
+        low, high = self.info["plan"]["scales"]
+        return {"min_scale": low, "max_scale": high, "teacher": self.info}
+
+    def split(self, held_out: int) -> tuple[Trajectories, Trajectories]:
+        """The record without its last `held_out` trajectories, and those."""
+        total = sum(len(s["timestep"]) for s in self.shards)
+        if not 0 < held_out < total:
+            raise ValueError(f"held_out={held_out} must lie between 0 and the number of trajectories, {total}")
+        first, second, room = [], [], total - held_out
+        for shard in self.shards:
+            here = min(room, len(shard["timestep"]))
+            room -= here
+            if here:
+                first.append({k: v[:here] for k, v in shard.items()})
+            if here < len(shard["timestep"]):
+                second.append({k: v[here:] for k, v in shard.items()})
+        return Trajectories(first, self.info), Trajectories(second, self.info)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index={index}: there are {len(self)} states")
+        index %= len(self)
+        number = bisect_right(self._ends, index)
+        shard = self.shards[number]
+        row, step = divmod(index - (self._ends[number - 1] if number else 0), shard["timestep"].shape[1])
+        item = {}
+        for name, value in shard.items():
+            if name.startswith("condition."):
+                item[name.removeprefix("condition.")] = value[row]
+            else:
+                item[name] = value[row, step].float()
+        return item
+
+
+class TrajectoryCollator:
+    """Items of `Trajectories` -> arguments of a model's forward, with the targets."""
+
+    def __init__(self, model: nn.Module) -> None:
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.first = list(inspect.signature(type(model).forward).parameters)[1]
+
+    def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+        return nested({self.first: batch.pop("sample"), **batch})
