@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.cache import claim, gate_state
-from mixadapters.core.joining import Once, attach, share_of_batch
+from mixadapters.core.joining import join_losses
 from mixadapters.core.sites import has_two_stacks, layer_index
 from mixadapters.core.streams import Stream, read_stream, repeat_rows
 
@@ -281,7 +281,7 @@ class ForwardContext:
     def _finish(self, record: Record, module: nn.Module, output: Any) -> Any:
         for objective in self._active(record):
             output = objective.after(self, module, output)
-        output = self._join_losses(record, module, output)
+        output = join_losses(record, module, output, self.loss_scale)
         cache = getattr(output, "past_key_values", None)
         if record.state and cache is not None:
             gate_state(cache).update(record.state)
@@ -460,31 +460,6 @@ class ForwardContext:
                 "checkpointing; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         return record.observed
-
-    # --- losses -----------------------------------------------------------------------------------------------
-
-    def _join_losses(self, record: Record, module: nn.Module, output: Any) -> Any:
-        """Add the losses of this forward to `output.loss`; without one, attach them to the outputs."""
-        extra = sum(record.losses.values(), torch.zeros(())) if record.training and record.losses else None
-        if extra is None and record.main_loss is None and record.main_scale == 1.0:
-            return output
-        loss = record.main_loss if record.main_loss is not None else getattr(output, "loss", None)
-        weighed = record.main_loss is not None or record.main_scale != 1.0
-        if loss is None and (extra is None or weighed):
-            raise ValueError("the forward has no loss to weigh; pass labels, or an objective that makes a loss")
-        share = 1.0 if loss is None else share_of_batch({**record.values, **record.inputs}, module)
-        if extra is not None and torch.compiler.is_compiling():
-            if loss is None:
-                return attach(output, extra * self.loss_scale, only_one=True)
-            extra = extra * share
-        elif extra is not None:
-            # Some training loops make a loss of their own of the other outputs, and leave the model's aside.
-            extra, carried = Once.apply(extra, share, self.loss_scale, weighed)
-            output = attach(output, carried, optional=loss is not None)
-        if loss is not None:
-            loss = loss * record.main_scale * (1.0 if record.main_loss is None else share)
-            output["loss"] = loss if extra is None else loss + extra
-        return output
 
 
 def _argument_names(module: nn.Module) -> tuple[str, ...]:

@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from mixadapters.core.sites import has_two_stacks
+
+if TYPE_CHECKING:
+    from mixadapters.core.context import Record
+
+
+def join_losses(record: Record, module: nn.Module, output: Any, scale: float) -> Any:
+    """Add the losses of this forward to `output.loss`; without one, attach them to the outputs.
+
+    Args:
+        record: of the forward that ends.
+        module: the root model.
+        output: of the root model.
+        scale: factor on auxiliary losses where the training loop makes a loss of its own of the outputs.
+
+    Raises:
+        ValueError: there is neither a loss nor an output with a gradient to join, or no main loss to weigh.
+    """
+    extra = sum(record.losses.values(), torch.zeros(())) if record.training and record.losses else None
+    if extra is None and record.main_loss is None and record.main_scale == 1.0:
+        return output
+    loss = record.main_loss if record.main_loss is not None else getattr(output, "loss", None)
+    weighed = record.main_loss is not None or record.main_scale != 1.0
+    if loss is None and (extra is None or weighed):
+        raise ValueError("the forward has no loss to weigh; pass labels, or an objective that makes a loss")
+    share = 1.0 if loss is None else share_of_batch({**record.values, **record.inputs}, module)
+    if extra is not None and torch.compiler.is_compiling():
+        if loss is None:
+            return attach(output, extra * scale, only_one=True)
+        extra = extra * share
+    elif extra is not None:
+        # Some training loops make a loss of their own of the other outputs, and leave the model's aside.
+        extra, carried = Once.apply(extra, share, scale, weighed)
+        output = attach(output, carried, optional=loss is not None)
+    if loss is not None:
+        loss = loss * record.main_scale * (1.0 if record.main_loss is None else share)
+        output["loss"] = loss if extra is None else loss + extra
+    return output
 
 
 class Once(torch.autograd.Function):

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mixadapters.core.adapter import Adapter
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.mixture import MixedBatch
+from mixadapters.core.mixed import MixedBatch
 
 
 class AdapterHost(BaseTunerLayer):

@@ -24,7 +24,7 @@ from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.layer import AdapterHost, HookedLayer, MixtureLayer, is_pointwise
-from mixadapters.core.mixture import RowNames
+from mixadapters.core.mixed import RowNames
 from mixadapters.core.registry import nearest
 from mixadapters.core.sites import ROLES, Tap, find_architecture, hidden_size_of, layer_index, stack_of
 

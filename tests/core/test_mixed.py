@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixadapters import kernels
+from mixadapters.core.adapter import Adapter, Chain
+from mixadapters.core.bank import AdapterBank
+from mixadapters.core.context import ForwardContext, Record
+from mixadapters.core.mixed import MixedBatch, RowNames
+from mixadapters.core.mixture import Mixture
+from mixadapters.core.routing import Routing
+from mixadapters.core.streams import Stream
+from mixadapters.routers import Router, SingleRouter
+
+BATCH, LENGTH, WIDTH = 3, 4, 6
+
+
+class Given(Router):
+    """Routes as it was told."""
+
+    def __init__(self, experts: list[str], routing: Routing) -> None:
+        super().__init__(WIDTH, experts)
+        self.routing = routing
+
+    def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
+        return self.routing
+
+
+def bank_of(*ranks: int, seed: int = 0, width_in: int = WIDTH, **form) -> AdapterBank:
+    bank = AdapterBank(width_in, WIDTH, **form)
+    for i, rank in enumerate(ranks):
+        bank.add(f"expert{i}", rank, init_weights=False)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return bank
+
+
+def single(rank: int, seed: int = 0, insertion: str = "parallel", **form) -> Mixture:
+    return Mixture(SingleRouter(WIDTH, ["expert0"]), bank_of(rank, seed=seed, **form), insertion)
+
+
+def routed(routing: Routing, *ranks: int, seed: int = 0) -> Mixture:
+    bank = bank_of(*ranks, seed=seed)
+    return Mixture(Given(bank.names, routing), bank)
+
+
+@pytest.fixture
+def context() -> ForwardContext:
+    context = ForwardContext()
+    context.enter(Record(streams={"": Stream(batch=BATCH, length=LENGTH)}))
+    return context
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(BATCH, LENGTH, WIDTH)
+
+
+@pytest.fixture
+def y() -> Tensor:
+    return torch.randn(BATCH, LENGTH, WIDTH)
+
+
+class Doubling(Adapter):
+    """No mixture: y -> 2 y."""
+
+    def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
+        return 2 * y
+
+
+class Negated(Mixture):
+    """A mixture with a forward of its own."""
+
+    def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
+        return -super().forward(x, y, context)
+
+
+def counted(monkeypatch) -> list[int]:
+    calls: list[int] = []
+    plain = kernels.lowrank
+    monkeypatch.setattr(kernels, "lowrank", lambda *a, **k: calls.append(len(k["ranks"])) or plain(*a, **k))
+    return calls
+
+
+ALL = torch.arange(BATCH * LENGTH)
+GROUPS = {
+    # case: (adapters, experts in each call of the op)
+    "single": (lambda: [single(3), single(5, seed=1)], [2]),
+    "kinds": (lambda: [single(3), single(5, seed=1, glu=True)], [1, 1]),
+    "insertions": (lambda: [single(3), single(5, seed=1, insertion="sequential")], [1, 1]),
+    "routed": (
+        lambda: [
+            routed(Routing(torch.stack([ALL % 2, -1 - 0 * ALL], 1), torch.rand(12, 2)), 3, 2),
+            routed(Routing(weights=torch.rand(12, 3), keep=torch.rand(12)), 2, 4, 1, seed=1),
+        ],
+        [5],
+    ),
+    "routed beside single": (lambda: [single(3), routed(Routing((ALL % 2).unsqueeze(1)), 3, 2, seed=1)], [3]),
+    "keep of one alone": (lambda: [routed(Routing(keep=torch.rand(12)), 2), routed(Routing(), 3, 1, seed=1)], [3]),
+    "no mixture": (lambda: [single(3), Doubling()], [1]),
+    "chains": (
+        lambda: [Chain(a=single(3), b=single(2, seed=2)), Chain(a=single(5, seed=1), b=single(4, seed=3))],
+        [2, 2],
+    ),
+    "chains of which one is shorter": (
+        lambda: [Chain(b=single(2, insertion="sequential")), Chain(a=single(5, seed=1), b=single(4, 3, "sequential"))],
+        [1, 2],
+    ),
+    "chains in another order": (
+        lambda: [
+            Chain(a=single(3, 0, "sequential"), b=single(2, 1, "sequential")),
+            Chain(b=single(5, 2, "sequential"), a=single(4, 3, "sequential")),
+        ],
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", GROUPS)
+@pytest.mark.parametrize("flat", [False, True])
+def test_each_row_goes_through_the_adapter_it_names(context, monkeypatch, x, y, case, flat) -> None:
+    make, expected_calls = GROUPS[case]
+    torch.manual_seed(1)
+    adapters = make()
+    whole = [adapter(x, y, context) for adapter in adapters]
+    calls = counted(monkeypatch)
+    if flat:  # each token is a row of its own
+        out = MixedBatch(adapters, (1, -1, 0))(x.flatten(0, 1), y.flatten(0, 1), context).view_as(y)
+    else:
+        out = MixedBatch(adapters, (1, -1, 0))(x, y, context)
+    assert expected_calls is None or calls == expected_calls
+    torch.testing.assert_close(out[0], whole[1][0])
+    assert torch.equal(out[1], y[1])
+    torch.testing.assert_close(out[2], whole[0][2])
+
+
+def test_layers_and_steps_of_one_call_share_one_tensor_of_owners(monkeypatch, x, y) -> None:
+    seen: list[Tensor] = []
+    lowrank = kernels.lowrank
+    monkeypatch.setattr(kernels, "lowrank", lambda *a, **k: (seen.append(k["indices"]), lowrank(*a, **k))[1])
+    names, context = RowNames(["b", "__base__", "a"]), ForwardContext()
+    layers = [MixedBatch([single(2), single(2, seed=1)], (1, -1, 0)) for _ in range(2)]
+    for length in (LENGTH, LENGTH, 1, 1):  # a prompt, twice, and the steps that follow
+        context.enter(Record(streams={"": Stream(BATCH, length)}, values={"adapter_names": names}))
+        for layer in layers:
+            layer(x[:, :length], y[:, :length], context)
+    assert len({id(indices) for indices in seen[:4]}) == len({id(indices) for indices in seen[4:]}) == 1
+    assert seen[0] is not seen[-1]
+
+
+def test_mixture_with_a_forward_of_its_own_keeps_it(context, x, y) -> None:
+    mine = Negated(SingleRouter(WIDTH, ["expert0"]), bank_of(3))
+    out = MixedBatch([mine, single(2, seed=1)], (0, 1, -1))(x, y, context)
+    torch.testing.assert_close(out[0], mine(x, y, context)[0])
+
+
+def test_routers_of_a_mixed_batch_know_their_rows(context, x, y) -> None:
+    seen: list[Tensor] = []
+
+    class Asking(Given):
+        def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
+            seen.append(context.record.own_rows)
+            return super().forward(tokens, context)
+
+    mixtures = [Mixture(Asking(["expert0"], Routing()), bank_of(2, seed=seed)) for seed in (0, 1)]
+    MixedBatch(mixtures, (1, -1, 0))(x, y, context)
+    rows = torch.tensor([1, -1, 0]).repeat_interleave(LENGTH)
+    assert [torch.equal(mask, rows == i) for i, mask in enumerate(seen)] == [True, True]
+    assert context.record.own_rows is None
+    mixtures[0](x, y, context)
+    assert seen[-1] is None
+
+
+def test_gradients_of_a_mixed_batch_stay_with_its_rows(context, x, y) -> None:
+    adapters = [single(3), single(5, seed=1)]
+    MixedBatch(adapters, (1, -1, -1))(x, y, context).sum().backward()
+    assert all((p.grad == 0).all() for p in adapters[0].parameters())
+    got = [p.grad.clone() for p in adapters[1].parameters()]
+    adapters[1].zero_grad()
+    adapters[1](x, y, context)[0].sum().backward()
+    for one, parameter in zip(got, adapters[1].parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad)
