@@ -47,7 +47,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from mixadapters import PILLConfig, StageCallback
-from mixadapters.training.images import ImageInputs, ImageTextCollator
+from mixadapters.tuners.pill import ImageInputs, ImageTextCollator
 
 # name -> (fields of PILLConfig or None for LoRA, share of the steps that go to the stage `align`)
 METHODS: dict[str, tuple[dict[str, Any] | None, float]] = {

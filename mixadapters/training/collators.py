@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from mixadapters.core.columns import require_padding
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -346,14 +348,6 @@ def _text(row: Mapping[str, Any], name: str = "text") -> str:
             "remove_unused_columns=False to TrainingArguments"
         )
     return text
-
-
-def require_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.pad_token is None:
-        raise ValueError(
-            f"tokenizer {type(tokenizer).__name__} has no pad_token; set one, for example "
-            "tokenizer.pad_token = tokenizer.eos_token"
-        )
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from mixadapters import MixDAConfig, PILLConfig, StageCallback
-from mixadapters.training.images import ImageInputs
 from mixadapters.tuners import pill as folder
+from mixadapters.tuners.pill import ImageInputs
 from mixadapters.tuners.pill.model import ValueGate
 
 transformers.logging.set_verbosity_error()

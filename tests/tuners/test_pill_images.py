@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from mixadapters import PILLConfig
-from mixadapters.training.images import ImageInputs, ImageTextCollator
+from mixadapters.tuners.pill import ImageInputs, ImageTextCollator
 
 transformers.logging.set_verbosity_error()
 pytestmark = [
@@ -289,3 +290,9 @@ def test_settings_of_the_collator_are_checked() -> None:
         collator(tokenizer=without)
     with pytest.raises(ValueError, match="max_length=0"):
         collator(max_length=0)
+
+
+def test_scripts_that_import_from_the_former_place_go_on() -> None:
+    former = importlib.import_module("mixadapters.training.images")
+    assert former.ImageInputs is ImageInputs
+    assert former.ImageTextCollator is ImageTextCollator
