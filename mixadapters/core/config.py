@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from peft.config import PeftConfig
 
 from mixadapters.core.card import complete_card
+from mixadapters.core.fields import check_fields
 from mixadapters.core.registry import nearest
 
 FORMAT_VERSION = 1  # of saved configs and weights; raised when old files can no longer be read as they are
@@ -22,32 +23,46 @@ class MixtureConfig(PeftConfig):
     needs: ClassVar[frozenset[str]] = frozenset()  # batch columns without which the method does nothing
     _used: ClassVar[Any] = None  # which adapter an object describes, set by the model
 
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
-        metadata={"help": "Suffixes, or one regular expression, of modules to adapt. None: the method's own sites."},
+        metadata={
+            "help": "Suffixes, or one regular expression, of modules to adapt. None: the method's own sites.",
+            "pattern": True,
+        },
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out, likewise."})
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out, likewise.", "pattern": True}
+    )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt. None: all."}
+        default=None, metadata={"help": "Indices of the layers to adapt. None: all.", "least": 0}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, if not the first that is numbered."}
+        default=None,
+        metadata={"help": "Name of the list of layers, if not the first that is numbered.", "pattern": True},
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained and saved whole, such as a classification head."}
+    modules_to_save: list[str] | set[str] | None = field(
+        default=None,
+        metadata={"help": "Modules trained and saved whole, such as a classification head.", "pattern": True},
     )
     rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Module name or regular expression -> rank, where not `r`."}
-    )
+        default_factory=dict,
+        metadata={
+            "help": "Module name or regular expression -> rank, where not `r`.", "least": 1, "pattern": True,
+        },
+    )  # fmt: skip
     init_weights: bool = field(
         default=True, metadata={"help": "Start as the base model. False: at random, for tests."}
     )
     sites: dict[str, str] | None = field(
         default=None,
-        metadata={"help": "Role -> regular expression of its modules, for architectures not in the table."},
+        metadata={
+            "help": "Role -> regular expression of its modules, for architectures not in the table.",
+            "patterns": True,
+        },
     )
     hidden_size: int | None = field(
-        default=None, metadata={"help": "Width of adapted blocks, where neither block nor model config tells."}
+        default=None,
+        metadata={"help": "Width of adapted blocks, where neither block nor model config tells.", "least": 1},
     )
     target_parameters: list[str] | None = field(
         default=None, metadata={"help": "Not supported: adapters sit on modules. Wrap the whole MoE block instead."}
@@ -55,7 +70,7 @@ class MixtureConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Embedding rows trained beside the adapter, as in PEFT."}
     )
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of the saved files."})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of the saved files.", "least": 1})
 
     def __new__(cls, *args: Any, **kwargs: Any) -> MixtureConfig:
         # PEFT would drop unknown keys of a saved config with a warning. A file without a type is for PEFT to refuse.
@@ -65,6 +80,7 @@ class MixtureConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_fields(self)
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version={self.format_version} is newer than this mixadapters reads ({FORMAT_VERSION}); "

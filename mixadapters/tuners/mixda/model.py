@@ -17,7 +17,7 @@ from mixadapters.core.model import MixtureModel, inside_adapters
 from mixadapters.core.registry import nearest
 from mixadapters.core.sites import layer_index, stack_of
 from mixadapters.routers import DomainGate, build_router
-from mixadapters.tuners.bottleneck.config import check_rank, placement_roles
+from mixadapters.tuners.bottleneck.config import placement_roles
 from mixadapters.tuners.bottleneck.model import EXPERT, bottleneck
 from mixadapters.tuners.mixda.config import MixDAConfig
 
@@ -280,8 +280,7 @@ class MixDAModel(MixtureModel):
             raise ValueError(f"domain {name!r} exists already; have {list(config.domains)}")
         if not 0 < share < 1:
             raise ValueError(f"share={share} must lie between 0 and 1")
-        check_rank("r", r, "reduction_factor", config.reduction_factor)
-        given = MixDAConfig(domains={name: source} if source is not None else [name])
+        given = MixDAConfig(domains={name: source} if source is not None else [name], r=r)  # checks them
         spec = dict(given.domains[name])
         weights = self._read_source(config, name, spec) if "source" in spec else None
         if weights is None:
