@@ -91,13 +91,13 @@ def _strings(value: Any) -> Iterator[str]:
 def _message(field: Field[Any], value: Any, hint: Any) -> str:
     said, shown = field.metadata, repr(value)
     shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
-    if said.get("least") == 1 and hint in (int, int | None):  # as PEFT's own types say it
+    if said.get("least") == 1 and "most" not in said and hint in (int, int | None):  # as PEFT's own types say it
         return f"`{field.name}` should be a positive integer value but the value passed is {shown}"
     choices = list(said.get("choices") or _literals(hint))
     if choices and isinstance(value, str):
         return f"{field.name}={shown} is unknown; choose one of {choices}.{nearest(value, choices)}"
     limits = [f"{word} {said[key]}" for key, word in RANGE.items() if key in said]
-    return " ".join([f"{field.name}={shown} must be {_words(hint)}", " and ".join(limits)]).rstrip()
+    return ", ".join([f"{field.name}={shown} must be {_words(hint)}", *limits])
 
 
 RANGE = {"least": "at least", "above": "above", "most": "at most", "below": "less than"}
@@ -108,7 +108,7 @@ ELEMENTS = {int: "integers", float: "finite numbers", str: "strings", bool: "boo
 def _words(hint: Any) -> str:
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return " or ".join(_words(one) for one in inside)
+        return " or ".join(_words(one) for one in inside if get_origin(one) is not set)  # made of the list
     if origin is Literal:
         return " or ".join(repr(choice) for choice in inside)
     if origin in (list, set):
@@ -125,6 +125,8 @@ def _elements(hint: Any) -> str:
 
 
 def _literals(hint: Any) -> tuple[Any, ...]:
+    """The choices, where there is nothing else but None."""
     if get_origin(hint) is Literal:
         return get_args(hint)
-    return tuple(choice for one in get_args(hint) for choice in _literals(one)) if get_origin(hint) is not None else ()
+    others = [one for one in get_args(hint) if one is not NoneType]
+    return _literals(others[0]) if get_origin(hint) in (Union, UnionType) and len(others) == 1 else ()

@@ -17,6 +17,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def check_token_ids(token_ids: dict[str, list[int]]) -> None:
+    """Raises ValueError unless each modality has a list of tokens, and no token has two modalities."""
+    modality_of: dict[int, str] = {}
+    for modality, tokens in token_ids.items():
+        if not isinstance(tokens, (list, tuple)) or not tokens:
+            raise ValueError(
+                f"token_ids={token_ids} must give a list of tokens for each modality, as in {{'image': [5]}}"
+            )
+        for token in tokens:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise ValueError(f"token_ids={token_ids}: {token!r} is no token id, an integer from 0")
+            if token in modality_of:
+                raise ValueError(
+                    f"token_ids={token_ids}: token {token} stands for {modality_of[token]!r} and for {modality!r}; "
+                    "name each token once"
+                )
+            modality_of[token] = modality
+
+
 @dataclass
 class PILLConfig(MixtureConfig):
     """One expert per modality before the FFN, an adapter before attention, and a gate on the values of attention.
@@ -81,29 +100,22 @@ class PILLConfig(MixtureConfig):
             ("ffn_experts", self.modalities), ("gate_modalities", self.modalities),
             ("token_ids", [*self.modalities, *TOKEN_TYPES]),
         ):  # fmt: skip
-            for modality in getattr(self, name) or ():
+            given = getattr(self, name) or ()
+            for modality in given:
                 one_of(name, modality, known)
+            if len(set(given)) != len(given):
+                raise ValueError(f"{name}={given} must name each modality once")
         if self.gate_modalities == [] or "text" in (self.gate_modalities or ()):
             raise ValueError(
                 f"gate_modalities={self.gate_modalities} must name modalities other than text, whose values are never "
                 "gated; for no gate set gate=False"
             )
-        self._refuse_shared_tokens()
+        check_token_ids(self.token_ids or {})
         if self.target_modules is not None and self.sites is None:
             raise ValueError(
                 f"target_modules={self.target_modules}: PILL has adapters of several kinds; say by sites which "
                 "modules are the attention_norm, the ffn_norm and the value projection"
             )
-
-    def _refuse_shared_tokens(self) -> None:
-        owner: dict[int, str] = {}
-        for name, tokens in (self.token_ids or {}).items():
-            for token in tokens:
-                if token < 0 or owner.setdefault(token, name) != name:
-                    raise ValueError(
-                        f"token_ids={self.token_ids}: token {token} is negative, or stands for {owner.get(token)!r} "
-                        f"and {name!r}; a token has one modality"
-                    )
 
     @classmethod
     def preset(cls, name: Literal["paper_7b"], **overrides: Any) -> PILLConfig:
