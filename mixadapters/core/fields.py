@@ -61,7 +61,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, NoneType if hint is None else hint)
+    return isinstance(value, origin or (NoneType if hint is None else hint))
 
 
 def _check_metadata(field: Field[Any], value: Any, hint: Any) -> None:

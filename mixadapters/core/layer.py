@@ -22,11 +22,12 @@ class AdapterHost(BaseTunerLayer):
     """
 
     context: ForwardContext
+    prefix: str
     path: str
 
     def _begin(self, base: nn.Module, context: ForwardContext, prefix: str, path: str, in_features: int,
                out_features: int, **quantization: Any) -> None:  # fmt: skip
-        self.context, self.path = context, path
+        self.context, self.prefix, self.path = context, prefix, path
         self.in_features, self.out_features = in_features, out_features
         self.adapter_layer_names = (f"{prefix}adapters",)
         self.add_module(f"{prefix}adapters", nn.ModuleDict())

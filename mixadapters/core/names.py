@@ -41,20 +41,19 @@ def check_name(what: str, name: Any, prefix: str) -> None:
         raise ValueError(f"{what}: {shown} is no name for this: {reason}")
 
 
-def check_apart(adapter_name: str, others: Iterable[str], base: Iterable[str], keys: dict[str, set[str]]) -> None:
+def check_apart(adapter_name: str, others: Iterable[str], base: set[str], keys: dict[str, set[str]]) -> None:
     """Refuse an adapter's name that is a part of another adapter's keys: PEFT would drop those when it saves.
 
     Args:
         others: names of the model's other adapters.
-        base: keys of the base model, which begin those of every adapter.
+        base: the parts of the base model's keys, which begin those of every adapter.
         keys: adapter -> the parts of its keys behind its name.
 
     Raises:
         ValueError: which name is a part of which keys.
     """
     remedy = "PEFT takes such weights for another adapter's when it saves. Choose another adapter_name"
-    parts = {part for key in base for part in key.split(".")}
-    if adapter_name in parts:
+    if adapter_name in base:
         raise ValueError(f"adapter_name={adapter_name!r} is a part of the base model's keys: {remedy}")
     for other in others:
         if adapter_name in keys.get(other, ()):

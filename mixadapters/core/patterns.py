@@ -36,9 +36,11 @@ def check_pattern(name: str, pattern: str) -> None:
     Raises:
         ValueError: which field, and why.
     """
+    if len(pattern) > LONGEST:
+        raise ValueError(f"{name}={_short(pattern)} has {len(pattern)} characters, more than {LONGEST}: list the modules")
     try:
         re.compile(pattern)
-        ways = _ways(pattern) if len(pattern) <= LONGEST else float("inf")
+        ways = _ways(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{name}={_short(pattern)} is no regular expression: {error}") from None
     if ways > WAYS:

@@ -206,8 +206,8 @@ def _check_domains(domains: Any, from_file: bool) -> dict[str, dict[str, Any]]:
     if isinstance(domains, str):
         raise ValueError(f"domains={domains!r} must be a list of names or a dict of sources; write [{domains!r}]")
     if isinstance(domains, (list, tuple)):
-        if not all(isinstance(name, str) for name in domains):
-            raise ValueError(f"domains={domains!r} must be a list of names or a dict of sources")
+        for name in domains:
+            check_name("domains", name, "mixda_")
         if len(set(domains)) != len(domains):
             raise ValueError(f"domains={list(domains)} names a domain twice")
         domains = dict.fromkeys(domains)
