@@ -34,4 +34,4 @@ if not (PACKAGE / "kernels").exists():
             f"mixadapters is imported from {PACKAGE}, a part of a checkout: {' and '.join(missing)} is missing. Run "
             "`pip install -e .` in a whole checkout, and take this folder off sys.path (PYTHONPATH, or where you are)"
         )
-    sys.meta_path.insert(0, CheckoutFinder())  # type: ignore[arg-type]  # an object with find_spec is enough
+    sys.meta_path.insert(0, CheckoutFinder())
