@@ -92,7 +92,8 @@ def kilt(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if len(args.files) != 2:
         raise ValueError("kilt takes two files, GOLD and GUESS")
-    for name, value in score_file(*args.files, args.recall_at).items():
+    gold, guess = args.files
+    for name, value in score_file(gold, guess, args.recall_at).items():
         print(f"{name:>16} {value:.4f}")
     return 0
 
