@@ -633,9 +633,8 @@ def test_t19_a_cache_of_other_adapters_is_refused(tiny, tiny_inputs, change) -> 
         return model(input_ids=inputs["input_ids"], modality_ids=ids, **given).past_key_values
 
     def go_on(cache: Any) -> Tensor:
-        return model(
-            input_ids=torch.tensor([[7]]), past_key_values=cache, modality_ids=torch.zeros(1, 1).long()
-        ).logits
+        ids = torch.zeros(1, 1, dtype=torch.long)
+        return model(input_ids=torch.tensor([[7]]), past_key_values=cache, modality_ids=ids).logits
 
     go_on(fill(True))
     for make in (True, False):
