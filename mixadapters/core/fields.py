@@ -36,7 +36,7 @@ def check_fields(config: Any) -> None:
 
 
 @lru_cache(maxsize=64)
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     """Annotations of the fields of `cls`; those of enums (PEFT's own) are left out."""
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls) if f.name not in ("peft_type", "task_type", "auto_mapping")}

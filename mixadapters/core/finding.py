@@ -16,7 +16,16 @@ from mixadapters.core.adapter import Site
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.layer import AdapterHost, HookedLayer, is_pointwise
 from mixadapters.core.registry import nearest
-from mixadapters.core.sites import ROLES, find_architecture, hidden_size_of, layer_index, stack_of
+from mixadapters.core.routing import NO_LAYER
+from mixadapters.core.sites import (
+    ROLES,
+    find_architecture,
+    group_of,
+    hidden_size_of,
+    layer_index,
+    stack_of,
+    sublayer_of,
+)
 
 TARGET = "target"  # role of modules that the user names by target_modules
 # Heads that PEFT adds to modules_to_save by the task, whether or not the model has one of this name.
@@ -62,6 +71,10 @@ class SiteFinder(BaseTuner):
             if config.target_modules not in (None, union):
                 raise ValueError("give either `sites` or `target_modules`, not both")
             config.target_modules = union
+
+    @property
+    def context(self) -> ForwardContext:
+        return ForwardContext.of(self.model)
 
     def hosts(self) -> Iterator[AdapterHost]:
         """The layers of this model that hold adapters."""
@@ -127,14 +140,27 @@ class SiteFinder(BaseTuner):
                 module = module.base_layer
         return module
 
-    def _site(self, config: MixtureConfig, base: nn.Module, path: str) -> Site:
+    def _site(self, config: MixtureConfig, adapter_name: str, base: nn.Module, path: str) -> Site:
         role = TARGET
         if config.sites is not None:
             role = next(r for r in self.roles(config) if re.fullmatch(config.sites[r], path))
         width_in, width_out = self._widths(config, base, path)
         stack = stack_of(path, self.model)
         taps = tuple((r, self._nearest_tap(config.sites[r], path)) for r in self.taps(config)) if config.sites else ()
-        return Site(role, path, width_in, width_out, stack, self._is_causal(stack), taps)
+        layer = layer_index(path)
+        return Site(
+            role, path, width_in, width_out, stack, self._is_causal(stack), taps,
+            adapter=adapter_name, group=self._group(role, path), layer=NO_LAYER if layer is None else layer,
+        )  # fmt: skip
+
+    def _group(self, role: str, path: str) -> str:
+        if role != TARGET:
+            return group_of(role)
+        try:
+            row = find_architecture(self.get_model_config(self.model).get("model_type", "custom"))
+        except ValueError:
+            row = None
+        return sublayer_of(path, row)
 
     def _widths(self, config: MixtureConfig, base: nn.Module, path: str) -> tuple[int, int]:
         if isinstance(base, Conv1D):

@@ -28,7 +28,6 @@ class Injection(SiteFinder):
     fields: tuple[str, ...] = ()
     attachment: type[MixtureLayer] | type[HookedLayer] = MixtureLayer
     moving: tuple[str, ...] = ()  # fields of the config that verbs change later
-    context: ForwardContext
 
     def build(self, config: Any, site: Site) -> Adapter | None:
         """The adapter for one site; None where there is nothing to add."""
@@ -47,10 +46,11 @@ class Injection(SiteFinder):
         target = getattr(owner, child)
         host = target if isinstance(target, MixtureLayer) else getattr(target, HookedLayer.attribute, None)
         base = host.get_base_layer() if isinstance(host, AdapterHost) else target
-        site = self._site(config, base, path)
+        site = self._site(config, adapter_name, base, path)
         adapter = self.build(config, site)
         if adapter is None:
             return
+        adapter.bind(site)
         for _role, tapped in site.taps:
             Tap.attach(self._unwrapped(tapped), tapped, self.context)
         if not isinstance(host, AdapterHost):

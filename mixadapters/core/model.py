@@ -11,40 +11,16 @@ from typing import Any, ClassVar
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from mixadapters.core.context import ForwardContext
-<<<<<<< HEAD
 from mixadapters.core.injection import Injection
+from mixadapters.core.inspection import RoutingVerbs
 from mixadapters.core.layer import AdapterHost, HookedLayer
 from mixadapters.core.mixed import RowNames
 from mixadapters.core.registry import nearest
 from mixadapters.core.saving import SavedForm
 
 
-class MixtureModel(Injection, SavedForm):
+class MixtureModel(Injection, SavedForm, RoutingVerbs):
     """Base of the tuners. A method writes `roles` and `build`, and may say by class attributes:
-=======
-from mixadapters.core.inspection import RoutingVerbs
-from mixadapters.core.layer import AdapterHost, HookedLayer, MixtureLayer, is_pointwise
-from mixadapters.core.mixed import RowNames
-from mixadapters.core.registry import nearest
-from mixadapters.core.routing import NO_LAYER
-from mixadapters.core.sites import (
-    ROLES,
-    Tap,
-    find_architecture,
-    group_of,
-    hidden_size_of,
-    layer_index,
-    stack_of,
-    sublayer_of,
-)
-
-TARGET = "target"  # role of modules that the user names by target_modules
-
-
-class MixtureModel(RoutingVerbs, BaseTuner):
-    """Base of the tuners. Class attributes of a method:
->>>>>>> main
 
     prefix: its type's name in lower case and "_" (set by registration).
     fields: batch fields that its adapters read, taken off the forward of the base model.
@@ -53,10 +29,6 @@ class MixtureModel(RoutingVerbs, BaseTuner):
 
     tuner_layer_cls = AdapterHost
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
-
-    @property
-    def context(self) -> ForwardContext:
-        return ForwardContext.of(self.model)
 
     @property
     def stage(self) -> dict[str, str]:
@@ -113,208 +85,6 @@ class MixtureModel(RoutingVerbs, BaseTuner):
         self.context.hosted.discard(adapter_name)
         self.stage.pop(adapter_name, None)
 
-<<<<<<< HEAD
-=======
-    # --- injection --------------------------------------------------------------------------------------------
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config = self._own_config(adapter_name)
-        given = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        had_context = ForwardContext.find(model) is not None
-        context = ForwardContext.of(model)
-        context.fields.update(self.fields)
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
-            if not had_context and not any(self.hosts()):
-                context.detach(model)
-            raise
-        finally:
-            filled = {name: value for name, value in given.items() if getattr(config, name) != value}
-            config._used = (weakref.ref(model), adapter_name, filled)
-
-    def _own_config(self, adapter_name: str) -> Any:
-        """The config of an adapter, shared with no other adapter: some of its fields are filled in for this model.
-
-        PEFT keeps the caller's object. If that is in use already, the earlier model goes on with a copy, and here the
-        fields are as they were given; a second adapter of the same model takes the copy.
-        """
-        config = self.peft_config[adapter_name]
-        if any(c is config for name, c in self.peft_config.items() if name != adapter_name):
-            config = self.peft_config[adapter_name] = copy.deepcopy(config)
-        elif config._used is not None:
-            user, name, filled = config._used
-            configs = getattr(user(), "peft_config", {})
-            if configs.get(name) is config:
-                configs[name] = copy.deepcopy(config)
-            for field, value in filled.items():
-                setattr(config, field, value)
-        return config
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        config: MixtureConfig = peft_config
-        if config.sites is None and config.target_modules is None:
-            row = find_architecture(model_config.get("model_type", "custom"))
-            needed = (*self.roles(config), *self.taps(config))
-            for role in needed:
-                if getattr(row, role) is None:
-                    raise ValueError(
-                        f"{model_config['model_type']!r} models have no module for the role {role!r} that "
-                        f"{type(config).__name__} needs with these fields; choose another placement or input, or pass "
-                        f"sites={{{role!r}: <regular expression>}}"
-                    )
-            config.sites = {role: getattr(row, role) for role in needed}
-        if config.sites is not None:
-            missing = [r for r in (*self.roles(config), *self.taps(config)) if r not in config.sites]
-            if missing:
-                raise ValueError(f"sites={config.sites} lacks the roles {missing} that this config needs")
-            union = "|".join(f"(?:{config.sites[role]})" for role in self.roles(config))
-            if config.target_modules not in (None, union):
-                raise ValueError("give either `sites` or `target_modules`, not both")
-            config.target_modules = union
-        self._refuse_unmatched(config)
-        self._refuse_nested(config)
-        return config
-
-    @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        found = check_target_module_exists(peft_config, key)
-        layers = peft_config.layers_to_transform
-        matched = found is True or isinstance(found, re.Match)
-        if matched and peft_config.sites is not None and layers is not None:
-            return layer_index(key) in ([layers] if isinstance(layers, int) else layers)
-        return found
-
-    def _refuse_unmatched(self, config: MixtureConfig) -> None:
-        """PEFT passes over a suffix that matches nothing as long as another one matches."""
-        if isinstance(config.target_modules, str) or config.target_modules is None:
-            return
-        names = [re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules()]
-        for target in sorted(config.target_modules):
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                raise ValueError(
-                    f"target_modules={sorted(config.target_modules)}: no module of the model is called {target!r}."
-                    f"{nearest(target, {name.rpartition('.')[2] for name in names})}"
-                )
-
-    def _refuse_nested(self, config: MixtureConfig) -> None:
-        """Sites inside sites would be lost on unload and skipped by later adapters."""
-        existing = {host.path for host in self.hosts()}
-        names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules())
-        wanted = {
-            n
-            for n in names
-            if n and self._check_target_module_exists(config, n) and not inside_adapters(n, self.prefix)
-        }
-        places = sorted(existing | wanted)
-        for outer, inner in pairwise(places):
-            if inner.startswith(f"{outer}.") and (inner in wanted or outer in wanted):
-                raise ValueError(
-                    f"{inner!r} lies inside {outer!r}, and both would hold adapters; target one of them, or use "
-                    "exclude_modules"
-                )
-
-    def _create_and_replace(
-        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
-        current_key: str, **_: Any,
-    ) -> None:  # fmt: skip
-        host = target if isinstance(target, MixtureLayer) else getattr(target, HookedLayer.attribute, None)
-        base = host.get_base_layer() if isinstance(host, AdapterHost) else target
-        site = self._site(peft_config, adapter_name, base, current_key)
-        adapter = self.build(peft_config, site)
-        if adapter is None:
-            return
-        adapter.bind(site)
-        for _role, path in site.taps:
-            Tap.attach(self._unwrapped(path), path, self.context)
-        if not isinstance(host, AdapterHost):
-            host = self.attachment(
-                target, self.context, self.prefix, current_key, site.in_features, site.out_features,
-                **get_quantization_kwargs(self.model),
-            )  # fmt: skip
-            host._active_adapter = list(self.active_adapters)
-            if isinstance(host, MixtureLayer):
-                setattr(parent, target_name, host)
-        host.add(adapter_name, adapter, inference_mode=peft_config.inference_mode)
-
-    def _unwrapped(self, path: str) -> nn.Module:
-        module = self.model
-        for part in path.split("."):
-            module = getattr(module, part)
-            while hasattr(module, "base_layer"):
-                module = module.base_layer
-        return module
-
-    def _site(self, config: MixtureConfig, adapter_name: str, base: nn.Module, path: str) -> Site:
-        role = TARGET
-        if config.sites is not None:
-            role = next(r for r in self.roles(config) if re.fullmatch(config.sites[r], path))
-        width_in, width_out = self._widths(config, base, path)
-        stack = stack_of(path, self.model)
-        taps = tuple((r, self._nearest_tap(config.sites[r], path)) for r in self.taps(config)) if config.sites else ()
-        layer = layer_index(path)
-        return Site(
-            role, path, width_in, width_out, stack, self._is_causal(stack), taps,
-            adapter=adapter_name, group=self._group(role, path), layer=NO_LAYER if layer is None else layer,
-        )  # fmt: skip
-
-    def _group(self, role: str, path: str) -> str:
-        if role != TARGET:
-            return group_of(role)
-        try:
-            row = find_architecture(self.get_model_config(self.model).get("model_type", "custom"))
-        except ValueError:
-            row = None
-        return sublayer_of(path, row)
-
-    def _widths(self, config: MixtureConfig, base: nn.Module, path: str) -> tuple[int, int]:
-        if isinstance(base, Conv1D):
-            return base.nx, base.nf
-        if hasattr(base, "in_features") and hasattr(base, "out_features"):
-            return base.in_features, base.out_features
-        if is_pointwise(base):
-            return base.in_channels, base.out_channels
-        if isinstance(base, (nn.Embedding, nn.modules.conv._ConvNd)):
-            raise ValueError(
-                f"Target module {path} is not supported: {type(base).__name__}; target linear layers, convolutions of "
-                "kernel 1 without padding and groups, or blocks"
-            )
-        weight = getattr(base, "weight", None)
-        if isinstance(weight, Tensor) and weight.dim() == 1:  # a norm
-            return weight.shape[0], weight.shape[0]
-        width = config.hidden_size or hidden_size_of(getattr(self.model, "config", None))
-        if width is None:
-            raise ValueError(f"cannot tell the width of {path!r} ({type(base).__name__}); pass hidden_size")
-        return width, width
-
-    def _is_causal(self, stack: str) -> bool:
-        if stack:
-            return stack == "decoder"
-        model_config = self.get_model_config(self.model)
-        try:
-            causal = find_architecture(model_config.get("model_type", "custom")).causal
-        except ValueError:
-            causal = False
-        return causal or bool(model_config.get("is_decoder")) or "CausalLM" in type(self.model).__name__
-
-    def _nearest_tap(self, pattern: str, path: str) -> str:
-        """The module that matches `pattern` and shares the longest path with `path`."""
-        names = (re.sub(r"\.base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules())
-        matching = [name for name in names if re.fullmatch(pattern, name)]
-        if not matching:
-            raise ValueError(f"no module matches {pattern!r}, whose input the adapter at {path!r} reads")
-
-        def shared(name: str) -> int:
-            pairs = zip(name.split("."), path.split("."), strict=False)
-            return next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
-
-        return max(matching, key=shared)
-
-    def rank_at(self, config: Any, path: str, default: int) -> int:
-        """The rank for a site: `rank_pattern` first."""
-        return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), path), default)
-
->>>>>>> main
     # --- forward, saving, unloading ---------------------------------------------------------------------------
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

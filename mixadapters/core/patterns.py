@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 import sys
 from functools import lru_cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
-if sys.version_info >= (3, 11):
-    from re import _constants as constants
-    from re import _parser as parser
-else:
-    import sre_constants as constants
-    import sre_parse as parser
+# Python's own parser of expressions; before 3.11 it was a module beside `re`.
+parser: Any = import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
+constants: Any = import_module("re._constants" if sys.version_info >= (3, 11) else "sre_constants")
 
 LENGTH = 200  # of a module's path, at most
 WAYS = 10**7  # to match a part of such a path: what a search may have to try
@@ -23,7 +21,7 @@ ALPHABET = frozenset(chr(i) for i in range(128))  # paths of modules are ASCII; 
 class Ways(NamedTuple):
     """How a part of a pattern matches."""
 
-    count: float  # in how many ways, at most
+    number: float  # in how many ways, at most
     first: frozenset[str]  # characters that it can begin with
     empty: bool  # whether it can match nothing
 
@@ -37,7 +35,7 @@ def check_pattern(name: str, pattern: str) -> None:
         ValueError: which field, and why.
     """
     if len(pattern) > LONGEST:
-        raise ValueError(f"{name}={_short(pattern)} has {len(pattern)} characters, more than {LONGEST}: list the modules")
+        raise ValueError(f"{name}={_short(pattern)} has {len(pattern)} characters, over {LONGEST}: list the modules")
     try:
         re.compile(pattern)
         ways = _ways(pattern)
@@ -57,7 +55,7 @@ def _short(pattern: str) -> str:
 
 @lru_cache(maxsize=1024)
 def _ways(pattern: str) -> float:
-    return _sequence(list(parser.parse(pattern)), frozenset()).count
+    return _sequence(list(parser.parse(pattern)), frozenset()).number
 
 
 def _sequence(nodes: list[Any], follow: frozenset[str]) -> Ways:
@@ -67,7 +65,7 @@ def _sequence(nodes: list[Any], follow: frozenset[str]) -> Ways:
         behind = found.first | follow if found.empty else found.first
         here = _node(node, behind)
         first = here.first | found.first if here.empty else here.first
-        found = Ways(min(here.count * found.count, float(WAYS) ** 2), first, here.empty and found.empty)
+        found = Ways(min(here.number * found.number, float(WAYS) ** 2), first, here.empty and found.empty)
     return found
 
 
@@ -79,16 +77,17 @@ def _node(node: Any, follow: frozenset[str]) -> Ways:
         parts = [_sequence(list(part), follow) for part in value[1]]
         first = frozenset().union(*(part.first for part in parts))
         apart = sum(len(part.first) for part in parts) == len(first) and not any(part.empty for part in parts)
-        counts = [part.count for part in parts]
+        counts = [part.number for part in parts]
         return Ways(max(counts) if apart else sum(counts), first, any(part.empty for part in parts))
     if kind in (constants.MAX_REPEAT, constants.MIN_REPEAT) or kind.name == "POSSESSIVE_REPEAT":
-        return _repeat(*value, follow)
+        least, most, body = value
+        return _repeat(least, most, body, follow)
     if kind is constants.AT:
         return Ways(1.0, frozenset(), True)
     if kind in (constants.LITERAL, constants.NOT_LITERAL, constants.ANY, constants.IN):
         return Ways(1.0, _characters(node), False)
     if kind in (constants.ASSERT, constants.ASSERT_NOT):
-        return Ways(_sequence(list(value[1]), ALPHABET).count, frozenset(), True)
+        return Ways(_sequence(list(value[1]), ALPHABET).number, frozenset(), True)
     return Ways(float(LENGTH), ALPHABET, True)  # references back, conditions, atomic groups
 
 
@@ -99,8 +98,8 @@ def _repeat(least: int, most: Any, body: Any, follow: frozenset[str]) -> Ways:
     if not inside.first & follow and not inside.empty:
         lengths = 1  # what follows tells where it ends
     passes = min(int(most), LENGTH)
-    several = passes > 1 and (inside.count > 1 or inside.empty)
-    count = float(WAYS) ** 2 if several else lengths * inside.count
+    several = passes > 1 and (inside.number > 1 or inside.empty)
+    count = float(WAYS) ** 2 if several else lengths * inside.number
     return Ways(count, inside.first, least == 0 or inside.empty)
 
 

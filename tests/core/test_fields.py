@@ -144,14 +144,14 @@ WORK = [
 @pytest.mark.parametrize("where", ["target_modules", "exclude_modules", "sites", "rank_pattern", "layers_pattern"])
 def test_patterns_that_can_hang_are_refused_by_field(where: str, pattern: str) -> None:
     given = {"sites": {"ffn": pattern}, "rank_pattern": {pattern: 4}, "layers_pattern": [pattern]}.get(where, pattern)
-    with pytest.raises(ValueError, match=f"^{where}=.*can take very long"):
+    with pytest.raises(ValueError, match=rf"^{where}=.*can take very long"):
         BottleneckConfig(**{where: given})
 
 
 @pytest.mark.parametrize("where", ["target_modules", "exclude_modules", "sites", "rank_pattern", "modules_to_save"])
 def test_patterns_that_do_not_compile_are_refused_by_field(where: str) -> None:
     given = {"sites": {"ffn": "("}, "rank_pattern": {"(": 4}, "modules_to_save": ["("]}.get(where, "(")
-    with pytest.raises(ValueError, match=f"^{where}=.*is no regular expression"):
+    with pytest.raises(ValueError, match=rf"^{where}=.*is no regular expression"):
         BottleneckConfig(**{where: given})
 
 
@@ -161,7 +161,7 @@ def test_patterns_as_people_write_them_are_taken(pattern: str) -> None:
 
 
 def test_long_patterns_are_refused_before_they_are_compiled() -> None:
-    with pytest.raises(ValueError, match="target_modules='aaaa.*has 1000000 characters"):
+    with pytest.raises(ValueError, match=r"target_modules='aaaa.*has 1000000 characters"):
         BottleneckConfig(target_modules="a" * 10**6)
     with pytest.raises(ValueError, match="target_modules"):
         BottleneckConfig(target_modules="(" * 3000 + ")" * 3000)

@@ -29,20 +29,20 @@ def modules(model: nn.Module) -> list[tuple[str, type]]:
 def test_names_with_another_meaning_are_refused_everywhere(tiny: Any, name: Any) -> None:
     base = tiny("llama")
     before = modules(base)
-    with pytest.raises(ValueError, match="adapter_name: .* is no name for this"):
+    with pytest.raises(ValueError, match=r"adapter_name: .* is no name for this"):
         get_peft_model(base, BottleneckConfig(r=2), adapter_name=name)
     assert modules(base) == before
     model = get_peft_model(tiny("llama"), BottleneckConfig(r=2, task_type="CAUSAL_LM"))
     before = modules(model)
-    with pytest.raises(ValueError, match="adapter_name: .* is no name for this"):
+    with pytest.raises(ValueError, match=r"adapter_name: .* is no name for this"):
         model.add_adapter(name, BottleneckConfig(r=2))
     assert modules(model) == before
     assert list(model.peft_config) == ["default"]
     with pytest.raises(ValueError, match="is no name for this"):
         tiny("llama").add_adapter(BottleneckConfig(r=2), adapter_name=name or " ")  # "" is "default" there
-    with pytest.raises(ValueError, match="domains: .* is no name for this"):
+    with pytest.raises(ValueError, match=r"domains: .* is no name for this"):
         MixDAConfig(domains=[name])
-    with pytest.raises(ValueError, match="modalities: .* is no name for this"):
+    with pytest.raises(ValueError, match=r"modalities: .* is no name for this"):
         PILLConfig(modalities=["text", name])
 
 

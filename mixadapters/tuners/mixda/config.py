@@ -127,7 +127,9 @@ class MixDAConfig(MixtureConfig):
     )
 
     def __post_init__(self) -> None:
-        from_file = type(self.peft_type) is str  # as JSON gives it; in Python it is a member of PEFT's enum, or None
+        from_file = (
+            type(self.__dict__["peft_type"]) is str
+        )  # as JSON gives it; in Python it is a member of PEFT's enum, or None
         super().__post_init__()
         self.peft_type = peft_type("MIXDA")
         self.domains = _check_domains(self.domains, from_file)
