@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.config import MixtureConfig
+from mixadapters.core.context import ForwardContext
 from mixadapters.core.layer import AdapterHost, HookedLayer, is_pointwise
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import NO_LAYER
