@@ -25,7 +25,8 @@ def check_fields(config: Any) -> None:
     Raises:
         ValueError: which field, its value, and what it takes.
     """
-    hints = _hints(type(config))
+    kind: Any = type(config)
+    hints = _hints(kind)
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name not in hints:
