@@ -100,7 +100,7 @@ class StageCallback(TrainerCallback):
         scale: Tensor | float = 1 / steps  # an epoch's last step may accumulate fewer micro-batches
         scaler = getattr(getattr(self.trainer, "accelerator", None), "scaler", None)
         if scaler is not None and scaler.is_enabled():  # of float16: what the optimizer divides gradients by
-            scale = scaler.scale(torch.full((), scale, device=args.device))
+            scale = scaler.scale(torch.tensor(1 / steps, device=args.device))
         find_tuner(model).context.loss_scale = scale
 
     def on_train_end(
