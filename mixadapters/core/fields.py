@@ -1,7 +1,8 @@
 """One check of a config's values, from its fields' annotations and metadata.
 
 Metadata beside `help`: `least`, `above`, `most`, `below` (a number's range), `choices` (of a string), `pattern` (a
-string, a list's strings or a dict's keys are regular expressions), `patterns` (a dict's values are).
+string, a list's strings or a dict's keys are regular expressions), `patterns` (a dict's values are). `free` fields may
+differ between a file and the adapter that it is loaded into (`MixtureConfig.refuse_other`).
 """
 
 from __future__ import annotations

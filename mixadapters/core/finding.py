@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -115,6 +115,15 @@ class SiteFinder(BaseTuner):
                     f"target_modules={sorted(config.target_modules)}: no module of the model is called {target!r}."
                     f"{nearest(target, {name.rpartition('.')[2] for name in names})}"
                 )
+
+    def matched(self, config: MixtureConfig) -> list[str]:
+        """Paths of the modules that take an adapter by this config; those inside other adapters' layers do not."""
+        layers = [f"{name}." for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)]
+        return [
+            name
+            for name, _ in self.model.named_modules()
+            if name and not name.startswith(tuple(layers)) and self._check_target_module_exists(config, name)
+        ]
 
     def _refuse_nested(self, config: MixtureConfig) -> None:
         """Sites inside sites would be lost on unload and skipped by later adapters."""

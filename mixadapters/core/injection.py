@@ -7,6 +7,7 @@ import dataclasses
 import weakref
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -16,9 +17,11 @@ from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.fields import check_fields
+from mixadapters.core.files import SavedAdapter, being_loaded
 from mixadapters.core.finding import SiteFinder
 from mixadapters.core.layer import AdapterHost, HookedLayer, MixtureLayer
 from mixadapters.core.names import check_apart, check_name
+from mixadapters.core.saving import check_keys, check_shapes, embedding_keys, head_shapes, token_keys
 from mixadapters.core.sites import Tap
 
 
@@ -35,6 +38,36 @@ class Injection(SiteFinder):
 
     def before_injection(self, config: Any, adapter_name: str) -> None:
         """Last checks, with a resolved config and before any module is changed."""
+        saved = being_loaded()
+        if saved is not None and saved.shapes and not saved.mapped:
+            self._check_file(config, adapter_name, saved)
+        beside = config.trained_beside or {}
+        for name, kind in beside.items():
+            other = self.peft_config.get(name)
+            if saved is not None and (other is None or other.peft_type.value != kind):
+                raise ValueError(
+                    f"this adapter was trained beside {beside}, and the model has no {kind} adapter {name!r}: put it "
+                    "into the base model first (inject_adapter_in_model), or take `trained_beside` out of "
+                    "adapter_config.json to go without"
+                )
+
+    def _check_file(self, config: Any, adapter_name: str, saved: SavedAdapter) -> None:
+        """Compare a file's header with what the config makes of this model, at no cost in memory."""
+        own: dict[str, tuple[int, ...]] = {}
+        with torch.device("meta"):
+            for path in self.matched(config):
+                adapter = self.build(config, self._site(config, adapter_name, self._unwrapped(path), path))
+                if adapter is not None:
+                    where = f"{path}.{HookedLayer.attribute}" if self.attachment is HookedLayer else path
+                    state = adapter.state_dict()
+                    own |= {f"{where}.{self.prefix}adapters.{key}": tuple(t.shape) for key, t in state.items()}
+        heads = head_shapes(self.model, config)
+        given = saved.plain_shapes()
+        here = {key: tuple(tensor.shape) for key, tensor in self.model.state_dict().items()}
+        beside = embedding_keys(self.model)
+        check_keys(adapter_name, given, set(own) | set(heads), beside | token_keys(config, given))
+        wanted = {key: here[key] for key in beside & given.keys() & here.keys()} | own | heads
+        check_shapes(adapter_name, given, wanted)
 
     def after_injection(self, config: Any, adapter_name: str) -> None:
         """The adapters sit at their sites; what raises here has them taken out again."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from mixadapters.core.injection import Injection
 from mixadapters.core.inspection import RoutingVerbs
-from mixadapters.core.layer import AdapterHost, HookedLayer
+from mixadapters.core.layer import AdapterHost, HookedLayer, in_stage
 from mixadapters.core.mixed import RowNames
 from mixadapters.core.registry import nearest
 from mixadapters.core.saving import SavedForm
@@ -52,13 +52,14 @@ class MixtureModel(Injection, SavedForm, RoutingVerbs):
         for parameter, matches in chosen:
             parameter.requires_grad_(matches)
         self.stage[adapter_name] = stage
+        for host in self.hosts():
+            host.stages[adapter_name] = stages[stage]
 
     def _stage_parameters(self, patterns: tuple[str, ...], adapter_name: str) -> Iterator[tuple[nn.Parameter, bool]]:
         for host in self.hosts():
             if adapter_name in host.adapters:
                 for name, parameter in host.adapters[adapter_name].named_parameters():
-                    wanted = any(fnmatch(name, pattern) for pattern in patterns)
-                    yield parameter, wanted and not any(fnmatch(name, p[1:]) for p in patterns if p[0] == "!")
+                    yield parameter, in_stage(name, patterns)
         for module in self.model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 for name, parameter in module.named_parameters():
@@ -67,23 +68,28 @@ class MixtureModel(Injection, SavedForm, RoutingVerbs):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        if not inference_mode:
-            self._keep_stages([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        self._keep_stages()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        self._keep_stages()
 
     def enable_adapter_layers(self) -> None:
         super().enable_adapter_layers()
-        self._keep_stages(self.active_adapters)
-
-    def _keep_stages(self, names: list[str]) -> None:
-        """PEFT makes active adapters trainable as a whole: freeze again what their stages do not train."""
-        for name, stage in self.stage.items():
-            if name in names:
-                self.set_stage(stage, name)
+        self._keep_stages()
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.context.hosted.discard(adapter_name)
         self.stage.pop(adapter_name, None)
+        self._keep_stages()
+
+    def _keep_stages(self) -> None:
+        """PEFT's verbs make adapters trainable as a whole, their heads included: freeze what stages do not train."""
+        for name, stage in self.stage.items():
+            for parameter, matches in self._stage_parameters(type(self.peft_config[name]).stages[stage], name):
+                if not matches:
+                    parameter.requires_grad_(False)
 
     # --- forward, saving, unloading ---------------------------------------------------------------------------
 
@@ -122,16 +128,40 @@ class MixtureModel(Injection, SavedForm, RoutingVerbs):
         else:  # PEFT's own would copy child.weight, which blocks do not have
             setattr(parent, child_name, new_module)
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for host in self.hosts():
-            host.folded([n for n in host.active_adapters if n in host.adapters and n not in host.merged_adapters])
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._refuse_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge=safe_merge)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:  # fmt: skip
+        if merge:
+            self._refuse_merge(adapter_names, safe_merge)
         context = self.context
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         context.detach(model)
         return model
+
+    def _refuse_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Ask every layer before the first is changed: each merge is exact, and touches no other module."""
+        owners: dict[int, list[str]] = {}
+        for key, parameter in self.model.named_parameters(remove_duplicate=False):
+            if not parameter.is_meta and parameter.numel():
+                name = re.sub(r"(^|\.)base_layer(?=\.|$)", "", key).removeprefix(".")
+                owners.setdefault(parameter.data_ptr(), []).append(name)
+        for host in self.hosts():
+            names = host.to_merge(adapter_names)
+            if not names:
+                continue
+            host.folded(names, safe_merge)
+            for parameter in host.get_base_layer().parameters(recurse=False):
+                others = {n.rpartition(".")[0] for n in owners.get(parameter.data_ptr(), ())} - {host.path}
+                if others:
+                    raise ValueError(
+                        f"cannot merge at {host.path!r}: its weight is also that of {sorted(others)}, which would "
+                        "change too. Untie them first (tie_word_embeddings=False, and a copy of the weight)"
+                    )
 
 
 def _pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: list[str]) -> tuple[tuple, dict]:

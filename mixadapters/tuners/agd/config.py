@@ -29,7 +29,8 @@ class AGDConfig(MixtureConfig):
         default="film", metadata={"help": "What an adapter computes; the last two are those of Jensen and Sadat 2025."}
     )
     r: int = field(
-        default=256, metadata={"help": "Width of the features of the conditions, and of each adapter.", "least": 1}
+        default=256,
+        metadata={"help": "Width of the features of the conditions, and of each adapter.", "least": 1, "free": True},
     )
     gate: bool = field(
         default=True,
@@ -61,7 +62,8 @@ class AGDConfig(MixtureConfig):
         default=None, metadata={"help": "Class of the base model; filled in, and checked when loading."}
     )
     teacher: dict[str, Any] | None = field(
-        default=None, metadata={"help": "How the training data were made: `Trajectories.info`. Kept for the record."}
+        default=None,
+        metadata={"help": "How the training data were made: `Trajectories.info`. Kept for the record.", "free": True},
     )
 
     def __post_init__(self) -> None:

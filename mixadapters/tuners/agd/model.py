@@ -42,8 +42,9 @@ class AGDModel(MixtureModel):
         self._read_conditions(config)
 
     def before_injection(self, config: AGDConfig, adapter_name: str) -> None:
-        super().before_injection(config, adapter_name)
         self.__dict__["first"] = None  # no child: it is that of its site
+        super().before_injection(config, adapter_name)
+        self.__dict__["first"] = None
 
     def _read_conditions(self, config: AGDConfig) -> None:
         """Fill in which arguments of the model's forward the adapters read, and how wide they are."""

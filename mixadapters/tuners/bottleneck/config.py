@@ -27,10 +27,11 @@ class BottleneckConfig(MixtureConfig):
     }
 
     r: int | None = field(
-        default=None, metadata={"help": "Bottleneck width. None: input width / reduction_factor.", "least": 1}
+        default=None,
+        metadata={"help": "Bottleneck width. None: input width / reduction_factor.", "least": 1, "free": True},
     )
     reduction_factor: float = field(
-        default=16, metadata={"help": "Input width / bottleneck width (MixDA: 16).", "above": 0}
+        default=16, metadata={"help": "Input width / bottleneck width (MixDA: 16).", "above": 0, "free": True}
     )
     placement: Literal["pfeiffer", "houlsby", "parallel"] = field(
         default="pfeiffer", metadata={"help": "Where adapters sit (default: Pfeiffer et al. 2021)."}
@@ -52,7 +53,8 @@ class BottleneckConfig(MixtureConfig):
         default=1.0, metadata={"help": "Factor on the adapter's output; 'learnable': one per adapter, from 1."}
     )
     dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the adapter's input (MixDA: none).", "least": 0, "below": 1}
+        default=0.0,
+        metadata={"help": "Dropout on the adapter's input (MixDA: none).", "least": 0, "below": 1, "free": True},
     )
 
     def __post_init__(self) -> None:

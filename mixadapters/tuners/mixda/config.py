@@ -48,19 +48,22 @@ class MixDAConfig(MixtureConfig):
     }
 
     domains: Any = field(
-        default_factory=lambda: ["domain"], metadata={"help": "New domains by name, or trained ones by source."}
+        default_factory=lambda: ["domain"],
+        metadata={"help": "New domains by name, or trained ones by source.", "free": True},
     )
     r: int | None = field(
-        default=None, metadata={"help": "Width of new domain adapters. None: by reduction_factor.", "least": 1}
+        default=None,
+        metadata={"help": "Width of new domain adapters. None: by reduction_factor.", "least": 1, "free": True},
     )
     reduction_factor: float = field(
-        default=16, metadata={"help": "Input width / adapter width (paper: 16).", "above": 0}
+        default=16, metadata={"help": "Input width / adapter width (paper: 16).", "above": 0, "free": True}
     )
     domain_layers: list[int | float] | None = field(
         default=None,
         metadata={
             "help": "Layers of new domain adapters; fractions of the depth up to 1.0. None: 1/3 and 1/2 (paper).",
             "least": 0,
+            "free": True,
         },
     )
     adapter_input: Literal["ffn_intermediate", "ffn_input"] = field(
@@ -73,7 +76,7 @@ class MixDAConfig(MixtureConfig):
     adapter_glu: bool = field(default=False, metadata={"help": "Gated domain adapters."})
     adapter_layer_norm: bool = field(default=False, metadata={"help": "A LayerNorm on their input."})
     adapter_dropout: float = field(
-        default=0.0, metadata={"help": "On their input (paper: none).", "least": 0, "below": 1}
+        default=0.0, metadata={"help": "On their input (paper: none).", "least": 0, "below": 1, "free": True}
     )
     combine: Literal["delta", "convex"] = field(default="delta", metadata={"help": "See the class."})
     gate: Literal["softmax", "sigmoid"] = field(default="softmax", metadata={"help": "Over the domains, or of each."})
@@ -84,10 +87,10 @@ class MixDAConfig(MixtureConfig):
         default=None, metadata={"help": "What the gate reads. None: what the adapters read."}
     )
     gate_hidden: list[int] = field(
-        default_factory=list, metadata={"help": "Hidden widths; [] is linear (appendix A).", "least": 1}
+        default_factory=list, metadata={"help": "Hidden widths; [] is linear (appendix A).", "least": 1, "free": True}
     )
     gate_dropout: float = field(
-        default=0.0, metadata={"help": "Before each linear layer of the gate.", "least": 0, "below": 1}
+        default=0.0, metadata={"help": "Before each linear layer of the gate.", "least": 0, "below": 1, "free": True}
     )
     gate_pool: str = field(
         default="masked_mean", metadata={"help": f"One of {POOLS}, for sequence gates.", "choices": POOLS}
@@ -95,24 +98,28 @@ class MixDAConfig(MixtureConfig):
     gate_normalize: bool = field(default=True, metadata={"help": "Scale the gate's input to unit RMS."})
     gate_frozen_bias: float | None = field(
         default=None,
-        metadata={"help": "Initial logit of the frozen layer. None: 0 for delta, weight 0.99 for convex."},
+        metadata={
+            "help": "Initial logit of the frozen layer. None: 0 for delta, weight 0.99 for convex.",
+            "free": True,
+        },
     )
     temperature: float = field(default=1.0, metadata={"help": "Divides the gate's logits.", "above": 0})
     balance_coef: float = field(
-        default=0.0, metadata={"help": "Weight of the load-balance loss (paper: none).", "least": 0}
+        default=0.0, metadata={"help": "Weight of the load-balance loss (paper: none).", "least": 0, "free": True}
     )
-    z_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss.", "least": 0})
+    z_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss.", "least": 0, "free": True})
     entropy_coef: float = field(
-        default=0.0, metadata={"help": "Weight of the gate's entropy as a loss; below 0: of its negative."}
+        default=0.0,
+        metadata={"help": "Weight of the gate's entropy as a loss; below 0: of its negative.", "free": True},
     )
     task_adapter: Literal["pfeiffer", "houlsby", "parallel"] | None = field(
         default="pfeiffer", metadata={"help": "Task adapter on top, in all layers (paper: pfeiffer). None: none."}
     )
     task_r: int | None = field(
-        default=None, metadata={"help": "Its width. None: by task_reduction_factor.", "least": 1}
+        default=None, metadata={"help": "Its width. None: by task_reduction_factor.", "least": 1, "free": True}
     )
     task_reduction_factor: float = field(
-        default=16, metadata={"help": "Hidden width / its width (paper: 16).", "above": 0}
+        default=16, metadata={"help": "Hidden width / its width (paper: 16).", "above": 0, "free": True}
     )
     task_activation: str = field(
         default="relu",
@@ -127,9 +134,7 @@ class MixDAConfig(MixtureConfig):
     )
 
     def __post_init__(self) -> None:
-        from_file = (
-            type(self.__dict__["peft_type"]) is str
-        )  # as JSON gives it; in Python it is a member of PEFT's enum, or None
+        from_file = type(self.__dict__["peft_type"]) is str  # as JSON has it; in Python: None, or of PEFT's enum
         super().__post_init__()
         self.peft_type = peft_type("MIXDA")
         self.domains = _check_domains(self.domains, from_file)

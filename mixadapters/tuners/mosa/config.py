@@ -34,7 +34,7 @@ class MoSAConfig(MixtureConfig):
         default=None, metadata={"help": "Where adapters sit. None: adaptformer. LoRA has none."}
     )
     r: int | None = field(
-        default=None, metadata={"help": "Width. None: 64 for adapters, 16 for LoRA (paper).", "least": 1}
+        default=None, metadata={"help": "Width. None: 64 for adapters, 16 for LoRA (paper).", "least": 1, "free": True}
     )
     num_experts: int = field(
         default=4,
@@ -60,17 +60,23 @@ class MoSAConfig(MixtureConfig):
         metadata={
             "help": "Weight of the symmetric KL between two draws. None: 1 (paper); 0 for num_experts=1.",
             "least": 0,
+            "free": True,
         },
     )
     aux_ce: float = field(
-        default=0.0, metadata={"help": "Weight of the cross-entropy of the second draw (paper: 0).", "least": 0}
+        default=0.0,
+        metadata={"help": "Weight of the cross-entropy of the second draw (paper: 0).", "least": 0, "free": True},
     )
     deep_weight: float = field(
         default=0.0,
-        metadata={"help": "Weight of the mean squared distance of hidden states (paper, Cars: 0.005).", "least": 0},
+        metadata={
+            "help": "Weight of the mean squared distance of hidden states (paper, Cars: 0.005).",
+            "least": 0,
+            "free": True,
+        },
     )
     deep_layers: int = field(
-        default=6, metadata={"help": "Over the outputs of so many first blocks (paper: 6).", "least": 1}
+        default=6, metadata={"help": "Over the outputs of so many first blocks (paper: 6).", "least": 1, "free": True}
     )
     merge: Literal["mean", "sum"] = field(
         default="mean", metadata={"help": "In evaluation: W0 + D / num_experts (paper), or W0 + D."}
@@ -78,13 +84,15 @@ class MoSAConfig(MixtureConfig):
     inactive_update: Literal["dense", "lazy"] = field(
         default="dense",
         metadata={
-            "help": "Entries not drawn in a step: the optimizer's momentum and decay, or left alone (LazyAdamW)."
+            "help": "Entries not drawn in a step: the optimizer's momentum and decay, or left alone (LazyAdamW).",
+            "free": True,
         },
     )
     sampler: Literal["group", "batch"] = field(
-        default="group", metadata={"help": "The two passes of the consistency loss draw apart (paper), or together."}
+        default="group",
+        metadata={"help": "The two passes of the consistency loss draw apart (paper), or together.", "free": True},
     )
-    sync_ranks: bool = field(default=True, metadata={"help": "All processes draw the same experts."})
+    sync_ranks: bool = field(default=True, metadata={"help": "All processes draw the same experts.", "free": True})
     adapter_input: Literal["residual", "ffn_input"] | None = field(
         default=None,
         metadata={
@@ -102,7 +110,9 @@ class MoSAConfig(MixtureConfig):
     scale: float | Literal["learnable"] | None = field(
         default=None, metadata={"help": "Factor on the output. None: by style; 'learnable': from 1. LoRA: alpha / r."}
     )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input.", "least": 0, "below": 1})
+    dropout: float = field(
+        default=0.0, metadata={"help": "Dropout on the adapter's input.", "least": 0, "below": 1, "free": True}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,7 +53,7 @@ class PILLConfig(MixtureConfig):
     }
     needs: ClassVar[frozenset[str]] = frozenset({"modality_ids"})
 
-    r: int = field(default=32, metadata={"help": "Width of an expert (paper: 32).", "least": 1})
+    r: int = field(default=32, metadata={"help": "Width of an expert (paper: 32).", "least": 1, "free": True})
     modalities: list[str] = field(
         default_factory=lambda: ["text", "image"], metadata={"help": "In the order of their ids; the first is text."}
     )
@@ -71,7 +71,10 @@ class PILLConfig(MixtureConfig):
     )
     last_layer_experts: bool = field(
         default=False,
-        metadata={"help": "Non-text experts in the last layer too: a loss on text alone never trains them."},
+        metadata={
+            "help": "Non-text experts in the last layer too: a loss on text alone never trains them.",
+            "free": True,
+        },
     )
     gate: bool = field(default=True, metadata={"help": "The gate on values."})
     gate_modalities: list[str] | None = field(
@@ -86,7 +89,8 @@ class PILLConfig(MixtureConfig):
         default="kv_head", metadata={"help": "A factor per token and KV head (paper), or per token."}
     )
     stage: Literal["align", "tune"] = field(
-        default="tune", metadata={"help": "The stage it is in; set_stage keeps it. In 'align' the gate is 1."}
+        default="tune",
+        metadata={"help": "The stage it is in; set_stage keeps it. In 'align' the gate is 1.", "free": True},
     )
 
     def __post_init__(self) -> None:
