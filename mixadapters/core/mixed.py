@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mixadapters import kernels
 from mixadapters.core.adapter import Adapter, Chain
-from mixadapters.core.bank import AdapterBank, Packed, Tied, concatenate, tie
+from mixadapters.core.bank import AdapterBank, PackedExperts, pack
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.routing import Routing
@@ -111,30 +111,26 @@ class _Together:
     def __init__(self, mixtures: Sequence[Any], owner: tuple[int, ...]) -> None:
         self.first: Mixture = mixtures[0]
         self.owner = owner
-        # Past `nn.Module.__getattr__`, as in `arena.holders`.
+        # Past `nn.Module.__getattr__`, of which a batch over many adapters would notice.
         self.banks: list[AdapterBank] = [mixture._modules["bank"] for mixture in mixtures]
         self.routers: list[Any] = [mixture._modules["router"] for mixture in mixtures]
         self.always_first = all(getattr(router, "always_first", False) for router in self.routers)
-        self.tied: Tied | None = None
+        self.packed: PackedExperts | None = None
 
     def __call__(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
-        self.tied = self.tied or tie(self.banks)
-        packed = concatenate(self.banks, context) if self.tied is None else self.tied.pack()
+        packed = self.packed or pack(self.banks, context)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.packed = packed
         source = self.first.source(x, y, context).to(y.dtype)
         tokens, base = source.reshape(-1, source.shape[-1]), y.reshape(-1, y.shape[-1])
         if self.always_first and all(size == 1 for size in packed.sizes):
-            routing, run = self._by_owner(packed, len(tokens), y.device, context), len(tokens) // len(self.owner)
+            run = len(tokens) // len(self.owner)
+            routing = Routing(_rows(self.owner, len(tokens), y.device, context), run=run)
         else:
-            routing, run = packed.placed(self._by_routers(packed, source, context), len(tokens)), 1
-        return packed(tokens, routing, base, routing.keep, self.first.rate, run).view_as(y)
+            routing = self._by_routers(packed, source, context)
+        return packed(tokens, routing, base, routing.keep, self.first.rate).view_as(y)
 
-    def _by_owner(self, packed: Packed, count: int, device: torch.device, context: ForwardContext) -> Routing:
-        owner, numbers = self.owner, packed.numbers
-        if numbers is not None:
-            owner = tuple(numbers[one] if one >= 0 else -1 for one in owner)
-        return Routing(_rows(owner, count, device, context))
-
-    def _by_routers(self, packed: Packed, source: Tensor, context: ForwardContext) -> Routing:
+    def _by_routers(self, packed: PackedExperts, source: Tensor, context: ForwardContext) -> Routing:
         rows = _rows(self.owner, source.numel() // source.shape[-1], source.device, context)[:, 0]
         routings = []
         for i, router in enumerate(self.routers):
