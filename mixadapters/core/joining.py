@@ -11,7 +11,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from mixadapters.core.sites import has_two_stacks
 
 if TYPE_CHECKING:
-    from mixadapters.core.context import Record
+    from mixadapters.core.record import Record
 
 
 def join_losses(record: Record, module: nn.Module, output: Any, scale: float) -> Any:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from mixadapters.core.context import ForwardContext, Record
+from mixadapters.core.context import ForwardContext
+from mixadapters.core.record import Record
 from mixadapters.core.streams import Stream
 from mixadapters.routers import ROUTERS, DomainGate, SigmoidGate, SoftmaxGate
 from mixadapters.routers.base import build_router
