@@ -15,10 +15,14 @@ from torch import Tensor, nn
 
 from mixadapters.core import hooks
 from mixadapters.core.record import Record, Records
+from mixadapters.core.routing import Routing, RoutingKey, find_routing
 from mixadapters.core.sites import has_two_stacks
 from mixadapters.core.streams import Stream, read_stream
 
-COMMON_FIELDS = ("adapter_names", "domain_ids", "prompt_mask")
+ROUTES = "routes"  # the field that holds pinned routings by their keys
+COMMON_FIELDS = ("adapter_names", "domain_ids", "prompt_mask", ROUTES)
+
+Observer = Callable[[RoutingKey, Routing, "Tensor | None"], None]
 
 
 class Objective(Protocol):
@@ -39,6 +43,8 @@ class ForwardContext:
 
     Attributes:
         record: the current `Record`. Threads have their own while a forward runs.
+        observers: called with each routing that is decided, in training, evaluation and `generate`: (key, routing,
+            mask (N,) bool of the rows that count, or None: all).
         objectives: what changes inputs, outputs and loss of a training forward, in order.
         loss_scale: factor on auxiliary losses that are attached to the outputs for want of a loss (1 / number of
             accumulated micro-batches); `StageCallback` sets it.
@@ -49,6 +55,7 @@ class ForwardContext:
 
     def __init__(self, argument_names: tuple[str, ...] = ()) -> None:
         self.fields: set[str] = set(COMMON_FIELDS)
+        self.observers: list[Observer] = []
         self.objectives: list[Objective] = []
         self.staged: list[Objective] = []  # those of them that a StageCallback has attached
         self.loss_scale = 1.0
@@ -62,7 +69,7 @@ class ForwardContext:
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors of a batch are no state of the model, and those with a history cannot be copied.
-        left_out: dict[str, Any] = {"records": None, "loss_log": {}}
+        left_out: dict[str, Any] = {"records": None, "loss_log": {}, "observers": []}
         return {**self.__dict__, **left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -81,6 +88,11 @@ class ForwardContext:
     def running(self) -> Record | None:
         """The record of the root forward that this thread is in; None outside one."""
         return self.records.running
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """The fields that hold for the next forward of this thread."""
+        return self.records.held
 
     @property
     def own_fields(self) -> set[str]:
@@ -125,6 +137,14 @@ class ForwardContext:
         if path not in self.record.taps:
             raise RuntimeError(f"the module {path!r} has not run before the layer that needs its input")
         return self.record.taps[path]
+
+    def routing(self, key: RoutingKey) -> Routing:
+        """What has been decided at `key` in this forward; `path` and `step` may be left out where that is clear.
+
+        Raises:
+            RuntimeError: no router has decided it yet, or several have.
+        """
+        return find_routing(self.record.routings, key)
 
     def as_sequences(self, tokens: Tensor, stack: str = "") -> Tensor:
         """tokens (B, T, d) or flattened (B*T, d) -> (B, T, d)."""

@@ -68,7 +68,7 @@ class RootHooks:
             if output is not None:  # None: the forward raised
                 output = self._finish(record, module, output)
         finally:
-            record.open = False
+            record.open, record.closed = False, True
             if record.parent is not None:
                 self.context.enter(record.parent)
         return output

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mixadapters.core.routing import Routing, RoutingKey
 from mixadapters.core.streams import Stream
 
 
@@ -20,6 +21,7 @@ class Record:
     training: bool = False
     grad: bool = False  # whether gradients were recorded when the forward began
     open: bool = False  # between the root's first and last hook
+    closed: bool = False  # after the root's last hook: layers that run now run again
     inputs: dict[str, Any] = field(default_factory=dict)  # arguments of the base model's forward, by name
     values: dict[str, Any] = field(default_factory=dict)  # arguments taken off, and pinned ones: rows of the caller's
     pinned: frozenset[str] = frozenset()  # the names of the pinned ones among them
@@ -27,6 +29,7 @@ class Record:
     streams: dict[str, Stream] = field(default_factory=dict)  # by stack: "", "encoder", "decoder"
     taps: dict[str, Tensor] = field(default_factory=dict)  # by path of the tapped module
     shared: dict[Any, Any] = field(default_factory=dict)  # what an adapter, router or objective keeps, by its owner
+    routings: dict[RoutingKey, Routing] = field(default_factory=dict)  # what routers have decided
     state: dict[str, Tensor] = field(default_factory=dict)  # gate state until the model has made a cache
     losses: dict[str, Tensor] = field(default_factory=dict)  # weighted, summed by name
     main_loss: Tensor | None = None

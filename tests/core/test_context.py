@@ -320,7 +320,7 @@ def test_threads_name_their_own_adapters(tiny, tiny_inputs, through) -> None:
         for got, want in zip(together(model, *(job(i) for i in range(3))), expected, strict=True):
             assert torch.equal(got, want)
     assert torch.equal(job(2)(), expected[2])  # nothing stays behind
-    assert not context_of(model).records.held
+    assert not context_of(model).held
 
 
 def test_threads_train_with_their_own_objectives_losses_and_checkpoints(tiny, tiny_inputs) -> None:
@@ -383,7 +383,7 @@ def test_copies_start_empty_and_work_on_their_own(tiny, tiny_inputs, copied, kin
     assert not theirs.record.inputs
     assert not theirs.record.values
     assert not theirs.record.taps
-    assert not theirs.records.held
+    assert not theirs.held
     assert not theirs.loss_log
     assert theirs.fields == ours.fields
     assert len(theirs.objectives) == 1

@@ -616,7 +616,7 @@ def test_a_failing_forward_with_adapter_names_leaves_nothing_behind(kind: str, t
     with pytest.raises(ZeroDivisionError):
         model(**ids, adapter_names=names)
     broken.remove()
-    assert context.records.held == {}
+    assert context.held == {}
     assert not context.record.open
     assert hooks == {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()}
     assert torch.equal(logits(model, ids), expected)
