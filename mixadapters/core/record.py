@@ -77,7 +77,7 @@ class Pins:
         return held
 
 
-class _Thread(threading.local):
+class _Thread:
     """What one thread is in the middle of."""
 
     def __init__(self) -> None:
@@ -94,9 +94,16 @@ class Records:
     def __init__(self) -> None:
         self.latest = Record()
         self.pins = Pins()
-        self.thread = _Thread()
+        self._local = threading.local()
         # What the compiler finds in a first forward must not differ in kind from what it finds in the next.
         self.thread.record = self.latest
+
+    @property
+    def thread(self) -> _Thread:
+        """What this thread is in the middle of."""
+        if not hasattr(self._local, "thread"):
+            self._local.thread = _Thread()
+        return self._local.thread
 
     # The latest record serves threads that have none of their own, such as those of the autograd engine.
     @property
