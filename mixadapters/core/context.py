@@ -47,7 +47,7 @@ class ForwardContext:
             mask (N,) bool of the rows that count, or None: all).
         objectives: what changes inputs, outputs and loss of a training forward, in order.
         loss_scale: factor on auxiliary losses that are attached to the outputs for want of a loss (1 / number of
-            accumulated micro-batches); `StageCallback` sets it.
+            accumulated micro-batches); `StageCallback` sets it. None: nobody has said, and none accumulate.
         loss_log: running (sum, count) of each loss by name, detached; read and cleared by the callbacks.
         cache_owner: says which adapters are at work; a key-value cache that others have filled is then refused.
             None: no such check.
@@ -58,7 +58,7 @@ class ForwardContext:
         self.observers: list[Observer] = []
         self.objectives: list[Objective] = []
         self.staged: list[Objective] = []  # those of them that a StageCallback has attached
-        self.loss_scale = 1.0
+        self.loss_scale: Tensor | float | None = None
         self.loss_log: dict[str, tuple[Tensor, int]] = {}
         self.preparing: list[Any] = []  # layers with an adapter to prepare before each forward
         self.hosted: set[str] = set()  # names of adapters that this model holds

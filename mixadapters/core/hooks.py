@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mixadapters.core.cache import claim, gate_state
-from mixadapters.core.joining import join_losses
+from mixadapters.core.joining import countable, join_losses
 from mixadapters.core.record import Record, Records
 from mixadapters.core.rows import row_names
 from mixadapters.core.sites import has_two_stacks, layer_index
@@ -47,6 +47,7 @@ class RootHooks:
         records.enter(record)
         for objective in self._active(record):
             args, kwargs = objective.before(context, args, kwargs)
+        kwargs = countable(kwargs) if record.grad else kwargs
         record.inputs = {**dict(zip(context.argument_names, args, strict=False)), **kwargs}
         stream = record.streams[""] = read_stream(record.inputs, record.copies)
         names = record.values.get("adapter_names")
