@@ -6,7 +6,7 @@ the operation for all adapters that can share it, a `LoneCall` any other adapter
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +18,6 @@ from mixadapters.core.bank import KeptExperts
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.routing import Routing
-
-
-class RowNames(list[str]):
-    """The adapters that the rows of one call of a model name, with what its layers have made of them."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        super().__init__(names)
-        self.batches: dict[nn.Module, MixedBatch] = {}
-        self.owners: dict[object, Tensor] = {}
 
 
 class MixedBatch:
