@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.config import MixtureConfig
-from mixadapters.core.context import ForwardContext
 from mixadapters.core.layer import AdapterHost, HookedLayer, is_pointwise
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import NO_LAYER
@@ -72,10 +71,6 @@ class SiteFinder(BaseTuner):
             if config.target_modules not in (None, union):
                 raise ValueError("give either `sites` or `target_modules`, not both")
             config.target_modules = union
-
-    @property
-    def context(self) -> ForwardContext:
-        return ForwardContext.of(self.model)
 
     def hosts(self) -> Iterator[AdapterHost]:
         """The layers of this model that hold adapters."""

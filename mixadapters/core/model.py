@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from mixadapters.core.calls import ModelCalls
 from mixadapters.core.injection import Injection
 from mixadapters.core.inspection import RoutingVerbs
 from mixadapters.core.layer import AdapterHost, HookedLayer, in_stage
-from mixadapters.core.mixed import RowNames
 from mixadapters.core.registry import nearest
 from mixadapters.core.saving import SavedForm
 
 
-class MixtureModel(Injection, SavedForm, RoutingVerbs):
+class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs):
     """Base of the tuners. A method writes `roles` and `build`, and may say by class attributes:
 
     prefix: its type's name in lower case and "_" (set by registration).
@@ -91,36 +89,7 @@ class MixtureModel(Injection, SavedForm, RoutingVerbs):
                 if not matches:
                     parameter.requires_grad_(False)
 
-    # --- forward, saving, unloading ---------------------------------------------------------------------------
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base model's, which refuses the batch fields of adapters: they hold over the whole generation."""
-        held = {name: kwargs.pop(name) for name in list(kwargs) if name in self.context.own_fields}
-        with self.context.pin_in_thread(**held):
-            return self.model.generate(*args, **kwargs)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.pop("adapter_names", None)
-        if names is None:
-            yield
-            return
-        wrappers = [m for m in self._outside() if isinstance(m, AuxiliaryTrainingWrapper)]
-        known = set().union(*(h._get_available_adapters() for h in (*self.hosts(), *wrappers)))
-        unknown = sorted(set(names) - known - {"__base__"})
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        groups = _copies_per_row(self.model, kwargs)
-        handles = []
-        try:
-            for wrapper in wrappers:  # PEFT's own modules take the names as an argument
-                hook = partial(_pass_names, names=[n for n in names for _ in range(groups)])
-                handles.append(wrapper.register_forward_pre_hook(hook, with_kwargs=True))
-            with self.context.pin_in_thread(adapter_names=RowNames(names), row_groups=groups):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    # --- saving, unloading ---------------------------------------------------------------------------
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, HookedLayer):
@@ -162,14 +131,3 @@ class MixtureModel(Injection, SavedForm, RoutingVerbs):
                         f"cannot merge at {host.path!r}: its weight is also that of {sorted(others)}, which would "
                         "change too. Untie them first (tie_word_embeddings=False, and a copy of the weight)"
                     )
-
-
-def _pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: list[str]) -> tuple[tuple, dict]:
-    return args, {**kwargs, "adapter_names": names}
-
-
-def _copies_per_row(model: nn.Module, kwargs: dict[str, Any]) -> int:
-    """How often `generate` repeats each row of its batch."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    said = [kwargs.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
-    return max(said)

@@ -101,7 +101,7 @@ def own_keys(model: nn.Module, prefix: str, adapter_name: str) -> list[str]:
 
 def head_keys(model: nn.Module, adapter_name: str) -> set[str]:
     """Keys in the model of an adapter's saved modules and trained tokens."""
-    found = set()
+    found: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
             found.update(f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
@@ -124,7 +124,7 @@ def embedding_keys(model: nn.Module) -> set[str]:
 
 def head_shapes(model: nn.Module, config: Any) -> dict[str, tuple[int, ...]]:
     """Keys in a file of the modules that a config has saved whole -> their shapes. PEFT goes by the end of a name."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
         if any(name.endswith(head) for head in config.modules_to_save or ()):
             state = getattr(module, "original_module", module).state_dict()
