@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.routes import HardRoutes
 from mixadapters.core.routing import Routing
 from mixadapters.routers.base import ROUTERS, Router
 
@@ -91,12 +92,15 @@ class ModalityRouter(Router):
         modalities: all of them, and what says which a token has. None: those of the experts, said by the batch.
     """
 
+    fields = ("modality_ids", "mm_token_type_ids")
+
     def __init__(self, in_features: int, experts: list[str], modalities: Modalities | None = None) -> None:
         super().__init__(in_features, experts)
         self.modalities = Modalities(tuple(experts)) if modalities is None else modalities
-        places = [self.experts.index(n) if n in self.experts else -1 for n in self.modalities.names]
-        self.register_buffer("expert_of", torch.tensor([*places, -1]), persistent=False)  # the last is for -1
+        if unknown := [name for name in experts if name not in self.modalities.names]:
+            raise ValueError(f"experts={unknown} are no modalities of {list(self.modalities.names)}")
+        numbers = [self.modalities.names.index(name) for name in experts]
+        self.routes = HardRoutes("modality_ids", numbers, len(self.modalities.names))
 
     def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
-        ids = self.modalities.ids(context).to(tokens.device)
-        return Routing(self.expert_of[ids].reshape(-1, 1))
+        return self.routes.of(self.modalities.ids(context))

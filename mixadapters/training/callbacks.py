@@ -11,7 +11,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.usage import GateUsage
 from mixadapters.training.objectives import require_pretrained_head
 
 
@@ -118,21 +117,11 @@ class GateUsageCallback(TrainerCallback):
 
 def collect_usage(model: nn.Module, per_layer: bool = False) -> dict[str, float]:
     """The running gate usage and auxiliary losses of `model`, reset by reading."""
-    report: dict[str, float] = {}
-    sums: dict[str, list[float]] = {}
-    for path, usage in model.named_modules():
-        if isinstance(usage, GateUsage) and float(usage.count) > 0:
-            layer = path.split("_adapters.")[0].removeprefix("base_model.model.").rpartition(".")[0]
-            for name, value in usage.summary().items():
-                sums.setdefault(name, []).append(value)
-                if per_layer:
-                    report[f"gate/{layer}/{name}"] = value
-            usage.reset()
-    report.update({f"gate/mean/{name}": sum(values) / len(values) for name, values in sums.items()})
-    context = ForwardContext.find(find_tuner(model).model)
-    if context is not None:
-        report.update({f"loss/{name}": float(total) / count for name, (total, count) in context.loss_log.items()})
-        context.loss_log.clear()
+    context = find_tuner(model).context
+    report = context.usage.report(per_layer)
+    context.usage.reset()
+    report.update({f"loss/{name}": float(total) / count for name, (total, count) in context.loss_log.items()})
+    context.loss_log.clear()
     return report
 
 

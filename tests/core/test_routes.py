@@ -123,7 +123,9 @@ def test_observers_see_every_routing_with_the_rows_that_count(tiny, tiny_inputs,
     model(**inputs)
     assert [key.layer for key, _, _ in seen] == [0, 1]
     for key, routing, mask in seen:
-        assert routing is model.base_model.context.record.routings[key]
+        published = model.base_model.context.record.routings[key]
+        assert torch.equal(routing.probs, published.probs)
+        assert routing.arms == ("a", "b", "frozen")
         assert torch.equal(mask, inputs["attention_mask"].flatten().bool())
 
 
