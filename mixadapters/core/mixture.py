@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,9 @@ from mixadapters.core.routes import HardRoutes, pinned_routing, real_rows
 from mixadapters.core.routing import Routing, RoutingKey, with_distribution
 
 Insertion = Literal["parallel", "sequential"]
-AUXILIARY = {  # loss of a router -> how it is computed, and of which part of its routing
+AUXILIARY: dict[
+    str, tuple[Callable[..., Tensor], str]
+] = {  # loss of a router -> how it is computed, and of which part of its routing
     "balance": (load_balance, "probs"),
     "entropy": (entropy, "probs"),
     "z": (router_z, "logits"),
