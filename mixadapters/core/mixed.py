@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,15 +14,6 @@ from mixadapters.core.bank import AdapterBank, Packed, Tied, concatenate, tie
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.routing import Routing
-
-
-class RowNames(list[str]):
-    """The adapters that the rows of one call of a model name, with what its layers have made of them."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        super().__init__(names)
-        self.batches: dict[nn.Module, MixedBatch] = {}
-        self.owners: dict[object, Tensor] = {}
 
 
 class MixedBatch:

@@ -69,7 +69,7 @@ class SequencePooling(Pooling):
             return score(sequences[:, -1]).unsqueeze(1)
         if mask is None:
             if stream.length is not None and sequences.shape[0] > 1:
-                raise _missing_mask(self.granularity)
+                raise _missing_mask(self.granularity, stream)
             mask = torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
         if self.pool == "masked_mean":
             exact = sequences.to(
@@ -164,7 +164,7 @@ class RequestPooling(Remembering):
         """(B, T) bool: the tokens of the request. All that an encoder of two stacks reads; else those of
         `prompt_mask`, else those before the first label, else all."""
         record, encoder = context.record, self.stack == "encoder"
-        prompt = None if encoder else context.rows("prompt_mask", logits.shape[0])
+        prompt = None if encoder else context.rows("prompt_mask", logits.shape[0], self.stack)
         labels = None if encoder else record.inputs.get("labels")
         real = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if mask is None else mask
         if prompt is not None:
@@ -181,8 +181,9 @@ class RequestPooling(Remembering):
                 "prompt_mask (B, T), or labels with -100 on the prompt"
             )
         # Generation drops a mask that has no padding, but always brings a cache.
-        if mask is None and logits.shape[0] > 1 and context.stream(self.stack).cache is None:
-            raise _missing_mask("request")
+        stream = context.stream(self.stack)
+        if mask is None and logits.shape[0] > 1 and stream.cache is None:
+            raise _missing_mask("request", stream)
         return real
 
 
@@ -202,10 +203,11 @@ def _before_labels(labels: Tensor, real: Tensor) -> Tensor:
     return prompt
 
 
-def _missing_mask(granularity: str) -> ValueError:
+def _missing_mask(granularity: str, stream: Stream) -> ValueError:
+    ids = stream.mask_name.replace("attention_mask", "input_ids")
     return ValueError(
-        f"gate_granularity={granularity!r} needs to know the padding of a batch: pass attention_mask (B, T); "
-        "torch.ones_like(input_ids) where there is none"
+        f"gate_granularity={granularity!r} needs to know the padding of a batch: pass {stream.mask_name} (B, T); "
+        f"torch.ones_like({ids}) where there is none"
     )
 
 

@@ -7,10 +7,12 @@ from torch import Tensor
 from mixadapters import kernels
 from mixadapters.core.adapter import Adapter, Chain
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.context import ForwardContext, Record
-from mixadapters.core.mixed import MixedBatch, RowNames
+from mixadapters.core.context import ForwardContext
+from mixadapters.core.mixed import MixedBatch
 from mixadapters.core.mixture import Mixture
+from mixadapters.core.record import Record
 from mixadapters.core.routing import Routing
+from mixadapters.core.rows import RowNames
 from mixadapters.core.streams import Stream
 from mixadapters.routers import Router, SingleRouter
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mixadapters import BottleneckConfig, PILLConfig
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.context import ForwardContext, Record
+from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixture import Mixture
+from mixadapters.core.record import Record
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.routing import Routing, RoutingKey
 from mixadapters.core.streams import Stream

@@ -13,8 +13,9 @@ from transformers import DynamicCache
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.context import ForwardContext, Record
+from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixture import Mixture
+from mixadapters.core.record import Record
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.routing import Routing, RoutingKey
 from mixadapters.core.streams import Stream
@@ -38,13 +39,13 @@ def make(gate: str = "softmax", seed: int = 3, names: list[str] = NAMES, stack: 
 
 def context_of(
     tokens: Tensor, mask: Tensor | None = None, *, training: bool = False, cache: Any = None, past: int = 0,
-    position_ids: Tensor | None = None, labels: Tensor | None = None, **values: Tensor,
+    position_ids: Tensor | None = None, labels: Tensor | None = None, copies: int = 1, **values: Tensor,
 ) -> ForwardContext:  # fmt: skip
     context = ForwardContext()
     inputs = {} if labels is None else {"labels": labels}
     context.enter(Record(training, torch.is_grad_enabled(), open=True, inputs=inputs, values=values))
     mask = None if mask is None else mask.bool()
-    context.record.streams[""] = Stream(*tokens.shape[:2], mask, position_ids, cache, past)
+    context.record.streams[""] = Stream(*tokens.shape[:2], mask, position_ids, cache, past, copies)
     return context
 
 
@@ -398,7 +399,9 @@ def test_prompt_mask_follows_repeated_rows() -> None:
     router = make(granularity="request")
     twice, masks = tokens.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
     expected = run(router, tokens, mask, prompt_mask=prompt).repeat_interleave(2, 0)
-    torch.testing.assert_close(run(router, twice, masks, prompt_mask=prompt), expected)
+    torch.testing.assert_close(run(router, twice, masks, copies=2, prompt_mask=prompt), expected)
+    with pytest.raises(ValueError, match=r"`prompt_mask` should be the same.*3 and 6"):
+        run(router, twice, masks, prompt_mask=prompt)
 
 
 def test_prompt_mask_of_another_shape_is_refused() -> None:
@@ -543,10 +546,11 @@ def test_domain_ids_out_of_range_are_refused(bad) -> None:
 
 def test_domain_ids_follow_repeated_rows_and_nothing_else() -> None:
     beams = torch.randn(6, 1, D)
-    routing = hard(make(), beams, context_of(beams, domain_ids=torch.tensor([0, 1, 2])))
+    routing = hard(make(), beams, context_of(beams, copies=2, domain_ids=torch.tensor([0, 1, 2])))
     assert routing.indices.flatten().tolist() == [0, 0, 1, 1, 2, 2]
-    with pytest.raises(ValueError, match=r"`domain_ids` should be the same.*4 and 6"):
-        hard(make(), beams, context_of(beams, domain_ids=torch.tensor([0, 1, 2, 0])))
+    for ids in ([0, 1, 2], [0, 1, 2, 0], [0]):
+        with pytest.raises(ValueError, match=rf"`domain_ids` should be the same.*{len(ids)} and 6"):
+            hard(make(), beams, context_of(beams, domain_ids=torch.tensor(ids)))
 
 
 @pytest.mark.parametrize(("numbers", "total"), [([0, 0], 2), ([0, 3], 3), ([-1], 2)])

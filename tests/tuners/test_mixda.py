@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.context import Record
 from mixadapters.core.mixture import Mixture
+from mixadapters.core.record import Record
 from mixadapters.core.routing import Routing
 from mixadapters.core.streams import Stream
 from mixadapters.kernels import adapter_backend
