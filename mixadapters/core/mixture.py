@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.context import ForwardContext
+from mixadapters.core.context import ForwardContext, Observer
 from mixadapters.core.losses import entropy, load_balance, router_z
 from mixadapters.core.routes import HardRoutes, pinned_routing, real_rows
 from mixadapters.core.routing import Routing, RoutingKey, with_distribution
@@ -138,7 +138,8 @@ class Mixture(Adapter):
         if counts or context.observers:
             names = self.bank.names
             routing = with_distribution(routing, names, getattr(self.router, "arms", names), rows, device)
-            for observer in (context.usage, *context.observers) if counts else context.observers:
+            observers: list[Observer] = [context.usage, *context.observers] if counts else context.observers
+            for observer in observers:
                 observer(self.key, routing, mask)
 
     def observe(self, x: Tensor, y: Tensor, context: ForwardContext) -> list[Tensor]:

@@ -26,6 +26,8 @@ NEW_ARM_SHARE = 0.05  # of the frozen arm's mass that a domain added later start
 
 
 class MixDAModel(MixtureModel):
+    fields = ("domain_ids", "prompt_mask")
+
     # --- sites ------------------------------------------------------------------------------------------------
 
     def domain_role(self, config: MixDAConfig) -> str:
