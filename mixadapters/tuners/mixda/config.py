@@ -11,7 +11,7 @@ from mixadapters.core.fields import fits
 from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 from mixadapters.kernels import ACTIVATIONS
-from mixadapters.routers.learned import GRANULARITIES, POOLS
+from mixadapters.routers.pooling import GRANULARITIES, POOLS
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
 from mixadapters.tuners.registration import peft_type
 
