@@ -120,14 +120,14 @@ class Comparison:
             tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
             tokenizer.pre_tokenizer = words
             names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
-            fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+            fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, truncation_side="left", **names)
             width = self.args.width
             config = LlamaConfig(
                 vocab_size=len(vocabulary), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=4,
                 num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2,
             )  # fmt: skip
             model = LlamaForCausalLM(config)
-            collator = ImageTextCollator(fast, None, -1, 1, self.args.max_length)
+            collator = ImageTextCollator(fast, None, len(fast), 1, self.args.max_length)
             self.train(model, rows, collator, 3e-3, self.args.pretraining_steps)
             model.save_pretrained(folder)
             fast.save_pretrained(folder)
@@ -145,7 +145,11 @@ class Comparison:
             )  # fmt: skip
             model = ViTModel(config, add_pooling_layer=False)
             processor = ViTImageProcessorPil(size={"height": size, "width": size})
-            images = {id(row["images"][0]): row for row in self.data.train if row["images"]}
+            images = {id(row["images"][0]): row for row in self.data.train if row["images"] and row["tags"]}
+            if not images:
+                raise SystemExit(
+                    f"--task {self.args.task} has no words for its images to train a small ViT; name one: --encoder"
+                )
             tags = sorted({tag for row in images.values() for tag in row["tags"]})
             pixels = processor(images=[r["images"][0] for r in images.values()], return_tensors="pt")["pixel_values"]
             target = torch.tensor([[float(tag in row["tags"]) for tag in tags] for row in images.values()])

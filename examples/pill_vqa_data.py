@@ -1,7 +1,7 @@
 """Questions about images as rows of prompt, answer and images: easy_vqa, and ScienceQA from files or the hub.
 
 A row is {"prompt", "answer", "images": [PIL image], "subject", "modality", "tags"}; tags are words that describe the
-image, for a vision encoder that has to be pretrained.
+image, for a vision encoder that has to be pretrained; there may be none.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import tarfile
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from PIL import Image
 
 Row = dict[str, Any]
 LETTERS = "ABCDEFGH"
+NOT_GIVEN = "not given"  # subject of a question whose file names none
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
 
@@ -107,9 +109,15 @@ def science_row(q: Row, context: str, image: Any) -> Row:
     prompt = f"Question: {q['question']}\nContext: {context or 'N/A'}\nOptions: {options}\nAnswer:"
     return {
         "prompt": prompt if image is None else f"<image>\n{prompt}", "answer": f" {LETTERS[q['answer']]}",
-        "images": [] if image is None else [image.convert("RGB")], "subject": q["subject"],
-        "modality": "image" if image is not None else "text" if context else "neither", "tags": {q["topic"]},
+        "images": [] if image is None else [image.convert("RGB")], "subject": q.get("subject") or NOT_GIVEN,
+        "modality": "image" if image is not None else "text" if context else "neither", "tags": told_by_science(q),
     }  # fmt: skip
+
+
+def told_by_science(question: Row) -> set[str]:
+    """The words of the image's caption, and the topic; files and the hub do not give both for every question."""
+    caption, topic = question.get("caption"), question.get("topic")
+    return set(re.findall(r"[a-z]+", (caption or "").lower())) | ({topic} if topic else set())
 
 
 def read_rows(path: Path) -> list[Row]:

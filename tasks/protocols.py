@@ -1,7 +1,8 @@
 """Which rows train, which select, which test. Every draw is a rule on the rows' content, so that it never changes.
 
 A row's rank under a seed is the SHA-256 of seed and content. No random generator and no order of a source is involved:
-the same rows give the same draw in every version of everything.
+the same rows give the same draw in every version of everything. Published sets repeat texts: no text stands in two of
+train, dev and test, and few-shot rows are distinct texts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from mixadapters.tasks.registry import Task
 from mixadapters.tasks.sources import Example, digest
 
+VERSION = 2  # of the rule; version 1 drew equal texts more than once, some for train and for dev
 SHOTS = Path(__file__).parent / "shots"
 PUBLISHED = 64  # rows per class for train, and as many for dev, in the published files
 SEEDS = range(5)  # those of the published files
@@ -31,6 +33,7 @@ class Rows:
     known: list[Example]  # all of train
     shots_from: str  # "published" or "rule"; "" for full data
     leaked: int  # rows of train or dev that stand in test, left out
+    shared: int  # rows of train that stand in dev, left out (full data)
 
     @property
     def digests(self) -> dict[str, str]:
@@ -68,50 +71,94 @@ def select(
     Raises:
         ValueError: a split is missing; no published file, or one of other rows, seeds or sizes.
     """
-    for split in ("train", "test"):
-        if split not in splits:
-            raise ValueError(f"task {task.name!r} has no {split} set")
+    check_splits(task, splits)
+    if shots is not None and shots < 1:
+        raise ValueError(f"shots={shots} must be 1 or more; leave it out for full data")
     train, test = splits["train"], splits["test"]
-    tested = {e.key for e in test}
+    tested = keys(test)
     clean = [i for i, e in enumerate(train) if e.key not in tested]
     dev = [e for e in splits.get("dev", []) if e.key not in tested]
     leaked = len(train) - len(clean) + len(splits.get("dev", [])) - len(dev)
     if shots is not None:
-        if shots < 1:
-            raise ValueError(f"shots={shots} must be 1 or more; leave it out for full data")
-        groups = (
-            published(task, train, seed, shots) if shots_from == "published" else draw(task, train, clean, seed, shots)
-        )
+        if shots_from == "published":
+            groups = published(task, train, tested, seed, shots)
+        else:
+            groups = draw(task, train, clean, seed, shots)
         chosen = [train[i] for group in groups for i in group[0::2][:shots]]
         dev = [train[i] for group in groups for i in group[1::2][:shots]]
+        shared = 0
     else:
-        order = ranked(train, "dev", clean)
-        held = 0 if dev else round(HELD_OUT * len(order))
-        dev = dev or [train[i] for i in order[:held]]
-        chosen = [train[i] for i in sorted(order[held:])]
+        chosen, dev, shared = whole(train, clean, dev)
         dev = [dev[i] for i in ranked(dev, "dev")[:dev_rows]]
         shots_from = ""
     if not chosen or not dev:
         raise ValueError(f"task {task.name!r} leaves no rows for train or dev: {len(train)} rows in train")
     test = [test[i] for i in ranked(test, "test")[:test_rows]]
-    return Rows(chosen, dev, test, train, shots_from, leaked)
+    return Rows(chosen, dev, test, train, shots_from, leaked, shared)
+
+
+def check_splits(task: Task, splits: dict[str, list[Example]]) -> None:
+    """Raises ValueError: there is no train or no test set."""
+    for split in ("train", "test"):
+        if split not in splits:
+            raise ValueError(f"task {task.name!r} has no {split} set")
+
+
+def keys(examples: Sequence[Example]) -> set[str]:
+    """The inputs that stand among rows."""
+    return {e.key for e in examples}
+
+
+def distinct(examples: Sequence[Example], positions: Sequence[int]) -> list[int]:
+    """The first position of each input, in the order of `positions`."""
+    first: dict[str, int] = {}
+    for i in positions:
+        first.setdefault(examples[i].key, i)
+    return list(first.values())
+
+
+def whole(
+    train: Sequence[Example], clean: Sequence[int], dev: list[Example]
+) -> tuple[list[Example], list[Example], int]:
+    """Rows of full data: train without the inputs of dev, dev (distinct inputs out of train where there is none), and
+    how many rows of train were left out for standing in dev.
+
+    Args:
+        clean: positions in train that do not stand in test.
+    """
+    taken = 0
+    if not dev:
+        order = ranked(train, "dev", clean)
+        dev = [train[i] for i in distinct(train, order)[: round(HELD_OUT * len(order))]]
+        taken = len(dev)
+    held = keys(dev)
+    chosen = [train[i] for i in clean if train[i].key not in held]
+    return chosen, dev, len(clean) - len(chosen) - taken
 
 
 def draw(task: Task, train: Sequence[Example], among: Collection[int], seed: int, shots: int) -> list[list[int]]:
-    """For each class up to 2 * shots positions in train: rows for train and for dev in turn."""
+    """For each class up to 2 * shots positions in train: rows for train and for dev in turn.
+
+    An input is drawn once: of equal ones, which may have unlike labels, the first under the seed.
+    """
     groups: dict[int, list[int]] = {c: [] for c in range(len(task.labels) or 1)}
-    for i in ranked(train, str(seed), among):
+    for i in distinct(train, ranked(train, str(seed), among)):
         groups[train[i].target if task.labels else 0].append(i)
     return [group[: 2 * shots] for group in groups.values()]
 
 
-def published(task: Task, train: Sequence[Example], seed: int, shots: int) -> list[list[int]]:
-    """The same from the package's index file."""
+def published(task: Task, train: Sequence[Example], tested: Collection[str], seed: int, shots: int) -> list[list[int]]:
+    """The same from the package's index file. Raises ValueError: it is of other rows, or draws some of `tested`."""
     other = "pass --shots-from rule: the same rule on the rows at hand"
     file = SHOTS / f"{task.name}.json"
     if not file.is_file():
         raise ValueError(f"task {task.name!r} has no published few-shot file; {other}")
     content = json.loads(file.read_text(encoding="utf-8"))
+    if (version := content.get("version", 1)) != VERSION:
+        raise ValueError(
+            f"{file} is drawn by version {version} of the rule, and this is version {VERSION}: version 1 drew equal "
+            f"texts for train and for dev; write it anew by `shots {task.name}`, or {other}"
+        )
     if content["digest"] != (found := digest(train)):
         raise ValueError(
             f"the few-shot file of task {task.name!r} is for {content['rows']} training rows with digest "
@@ -122,15 +169,25 @@ def published(task: Task, train: Sequence[Example], seed: int, shots: int) -> li
             f"the few-shot file of task {task.name!r} has seeds {', '.join(content['seeds'])} and {content['shots']} "
             f"rows per class, not seed {seed} and {shots}; {other}"
         )
-    return content["seeds"][str(seed)]
+    groups: list[list[int]] = content["seeds"][str(seed)]
+    if any(train[i].key in tested for group in groups for i in group):
+        raise ValueError(
+            f"the few-shot file of task {task.name!r} draws rows that stand in this test set, which is another than "
+            f"that of the file; {other}"
+        )
+    return groups
 
 
 def publish(task: Task, splits: dict[str, list[Example]], folder: Path = SHOTS) -> Path:
-    """Write the index file of a task's training rows."""
-    train, tested = splits["train"], {e.key for e in splits["test"]}
+    """Write the index file of a task's training rows. Raises ValueError: the task has no train or no test set."""
+    check_splits(task, splits)
+    train, tested = splits["train"], keys(splits["test"])
     clean = [i for i, e in enumerate(train) if e.key not in tested]
     seeds = {str(seed): draw(task, train, clean, seed, PUBLISHED) for seed in SEEDS}
-    content = {"task": task.name, "rows": len(train), "digest": digest(train), "shots": PUBLISHED, "seeds": seeds}
+    content = {
+        "task": task.name, "version": VERSION, "rows": len(train), "digest": digest(train), "shots": PUBLISHED,
+        "seeds": seeds,
+    }  # fmt: skip
     file = folder / f"{task.name}.json"
     lines = json.dumps(content, separators=(",", ":")).replace(']],"', ']],\n"')  # a line for each seed
     file.write_text(f"{lines}\n", encoding="utf-8")

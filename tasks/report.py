@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from mixadapters.tasks.metrics import row_scores, score
+from mixadapters.tasks.protocols import VERSION
 from mixadapters.tasks.provenance import FORMAT
 from mixadapters.tasks.registry import Task, get_task
 
@@ -52,6 +53,8 @@ class Table:
     def title(self) -> str:
         shots = self.protocol["shots"]
         data = f"{shots} per class" if shots else "full data"
+        if (drawn := self.protocol.get("draw", 1)) != VERSION:
+            data += f" (drawn by version {drawn})"
         model = "/".join(Path(self.setup["model"]).parts[-2:]) if self.setup else "no model"
         sizes = f"{self.rows['train']} train and {self.rows['test']} test rows"
         return f"{self.task}: {self.metric}, {data}, {sizes}, {model}"

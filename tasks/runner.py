@@ -25,7 +25,7 @@ from mixadapters.tasks.arguments import RunArguments, TrainArguments
 from mixadapters.tasks.methods import HEAD, UNTRAINED, Method, domain_layers, trainable
 from mixadapters.tasks.metrics import score
 from mixadapters.tasks.models import Base
-from mixadapters.tasks.protocols import Rows, select
+from mixadapters.tasks.protocols import VERSION, Rows, select
 from mixadapters.tasks.provenance import FORMAT, fingerprint, provenance
 from mixadapters.tasks.registry import TASKS, Task, get_task
 from mixadapters.tasks.sources import Example, check_source, read_task, read_texts
@@ -217,7 +217,7 @@ class Run:
         self.label = f"{task.name:>20} {Path(method).stem:>13}"
         # What all methods of a table have in common, and how models are trained: nothing for those that train none.
         self.protocol = {
-            "task": task.name, "shots": self.args.shots, "shots_from": rows.shots_from,
+            "task": task.name, "shots": self.args.shots, "shots_from": rows.shots_from, "draw": VERSION,
             "dev_rows": self.args.dev_rows, "test_rows": self.args.test_rows, "test": rows.digests["test"],
         }  # fmt: skip
         setup = {**{n: getattr(self.args, n) for n in SETUP}, "training": runner.training.changes()}
@@ -251,7 +251,8 @@ class Run:
             "format": FORMAT, "task": self.task.name, "method": Path(self.method).stem, "seed": self.seed,
             "protocol": self.protocol, "setup": self.setup, "metrics": metrics,
             "rows": {split: len(getattr(self.rows, split)) for split in self.rows.digests},
-            "digests": self.rows.digests, "left_out_for_standing_in_test": self.rows.leaked, **found, "gold": gold,
+            "digests": self.rows.digests, "left_out_for_standing_in_test": self.rows.leaked,
+            "left_out_for_standing_in_dev": self.rows.shared, **found, "gold": gold,
             "seconds": round(time.perf_counter() - started, 1), **provenance(),
         }  # fmt: skip
         self.file.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from mixadapters.core.routing import NO_LAYER
+
 if TYPE_CHECKING:
     from mixadapters.core.context import ForwardContext
 
@@ -22,6 +24,9 @@ class Site:
     stack: str = ""  # "encoder" or "decoder" in models that have both
     causal: bool = False  # a position must not see later ones
     taps: tuple[tuple[str, str], ...] = ()  # (role, path of the module whose input is kept) pairs
+    adapter: str = ""  # name of the adapter that is put here
+    group: str = ""  # the sublayer: "attention", "cross_attention" or "ffn"; "" where that cannot be told
+    layer: int = NO_LAYER  # index of the layer; NO_LAYER outside the layers
 
     def tap(self, role: str) -> str | None:
         """Path of the tap for `role`, to be read with `context.tap(path)`; None where this site has none."""
@@ -35,6 +40,12 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         raise NotImplementedError
+
+    def bind(self, site: Site, step: str = "") -> None:
+        """Called once the adapter has its place: at `site`, as the step of a chain if it is one."""
+        for name, part in self.named_children():
+            if isinstance(part, Adapter):
+                part.bind(site, name)
 
     def prepare(self, context: ForwardContext) -> None:
         """Called once per root forward, before its layers run and outside checkpointed regions."""

@@ -19,10 +19,14 @@ from torch import Tensor, nn
 
 from mixadapters.core.cache import claim, gate_state
 from mixadapters.core.joining import join_losses
+from mixadapters.core.routing import Routing, RoutingKey, find_routing
 from mixadapters.core.sites import has_two_stacks, layer_index
 from mixadapters.core.streams import Stream, read_stream, repeat_rows
 
-COMMON_FIELDS = ("adapter_names", "domain_ids", "prompt_mask")
+ROUTES = "routes"  # the field that holds pinned routings by their keys
+COMMON_FIELDS = ("adapter_names", "domain_ids", "prompt_mask", ROUTES)
+
+Observer = Callable[[RoutingKey, Routing, "Tensor | None"], None]
 
 
 class Objective(Protocol):
@@ -45,12 +49,14 @@ class Record:
     training: bool = False
     grad: bool = False  # whether gradients were recorded when the forward began
     open: bool = False  # between the root's first and last hook
+    closed: bool = False  # after the root's last hook: layers that run now run again
     inputs: dict[str, Any] = field(default_factory=dict)  # arguments of the base model's forward, by name
     values: dict[str, Any] = field(default_factory=dict)  # arguments taken off, and pinned ones
     pinned: frozenset[str] = frozenset()  # the names of the pinned ones among them
     streams: dict[str, Stream] = field(default_factory=dict)  # by stack: "", "encoder", "decoder"
     taps: dict[str, Tensor] = field(default_factory=dict)  # by path of the tapped module
     shared: dict[str, Any] = field(default_factory=dict)  # what `Adapter.prepare` leaves for the layers
+    routings: dict[RoutingKey, Routing] = field(default_factory=dict)  # what routers have decided
     state: dict[str, Tensor] = field(default_factory=dict)  # gate state until the model has made a cache
     losses: dict[str, Tensor] = field(default_factory=dict)  # weighted, summed by name
     main_loss: Tensor | None = None
@@ -112,6 +118,8 @@ class ForwardContext:
 
     Attributes:
         record: the current `Record`. Threads have their own while a forward runs.
+        observers: called with each routing that is decided, in training, evaluation and `generate`: (key, routing,
+            mask (N,) bool of the rows that count, or None: all).
         objectives: what changes inputs, outputs and loss of a training forward, in order.
         pinned: fields that hold over several forwards; see `pin`.
         loss_scale: factor on auxiliary losses that are attached to the outputs for want of a loss (1 / number of
@@ -123,6 +131,7 @@ class ForwardContext:
 
     def __init__(self, argument_names: tuple[str, ...] = ()) -> None:
         self.fields: set[str] = set(COMMON_FIELDS)
+        self.observers: list[Observer] = []
         self.objectives: list[Objective] = []
         self.staged: list[Objective] = []  # those of them that a StageCallback has attached
         self.pinned: dict[str, Any] = {}
@@ -143,7 +152,7 @@ class ForwardContext:
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors of a batch are no state of the model, and those with a history cannot be copied.
-        left_out: dict[str, Any] = {"_latest": None, "_local": None, "loss_log": {}, "pinned": {}}
+        left_out: dict[str, Any] = {"_latest": None, "_local": None, "loss_log": {}, "pinned": {}, "observers": []}
         return {**self.__dict__, **left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -267,7 +276,7 @@ class ForwardContext:
             if output is not None:  # None: the forward raised
                 output = self._finish(record, module, output)
         finally:
-            record.open = False
+            record.open, record.closed = False, True
             if record.parent is not None:
                 self.enter(record.parent)
         return output
@@ -311,6 +320,14 @@ class ForwardContext:
         if path not in self.record.taps:
             raise RuntimeError(f"the module {path!r} has not run before the layer that needs its input")
         return self.record.taps[path]
+
+    def routing(self, key: RoutingKey) -> Routing:
+        """What has been decided at `key` in this forward; `path` and `step` may be left out where that is clear.
+
+        Raises:
+            RuntimeError: no router has decided it yet, or several have.
+        """
+        return find_routing(self.record.routings, key)
 
     def as_sequences(self, tokens: Tensor, stack: str = "") -> Tensor:
         """tokens (B, T, d) or flattened (B*T, d) -> (B, T, d)."""

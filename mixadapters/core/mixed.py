@@ -113,8 +113,8 @@ class _Together:
         self.owner = owner
         # Past `nn.Module.__getattr__`, as in `arena.holders`.
         self.banks: list[AdapterBank] = [mixture._modules["bank"] for mixture in mixtures]
-        self.routers: list[Any] = [mixture._modules["router"] for mixture in mixtures]
-        self.always_first = all(getattr(router, "always_first", False) for router in self.routers)
+        self.mixtures = list(mixtures)
+        self.always_first = all(mixture.always_first for mixture in mixtures)
         self.tied: Tied | None = None
 
     def __call__(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
@@ -122,7 +122,7 @@ class _Together:
         packed = concatenate(self.banks, context) if self.tied is None else self.tied.pack()
         source = self.first.source(x, y, context).to(y.dtype)
         tokens, base = source.reshape(-1, source.shape[-1]), y.reshape(-1, y.shape[-1])
-        if self.always_first and all(size == 1 for size in packed.sizes):
+        if self.always_first and not context.observers and all(size == 1 for size in packed.sizes):
             routing, run = self._by_owner(packed, len(tokens), y.device, context), len(tokens) // len(self.owner)
         else:
             routing, run = packed.placed(self._by_routers(packed, source, context), len(tokens)), 1
@@ -137,9 +137,9 @@ class _Together:
     def _by_routers(self, packed: Packed, source: Tensor, context: ForwardContext) -> Routing:
         rows = _rows(self.owner, source.numel() // source.shape[-1], source.device, context)[:, 0]
         routings = []
-        for i, router in enumerate(self.routers):
+        for i, mixture in enumerate(self.mixtures):
             context.record.own_rows = rows == i
-            routings.append(router(source, context))
+            routings.append(mixture.route(source, context))
         context.record.own_rows = None
         return _joined(routings, packed.sizes, rows)
 

@@ -7,10 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mixadapters.core.adapter import Adapter
+from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.routing import Routing
+from mixadapters.core.routes import pinned_routing, real_rows
+from mixadapters.core.routing import Routing, RoutingKey
 
 Insertion = Literal["parallel", "sequential"]
 
@@ -47,6 +48,16 @@ class Mixture(Adapter):
         self.dropout = nn.Dropout(dropout)
         self.observes, self.replaces = observes, replaces
         self.kind = (bank.kind, insertion, tap)  # what mixtures that run in one call have in common
+        self.key, self.stack = RoutingKey(), ""
+
+    def bind(self, site: Site, step: str = "") -> None:
+        self.key = RoutingKey(site.adapter, site.group, site.layer, site.path, step)
+        self.stack = site.stack
+
+    @property
+    def always_first(self) -> bool:
+        """Whether every row uses expert 0 with weight 1, so that there is nothing to decide, to pin or to publish."""
+        return getattr(self.router, "always_first", False)
 
     @property
     def rate(self) -> float:
@@ -62,9 +73,25 @@ class Mixture(Adapter):
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         source = self.source(x, y, context).to(y.dtype)
-        routing = self.router(source, context)
+        routing = self.route(source, context)
         tokens, base = source.reshape(-1, source.shape[-1]), y.reshape(-1, y.shape[-1])
         return self.bank(tokens, routing, context, base, routing.keep, self.rate).view_as(y)
+
+    def route(self, source: Tensor, context: ForwardContext) -> Routing:
+        """The routing of the N rows of source (..., K): the pinned one, or else the router's. It is published."""
+        if self.always_first and not context.observers:
+            return self.router(source, context)
+        rows = source.numel() // source.shape[-1]
+        routing = pinned_routing(self.key, rows, context, self.stack, source.device)
+        if routing is None:
+            routing = self.router(source, context)
+        if not self.always_first:
+            context.record.routings[self.key] = routing
+        if context.observers and not context.record.closed:  # not where checkpointing runs the layer again
+            mask = real_rows(context, self.stack, rows)
+            for observer in context.observers:
+                observer(self.key, routing, mask)
+        return routing
 
     def observe(self, x: Tensor, y: Tensor, context: ForwardContext) -> list[Tensor]:
         source = self.source(x, y, context).to(y.dtype)

@@ -23,15 +23,26 @@ from transformers.pytorch_utils import Conv1D
 from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.inspection import RoutingVerbs
 from mixadapters.core.layer import AdapterHost, HookedLayer, MixtureLayer, is_pointwise
 from mixadapters.core.mixed import RowNames
 from mixadapters.core.registry import nearest
-from mixadapters.core.sites import ROLES, Tap, find_architecture, hidden_size_of, layer_index, stack_of
+from mixadapters.core.routing import NO_LAYER
+from mixadapters.core.sites import (
+    ROLES,
+    Tap,
+    find_architecture,
+    group_of,
+    hidden_size_of,
+    layer_index,
+    stack_of,
+    sublayer_of,
+)
 
 TARGET = "target"  # role of modules that the user names by target_modules
 
 
-class MixtureModel(BaseTuner):
+class MixtureModel(RoutingVerbs, BaseTuner):
     """Base of the tuners. Class attributes of a method:
 
     prefix: its type's name in lower case and "_" (set by registration).
@@ -249,10 +260,11 @@ class MixtureModel(BaseTuner):
     ) -> None:  # fmt: skip
         host = target if isinstance(target, MixtureLayer) else getattr(target, HookedLayer.attribute, None)
         base = host.get_base_layer() if isinstance(host, AdapterHost) else target
-        site = self._site(peft_config, base, current_key)
+        site = self._site(peft_config, adapter_name, base, current_key)
         adapter = self.build(peft_config, site)
         if adapter is None:
             return
+        adapter.bind(site)
         for _role, path in site.taps:
             Tap.attach(self._unwrapped(path), path, self.context)
         if not isinstance(host, AdapterHost):
@@ -273,14 +285,27 @@ class MixtureModel(BaseTuner):
                 module = module.base_layer
         return module
 
-    def _site(self, config: MixtureConfig, base: nn.Module, path: str) -> Site:
+    def _site(self, config: MixtureConfig, adapter_name: str, base: nn.Module, path: str) -> Site:
         role = TARGET
         if config.sites is not None:
             role = next(r for r in self.roles(config) if re.fullmatch(config.sites[r], path))
         width_in, width_out = self._widths(config, base, path)
         stack = stack_of(path, self.model)
         taps = tuple((r, self._nearest_tap(config.sites[r], path)) for r in self.taps(config)) if config.sites else ()
-        return Site(role, path, width_in, width_out, stack, self._is_causal(stack), taps)
+        layer = layer_index(path)
+        return Site(
+            role, path, width_in, width_out, stack, self._is_causal(stack), taps,
+            adapter=adapter_name, group=self._group(role, path), layer=NO_LAYER if layer is None else layer,
+        )  # fmt: skip
+
+    def _group(self, role: str, path: str) -> str:
+        if role != TARGET:
+            return group_of(role)
+        try:
+            row = find_architecture(self.get_model_config(self.model).get("model_type", "custom"))
+        except ValueError:
+            row = None
+        return sublayer_of(path, row)
 
     def _widths(self, config: MixtureConfig, base: nn.Module, path: str) -> tuple[int, int]:
         if isinstance(base, Conv1D):

@@ -237,6 +237,31 @@ def layer_index(path: str) -> int | None:
     return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
+GROUPS = {  # words in a module's name, for modules that the table does not know
+    "cross_attention": ("crossattention", "crossattn", "encoderattn", "encdecattention"),
+    "attention": ("attention", "attn"),
+    "ffn": ("mlp", "ffn", "feedforward", "densereludense", "fc1", "fc2", "moe", "experts", "intermediate"),
+}
+
+
+def sublayer_of(path: str, row: Architecture | None) -> str:
+    """The sublayer that a module lies in, "attention", "cross_attention" or "ffn"; "" where its name does not tell."""
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        for role in ROLES if row is not None else ():
+            if (pattern := getattr(row, role)) and re.fullmatch(pattern, ".".join(parts[:end])):
+                return group_of(role)
+    words = [part.replace("_", "").lower() for part in parts]
+    return next((g for g, known in GROUPS.items() if any(k in word for word in words for k in known)), "")
+
+
+def group_of(role: str) -> str:
+    """The sublayer that a role belongs to."""
+    if role.startswith(("ffn", "cross_attention")):
+        return "ffn" if role.startswith("ffn") else "cross_attention"
+    return "attention"
+
+
 def has_two_stacks(model: nn.Module) -> bool:
     """Whether the model has an encoder and a decoder."""
     return getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True

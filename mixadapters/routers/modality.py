@@ -55,10 +55,10 @@ class Modalities:
     def _given(self, context: ForwardContext) -> Tensor:
         given = context.token_field("modality_ids")
         if given is not None:
-            return given.long()
+            return _integers("modality_ids", given).long()
         types = context.token_field("mm_token_type_ids")
         if types is not None:
-            return self._numbered(types, enumerate(TOKEN_TYPES), missing=UNKNOWN)
+            return self._numbered(_integers("mm_token_type_ids", types), enumerate(TOKEN_TYPES), missing=UNKNOWN)
         tokens = context.record.inputs.get("input_ids")
         if self.tokens is None or tokens is None:
             reason = "token_ids is not set" if self.tokens is None else "there are no input_ids"
@@ -74,6 +74,12 @@ class Modalities:
         for code, name in table:
             ids = ids.masked_fill(codes == code, self.names.index(name) if name in self.names else UNKNOWN)
         return ids
+
+
+def _integers(name: str, ids: Tensor) -> Tensor:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"{name} of {ids.dtype} are no numbers of modalities; give integers (B, T)")
+    return ids
 
 
 @ROUTERS.register("modality")

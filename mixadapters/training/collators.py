@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from mixadapters.core.columns import require_padding
+from mixadapters.core.columns import numbered, require_padding, text_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -209,8 +209,8 @@ class PairCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         texts: list[str] = []
-        for row in features:
-            texts += _text(row), _text(row, "positive" if "positive" in row else "text")
+        for where, row in numbered(features):
+            texts += text_of(where, row, "text"), text_of(where, row, "positive" if "positive" in row else "text")
         batch = self.tokenizer(
             texts,
             padding=True,
@@ -277,9 +277,9 @@ class WithGeneralText:
         batch = dict(self.collator(features))
         if "old_input_ids" in batch:
             raise ValueError("the batch already has 'old_input_ids'; wrap a collator in WithGeneralText once")
-        rows = [self.general[i] for i in self._draw()]
+        rows = [(f"general[{i}]", self.general[i]) for i in self._draw()]
         old = self.tokenizer(
-            [_text(row if isinstance(row, Mapping) else {"text": row}) for row in rows],
+            [text_of(where, row if isinstance(row, Mapping) else {"text": row}, "text") for where, row in rows],
             padding=True,
             truncation=True,
             max_length=self.max_length,
@@ -338,16 +338,6 @@ def _parse(template: str) -> list[tuple[str, str | None]]:
             "without format or conversion; write a brace as {{ or }}"
         )
     return [(literal, name) for literal, name, _, _ in parsed]
-
-
-def _text(row: Mapping[str, Any], name: str = "text") -> str:
-    text = row.get(name)
-    if not isinstance(text, str):
-        raise ValueError(
-            f"a row with the columns {sorted(row)} has {name}={text!r}, not a string; rename the column, and pass "
-            "remove_unused_columns=False to TrainingArguments"
-        )
-    return text
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, Any]:

@@ -60,7 +60,10 @@ def data(tmp_path) -> Path:
     folder, rows = tmp_path / "data" / "scienceqa", []
     for i, (split, image) in enumerate([("mm_train", 1), ("mm_dev", 1), ("mm_test", 1), (None, 1), (None, 0)] * 3):
         row = {"question": f"which {i} ?", "context": "red" if i % 2 else "", "choices": ["red", "blue"],
-               "answer": i % 2, "has_image": bool(image), "subject": "natural science", "topic": "color"}  # fmt: skip
+               "answer": i % 2, "has_image": bool(image)}  # fmt: skip
+        # As in the published files: most of the test set says nothing of a question but its caption, if that.
+        row |= {"subject": "natural science", "topic": "color"} if i % 5 == 4 or i < 3 else {}
+        row |= {"caption": "A red field."} if image else {}
         rows.append(row | ({"image_file": f"images/{i}.jpg", "mm_split": split} if split else {}))
     write(folder / "test.jsonl.gz", rows)
     write(folder / "train_subset.jsonl.gz", rows[4::5])
@@ -99,8 +102,24 @@ def test_scienceqa_has_questions_with_and_without_images(tmp_path, data, example
     arguments = ["--task", "scienceqa", "--data_dir", str(data), "--out", str(tmp_path / "out"), "--rates", "1e-2"]
     example.main([*arguments, "--methods", "pill_one", "pill_zero", *SMALL])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    groups = {"modality: image", "modality: text", "modality: neither", "subject: natural science", "all"}
+    groups = {"modality: image", "modality: text", "modality: neither", "all"}
+    groups |= {"subject: natural science", "subject: not given"}
     assert all(groups <= run.keys() for run in report["runs"])
+
+
+def test_words_for_an_image_of_scienceqa_come_from_what_its_row_has(data, example) -> None:
+    tags = [row["tags"] for row in example.load("scienceqa", str(data)).train if row["images"]]
+    assert tags == [{"a", "red", "field", "color"}, {"a", "red", "field"}, {"a", "red", "field"}]
+
+
+def test_images_without_a_word_need_an_encoder_that_is_given(tmp_path, data, example) -> None:
+    folder = data / "scienceqa"
+    write(folder / "test.jsonl.gz", [
+        {"question": "which ?", "context": "", "choices": ["red", "blue"], "answer": 0, "has_image": True,
+         "image_file": "images/0.jpg", "mm_split": f"mm_{split}"} for split in ("train", "dev", "test")
+    ])  # fmt: skip
+    with pytest.raises(SystemExit, match="--encoder"):
+        example.main(["--task", "scienceqa", "--data_dir", str(data), "--out", str(tmp_path / "out"), *SMALL])
 
 
 def test_small_pieces_are_pretrained_once(tmp_path, data, example) -> None:

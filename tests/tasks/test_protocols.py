@@ -11,7 +11,7 @@ import pytest
 
 from mixadapters.tasks import TASKS, get_task, protocols
 from mixadapters.tasks.protocols import SHOTS, draw, publish, ranked, select
-from mixadapters.tasks.sources import Example
+from mixadapters.tasks.sources import Example, read_task
 
 IMDB = get_task("imdb")
 RULE = [7, 0, 2, 4, 6, 8, 5, 3, 9, 1]  # of ten examples under seed 0
@@ -102,11 +102,69 @@ def test_without_a_published_file_the_rule_is_named(splits, tmp_path, monkeypatc
         select(IMDB, splits, 0, 7)
 
 
+@pytest.mark.parametrize("shots", [1, 3, 16])
+def test_no_text_is_drawn_twice(splits, shots) -> None:
+    twins = [Example((f"twin {i % 7}",), label) for i in range(40) for label in (0, 1)]  # with unlike labels
+    splits["train"] = [*twins, *examples(30), *examples(6, 200)]  # the last six stand in test
+    for seed in range(20):
+        rows = select(IMDB, splits, seed, shots, "rule")
+        drawn = [e.key for e in [*rows.train, *rows.dev]]
+        assert len(set(drawn)) == len(drawn)
+        assert not set(drawn) & {e.key for e in rows.test}
+        if shots < 8:  # a class has 15 texts of its own
+            assert Counter(e.target for e in rows.train) == Counter(e.target for e in rows.dev) == {0: shots, 1: shots}
+
+
+def test_texts_that_differ_by_blanks_are_one(tmp_path, write) -> None:
+    for split, texts in (("train", ["a  b", "a b ", "c", "d<br />e", "d e"]), ("test", ["f", "c\t"])):
+        write(tmp_path, f"reviews/imdb/{split}", [{"text": t, "label": i % 2} for i, t in enumerate(texts)])
+    write(tmp_path, "reviews/imdb/dev", [{"text": "d e", "label": 0}])
+    rows = select(IMDB, read_task(IMDB, tmp_path), 0, None)
+    assert [e.key for e in rows.train] == ["a b", "a b"]  # what a published set repeats in train stays
+    assert (rows.leaked, rows.shared) == (1, 2)
+
+
+def test_rows_of_dev_never_train(splits) -> None:
+    splits["train"] += [splits["dev"][0], Example(splits["dev"][1].texts, 1 - splits["dev"][1].target)]
+    rows = select(IMDB, splits, 0, None, dev_rows=3)
+    assert not {e.key for e in splits["dev"]} & {e.key for e in rows.train}  # also those beyond dev_rows
+    assert (rows.shared, rows.leaked, len(rows.train)) == (2, 0, 80)
+
+
+def test_dev_out_of_train_takes_every_copy_of_a_text(splits) -> None:
+    del splits["dev"]
+    splits["train"] = [Example((f"text {i % 15}",), i % 2) for i in range(80)]
+    rows = select(IMDB, splits, 0, None)
+    held = [e.key for e in rows.dev]
+    assert len(set(held)) == len(held) == 8
+    assert not set(held) & {e.key for e in rows.train}
+    assert len(rows.train) + len(rows.dev) + rows.shared == 80
+
+
+def test_a_published_file_of_the_old_rule_is_refused(splits, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(protocols, "SHOTS", tmp_path)
+    file = publish(IMDB, splits, tmp_path)
+    content = json.loads(file.read_text())
+    del content["version"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"version 1 of the rule.*drew equal texts.*`shots imdb`.*--shots-from rule"):
+        select(IMDB, splits, 0, 7)
+
+
+def test_a_published_file_never_draws_from_another_test_set(splits, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(protocols, "SHOTS", tmp_path)
+    publish(IMDB, splits, tmp_path)
+    splits["test"] = [*splits["test"], *select(IMDB, splits, 0, 7).dev[:1]]
+    with pytest.raises(ValueError, match="draws rows that stand in this test set"):
+        select(IMDB, splits, 0, 7)
+
+
 @pytest.mark.parametrize("file", sorted(SHOTS.glob("*.json")), ids=lambda f: f.stem)
 def test_published_files_are_whole(file) -> None:
     content = json.loads(file.read_text())
     task = TASKS[content["task"]]
     assert file.stem == task.name
+    assert content["version"] == protocols.VERSION
     assert list(content["seeds"]) == ["0", "1", "2", "3", "4"]
     for groups in content["seeds"].values():
         drawn = [i for group in groups for i in group]

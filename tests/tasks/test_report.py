@@ -21,7 +21,7 @@ def result(method: str, seed: int, right: int, task: str = "imdb", **more: Any) 
     return {
         "format": 1, "task": task, "method": method, "seed": seed, "gold": GOLD, "predictions": predictions,
         "metrics": {get_task(task).metrics[0]: right / 40}, "rows": {"train": 8, "dev": 8, "test": 40},
-        "protocol": {"task": task, "shots": 4}, "setup": {} if baseline else {"model": "some/model"},
+        "protocol": {"task": task, "shots": 4, "draw": 2}, "setup": {} if baseline else {"model": "some/model"},
         "trainable_parameters": 0 if baseline else 1000, "head_parameters": 0 if baseline else 34,
         "retention": None if baseline else {"drift": right / 100}, **more,
     }  # fmt: skip
@@ -76,12 +76,20 @@ def test_metrics_that_are_no_mean_are_resampled_too(monkeypatch) -> None:
 
 
 def test_unlike_protocols_and_setups_have_tables_of_their_own() -> None:
-    other = [result("lora", 0, 30, protocol={"task": "imdb", "shots": None}),
+    other = [result("lora", 0, 30, protocol={"task": "imdb", "shots": None, "draw": 2}),
              result("lora", 0, 31, setup={"model": "another/model"})]  # fmt: skip
     found = report.tables([*RUNS, *other])
     assert [len(t.lines) for t in found] == [2, 3, 1]
     assert [t.title.rsplit(", ", 1)[1] for t in found] == ["another/model", "some/model", "some/model"]
     assert "majority" in {line.method for line in found[0].lines}  # it trains nothing: it stands in both
+
+
+def test_rows_of_another_draw_have_a_table_that_says_so() -> None:
+    old = [result("lora", s, 30, protocol={"task": "imdb", "shots": 4}) for s in range(3)]
+    found = report.tables([*RUNS, *old])
+    assert [len(t.lines) for t in found] == [1, 3]
+    assert "4 per class (drawn by version 1), " in found[0].title
+    assert "drawn" not in found[1].title
 
 
 def test_two_results_for_one_place_are_refused() -> None:

@@ -283,13 +283,72 @@ def test_markers_and_images_that_do_not_match_are_refused(row, message) -> None:
         collator()([row])
 
 
-def test_settings_of_the_collator_are_checked() -> None:
+GOOD = {"prompt": "what ?", "answer": "a cat"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"answer": "a cat"}, r"row 1 .*columns \['answer'\] has prompt=None.*remove_unused_columns=False"),
+        ({"prompt": ["what"]}, r"row 1 .*prompt=\['what'\], not a string"),
+        ({"prompt": "what", "answer": 1}, "row 1 .*answer=1, not a string"),
+        ({"prompt": "what \ud83d ?"}, r"row 1 .*half of a surrogate pair at character 5"),
+        ({"prompt": "<image>", "images": picture()}, r"row 1 .*images=.*give a list, of one image too: \[image\]"),
+        ({"prompt": "<image>", "images": np.zeros((1, 8, 8, 3))}, "(?s)row 1 .*, of type ndarray; give a list"),
+        ({"prompt": "<image>", "images": "cat.png"}, "row 1 .*images='cat.png', of type str; give a list"),
+        ({"prompt": "<image>", "images": [None]}, "row 1 .*with None in it"),
+        ({"prompt": "<image>", "images": [3]}, "row 1 .*has an image that CLIPImageProcessorPil does not take, 3"),
+        ({"prompt": "<image>", "images": [{"path": "a"}]}, "row 1 .*does not take.*convert"),
+        ({"prompt": ""}, "row 1 .*no token of prompt='' is left"),
+        (["what ?"], r"row 1 of the batch is \['what \?'\], a list; a row maps columns"),
+        ("what ?", "row 1 of the batch is 'what .'"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_column_and_a_remedy(row, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        collator()([GOOD, row])
+
+
+def test_a_batch_without_rows_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no rows"):
+        collator()([])
+
+
+def test_columns_that_a_dataset_fills_with_none_count_as_absent() -> None:
+    rows = [{"prompt": "what ?", "answer": None, "images": None}, {"prompt": "one ?", "answer": None}]
+    assert "labels" not in collator()(rows)
+    assert collator()(rows)["attention_mask"].sum(1).tolist() == [2, 2]
+
+
+def test_an_image_needs_a_processor() -> None:
+    images = collator()
+    images.image_processor = None
+    assert "pixel_values" not in images([GOOD])
+    with pytest.raises(ValueError, match="row 0 of the batch has an image, but image_processor=None"):
+        images([{"prompt": "<image>", "images": [picture()]}])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 0}, "max_length=0 must be an integer, 1 or more"),
+        ({"max_length": 8.5}, "max_length=8.5 must be an integer"),
+        ({"tokens_per_image": 0}, "tokens_per_image=0 must be an integer, 1 or more"),
+        ({"tokens_per_image": True}, "tokens_per_image=True must be an integer"),
+        ({"token_id": -1}, "token_id=-1 must be an integer, 0 or more"),
+        ({"marker": ""}, "marker='' must be a text"),
+    ],
+)
+def test_settings_of_the_collator_are_checked(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        collator(**options)
+
+
+def test_a_tokenizer_without_padding_is_refused() -> None:
     without = tokenizer()
     without.pad_token = None
     with pytest.raises(ValueError, match="has no pad_token"):
         collator(tokenizer=without)
-    with pytest.raises(ValueError, match="max_length=0"):
-        collator(max_length=0)
 
 
 def test_scripts_that_import_from_the_former_place_go_on() -> None:

@@ -314,9 +314,11 @@ class MixDAModel(MixtureModel):
             chain.domain.router.add_expert(name, share)
             new = chain.domain.bank.experts[name]
         else:
-            new = self._mixture(config, self._site(config, host.get_base_layer(), path), {name: rank})
+            site = self._site(config, adapter_name, host.get_base_layer(), path)
+            new = self._mixture(config, site, {name: rank})
             new.router.start_at(share)
             host.adapters[adapter_name] = Chain(domain=new, **chain.stages)
+            host.adapters[adapter_name].bind(site)
         device, base_dtype = host._get_base_layer_device_and_dtype(host.get_base_layer())
         new.to(device, dtype or base_dtype)
 

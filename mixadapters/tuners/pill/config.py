@@ -18,6 +18,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def check_token_ids(token_ids: dict[str, list[int]]) -> None:
+    """Raises ValueError unless each modality has a list of tokens, and no token has two modalities."""
+    modality_of: dict[int, str] = {}
+    for modality, tokens in token_ids.items():
+        if not isinstance(tokens, (list, tuple)) or not tokens:
+            raise ValueError(
+                f"token_ids={token_ids} must give a list of tokens for each modality, as in {{'image': [5]}}"
+            )
+        for token in tokens:
+            if not isinstance(token, int) or isinstance(token, bool) or token < 0:
+                raise ValueError(f"token_ids={token_ids}: {token!r} is no token id, an integer from 0")
+            if token in modality_of:
+                raise ValueError(
+                    f"token_ids={token_ids}: token {token} stands for {modality_of[token]!r} and for {modality!r}; "
+                    "name each token once"
+                )
+            modality_of[token] = modality
+
+
 @dataclass
 class PILLConfig(MixtureConfig):
     """One expert per modality before the FFN, an adapter before attention, and a gate on the values of attention.
@@ -83,15 +102,17 @@ class PILLConfig(MixtureConfig):
             ("ffn_experts", self.modalities), ("gate_modalities", self.modalities),
             ("token_ids", [*self.modalities, *TOKEN_TYPES]),
         ):  # fmt: skip
-            for modality in getattr(self, name) or ():
+            given = getattr(self, name) or ()
+            for modality in given:
                 one_of(name, modality, known)
+            if len(set(given)) != len(given):
+                raise ValueError(f"{name}={given} must name each modality once")
         if self.gate_modalities == [] or "text" in (self.gate_modalities or ()):
             raise ValueError(
                 f"gate_modalities={self.gate_modalities} must name modalities other than text, whose values are never "
                 "gated; for no gate set gate=False"
             )
-        if any(isinstance(tokens, (int, str)) for tokens in (self.token_ids or {}).values()):
-            raise ValueError(f"token_ids={self.token_ids} must give a list of tokens for each modality")
+        check_token_ids(self.token_ids or {})
         one_of("attention_adapter", self.attention_adapter, ("shared", "per_modality", "none"))
         one_of("gate_init", self.gate_init, ("zero", "one", None))
         one_of("gate_granularity", self.gate_granularity, ("kv_head", "layer"))

@@ -72,7 +72,8 @@ class PILLModel(MixtureModel):
             raise ValueError(f"PILL is for decoders; {type(self.model).__name__} has an encoder of its own")
         found = {name: getattr(self.model.config, f"{name}_token_id", None) for name in TOKEN_TYPES[1:]}
         known = {name: [token] for name, token in found.items() if token is not None}
-        if config.token_ids is None and known:
+        # A model may have one token for images and videos, which then says nothing.
+        if config.token_ids is None and known and len({tokens[0] for tokens in known.values()}) == len(known):
             config.token_ids = known
         if config.gate_init is None:
             config.gate_init = "one" if known or model_config.get("vision_config") else "zero"
@@ -102,8 +103,10 @@ class PILLModel(MixtureModel):
     def build(self, config: PILLConfig, site: Site) -> Adapter | None:
         if site.role in ("value", "qkv"):
             return ValueGate(config, site.in_features, *self._heads(config, site))
-        if attention := site.role == "attention_norm":
-            names = ["shared"] if config.attention_adapter == "shared" else config.modalities
+        attention = site.role == "attention_norm"
+        shared = attention and config.attention_adapter == "shared"
+        if attention:
+            names = ["shared"] if shared else config.modalities
         else:
             names = config.modalities if config.ffn_experts is None else config.ffn_experts
             text = self.model.config.get_text_config()
@@ -116,7 +119,6 @@ class PILLModel(MixtureModel):
             bank.add(name, self.rank_at(config, site.path, config.r), config.init_weights)
             if config.init_weights:  # 0.02 at the released code's width of 4096, and as strong at any other
                 nn.init.normal_(bank.experts[name].down.weight, std=1.28 * site.in_features**-0.5)
-        shared = names == ["shared"]
         router = SingleRouter(site.in_features, names) if shared else ModalityRouter(
             site.in_features, names, config.source()
         )  # fmt: skip

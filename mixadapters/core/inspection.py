@@ -1,0 +1,45 @@
+"""What a tuner offers to those who look at routings, or set them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from mixadapters.core.context import ROUTES, ForwardContext
+from mixadapters.core.layer import AdapterHost
+from mixadapters.core.mixture import Mixture
+from mixadapters.core.routes import spread_pins
+from mixadapters.core.routing import Routing, RoutingKey
+
+
+class RoutingVerbs:
+    """Part of a tuner."""
+
+    @property
+    def context(self) -> ForwardContext:
+        raise NotImplementedError
+
+    def hosts(self) -> Iterable[AdapterHost]:
+        raise NotImplementedError
+
+    def mixtures(self) -> dict[RoutingKey, Mixture]:
+        """The mixtures whose routers have something to decide, by the key under which they publish."""
+        inside = (part for host in self.hosts() for part in host.adapters.modules())
+        return {part.key: part for part in inside if isinstance(part, Mixture) and not part.always_first}
+
+    @contextmanager
+    def pin_routes(self, routes: Mapping[Any, Routing | Tensor]) -> Iterator[None]:
+        """Set what routers decide: `with tuner.pin_routes({"ffn/*": ids}): model.generate(...)`.
+
+        Args:
+            routes: see `spread_pins`. Those of a block inside go before those outside.
+
+        Raises:
+            ValueError: a key that no router has, or a value that is no routing of its experts.
+        """
+        pins = spread_pins(routes, {key: mixture.bank.names for key, mixture in self.mixtures().items()})
+        with self.context.pin(**{ROUTES: {**self.context.held.get(ROUTES, {}), **pins}}):
+            yield
