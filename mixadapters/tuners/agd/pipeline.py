@@ -183,7 +183,7 @@ def _listen(plain: type) -> None:
     Python looks for `__call__` on the class. What a pipeline is to do is kept by the pipeline, so that others of its
     class, and copies, are what they are.
     """
-    original: Any = plain.__call__  # type: ignore[operator]
+    original: Any = plain.__call__
     if getattr(vars(plain).get("__call__"), "listens", False):
         return
 
@@ -196,7 +196,7 @@ def _listen(plain: type) -> None:
         return handle.call(pipe, original, args, kwargs)
 
     call.listens = True  # type: ignore[attr-defined]
-    plain.__call__ = call  # type: ignore[operator]
+    plain.__call__ = call  # type: ignore[method-assign]
 
 
 # --- what acts in a second pass only ------------------------------------------------------------------------------
