@@ -4,6 +4,10 @@ Importing this package registers them: afterwards `peft.get_peft_model(model, Mi
 verbs work as for PEFT's own types.
 """
 
+from mixadapters.core import checkout as _checkout  # noqa: F401  # says where kernels and tasks lie
+
+# isort: split
+
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.model import MixtureModel
 from mixadapters.routers import ROUTERS, Router

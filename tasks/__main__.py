@@ -16,7 +16,8 @@ USAGE = """usage: python -m mixadapters.tasks COMMAND ...
                                 a table from results
   shots --data-dir DATA TASK ...
                                 write a few-shot index file of a task into the current folder
-  kilt GOLD GUESS               KILT's measures of a file of predictions"""
+  kilt GOLD GUESS [--recall-at K ...]
+                                KILT's measures of a file of predictions"""
 
 
 def show_list(arguments: list[str]) -> int:
@@ -81,11 +82,18 @@ def shots(arguments: list[str]) -> int:
 
 
 def kilt(arguments: list[str]) -> int:
+    import argparse
+
     from mixadapters.tasks.kilt import score_file
 
-    if len(arguments) != 2:
+    parser = argparse.ArgumentParser("python -m mixadapters.tasks kilt")
+    parser.add_argument("files", type=Path, nargs="*", metavar="GOLD GUESS")
+    parser.add_argument("--recall-at", type=int, nargs="+", default=[5], metavar="K", help="places; default: 5")
+    args = parser.parse_args(arguments)
+    if len(args.files) != 2:
         raise ValueError("kilt takes two files, GOLD and GUESS")
-    for name, value in score_file(*arguments).items():
+    gold, guess = args.files
+    for name, value in score_file(gold, guess, args.recall_at).items():
         print(f"{name:>16} {value:.4f}")
     return 0
 

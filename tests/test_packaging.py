@@ -24,6 +24,11 @@ PACKAGE_DIR = {
     for name, folder in (line.split("=") for line in SETUP["options"]["package_dir"].split("\n") if line.strip())
 }
 PACKAGES = SETUP["options"]["packages"].split()
+# In front of code: as if no checkout were installed.
+NOT_INSTALLED = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+"""
 HEAVY = ("triton", "datasets", "evaluate", "diffusers", "matplotlib")
 
 
@@ -35,11 +40,17 @@ def packages_in_folders() -> set[str]:
     return found
 
 
-def run(code: str, cwd: Path) -> str:
-    """Standard output of a fresh interpreter."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def run(code: str, cwd: Path, **environment: str) -> str:
+    """Standard output of a fresh interpreter; of one that fails, the last line of its error."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    return done.stdout if done.returncode == 0 else done.stderr.splitlines()[-1]
 
 
 def test_packages_are_those_in_the_folders() -> None:
@@ -145,12 +156,46 @@ def test_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path / "site")!r})
-sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
+{NOT_INSTALLED}
 import mixadapters, mixadapters.kernels, mixadapters.tasks
 print(mixadapters.__file__, mixadapters.kernels.__file__, mixadapters.tasks.__file__, sep="\\n")
 """
     files = [Path(line) for line in run(code, tmp_path).splitlines()]
     assert [file.is_relative_to(tmp_path / "site") for file in files] == [True] * 3, files
+
+
+WHERE = """
+import mixadapters, mixadapters.kernels.triton, mixadapters.tasks
+for module in (mixadapters, mixadapters.kernels, mixadapters.kernels.triton, mixadapters.tasks):
+    print(module.__file__)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Another checkout than the one that is installed."""
+    for folder in ("mixadapters", "kernels", "tasks"):
+        shutil.copytree(ROOT / folder, tmp_path / "other" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "other"
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["beside an installed one", "without an installed one"])
+def test_a_checkout_on_the_path_takes_all_of_its_packages_from_itself(checkout, tmp_path, installed) -> None:
+    code = ("" if installed else NOT_INSTALLED) + WHERE
+    files = [Path(line) for line in run(code, tmp_path, PYTHONPATH=str(checkout)).splitlines()]
+    assert len(files) == 4
+    assert all(file.is_relative_to(checkout) for file in files), files
+
+
+@pytest.mark.parametrize("missing", ["kernels", "tasks"])
+def test_a_part_of_a_checkout_says_what_is_missing_and_what_to_do(checkout, tmp_path, missing) -> None:
+    shutil.rmtree(checkout / missing)
+    error = run("import mixadapters", tmp_path, PYTHONPATH=str(checkout))
+    assert error.startswith(
+        f"ImportError: mixadapters is imported from {checkout / 'mixadapters'}, a part of a checkout"
+    )
+    assert str(checkout / missing) in error
+    assert "pip install -e ." in error
 
 
 def test_version_is_the_installed_one() -> None:

@@ -1,8 +1,13 @@
-"""Metrics by name. All work offline: scikit-learn, SciPy, and KILT's own measures."""
+"""Metrics by name: scikit-learn, SciPy, and KILT's own measures, which need neither network nor a cache folder.
+
+For other programs they are modules of `evaluate`, one in each folder here:
+`evaluate.load(f"{mixadapters.tasks.metrics.FOLDER}/classification")`, and `answers`, `correlation`, `pages`, `rouge`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from mixadapters.core.registry import nearest
 from mixadapters.tasks import kilt
 from mixadapters.tasks.registry import Task
 
@@ -22,32 +28,48 @@ def _correlation(function: Callable[..., Any]) -> Callable[[Any, Any], float]:
     return score
 
 
+FOLDER = Path(__file__).parent
 # name -> (predictions, gold) -> score. Micro-F1 over all classes of a single-label task is accuracy.
-METRICS: dict[str, Callable[[Any, Any], float]] = {
+CLASSES: dict[str, Callable[[Any, Any], float]] = {
     "accuracy": lambda p, g: float(accuracy_score(g, p)),
     "micro_f1": lambda p, g: float(f1_score(g, p, average="micro")),
     "macro_f1": lambda p, g: float(f1_score(g, p, average="macro", zero_division=0)),  # of the classes that occur
     "f1": lambda p, g: float(f1_score(g, p, zero_division=0)),  # of class 1
     "matthews": lambda p, g: float(matthews_corrcoef(g, p)),
+}
+SCORES: dict[str, Callable[[Any, Any], float]] = {
     "pearson": _correlation(pearsonr),
     "spearman": _correlation(spearmanr),
 }
+METRICS = {**CLASSES, **SCORES}
 # name -> measure of one prediction against one answer; a task's score is the mean of the best per row.
-ANSWERS: dict[str, Callable[[str, str], float]] = {
-    "accuracy": kilt.accuracy,
-    "exact_match": kilt.exact_match,
-    "token_f1": kilt.token_f1,
-    "rouge_l": kilt.rouge_l,
-}
+ANSWERS = kilt.MEASURES
 PER_ROW = {"accuracy", "micro_f1"}  # means over rows, so that resampling needs no new call
+
+
+def chosen(configuration: str, measures: Mapping[str, Any]) -> list[str]:
+    """The measures that a configuration of an `evaluate` module names. Raises ValueError: it is none of them."""
+    if configuration == "default":
+        return list(measures)
+    if configuration not in measures:
+        raise ValueError(
+            f"config_name={configuration!r} must be one of {', '.join(measures)}, or left out for all of them."
+            f"{nearest(configuration, measures)}"
+        )
+    return [configuration]
 
 
 def score(
     task: Task, predictions: Sequence[Any], gold: Sequence[Any], metrics: Sequence[str] | None = None
 ) -> dict[str, float]:
-    """Some metrics of the task; by default all, the main one first."""
-    if len(predictions) != len(gold):
+    """Some metrics of the task; by default all, the main one first.
+
+    Raises ValueError: no rows, another number of predictions, or predictions that are NaN or infinite.
+    """
+    if len(predictions) != len(gold) or not len(gold):
         raise ValueError(f"{len(predictions)} predictions for {len(gold)} rows of task {task.name!r}")
+    if task.kind != "generation" and (odd := int((~np.isfinite(np.asarray(predictions, dtype=float))).sum())):
+        raise ValueError(f"{odd} of {len(gold)} predictions of task {task.name!r} are NaN or infinite: not scored")
     if task.kind == "generation":
         return {m: float(_answered(m, predictions, gold).mean()) for m in metrics or task.metrics}
     return {m: METRICS[m](predictions, gold) for m in metrics or task.metrics}
