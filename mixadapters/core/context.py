@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.cache import claim, gate_state
-from mixadapters.core.joining import join_losses
+from mixadapters.core.joining import countable, join_losses
 from mixadapters.core.routing import Routing, RoutingKey, find_routing
 from mixadapters.core.sites import has_two_stacks, layer_index
 from mixadapters.core.streams import Stream, read_stream, repeat_rows
@@ -123,7 +123,7 @@ class ForwardContext:
         objectives: what changes inputs, outputs and loss of a training forward, in order.
         pinned: fields that hold over several forwards; see `pin`.
         loss_scale: factor on auxiliary losses that are attached to the outputs for want of a loss (1 / number of
-            accumulated micro-batches); `StageCallback` sets it.
+            accumulated micro-batches); `StageCallback` sets it. None: nobody has said, and none accumulate.
         loss_log: running (sum, count) of each loss by name, detached; read and cleared by the callbacks.
         cache_owner: says which adapters are at work; a key-value cache that others have filled is then refused.
             None: no such check.
@@ -135,7 +135,7 @@ class ForwardContext:
         self.objectives: list[Objective] = []
         self.staged: list[Objective] = []  # those of them that a StageCallback has attached
         self.pinned: dict[str, Any] = {}
-        self.loss_scale = 1.0
+        self.loss_scale: Tensor | float | None = None
         self.loss_log: dict[str, tuple[Tensor, int]] = {}
         self.preparing: list[Any] = []  # layers with an adapter to prepare before each forward
         self.hosted: set[str] = set()  # names of adapters that this model holds
@@ -243,6 +243,7 @@ class ForwardContext:
         self.enter(record)
         for objective in self._active(record):
             args, kwargs = objective.before(self, args, kwargs)
+        kwargs = countable(kwargs) if record.grad else kwargs
         record.inputs = {**dict(zip(self._argument_names, args, strict=False)), **kwargs}
         record.streams[""] = read_stream(record.inputs)
         names = values.get("adapter_names")

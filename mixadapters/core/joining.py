@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
@@ -14,14 +17,28 @@ if TYPE_CHECKING:
     from mixadapters.core.context import Record
 
 
-def join_losses(record: Record, module: nn.Module, output: Any, scale: float) -> Any:
+ITEMS = "num_items_in_batch"  # the Trainer's count of the labels of all accumulated micro-batches
+
+
+def countable(inputs: dict[str, Any]) -> dict[str, Any]:
+    """`inputs` whose count of items is a leaf of the graph: the loss can be asked whether it was divided by it."""
+    items = inputs.get(ITEMS)
+    if items is None or torch.compiler.is_compiling():
+        return inputs
+    leaf = torch.as_tensor(items).detach()
+    leaf = leaf.clone() if leaf.is_floating_point() else leaf.float()
+    return {**inputs, ITEMS: leaf.requires_grad_()}
+
+
+def join_losses(record: Record, module: nn.Module, output: Any, scale: Tensor | float | None) -> Any:
     """Add the losses of this forward to `output.loss`; without one, attach them to the outputs.
 
     Args:
         record: of the forward that ends.
         module: the root model.
         output: of the root model.
-        scale: factor on auxiliary losses where the training loop makes a loss of its own of the outputs.
+        scale: factor on auxiliary losses where the training loop makes a loss of its own of the outputs; None: it
+            takes one batch per step.
 
     Raises:
         ValueError: there is neither a loss nor an output with a gradient to join, or no main loss to weigh.
@@ -33,10 +50,12 @@ def join_losses(record: Record, module: nn.Module, output: Any, scale: float) ->
     weighed = record.main_loss is not None or record.main_scale != 1.0
     if loss is None and (extra is None or weighed):
         raise ValueError("the forward has no loss to weigh; pass labels, or an objective that makes a loss")
-    share = 1.0 if loss is None else share_of_batch({**record.values, **record.inputs}, module)
+    share: Tensor | float = 1.0
+    if record.main_loss is not None or (loss is not None and counts_items(loss, record, module, output)):
+        share = share_of_batch({**record.values, **record.inputs}, module)
     if extra is not None and torch.compiler.is_compiling():
         if loss is None:
-            return attach(output, extra * scale, only_one=True)
+            return attach(output, extra if scale is None else extra * scale, only_one=True)
         extra = extra * share
     elif extra is not None:
         # Some training loops make a loss of their own of the other outputs, and leave the model's aside.
@@ -48,6 +67,39 @@ def join_losses(record: Record, module: nn.Module, output: Any, scale: float) ->
     return output
 
 
+def counts_items(loss: Tensor, record: Record, module: nn.Module, output: Any) -> bool:
+    """Whether the model has divided `loss` by the items of the accumulated batch, as it was asked to.
+
+    Causal language models do. The losses of BERT's and T5's heads, of regressions and others are means of their own
+    micro-batch all the same, and count as often as there are micro-batches and processes.
+    """
+    items = record.inputs.get(ITEMS)
+    if items is None:
+        return False
+    if torch.compiler.is_compiling():
+        return hands_on_items(type(module))
+    # A walk of the graph down to the other outputs: what the loss alone is computed from.
+    seen = {value.grad_fn for value in dict(output).values() if isinstance(value, Tensor) and value is not loss}
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if getattr(node, "variable", None) is items:
+            return True
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
+
+
+@torch.compiler.assume_constant_result
+def hands_on_items(kind: type[nn.Module]) -> bool:
+    """Whether the forward of `kind` passes the count of items to its loss, by its source: for the compiler, whose
+    graph cannot be asked."""
+    source = inspect.getsource(kind.forward)
+    return ITEMS in source or re.search(r"loss_function\([^()]*(\([^()]*\)[^()]*)*\*\*", source) is not None
+
+
 class Once(torch.autograd.Function):
     """An auxiliary loss on two ways to the end: added to the model's loss, and carried by its other outputs.
 
@@ -55,7 +107,9 @@ class Once(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, extra: Tensor, share: Any, scale: float, weighed: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, extra: Tensor, share: Tensor | float, scale: Tensor | float | None, weighed: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.share, ctx.scale, ctx.weighed = share, scale, weighed
         return extra * share, torch.zeros_like(extra)
@@ -69,7 +123,15 @@ class Once(torch.autograd.Function):
                 "an objective makes or weighs the model's loss, but the training loop makes its own of other outputs; "
                 "use a loop that trains on outputs.loss"
             )
-        return None if carried is None else torch.full_like(carried, ctx.scale), None, None, None
+        if carried is None:
+            return None, None, None, None
+        if ctx.scale is None and not GradientState().sync_gradients:
+            raise ValueError(
+                "the training loop makes its own loss of the outputs and accumulates gradients, so the weight of an "
+                "auxiliary loss is not known here; give the Trainer a StageCallback, or set "
+                "ForwardContext.of(model).loss_scale = 1 / number of micro-batches"
+            )
+        return torch.ones_like(carried) * (1.0 if ctx.scale is None else ctx.scale), None, None, None
 
 
 class Carrier(torch.autograd.Function):
@@ -87,12 +149,15 @@ class Carrier(torch.autograd.Function):
 
 
 def attach(output: Any, loss: Tensor, *, only_one: bool = False, optional: bool = False) -> Any:
-    """`output` with its tensors that have a gradient, or the first of them, carrying `loss`."""
+    """`output` with its tensors that have a gradient, or the first of them, carrying `loss`.
+
+    Tensors in tuples, such as hidden states, are among them.
+    """
     if isinstance(output, Tensor):
         items: dict[Any, Any] = {None: output}
     else:
         items = dict(output) if isinstance(output, dict) else dict(enumerate(output))
-    names = [n for n, v in items.items() if n != "loss" and isinstance(v, Tensor) and v.requires_grad]
+    names = [name for name, value in items.items() if name != "loss" and _has_gradient(value)]
     if not names and not optional:
         raise ValueError(
             "auxiliary losses found neither a loss nor an output with a gradient to join; call the model with labels, "
@@ -100,7 +165,7 @@ def attach(output: Any, loss: Tensor, *, only_one: bool = False, optional: bool 
         )
     names.sort(key=lambda name: name != "logits")
     for name in names[:1] if only_one else names:
-        items[name] = Carrier.apply(items[name], loss)
+        items[name] = _carrying(items[name], loss)
     if isinstance(output, Tensor):
         return items[None]
     if isinstance(output, tuple):
@@ -110,19 +175,35 @@ def attach(output: Any, loss: Tensor, *, only_one: bool = False, optional: bool 
     return output
 
 
-def share_of_batch(inputs: dict[str, Any], module: nn.Module) -> Any:
-    """This micro-batch's part of the accumulated batch.
+def _has_gradient(value: Any) -> bool:
+    if type(value) in (tuple, list):
+        return any(isinstance(v, Tensor) and v.requires_grad for v in value)
+    return isinstance(value, Tensor) and value.requires_grad
 
-    Given `num_items_in_batch`, transformers divides the loss by the labels of all micro-batches together, and the
-    Trainer does not divide again: losses added here must be scaled likewise, or each would count once per micro-batch.
+
+def _carrying(value: Any, loss: Tensor) -> Any:
+    if not _has_gradient(value):
+        return value
+    if isinstance(value, Tensor):
+        return Carrier.apply(value, loss)
+    return type(value)(_carrying(v, loss) if isinstance(v, Tensor) else v for v in value)
+
+
+def share_of_batch(inputs: dict[str, Any], module: nn.Module) -> Tensor | float:
+    """This micro-batch's part of the labels of the accumulated batch; 1 where nobody has counted them.
+
+    A loss that is divided by the labels of all micro-batches together is not divided again by the Trainer: losses
+    beside it must be scaled likewise, or each would count once per micro-batch.
     """
-    items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
+    items, labels = inputs.get(ITEMS), inputs.get("labels")
     if items is None or labels is None:
         return 1.0
     # The Trainer counts as the loss does: where that shifts the labels, the first of a row is no target.
-    if shifts_labels(module):
-        labels = inputs.get("shift_labels", labels[..., 1:])
-    return (labels != -100).sum() / items
+    if inputs.get("shift_labels") is not None:
+        labels = inputs["shift_labels"]
+    elif shifts_labels(module):
+        labels = labels[..., 1:]
+    return (labels != -100).sum() / torch.as_tensor(items).detach()
 
 
 def shifts_labels(module: nn.Module) -> bool:

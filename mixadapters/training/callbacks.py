@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mixadapters.core.context import ForwardContext, Objective
@@ -39,13 +40,13 @@ class StageCallback(TrainerCallback):
     ) -> None:
         self.stage, self.adapter_name = stage, adapter_name
         self.objectives, self.check_head = list(objectives), check_head
+        self.trainer: Trainer | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         tuner = find_tuner(model)
         tuner.set_stage(self.stage, self.adapter_name)
-        context = tuner.context
         needed = set(type(tuner.peft_config[self.adapter_name]).needs).union(*(o.takes for o in self.objectives))
         if needed and args.remove_unused_columns:
             raise ValueError(
@@ -57,11 +58,10 @@ class StageCallback(TrainerCallback):
                 "gradient_checkpointing_kwargs={'use_reentrant': True} drops the gradient of auxiliary losses; pass "
                 "{'use_reentrant': False}"
             )
-        self._attach(context, args)
+        self._attach(tuner.context)
 
-    def _attach(self, context: ForwardContext, args: TrainingArguments) -> None:
+    def _attach(self, context: ForwardContext) -> None:
         """This stage's objectives in place of those of an earlier stage; what else is attached stays."""
-        context.loss_scale = 1 / args.gradient_accumulation_steps
         others = [o for o in context.objectives if o not in context.staged and o not in self.objectives]
         context.objectives[:] = [*others, *self.objectives]
         context.staged = list(self.objectives)
@@ -74,13 +74,14 @@ class StageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
         optimizer: Any = None, train_dataloader: Any = None, **_: Any,
     ) -> None:  # fmt: skip
+        self.trainer = trainer_of_event()
         tuner = find_tuner(model)
         if (now := tuner.stage.get(self.adapter_name)) != self.stage:
             raise ValueError(
                 f"the model has been set to stage={now!r} since this Trainer was made for stage={self.stage!r}; make "
                 "the Trainer of a stage when the run before it has ended"
             )
-        self._attach(tuner.context, args)
+        self._attach(tuner.context)
         base = tuner.model
         has_head = "MaskedLM" in type(base).__name__ or "CausalLM" in type(base).__name__
         if self.check_head and self.stage == "domain" and has_head and state.global_step == 0:
@@ -90,6 +91,22 @@ class StageCallback(TrainerCallback):
                 device = next(base.parameters()).device
                 named = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "labels") if k in batch}
                 require_pretrained_head(base, named)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """The weight of auxiliary losses that ride on the outputs: one part of the step, scaled as its loss is."""
+        steps = getattr(self.trainer, "current_gradient_accumulation_steps", args.gradient_accumulation_steps)
+        scale: Tensor | float = 1 / steps  # an epoch's last step may accumulate fewer micro-batches
+        scaler = getattr(getattr(self.trainer, "accelerator", None), "scaler", None)
+        if scaler is not None and scaler.is_enabled():  # of float16: what the optimizer divides gradients by
+            scale = scaler.scale(torch.tensor(1 / steps, device=args.device))
+        find_tuner(model).context.loss_scale = scale
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        find_tuner(model).context.loss_scale = None
 
 
 class GateUsageCallback(TrainerCallback):
@@ -134,6 +151,18 @@ def collect_usage(model: nn.Module, per_layer: bool = False) -> dict[str, float]
         report.update({f"loss/{name}": float(total) / count for name, (total, count) in context.loss_log.items()})
         context.loss_log.clear()
     return report
+
+
+def trainer_of_event() -> Trainer | None:
+    """The Trainer that is calling its callbacks. Events do not say whose they are, and only it knows the columns of
+    its dataset and how many micro-batches a step has."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            return owner
+        frame = frame.f_back
+    return None
 
 
 def find_tuner(model: nn.Module) -> MixtureModel:

@@ -139,3 +139,19 @@ def test_checkpointing_in_a_compiled_model(tiny: Any, tiny_inputs: Any) -> None:
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, msg=name, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_auxiliary_losses_of_a_micro_batch_weigh_as_in_eager_mode(kind: str, tiny: Any, tiny_inputs: Any) -> None:
+    """Llama divides its loss by the labels of all micro-batches, BERT does not."""
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0} if kind == "bert" else {}
+    base = tiny(kind, num_hidden_layers=1, **still)
+    model = get_peft_model(base, MixDAConfig(domains=["a", "b"], r=3, init_weights=False, balance_coef=2.0)).train()
+    inputs = tiny_inputs(kind, labels="tokens") | {"num_items_in_batch": torch.tensor(20.0)}
+    grads = []
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        forward(**inputs).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name, **CLOSE)

@@ -99,28 +99,176 @@ def test_a_plain_trainer_descends_on_the_sum_of_all_losses(
     assert any(not torch.allclose(state(model)[name], state(without)[name], atol=1e-4) for name in gates)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("head", HEADS)
-def test_accumulated_micro_batches_weigh_as_one_batch(
-    head: str, smoothing: float, tiny: Any, tiny_inputs: Any, tmp_path: Path
-) -> None:
-    """The same micro-batch three times is that batch once. With label smoothing the model gives no loss to join.
+class Weighed:
+    """A model, four rows of unequal length, and what Trainer makes of the loss of a micro-batch."""
 
-    BERT's own loss counts once per micro-batch (transformers tells it `num_items_in_batch`, and it does not listen),
-    so what the auxiliary loss adds is compared: one step of SGD is linear in the losses.
+    def __init__(self, kind: str, head: str, labels: str, divides: bool, **options: Any) -> None:
+        self.kind, self.head, self.labels, self.divides, self.options = kind, head, labels, divides, options
+
+    def model(self, tiny: Any, **fields: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return get_peft_model(tiny(self.kind, self.head, **self.options), mixda(domain_layers=[1], **fields))
+
+    def rows(self, tiny_inputs: Any) -> list[dict[str, Tensor]]:
+        labels = "tokens" if self.labels in ("numbers", "tags") else self.labels
+        made = tiny_inputs(self.kind, batch=4, padding=None if self.labels == "images" else "right",
+                           labels="classes" if self.labels == "images" else labels)  # fmt: skip
+        if self.labels == "tags":
+            made["labels"] = made["labels"].where(made["labels"] < 0, made["labels"] % 3)
+        elif self.labels == "numbers":
+            made["labels"] = torch.tensor([0.5, -1.0, 2.0, 0.0])
+        if made["labels"].dim() > 1:
+            made["labels"][1, 2:] = -100
+        return [{k: v[i] for k, v in made.items()} for i in range(4)]
+
+    def share(self, part: list[dict[str, Tensor]], rows: list[dict[str, Tensor]]) -> float:
+        """The weight of a micro-batch in a step over `rows`."""
+        if not self.divides:
+            return 1.0
+        first = int(self.kind == "llama")  # its loss is of the next token
+        counts = [sum(int((row["labels"][..., first:] != -100).sum()) if row["labels"].dim() else 1 for row in group)
+                  for group in (part, rows)]  # fmt: skip
+        return counts[0] / counts[1]
+
+
+STILL = {"dropout_rate": 0.0}
+MODELS = {
+    "causal": Weighed("llama", "causal_lm", "tokens", True),
+    "masked": Weighed("bert", "masked_lm", "tokens", False, **NO_DROPOUT),
+    "classes": Weighed("bert", "sequence_classification", "classes", False, **NO_DROPOUT),
+    "numbers": Weighed("bert", "sequence_classification", "numbers", False, num_labels=1, **NO_DROPOUT),
+    "tags": Weighed("bert", "token_classification", "tags", False, **NO_DROPOUT),
+    "classes of a decoder": Weighed("llama", "sequence_classification", "classes", False),
+    "seq2seq": Weighed("t5", "seq2seq_lm", "tokens", False, **STILL),
+    "images": Weighed("vit", "image_classification", "images", True, **NO_DROPOUT),
+}
+
+
+def stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def one_step(model: nn.Module, rows: list[dict[str, Tensor]], folder: Path, size: int, **options: Any) -> Any:
+    """The gradients of one step of a Trainer over all rows: of SGD with a rate of 1, from the weights."""
+    before = state(model)
+    given = options.pop("trainer", {})
+    options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": len(rows) // size, **options}
+    options = arguments(folder, learning_rate=1.0, **options)
+    options.label_names = ["labels"]
+    kind = given.pop("kind", Trainer)
+    kind(model=model, args=options, train_dataset=rows, **given).train()
+    return {name: before[name] - value for name, value in state(model).items()}
+
+
+@pytest.mark.parametrize("accumulated", [1, 2, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_auxiliary_losses_keep_their_ratio_under_accumulation(
+    name: str, accumulated: int, tiny: Any, tiny_inputs: Any, tmp_path: Path
+) -> None:
+    """A step is a sum over micro-batches of main + auxiliary loss, each with the weight that the main loss gets.
+
+    Where the model divides by all labels of the step, the main part is that of one large batch; others are means of
+    their micro-batch, and Trainer adds those up.
     """
-    batch, added = batch_of(tiny_inputs, head), []
-    for accumulated in (1, 3):
-        ends = []
-        for coefficient in (3.0, 0.0):
-            model = made(tiny, head, mixda(balance_coef=coefficient))
-            options = arguments(tmp_path, gradient_accumulation_steps=accumulated, label_smoothing_factor=smoothing)
-            rows = as_rows(batch, accumulated)
-            Trainer(model=model, args=options, train_dataset=rows, callbacks=[StageCallback("task")]).train()
-            ends.append(state(model))
-        added.append({name: value - ends[1][name] for name, value in ends[0].items()})
-    equal(*added)
-    assert max(value.abs().max() for value in added[0].values()) > 0.1
+    case = MODELS[name]
+    rows, size = case.rows(tiny_inputs), 4 // accumulated
+    for coefficient in (3.0, 0.0):
+        by_hand = case.model(tiny, balance_coef=coefficient).train()
+        for i in range(0, 4, size):
+            part = rows[i : i + size]
+            (by_hand(**stack(part)).loss * case.share(part, rows)).backward()
+        expected = {n: p.grad for n, p in by_hand.named_parameters() if p.requires_grad}
+        equal(expected, one_step(case.model(tiny, balance_coef=coefficient), rows, tmp_path, size))
+    model = case.model(tiny, balance_coef=0.0).train()
+    model(**stack(rows)).loss.backward()
+    if case.divides:
+        equal(expected, {n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+
+
+@pytest.mark.parametrize("rows_of_last_step", [2, 4])
+@pytest.mark.parametrize("name", ["causal", "classes", "images"])
+@pytest.mark.parametrize("loop", ["smoothing", "function", "own"])
+def test_losses_that_ride_on_the_outputs_weigh_as_one_batch(
+    loop: str, name: str, rows_of_last_step: int, tiny: Any, tiny_inputs: Any, tmp_path: Path
+) -> None:
+    """Where the training loop makes the loss of logits; and where the last step has fewer micro-batches."""
+    case, added = MODELS[name], []
+    rows = case.rows(tiny_inputs)[:rows_of_last_step]
+    for coefficient in (3.0, 0.0):
+        model = case.model(tiny, balance_coef=coefficient)
+        options: dict[str, Any] = {"trainer": {"callbacks": [StageCallback("task")]}}
+        options |= {"label_smoothing_factor": 0.1} if loop == "smoothing" else {}
+        options["trainer"] |= {"compute_loss_func": total_of_logits} if loop == "function" else {}
+        options["trainer"] |= {"kind": MakesItsOwn} if loop == "own" else {}
+        added.append(one_step(model, rows, tmp_path, 1, gradient_accumulation_steps=4, **options))
+    model = case.model(tiny).train()
+    for row in rows:
+        inputs = {k: v for k, v in stack([row]).items() if k != "labels"}
+        model(**inputs)
+        sum(model.base_model.context.record.losses.values()).backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    for key, value in expected.items():
+        if value is not None:
+            got = added[0][key] - added[1][key]
+            torch.testing.assert_close(got, value / len(rows), atol=1e-5, rtol=1e-3, msg=key)
+    assert any(value is not None and value.abs().max() > 1e-2 for value in expected.values())
+
+
+def total_of_logits(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+    return outputs["logits"].mean()
+
+
+class MakesItsOwn(Trainer):
+    """As trainers of preferences do: a mean over its micro-batch, which Trainer divides by their number."""
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        del inputs["labels"]
+        return model(**inputs).logits.mean()
+
+
+def test_the_weight_of_riding_losses_ends_with_the_run(tiny: Any, tiny_inputs: Any, tmp_path: Path) -> None:
+    model = MODELS["classes"].model(tiny)
+    rows = MODELS["classes"].rows(tiny_inputs)
+    one_step(model, rows, tmp_path, 1, trainer={"callbacks": [StageCallback("task")]})
+    assert model.base_model.context.loss_scale is None
+
+
+def test_riding_losses_of_unknown_weight_are_refused(tiny: Any, tiny_inputs: Any, tmp_path: Path) -> None:
+    rows = MODELS["classes"].rows(tiny_inputs)
+    with pytest.raises(ValueError, match=r"accumulates gradients.* StageCallback.*loss_scale = 1 / number"):
+        one_step(MODELS["classes"].model(tiny), rows, tmp_path, 1, label_smoothing_factor=0.1)
+    one_step(MODELS["classes"].model(tiny), rows, tmp_path, 4, label_smoothing_factor=0.1)
+
+
+def test_a_loss_counts_once_where_the_loop_uses_loss_and_outputs(tiny: Any, tiny_inputs: Any) -> None:
+    case = MODELS["causal"]
+    batch = stack(case.rows(tiny_inputs))
+    ends = []
+    for coefficient in (3.0, 0.0):
+        model = case.model(tiny, balance_coef=coefficient).train()
+        output = model(**batch, output_hidden_states=True)
+        (output.loss + output.logits.square().mean() + output.hidden_states[-1].mean()).backward()
+        ends.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    alone = case.model(tiny).train()
+    alone(**batch)
+    alone.base_model.context.record.losses["balance"].backward()
+    for name, p in alone.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(ends[0][name] - ends[1][name], p.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_losses_ride_on_hidden_states_too(tiny: Any, tiny_inputs: Any) -> None:
+    case = MODELS["causal"]
+    batch = stack(case.rows(tiny_inputs))
+    model = case.model(tiny).train()
+    (model(**batch, output_hidden_states=True).hidden_states[-1].sum() * 0).backward()
+    assert any(
+        p.grad is not None and p.grad.abs().max() > 1e-3 for n, p in model.named_parameters() if ".router." in n
+    )
 
 
 def test_label_smoothing_keeps_the_auxiliary_loss(tiny: Any, tiny_inputs: Any, tmp_path: Path) -> None:

@@ -245,12 +245,6 @@ def test_the_next_stage_replaces_objectives_and_keeps_those_of_the_user(classifi
     assert context.objectives == [mine]
 
 
-def test_accumulated_micro_batches_share_an_attached_loss(classifier: nn.Module, tmp_path: Path) -> None:
-    options = arguments(tmp_path, gradient_accumulation_steps=4)
-    Trainer(model=classifier, args=options, callbacks=[StageCallback("task")])
-    assert classifier.base_model.context.loss_scale == 0.25
-
-
 # --- the head of a language model ---------------------------------------------------------------------------------
 
 
