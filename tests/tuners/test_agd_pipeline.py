@@ -270,6 +270,7 @@ def test_threads_draw_with_copies_each_at_its_scale(tmp_path) -> None:
         def work(scale: float) -> None:
             twin = copy.copy(pipe)
             twin.scheduler = copy.deepcopy(pipe.scheduler)
+            twin.tokenizer = copy.deepcopy(pipe.tokenizer)  # it notes padding for a call, and cannot be shared
             found[scale] = [draw(twin, guidance_scale=scale) for _ in range(3)]
 
         threads = [threading.Thread(target=work, args=(scale,)) for scale in expected]
