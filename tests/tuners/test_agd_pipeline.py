@@ -19,7 +19,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from mixadapters import AGDConfig
-from mixadapters.tuners.agd import OnePass, record_pipeline
+from mixadapters.tuners.agd import OnePass, encode_prompts, record_pipeline
 from mixadapters.tuners.agd.pipeline import acts_in_second_pass
 
 diffusers = pytest.importorskip("diffusers")
@@ -102,6 +102,38 @@ def dit(folder: Path) -> Any:
         attention_head_dim=8, num_embeds_ada_norm=1000,
     )  # fmt: skip
     return diffusers.DiTPipeline(model.eval(), vae(), ddim())
+
+
+def pixart(folder: Path) -> Any:
+    """With a learned variance, as those that are published."""
+    torch.manual_seed(0)
+    model = diffusers.PixArtTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=8, num_layers=2, num_attention_heads=3,
+        attention_head_dim=8, cross_attention_dim=24, caption_channels=8,
+    )  # fmt: skip
+    for parameter in (model.scale_shift_table, model.proj_out.weight):
+        torch.nn.init.normal_(parameter, std=0.3)
+    config = transformers.T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    encoder = transformers.T5EncoderModel(config).eval()
+    return diffusers.PixArtSigmaPipeline(tokenizer(folder), encoder, vae(), model.eval(), ddim())
+
+
+def sana(folder: Path) -> Any:
+    model = diffusers.SanaTransformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2,
+        attention_head_dim=4, num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8,
+        caption_channels=8,
+    )  # fmt: skip
+    config = transformers.T5Config(vocab_size=40, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    encoder = transformers.T5EncoderModel(config).eval()
+    return diffusers.SanaPipeline(tokenizer(folder), encoder, None, model, ddim())
+
+
+def inpainting(folder: Path) -> Any:
+    unet = diffusers.UNet2DConditionModel(**{**UNET, "in_channels": 9})
+    return diffusers.StableDiffusionInpaintPipeline(
+        vae(), clip(), tokenizer(folder), unet, ddim(), None, None, requires_safety_checker=False
+    )
 
 
 PIPELINES = {"sd": stable_diffusion, "sdxl": stable_diffusion_xl, "sd3": stable_diffusion_3, "dit": dit}
@@ -630,10 +662,36 @@ def test_compiled_pipeline_guides_without_compiling_again(tmp_path) -> None:
 # --- recording ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("make", [sana, inpainting])
+def test_pipelines_that_call_their_model_otherwise_are_refused_before_anything_runs(make, tmp_path) -> None:
+    pipe = make(tmp_path / "words")
+    with pytest.raises(ValueError, match=rf"{type(pipe).__name__} .*knows how pipelines call .*use record\(\)"):
+        record_pipeline(pipe, ["a cab"], tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_models_that_read_the_size_are_given_it(tmp_path) -> None:
+    pipe = pixart(tmp_path / "words")
+    assert set(encode_prompts(pipe, ["a cab"])[0]) == {"encoder_hidden_states", "encoder_attention_mask"}
+    pipe.transformer.use_additional_conditions = True  # as in models of 1024 pixels
+    conditions, unconditional = encode_prompts(pipe, ["a cab", "dad"])
+    assert conditions["added_cond_kwargs.resolution"].tolist() == [[8.0, 8.0]] * 2
+    assert conditions["added_cond_kwargs.aspect_ratio"].tolist() == [[1.0]] * 2
+    assert set(unconditional) == {"encoder_hidden_states", "encoder_attention_mask"}
+
+
+def test_encoders_that_give_something_else_are_refused(tmp_path, monkeypatch) -> None:
+    pipe = stable_diffusion(tmp_path / "words")
+    given = torch.ones(1, 12, 8), torch.ones(1, 12, 8), torch.ones(1, 12).long(), torch.ones(1, 12).long()
+    monkeypatch.setattr(pipe, "encode_prompt", lambda prompt, **options: given)
+    with pytest.raises(ValueError, match=r"encode_prompt gives tensors \[\(1, 12, 8\), .*\(1, 12\)\]; known are"):
+        record_pipeline(pipe, ["a cab"])
+
+
+@pytest.mark.parametrize("name", [*PIPELINES, "pixart"])
 def test_record_of_a_pipeline_ends_in_its_own_images(name, tmp_path) -> None:
     """The last recorded state, and its target, lead to what the pipeline draws at that scale."""
-    pipe = PIPELINES[name](tmp_path / "words")
+    pipe = {**PIPELINES, "pixart": pixart}[name](tmp_path / "words")
     pipe.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"class_labels": [1, 2]} if name == "dit" else {"prompts": ["a cab", "dad"]}
     data = record_pipeline(
