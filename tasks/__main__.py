@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if command in ("-h", "--help") else 2
     try:
         return COMMANDS[command](arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

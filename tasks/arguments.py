@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ COUNTS = (
     "shots", "dev_rows", "test_rows", "max_length", "parameters", "layers", "stage1_steps", "stage1_batch",
     "max_new_tokens",
 )  # fmt: skip
+# Numbers of TrainingArguments that are at least 1, and those that are at least 0.
+SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+NOT_NEGATIVE = ("weight_decay", "warmup_steps", "warmup_ratio", "max_grad_norm", "adam_epsilon", "logging_steps",
+                "save_steps", "dataloader_num_workers")  # fmt: skip
 # Those that a run sets itself, and what to pass in their place.
 INSTEAD = {
     "learning_rate": "--rates, --full_rates or --head_rate",
@@ -85,8 +90,10 @@ class RunArguments:
                 f"methods={self.methods} have a name twice, and a table could not tell them apart; rename"
             )
         for name in COUNTS:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value} must be 1 or more")
+            if (value := getattr(self, name)) is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name}={value!r} must be 1 or more")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**32 for s in self.seeds):
+            raise ValueError(f"seeds={self.seeds} must be one or more different numbers from 0 to {2**32 - 1}")
         if self.pooling not in ("mean", "first"):
             raise ValueError(f"pooling={self.pooling!r} must be 'mean' or 'first'")
         if self.model is None and set(self.methods) - set(UNTRAINED):
@@ -98,8 +105,40 @@ class RunArguments:
                 raise ValueError(f"domains={given!r} must be name=folder")
         for name in ("rates", "full_rates"):
             values = getattr(self, name)
-            if not values or min(values) <= 0:
-                raise ValueError(f"{name}={values} must be one or more positive learning rates")
+            # A rate names the folder of its training, with six digits.
+            if not values or not all(map(positive, values)) or len({f"{v:g}" for v in values}) < len(values):
+                raise ValueError(f"{name}={values} must be one or more positive learning rates, finite and different")
+        for name in ("head_rate", "stage1_rate"):
+            if not positive(value := getattr(self, name)):
+                raise ValueError(f"{name}={value} must be a positive learning rate, and finite")
+
+
+def positive(value: float) -> bool:
+    """Whether a number is finite and above 0."""
+    return math.isfinite(value) and value > 0
+
+
+def check_numbers(arguments: Seq2SeqTrainingArguments) -> None:
+    """Raises ValueError: one of transformers' numbers cannot be meant, and it would say so late or not at all."""
+    for item in fields(arguments):
+        value = getattr(arguments, item.name, None)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{item.name}={value} must be finite")
+        if isinstance(value, int | float) and item.name in SIZES and value < 1:
+            raise ValueError(f"{item.name}={value} must be 1 or more")
+        if isinstance(value, int | float) and item.name in NOT_NEGATIVE and value < 0:
+            raise ValueError(f"{item.name}={value} must be 0 or more")
+    for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
+        if not 0 <= (value := getattr(arguments, name)) < 1:
+            raise ValueError(f"{name}={value} must be 0 or more and less than 1")
+    if arguments.max_steps < 1 and arguments.max_steps != -1:
+        raise ValueError(f"max_steps={arguments.max_steps} must be 1 or more, or -1 for --num_train_epochs")
+    if not positive(arguments.num_train_epochs):
+        raise ValueError(f"num_train_epochs={arguments.num_train_epochs} must be above 0")
+    if arguments.save_only_model:
+        raise ValueError(
+            "save_only_model=True leaves nothing to go on from; pass --keep_adapters to have the adapters"
+        )
 
 
 @dataclass
@@ -125,6 +164,7 @@ class TrainArguments(Seq2SeqTrainingArguments):
             default = next(f.default for f in fields(Seq2SeqTrainingArguments) if f.name == name)
             if (value := getattr(self, name)) != default:
                 raise ValueError(f"{name}={value!r} is set by each run; pass {instead}")
+        check_numbers(self)
         super().__post_init__()
 
     def changes(self) -> dict[str, Any]:

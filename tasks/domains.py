@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
@@ -78,6 +81,20 @@ def halves(text: str) -> dict[str, str]:
     words = text.split()
     middle = len(words) // 2
     return {"text": " ".join(words[:middle]), "positive": " ".join(words[middle:])}
+
+
+def save_whole(model: PeftModel, folder: Path) -> None:
+    """Save an adapter aside and rename its folder: whole or not at all. What a killed process left there goes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
+        model.save_pretrained(str(Path(aside) / folder.name))
+        if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+            shutil.rmtree(folder)
+        try:
+            (Path(aside) / folder.name).rename(folder)
+        except OSError:
+            if not (folder / "adapter_config.json").is_file():  # or another process was faster, with the same
+                raise
 
 
 def train_domain(

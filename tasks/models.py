@@ -133,6 +133,34 @@ class Base:
         if self.config.is_encoder_decoder:
             self.tokenizer.truncation_side = "left"  # prompts end with what is asked
 
+    def check_length(self, new_tokens: int) -> None:
+        """Raises ValueError: the model has fewer positions than its longest inputs need."""
+        positions = self.positions()
+        start = int(self.tokenizer.bos_token_id is not None)
+        needed = {"--max-length": self.max_length}
+        if self.form != "head" and not self.config.is_encoder_decoder:
+            needed["a token to begin with"] = start
+        if self.form == "generate" and not self.config.is_encoder_decoder:
+            needed["--max-new-tokens"] = new_tokens
+        if positions is not None and sum(needed.values()) > positions:
+            parts = " + ".join(f"{count} of {name}" for name, count in needed.items() if count)
+            raise ValueError(f"model {self.path!r} has {positions} positions, too few for {parts}; pass less of them")
+
+    def positions(self) -> int | None:
+        """How many tokens the model has positions for; None: it sets no number."""
+        count = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(count, int) or count < 1:
+            return None
+        # RoBERTa and its kin number positions from behind that of padding.
+        paddings = [
+            module.padding_idx + 1
+            for name, module in self.load(empty=True).named_modules()
+            if isinstance(module, nn.Embedding)
+            and name.endswith("position_embeddings")
+            and module.padding_idx is not None
+        ]
+        return count - max(paddings, default=0)
+
     @property
     def outputs(self) -> int:
         return len(self.task.labels) or 1
@@ -198,7 +226,11 @@ class Base:
             rows = [{"input_ids": prompt, "completion": self._written(a)} for a in said]
             return {"candidates": rows, "labels": example.target}
         answers = [self._ids(f" {a}") for a in said]
-        prompt = self._prompt(example, max(map(len, answers)))
+        if (longest := max(map(len, answers))) >= self.max_length:
+            raise ValueError(
+                f"an answer of {longest} tokens leaves no room in --max-length {self.max_length}; pass more"
+            )
+        prompt = self._prompt(example, longest)
         rows = [{"input_ids": prompt + a, "completion_mask": [0] * len(prompt) + [1] * len(a)} for a in answers]
         return {"candidates": rows, "labels": example.target}
 

@@ -14,8 +14,8 @@ from scipy import stats
 
 from mixadapters.tasks.metrics import row_scores, score
 from mixadapters.tasks.protocols import VERSION
-from mixadapters.tasks.provenance import FORMAT
 from mixadapters.tasks.registry import Task, get_task
+from mixadapters.tasks.results import read_result
 
 RESAMPLES = 500
 COLUMNS = ("method", "seeds", "score", "95 % interval", "difference", "95 % interval", "p", "trainable", "old domain")
@@ -61,12 +61,8 @@ class Table:
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """All results under a folder. Raises ValueError: there are none, or a file of a newer format."""
-    files = sorted(f for f in folder.glob("*/*-s*-*.json"))
-    found = [json.loads(f.read_text(encoding="utf-8")) for f in files]
-    for file, result in zip(files, found, strict=True):
-        if result.get("format") != FORMAT:
-            raise ValueError(f"{file}: format={result.get('format')!r} is not read by this version")
+    """All results under a folder. Raises ValueError: there are none, or one of another format or cut short."""
+    found = [read_result(file) for file in sorted(folder.glob("*/*-s*-*.json"))]
     if not found:
         raise ValueError(f"{folder} holds no results; make some with `run --out {folder}`")
     return found

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from mixadapters.tasks.sources import Example
 from mixadapters.training.objectives import pool
 
 BATCH = 64
@@ -32,10 +33,10 @@ def drift(before: Tensor, after: Tensor) -> float:
     return 1 - F.cosine_similarity(before, after).mean().item()
 
 
-def similarity(encoder: nn.Module, tokenizer: Any, pairs: Sequence[tuple[str, ...]], max_length: int) -> float:
-    """Spearman correlation of cosine and score over rows (text, text, score), such as those of STS-B."""
-    first, second = (embed(encoder, tokenizer, [row[i] for row in pairs], max_length) for i in (0, 1))
-    return float(spearmanr(F.cosine_similarity(first, second), [float(row[2]) for row in pairs]).statistic)
+def similarity(encoder: nn.Module, tokenizer: Any, pairs: Sequence[Example], max_length: int) -> float:
+    """Spearman correlation of cosine and score over pairs of texts, such as those of STS-B."""
+    first, second = (embed(encoder, tokenizer, [pair.texts[i] for pair in pairs], max_length) for i in (0, 1))
+    return float(spearmanr(F.cosine_similarity(first, second), [pair.target for pair in pairs]).statistic)
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import random
 import sys
 import time
@@ -18,9 +17,9 @@ from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PrinterCallback, Seq2SeqTrainer, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy
 
-from mixadapters.tasks import baselines, domains, retention
+from mixadapters.tasks import baselines, checkpoints, domains, retention
 from mixadapters.tasks.arguments import RunArguments, TrainArguments
 from mixadapters.tasks.methods import HEAD, UNTRAINED, Method, domain_layers, trainable
 from mixadapters.tasks.metrics import score
@@ -28,13 +27,18 @@ from mixadapters.tasks.models import Base
 from mixadapters.tasks.protocols import VERSION, Rows, select
 from mixadapters.tasks.provenance import FORMAT, fingerprint, provenance
 from mixadapters.tasks.registry import TASKS, Task, get_task
-from mixadapters.tasks.sources import Example, check_source, read_task, read_texts
+from mixadapters.tasks.results import check_folder, read_result, save_result
+from mixadapters.tasks.sources import Example, check_source, read_task
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
 
 SETUP = (  # arguments that decide how models train
     "model", "max_length", "pooling", "parameters", "layers", "rates", "full_rates", "head_rate", "domains",
     "stage1_steps", "stage1_batch", "stage1_rate", "max_new_tokens",
 )  # fmt: skip
+
+
+class Diverged(ValueError):
+    """A training that ended in weights or predictions that are no numbers."""
 
 
 class TaskTrainer(Seq2SeqTrainer):
@@ -75,6 +79,7 @@ class Runner:
         if not self.args.keep_going:
             for name in self.args.tasks:
                 self._check(get_task(name))
+        check_folder(self.out)
         for name in self.args.tasks:
             self._guard(partial(self._task, get_task(name)), name)
         return self.failed
@@ -90,8 +95,10 @@ class Runner:
                     self.domain_names(base)
 
     def base(self, task: Task) -> Base:
-        """The pretrained model as the task needs it."""
-        return Base(str(self.args.model), task, self.args.pooling, self.args.max_length)
+        """The pretrained model as the task needs it. Raises ValueError: it cannot do it, or not at this length."""
+        base = Base(str(self.args.model), task, self.args.pooling, self.args.max_length)
+        base.check_length(self.args.max_new_tokens)
+        return base
 
     def _guard(self, work: Callable[[], None], name: str) -> None:
         try:
@@ -124,10 +131,10 @@ class Runner:
             return []
 
     @cached_property
-    def pairs(self) -> list[tuple[str, ...]]:
+    def pairs(self) -> list[Example]:
         """Pairs of sentences with the scores of their similarity; empty where the folder has none."""
         try:
-            return read_texts(Path(self.args.data_dir or ""), "glue/stsb/dev", "sentence1", "sentence2", "score")[:150]
+            return read_task(get_task("stsb"), Path(self.args.data_dir or ""), ("test",))["test"][:150]
         except ValueError:
             return []
 
@@ -188,14 +195,16 @@ class Runner:
             task_type="CAUSAL_LM" if generates else None,
         )  # fmt: skip
         model = get_peft_model(auto.from_pretrained(base.path, dtype=torch.float32), config)
-        arguments = self.arguments(a.stage1_rate, 0, folder)
+        arguments = self.arguments(a.stage1_rate, 0, self.out / "trainer" / folder.name)
         arguments.max_steps, arguments.per_device_train_batch_size = a.stage1_steps, a.stage1_batch
         arguments.dataloader_drop_last = True
+        # It would not go on as it was: what general text is shown is drawn by a generator of the collator's own.
+        arguments.save_strategy = SaveStrategy.NO
         started = time.perf_counter()
         shown = self.general[: -domains.HELD_OUT]
         domains.train_domain(model, base.tokenizer, texts, shown, arguments, a.max_length, generates)
         if self.first:
-            model.save_pretrained(str(folder))
+            domains.save_whole(model, folder)
         PartialState().wait_for_everyone()
         self.say(f"stage 1, {name}: {a.stage1_steps} steps, {time.perf_counter() - started:.0f} s, {folder}")
         return str(folder)
@@ -238,9 +247,14 @@ class Run:
 
     def do(self) -> None:
         """Run unless there is a result, and write one."""
-        if self.file.is_file():
-            self.runner.say(f"{self.label} seed {self.seed}: cached, {self.file}")
-            return
+        if self.file.exists():
+            try:
+                read_result(self.file)
+            except ValueError as error:
+                self.runner.say(f"{self.label} seed {self.seed}: runs again: {error}")
+            else:
+                self.runner.say(f"{self.label} seed {self.seed}: cached, {self.file}")
+                return
         started = time.perf_counter()
         found = self._baseline() if self.method in UNTRAINED else self._train()
         gold = [e.target for e in self.rows.test]
@@ -255,10 +269,7 @@ class Run:
             "left_out_for_standing_in_dev": self.rows.shared, **found, "gold": gold,
             "seconds": round(time.perf_counter() - started, 1), **provenance(),
         }  # fmt: skip
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        written = self.file.with_suffix(".partial")
-        written.write_text(json.dumps(result), encoding="utf-8")
-        written.replace(self.file)  # whole or not at all
+        save_result(self.file, result)
         name, value = next(iter(metrics.items()))
         size, took = found["trainable_parameters"], result["seconds"]
         self.runner.say(f"{self.label} seed {self.seed}: {name} {value:.3f}, {size:,} parameters, {took:.0f} s")
@@ -274,17 +285,21 @@ class Run:
         known = self.runner.domains(self.base) if self.method == "mixda" else {}
         method = Method(self.method, self.args.parameters, self.args.layers, known)
         best: tuple[float, TaskTrainer, dict[str, Any]] | None = None
-        candidates = []
+        candidates: list[dict[str, Any]] = []
         for rate in self.rates:
             trainer, settings = self._trainer(method, rate)
-            folder = Path(trainer.args.output_dir)
-            if self.method != "frozen":
-                trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
             value = 0.0
-            if len(self.rates) > 1:
-                gold = [e.target for e in self.rows.dev]
-                value = next(iter(score(self.task, self._predict(trainer, self.rows.dev), gold).values()))
-                candidates.append({"rate": rate, "dev": value})
+            try:
+                self._fit(trainer)
+                if len(self.rates) > 1:
+                    value = self._on_dev(trainer)
+                    candidates.append({"rate": rate, "dev": value})
+            except Diverged as error:
+                candidates.append({"rate": rate, "dev": None, "diverged": str(error)})
+                if len(candidates) == len(self.rates) and best is None:
+                    raise
+                self.runner.say(f"{self.label} seed {self.seed}: rate {rate:g} is out: {error}")
+                continue
             if best is None or value > best[0]:
                 best = value, trainer, {**settings, "rate": rate}
         assert best is not None
@@ -301,6 +316,31 @@ class Run:
             "retention": self._retention(trainer.model),
         }
 
+    def _fit(self, trainer: TaskTrainer) -> None:
+        """Train, from the newest whole checkpoint where there is one. Raises Diverged."""
+        if self.method == "frozen":
+            return
+        newest, broken = checkpoints.newest_whole(Path(str(trainer.args.output_dir)))
+        for checkpoint, reason in broken.items():
+            self.runner.say(f"{self.label} seed {self.seed}: {checkpoint} is not whole, removed: {reason}")
+        checkpoints.drop(broken)
+        if newest or broken:
+            self.runner.say(
+                f"{self.label} seed {self.seed}: goes on from {newest.name if newest else 'the beginning'}"
+            )
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        odd = [n for n, p in trainer.model.named_parameters() if p.requires_grad and not p.isfinite().all()]
+        if odd:
+            raise Diverged(
+                f"training at rate {trainer.args.learning_rate:g} ended in weights that are NaN or infinite, {odd[0]} "
+                f"and {len(odd) - 1} others; pass lower rates"
+            )
+
+    def _on_dev(self, trainer: TaskTrainer) -> float:
+        """The main metric on dev. Raises Diverged."""
+        predictions = self._predict(trainer, self.rows.dev)
+        return next(iter(score(self.task, predictions, [e.target for e in self.rows.dev]).values()))
+
     def _trainer(self, method: Method, rate: float) -> tuple[TaskTrainer, dict[str, Any]]:
         set_seed(self.seed)
         model, callbacks, settings = method.build(self.base)
@@ -309,7 +349,7 @@ class Run:
         arguments.predict_with_generate = self.base.form == "generate"
         trainer = TaskTrainer(
             model, arguments, train_dataset=self.base.features(self.rows.train, training=True),
-            data_collator=self.base.collate, callbacks=callbacks,
+            data_collator=self.base.collate, callbacks=[*callbacks, checkpoints.MarkCheckpoints()],
         )  # fmt: skip
         trainer.head_rate = self.args.head_rate
         trainer.remove_callback(PrinterCallback)  # a run is one line
@@ -328,11 +368,16 @@ class Run:
         return [found[i] for i in range(len(examples))]
 
     def _read(self, output: Any) -> list[Any]:
-        """Predictions out of logits or of generated ids."""
+        """Predictions out of logits or of generated ids. Raises Diverged: logits are no numbers."""
         if self.base.form == "generate":
             ids = np.where(output < 0, self.base.tokenizer.pad_token_id, output)
             texts = self.base.tokenizer.batch_decode(ids, skip_special_tokens=True)
             return [next(iter(t.strip().splitlines()), "").strip() for t in texts]
+        if odd := int((~np.isfinite(output)).reshape(len(output), -1).any(1).sum()):
+            raise Diverged(
+                f"{odd} of {len(output)} predictions are NaN or infinite and are not scored; pass lower rates, or "
+                f"look at the weights of model {self.base.path!r}"
+            )
         if self.task.kind == "regression":
             low, high = self.task.bounds
             return (low + (high - low) * output.reshape(-1).astype(float)).tolist()

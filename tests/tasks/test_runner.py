@@ -169,25 +169,6 @@ def test_a_model_learns_to_generate_answers(request, data, tmp_path, kind) -> No
     assert result["metrics"]["accuracy"] == 1
 
 
-def test_a_stopped_run_goes_on_from_its_checkpoint(encoder, data, tmp_path, monkeypatch) -> None:
-    line = f"--tasks imdb --methods lora --seeds 0 {SHOTS} --max_steps 6 --save_strategy steps --save_steps 2"
-    predict = runner_module.Run._predict
-    monkeypatch.setattr(runner_module.Run, "_predict", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run(encoder, data, tmp_path, line)
-    monkeypatch.setattr(runner_module.Run, "_predict", predict)
-    train, asked = runner_module.TaskTrainer.train, []
-
-    def spy(self: Any, resume_from_checkpoint: str | None) -> Any:
-        asked.append(resume_from_checkpoint)
-        return train(self, resume_from_checkpoint=resume_from_checkpoint)
-
-    monkeypatch.setattr(runner_module.TaskTrainer, "train", spy)
-    run(encoder, data, tmp_path, line)
-    assert asked[0].endswith("checkpoint-6")
-    assert results(tmp_path)
-
-
 def test_dry_run_trains_nothing_and_tells_sizes_and_time(encoder, data, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(runner_module.TaskTrainer, "train", None)
     run(encoder, data, tmp_path, f"--tasks imdb --methods majority bottleneck mixda --seeds 0 1 {SHOTS} --dry-run")
@@ -245,6 +226,30 @@ def test_a_run_that_fails_does_not_stop_the_others(encoder, data, tmp_path, caps
         ("--tasks imbd", "task 'imbd' is unknown"),
         ("--tasks imdb --methods lorra", "method 'lorra' is unknown"),
         ("--tasks imdb --rates 0", r"rates=[0.0] must be one or more positive"),
+        ("--tasks imdb --rates 1e-3 nan", r"rates=[0.001, nan] must be one or more positive"),
+        (
+            "--tasks imdb --rates 1e-3 1.0000001e-3",
+            "must be one or more positive learning rates, finite and different",
+        ),
+        ("--tasks imdb --full_rates inf", r"full_rates=[inf] must be one or more positive"),
+        ("--tasks imdb --head_rate nan", "head_rate=nan must be a positive learning rate, and finite"),
+        ("--tasks imdb --head_rate -1", "head_rate=-1.0 must be a positive learning rate"),
+        ("--tasks imdb --head_rate 0", "head_rate=0.0 must be a positive learning rate"),
+        ("--tasks imdb --stage1_rate inf", "stage1_rate=inf must be a positive learning rate"),
+        ("--tasks imdb --seeds 1 1", "seeds=[1, 1] must be one or more different numbers from 0 to 4294967295"),
+        ("--tasks imdb --seeds -1", "seeds=[-1] must be one or more different numbers"),
+        ("--tasks imdb --max_steps 0", "max_steps=0 must be 1 or more, or -1 for --num_train_epochs"),
+        ("--tasks imdb --num_train_epochs nan", "num_train_epochs=nan must be finite"),
+        ("--tasks imdb --weight_decay nan", "weight_decay=nan must be finite"),
+        ("--tasks imdb --weight_decay -0.1", "weight_decay=-0.1 must be 0 or more"),
+        ("--tasks imdb --adam_beta2 1", "adam_beta2=1.0 must be 0 or more and less than 1"),
+        ("--tasks imdb --per_device_train_batch_size 0", "per_device_train_batch_size=0 must be 1 or more"),
+        ("--tasks imdb --gradient_accumulation_steps 0", "gradient_accumulation_steps=0 must be 1 or more"),
+        ("--tasks imdb --save_only_model", "save_only_model=True leaves nothing to go on from"),
+        (
+            "--tasks imdb --methods probe --max_length 65",
+            "has 64 positions, too few for 65 of --max-length; pass less",
+        ),
         ("--tasks imdb --shots_from mine", "shots_from='mine' must be 'published' or 'rule'"),
         ("--tasks imdb --learning_rate 1e-4", "learning_rate=0.0001 is set by each run; pass --rates"),
         ("--tasks imdb --seed 3", "seed=3 is set by each run; pass --seeds"),
@@ -259,6 +264,70 @@ def test_a_run_that_fails_does_not_stop_the_others(encoder, data, tmp_path, caps
 def test_bad_arguments_are_named(encoder, data, tmp_path, capsys, line, message) -> None:
     assert run(encoder, data, tmp_path, line) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_decoder_needs_positions_for_what_it_writes(decoder, data, tmp_path, capsys) -> None:
+    line = "--tasks trex_slotfilling --methods frozen --seeds 0 --max_length 60 --max_new_tokens 4"
+    assert run(decoder, data, tmp_path, f"{line} {SHOTS}") == 1
+    said = "has 64 positions, too few for 60 of --max-length + 1 of a token to begin with + 4 of --max-new-tokens"
+    assert said in capsys.readouterr().err
+    assert run(decoder, data, tmp_path, f"{line} {SHOTS} --max_length 59") == 0
+
+
+def test_an_output_folder_that_is_a_file_is_refused_before_training(
+    encoder, data, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(runner_module.TaskTrainer, "train", None)
+    (tmp_path / "out").write_text("mine")
+    for out in (tmp_path / "out", tmp_path / "out" / "deeper"):
+        assert run(encoder, data, out, f"--tasks imdb --methods lora --seeds 0 {SHOTS}") == 1
+        assert re.search(r"error: --out .* must be a folder that can be written to: ", capsys.readouterr().err)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def spoil(trainer: Any) -> None:
+    for value in trainer.model.parameters():
+        if value.requires_grad:
+            value.data.fill_(float("nan"))
+
+
+def test_predictions_that_are_no_numbers_are_not_scored(encoder, data, tmp_path, capsys, monkeypatch) -> None:
+    train = runner_module.TaskTrainer.train
+    monkeypatch.setattr(runner_module.TaskTrainer, "train", lambda self, **o: (train(self, **o), spoil(self)))
+    assert run(encoder, data, tmp_path, f"--tasks imdb --methods lora --seeds 0 {SHOTS}") == 1
+    assert "training at rate 0.001 ended in weights that are NaN or infinite" in capsys.readouterr().err
+    assert not results(tmp_path)
+
+
+def test_a_model_whose_logits_are_no_numbers_is_named(decoder, data, tmp_path, capsys, monkeypatch) -> None:
+    load = runner_module.Base.load
+
+    def spoiled(self: Any, empty: bool = False) -> Any:
+        model = load(self, empty)
+        model.lm_head.weight.data.fill_(float("inf"))
+        return model
+
+    monkeypatch.setattr(runner_module.Base, "load", spoiled)
+    assert run(decoder, data, tmp_path, f"--tasks fever --methods frozen --seeds 0 {SHOTS}") == 1
+    assert re.search(r"8 of 8 predictions are NaN or infinite and are not scored.*decoder", capsys.readouterr().err)
+
+
+def test_a_rate_that_diverges_is_out_and_named(encoder, data, tmp_path, capsys, monkeypatch) -> None:
+    train = runner_module.TaskTrainer.train
+
+    def diverges(self: Any, **options: Any) -> None:
+        train(self, **options)
+        if self.args.learning_rate != 2e-3:
+            spoil(self)
+
+    monkeypatch.setattr(runner_module.TaskTrainer, "train", diverges)
+    line = f"--tasks imdb --methods lora --seeds 0 {SHOTS}"
+    assert run(encoder, data, tmp_path, f"{line} --rates 1e-3 2e-3 3e-3") == 0
+    result = results(tmp_path)["imdb", "lora", 0]
+    assert result["settings"]["rate"] == 2e-3
+    assert [c["dev"] is None for c in result["candidates"]] == [True, False, True]
+    assert "rate 0.001 is out: training at rate 0.001 ended in weights" in capsys.readouterr().out
+    assert run(encoder, data, tmp_path, f"{line} --rates 1e-3 3e-3") == 1
 
 
 def test_methods_that_a_table_cannot_tell_apart_are_refused(encoder, data, tmp_path, capsys) -> None:

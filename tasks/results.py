@@ -1,0 +1,79 @@
+"""Result files: written aside and renamed, read whole or refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+from mixadapters.tasks.provenance import FORMAT
+
+FIELDS: dict[str, type] = {
+    "task": str, "method": str, "seed": int, "protocol": dict, "setup": dict, "metrics": dict, "rows": dict,
+    "predictions": list, "gold": list, "trainable_parameters": int, "head_parameters": int,
+}  # fmt: skip
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """A result. Raises ValueError: it is of another format, or no whole result, such as a file that was cut short."""
+    again = "the command that made it makes it anew, as if it were not there"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no whole result ({error}); {again}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} is no result but a JSON {type(found).__name__}; {again}")
+    if found.get("format") != FORMAT:
+        raise ValueError(f"{file}: format={found.get('format')!r} is not read by this version")
+    for name, kind in FIELDS.items():
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"{file} is no whole result: {name}={found.get(name)!r}; {again}")
+    said, rows = len(found["predictions"]), len(found["gold"])
+    if said != rows:
+        raise ValueError(f"{file} is no whole result: {said} predictions for {rows} rows; {again}")
+    return found
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file under a name that no other process has, and rename it: whole or not at all, at any time."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with aside.open("w", encoding="utf-8") as opened:
+            opened.write(text)
+            opened.flush()
+            os.fsync(opened.fileno())
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def save_result(file: Path, result: dict[str, Any]) -> None:
+    """Write a result. Raises ValueError: that cannot be; the result is then in a temporary file, or printed."""
+    text = json.dumps(result)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, text)
+    except OSError as error:
+        kept = Path(tempfile.gettempdir()) / file.name
+        try:
+            write_whole(kept, text)
+        except OSError:
+            print(text, flush=True)
+            kept = Path("the line that is printed above")
+        raise ValueError(
+            f"{file} cannot be written ({error}). Its scores are {result['metrics']}; all of it is in {kept}: make "
+            f"room and put it where it belongs"
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Raises ValueError: results cannot go there. The folder is made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "writable", "")
+        (folder / "writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder} must be a folder that can be written to: {error}") from error

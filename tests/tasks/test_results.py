@@ -1,0 +1,126 @@
+"""Results are whole files or none: one that cannot be written is not lost, one that was cut short is made again."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixadapters.tasks import __main__ as cli
+from mixadapters.tasks import results as results_module
+from mixadapters.tasks.results import check_folder, read_result, save_result, write_whole
+
+RESULT = {
+    "format": 1, "task": "imdb", "method": "lora", "seed": 0, "protocol": {"task": "imdb", "shots": 4, "draw": 2},
+    "setup": {"model": "m"}, "metrics": {"accuracy": 0.5}, "rows": {"train": 8, "dev": 8, "test": 2},
+    "predictions": [0, 1], "gold": [0, 0], "trainable_parameters": 3, "head_parameters": 0,
+}  # fmt: skip
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_result_comes_back(tmp_path) -> None:
+    save_result(tmp_path / "imdb" / "lora-s0-x.json", RESULT)
+    assert read_result(tmp_path / "imdb" / "lora-s0-x.json") == RESULT
+    assert [f.name for f in (tmp_path / "imdb").iterdir()] == ["lora-s0-x.json"]
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.3, 0.6, 0.99])
+def test_every_cut_is_noticed(tmp_path, share: float) -> None:
+    text = json.dumps(RESULT)
+    file = tmp_path / "x.json"
+    file.write_text(text[: int(share * len(text))])
+    with pytest.raises(ValueError, match=r"x\.json is no whole result \(.*the command that made it makes it anew"):
+        read_result(file)
+
+
+@pytest.mark.parametrize("field", [*results_module.FIELDS, "gold"])
+def test_a_result_without_a_field_is_no_result(tmp_path, field: str) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({k: v for k, v in RESULT.items() if k != field}))
+    with pytest.raises(ValueError, match=f"no whole result: {field}=None"):
+        read_result(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"[1]", "is no result but a JSON list"), (b"\xff", "no whole result"), (b"[" * 99999, "no whole result"),
+     (json.dumps({**RESULT, "gold": [1]}).encode(), "2 predictions for 1 rows")],
+)  # fmt: skip
+def test_what_is_no_result_is_named(tmp_path, content: bytes, message: str) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_result(tmp_path / "x.json")
+
+
+def test_tables_name_a_file_that_was_cut_short(tmp_path, capsys) -> None:
+    save_result(tmp_path / "imdb" / "lora-s0-x.json", RESULT)
+    (tmp_path / "imdb" / "lora-s1-x.json").write_text(json.dumps(RESULT)[:99])
+    assert cli.main(["table", str(tmp_path)]) == 1
+    assert "lora-s1-x.json is no whole result" in capsys.readouterr().err
+
+
+def test_a_run_whose_result_was_cut_short_runs_again(data, tmp_path, capsys) -> None:
+    line = f"run --data-dir {data} --out {tmp_path}/out --tasks imdb --methods majority --seeds 0"
+    line = [*line.split(), "--shots", "4", "--shots_from", "rule"]
+    assert cli.main(line) == 0
+    (file,) = (tmp_path / "out").glob("imdb/*.json")
+    whole = json.loads(file.read_text())
+    file.write_text(file.read_text()[:200])
+    assert cli.main(line) == 0
+    assert "majority seed 0: runs again: " in capsys.readouterr().out
+    assert read_result(file)["predictions"] == whole["predictions"]
+
+
+def test_writers_at_the_same_time_never_mix(tmp_path) -> None:
+    texts = [str(i) * 200_000 for i in range(6)]
+    threads = [threading.Thread(target=write_whole, args=(tmp_path / "x", text)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "x").read_text() in texts
+    assert [f.name for f in tmp_path.iterdir()] == ["x"]
+
+
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch) -> None:
+    (tmp_path / "x").write_text("old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "old"
+    assert [f.name for f in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_result_that_finds_no_room_is_kept_elsewhere(tmp_path, monkeypatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(results_module.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    write = write_whole
+
+    def no_room(file: Path, text: str) -> None:
+        full() if file.parent.name == "imdb" else write(file, text)
+
+    monkeypatch.setattr(results_module, "write_whole", no_room)
+    with pytest.raises(ValueError, match=r"No space left.*scores are {'accuracy': 0\.5}.*temporary/lora-s0-x\.json"):
+        save_result(tmp_path / "imdb" / "lora-s0-x.json", RESULT)
+    assert read_result(tmp_path / "temporary" / "lora-s0-x.json") == RESULT
+
+
+def test_a_result_that_finds_no_room_anywhere_is_printed(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="all of it is in the line that is printed above"):
+        save_result(tmp_path / "imdb" / "lora-s0-x.json", RESULT)
+    assert json.loads(capsys.readouterr().out) == RESULT
+
+
+def test_a_folder_that_takes_no_files_is_refused(tmp_path, monkeypatch) -> None:
+    check_folder(tmp_path / "a" / "b")
+    assert not list((tmp_path / "a" / "b").iterdir())
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"--out .*c must be a folder that can be written to: .*No space left"):
+        check_folder(tmp_path / "c")
