@@ -178,6 +178,7 @@ def test_first_run_counts_where_a_checkpoint_function_is_not_wrapped(tiny, tiny_
 @pytest.mark.parametrize("verb", ["delete_adapter", "merge_adapter"])
 def test_adapters_that_are_gone_before_the_backward_are_an_error(tiny, tiny_inputs, verb) -> None:
     config = {"r": 3, "activation": "identity", "init_weights": False, "target_modules": ["o_proj"]}
+    config["use_bias"] = False
     model = get_peft_model(tiny("llama"), BottleneckConfig(**config), adapter_name="first").train()
     model.add_adapter("second", BottleneckConfig(**config))
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
