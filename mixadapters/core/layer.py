@@ -49,6 +49,13 @@ class AdapterHost(BaseTunerLayer):
             if name in self.active_adapters
         )
 
+    @property
+    def refuses_packed(self) -> str | None:
+        """Why an adapter that acts here cannot run where requests are packed into one row; None if all can."""
+        acting = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.adapters]
+        parts = (part for name in acting for part in self.adapters[name].modules())
+        return next((reason for part in parts if (reason := getattr(part, "refuses_packed", None))), None)
+
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool = False) -> None:
         self.adapters[name] = adapter
         self.context.hosted.add(name)
