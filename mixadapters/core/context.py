@@ -18,6 +18,7 @@ from mixadapters.core.record import Record, Records
 from mixadapters.core.routing import Routing, RoutingKey, find_routing
 from mixadapters.core.sites import has_two_stacks
 from mixadapters.core.streams import Stream, read_stream
+from mixadapters.core.usage import UsageRecorder
 
 ROUTES = "routes"  # the field that holds pinned routings by their keys
 COMMON_FIELDS = ("adapter_names", "domain_ids", "prompt_mask", ROUTES)
@@ -45,6 +46,7 @@ class ForwardContext:
         record: the current `Record`. Threads have their own while a forward runs.
         observers: called with each routing that is decided, in training, evaluation and `generate`: (key, routing,
             mask (N,) bool of the rows that count, or None: all).
+        usage: how routers have spread their weight in training; read and reset by the callbacks.
         objectives: what changes inputs, outputs and loss of a training forward, in order.
         loss_scale: factor on auxiliary losses that are attached to the outputs for want of a loss (1 / number of
             accumulated micro-batches); `StageCallback` sets it. None: nobody has said, and none accumulate.
@@ -56,6 +58,7 @@ class ForwardContext:
     def __init__(self, argument_names: tuple[str, ...] = ()) -> None:
         self.fields: set[str] = set(COMMON_FIELDS)
         self.observers: list[Observer] = []
+        self.usage = UsageRecorder()
         self.objectives: list[Objective] = []
         self.staged: list[Objective] = []  # those of them that a StageCallback has attached
         self.loss_scale: Tensor | float | None = None
@@ -69,7 +72,7 @@ class ForwardContext:
 
     def __getstate__(self) -> dict[str, Any]:
         # Tensors of a batch are no state of the model, and those with a history cannot be copied.
-        left_out: dict[str, Any] = {"records": None, "loss_log": {}, "observers": []}
+        left_out: dict[str, Any] = {"records": None, "loss_log": {}, "observers": [], "usage": UsageRecorder()}
         return {**self.__dict__, **left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

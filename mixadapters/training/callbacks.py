@@ -15,7 +15,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.usage import GateUsage
 from mixadapters.training.checkpoints import fault, note_stage, stage_of
 from mixadapters.training.objectives import require_pretrained_head
 
@@ -203,21 +202,13 @@ class GateUsageCallback(TrainerCallback):
 
 def collect_usage(model: nn.Module, per_layer: bool = False) -> dict[str, float]:
     """The running gate usage and auxiliary losses of `model`, reset by reading."""
-    report: dict[str, float] = {}
-    sums: dict[str, list[float]] = {}
-    for path, usage in model.named_modules():
-        if isinstance(usage, GateUsage) and float(usage.count) > 0:
-            layer = path.split("_adapters.")[0].removeprefix("base_model.model.").rpartition(".")[0]
-            for name, value in usage.summary().items():
-                sums.setdefault(name, []).append(value)
-                if per_layer:
-                    report[f"gate/{layer}/{name}"] = value
-            usage.reset()
-    report.update({f"gate/mean/{name}": sum(values) / len(values) for name, values in sums.items()})
     context = next((found for module in model.modules() if (found := ForwardContext.find(module))), None)
-    if context is not None:
-        report.update({f"loss/{name}": float(total) / count for name, (total, count) in context.loss_log.items()})
-        context.loss_log.clear()
+    if context is None:
+        return {}
+    report = context.usage.report(per_layer)
+    context.usage.reset()
+    report.update({f"loss/{name}": float(total) / count for name, (total, count) in context.loss_log.items()})
+    context.loss_log.clear()
     return report
 
 

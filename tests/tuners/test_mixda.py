@@ -794,7 +794,7 @@ def test_gate_usage_counts_real_tokens_once_per_forward(tiny, tiny_inputs) -> No
         output = model(**inputs, labels=inputs["input_ids"])
         output.loss.backward()
         for mixture in mixtures(model).values():
-            assert float(mixture.router.usage.count) == int(inputs["attention_mask"].sum())
+            assert context(model).usage.count(mixture.key) == int(inputs["attention_mask"].sum())
         report = collect_usage(model)
         shares = [report[f"gate/mean/weight/{arm}"] for arm in (*DOMAINS, "frozen")]
         assert sum(shares) == pytest.approx(1, abs=1e-4)
