@@ -274,6 +274,16 @@ def test_named_files_and_tests_exist(page) -> None:
             assert any(place.exists() for place in places), f"{page}: {name}"
 
 
+def test_architecture_says_what_each_file_of_core_is_for() -> None:
+    _, _, table = PAGES["docs/architecture.md"].partition("### The files of core")
+    rows = table.partition("\n## ")[0].splitlines()
+    named = [
+        name for row in rows if row.startswith("|") for name in re.findall(r"`(core/\w+\.py)`", row.split("|")[1])
+    ]
+    files = (ROOT / "mixadapters" / "core").glob("*.py")
+    assert sorted(named) == sorted(f"core/{file.name}" for file in files if file.name != "__init__.py")
+
+
 COMMANDS = sorted(
     {
         (page, example, argument)
