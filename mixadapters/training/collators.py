@@ -162,8 +162,8 @@ class ObjectMaskingCollator:
                 "'text' and 'object', or 'subject', 'relation' and 'object', and pass remove_unused_columns=False to "
                 "TrainingArguments"
             )
-        for name in TRIPLE:
-            text_of(where, row, name)
+        for column in TRIPLE:
+            text_of(where, row, column)
         if not row["object"].strip():
             raise ValueError(f"{where}: object={row['object']!r} of subject={row['subject']!r} has nothing to mask")
         parts = self._templates.get(row["relation"], self._templates.get(None))
@@ -356,7 +356,7 @@ class WithGeneralText:
         return int(self._order[1][place])
 
 
-def _parse(template: str) -> list[tuple[str, str | None]]:
+def _parse(template: Any) -> list[tuple[str, str | None]]:
     """A template as literals, each followed by a field's name or by None."""
     if not isinstance(template, str):
         raise ValueError(f"template={template!r} is neither a string nor a string per relation")
