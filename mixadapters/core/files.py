@@ -36,6 +36,7 @@ class SavedAdapter:
     model_id: str  # as the user named it
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]  # key -> shape of the tensor
+    other: str | None = None  # why the weights are not those that the config was saved with
     mapped: bool = False  # whether keys are renamed on loading, for another version of the base model
 
     def plain_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -106,7 +107,7 @@ def read_adapter(
         options: of the hub, such as `revision`.
 
     Raises:
-        ValueError: a file is no JSON, is cut, or does not belong to the other.
+        ValueError: a file is no JSON, or is cut.
     """
     config_path = _find(model_id, CONFIG_NAME, subfolder, options)
     if config_path is None:
@@ -124,19 +125,19 @@ def read_adapter(
             shapes = {key: weights.shape(key) for key in weights}
         else:
             shapes = {key: tuple(tensor.shape) for key, tensor in weights.items() if isinstance(tensor, Tensor)}
-        if config.get("digest") is not None:
-            _compare(weights, config, weights_path)
-    return SavedAdapter(str(model_id), config, shapes)
+        other = None if config.get("digest") is None else _other(weights, config, weights_path)
+    return SavedAdapter(str(model_id), config, shapes, other)
 
 
-def _compare(weights: Mapping[str, Any], config: dict[str, Any], path: str) -> None:
+def _other(weights: Mapping[str, Any], config: dict[str, Any], path: str) -> str | None:
     found = digest_of(weights, str(config.get("peft_type")), config.get("modules_to_save"))
-    if found != config["digest"]:
-        raise ValueError(
-            f"{path} is not what {CONFIG_NAME} was saved with: one of the two is of another save, incomplete, or was "
-            f"changed (digest {str(found)[:20]}, expected {str(config['digest'])[:20]}). If it was changed on "
-            f"purpose, take `digest` out of {CONFIG_NAME}"
-        )
+    if found == config["digest"]:
+        return None
+    return (
+        f"{path} is not what {CONFIG_NAME} was saved with: one of the two is of another save, or was changed (digest "
+        f"{str(found)[:20]}, expected {str(config['digest'])[:20]}). If it was changed on purpose, take `digest` out "
+        f"of {CONFIG_NAME}"
+    )
 
 
 def _find(model_id: Any, name: str, subfolder: str | None, options: dict[str, Any]) -> str | None:

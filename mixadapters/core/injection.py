@@ -41,6 +41,8 @@ class Injection(SiteFinder):
         saved = being_loaded()
         if saved is not None and saved.shapes and not saved.mapped:
             self._check_file(config, adapter_name, saved)
+        if saved is not None and saved.other is not None:
+            raise ValueError(saved.other)
         beside = config.trained_beside or {}
         for name, kind in beside.items():
             other = self.peft_config.get(name)

@@ -39,6 +39,8 @@ def watch_verbs() -> None:
         saved = _saved(model_id, self.get_base_model(), kwargs)
         if saved is not None and isinstance(config := self.peft_config.get(adapter_name), MixtureConfig):
             config.refuse_other(saved, adapter_name)
+            if saved.other is not None:
+                raise ValueError(saved.other)
         with loading(saved):
             return peft_load_adapter(self, model_id, adapter_name, *args, **kwargs)
 
