@@ -282,7 +282,12 @@ def test_architecture_says_what_each_file_of_core_is_for() -> None:
         name for row in rows if row.startswith("|") for name in re.findall(r"`(core/\w+\.py)`", row.split("|")[1])
     ]
     files = (ROOT / "mixadapters" / "core").glob("*.py")
-    assert sorted(named) == sorted(f"core/{file.name}" for file in files if file.name != "__init__.py")
+    files = {f"core/{file.name}": file.read_text(encoding="utf-8") for file in files if file.name != "__init__.py"}
+    assert sorted(named) == sorted(files)
+    marked = {name for row in rows if row.endswith("(PEFT) |") for name in re.findall(r"`(core/\w+\.py)`", row)}
+    assert marked == {
+        name for name, text in files.items() if re.search(r"^ *(from|import) peft\b", text, re.MULTILINE)
+    }
 
 
 COMMANDS = sorted(
