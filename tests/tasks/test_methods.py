@@ -71,6 +71,21 @@ def test_what_cannot_be_compared_is_refused(request, kind, name, parameters, mes
         Method(name, parameters, 2, {}).build(base)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "must be an object with a peft_type, got None; have .*LORA"),
+        ('{"peft_type": "LORRA"}', "must be an object with a peft_type, got 'LORRA'"),
+        ('{"peft_type": ["LORA"]}', "must be an object with a peft_type, got "),
+    ],
+)
+def test_a_config_that_is_none_is_named(tmp_path, content, message) -> None:
+    (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"method '.*mine\.json' {message}"):
+        Method(str(tmp_path / "mine.json"), 1, None, {})
+
+
 def test_an_unknown_method_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"method 'mixdaa' is unknown; .*Did you mean 'mixda'"):
         Method("mixdaa", 1, None, {})
