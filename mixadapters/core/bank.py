@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters import kernels
-from mixadapters.core.arena import Arena, Slot, Stack, holders, read, stacked
 from mixadapters.core.routing import Routing
 
 if TYPE_CHECKING:
@@ -44,17 +43,12 @@ class Expert(nn.Module):
     Starts as zero (`up` is 0) unless `init_weights` is False.
     """
 
-    arena: Arena | None = None  # where the parameters have their memory, once experts run together
-    slot: Slot | None = None
-
     def __init__(self, bank: AdapterBank, rank: int, init_weights: bool) -> None:
         super().__init__()
         self.rank = rank
         self.down = nn.Linear(bank.in_features, rank, bias=bank.bias)
         self.gate = nn.Linear(bank.in_features, rank, bias=bank.bias) if bank.glu else None
         self.up = nn.Linear(rank, bank.out_features, bias=bank.bias)
-        lay_out(self)
-        self.register_load_state_dict_post_hook(lay_out)
         self.norm = nn.LayerNorm(bank.in_features) if bank.layer_norm else None
         self.scale = Scale(1.0) if bank.scale is None else None
         if init_weights:
@@ -63,24 +57,21 @@ class Expert(nn.Module):
                 if part is not None and part.bias is not None:
                     nn.init.zeros_(part.bias)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("arena", "slot")}
-
     def weights(self, scale: float | None) -> Weights:
         """Its parameters. scale: the factor where it has none of its own."""
-        gate, norm = self.gate, self.norm
+        inside: Any = self._modules  # past `nn.Module.__getattr__`, of which a batch over many adapters would notice
+        down, up, gate, norm, scale_of = map(inside.get, ("down", "up", "gate", "norm", "scale"))
         return Weights(
-            self.down.weight, self.up.weight, self.down.bias, self.up.bias,
-            None if gate is None else gate.weight, None if gate is None else gate.bias,
+            _held(down, "weight"), _held(up, "weight"), _held(down, "bias"), _held(up, "bias"),
+            None if gate is None else _held(gate, "weight"), None if gate is None else _held(gate, "bias"),
             None if norm is None else (norm.weight, norm.bias),
-            float(scale or 0.0) if self.scale is None else self.scale.weight,
+            float(scale or 0.0) if scale_of is None else scale_of.weight,
         )  # fmt: skip
 
 
-def lay_out(expert: Expert, *_: Any) -> None:
-    """Store `up.weight` (M, r) row by row of its transpose, as arenas do: weights that move keep their strides."""
-    if type(expert.up) is nn.Linear and not expert.up.weight.T.is_contiguous():
-        expert.up.weight.data = expert.up.weight.data.T.contiguous().T
+def _held(module: nn.Module, name: str) -> Any:
+    """A parameter of `module`, or what a parametrization computes in its place."""
+    return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
 class Kind(NamedTuple):
@@ -158,26 +149,16 @@ class AdapterBank(nn.Module):
 
         dropout: probability that they read an element of `tokens` as 0.
         """
-        packed = pack([self], context)
-        return packed(tokens, packed.placed(routing, tokens.shape[0]), base, keep, dropout, routing.run)
+        return pack([self], context)(tokens, routing, base, keep, dropout)
 
 
-class Packed(NamedTuple):
-    """The experts of several banks of one kind, for one call of the op."""
+class PackedExperts(NamedTuple):
+    """The experts of several banks of one kind as the op takes them, numbered through bank after bank."""
 
     kind: Kind
     sizes: list[int]  # experts of each bank
-    numbers: list[int] | None  # the place of each expert among those of the op; None: in order
-    arguments: dict[str, Any]
-
-    def placed(self, routing: Routing, rows: int) -> Routing:
-        """A routing of `rows` rows over the experts in order, by their places."""
-        if self.numbers is None:
-            return routing
-        indices = routing.indices
-        table = torch.tensor([*self.numbers, -1], device=self.arguments["w_down"].device)
-        chosen = table[:-1].expand(rows, -1) if indices is None else table[indices.long()]  # -1 reads the last entry
-        return routing._replace(indices=chosen)
+    weights: list[Weights]  # what they were made of
+    arguments: dict[str, Any]  # of `kernels.lowrank`
 
     def __call__(
         self,
@@ -186,9 +167,8 @@ class Packed(NamedTuple):
         base: Tensor | None = None,
         keep: Tensor | None = None,
         dropout: float = 0.0,
-        run: int = 1,
     ) -> Tensor:
-        """As `AdapterBank.forward`, by places; the routing is constant over every `run` consecutive rows."""
+        """As `AdapterBank.forward`."""
         seed = None
         if self.kind.layer_norm:
             tokens = F.layer_norm(F.dropout(tokens, dropout), (self.kind.in_features,))
@@ -197,75 +177,67 @@ class Packed(NamedTuple):
             seed = torch.randint(2**63 - 1, (), device=tokens.device)
         return kernels.lowrank(
             tokens, indices=routing.indices, gates=routing.weights, base=base, base_weight=keep,
-            act=self.kind.activation, dropout=dropout, seed=seed, run=run, **self.arguments,
+            act=self.kind.activation, dropout=dropout, seed=seed, run=routing.run, **self.arguments,
         )  # fmt: skip
 
 
-def pack(banks: Sequence[AdapterBank], context: ForwardContext | None) -> Packed:
-    """The experts of `banks` by their arena; those whose weights are computed, one below the other."""
-    tied = tie(banks)
-    return concatenate(banks, context) if tied is None else tied.pack()
-
-
-class Tied:
-    """Banks of one kind whose experts are in one arena. Kept for the steps of one call of a model, no longer."""
-
-    def __init__(
-        self, banks: Sequence[AdapterBank], sizes: list[int], places: list[tuple[dict[str, Any], str]], stack: Stack
-    ) -> None:
-        self.kind, self.sizes = banks[0].kind, sizes
-        self.numbers = None if stack.in_order else stack.numbers
-        self._scales = [float(bank.scale or 0) for bank, n in zip(banks, sizes, strict=True) for _ in range(n)]
-        self._stack, self._holders = stack, places
-
-    def pack(self) -> Packed:
-        leaves = read(self._holders) if torch.is_grad_enabled() else []
-        arguments = self._stack.arguments(leaves, self._scales)
-        return Packed(self.kind, self.sizes, self.numbers, arguments)
-
-
-def tie(banks: Sequence[AdapterBank]) -> Tied | None:
-    """Bring the experts of `banks` into one arena; None where they are computed, one alone, or cannot be moved.
-
-    The compiler could not check that they have stayed there: under it, all are concatenated.
-    """
-    computed = any(
-        bank.layer_norm or bank.scale is None or type(bank).weights is not AdapterBank.weights for bank in banks
-    )
-    experts_of: list[Any] = [bank._modules["experts"] for bank in banks]  # past `nn.Module.__getattr__`
-    by_bank = [experts._modules for experts in experts_of]
-    experts = [expert for some in by_bank for expert in some.values()]
-    if computed or len(experts) == 1 or torch.compiler.is_compiling():
-        return None
-    places = holders(experts)
-    stack = stacked(experts, places)
-    return None if stack is None else Tied(banks, list(map(len, by_bank)), places, stack)
-
-
-def concatenate(banks: Sequence[AdapterBank], context: ForwardContext | None) -> Packed:
-    """The weights that `banks` give for this forward.
+def pack(banks: Sequence[AdapterBank], context: ForwardContext | None) -> PackedExperts:
+    """The weights that `banks` give for this forward, one below the other: a copy, unless there is one expert alone.
 
     A LayerNorm is folded in, D(g * n + b) = (D g) n + D b, so that all experts read the same normalised rows.
     """
     by_bank = [bank.weights(context) for bank in banks]
     weights = [w for some in by_bank for w in some]
     downs, down_biases = zip(*(_folded(w.down, w.b_down, w.norm) for w in weights), strict=True)
+    # Several `up` are stacked as their transposes, which keeps each expert's weights together in memory.
+    ups = [w.up for w in weights]
     arguments: dict[str, Any] = {
         "ranks": [w.down.shape[0] for w in weights],
         "w_down": _cat(downs),
         "b_down": _cat(down_biases),
-        "w_up": _cat([w.up for w in weights], dim=1),
+        "w_up": ups[0] if len(ups) == 1 else torch.cat([up.t() for up in ups]).t(),
         "b_up": None if weights[0].b_up is None else torch.stack([w.b_up for w in weights if w.b_up is not None]),
+        "scale": _scales(weights),
     }
     if weights[0].gate is not None:
         gates, gate_biases = zip(*(_folded(w.gate, w.b_gate, w.norm) for w in weights), strict=True)
         arguments |= {"w_gate": _cat(gates), "b_gate": _cat(gate_biases)}
-    if any(isinstance(w.scale, Tensor) or w.scale != 1.0 for w in weights):
-        like = weights[0].up
-        arguments["scale"] = torch.cat(
-            [w.scale if isinstance(w.scale, Tensor) else like.new_full((1,), w.scale) for w in weights]
-        )
-    return Packed(banks[0].kind, [len(some) for some in by_bank], None, arguments)
+    return PackedExperts(banks[0].kind, [len(some) for some in by_bank], weights, arguments)
+
+
+class KeptExperts:
+    """The packed experts of banks of one kind, for several forwards that follow each other.
+
+    Without gradients they are packed once, and again where a parameter has changed in place since. A bank whose
+    weights are computed says new ones in every forward.
+    """
+
+    def __init__(self, banks: Sequence[AdapterBank]) -> None:
+        self.banks = banks
+        self._keeps = all(type(bank).weights is AdapterBank.weights for bank in banks)
+        self._kept: tuple[PackedExperts, list[Tensor], list[int]] | None = None
+
+    def pack(self, context: ForwardContext | None) -> PackedExperts:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._keeps:
+            return pack(self.banks, context)
+        if self._kept is not None:
+            packed, leaves, versions = self._kept
+            if [leaf._version for leaf in leaves] == versions:
+                return packed
+        packed = pack(self.banks, context)
+        leaves = [tensor for w in packed.weights for tensor in (*w, *(w.norm or ())) if isinstance(tensor, Tensor)]
+        if not any(map(Tensor.is_inference, leaves)):  # they count no changes
+            self._kept = packed, leaves, [leaf._version for leaf in leaves]
+        return packed
+
+
+def _scales(weights: Sequence[Weights]) -> Tensor | None:
+    """(E,) the experts' factors; None where all are 1."""
+    scales, like = [w.scale for w in weights], weights[0].up
+    numbers = [scale for scale in scales if not isinstance(scale, Tensor)]
+    if len(numbers) == len(scales):
+        return None if all(number == 1.0 for number in numbers) else like.new_tensor(numbers)
+    return torch.cat([s if isinstance(s, Tensor) else like.new_full((1,), s) for s in scales])
 
 
 def _folded(weight: Any, bias: Tensor | None, norm: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
@@ -276,8 +248,8 @@ def _folded(weight: Any, bias: Tensor | None, norm: tuple[Tensor, Tensor] | None
     return weight * factor, moved if bias is None else bias + moved
 
 
-def _cat(parts: Iterable[Any], dim: int = 0) -> Tensor | None:
+def _cat(parts: Iterable[Any]) -> Tensor | None:
     tensors = list(parts)
     if tensors[0] is None:
         return None
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

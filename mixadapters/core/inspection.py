@@ -13,6 +13,7 @@ from mixadapters.core.layer import AdapterHost
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.routes import spread_pins
 from mixadapters.core.routing import Routing, RoutingKey
+from mixadapters.core.usage import UsageRecorder
 
 
 class RoutingVerbs:
@@ -43,3 +44,16 @@ class RoutingVerbs:
         pins = spread_pins(routes, {key: mixture.bank.names for key, mixture in self.mixtures().items()})
         with self.context.pin(**{ROUTES: {**self.context.held.get(ROUTES, {}), **pins}}):
             yield
+
+    @contextmanager
+    def record_usage(self) -> Iterator[UsageRecorder]:
+        """How every router spreads its weight inside the block, in training, evaluation and `generate`.
+
+        `with tuner.record_usage() as usage: trainer.evaluate()`; then `usage.report()` or `usage.summaries()`.
+        """
+        usage = UsageRecorder()
+        self.context.observers.append(usage)
+        try:
+            yield usage
+        finally:
+            self.context.observers.remove(usage)

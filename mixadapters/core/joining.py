@@ -14,7 +14,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from mixadapters.core.sites import has_two_stacks
 
 if TYPE_CHECKING:
-    from mixadapters.core.context import Record
+    from mixadapters.core.record import Record
 
 
 ITEMS = "num_items_in_batch"  # the Trainer's count of the labels of all accumulated micro-batches

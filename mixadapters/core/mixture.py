@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.context import ForwardContext
-from mixadapters.core.routes import pinned_routing, real_rows
-from mixadapters.core.routing import Routing, RoutingKey
+from mixadapters.core.context import ForwardContext, Observer
+from mixadapters.core.losses import entropy, load_balance, router_z
+from mixadapters.core.routes import HardRoutes, pinned_routing, real_rows
+from mixadapters.core.routing import Routing, RoutingKey, with_distribution
 
 Insertion = Literal["parallel", "sequential"]
+AUXILIARY: dict[
+    str, tuple[Callable[..., Tensor], str]
+] = {  # loss of a router -> how it is computed, and of which part of its routing
+    "balance": (load_balance, "probs"),
+    "entropy": (entropy, "probs"),
+    "z": (router_z, "logits"),
+}
 
 
 class Mixture(Adapter):
@@ -26,6 +35,8 @@ class Mixture(Adapter):
         bank: the experts.
         insertion: "parallel" or "sequential".
         tap: path of a tapped module whose input takes the place of x.
+        router_tap: path of a tapped module whose input the router reads. None: what the experts read.
+        hard_routes: experts by numbers of the batch, which go before the router where they are given.
         dropout: on what the experts read, in training.
         observes: whether losses on the base model's stream see the experts.
         replaces: experts stand beside the layer (each is a full substitute for y), not on top of it.
@@ -38,13 +49,16 @@ class Mixture(Adapter):
         insertion: Insertion = "parallel",
         *,
         tap: str | None = None,
+        router_tap: str | None = None,
+        hard_routes: HardRoutes | None = None,
         dropout: float = 0.0,
         observes: bool = False,
         replaces: bool = False,
     ) -> None:
         super().__init__()
         self.router, self.bank = router, bank
-        self.insertion, self.tap = insertion, tap
+        self.insertion, self.tap, self.router_tap = insertion, tap, router_tap
+        self.hard_routes = hard_routes
         self.dropout = nn.Dropout(dropout)
         self.observes, self.replaces = observes, replaces
         self.kind = (bank.kind, insertion, tap)  # what mixtures that run in one call have in common
@@ -53,11 +67,13 @@ class Mixture(Adapter):
     def bind(self, site: Site, step: str = "") -> None:
         self.key = RoutingKey(site.adapter, site.group, site.layer, site.path, step)
         self.stack = site.stack
+        if hasattr(self.router, "bind"):
+            self.router.bind(site)
 
     @property
     def always_first(self) -> bool:
         """Whether every row uses expert 0 with weight 1, so that there is nothing to decide, to pin or to publish."""
-        return getattr(self.router, "always_first", False)
+        return getattr(self.router, "always_first", False) and self.hard_routes is None
 
     @property
     def rate(self) -> float:
@@ -78,20 +94,53 @@ class Mixture(Adapter):
         return self.bank(tokens, routing, context, base, routing.keep, self.rate).view_as(y)
 
     def route(self, source: Tensor, context: ForwardContext) -> Routing:
-        """The routing of the N rows of source (..., K): the pinned one, or else the router's. It is published."""
+        """The routing of the N rows of source (..., K), published: pinned, by the batch's numbers, or the router's."""
         if self.always_first and not context.observers:
             return self.router(source, context)
-        rows = source.numel() // source.shape[-1]
-        routing = pinned_routing(self.key, rows, context, self.stack, source.device)
+        record, rows = context.record, source.numel() // source.shape[-1]
+        routing = self._given(rows, source, context)
+        trains = routing is None and record.training and record.grad  # not in a reference pass
         if routing is None:
-            routing = self.router(source, context)
+            routing = self.router(source if self.router_tap is None else context.tap(self.router_tap), context)
+        routing = _in_dtype(routing, source.dtype)
         if not self.always_first:
-            context.record.routings[self.key] = routing
-        if context.observers and not context.record.closed:  # not where checkpointing runs the layer again
+            record.routings[self.key] = routing
+        if trains or context.observers:
             mask = real_rows(context, self.stack, rows)
-            for observer in context.observers:
-                observer(self.key, routing, mask)
+            if trains:
+                self._add_losses(routing, mask, context)
+            if not record.closed:  # checkpointing that runs the layer again tells nothing new
+                self._tell(routing, mask, context, rows, source.device, trains)
         return routing
+
+    def _given(self, rows: int, source: Tensor, context: ForwardContext) -> Routing | None:
+        """What a caller or the batch has decided before the router; None where it is the router's to decide."""
+        routing = pinned_routing(self.key, rows, context, self.stack, source.device)
+        if routing is None and self.hard_routes is not None:
+            routing = self.hard_routes(context, rows, self.key, self.stack)
+        if routing is not None and routing.indices is not None and routing.keep is None and self.replaces:
+            return routing._replace(keep=(routing.indices < 0).all(1).to(source.dtype))
+        return routing
+
+    def _add_losses(self, routing: Routing, mask: Tensor | None, context: ForwardContext) -> None:
+        for name, (loss, reads) in AUXILIARY.items():
+            if coefficient := getattr(self.router, f"{name}_coef", 0.0):
+                if (given := getattr(routing, reads)) is None:
+                    router = type(self.router).__name__
+                    raise ValueError(f"{name}_coef={coefficient} needs Routing.{reads}, which {router} does not give")
+                context.add_loss(name, loss(given, mask), coefficient)
+
+    def _tell(
+        self, routing: Routing, mask: Tensor | None, context: ForwardContext, rows: int, device: Any, trains: bool
+    ) -> None:
+        """Tell observers; usage in training is one, of the routers that have a distribution."""
+        counts = trains and routing.probs is not None
+        if counts or context.observers:
+            names = self.bank.names
+            routing = with_distribution(routing, names, getattr(self.router, "arms", names), rows, device)
+            observers: list[Observer] = [context.usage, *context.observers] if counts else context.observers
+            for observer in observers:
+                observer(self.key, routing, mask)
 
     def observe(self, x: Tensor, y: Tensor, context: ForwardContext) -> list[Tensor]:
         source = self.source(x, y, context).to(y.dtype)
@@ -130,3 +179,13 @@ class Mixture(Adapter):
         else:
             weight, new = weight + delta @ weight, old + delta @ old + shift
         return weight, new if bias is not None or bool(shift.any()) else None
+
+
+def _in_dtype(routing: Routing, dtype: torch.dtype) -> Routing:
+    """With weights and keep in the dtype of what the experts read."""
+    weights, keep = routing.weights, routing.keep
+    if (weights is None or weights.dtype == dtype) and (keep is None or keep.dtype == dtype):
+        return routing
+    return routing._replace(
+        weights=None if weights is None else weights.to(dtype), keep=None if keep is None else keep.to(dtype)
+    )

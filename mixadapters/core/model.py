@@ -7,9 +7,7 @@ import dataclasses
 import re
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatch
-from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -21,11 +19,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mixadapters.core.adapter import Adapter, Site
+from mixadapters.core.calls import ModelCalls
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.inspection import RoutingVerbs
 from mixadapters.core.layer import AdapterHost, HookedLayer, MixtureLayer, is_pointwise
-from mixadapters.core.mixed import RowNames
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import NO_LAYER
 from mixadapters.core.sites import (
@@ -42,7 +40,7 @@ from mixadapters.core.sites import (
 TARGET = "target"  # role of modules that the user names by target_modules
 
 
-class MixtureModel(RoutingVerbs, BaseTuner):
+class MixtureModel(ModelCalls, RoutingVerbs, BaseTuner):
     """Base of the tuners. Class attributes of a method:
 
     prefix: its type's name in lower case and "_" (set by registration).
@@ -77,10 +75,6 @@ class MixtureModel(RoutingVerbs, BaseTuner):
         return {role for role in ROLES if getattr(row, role) is not None}
 
     # --- verbs ------------------------------------------------------------------------------------------------
-
-    @property
-    def context(self) -> ForwardContext:
-        return ForwardContext.of(self.model)
 
     def hosts(self) -> Iterator[AdapterHost]:
         """The layers of this model that hold adapters."""
@@ -354,36 +348,7 @@ class MixtureModel(RoutingVerbs, BaseTuner):
         """The rank for a site: `rank_pattern` first."""
         return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), path), default)
 
-    # --- forward, saving, unloading ---------------------------------------------------------------------------
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As the base model's, which refuses the batch fields of adapters: they hold over the whole generation."""
-        held = {name: kwargs.pop(name) for name in list(kwargs) if name in self.context.own_fields}
-        with self.context.pin_in_thread(**held):
-            return self.model.generate(*args, **kwargs)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.pop("adapter_names", None)
-        if names is None:
-            yield
-            return
-        wrappers = [m for m in self._outside() if isinstance(m, AuxiliaryTrainingWrapper)]
-        known = set().union(*(h._get_available_adapters() for h in (*self.hosts(), *wrappers)))
-        unknown = sorted(set(names) - known - {"__base__"})
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        groups = _copies_per_row(self.model, kwargs)
-        handles = []
-        try:
-            for wrapper in wrappers:  # PEFT's own modules take the names as an argument
-                hook = partial(_pass_names, names=[n for n in names for _ in range(groups)])
-                handles.append(wrapper.register_forward_pre_hook(hook, with_kwargs=True))
-            with self.context.pin_in_thread(adapter_names=RowNames(names), row_groups=groups):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    # --- saving, unloading ---------------------------------------------------------------------------
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, HookedLayer):
@@ -435,14 +400,3 @@ class MixtureModel(RoutingVerbs, BaseTuner):
 
 def inside_adapters(name: str, prefix: str) -> bool:
     return any(part.startswith(prefix) or part == HookedLayer.attribute for part in name.split("."))
-
-
-def _pass_names(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: list[str]) -> tuple[tuple, dict]:
-    return args, {**kwargs, "adapter_names": names}
-
-
-def _copies_per_row(model: nn.Module, kwargs: dict[str, Any]) -> int:
-    """How often `generate` repeats each row of its batch."""
-    config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    said = [kwargs.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
-    return max(said)

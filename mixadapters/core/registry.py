@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+LIBRARY = __name__.partition(".")[0]
 
 
 def nearest(name: str, names: object) -> str:
@@ -16,26 +18,53 @@ def nearest(name: str, names: object) -> str:
 
 
 class Registry(Generic[T]):
-    """Maps short names to classes, and says what the choices are when a name is wrong."""
+    """Maps short names to classes, and says what the choices are when a name is wrong.
 
-    def __init__(self, noun: str) -> None:
-        self.noun = noun
+    Args:
+        noun: what the classes are, for messages.
+        hint: a sentence to end the message about an unknown name.
+    """
+
+    def __init__(self, noun: str, hint: str = "") -> None:
+        self.noun, self.hint = noun, hint
         self._entries: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator. Raises ValueError if another class has the name."""
+        """Class decorator. A class that is defined again, as in a notebook, takes the place of the one before.
+
+        Raises:
+            ValueError: no name, or another class has it.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{name!r} is no name for a {self.noun}")
 
         def add(cls: type[T]) -> type[T]:
-            if self._entries.setdefault(name, cls) is not cls:
-                raise ValueError(f"{self.noun} {name!r} is already {self._entries[name].__qualname__}")
+            old = self._entries.get(name, cls)
+            if (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
+                whose = "the library's own" if old.__module__.startswith(f"{LIBRARY}.") else f"{old.__module__}'s"
+                raise ValueError(
+                    f"{self.noun} {name!r} is already {old.__qualname__}, {whose}; choose another name for "
+                    f"{cls.__qualname__}"
+                )
+            self._entries[name] = cls
             return cls
 
         return add
+
+    @contextmanager
+    def temporarily(self) -> Iterator[None]:
+        """What is registered inside the block is forgotten after it."""
+        before = dict(self._entries)
+        try:
+            yield
+        finally:
+            self._entries = before
 
     def __getitem__(self, name: str) -> type[T]:
         if name not in self._entries:
             raise ValueError(
                 f"unknown {self.noun} {name!r}; have {sorted(self._entries)}.{nearest(name, self._entries)}"
+                f"{f' {self.hint}' if self.hint else ''}"
             )
         return self._entries[name]
 

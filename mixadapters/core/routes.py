@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from mixadapters.core.context import ROUTES, ForwardContext
 from mixadapters.core.routing import Routing, RoutingKey
-from mixadapters.core.streams import repeat_rows
 
 
 class HardRoutes(nn.Module):
@@ -55,10 +54,15 @@ class HardRoutes(nn.Module):
         given = context.record.values.get(self.field)
         if given is None:
             return None
-        by_token = isinstance(given, Tensor) and given.dim() == 2
-        numbers = context.token_field(self.field, stack) if by_token else context.rows(self.field, rows)
+        by_token = whole_numbers(self.field, given).dim() == 2
+        numbers = context.token_field(self.field, stack) if by_token else context.rows(self.field, rows, stack)
         assert numbers is not None
-        numbers = repeat_rows(numbers.reshape(-1), rows, self.field)
+        numbers = numbers.reshape(-1)
+        if len(numbers) != rows:
+            raise ValueError(
+                f"{self.field} must have one number for each of the {rows} rows of this forward, or for those of its "
+                f"batch, and not {len(numbers)}"
+            )
         self._check(numbers, context, key.adapter)
         return self.of(numbers)
 
@@ -76,6 +80,17 @@ class HardRoutes(nn.Module):
         own = numbers if record.own_rows is None else numbers[record.own_rows.to(numbers.device)]
         if bool(((own >= self.total) | (own < -1)).any()):
             raise ValueError(f"{self.field}={own.unique().tolist()} must lie between -1 (none) and {self.total - 1}")
+
+
+def whole_numbers(name: str, values: Any) -> Tensor:
+    """`values` as a tensor. Raises ValueError where they are no whole numbers."""
+    try:
+        numbers = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}={values!r} must be whole numbers: {error}") from None
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise ValueError(f"{name} must be whole numbers, not {numbers.dtype}")
+    return numbers
 
 
 def spread_pins(
@@ -116,8 +131,7 @@ def _check_pin(value: Any, key: RoutingKey, experts: int) -> None:
         if weights is not None and weights.shape[-1] != experts:
             raise ValueError(f"{where} weighs {weights.shape[-1]} experts, but there are {experts}")
         return
-    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise ValueError(f"{where} has indices of {indices.dtype}: give whole numbers")
+    whole_numbers(where, indices)
     if indices.numel() and not -1 <= int(indices.min()) <= int(indices.max()) < experts:
         raise ValueError(
             f"{where} has indices between {int(indices.min())} and {int(indices.max())}; experts are numbered from 0 "
@@ -147,8 +161,8 @@ def pinned_routing(key: RoutingKey, rows: int, context: ForwardContext, stack: s
         indices = pin.reshape(rows, -1)
     elif pin.shape == (stream.batch, stream.length):
         indices = pin.reshape(rows, 1)
-    elif pin.dim() == 1 and stream.batch % pin.shape[0] == 0:
-        indices = repeat_rows(pin, rows, f"the route pinned at {key}").unsqueeze(1)
+    elif pin.dim() == 1 and pin.shape[0] * stream.copies == stream.batch:
+        indices = stream.spread(pin, rows, f"the route pinned at {key}").unsqueeze(1)
     else:
         raise ValueError(
             f"the route pinned at {key} is {tuple(pin.shape)}, but this forward has {rows} rows, of a batch of "

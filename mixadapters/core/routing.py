@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+FROZEN = "frozen"  # the arm of the frozen layer's own output
 NO_LAYER = -1  # of a module that lies in no numbered layer
 
 
@@ -19,6 +21,7 @@ class Routing(NamedTuple):
     probs: Tensor | None = None  # (N, A) the gate's distribution over its arms, for losses and usage only
     run: int = 1  # `indices` are constant over every so many consecutive rows
     logits: Tensor | None = None  # (N, A) what the distribution was made of, for the router z-loss
+    arms: tuple[str, ...] = ()  # names of the columns of probs; filled in for observers
 
 
 class RoutingKey(NamedTuple):
@@ -37,6 +40,28 @@ class RoutingKey(NamedTuple):
     def covers(self, other: RoutingKey) -> bool:
         """Whether this key, in which `path` and `step` may be left out, means `other`."""
         return self[:3] == other[:3] and self.path in ("", other.path) and self.step in ("", other.step)
+
+
+def with_distribution(
+    routing: Routing, experts: Sequence[str], arms: Sequence[str], rows: int, device: torch.device
+) -> Routing:
+    """The routing with the names of its arms; and with probs (rows, A), made of its weights where it has none.
+
+    Then the arms are the experts, and where rows may be left to the frozen layer, that.
+    """
+    if routing.probs is not None:
+        count = routing.probs.shape[-1]
+        names = [*arms, *(f"arm{i}" for i in range(len(arms), count))]
+        return routing._replace(arms=tuple(names[:count]))
+    indices, weights, keep = routing.indices, routing.weights, routing.keep
+    if indices is None:
+        probs = torch.ones(rows, len(experts), device=device) if weights is None else weights
+        return routing._replace(probs=probs, arms=tuple(experts))
+    chosen = indices >= 0
+    weights = chosen.float() if weights is None else weights.float() * chosen
+    probs = weights.new_zeros(rows, len(experts)).scatter_add(1, indices.clamp_min(0).long(), weights)
+    frozen = (~chosen.any(1)).float() if keep is None else keep.float()
+    return routing._replace(probs=torch.cat([probs, frozen.unsqueeze(1)], 1), arms=(*experts, FROZEN))
 
 
 def find_routing(routings: Mapping[RoutingKey, Routing], key: RoutingKey) -> Routing:

@@ -19,15 +19,49 @@ class Stream:
     position_ids: Tensor | None = None  # (B or 1, length), only where the caller gave them
     cache: Any = None
     past: Any = 0  # tokens in the cache when the forward began; a tensor for static caches
+    copies: int = 1  # rows of this forward for each row of the caller's batch, next to each other
+    mask_name: str = "attention_mask"  # the argument of the root's forward that says where this stream has padding
 
     @property
     def cached(self) -> bool:
         """Whether earlier tokens of the sequence are in the cache."""
         return bool(self.past > 0)
 
+    def spread(self, values: Any, count: int, name: str) -> Tensor:
+        """What belongs to a request, to the rows that belong to it.
 
-def read_stream(inputs: dict[str, Any]) -> Stream:
-    """Batch size, length, padding mask and cache from the arguments of a forward."""
+        The one place where a row of the caller's batch becomes several: those that `generate` makes of it (beams,
+        sequences to return), and the tokens of a sequence where a layer reads them as rows.
+
+        Args:
+            values: (R, ...), one for each row of the caller's batch.
+            count: rows to be had: those of this forward, or a multiple of them.
+            name: of the field, for messages.
+
+        Returns:
+            (count, ...)
+
+        Raises:
+            ValueError: as many values as rows are needed, or `count` is no multiple of the rows of this forward.
+        """
+        values = torch.as_tensor(values)
+        batch = self.batch or count  # 0: nothing is known of the forward, so one value for each row is asked for
+        given = values.shape[0] if values.dim() else 0
+        if given * self.copies != batch or count % batch:
+            raise ValueError(
+                f"Length of `{name}` should be the same as the number of inputs, but got "
+                f"{given if values.dim() else 'a single value'} and {batch // self.copies} respectively."
+            )
+        return repeat_rows(values, count, name)
+
+
+def read_stream(inputs: dict[str, Any], copies: int = 1, mask_name: str = "attention_mask") -> Stream:
+    """Batch size, length, padding mask and cache from the arguments of a forward.
+
+    Args:
+        copies: rows of `inputs` for each row of the caller's batch.
+        mask_name: what the root's forward calls the mask of this stream, which is `attention_mask` in `inputs`.
+    """
     tokens = inputs.get("input_ids")
     if tokens is None:
         tokens = inputs.get("inputs_embeds")
@@ -38,13 +72,14 @@ def read_stream(inputs: dict[str, Any]) -> Stream:
     past = past.clone() if isinstance(past, Tensor) else past  # static caches count in place
     if tokens is None:
         first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 0), None)
-        return Stream(0 if first is None else first.shape[0], cache=cache, past=past)
+        batch = 0 if first is None else first.shape[0]
+        return Stream(batch, cache=cache, past=past, copies=copies, mask_name=mask_name)
     batch, length = tokens.shape[:2]
     mask = inputs.get("attention_mask")
     if isinstance(mask, dict):  # one 4D mask per kind of layer
         mask = next((m for m in mask.values() if m is not None), None)
     mask = _current_mask(mask, batch, length, past)
-    return Stream(batch, length, mask, inputs.get("position_ids"), cache, past)
+    return Stream(batch, length, mask, inputs.get("position_ids"), cache, past, copies, mask_name)
 
 
 def _current_mask(mask: Tensor | None, batch: int, length: int, past: Any) -> Tensor | None:

@@ -1,51 +1,81 @@
-"""How a gate spreads its weight, kept in running buffers: no synchronisation, nothing saved."""
+"""How routers spread their weight: running means over real rows, without waiting for the device; nothing is saved."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadapters.core.losses import entropy
+from mixadapters.core.routing import Routing, RoutingKey
 
 
-class GateUsage(nn.Module):
-    """Running mean weight and entropy of a gate over named arms, since the last `reset`."""
+class Usage:
+    """Running sums of the weights of some arms, and of their entropy. Full precision, whatever the model's."""
 
     def __init__(self, arms: Sequence[str]) -> None:
-        super().__init__()
         self.arms = tuple(arms)
-        self.register_buffer("weight", torch.zeros(len(arms)), persistent=False)
-        self.register_buffer("entropy", torch.zeros(()), persistent=False)
-        self.register_buffer("count", torch.zeros(()), persistent=False)
-
-    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> GateUsage:
-        super()._apply(fn, *args, **kwargs)
-        for name, buffer in self.named_buffers():
-            setattr(self, name, buffer.float())  # counts do not survive half precision
-        return self
+        self.weight: Tensor | float = 0.0  # (A,)
+        self.entropy: Tensor | float = 0.0
+        self.count: Tensor | float = 0.0
 
     @torch.no_grad()
     def add(self, probs: Tensor, mask: Tensor | None) -> None:
         """probs (N, A), mask (N,) bool or None."""
-        rows = mask.sum() if mask is not None else probs.new_tensor(float(probs.shape[0]))
         probs = probs.detach().float()
+        rows = probs.new_tensor(float(probs.shape[0])) if mask is None else mask.sum().float()
         real = probs if mask is None else probs * mask.unsqueeze(-1)
-        self.weight += real.sum(0)
-        self.entropy += entropy(probs, mask) * rows
-        self.count += rows
+        self.weight = self.weight + real.sum(0)
+        self.entropy = self.entropy + entropy(probs, mask) * rows
+        self.count = self.count + rows
 
-    def summary(self, dead_below: float = 0.01) -> dict[str, float]:
-        """Mean weight per arm, mean entropy in nats, and how many arms get less than `dead_below` of the weight."""
-        count = max(float(self.count), 1.0)
-        shares = [float(w) / count for w in self.weight]
-        report = {f"weight/{arm}": share for arm, share in zip(self.arms, shares, strict=True)}
-        report["entropy"] = float(self.entropy) / count
-        report["dead"] = float(sum(share < dead_below for share in shares))
-        return report
+
+class UsageRecorder:
+    """An observer of routings that keeps the usage of every router. `report` says what it has seen."""
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[RoutingKey, tuple[str, ...]], Usage] = {}
+
+    def __call__(self, key: RoutingKey, routing: Routing, mask: Tensor | None) -> None:
+        assert routing.probs is not None
+        usage = self.seen.get((key, routing.arms))
+        if usage is None:
+            usage = self.seen[key, routing.arms] = Usage(routing.arms)
+        usage.add(routing.probs, mask)
 
     def reset(self) -> None:
-        for buffer in self.buffers():
-            buffer.zero_()
+        self.seen.clear()
+
+    def count(self, key: RoutingKey) -> int:
+        """How many rows have been routed at `key`."""
+        return sum(int(usage.count) for (other, _), usage in self.seen.items() if other == key)
+
+    def summaries(self, dead_below: float = 0.01) -> dict[RoutingKey, dict[str, float]]:
+        """By router: mean weight per arm, mean entropy in nats, and how many arms get less than `dead_below`."""
+        sums: dict[RoutingKey, dict[str, float]] = {}
+        for (key, arms), usage in self.seen.items():
+            mine = sums.setdefault(key, {})
+            shares = zip(arms, torch.as_tensor(usage.weight).tolist(), strict=True)
+            for name, value in (*((f"weight/{arm}", w) for arm, w in shares), ("entropy", usage.entropy)):
+                mine[name] = mine.get(name, 0.0) + float(value)
+        sums = {key: mine for key, mine in sums.items() if self.count(key) > 0}
+        for key, mine in sums.items():
+            mine.update({name: value / self.count(key) for name, value in mine.items()})
+            mine["dead"] = float(sum(share < dead_below for name, share in mine.items() if name != "entropy"))
+        return sums
+
+    def report(self, per_layer: bool = False) -> dict[str, float]:
+        """As logged: `gate/mean/<name>` over all routers, and with `per_layer` `gate/<module>/<name>` for each."""
+        report: dict[str, float] = {}
+        values: dict[str, list[float]] = {}
+        summaries = self.summaries()
+        paths = Counter(key.path for key in summaries)
+        for key, summary in summaries.items():
+            place = key.path if paths[key.path] == 1 else f"{key.path}/{key.adapter}"
+            for name, value in summary.items():
+                values.setdefault(name, []).append(value)
+                if per_layer:
+                    report[f"gate/{place}/{name}"] = value
+        return {**report, **{f"gate/mean/{name}": sum(all_) / len(all_) for name, all_ in values.items()}}

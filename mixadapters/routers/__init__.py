@@ -2,13 +2,16 @@
 
 from mixadapters.routers.base import ROUTERS, Router, build_router
 from mixadapters.routers.fixed import ConstantRouter, SingleRouter
-from mixadapters.routers.learned import DomainGate, SigmoidGate, SoftmaxGate
+from mixadapters.routers.learned import DomainGate, LearnedRouter
 from mixadapters.routers.modality import Modalities, ModalityRouter
+from mixadapters.routers.sigmoid import SigmoidGate
+from mixadapters.routers.softmax import SoftmaxGate
 
 __all__ = [
     "ROUTERS",
     "ConstantRouter",
     "DomainGate",
+    "LearnedRouter",
     "Modalities",
     "ModalityRouter",
     "Router",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -14,9 +15,14 @@ from mixadapters.routers.base import ROUTERS, Router
 
 @ROUTERS.register("single")
 class SingleRouter(Router):
-    """The only expert, with weight 1."""
+    """The only expert, with weight 1. Raises ValueError for several."""
 
     always_first = True
+
+    def __init__(self, in_features: int, experts: list[str]) -> None:
+        super().__init__(in_features, experts)
+        if len(self.experts) > 1:
+            raise ValueError(f"a SingleRouter has one expert, not {self.experts}")
 
     def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
         return Routing()
@@ -38,11 +44,13 @@ class ConstantRouter(Router):
         weights = [1 / len(experts)] * len(experts) if weights is None else list(weights)
         if len(weights) != len(experts):
             raise ValueError(f"weights={weights} must have one entry for each expert of {experts}")
+        if not all(isinstance(weight, (int, float)) and isfinite(weight) for weight in weights):
+            raise ValueError(f"weights={weights} must be finite numbers")
         self.register_buffer("weights", torch.tensor(weights), persistent=False)
 
     def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
         rows = tokens.numel() // tokens.shape[-1]
-        return Routing(weights=self.weights.to(tokens.dtype).expand(rows, -1))
+        return Routing(weights=self.weights.expand(rows, -1))
 
     def constant(self) -> list[float] | None:
         return self.weights.tolist()

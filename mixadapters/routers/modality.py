@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.routes import HardRoutes, whole_numbers
 from mixadapters.core.routing import Routing
 from mixadapters.routers.base import ROUTERS, Router
 
@@ -55,10 +56,10 @@ class Modalities:
     def _given(self, context: ForwardContext) -> Tensor:
         given = context.token_field("modality_ids")
         if given is not None:
-            return _integers("modality_ids", given).long()
+            return whole_numbers("modality_ids", given).long()
         types = context.token_field("mm_token_type_ids")
         if types is not None:
-            return self._numbered(_integers("mm_token_type_ids", types), enumerate(TOKEN_TYPES), missing=UNKNOWN)
+            return self._numbered(whole_numbers("mm_token_type_ids", types), enumerate(TOKEN_TYPES), missing=UNKNOWN)
         tokens = context.record.inputs.get("input_ids")
         if self.tokens is None or tokens is None:
             reason = "token_ids is not set" if self.tokens is None else "there are no input_ids"
@@ -76,12 +77,6 @@ class Modalities:
         return ids
 
 
-def _integers(name: str, ids: Tensor) -> Tensor:
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ValueError(f"{name} of {ids.dtype} are no numbers of modalities; give integers (B, T)")
-    return ids
-
-
 @ROUTERS.register("modality")
 class ModalityRouter(Router):
     """Each token to the expert of its modality; tokens of a modality without expert, and of none, to no expert.
@@ -91,12 +86,15 @@ class ModalityRouter(Router):
         modalities: all of them, and what says which a token has. None: those of the experts, said by the batch.
     """
 
+    fields = ("modality_ids", "mm_token_type_ids")
+
     def __init__(self, in_features: int, experts: list[str], modalities: Modalities | None = None) -> None:
         super().__init__(in_features, experts)
         self.modalities = Modalities(tuple(experts)) if modalities is None else modalities
-        places = [self.experts.index(n) if n in self.experts else -1 for n in self.modalities.names]
-        self.register_buffer("expert_of", torch.tensor([*places, -1]), persistent=False)  # the last is for -1
+        if unknown := [name for name in experts if name not in self.modalities.names]:
+            raise ValueError(f"experts={unknown} are no modalities of {list(self.modalities.names)}")
+        numbers = [self.modalities.names.index(name) for name in experts]
+        self.routes = HardRoutes("modality_ids", numbers, len(self.modalities.names))
 
     def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
-        ids = self.modalities.ids(context).to(tokens.device)
-        return Routing(self.expert_of[ids].reshape(-1, 1))
+        return self.routes.of(self.modalities.ids(context))

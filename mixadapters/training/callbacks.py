@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.usage import GateUsage
+from mixadapters.training.checkpoints import fault, note_stage, stage_of
 from mixadapters.training.objectives import require_pretrained_head
 
 
@@ -31,8 +34,9 @@ class StageCallback(TrainerCallback):
 
     Raises:
         ValueError: unknown adapter or stage; a Trainer that would drop columns which an objective or the adapter
-            needs; reentrant activation checkpointing together with auxiliary losses; a Trainer that trains after the
-            model was set to another stage.
+            needs, or which the train dataset has and adapters read; load_best_model_at_end with another adapter than
+            "default"; reentrant activation checkpointing together with auxiliary losses; a Trainer that trains after
+            the model was set to another stage, or goes on from a checkpoint of another stage.
     """
 
     def __init__(
@@ -46,19 +50,68 @@ class StageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         tuner = find_tuner(model)
-        tuner.set_stage(self.stage, self.adapter_name)
-        needed = set(type(tuner.peft_config[self.adapter_name]).needs).union(*(o.takes for o in self.objectives))
-        if needed and args.remove_unused_columns:
+        if self.adapter_name in tuner.peft_config:
+            self._check(args, tuner)
+        tuner.set_stage(self.stage, self.adapter_name)  # refuses unknown names
+        self._attach(tuner.context)
+        self._look_at_checkpoints(args)
+
+    def _check(self, args: TrainingArguments, tuner: MixtureModel) -> None:
+        """Refuses what would go wrong silently in the run."""
+        self._check_columns(args, tuner, trainer_of_event())
+        if args.load_best_model_at_end and (self.adapter_name != "default" or tuner.active_adapters[0] != "default"):
             raise ValueError(
-                f"remove_unused_columns=True would drop the columns {sorted(needed)} that this stage needs; pass "
-                "remove_unused_columns=False"
+                f"load_best_model_at_end=True reloads the adapter 'default' only, and {self.adapter_name!r} trains "
+                f"while {tuner.active_adapters[0]!r} is active first; name the adapter 'default', or pass "
+                "load_best_model_at_end=False and load the best checkpoint yourself (state.best_model_checkpoint)"
             )
         if self._has_auxiliary_losses(tuner) and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "gradient_checkpointing_kwargs={'use_reentrant': True} drops the gradient of auxiliary losses; pass "
                 "{'use_reentrant': False}"
             )
-        self._attach(tuner.context)
+
+    def _check_columns(self, args: TrainingArguments, tuner: MixtureModel, trainer: Trainer | None) -> None:
+        """Refuses a Trainer that drops what adapters and objectives read before they see it."""
+        if not args.remove_unused_columns:
+            return
+        needed = set(type(tuner.peft_config[self.adapter_name]).needs).union(*(o.takes for o in self.objectives))
+        if needed:
+            raise ValueError(
+                f"remove_unused_columns=True would drop the columns {sorted(needed)} that this stage needs; pass "
+                "remove_unused_columns=False"
+            )
+        if trainer is None:
+            return
+        read = tuner.context.own_fields.intersection(["adapter_names", *tuner.fields]).difference(trainer.label_names)
+        evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+        for dataset in (trainer.train_dataset, *evaluated.values()):
+            if dropped := sorted(read & columns(dataset)):
+                raise ValueError(
+                    f"remove_unused_columns=True would drop the columns {dropped} of the dataset, which adapters "
+                    "read; pass remove_unused_columns=False, or a dataset without them"
+                )
+
+    def _look_at_checkpoints(self, args: TrainingArguments) -> None:
+        """Says, before a run, why it could not go on from the checkpoint that it would be given."""
+        last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        for given in dict.fromkeys(filter(None, (last, args.resume_from_checkpoint))):
+            folder = Path(given)
+            if not folder.is_dir():
+                continue
+            if reason := fault(folder):
+                warnings.warn(
+                    f"no run can go on from the checkpoint {folder}: {reason}. Remove that folder, or pass an older "
+                    "one as resume_from_checkpoint",
+                    stacklevel=2,
+                )
+            elif (made := stage_of(folder, self.adapter_name)) not in (None, self.stage):
+                warnings.warn(
+                    f"the checkpoint {folder} was made in stage={made!r}; a run of stage={self.stage!r} cannot go on "
+                    "from it. Load its adapter with PeftModel.from_pretrained(..., is_trainable=True), and give this "
+                    "stage an output_dir of its own",
+                    stacklevel=2,
+                )
 
     def _attach(self, context: ForwardContext) -> None:
         """This stage's objectives in place of those of an earlier stage; what else is attached stays."""
@@ -80,6 +133,12 @@ class StageCallback(TrainerCallback):
             raise ValueError(
                 f"the model has been set to stage={now!r} since this Trainer was made for stage={self.stage!r}; make "
                 "the Trainer of a stage when the run before it has ended"
+            )
+        resumed = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if state.global_step and (made := stage_of(resumed, self.adapter_name)) not in (None, self.stage):
+            raise ValueError(
+                f"the checkpoint {resumed} was made in stage={made!r}, so the state of the optimizer does not belong "
+                f"to what stage={self.stage!r} trains; begin the stage without resume_from_checkpoint"
             )
         self._attach(tuner.context)
         base = tuner.model
@@ -103,6 +162,11 @@ class StageCallback(TrainerCallback):
             scale = scaler.scale(torch.tensor(1 / steps, device=args.device))
         find_tuner(model).context.loss_scale = scale
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if args.should_save and folder.is_dir():
+            note_stage(folder, self.adapter_name, self.stage)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
@@ -112,9 +176,10 @@ class StageCallback(TrainerCallback):
 class GateUsageCallback(TrainerCallback):
     """Reports through the Trainer's own loggers how each gate spread its weight, and the auxiliary losses by name.
 
-    Logged with every `logging_steps`: `gate/<layer>/weight/<arm>`, `gate/<layer>/entropy` (nats), `gate/<layer>/dead`
-    (arms with less than 1 % of the weight), their means over layers under `gate/mean/...`, and `loss/<name>`, each a
-    mean since the last report. Gates see training batches only.
+    After every entry of the Trainer with a training loss (each `logging_steps`, or epoch) and at the end of the run
+    follows one of `gate/<layer>/weight/<arm>`, `gate/<layer>/entropy` (nats), `gate/<layer>/dead` (arms with less than
+    1 % of the weight), their means over layers under `gate/mean/...`, and `loss/<name>`, each a mean since the last
+    report. Gates see training batches only.
 
     Args:
         trainer: as in `trainer.add_callback(GateUsageCallback(trainer))`; its `log` takes the report.
@@ -124,10 +189,12 @@ class GateUsageCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, per_layer: bool = False) -> None:
         self.trainer, self.per_layer = trainer, per_layer
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        if control.should_log:
+    # Not `on_step_end`: to log there would take the place of the Trainer's own entry.
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
+        logs: dict[str, Any] | None = None, **_: Any,
+    ) -> None:  # fmt: skip
+        if logs and ("loss" in logs or "train_loss" in logs):  # of evaluation or of others there is more to come
             report = collect_usage(model, self.per_layer)
             if report:
                 self.trainer.log(report)
@@ -135,22 +202,24 @@ class GateUsageCallback(TrainerCallback):
 
 def collect_usage(model: nn.Module, per_layer: bool = False) -> dict[str, float]:
     """The running gate usage and auxiliary losses of `model`, reset by reading."""
-    report: dict[str, float] = {}
-    sums: dict[str, list[float]] = {}
-    for path, usage in model.named_modules():
-        if isinstance(usage, GateUsage) and float(usage.count) > 0:
-            layer = path.split("_adapters.")[0].removeprefix("base_model.model.").rpartition(".")[0]
-            for name, value in usage.summary().items():
-                sums.setdefault(name, []).append(value)
-                if per_layer:
-                    report[f"gate/{layer}/{name}"] = value
-            usage.reset()
-    report.update({f"gate/mean/{name}": sum(values) / len(values) for name, values in sums.items()})
-    context = ForwardContext.find(find_tuner(model).model)
-    if context is not None:
-        report.update({f"loss/{name}": float(total) / count for name, (total, count) in context.loss_log.items()})
-        context.loss_log.clear()
+    context = next((found for module in model.modules() if (found := ForwardContext.find(module))), None)
+    if context is None:
+        return {}
+    report = context.usage.report(per_layer)
+    context.usage.reset()
+    report.update({f"loss/{name}": float(total) / count for name, (total, count) in context.loss_log.items()})
+    context.loss_log.clear()
     return report
+
+
+def columns(dataset: Any) -> set[str]:
+    """The names of what a row of `dataset` holds, as far as it says so without being run through."""
+    names = getattr(dataset, "column_names", None)
+    if names is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
+        with torch.random.fork_rng():
+            row = dataset[0]
+        names = row if isinstance(row, Mapping) else ()
+    return {name for name in names or () if isinstance(name, str)}
 
 
 def trainer_of_event() -> Trainer | None:

@@ -84,7 +84,7 @@ def test_banks_of_one_kind_run_as_one(form) -> None:
             expert.scale = None
     x, base = torch.randn(4, WIDTH_IN), torch.randn(4, WIDTH_OUT)
     routing, packed = Routing(torch.tensor([[0], [1], [2], [-1]])), pack([first, second], None)
-    out = packed(x, packed.placed(routing, 4), base)
+    out = packed(x, routing, base)
     experts = [(first, "expert0"), (second, "expert0"), (second, "expert1")]
     expected = [base[n] + alone(bank, name, x[n]) for n, (bank, name) in enumerate(experts)]
     torch.testing.assert_close(out, torch.stack([*expected, base[3]]))
@@ -141,3 +141,16 @@ def test_norm_without_statistics_of_its_own_is_folded_exactly() -> None:
     expert = bank.experts["expert0"]
     by_hand = expert.up(F.gelu(expert.down(nn.LayerNorm(WIDTH_IN)(x) * expert.norm.weight + expert.norm.bias)))
     torch.testing.assert_close(bank(x, Routing(), None), by_hand)
+
+
+@pytest.mark.parametrize("form", ["plain", "own norm", "own norm, gated, without bias"])
+def test_dropout_is_on_what_every_kind_of_expert_reads(form) -> None:
+    bank = bank_of(3, 2, **FORMS[form])
+    x = torch.randn(4, WIDTH_IN)
+    torch.manual_seed(0)
+    one, other = (bank(x, Routing(), None, dropout=0.5) for _ in range(2))
+    assert not torch.equal(one, other)
+    assert torch.equal(bank(x, Routing(), None), bank(x, Routing(), None))
+    if bank.layer_norm:  # as if the rows had been dropped before
+        torch.manual_seed(0)
+        torch.testing.assert_close(one, bank(F.dropout(x, 0.5), Routing(), None))

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache, StaticCache
 
 from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig
-from mixadapters.core.context import Record
+from mixadapters.core.record import Record
 from mixadapters.core.streams import Stream, read_stream
 
 transformers.logging.set_verbosity_error()
@@ -383,7 +383,7 @@ def test_copies_start_empty_and_work_on_their_own(tiny, tiny_inputs, copied, kin
     assert not theirs.record.inputs
     assert not theirs.record.values
     assert not theirs.record.taps
-    assert not theirs.pinned
+    assert not theirs.held
     assert not theirs.loss_log
     assert theirs.fields == ours.fields
     assert len(theirs.objectives) == 1
@@ -490,12 +490,25 @@ def test_model_called_without_its_head_reads_its_own_arguments(tiny, tiny_inputs
 def test_rows_repeat_fields_for_tokens_and_beams() -> None:
     context = ForwardContext()
     context.record.values.update(domain_ids=[3, 5])
-    assert context.rows("domain_ids", 6).tolist() == [3, 3, 3, 5, 5, 5]
+    for batch, copies, count, expected in (
+        (2, 1, 2, [3, 5]),
+        (2, 1, 6, [3, 3, 3, 5, 5, 5]),  # tokens
+        (4, 2, 4, [3, 3, 5, 5]),  # beams
+        (4, 2, 8, [3, 3, 3, 3, 5, 5, 5, 5]),
+        (0, 1, 2, [3, 5]),  # nothing is known of the forward
+    ):
+        context.record.streams[""] = Stream(batch, copies=copies)
+        assert context.rows("domain_ids", count).tolist() == expected
     assert context.rows("other", 6) is None
-    with pytest.raises(ValueError, match=r"Length of `domain_ids`.*2 and 5"):
-        context.rows("domain_ids", 5)
-    with pytest.raises(ValueError, match=r"Length of `domain_ids`.*2 and 1"):
-        context.rows("domain_ids", 1)
+    for batch, copies, count, message in (
+        (4, 1, 4, "2 and 4"),
+        (2, 1, 5, "2 and 2"),
+        (2, 2, 2, "2 and 1"),
+        (0, 1, 4, "2 and 4"),
+    ):
+        context.record.streams[""] = Stream(batch, copies=copies)
+        with pytest.raises(ValueError, match=rf"Length of `domain_ids`.*{message}"):
+            context.rows("domain_ids", count)
 
 
 def test_flattened_tokens_become_sequences_again_or_an_error() -> None:

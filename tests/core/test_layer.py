@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mixadapters.core.adapter import Adapter
-from mixadapters.core.context import ForwardContext, Record
+from mixadapters.core.context import ForwardContext
 from mixadapters.core.layer import AdapterHost, HookedLayer, MixtureLayer
+from mixadapters.core.record import Record
 from mixadapters.core.streams import Stream
 
 WIDTH = 4

@@ -7,10 +7,12 @@ from torch import Tensor
 from mixadapters import kernels
 from mixadapters.core.adapter import Adapter, Chain
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.context import ForwardContext, Record
-from mixadapters.core.mixed import MixedBatch, RowNames
+from mixadapters.core.context import ForwardContext
+from mixadapters.core.mixed import MixedBatch
 from mixadapters.core.mixture import Mixture
+from mixadapters.core.record import Record
 from mixadapters.core.routing import Routing
+from mixadapters.core.rows import RowNames
 from mixadapters.core.streams import Stream
 from mixadapters.routers import Router, SingleRouter
 
@@ -184,3 +186,26 @@ def test_gradients_of_a_mixed_batch_stay_with_its_rows(context, x, y) -> None:
     adapters[1](x, y, context)[0].sum().backward()
     for one, parameter in zip(got, adapters[1].parameters(), strict=True):
         torch.testing.assert_close(one, parameter.grad)
+
+
+def test_batches_of_some_adapters_after_batches_of_all_name_their_own(context, x, y) -> None:
+    a, b, c = (single(rank, seed=rank) for rank in (3, 5, 4))
+    alone = {adapter: adapter(x, y, context) for adapter in (a, b, c)}
+    with torch.no_grad():
+        for adapters in ([a, b, c], [a, c], [c, b], [b, c, a], [c]):
+            owner = [i % len(adapters) for i in range(BATCH)]
+            out = MixedBatch(adapters, owner)(x, y, context)
+            for row, i in enumerate(owner):
+                torch.testing.assert_close(out[row], alone[adapters[i]][row])
+
+
+def test_a_plan_that_is_kept_uses_weights_that_change(context, x, y) -> None:
+    adapters = [single(3), single(5, seed=1)]
+    plan = MixedBatch(adapters, (1, 0, -1))
+    with torch.no_grad():
+        before = plan(x, y, context)
+        adapters[1].bank.experts["expert0"].up.weight.mul_(2.0)
+        after = plan(x, y, context)
+        torch.testing.assert_close(after[0], adapters[1](x, y, context)[0])
+    assert not torch.equal(after[0], before[0])
+    assert torch.equal(after[1:], before[1:])

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.context import ForwardContext, Record
+from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixture import Mixture
+from mixadapters.core.record import Record
 from mixadapters.core.routing import Routing
 from mixadapters.core.streams import Stream
 from mixadapters.routers import ConstantRouter, Router, SingleRouter

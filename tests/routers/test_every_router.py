@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mixadapters import ROUTERS, Router
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.context import ForwardContext, Record
+from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixture import Mixture
+from mixadapters.core.record import Record
 from mixadapters.core.routing import Routing
 from mixadapters.core.streams import Stream
-from mixadapters.routers import ConstantRouter, DomainGate, SingleRouter, build_router
+from mixadapters.routers import ConstantRouter, LearnedRouter, SingleRouter, build_router
 
 NAMES = sorted(name for name in ROUTERS if not name.startswith("toy_"))
 READS_THE_BATCH_ALONE = ("modality",)
@@ -93,7 +94,10 @@ def test_flattened_rows_are_routed_alike(name) -> None:
 @every_router
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_weights_come_in_the_dtype_of_the_tokens(name, dtype) -> None:
-    routing = made(name)(tokens_of(dtype=dtype), context_of())
+    bank = AdapterBank(WIDTH, WIDTH)
+    for expert in experts_of(name):
+        bank.add(expert, 1)
+    routing = Mixture(made(name), bank).route(tokens_of(dtype=dtype), context_of())
     assert routing.weights is None or routing.weights.dtype == dtype
     assert routing.keep is None or routing.keep.dtype == dtype
 
@@ -194,7 +198,7 @@ def test_specification_needs_a_kind() -> None:
 
 def test_said_arguments_go_before_defaults() -> None:
     gate = build_router({"kind": "softmax", "temperature": 3.0}, WIDTH, ["a"], temperature=2.0, hidden=[4], other=1)
-    assert isinstance(gate, DomainGate)
+    assert isinstance(gate, LearnedRouter)
     assert gate.temperature == 3.0
     assert gate.output.in_features == 4
 

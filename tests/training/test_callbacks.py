@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from datasets import Dataset
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mixadapters import BottleneckConfig, GateUsageCallback, MixDAConfig, StageCallback
 from mixadapters.routers import DomainGate
@@ -176,6 +180,85 @@ def test_columns_that_a_method_needs_count_too(
         Trainer(model=classifier, args=arguments(tmp_path), callbacks=[StageCallback("task")])
 
 
+def with_domains(count: int = 16) -> list[dict[str, Any]]:
+    return [{**row, "domain_ids": torch.tensor(i % 2)} for i, row in enumerate(rows(count, classes=True))]
+
+
+@pytest.mark.parametrize("form", ["list", "datasets", "evaluation"])
+@pytest.mark.parametrize("field", ["domain_ids", "adapter_names", "prompt_mask"])
+def test_columns_of_the_dataset_that_adapters_read_are_not_dropped(
+    form: str, field: str, classifier: nn.Module, tmp_path: Path
+) -> None:
+    """Rows would train at the gate's weight, not in their domain."""
+    data: Any = [{**row, field: 0} for row in rows(4, classes=True)]
+    given = {"eval_dataset": {"own": data}} if form == "evaluation" else {"train_dataset": data}
+    if form == "datasets":
+        given = {"train_dataset": Dataset.from_list([{"input_ids": [5], "labels": 0, field: 0}])}
+    before = trainable(classifier)
+    message = (
+        rf"would drop the columns \['{field}'\] of the dataset, which adapters read; pass remove_unused_columns=F"
+    )
+    with pytest.raises(ValueError, match=message):
+        Trainer(model=classifier, args=arguments(tmp_path), callbacks=[StageCallback("domain")], **given)
+    assert trainable(classifier) == before
+    options = arguments(tmp_path, remove_unused_columns=False)
+    Trainer(model=classifier, args=options, callbacks=[StageCallback("domain")], **given)
+    options = arguments(tmp_path, label_names=["labels", field])  # Trainer keeps labels
+    Trainer(model=classifier, args=options, callbacks=[StageCallback("domain")], **given)
+
+
+def test_columns_that_no_adapter_reads_are_dropped_as_ever(tiny: Any, classifier: nn.Module, tmp_path: Path) -> None:
+    data = [{**row, "text": "a"} for row in rows(4, classes=True)]
+    Trainer(model=classifier, args=arguments(tmp_path), train_dataset=data, callbacks=[StageCallback("domain")])
+    model = get_peft_model(tiny("bert", "sequence_classification"), BottleneckConfig(r=4))
+    Trainer(
+        model=model, args=arguments(tmp_path), train_dataset=with_domains(), callbacks=[StageCallback("domain")]
+    ).train()
+
+
+def test_rows_of_a_domain_train_its_expert_alone(classifier: nn.Module, tmp_path: Path) -> None:
+    data = [{**row, "domain_ids": torch.tensor(1)} for row in rows(8, classes=True)]
+    before = {name: p.detach().clone() for name, p in classifier.named_parameters()}
+    options = arguments(tmp_path, remove_unused_columns=False)
+    Trainer(model=classifier, args=options, train_dataset=data, callbacks=[StageCallback("domain")]).train()
+    moved = {name for name, p in classifier.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all(".experts.b." in name for name in moved)
+
+
+def test_loading_the_best_model_is_refused_where_it_reloads_nothing(tiny: Any, tmp_path: Path) -> None:
+    options = arguments(tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
+    data = rows(4, classes=True)
+    own = get_peft_model(tiny("bert", "sequence_classification"), mixda(), adapter_name="own")
+    second = get_peft_model(tiny("bert", "sequence_classification"), mixda())
+    second.add_adapter("own", mixda())
+    second.set_adapter("own")
+    for model, name in ((own, "own"), (second, "own"), (second, "default")):
+        with pytest.raises(ValueError, match=r"load_best_model_at_end=True reloads the adapter 'default' only"):
+            Trainer(
+                model=model, args=options, train_dataset=data, eval_dataset=data,
+                callbacks=[StageCallback("task", adapter_name=name)],
+            )  # fmt: skip
+
+
+def test_the_best_model_is_loaded_at_the_end(tiny: Any, tmp_path: Path) -> None:
+    model = get_peft_model(tiny("bert", "sequence_classification"), mixda(task_type="SEQ_CLS"))
+    options = arguments(
+        tmp_path, max_steps=3, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps",
+        save_steps=1, metric_for_best_model="accuracy", optim="sgd", learning_rate=1.0,
+    )  # fmt: skip
+    scores = iter([0.1, 0.9, 0.2])
+    trainer = Trainer(
+        model=model, args=options, train_dataset=rows(classes=True), eval_dataset=rows(4, classes=True),
+        callbacks=[StageCallback("task")], compute_metrics=lambda _: {"accuracy": next(scores)},
+    )  # fmt: skip
+    trainer.train()
+    best = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
+    now = get_peft_model_state_dict(model)
+    assert best.keys() == now.keys()
+    assert all(torch.equal(now[key], value) for key, value in best.items())
+
+
 @pytest.mark.parametrize("coefficient", ["balance_coef", "z_coef", "entropy_coef"])
 def test_reentrant_checkpointing_is_refused_with_auxiliary_losses(coefficient: str, tiny: Any, tmp_path: Path) -> None:
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
@@ -203,6 +286,57 @@ def test_a_trainer_whose_stage_was_changed_behind_it_does_not_train(classifier: 
     )
     with pytest.raises(ValueError, match="set to stage='task' since this Trainer was made for stage='domain'"):
         first.train()
+
+
+def interrupted(model: nn.Module, folder: Path, stage: str = "task") -> Trainer:
+    """A Trainer whose run has left checkpoints 1 and 2 behind."""
+    options = arguments(folder, save_strategy="steps", save_steps=1)
+    trainer = Trainer(
+        model=model, args=options, train_dataset=rows(classes=True), callbacks=[StageCallback(stage, check_head=False)]
+    )
+    trainer.train()
+    return trainer
+
+
+def again(model: nn.Module, folder: Path, stage: str = "task") -> Trainer:
+    options = arguments(folder, max_steps=4, save_strategy="steps", save_steps=1)
+    return Trainer(model=model, args=options, train_dataset=rows(classes=True), callbacks=[StageCallback(stage)])
+
+
+def test_a_run_in_another_stage_says_that_it_cannot_go_on(classifier: nn.Module, tmp_path: Path) -> None:
+    interrupted(classifier, tmp_path, "domain")
+    with pytest.warns(UserWarning, match=r"checkpoint-2 was made in stage='domain'; a run of stage='task' cannot"):
+        again(classifier, tmp_path, "task")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*the checkpoint.*")
+        trainer = again(classifier, tmp_path, "domain")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+
+
+def test_the_optimizer_of_another_stage_is_not_taken_over(classifier: nn.Module, tmp_path: Path) -> None:
+    """Where torch does not notice by the number of tensors."""
+    interrupted(classifier, tmp_path, "domain")
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.warns(UserWarning, match="the checkpoint"):
+        trainer = again(classifier, tmp_path, "task")
+    with pytest.raises(ValueError, match=r"checkpoint-2 was made in stage='domain', so the state of the optimizer"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_last_checkpoint_that_a_killed_run_has_cut_is_named(classifier: nn.Module, tmp_path: Path) -> None:
+    interrupted(classifier, tmp_path)
+    weights = tmp_path / "checkpoint-2" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    message = r"go on from the checkpoint .*checkpoint-2: adapter_model.safetensors has \d+ bytes.* Remove that folder"
+    with pytest.warns(UserWarning, match=message):
+        again(classifier, tmp_path)
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*the checkpoint.*")
+        trainer = again(classifier, tmp_path)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
 
 
 # --- objectives ---------------------------------------------------------------------------------------------------
@@ -282,19 +416,42 @@ def test_checking_a_trained_head_does_not_change_the_run(
 # --- gate usage ---------------------------------------------------------------------------------------------------
 
 
-def logged(trainer: Trainer) -> list[dict[str, float]]:
-    return [entry for entry in trainer.state.log_history if any(key.startswith(("gate/", "loss/")) for key in entry)]
+class Board(TrainerCallback):
+    """A logger as TensorBoard's: keeps what `on_log` brings, until the end of training."""
+
+    def __init__(self) -> None:
+        self.entries: list[dict[str, float]] = []
+        self.closed = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        assert not self.closed
+        self.entries.append({**logs, "step": state.global_step})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.closed = True
+
+
+def gates(entries: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [entry for entry in entries if any(key.startswith(("gate/", "loss/")) for key in entry)]
+
+
+def watched(tiny: Any, folder: Path, per_layer: bool = False, **options: Any) -> tuple[Trainer, Board]:
+    """A run with a GateUsageCallback and a Board, trained."""
+    model = get_peft_model(tiny("bert", "sequence_classification"), mixda(balance_coef=0.5, task_type="SEQ_CLS"))
+    board = Board()
+    trainer = Trainer(
+        model=model, args=arguments(folder, **options), train_dataset=rows(classes=True),
+        eval_dataset=rows(4, classes=True), callbacks=[board, StageCallback("task")],
+    )  # fmt: skip
+    trainer.add_callback(GateUsageCallback(trainer, per_layer=per_layer))
+    trainer.train()
+    return trainer, board
 
 
 def test_gate_usage_reaches_the_loggers_of_the_trainer(tiny: Any, tmp_path: Path) -> None:
-    model = get_peft_model(tiny("bert", "sequence_classification"), mixda(balance_coef=0.5, task_type="SEQ_CLS"))
-    trainer = Trainer(
-        model=model, args=arguments(tmp_path, max_steps=3), train_dataset=rows(classes=True),
-        callbacks=[StageCallback("task")],
-    )  # fmt: skip
-    trainer.add_callback(GateUsageCallback(trainer, per_layer=True))
-    trainer.train()
-    entries = logged(trainer)
+    trainer, board = watched(tiny, tmp_path, per_layer=True, max_steps=3)
+    entries = gates(trainer.state.log_history)
+    assert gates(board.entries) == entries
     assert [entry["step"] for entry in entries] == [1, 2, 3]
     for entry in entries:
         assert sum(entry[f"gate/mean/weight/{arm}"] for arm in ("a", "b", "frozen")) == pytest.approx(1, abs=1e-4)
@@ -306,11 +463,49 @@ def test_gate_usage_reaches_the_loggers_of_the_trainer(tiny: Any, tmp_path: Path
     assert all(isinstance(value, (int, float)) for entry in entries for value in entry.values())
 
 
+def test_gate_usage_leaves_the_entries_of_the_trainer_as_they_are(tiny: Any, tmp_path: Path) -> None:
+    trainer, board = watched(tiny, tmp_path, max_steps=4, eval_strategy="steps", eval_steps=2)
+    plain = Trainer(
+        model=trainer.model, args=trainer.args, train_dataset=trainer.train_dataset, eval_dataset=trainer.eval_dataset
+    )
+    plain.train()
+    expected = [(entry["step"], set(entry)) for entry in plain.state.log_history]
+    for seen in (trainer.state.log_history, board.entries):
+        assert [(e["step"], set(e)) for e in seen if e not in gates(seen)] == expected
+    assert sum({"loss", "grad_norm", "learning_rate"} <= set(entry) for entry in board.entries) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"max_steps": 3, "logging_steps": 500}, [3]),
+        ({"max_steps": 3, "logging_steps": 2}, [2, 3]),
+        ({"max_steps": 3, "logging_strategy": "no"}, [3]),
+        ({"max_steps": -1, "num_train_epochs": 2, "logging_strategy": "epoch"}, [4, 8]),
+    ],
+)
+def test_what_no_entry_has_reported_is_reported_at_the_end(
+    options: dict[str, Any], steps: list[int], tiny: Any, tmp_path: Path
+) -> None:
+    trainer, board = watched(tiny, tmp_path, **options)
+    for entries in (trainer.state.log_history, board.entries):
+        assert [entry["step"] for entry in gates(entries)] == steps
+
+
+def test_gate_usage_of_a_model_without_a_wrapper(tiny: Any, tmp_path: Path) -> None:
+    model = tiny("bert", "sequence_classification")
+    model.add_adapter(mixda(balance_coef=0.5))
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(classes=True))
+    trainer.add_callback(GateUsageCallback(trainer))
+    trainer.train()
+    assert [entry["step"] for entry in gates(trainer.state.log_history)] == [1, 2]
+
+
 def test_gate_usage_counts_training_batches_since_the_last_report(tiny: Any, tiny_inputs: Any) -> None:
     model = get_peft_model(tiny("bert"), mixda(balance_coef=1.0, domain_layers=[1, 2]))
-    gates = [m for m in model.modules() if isinstance(m, DomainGate)]
+    first = next(m for m in model.modules() if isinstance(m, DomainGate))
     with torch.no_grad():
-        gates[0].output.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
+        first.output.bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
     inputs = tiny_inputs("bert", padding="right", labels="tokens")
     model.eval()(**inputs)
     assert collect_usage(model) == {}
@@ -332,4 +527,4 @@ def test_models_without_gates_report_nothing(tiny: Any, tmp_path: Path) -> None:
     trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(classes=True))
     trainer.add_callback(GateUsageCallback(trainer))
     trainer.train()
-    assert logged(trainer) == []
+    assert gates(trainer.state.log_history) == []

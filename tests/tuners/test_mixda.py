@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.context import Record
 from mixadapters.core.mixture import Mixture
+from mixadapters.core.record import Record
 from mixadapters.core.routing import Routing
 from mixadapters.core.streams import Stream
 from mixadapters.kernels import adapter_backend
@@ -794,7 +794,7 @@ def test_gate_usage_counts_real_tokens_once_per_forward(tiny, tiny_inputs) -> No
         output = model(**inputs, labels=inputs["input_ids"])
         output.loss.backward()
         for mixture in mixtures(model).values():
-            assert float(mixture.router.usage.count) == int(inputs["attention_mask"].sum())
+            assert context(model).usage.count(mixture.key) == int(inputs["attention_mask"].sum())
         report = collect_usage(model)
         shares = [report[f"gate/mean/weight/{arm}"] for arm in (*DOMAINS, "frozen")]
         assert sum(shares) == pytest.approx(1, abs=1e-4)

@@ -808,7 +808,7 @@ def test_t17_preset_of_the_7b_model_has_the_papers_number_of_parameters() -> Non
 def test_numbers_of_modalities_are_integers(tiny, tiny_inputs, field, dtype) -> None:
     model, inputs = pill(tiny("llama")), tiny_inputs("llama")
     ids = mixed(inputs, [0, 1]).to(dtype)
-    with pytest.raises(ValueError, match=rf"{field} of {dtype} are no numbers of modalities"):
+    with pytest.raises(ValueError, match=rf"{field} must be whole numbers, not {dtype}"):
         model(**inputs, **{field: ids})
 
 

@@ -122,19 +122,20 @@ class GuidanceAdapter(Adapter):
         scale = record.values.get("guidance_scale", config.default_scale if config.default_scale != 1 else None)
         if scale is None:
             return
-        batch = context.stream(self.stack).batch
+        stream = context.stream(self.stack)
         sample = next(v for v in record.inputs.values() if isinstance(v, Tensor))
         device = self.trunk.device
         device = sample.device if device.type == "meta" else device  # weights that are loaded when used
         check_scale(scale, config)
-        scale = _rows("guidance_scale", scale, batch, device, repeat="input_ids" in record.inputs)
+        scale = _rows("guidance_scale", scale, stream.batch // stream.copies, device)
+        scale = stream.spread(scale, stream.batch, "guidance_scale")
         inputs = {name: _argument(record.inputs, path) for name, path in (config.conditions or {}).items()}
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if missing := [n for n in config.conditions or {} if n not in inputs and n != "prompt_mask"]:
             names = [(config.conditions or {})[n] for n in missing]
             raise ValueError(f"the forward has no {names}, which the adapters read as {missing}")
         if "timestep" in inputs:
-            inputs["timestep"] = _rows("timestep", inputs["timestep"], batch, device, single=True)
+            inputs["timestep"] = _rows("timestep", inputs["timestep"], stream.batch, device, single=True)
         inputs = {name: value.to(device) for name, value in inputs.items()}
         interval = record.values.get("guidance_interval")
         if interval is not None:
@@ -233,15 +234,11 @@ def check_scale(scale: Any, config: AGDConfig) -> None:
         )
 
 
-def _rows(
-    name: str, value: Any, batch: int, device: torch.device, *, single: bool = False, repeat: bool = False
-) -> Tensor:
-    """A number or (B,) tensor -> (B,) fp32. single: (1,) counts as a number; repeat: (B / k,) is repeated (beams)."""
+def _rows(name: str, value: Any, batch: int, device: torch.device, *, single: bool = False) -> Tensor:
+    """A number or (B,) tensor -> (B,) fp32. single: (1,) counts as a number."""
     rows = torch.as_tensor(value, dtype=torch.float32, device=device)
     if rows.dim() == 0 or (single and rows.numel() == 1):
         return rows.reshape(()).expand(batch)
-    if rows.dim() == 1 and repeat:
-        return repeat_rows(rows, batch, name)
     if rows.shape != (batch,):
         raise ValueError(
             f"{name} of shape {tuple(rows.shape)} does not fit a batch of {batch}: give a number or one for each row"

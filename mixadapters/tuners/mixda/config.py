@@ -9,7 +9,7 @@ from torch import nn
 from mixadapters.core.config import MixtureConfig, one_of
 from mixadapters.core.registry import nearest
 from mixadapters.kernels import ACTIVATIONS
-from mixadapters.routers.learned import GRANULARITIES, POOLS
+from mixadapters.routers.pooling import GRANULARITIES, POOLS
 from mixadapters.tuners.bottleneck.config import INPUTS, PLACEMENTS, BottleneckConfig, check_dropout, check_rank
 from mixadapters.tuners.registration import peft_type
 

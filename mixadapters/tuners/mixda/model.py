@@ -15,8 +15,9 @@ from mixadapters.core.bank import AdapterBank
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel, inside_adapters
 from mixadapters.core.registry import nearest
+from mixadapters.core.routes import HardRoutes
 from mixadapters.core.sites import layer_index, stack_of
-from mixadapters.routers import DomainGate, build_router
+from mixadapters.routers import build_router
 from mixadapters.tuners.bottleneck.config import check_rank, placement_roles
 from mixadapters.tuners.bottleneck.model import EXPERT, bottleneck
 from mixadapters.tuners.mixda.config import MixDAConfig
@@ -25,6 +26,8 @@ NEW_ARM_SHARE = 0.05  # of the frozen arm's mass that a domain added later start
 
 
 class MixDAModel(MixtureModel):
+    fields = ("domain_ids", "prompt_mask")
+
     # --- sites ------------------------------------------------------------------------------------------------
 
     def domain_role(self, config: MixDAConfig) -> str:
@@ -142,12 +145,11 @@ class MixDAModel(MixtureModel):
             hidden=config.gate_hidden, granularity=config.gate_granularity, pool=config.gate_pool,
             dropout=config.gate_dropout, frozen_bias=config.frozen_bias(len(ranks)), normalize=config.gate_normalize,
             convex=config.combine == "convex", temperature=config.temperature, balance_coef=config.balance_coef,
-            z_coef=config.z_coef, entropy_coef=config.entropy_coef, tap=gate_tap, path=site.path, stack=site.stack,
-            ids=[names.index(name) for name in ranks], num_ids=len(names),
-            null_arms=_rank(config.null_arms, site.path),
+            z_coef=config.z_coef, entropy_coef=config.entropy_coef, null_arms=_rank(config.null_arms, site.path),
         )  # fmt: skip
         return Mixture(
-            router, bank, "parallel", tap=reads, dropout=config.adapter_dropout, observes=True,
+            router, bank, "parallel", tap=reads, router_tap=gate_tap, dropout=config.adapter_dropout, observes=True,
+            hard_routes=HardRoutes("domain_ids", [names.index(name) for name in ranks], len(names)),
             replaces=config.combine == "convex",
         )  # fmt: skip
 
@@ -353,10 +355,8 @@ class MixDAModel(MixtureModel):
     def _renumber(self, adapter_name: str) -> None:
         names = list(self._config(adapter_name).domains)
         for _, mixture in self._mixtures(adapter_name):
-            gate: DomainGate = mixture.router
-            device = gate.output.weight.device
-            gate.number([names.index(name) for name in gate.experts], len(names))
-            gate.to(device)
+            assert mixture.hard_routes is not None
+            mixture.hard_routes.number([names.index(name) for name in mixture.bank.names], len(names))
         stage = self.stage.get(adapter_name)
         if self._config(adapter_name).inference_mode:
             for host in self.hosts():

@@ -60,7 +60,7 @@ class ConsistencyObjective:
             kwargs |= decoder_input
         record.shared[PASSES] = 2
         record.shared[STATE] = config, inputs, batch
-        record.values["row_groups"] = 2 * record.values.get("row_groups", 1)
+        record.copies *= 2
         names = (*positional, *[""] * (len(args) - len(positional)))
         args = tuple(_doubled(name, value, batch) for name, value in zip(names, args, strict=True))
         kwargs = {name: _doubled(name, value, batch) for name, value in kwargs.items()}

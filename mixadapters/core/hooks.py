@@ -1,0 +1,284 @@
+"""The hooks that open and close a record around each forward of a model. Adapters do not see them.
+
+They are permanent, since those added per call are ignored under `torch.compile`, and bound methods of objects that
+hold a `ForwardContext`, so that copies and pickles of a model have a context of their own. (A `context` is that here;
+its module imports this one.)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixadapters.core.cache import claim, gate_state
+from mixadapters.core.joining import countable, join_losses
+from mixadapters.core.record import Record, Records
+from mixadapters.core.rows import row_names
+from mixadapters.core.sites import has_two_stacks, layer_index
+from mixadapters.core.streams import read_stream
+
+
+class RootHooks:
+    """Opens a record before each forward of the root and closes it afterwards, also after an error."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+        self._layers: list[nn.Module] | None = None  # those that activation checkpointing may run again
+
+    def open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        context, records = self.context, self.context.records
+        taken = context.own_fields.union(*(o.takes for o in context.objectives))
+        held, given = records.held, {name: kwargs[name] for name in kwargs if name in context.fields | taken}
+        kwargs = {name: value for name, value in kwargs.items() if name not in taken}
+        record = Record(
+            module.training,
+            torch.is_grad_enabled(),
+            open=True,
+            values={**held, **given},
+            pinned=frozenset(held).difference(given),
+            copies=records.thread.copies,
+            parent=records.running,
+        )
+        records.enter(record)
+        for objective in self._active(record):
+            args, kwargs = objective.before(context, args, kwargs)
+        kwargs = countable(kwargs) if record.grad else kwargs
+        record.inputs = {**dict(zip(context.argument_names, args, strict=False)), **kwargs}
+        stream = record.streams[""] = read_stream(record.inputs, record.copies)
+        names = record.values.get("adapter_names")
+        if names is not None:
+            names = record.values["adapter_names"] = row_names(names, context, module)
+        if names is not None and len(names) * stream.copies != stream.batch:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {stream.batch // stream.copies} respectively."
+            )
+        self._claim_cache(record, stream.cache)
+        self.carry_into_checkpoints(module)
+        context.prepare()
+        return args, kwargs
+
+    def close(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        record = self.context.record
+        try:
+            if output is not None:  # None: the forward raised
+                output = self._finish(record, module, output)
+        finally:
+            record.open, record.closed = False, True
+            if record.parent is not None:
+                self.context.enter(record.parent)
+        return output
+
+    def _active(self, record: Record) -> list[Any]:
+        if record.parent is not None:
+            return []
+        trains = record.training and record.grad  # not so in a reference pass
+        return [o for o in self.context.objectives if trains or getattr(o, "in_eval", False)]
+
+    def _finish(self, record: Record, module: nn.Module, output: Any) -> Any:
+        for objective in self._active(record):
+            output = objective.after(self.context, module, output)
+        output = join_losses(record, module, output, self.context.loss_scale)
+        cache = getattr(output, "past_key_values", None)
+        if record.state and cache is not None:
+            gate_state(cache).update(record.state)
+        if cache is not record.streams[""].cache and hasattr(cache, "get_seq_length"):
+            self._claim_cache(record, cache)
+        return output
+
+    def _claim_cache(self, record: Record, cache: Any) -> None:
+        owner = self.context.cache_owner
+        if owner is not None and cache is not None and not torch.compiler.is_compiling():
+            names = record.values.get("adapter_names")
+            who = owner() if names is None else f"the rows' own adapters, {list(names)}"
+            claim(cache, who, filled=record.streams[""].cached)
+
+    def carry_into_checkpoints(self, module: nn.Module) -> None:
+        """Wrap the checkpoint functions that transformers sets on layers, whenever it has set new ones."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        if self._layers is None:
+            self._layers = [m for m in module.modules() if hasattr(m, "gradient_checkpointing")]
+        for layer in self._layers:
+            function = layer.__dict__.get("_gradient_checkpointing_func")
+            if function is not None and not isinstance(function, Checkpointed):
+                layer._gradient_checkpointing_func = Checkpointed(self.context, function)
+
+
+class StackHook:
+    """Notes the sequence that a part of the model reads: in `generate` the encoder runs before any root forward."""
+
+    def __init__(self, context: Any, stack: str, names: tuple[str, ...]) -> None:
+        self.context, self.stack, self.names = context, stack, names
+
+    def open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        records = self.context.records
+        running = records.running
+        if running is not None and not self.stack:  # the root has read it
+            return
+        inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if running is None:  # alone it reads the caller's rows as they are
+            values = records.held
+            records.enter(
+                Record(
+                    module.training, torch.is_grad_enabled(), inputs=inputs, values=values, pinned=frozenset(values)
+                )
+            )
+        record = records.current
+        mask_name = "decoder_attention_mask" if self.stack == "decoder" else "attention_mask"
+        record.streams[self.stack] = read_stream(inputs, record.copies, mask_name)
+        if running is None:
+            self.context.prepare()
+
+
+class Checkpointed:
+    """A checkpoint function whose second run of a layer sees the record of the first."""
+
+    def __init__(self, context: Any, function: Any) -> None:
+        self.context, self.function = context, function
+
+    def __call__(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the compiler recomputes in its graph, not by running Python again
+            return self.function(layer, *args, **kwargs)
+        records: Records = self.context.records
+        record = records.current
+
+        def run(*inner: Any, **keywords: Any) -> Any:
+            with records.using(record):
+                return layer(*inner, **keywords)
+
+        return self.function(run, *args, **kwargs)
+
+
+class Generate:
+    """`generate` of a model. The forwards inside it know how often it repeats each row of its batch."""
+
+    name = "generate"
+
+    def __init__(self, context: Any, model: nn.Module) -> None:
+        self.context, self.model = context, model
+        self.before = model.__dict__.get(self.name)  # somebody else's, which is put back
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.context.records.generating():
+            return self.plain(*args, **kwargs)
+
+    @property
+    def plain(self) -> Any:
+        """The method that this one stands for."""
+        if self.before is not None:
+            return self.before
+        function = inspect.getattr_static(type(self.model), self.name)
+        return function.__get__(self.model, type(self.model))
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.plain)
+
+
+class Expand(Generate):
+    """What `generate` repeats the rows of its batch with: beams, sequences to return."""
+
+    name = "_expand_inputs_for_generation"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        thread = self.context.records.thread
+        if thread.generates:
+            thread.copies = self.__signature__.bind(*args, **kwargs).arguments.get("expand_size", 1)
+        return self.plain(*args, **kwargs)
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The model whose forwards have records, inside what PEFT, data parallelism and the compiler put around it."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif hasattr(type(model), "inject_adapter"):  # a tuner of PEFT
+            model = model.model
+        elif hasattr(type(model), "get_base_model"):
+            model = model.get_base_model()
+        elif isinstance(model._modules.get("_orig_mod"), nn.Module):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def attach(hooks: RootHooks, model: nn.Module) -> None:
+    """Hook a context up to the root `model`."""
+    context = hooks.context
+    model.register_forward_pre_hook(hooks.open, with_kwargs=True, prepend=True)
+    model.register_forward_hook(hooks.close, with_kwargs=True, always_call=True)
+    if has_two_stacks(model):
+        parts = {stack: getattr(model, f"get_{stack}")() for stack in ("encoder", "decoder")}
+    else:  # reward trainers call the model without its head
+        parts = {"": getattr(model, getattr(model, "base_model_prefix", None) or "", None)}
+    for stack, part in parts.items():
+        if isinstance(part, nn.Module):
+            hook = StackHook(context, stack, names_of_arguments(part))
+            part.register_forward_pre_hook(hook.open, with_kwargs=True)
+    for kind in (Generate, Expand):
+        if hasattr(model, kind.name):
+            model.__dict__[kind.name] = kind(context, model)
+
+
+def find(cls: type, model: nn.Module) -> Any:
+    """The context of class `cls` that is hooked up to `model`, or None."""
+    for hook in model._forward_pre_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, RootHooks) and isinstance(owner.context, cls):
+            return owner.context
+    return None
+
+
+def detach(context: Any, model: nn.Module) -> None:
+    """Take the hooks of `context` off `model` and everything in it."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(getattr(hook, "__self__", None), "context", None) is context:
+                    del hooks[key]
+                    flags = ("_pre_hooks_with_kwargs", "_hooks_with_kwargs", "_hooks_always_called")
+                    for extra in (f"_forward{flag}" for flag in flags):
+                        getattr(module, extra).pop(key, None)
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(function, Checkpointed):
+            module._gradient_checkpointing_func = function.function
+        for kind in (Generate, Expand):
+            wrapped = module.__dict__.get(kind.name)
+            if isinstance(wrapped, Generate) and wrapped.context is context:
+                del module.__dict__[kind.name]
+                if wrapped.before is not None:
+                    module.__dict__[kind.name] = wrapped.before
+
+
+def names_of_arguments(module: nn.Module) -> tuple[str, ...]:
+    """The arguments of the module's forward, in order."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+@contextmanager
+def truncated(backbone: nn.Module) -> Iterator[None]:
+    """Cut each stack of layers after the last one that holds an observing adapter."""
+    depth: dict[str, int] = {}
+    for path, module in backbone.named_modules():
+        index = layer_index(path) if getattr(module, "observes", False) else None
+        if index is not None:
+            stack = path[: path.index(f".{index}.")]
+            depth[stack] = max(depth.get(stack, 0), index + 1)
+    cut: list[tuple[nn.Module, str, nn.ModuleList]] = []
+    try:
+        for path, layers in depth.items():
+            parent, _, name = path.rpartition(".")
+            owner, full = backbone.get_submodule(parent), backbone.get_submodule(path)
+            if isinstance(full, nn.ModuleList):
+                cut.append((owner, name, full))
+                setattr(owner, name, full[:layers])
+        yield
+    finally:
+        for owner, name, full in cut:
+            setattr(owner, name, full)

@@ -1,0 +1,157 @@
+"""What one forward says to its adapters, and which record is the current one."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from mixadapters.core.routing import Routing, RoutingKey
+from mixadapters.core.streams import Stream
+
+
+@dataclass(eq=False)
+class Record:
+    """What one forward of the root model says to its adapters, and they to its end."""
+
+    training: bool = False
+    grad: bool = False  # whether gradients were recorded when the forward began
+    open: bool = False  # between the root's first and last hook
+    closed: bool = False  # after the root's last hook: layers that run now run again
+    inputs: dict[str, Any] = field(default_factory=dict)  # arguments of the base model's forward, by name
+    values: dict[str, Any] = field(default_factory=dict)  # arguments taken off, and pinned ones: rows of the caller's
+    pinned: frozenset[str] = frozenset()  # the names of the pinned ones among them
+    copies: int = 1  # rows of `inputs` for each row of `values`: what `generate` or an objective repeats
+    streams: dict[str, Stream] = field(default_factory=dict)  # by stack: "", "encoder", "decoder"
+    taps: dict[str, Tensor] = field(default_factory=dict)  # by path of the tapped module
+    shared: dict[Any, Any] = field(default_factory=dict)  # what an adapter, router or objective keeps, by its owner
+    routings: dict[RoutingKey, Routing] = field(default_factory=dict)  # what routers have decided
+    state: dict[str, Tensor] = field(default_factory=dict)  # gate state until the model has made a cache
+    losses: dict[str, Tensor] = field(default_factory=dict)  # weighted, summed by name
+    main_loss: Tensor | None = None
+    main_scale: float = 1.0
+    own_rows: Tensor | None = None  # (N,) bool: the rows of a mixed batch that name the adapter whose router runs
+    observed: list[Tensor] | None = None  # not None: adapters report and change nothing
+    parent: Record | None = None
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """(B, T) bool mask of the only, or the encoder's, stream."""
+        stream = self.streams.get("") or self.streams.get("encoder")
+        return None if stream is None else stream.mask
+
+
+class _Block:
+    """What one block holds; no two are equal."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+
+
+class Pins:
+    """Fields that hold over several forwards, as long as the blocks that hold them."""
+
+    def __init__(self) -> None:
+        self.blocks: list[_Block] = []  # in the order in which they began
+
+    @contextmanager
+    def hold(self, values: dict[str, Any]) -> Iterator[None]:
+        """Hold `values` inside the block. Blocks may end in any order, and in other threads than they began."""
+        block = _Block(values)
+        self.blocks.append(block)
+        try:
+            yield
+        finally:
+            self.blocks.remove(block)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What all blocks hold; of one field, what the last of them does."""
+        held: dict[str, Any] = {}
+        for block in self.blocks:
+            held.update(block.values)
+        return held
+
+
+class _Thread:
+    """What one thread is in the middle of."""
+
+    def __init__(self) -> None:
+        self.record: Record | None = None
+        self.pins = Pins()
+        self.again = False  # whether activation checkpointing runs a layer again
+        self.generates = False  # whether a `generate` runs
+        self.copies = 1  # how often it has repeated each row of its batch
+
+
+class Records:
+    """The record and the pinned fields of each thread, and those of all of them."""
+
+    def __init__(self) -> None:
+        self.latest = Record()
+        self.pins = Pins()
+        self._local = threading.local()
+        # What the compiler finds in a first forward must not differ in kind from what it finds in the next.
+        self.thread.record = self.latest
+
+    @property
+    def thread(self) -> _Thread:
+        """What this thread is in the middle of."""
+        if not hasattr(self._local, "thread"):
+            self._local.thread = _Thread()
+        return self._local.thread
+
+    # The latest record serves threads that have none of their own, such as those of the autograd engine.
+    @property
+    def current(self) -> Record:
+        return self.thread.record or self.latest
+
+    @property
+    def running(self) -> Record | None:
+        """The record of the root forward that this thread is in; None outside one."""
+        record = self.thread.record
+        return record if record is not None and record.open else None
+
+    def enter(self, record: Record) -> None:
+        """Make `record` the current one. No setter: torch 2.11 compiles nested models without it."""
+        self.thread.record = record
+        self.latest = record
+
+    @contextmanager
+    def using(self, record: Record) -> Iterator[None]:
+        """Make `record` the current one inside the block."""
+        thread = self.thread
+        before = thread.record, thread.again
+        thread.record, thread.again = record, not record.open
+        try:
+            yield
+        finally:
+            thread.record, thread.again = before
+
+    @property
+    def names(self) -> Any:
+        """The `adapter_names` of the forward that runs; None where its rows name none, or no forward runs."""
+        record = self.current
+        names = record.values.get("adapter_names")
+        runs = names is not None and (record.open or self.thread.again or names is self.held.get("adapter_names"))
+        return names if runs else None
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """The fields that hold for the next forward of this thread."""
+        return {**self.pins.values, **self.thread.pins.values}
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """A `generate` of this thread: none of its rows is repeated yet."""
+        thread = self.thread
+        before = thread.generates, thread.copies
+        thread.generates, thread.copies = True, 1
+        try:
+            yield
+        finally:
+            thread.generates, thread.copies = before

@@ -1,0 +1,141 @@
+"""Rows of a batch that name their own adapters: the names, and PEFT's saved modules in such a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.other import TrainableTokensWrapper
+from torch import Tensor, nn
+
+BASE = "__base__"  # the name that PEFT gives to rows without an adapter
+# Modules of which PEFT makes a mixed batch: a row of their output depends on the same row of their input alone.
+MIXABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class RowNames(list[str]):
+    """The adapters that the rows of one call of a model name, with what its layers have made of them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__(names)
+        self.batches: dict[nn.Module, Any] = {}  # layer -> its MixedBatch
+        self.owners: dict[object, Tensor] = {}
+
+    @classmethod
+    def read(cls, value: Any) -> RowNames:
+        """From any sequence of names, one for each row.
+
+        Raises:
+            ValueError: `value` is one name, or holds something else than names.
+        """
+        if isinstance(value, str):
+            raise ValueError(f"adapter_names={value!r} is one name; give one for each row of the batch, in a list")
+        names = value.tolist() if hasattr(value, "tolist") else value
+        if not isinstance(names, Sequence):
+            raise ValueError(f"adapter_names={value!r} must be a list of names, one for each row of the batch")
+        for row, name in enumerate(names):
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"adapter_names[{row}]={name!r} is no name of an adapter; {BASE!r} stands for rows without one"
+                )
+        return cls([str(name) for name in names])
+
+
+def row_names(value: Any, context: Any, model: nn.Module) -> RowNames:
+    """The names of a call's rows, known to be adapters of the root `model`.
+
+    Raises:
+        ValueError: see `RowNames.read`; no layer of the model has an adapter of that name.
+    """
+    if isinstance(value, RowNames):
+        return value
+    names = RowNames.read(value)
+    unknown = set(names) - context.hosted - {BASE}
+    for path, wrapper in _saved_modules(model):
+        unknown -= wrapper._get_available_adapters()
+        SavedModule.attach(wrapper, path, context)
+    if unknown:
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+    return names
+
+
+def _saved_modules(model: nn.Module) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]]:
+    """PEFT's own modules in `model`, with their paths. Not looked for inside adapters, of which there may be many."""
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            yield path, module
+            continue
+        adapters = getattr(module, "adapter_layer_names", ())
+        for name, child in module._modules.items():
+            if child is not None and name not in adapters:
+                waiting.append((f"{path}.{name}" if path else name, child))
+
+
+class SavedModule:
+    """Rows of a mixed batch through a module that adapters have copies of (`modules_to_save`, tokens to train).
+
+    A row uses the copy of the adapter that it names, or the base's module where that has none, as after `set_adapter`.
+    """
+
+    def __init__(self, path: str, context: Any) -> None:
+        self.path, self.context = path, context
+
+    @classmethod
+    def attach(cls, wrapper: AuxiliaryTrainingWrapper, path: str, context: Any) -> None:
+        """Hook one up to `wrapper`, once."""
+        owners = (getattr(hook, "__self__", None) for hook in wrapper._forward_hooks.values())
+        if any(isinstance(owner, cls) and owner.context is context for owner in owners):
+            return
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"{path!r} is a module of several adapters, which a compiled model cannot prepare for adapter_names: "
+                "call the model with adapter_names once before it is compiled"
+            )
+        wrapper.register_forward_hook(cls(path, context).mix, with_kwargs=True)
+
+    def mix(self, module: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        names = self.context.records.names
+        if names is None or module.disable_adapters:
+            return output
+        have = module._get_available_adapters()
+        wanted = [name if name in have else BASE for name in names]
+        kinds = set(wanted)
+        if kinds == {_used(module)}:
+            return output
+        if args:
+            x, args = args[0], args[1:]
+        else:
+            first = next(iter(kwargs))
+            x, kwargs = kwargs[first], {name: value for name, value in kwargs.items() if name != first}
+        if len(kinds) == 1:
+            return _run(module, kinds.pop(), x, *args, **kwargs)
+        if not isinstance(module.original_module, MIXABLE):
+            raise ValueError(
+                f"{self.path!r} cannot serve rows of several adapters in one batch: {type(module.original_module)} "
+                f"is none of {[kind.__name__ for kind in MIXABLE]}; give rows {sorted(kinds)} in batches of their own"
+            )
+        place = {name: i for i, name in enumerate(dict.fromkeys(wanted))}
+        owner = self.context.stream().spread([place[name] for name in wanted], x.shape[0], "adapter_names")
+        for name, i in place.items():
+            if name != _used(module):
+                rows = (owner == i).nonzero()[:, 0].to(x.device)
+                output = output.index_copy(0, rows, _run(module, name, x[rows], *args, **kwargs).to(output.dtype))
+        return output
+
+
+def _used(module: AuxiliaryTrainingWrapper) -> str | None:
+    """Whose copy `module` itself runs; None where that cannot be told."""
+    if isinstance(module, TrainableTokensWrapper):
+        return None
+    active = module.active_adapters
+    return active[0] if active and all(name in module._adapters for name in active) else BASE
+
+
+def _run(module: AuxiliaryTrainingWrapper, name: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if name == BASE:
+        return module.original_module(x, *args, **kwargs)
+    return module._forward_wrapped_mixed_batch(x, name, *args, **kwargs)

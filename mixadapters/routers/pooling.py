@@ -1,0 +1,236 @@
+"""Which tokens decide together: one small class per granularity, from hidden states to the logits of each token.
+
+A gate with memory (`causal_prefix`, `request`) keeps what it needs of earlier tokens with the key-value cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mixadapters.core.cache import gate_state
+from mixadapters.core.context import ForwardContext
+from mixadapters.core.streams import Stream
+
+POOLS = ("masked_mean", "first", "last_valid", "last")
+Score = Callable[[Tensor], Tensor]  # (..., d) -> (..., A)
+
+
+class Pooling:
+    """From tokens (B, T, d) or (B * T, d) to logits (B * T, A).
+
+    Args:
+        pool: one of POOLS, for "sequence". "last" reads the last position, padding or not.
+    """
+
+    granularity = ""
+
+    def __init__(self, pool: str = "masked_mean") -> None:
+        self.pool = pool
+        self.path = self.stack = ""  # where the router sits
+
+    def __call__(self, score: Score, tokens: Tensor, context: ForwardContext) -> Tensor:
+        sequences = context.as_sequences(tokens, self.stack)
+        stream = context.stream(self.stack)
+        mask = stream.mask if stream.mask is not None and stream.mask.shape[1] == sequences.shape[1] else None
+        logits = self.pooled(score, sequences, mask, stream, context)
+        return logits.expand(-1, sequences.shape[1], -1).flatten(0, 1)
+
+    def pooled(
+        self, score: Score, sequences: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext
+    ) -> Tensor:
+        """sequences (B, T, d) and their mask (B, T) -> logits (B, T, A), or (B, 1, A) where a row has one decision."""
+        raise NotImplementedError
+
+
+class TokenPooling(Pooling):
+    """Each token by itself."""
+
+    granularity = "token"
+
+    def __call__(self, score: Score, tokens: Tensor, context: ForwardContext) -> Tensor:
+        return score(tokens.reshape(-1, tokens.shape[-1]))
+
+
+class SequencePooling(Pooling):
+    """All tokens of a row, pooled before they are scored. Sees the future, so it is for encoders."""
+
+    granularity = "sequence"
+
+    def pooled(
+        self, score: Score, sequences: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext
+    ) -> Tensor:
+        _refuse_packed(stream, self.granularity)
+        if self.pool == "last":
+            return score(sequences[:, -1]).unsqueeze(1)
+        if mask is None:
+            if stream.length is not None and sequences.shape[0] > 1:
+                raise _missing_mask(self.granularity, stream)
+            mask = torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
+        if self.pool == "masked_mean":
+            exact = sequences.to(
+                torch.promote_types(sequences.dtype, torch.float32)
+            )  # sums overflow in half precision
+            weight = mask.to(exact.dtype).unsqueeze(-1)
+            return score((exact * weight).sum(1) / weight.sum(1).clamp_min(1)).unsqueeze(1)
+        position = torch.arange(mask.shape[1], device=mask.device)
+        if self.pool == "first":
+            index = torch.where(mask, position, mask.shape[1]).amin(1).clamp_max(mask.shape[1] - 1)
+        else:
+            index = torch.where(mask, position, 0).amax(1)
+        chosen = sequences.gather(1, index.view(-1, 1, 1).expand(-1, 1, sequences.shape[-1])).squeeze(1)
+        return score(chosen).unsqueeze(1)
+
+
+class Remembering(Pooling):
+    """A pooling with a memory of earlier tokens."""
+
+    def __init__(self, pool: str = "masked_mean") -> None:
+        super().__init__(pool)
+        self.mark = uuid4().hex  # tells the gates of several adapters at one site apart
+
+    def memory(self, stream: Stream, context: ForwardContext) -> tuple[dict[str, Tensor] | None, str]:
+        """Where to keep what later tokens need, None where nothing comes after; and the key of it there.
+
+        Layers that share their weights share their gate, which then runs several times in a forward.
+        """
+        runs = context.record.shared
+        runs[self.mark] = runs.get(self.mark, 0) + 1
+        key = f"{self.path}/{self.mark}/{runs[self.mark]}"
+        if context.record.training:
+            if stream.cached:
+                raise ValueError(
+                    f"gate_granularity={self.granularity!r} cannot train on a sequence that a cache begins"
+                )
+            return None, key
+        if stream.cache is None:
+            return context.record.state, key
+        state = gate_state(stream.cache)
+        if key not in state and stream.cached:  # in this order: to look into a static cache breaks a compiled graph
+            raise ValueError(
+                f"the key-value cache holds tokens that the gate at {self.path!r} has not seen (gate_granularity="
+                f"{self.granularity!r}): fill the cache by a forward of this model with these adapters active"
+            )
+        return state, key
+
+
+class PrefixPooling(Remembering):
+    """The mean of the logits of the real tokens up to each one. Packed sequences start anew."""
+
+    granularity = "causal_prefix"
+
+    def pooled(
+        self, score: Score, sequences: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext
+    ) -> Tensor:
+        logits = score(sequences)
+        weight = torch.ones_like(logits[..., :1]) if mask is None else mask.to(logits.dtype).unsqueeze(-1)
+        sums = torch.cat([logits * weight, weight], dim=-1).cumsum(1)  # (B, T, A + 1)
+        state, key = self.memory(stream, context)
+        past = None if state is None else state.get(key)
+        if past is not None:
+            sums = sums + past[:, -1:]
+        elif stream.position_ids is not None and not stream.cached:
+            sums = sums - _before_document(sums, stream.position_ids, mask)
+        if state is not None:
+            state[key] = sums if past is None else torch.cat([past, sums], dim=1)
+        return sums[..., :-1] / sums[..., -1:].clamp_min(1)
+
+
+class RequestPooling(Remembering):
+    """The mean of the logits of the prompt's tokens, taken once and then kept."""
+
+    granularity = "request"
+
+    def pooled(
+        self, score: Score, sequences: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext
+    ) -> Tensor:
+        logits = score(sequences)
+        state, key = self.memory(stream, context)
+        frozen = None if state is None else state.get(key)
+        if frozen is not None:
+            return frozen.unsqueeze(1)
+        _refuse_packed(stream, self.granularity)
+        weight = self.prompt(logits, mask, context).to(logits.dtype).unsqueeze(-1)
+        mean = (logits * weight).sum(1) / weight.sum(1).clamp_min(1)
+        if state is not None:
+            state[key] = mean
+        return mean.unsqueeze(1)
+
+    def prompt(self, logits: Tensor, mask: Tensor | None, context: ForwardContext) -> Tensor:
+        """(B, T) bool: the tokens of the request. All that an encoder of two stacks reads; else those of
+        `prompt_mask`, else those before the first label, else all."""
+        record, encoder = context.record, self.stack == "encoder"
+        prompt = None if encoder else context.rows("prompt_mask", logits.shape[0], self.stack)
+        labels = None if encoder else record.inputs.get("labels")
+        real = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if mask is None else mask
+        if prompt is not None:
+            if prompt.shape != real.shape:
+                raise ValueError(
+                    f"prompt_mask {tuple(prompt.shape)} does not fit the tokens of this forward {tuple(real.shape)}"
+                )
+            return prompt.to(real.device).bool() & real
+        if labels is not None and labels.shape[:2] == real.shape:
+            return _before_labels(labels, real)
+        if record.training and not encoder:
+            raise ValueError(
+                "gate_granularity='request' must know the prompt in training, or it would see the answer: pass "
+                "prompt_mask (B, T), or labels with -100 on the prompt"
+            )
+        # Generation drops a mask that has no padding, but always brings a cache.
+        stream = context.stream(self.stack)
+        if mask is None and logits.shape[0] > 1 and stream.cache is None:
+            raise _missing_mask("request", stream)
+        return real
+
+
+POOLINGS = {cls.granularity: cls for cls in (TokenPooling, SequencePooling, PrefixPooling, RequestPooling)}
+GRANULARITIES = tuple(POOLINGS)
+
+
+def _before_labels(labels: Tensor, real: Tensor) -> Tensor:
+    """(B, T) bool: the real tokens before the first label of each row."""
+    labelled = labels != -100
+    prompt = (labelled.cumsum(1) == 0) & real
+    if not torch.compiler.is_compiling() and bool((labelled.any(1) & ~prompt.any(1)).any()):
+        raise ValueError(
+            "gate_granularity='request' needs a prompt in each row, but labels cover a row from its first token: mask "
+            "the prompt's labels with -100, or pass prompt_mask (B, T)"
+        )
+    return prompt
+
+
+def _missing_mask(granularity: str, stream: Stream) -> ValueError:
+    ids = stream.mask_name.replace("attention_mask", "input_ids")
+    return ValueError(
+        f"gate_granularity={granularity!r} needs to know the padding of a batch: pass {stream.mask_name} (B, T); "
+        f"torch.ones_like({ids}) where there is none"
+    )
+
+
+def _refuse_packed(stream: Stream, granularity: str) -> None:
+    positions = stream.position_ids
+    if positions is None or torch.compiler.is_compiling() or positions.dim() != 2 or positions.shape[1] < 2:
+        return
+    drops = positions[:, 1:] < positions[:, :-1]
+    if stream.mask is not None and stream.mask.shape == positions.shape:
+        drops = drops & stream.mask[:, 1:] & stream.mask[:, :-1]
+    if bool(drops.any()):
+        raise ValueError(
+            f"position_ids restart inside a row: several documents are packed into it, and a gate per {granularity} "
+            "would mix them; use gate_granularity='token' or 'causal_prefix', or do not pack"
+        )
+
+
+def _before_document(sums: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The running sum at the end of the document before each token's own, 0 in the first: same shape as sums."""
+    starts = (position_ids == 0).expand(sums.shape[0], -1)
+    if mask is not None:
+        starts = starts & mask
+    position = torch.arange(sums.shape[1], device=sums.device)
+    start = torch.where(starts, position, 0).cummax(1).values  # index of the document's first token
+    padded = F.pad(sums, (0, 0, 1, 0))  # padded[:, t] is the sum before token t
+    return padded.gather(1, start.unsqueeze(-1).expand(-1, -1, sums.shape[-1]))

@@ -1,0 +1,31 @@
+"""Weights that do not compete."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixadapters.routers.base import ROUTERS
+from mixadapters.routers.learned import LearnedRouter
+
+
+@ROUTERS.register("sigmoid")
+class SigmoidGate(LearnedRouter):
+    """Each weight on its own, between 0 and 1 (the paper's formula). Without `convex` there is no frozen arm."""
+
+    frozen_arm = False
+
+    def weigh(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+    def _insert_row(self, place: int, share: float) -> None:
+        weight, bias = self.output.weight, self.output.bias
+        new_bias = torch.logit(bias.new_tensor([share]))
+        self._set_rows(
+            torch.cat([weight[:place], torch.zeros_like(weight[:1]), weight[place:]]),
+            torch.cat([bias[:place], new_bias, bias[place:]]),
+        )
+
+    @torch.no_grad()
+    def start_at(self, share: float) -> None:
+        self.output.bias[0] = torch.logit(self.output.bias.new_tensor(share))

@@ -1,0 +1,58 @@
+"""Checkpoint folders of Trainer: which stage of an adapter made them, and whether a run can go on from them."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+
+STAGE_FILE = "stage.json"  # {"adapter": name, "stage": name}
+LONGEST_HEADER = 100_000_000  # bytes; what safetensors itself takes
+
+
+def note_stage(folder: Path, adapter: str, stage: str) -> None:
+    (folder / STAGE_FILE).write_text(json.dumps({"adapter": adapter, "stage": stage}), encoding="utf-8")
+
+
+def stage_of(folder: Path, adapter: str) -> str | None:
+    """The stage of `adapter` that made the checkpoint; None where nothing says so."""
+    try:
+        noted = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    same = isinstance(noted, dict) and noted.get("adapter") == adapter and isinstance(noted.get("stage"), str)
+    return noted["stage"] if same else None
+
+
+def fault(folder: Path) -> str:
+    """What keeps a run from going on from a checkpoint, such as files that a killed run has cut; empty: nothing."""
+    try:
+        json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"it has no {TRAINER_STATE_NAME}, which is written last"
+    except (OSError, ValueError) as error:
+        return f"{TRAINER_STATE_NAME} cannot be read: {error}"
+    for weights in sorted(folder.rglob(SAFETENSORS_WEIGHTS_NAME)):
+        if (size := weights.stat().st_size) != (said := _size_by_header(weights)):
+            return f"{weights.relative_to(folder)} has {size} bytes, {said or 'an unknown number'} by its header"
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+        if (folder / name).is_file() and not zipfile.is_zipfile(folder / name):
+            return f"{name} is cut"
+    return ""
+
+
+def _size_by_header(weights: Path) -> int | None:
+    """Of a safetensors file, in bytes; None where the header is cut as well."""
+    with weights.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > LONGEST_HEADER:
+            return None
+        try:
+            entries = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+            return None
+    return 8 + length + max(ends, default=0)
