@@ -20,7 +20,7 @@ SHARED_METHODS = frozenset({"bottleneck"})
 # The files of core that meet PEFT; the rest knows torch only.
 CORE_FILES_WITH_PEFT = frozenset({"config", "layer", "model", "rows"})
 # Circles of today, all for annotations; one that is gone has to go from here.
-CIRCLES = ({"mixadapters.core.arena", "mixadapters.core.bank"},)
+CIRCLES: tuple[set[str], ...] = ()
 HUGGING_FACE = frozenset({"peft", "transformers", "accelerate", "datasets", "evaluate", "diffusers", "trl"})
 # Reading a table is nobody's business but the reader's; this is what changes one.
 CHANGES_OF_PEFT = re.compile(r"register_peft_method|PeftType\._|PEFT_TYPE_TO_\w+(\[[^]]*\] = |\.(update|pop)\()")

@@ -21,7 +21,6 @@ LARGER = frozenset(
         "kernels/ops/triton/kernels.py:expand_back",
         "kernels/ops/triton/kernels.py:wgrad",
         "mixadapters/core/model.py:MixtureModel",
-        "mixadapters/routers/learned.py:DomainGate",
         "mixadapters/tuners/mixda/model.py:MixDAModel",
     }
 )
