@@ -187,6 +187,7 @@ def test_inject_adapter_prepares_the_config_then_walks_the_modules(spy: Spy, tin
     assert order == ["_prepare_adapter_config", "_check_target_module_exists", "_create_and_replace"]
     (config, model_config), _ = spy.of("_prepare_adapter_config")[0]
     assert model_config["model_type"] == "llama"
+    assert len(spy.of("_create_and_replace")) == 4
     for (given, adapter_name, _target, target_name, _parent), kwargs in spy.of("_create_and_replace"):
         assert given is config
         assert adapter_name == "default"

@@ -246,9 +246,8 @@ def test_gathered_domains_are_frozen_in_the_task_stage_and_train_in_the_domain_s
     for stage, inside in (("task", (".router.", ".task.")), ("domain", (".bank.experts.a.",))):
         tuner(model).set_stage(stage)
         trained = [n for n, p in model.named_parameters() if p.requires_grad]
-        assert trained
         assert all(any(part in name for part in inside) for name in trained)
-        assert not any(".domain.bank." in name for name in trained) or stage == "domain"
+        assert all(any(part in name for name in trained) for part in inside)
 
 
 # --- what cannot be gathered -------------------------------------------------------------------------------------
@@ -490,7 +489,7 @@ def test_added_domain_trains_and_nothing_else_moves(tiny, tiny_inputs) -> None:
     model = trained(tiny, "softmax")
     tuner(model).set_stage("domain")
     tuner(model).add_domain("c")
-    assert all(p.requires_grad for n, p in model.named_parameters() if ".experts.c." in n)
+    assert {p.requires_grad for n, p in model.named_parameters() if ".experts.c." in n} == {True}
     for name, parameter in model.named_parameters():
         if ".experts.a." in name or ".experts.b." in name:
             parameter.requires_grad_(False)
@@ -623,7 +622,7 @@ def test_removing_a_domain_changes_no_weight_of_the_others(tiny, tiny_inputs, ga
     if combine == "convex":
         lost = before["b"] if gate == "softmax" else 0  # a sigmoid's weights were never shares
         torch.testing.assert_close(after["kept"], before["kept"] + lost)
-    assert not any(".experts.b." in name for name in model.state_dict())
+    assert {name.split(".experts.")[1][0] for name in model.state_dict() if ".experts." in name} == {"a", "c"}
 
 
 def test_removing_a_domain_with_renormalize_shares_its_mass(tiny, tiny_inputs) -> None:
@@ -707,7 +706,7 @@ def test_removing_all_domains_works_in_any_stage(tiny, tiny_inputs, stage) -> No
         tuner(model).remove_domain(name)
     tuner(model).add_domain("c")
     part = {"domain": ".domain.bank.", "task": ".task."}[stage]
-    assert all(p.requires_grad for n, p in model.named_parameters() if part in n)
+    assert {p.requires_grad for n, p in model.named_parameters() if part in n} == {True}
 
 
 def test_domain_ids_follow_the_domains_that_are_left(tiny, tiny_inputs) -> None:
