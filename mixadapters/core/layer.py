@@ -49,6 +49,13 @@ class AdapterHost(BaseTunerLayer):
             if name in self.active_adapters
         )
 
+    @property
+    def refuses_packed(self) -> str | None:
+        """Why an adapter that acts here cannot run where requests are packed into one row; None if all can."""
+        acting = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.adapters]
+        parts = (part for name in acting for part in self.adapters[name].modules())
+        return next((reason for part in parts if (reason := getattr(part, "refuses_packed", None))), None)
+
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool = False) -> None:
         self.adapters[name] = adapter
         self.context.hosted.add(name)
@@ -64,22 +71,47 @@ class AdapterHost(BaseTunerLayer):
                 if name in self.adapters:
                     self.adapters[name].prepare(self.context)
 
-    def apply_adapters(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: input of the frozen module; y: (..., M) its output. Returns the output with adapters.
+    def acting(self) -> list[str] | None:
+        """The adapters that act here, in order; None where adapters are disabled.
+
+        Where activation checkpointing runs this layer again, those of its first run, whatever has been switched since.
+
+        Raises:
+            RuntimeError: one of those has been removed, merged or unmerged since.
+        """
+        merged = list(self.merged_adapters)
+        names = [name for name in self.active_adapters if name in self.adapters and name not in merged]
+        now = None if self.disable_adapters else names
+        record = self.context.record
+        if not record.grad or torch.compiler.is_compiling():  # the compiler runs nothing again
+            return now
+        if not self.context.records.again:
+            record.acting[self] = (now, merged)
+            return now
+        then, merged_then = record.acting.get(self, (now, merged))
+        if merged != merged_then or any(name not in self.adapters for name in then or ()):
+            raise RuntimeError(
+                f"activation checkpointing runs {self.path!r} again, but its adapters have been removed, merged or "
+                f"unmerged since the forward, in which {then or 'none'} acted: do that after the backward"
+            )
+        return then
+
+    def apply_adapters(self, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
+        """x: input of the frozen module; y: (..., M) its output. Returns the output with the adapters `names`.
 
         Convolutions of kernel 1 have their channels second: (B, K, ...) and (B, M, ...).
         """
         base = self.get_base_layer()
         if not is_pointwise(base):
-            return self._run_adapters(x, y)
+            return self._run_adapters(x, y, names)
         places: Any = (..., *(slice(None, None, step) for step in base.stride))
-        return self._run_adapters(x[places].movedim(1, -1), y.movedim(1, -1)).movedim(-1, 1)
+        return self._run_adapters(x[places].movedim(1, -1), y.movedim(1, -1), names).movedim(-1, 1)
 
-    def _run_adapters(self, x: Tensor, y: Tensor) -> Tensor:
+    def _run_adapters(self, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
         record = self.context.record
         if record.observed is not None:
-            for name in self.active_adapters:
-                if name in self.adapters and self.adapters[name].observes:
+            for name in names:
+                if self.adapters[name].observes:
                     deltas = self.adapters[name].observe(x, y, self.context)
                     if record.open:  # where checkpointing runs the layer again, the first run's are in use
                         record.observed += deltas
@@ -90,9 +122,8 @@ class AdapterHost(BaseTunerLayer):
                     "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
                 )
             return self._mixed()(x, y, self.context)
-        for name in self.active_adapters:
-            if name in self.adapters and name not in self.merged_adapters:
-                y = self.adapters[name](x, y, self.context)
+        for name in names:
+            y = self.adapters[name](x, y, self.context)
         return y
 
     def _mixed(self) -> MixedBatch:
@@ -205,10 +236,11 @@ class MixtureLayer(nn.Module, AdapterHost):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        names = self.acting()
         output = self.base_layer(*args, **kwargs)
-        if self.disable_adapters:
+        if names is None:
             return output
-        return _on_first(output, lambda y: self.apply_adapters(_first_input(args, kwargs), y))
+        return _on_first(output, lambda y: self.apply_adapters(_first_input(args, kwargs), y, names))
 
     def __getattr__(self, name: str) -> Any:
         # The base model reads attributes of a wrapped block (layer_idx, attention_type ...).
@@ -243,9 +275,10 @@ class HookedLayer(nn.Module, AdapterHost):
         return self.__dict__["target"]
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if self.disable_adapters:
+        names = self.acting()
+        if names is None:
             return output
-        return _on_first(output, lambda y: self.apply_adapters(_first_input(args, kwargs), y))
+        return _on_first(output, lambda y: self.apply_adapters(_first_input(args, kwargs), y, names))
 
     def forward(self, x: Tensor) -> Tensor:
         # A container that runs its children in turn comes by here.
