@@ -276,6 +276,21 @@ def test_named_files_and_tests_exist(page) -> None:
             assert any(place.exists() for place in places), f"{page}: {name}"
 
 
+def test_architecture_says_what_each_file_of_core_is_for() -> None:
+    _, _, table = PAGES["docs/architecture.md"].partition("### The files of core")
+    rows = table.partition("\n## ")[0].splitlines()
+    named = [
+        name for row in rows if row.startswith("|") for name in re.findall(r"`(core/\w+\.py)`", row.split("|")[1])
+    ]
+    files = (ROOT / "mixadapters" / "core").glob("*.py")
+    files = {f"core/{file.name}": file.read_text(encoding="utf-8") for file in files if file.name != "__init__.py"}
+    assert sorted(named) == sorted(files)
+    marked = {name for row in rows if row.endswith("(PEFT) |") for name in re.findall(r"`(core/\w+\.py)`", row)}
+    assert marked == {
+        name for name, text in files.items() if re.search(r"^ *(from|import) peft\b", text, re.MULTILINE)
+    }
+
+
 COMMANDS = sorted(
     {
         (page, example, argument)
