@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -22,11 +24,12 @@ class AdapterHost(BaseTunerLayer):
     """
 
     context: ForwardContext
+    prefix: str
     path: str
 
     def _begin(self, base: nn.Module, context: ForwardContext, prefix: str, path: str, in_features: int,
                out_features: int, **quantization: Any) -> None:  # fmt: skip
-        self.context, self.path = context, path
+        self.context, self.prefix, self.path = context, prefix, path
         self.in_features, self.out_features = in_features, out_features
         self.adapter_layer_names = (f"{prefix}adapters",)
         self.add_module(f"{prefix}adapters", nn.ModuleDict())
@@ -34,6 +37,7 @@ class AdapterHost(BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._before_merge: tuple[Tensor, Tensor | None] | None = None
+        self.stages: dict[str, tuple[str, ...]] = {}  # adapter -> patterns of the parameters that its stage trains
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
 
     @property
@@ -63,6 +67,28 @@ class AdapterHost(BaseTunerLayer):
             self.context.preparing.append(self)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    # --- what trains: PEFT's verbs make an adapter trainable as a whole ----------------------------------------
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._keep_stages()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        self._keep_stages()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.stages.pop(adapter_name, None)
+
+    def _keep_stages(self) -> None:
+        """Freeze what the stages of the adapters do not train."""
+        for name, patterns in self.stages.items():
+            if name in self.adapters:
+                for key, parameter in self.adapters[name].named_parameters():
+                    if not in_stage(key, patterns):
+                        parameter.requires_grad_(False)
 
     def prepare(self) -> None:
         if not self.disable_adapters:
@@ -149,11 +175,24 @@ class AdapterHost(BaseTunerLayer):
 
     # --- merging ----------------------------------------------------------------------------------------------
 
-    def folded(self, adapter_names: list[str]) -> tuple[Tensor, Tensor | None]:
+    def to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """The adapters here that a merge of these names, or of the active ones, would fold in, in order."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.adapters]
+        active = [n for n in self.active_adapters if n in self.adapters and n not in self.merged_adapters]
+        inside = [n for n in names if n in active]
+        if inside != active[: len(inside)]:
+            raise ValueError(
+                f"cannot merge {names} at {self.path!r}: the active adapters act one after the other, {active}; merge "
+                "them in this order, from the first"
+            )
+        return names
+
+    def folded(self, adapter_names: list[str], safe: bool = False) -> tuple[Tensor, Tensor | None]:
         """Weight (M, K) and bias of the frozen layer with the named adapters folded in.
 
         Raises:
-            ValueError: an adapter equals no linear layer; the message says which, where and why.
+            ValueError: an adapter equals no linear layer, or with `safe` is not finite; the message says which, where
+                and why.
         """
         base = self.get_base_layer()
         if not isinstance(base, Conv1D) and not hasattr(base, "in_features") and not is_pointwise(base):
@@ -173,24 +212,18 @@ class AdapterHost(BaseTunerLayer):
                     "with use_bias=False"
                 )
             bias = new_bias
+        if safe and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+            broken = adapter_names[-1]
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
         return (weight.T if isinstance(base, Conv1D) else weight.reshape(shape)), bias
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the frozen weight. Raises ValueError, before any change, where that is not exact."""
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.adapters]
+        names = self.to_merge(adapter_names)
         if not names:
             return
-        active = [n for n in self.active_adapters if n in self.adapters and n not in self.merged_adapters]
-        inside = [n for n in names if n in active]
-        if inside != active[: len(inside)]:
-            raise ValueError(
-                f"cannot merge {names} at {self.path!r}: the active adapters act one after the other, {active}; merge "
-                "them in this order, from the first"
-            )
-        weight, bias = self.folded(names)
-        if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+        weight, bias = self.folded(names, safe_merge)
         base = self.get_base_layer()
         if self._before_merge is None:
             old = getattr(base, "bias", None)
@@ -315,6 +348,12 @@ class HookedLayer(nn.Module, AdapterHost):
     def scale_layer(self, scale: float) -> None: ...
 
     def unscale_layer(self, scale: float | None = None) -> None: ...
+
+
+def in_stage(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a parameter of an adapter is one that a stage trains; "!" begins patterns of those left out."""
+    wanted = any(fnmatch(name, pattern) for pattern in patterns)
+    return wanted and not any(fnmatch(name, pattern[1:]) for pattern in patterns if pattern[0] == "!")
 
 
 def is_pointwise(module: nn.Module) -> bool:

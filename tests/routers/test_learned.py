@@ -880,3 +880,49 @@ def test_registry_names_the_gates_and_suggests() -> None:
     with pytest.raises(ValueError, match="needs a 'kind'"):
         build_router({"temperature": 2}, D, NAMES)
     assert build_router({"kind": "softmax", "temperature": 2}, D, NAMES, temperature=3, unknown=1).temperature == 2
+
+
+# --- built by hand -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"granularity": "tokens"}, "granularity='tokens' is unknown.*Did you mean 'token'"),
+        ({"pool": "mean"}, "pool='mean' is unknown"),
+        ({"temperature": 0}, "temperature=0 must be a finite number above 0"),
+        ({"temperature": math.inf}, "temperature=inf must be"),
+        ({"temperature": True}, "temperature=True must be"),
+        ({"frozen_bias": math.nan}, "frozen_bias=nan must be a finite number"),
+        ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
+        ({"hidden": [0]}, r"hidden=\[0\] must be a list of positive widths"),
+        ({"hidden": "33"}, "hidden='33' must be"),
+        ({"normalize": "no"}, "normalize='no' must be True or False"),
+        ({"convex": 1}, "convex=1 must be True or False"),
+        ({"null_arms": -1}, "null_arms=-1 must be a number of arms"),
+        ({"balance_coef": -1.0}, "balance_coef=-1.0 must be a finite number, not below 0"),
+        ({"z_coef": math.nan}, "z_coef=nan must be a finite number"),
+        ({"entropy_coef": math.inf}, "entropy_coef=inf must be a finite number"),
+        ({"experts": []}, r"experts=\[\] must be a list of names"),
+        ({"experts": ["a", "a"]}, "names an expert twice"),
+        ({"experts": "ab"}, "experts='ab' must be a list of names"),
+        ({"in_features": 0}, "in_features=0 must be a positive integer"),
+    ],
+)
+def test_nonsense_is_refused_by_name(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        SoftmaxGate(**{"in_features": D, "experts": NAMES, **options})
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+def test_arms_are_reordered_by_name(gate) -> None:
+    tokens, mask = tokens_and_mask()
+    router = make(gate, null_arms=1)
+    before = run(router, tokens, mask)
+    router.reorder(["c", "a", "b"])
+    after = run(router, tokens, mask)
+    assert router.arms[:3] == ["c", "a", "b"]
+    torch.testing.assert_close(after[..., :3], before[..., [2, 0, 1]])
+    torch.testing.assert_close(after[..., 3:], before[..., 3:])
+    with pytest.raises(ValueError, match=r"names=\['c', 'a'\] must be the experts"):
+        router.reorder(["c", "a"])
