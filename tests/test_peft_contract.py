@@ -279,7 +279,7 @@ def test_keys_are_stripped_of_the_adapter_name_by_the_tuner(spy: Spy, tiny: Any)
     model = get_peft_model(tiny("llama"), BottleneckConfig())
     spy.watch("_remove_adapter_name_from_key")
     state = get_peft_model_state_dict(model)
-    assert len(spy.of("_remove_adapter_name_from_key")) == len(state) > 0
+    assert len({args[0] for args, _ in spy.of("_remove_adapter_name_from_key")}) == len(state) > 0
     assert all(args[1] == "default" for args, _ in spy.of("_remove_adapter_name_from_key"))
 
 

@@ -527,9 +527,9 @@ class GuidanceModel(MixtureModel):
     fields = ("guidance_scale",)
     attachment = HookedLayer
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+    def before_injection(self, config: GuidanceConfig, adapter_name: str) -> None:
+        super().before_injection(config, adapter_name)
         self._first: Guidance | None = None
-        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _widths(self, config: GuidanceConfig, base: nn.Module, path: str) -> tuple[int, int]:
         width = base.to_out[0].out_features  # blocks of several widths, none of them in the model's config

@@ -20,6 +20,7 @@ class Stream:
     cache: Any = None
     past: Any = 0  # tokens in the cache when the forward began; a tensor for static caches
     copies: int = 1  # rows of this forward for each row of the caller's batch, next to each other
+    packed: bool = False  # the rows of several requests lie in one, one after the other (continuous batching)
     mask_name: str = "attention_mask"  # the argument of the root's forward that says where this stream has padding
 
     @property
@@ -44,7 +45,12 @@ class Stream:
         Raises:
             ValueError: as many values as rows are needed, or `count` is no multiple of the rows of this forward.
         """
-        values = torch.as_tensor(values)
+        if self.packed:
+            raise refuse_packed(name)
+        try:
+            values = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name}={values!r} must be numbers, one for each row of the batch: {error}") from None
         batch = self.batch or count  # 0: nothing is known of the forward, so one value for each row is asked for
         given = values.shape[0] if values.dim() else 0
         if given * self.copies != batch or count % batch:
@@ -75,11 +81,21 @@ def read_stream(inputs: dict[str, Any], copies: int = 1, mask_name: str = "atten
         batch = 0 if first is None else first.shape[0]
         return Stream(batch, cache=cache, past=past, copies=copies, mask_name=mask_name)
     batch, length = tokens.shape[:2]
+    if inputs.get("cache") is not None and inputs.get("cu_seq_lens_q") is not None:
+        return Stream(batch, length, None, inputs.get("position_ids"), packed=True)
     mask = inputs.get("attention_mask")
     if isinstance(mask, dict):  # one 4D mask per kind of layer
         mask = next((m for m in mask.values() if m is not None), None)
     mask = _current_mask(mask, batch, length, past)
-    return Stream(batch, length, mask, inputs.get("position_ids"), cache, past, copies, mask_name)
+    return Stream(batch, length, mask, inputs.get("position_ids"), cache, past, copies, mask_name=mask_name)
+
+
+def refuse_packed(what: str) -> ValueError:
+    """The error where `what` would have to be told apart by request, and requests are packed."""
+    return ValueError(
+        f"{what}: continuous batching packs the tokens of all requests into one row, where rows of the caller's batch "
+        "cannot be told apart; use generate"
+    )
 
 
 def _current_mask(mask: Tensor | None, batch: int, length: int, past: Any) -> Tensor | None:

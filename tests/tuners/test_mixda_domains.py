@@ -362,7 +362,7 @@ def test_refused_gathering_leaves_the_model_as_it_was(tiny, tiny_inputs, tmp_pat
     [
         ("biomed", r"domains='biomed' must be a list.*write \['biomed'\]"),
         (["a", "b", "a"], "names a domain twice"),
-        (["a.b"], "'a.b' is no name for a domain"),
+        (["a.b"], "domains: 'a.b' is no name"),
         ([""], "'' is no name"),
         ([3], "3 is no name"),
         (["keys"], "'keys' is no name"),  # an attribute of the module that holds the experts
@@ -550,7 +550,7 @@ def test_added_domain_has_the_dtype_of_the_others(tiny, tiny_inputs, tmp_path, t
         ({"name": "a"}, r"domain 'a' exists already; have \['a', 'b'\]"),
         ({"name": "c", "share": 0.0}, "share=0.0 must lie between 0 and 1"),
         ({"name": "c", "share": 1.0}, "share=1.0 must lie"),
-        ({"name": "c.d"}, "'c.d' is no name for a domain"),
+        ({"name": "c.d"}, "domains: 'c.d' is no name"),
         ({"name": "c", "source": "nowhere-at-all"}, "cannot be read"),
         ({"name": "c", "r": 0}, "`r` should be a positive integer"),
     ],

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from peft.config import PeftConfig
 from peft.utils import load_peft_weights
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadapters.core.adapter import Adapter, Chain, Site
 from mixadapters.core.bank import AdapterBank
+from mixadapters.core.finding import inside_adapters
 from mixadapters.core.mixture import Mixture
-from mixadapters.core.model import MixtureModel, inside_adapters
+from mixadapters.core.model import MixtureModel
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.sites import layer_index, stack_of
 from mixadapters.routers import build_router
-from mixadapters.tuners.bottleneck.config import check_rank, placement_roles
+from mixadapters.tuners.bottleneck.config import placement_roles
 from mixadapters.tuners.bottleneck.model import EXPERT, bottleneck
 from mixadapters.tuners.mixda.config import MixDAConfig
 
@@ -85,22 +86,16 @@ class MixDAModel(MixtureModel):
 
     # --- injection --------------------------------------------------------------------------------------------
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self._gathered: dict[str, dict[str, dict[str, Tensor]]] = {}
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            for name, weights in self._gathered.items():
-                self._fill(adapter_name, name, weights)
-        finally:
-            self._gathered = {}
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        config: MixDAConfig = super()._prepare_adapter_config(peft_config, model_config)
+    def resolve(self, config: MixDAConfig, model_config: dict[str, Any]) -> None:
+        super().resolve(config, model_config)
         if config.sites is None and config.gate_input == "ffn_input" and config.adapter_input != "ffn_input":
             raise ValueError(
                 "gate_input='ffn_input' with target_modules: there is no telling where the FFN's input is; pass "
                 "sites={'ffn_output': ..., 'ffn_input': ...} instead, or leave gate_input=None"
             )
+
+    def before_injection(self, config: MixDAConfig, adapter_name: str) -> None:
+        self._gathered: dict[str, dict[str, dict[str, Tensor]]] = {}
         for name, spec in config.domains.items():
             if "source" in spec:
                 self._gathered[name] = self._read_source(config, name, spec)
@@ -109,7 +104,13 @@ class MixDAModel(MixtureModel):
                 spec["ranks"] = self._new_ranks(config)
             if config.gate_granularity == "sequence":
                 self._refuse_causal(list(spec["ranks"]))
-        return config
+        super().before_injection(config, adapter_name)
+
+    def after_injection(self, config: MixDAConfig, adapter_name: str) -> None:
+        super().after_injection(config, adapter_name)
+        for name, weights in self._gathered.items():
+            self._fill(adapter_name, name, weights)
+        self._gathered = {}
 
     def _refuse_causal(self, paths: list[str]) -> None:
         for path in paths:
@@ -280,10 +281,14 @@ class MixDAModel(MixtureModel):
         config = self._config(adapter_name)
         if name in config.domains:
             raise ValueError(f"domain {name!r} exists already; have {list(config.domains)}")
+        if name in self.peft_config and name != adapter_name:
+            raise ValueError(
+                f"domain {name!r} has the name of another adapter of this model: PEFT would drop its weights when it "
+                "saves. Choose another name"
+            )
         if not 0 < share < 1:
             raise ValueError(f"share={share} must lie between 0 and 1")
-        check_rank("r", r, "reduction_factor", config.reduction_factor)
-        given = MixDAConfig(domains={name: source} if source is not None else [name])
+        given = MixDAConfig(domains={name: source} if source is not None else [name], r=r)  # checks them
         spec = dict(given.domains[name])
         weights = self._read_source(config, name, spec) if "source" in spec else None
         if weights is None:
@@ -302,12 +307,10 @@ class MixDAModel(MixtureModel):
         config = self._config(adapter_name)
         own = (p for h in self.hosts() if adapter_name in h.adapters for p in h.adapters[adapter_name].parameters())
         dtype = next((p.dtype for p in own), None)
-        parent, _, child = path.rpartition(".")
         host = self._host_at(path, missing_ok=True)
         new: Any
         if host is None or adapter_name not in host.adapters:
-            owner = self.model.get_submodule(parent)
-            self._create_and_replace(config, adapter_name, getattr(owner, child), child, owner, path)
+            self.place(config, adapter_name, path)
             host = self._host_at(path)
             new = host.adapters[adapter_name]
             new.domain.router.start_at(share)
