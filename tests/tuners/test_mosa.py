@@ -492,9 +492,7 @@ def test_m10_resumed_training_is_bit_exact(tiny, tiny_inputs, tmp_path, mode) ->
 def test_m10_another_partition_than_the_saved_one_is_refused(tiny, tmp_path, changed) -> None:
     mosa(tiny("llama")).save_pretrained(tmp_path)
     ((name, value),) = changed.items()
-    message = (
-        rf"adapter 'default' of this model: {name}=.* in the file, {value!r} here|in the file and \(4,"
-    )
+    message = rf"adapter 'default' of this model: {name}=.* in the file, {value!r} here|in the file and \(4,"
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(tiny("llama"), tmp_path, config=MoSAConfig(**{"r": 8, **changed}))
     target = mosa(tiny("llama"), **changed)
