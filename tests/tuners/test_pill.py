@@ -296,8 +296,10 @@ def test_t09_each_modality_has_its_own_experts_and_text_is_never_gated(tiny, tin
     assert {tuple(p.shape) for gate in gates(one) for p in gate.parameters()} == {(1, 32)}
     values = values_of(one)
     one(**inputs, modality_ids=ids)
-    one(**inputs, modality_ids=mixed(inputs, [1, 1, 0, 0], [0, 0, 1]))
-    assert torch.equal(values[0][ids == 1][:2], values[1][ids == 1][:2])
+    for gate in gates(one):
+        gate.open = True
+    one(**inputs, modality_ids=ids)
+    assert torch.equal(values[0][ids != 2], values[1][ids != 2])  # images are not among the gate's modalities
     assert not torch.equal(values[0][ids == 2], values[1][ids == 2])
 
 
@@ -827,6 +829,20 @@ def test_a_modality_may_be_called_shared(tiny, tiny_inputs) -> None:
     expected = tiny("llama")(**inputs).logits
     assert torch.equal(model(**inputs, modality_ids=mixed(inputs)).logits, expected)
     assert not torch.equal(model(**inputs, modality_ids=mixed(inputs, [1], [1])).logits, expected)
+
+
+def test_a_base_that_sees_begins_with_open_gates_also_without_a_token_for_images() -> None:
+    base, _ = llava()
+    base.config.image_token_id = None
+    config = get_peft_model(base, PILLConfig(task_type="CAUSAL_LM")).peft_config["default"]
+    assert (config.gate_init, config.token_ids) == ("one", None)
+
+
+@pytest.mark.parametrize("width", [32, 128])
+def test_down_projections_start_as_strong_at_any_width(tiny, width) -> None:
+    model = pill(tiny("llama", hidden_size=width, head_dim=8), random=False, r=64)
+    weights = torch.stack([p for n, p in model.named_parameters() if ".experts." in n and ".down." in n])
+    assert float(weights.std()) == pytest.approx(1.28 * width**-0.5, rel=0.02)
 
 
 def test_a_token_that_the_base_has_for_images_and_videos_says_nothing() -> None:
