@@ -83,7 +83,7 @@ def tiny_tokenizer(first: tuple[str, ...], **options: Any) -> PreTrainedTokenize
 
 
 @pytest.fixture
-def offline(tiny, tmp_path, monkeypatch) -> None:
+def offline(tiny, tmp_path, monkeypatch) -> Iterator[None]:
     """`from_pretrained` makes tiny random models, in an empty folder; what a page registers is forgotten."""
 
     def load(cls: Any, name: str, **options: Any) -> Any:
@@ -101,13 +101,14 @@ def offline(tiny, tmp_path, monkeypatch) -> None:
     )
     # A random head is refused in earnest.
     monkeypatch.setattr("mixadapters.training.callbacks.require_pretrained_head", lambda model, batch: 0.0)
-    monkeypatch.setattr(ROUTERS, "_entries", dict(ROUTERS._entries))
     for table in ("CONFIG", "TUNER", "PREFIX"):
         whole = getattr(peft.mapping, f"PEFT_TYPE_TO_{table}_MAPPING")
         for name in ("TOPK",):
             monkeypatch.setitem(whole, name, None)
             del whole[name]
     monkeypatch.chdir(tmp_path)
+    with ROUTERS.temporarily():
+        yield
 
 
 def run_page(page: str) -> dict[str, Any]:
@@ -184,7 +185,7 @@ def test_documented_seams_have_the_signatures_of_the_code() -> None:
                 owner = owners[node.name]
                 for member in node.body:
                     if isinstance(member, ast.FunctionDef):
-                        given = [a.arg for a in member.args.args if a.arg != "self"]
+                        given = [a.arg for a in (*member.args.args, *member.args.kwonlyargs) if a.arg != "self"]
                         assert given == parameters(getattr(owner, member.name)), f"{node.name}.{member.name}"
                     else:
                         target = member.target if isinstance(member, ast.AnnAssign) else member.targets[0]

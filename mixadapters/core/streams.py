@@ -99,7 +99,13 @@ def refuse_packed(what: str) -> ValueError:
 
 
 def _current_mask(mask: Tensor | None, batch: int, length: int, past: Any) -> Tensor | None:
-    """(B, length) bool mask of the tokens of this forward, from any mask that transformers passes."""
+    """(B, length) bool mask of the tokens of this forward, from any mask that transformers passes.
+
+    Raises:
+        ValueError: a mask by token that has not one value for each token of each row.
+    """
+    if mask is not None and mask.dim() <= 2:
+        mask = _by_token(mask, batch, length, past)
     if mask is None or mask.shape[0] != batch:
         return None
     if mask.dim() == 2 and mask.shape[1] == length:
@@ -112,6 +118,18 @@ def _current_mask(mask: Tensor | None, batch: int, length: int, past: Any) -> Te
         return None
     own = mask[:, 0].gather(2, columns.clamp_max(mask.shape[-1] - 1).view(1, -1, 1).expand(batch, -1, 1)).squeeze(2)
     return own if own.dtype == torch.bool else own == 0
+
+
+def _by_token(mask: Tensor, batch: int, length: int, past: Any) -> Tensor:
+    """(B, width) mask of the whole sequence so far: where there is no cache, of these tokens."""
+    known = not isinstance(past, Tensor)  # by static caches it is only on the device
+    fits = mask.dim() == 2 and mask.shape[0] in (1, batch)
+    if not fits or (known and mask.shape[1] not in (length, length + past)):
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} does not fit {batch} rows of {length} tokens"
+            f"{f' after {past} in the cache' if known and past else ''}; give one value for each token"
+        )
+    return mask.expand(batch, -1)
 
 
 def repeat_rows(values: Tensor, count: int, name: str) -> Tensor:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -747,10 +748,29 @@ def test_embeddings_images_and_foreign_masks_are_read() -> None:
     stream = read_stream({"pixel_values": torch.randn(3, 3, 8, 8)})
     assert (stream.batch, stream.length, stream.mask) == (3, None, None)
     assert read_stream({}).batch == 0
-    # The mask of another stream, of other rows or too short for these tokens, is not this one's.
-    assert read_stream({"input_ids": IDS, "attention_mask": KEPT[:1]}).mask is None
+    # transformers takes one row of a mask for all; a foreign mask of four dimensions is not this stream's.
+    one = read_stream({"input_ids": IDS, "attention_mask": KEPT[:1]}).mask
+    assert torch.equal(one, KEPT[:1].bool().expand(len(IDS), -1))
     assert read_stream({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 3, 3)}).mask is None
     assert read_stream({"input_ids": IDS, "past_key_values": object()}).cache is None
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 5), (2, 1), (3, 4), (4,), ()])
+def test_a_mask_that_does_not_fit_the_tokens_is_refused(shape: tuple[int, ...]) -> None:
+    message = rf"attention_mask of shape {re.escape(str(shape))} does not fit 2 rows of 4 tokens; give one value"
+    with pytest.raises(ValueError, match=message):
+        read_stream({"input_ids": torch.ones(2, 4), "attention_mask": torch.ones(shape)})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [6, 9])
+def test_a_mask_that_does_not_fit_the_cache_is_refused(width: int, tiny, tiny_inputs) -> None:
+    model = adapt(tiny("llama"), MixDAConfig(**MIXDA))
+    cache = model(**tiny_inputs("llama", length=5)).past_key_values
+    inputs = {"input_ids": torch.full((2, 2), 7), "past_key_values": cache}
+    with pytest.raises(ValueError, match=r"does not fit 2 rows of 2 tokens after 5 in the cache"):
+        model(**inputs, attention_mask=torch.ones(2, width).long())
+    model(**inputs, attention_mask=torch.ones(2, 7).long())
 
 
 @torch.no_grad()

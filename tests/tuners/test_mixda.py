@@ -1147,14 +1147,14 @@ def test_one_dominant_domain_is_the_same_as_routing_to_it(tiny, tiny_inputs, siz
         ({"task_reduction_factor": -2}, "task_reduction_factor=-2 must be a finite number, above 0"),
         ({"adapter_dropout": 1.5}, "adapter_dropout=1.5 must be"),
         ({"gate_dropout": -0.5}, "gate_dropout=-0.5 must be"),
-        ({"temperature": 0.0}, "temperature=0.0 must be a finite number, above 0"),
+        ({"temperature": 0.0}, "temperature=0.0 must be a finite number or None, above 0"),
         ({"gate_input": "ffn_intermediate", "adapter_input": "ffn_input"}, "is not possible.*leave gate_input=None"),
         ({"domain_layers": [1.5]}, r"domain_layers=\[1.5\]: the fraction 1.5 must be in \(0, 1\]"),
         ({"domain_layers": [0.0]}, "the fraction 0.0 must be"),
         ({"gait": "softmax", "r": 2}, r"has no field 'gait'. Did you mean 'gate'"),
         ({"format_version": 9}, "format_version=9 is newer"),
-        ({"gate_hidden": [0]}, r"gate_hidden=\[0\] must be a list of integers, at least 1"),
-        ({"gate_hidden": 768}, r"gate_hidden=768 must be a list of integers, at least 1"),
+        ({"gate_hidden": [0]}, r"gate_hidden=\[0\] must be a list of integers or None, at least 1"),
+        ({"gate_hidden": 768}, r"gate_hidden=768 must be a list of integers or None, at least 1"),
     ],
 )
 def test_config_refuses_wrong_fields(fields, message) -> None:

@@ -13,6 +13,7 @@ from mixadapters.core.registry import nearest
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.routers.pooling import GRANULARITIES, POOLS
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
+from mixadapters.tuners.mixda.router import competes, read_router
 from mixadapters.tuners.registration import peft_type
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -79,38 +80,44 @@ class MixDAConfig(MixtureConfig):
         default=0.0, metadata={"help": "On their input (paper: none).", "least": 0, "below": 1, "free": True}
     )
     combine: Literal["delta", "convex"] = field(default="delta", metadata={"help": "See the class."})
-    gate: Literal["softmax", "sigmoid"] = field(default="softmax", metadata={"help": "Over the domains, or of each."})
-    gate_granularity: str = field(
-        default="token", metadata={"help": f"One of {GRANULARITIES}.", "choices": GRANULARITIES}
+    router: str | dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "A router by name, or {'kind': name, option: value}. None: softmax, and the fields below."},
+    )
+    gate: str | None = field(default=None, metadata={"help": "Short for router['kind']. None: 'softmax'."})
+    gate_granularity: str | None = field(
+        default=None, metadata={"help": f"One of {GRANULARITIES}. None: 'token'.", "choices": GRANULARITIES}
     )
     gate_input: Literal["ffn_intermediate", "ffn_input"] | None = field(
-        default=None, metadata={"help": "What the gate reads. None: what the adapters read."}
+        default=None, metadata={"help": "What the router reads (router['input']). None: what the adapters read."}
     )
-    gate_hidden: list[int] = field(
-        default_factory=list, metadata={"help": "Hidden widths; [] is linear (appendix A).", "least": 1, "free": True}
+    gate_hidden: list[int] | None = field(
+        default=None, metadata={"help": "Hidden widths. None: [], which is linear (appendix A).", "least": 1}
     )
-    gate_dropout: float = field(
-        default=0.0, metadata={"help": "Before each linear layer of the gate.", "least": 0, "below": 1, "free": True}
+    gate_dropout: float | None = field(
+        default=None, metadata={"help": "Before each linear layer. None: 0.", "least": 0, "below": 1}
     )
-    gate_pool: str = field(
-        default="masked_mean", metadata={"help": f"One of {POOLS}, for sequence gates.", "choices": POOLS}
+    gate_pool: str | None = field(
+        default=None,
+        metadata={"help": f"One of {POOLS}, for sequences. None: 'masked_mean'.", "choices": POOLS},
     )
-    gate_normalize: bool = field(default=True, metadata={"help": "Scale the gate's input to unit RMS."})
+    gate_normalize: bool | None = field(
+        default=None, metadata={"help": "Scale the router's input to unit RMS. None: yes."}
+    )
     gate_frozen_bias: float | None = field(
         default=None,
-        metadata={
-            "help": "Initial logit of the frozen layer. None: 0 for delta, weight 0.99 for convex.",
-            "free": True,
-        },
+        metadata={"help": "Initial logit of the frozen layer. None: 0 for delta, weight 0.99 for convex."},
     )
-    temperature: float = field(default=1.0, metadata={"help": "Divides the gate's logits.", "above": 0})
-    balance_coef: float = field(
-        default=0.0, metadata={"help": "Weight of the load-balance loss (paper: none).", "least": 0, "free": True}
+    temperature: float | None = field(
+        default=None, metadata={"help": "Divides the router's logits. None: 1.", "above": 0}
     )
-    z_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss.", "least": 0, "free": True})
-    entropy_coef: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the gate's entropy as a loss; below 0: of its negative.", "free": True},
+    balance_coef: float | None = field(
+        default=None, metadata={"help": "Weight of the load-balance loss. None: 0 (paper: none).", "least": 0}
+    )
+    z_coef: float | None = field(default=None, metadata={"help": "Weight of the router z-loss. None: 0.", "least": 0})
+    entropy_coef: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the weights' entropy as a loss; below 0: of its negative. None: 0."},
     )
     task_adapter: Literal["pfeiffer", "houlsby", "parallel"] | None = field(
         default="pfeiffer", metadata={"help": "Task adapter on top, in all layers (paper: pfeiffer). None: none."}
@@ -143,6 +150,7 @@ class MixDAConfig(MixtureConfig):
                 raise ValueError(f"domain_order={self.domain_order} must name the domains {sorted(self.domains)}")
             self.domains = {name: self.domains[name] for name in self.domain_order}
         self.domain_order = list(self.domains)
+        read_router(self)
         if self.gate_input == "ffn_intermediate" and self.adapter_input == "ffn_input":
             raise ValueError(
                 "gate_input='ffn_intermediate' with adapter_input='ffn_input' is not possible: the gate would need "
@@ -200,7 +208,7 @@ class MixDAConfig(MixtureConfig):
             return self.gate_frozen_bias
         if self.combine == "delta":
             return 0.0
-        return math.log(99 * max(experts, 1)) if self.gate == "softmax" else math.log(99)
+        return math.log(99 * max(experts, 1)) if competes(self) else math.log(99)
 
 
 SPEC: dict[str, Any] = {  # entries of a domain -> what they hold

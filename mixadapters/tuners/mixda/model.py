@@ -18,10 +18,10 @@ from mixadapters.core.model import MixtureModel
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.sites import layer_index, stack_of
-from mixadapters.routers import build_router
 from mixadapters.tuners.bottleneck.config import placement_roles
 from mixadapters.tuners.bottleneck.model import EXPERT, bottleneck
 from mixadapters.tuners.mixda.config import MixDAConfig
+from mixadapters.tuners.mixda.router import mixture_router, require_surgery, trial_router
 
 NEW_ARM_SHARE = 0.05  # of the frozen arm's mass that a domain added later starts with
 
@@ -96,13 +96,14 @@ class MixDAModel(MixtureModel):
 
     def before_injection(self, config: MixDAConfig, adapter_name: str) -> None:
         self._gathered: dict[str, dict[str, dict[str, Tensor]]] = {}
+        trial = trial_router(config, list(config.domains)) if config.domains else None
         for name, spec in config.domains.items():
             if "source" in spec:
                 self._gathered[name] = self._read_source(config, name, spec)
                 spec["ranks"] = {path: w["down.weight"].shape[0] for path, w in self._gathered[name].items()}
             elif "ranks" not in spec:
                 spec["ranks"] = self._new_ranks(config)
-            if config.gate_granularity == "sequence":
+            if getattr(trial, "granularity", None) == "sequence":
                 self._refuse_causal(list(spec["ranks"]))
         super().before_injection(config, adapter_name)
 
@@ -141,13 +142,10 @@ class MixDAModel(MixtureModel):
             bank.add(name, rank, config.init_weights)
         gate_tap = tap if config.gate_input == "ffn_input" and reads is None else None
         names = list(config.domains)
-        router = build_router(
-            config.gate, site.out_features if gate_tap else width, list(ranks),
-            hidden=config.gate_hidden, granularity=config.gate_granularity, pool=config.gate_pool,
-            dropout=config.gate_dropout, frozen_bias=config.frozen_bias(len(ranks)), normalize=config.gate_normalize,
-            convex=config.combine == "convex", temperature=config.temperature, balance_coef=config.balance_coef,
-            z_coef=config.z_coef, entropy_coef=config.entropy_coef, null_arms=_rank(config.null_arms, site.path),
-        )  # fmt: skip
+        router = mixture_router(
+            config, site.out_features if gate_tap else width, list(ranks), _rank(config.null_arms, site.path)
+        )
+        self.context.fields.update(router.fields)
         return Mixture(
             router, bank, "parallel", tap=reads, router_tap=gate_tap, dropout=config.adapter_dropout, observes=True,
             hard_routes=HardRoutes("domain_ids", [names.index(name) for name in ranks], len(names)),
@@ -279,6 +277,7 @@ class MixDAModel(MixtureModel):
             ValueError: the name is taken, the source does not fit, or share is not between 0 and 1.
         """
         config = self._config(adapter_name)
+        require_surgery(config, "add_domain")
         if name in config.domains:
             raise ValueError(f"domain {name!r} exists already; have {list(config.domains)}")
         if name in self.peft_config and name != adapter_name:
@@ -339,13 +338,14 @@ class MixDAModel(MixtureModel):
         config = self._config(adapter_name)
         if name not in config.domains:
             raise ValueError(f"unknown domain {name!r}; have {list(config.domains)}.{nearest(name, config.domains)}")
+        require_surgery(config, "remove_domain")
         for path, mixture in list(self._mixtures(adapter_name)):
             if name not in mixture.bank.experts:
                 continue
             mixture.bank.remove(name)
             mixture.router.remove_expert(name, renormalize)
             if mixture.bank.names:
-                config.null_arms[path] = mixture.router.null_arms
+                config.null_arms[path] = getattr(mixture.router, "null_arms", 0)
             else:
                 chain = self._host_at(path).adapters[adapter_name]
                 del chain.domain
