@@ -122,16 +122,16 @@ class MixDAModel(MixtureModel):
                 )
 
     def build(self, config: MixDAConfig, site: Site) -> Adapter | None:
-        stages: dict[str, Adapter] = {}
+        steps: dict[str, Adapter] = {}
         ranks = {name: rank for name, spec in config.domains.items() if (rank := _rank(spec["ranks"], site.path))}
         if ranks:
-            stages["domain"] = self._mixture(config, site, ranks)
+            steps["domain"] = self._mixture(config, site, ranks)
         if config.task_adapter is not None:
             tap = site.tap("ffn_input") if config.task_adapter == "parallel" else None
             task = bottleneck(config.task_config(), site, config.task_r or 0, tap)
             task.observes = False
-            stages["task"] = task
-        return Chain(**stages) if stages else None
+            steps["task"] = task
+        return Chain(**steps) if steps else None
 
     def _mixture(self, config: MixDAConfig, site: Site, ranks: dict[str, int]) -> Mixture:
         tap = site.tap("ffn_input")
@@ -313,7 +313,7 @@ class MixDAModel(MixtureModel):
             host = self._host_at(path)
             new = host.adapters[adapter_name]
             new.domain.router.start_at(share)
-        elif "domain" in (chain := host.adapters[adapter_name]).stages:
+        elif "domain" in (chain := host.adapters[adapter_name]).steps:
             chain.domain.bank.add(name, rank, config.init_weights)
             chain.domain.router.add_expert(name, share)
             new = chain.domain.bank.experts[name]
@@ -321,7 +321,7 @@ class MixDAModel(MixtureModel):
             site = self._site(config, adapter_name, host.get_base_layer(), path)
             new = self._mixture(config, site, {name: rank})
             new.router.start_at(share)
-            host.adapters[adapter_name] = Chain(domain=new, **chain.stages)
+            host.adapters[adapter_name] = Chain(domain=new, **chain.steps)
             host.adapters[adapter_name].bind(site)
         device, base_dtype = host._get_base_layer_device_and_dtype(host.get_base_layer())
         new.to(device, dtype or base_dtype)
@@ -375,7 +375,7 @@ class MixDAModel(MixtureModel):
 
     def _mixtures(self, adapter_name: str) -> Iterator[tuple[str, Mixture]]:
         for host in self.hosts():
-            if adapter_name in host.adapters and "domain" in host.adapters[adapter_name].stages:
+            if adapter_name in host.adapters and "domain" in host.adapters[adapter_name].steps:
                 yield host.path, host.adapters[adapter_name].domain
 
     def _host_at(self, path: str, missing_ok: bool = False) -> Any:
