@@ -30,8 +30,9 @@ from transformers import logging as transformers_logging
 from mixadapters import BottleneckConfig, GateUsageCallback, MixDAConfig, StageCallback
 from mixadapters.tasks.domains import HELD_OUT, train_domain
 from mixadapters.tasks.models import PooledHead
+from mixadapters.tasks.registry import get_task
 from mixadapters.tasks.retention import drift, embed, similarity
-from mixadapters.tasks.sources import read_texts
+from mixadapters.tasks.sources import read_task
 
 METHODS = ("head", "lora", "bottleneck", "mixda_untuned", "mixda_one", "mixda")
 
@@ -124,7 +125,7 @@ class Demo:
         """Spearman correlation with the scores of 500 sentence pairs of STS-B, where `data_dir` has them."""
         if self.args.data_dir is None:
             return None
-        rows = read_texts(Path(self.args.data_dir), "glue/stsb/dev", "sentence1", "sentence2", "score")[:500]
+        rows = read_task(get_task("stsb"), self.args.data_dir, ("test",))["test"][:500]
         return similarity(encoder, self.tokenizer, rows, self.args.max_length)
 
     def embed(self, model: nn.Module, texts: list[str]) -> Tensor:

@@ -220,7 +220,7 @@ def load_folder(data_dir: str | Path, task: str, seed: int = 13) -> DemoData:
     if task not in PUBLISHED:
         raise ValueError(f"--task {task!r} is unknown: choose one of {', '.join(PUBLISHED)}")
     folder, rng, definition = Path(data_dir), random.Random(seed), TASKS[task]
-    raw = {split: read_texts(folder, definition.local[split], "text", "label") for split in SIZES}
+    raw = {split: read_texts(folder, definition.local[split], "text", value="label") for split in SIZES}
     labels = sorted({label for rows in raw.values() for _, label in rows})
     sources = {f"{task}/{split}": f"{len(rows)} rows" for split, rows in raw.items()}
     unseen = {key(s) for split in ("dev", "test") for text, _ in raw[split] for s in split_text(text)}

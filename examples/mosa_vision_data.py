@@ -191,7 +191,7 @@ def load_texts(name: str, data_dir: str | None, tokenizer: Any, length: int = 32
     if data_dir is None:
         raise SystemExit(f"--dataset {name} is read from files: pass --data_dir")
     where, text, held = {"sst2": ("glue/sst2", "sentence", "dev"), "rct_like": ("dapt/rct_like", "text", "test")}[name]
-    raw = {part: read_texts(Path(data_dir), f"{where}/{part}", text, "label") for part in ("train", held)}
+    raw = {part: read_texts(Path(data_dir), f"{where}/{part}", text, value="label") for part in ("train", held)}
     names = sorted({label for _, label in raw["train"]})
     parts = []
     for rows in raw.values():

@@ -101,8 +101,10 @@ class RunArguments:
         if self.shots_from not in ("published", "rule"):
             raise ValueError(f"shots_from={self.shots_from!r} must be 'published' or 'rule'")
         for given in self.domains:
-            if "=" not in given:
+            if not all(given.partition("=")):
                 raise ValueError(f"domains={given!r} must be name=folder")
+        if len({given.partition("=")[0] for given in self.domains}) < len(self.domains):
+            raise ValueError(f"domains={self.domains} have a name twice; give each its own")
         for name in ("rates", "full_rates"):
             values = getattr(self, name)
             # A rate names the folder of its training, with six digits.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, get_peft_config, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 from transformers import TrainerCallback
 
@@ -46,8 +47,8 @@ class Method:
                 f"method {self.name!r} is unknown; choose from {', '.join(METHODS)}, or give a config's .json file."
                 f"{nearest(self.name, METHODS)}"
             )
-        if self.name.endswith(".json") and not Path(self.name).is_file():
-            raise ValueError(f"method {self.name!r} is no file; a config's .json file must be there")
+        if self.name.endswith(".json"):
+            read_config(self.name)
 
     def check(self, base: Base) -> None:
         """Raises ValueError: the method says nothing about such a model."""
@@ -82,7 +83,7 @@ class Method:
         if base.config.is_encoder_decoder:
             saved = {"task_type": "SEQ_2_SEQ_LM"}
         if self.name.endswith(".json"):
-            given = json.loads(Path(self.name).read_text(encoding="utf-8"))
+            given = read_config(self.name)
             return get_peft_config({**saved, **given}), given
         make = self._maker(base, saved)
         rank = rank_for(self.parameters, lambda r: make(r, True), base)
@@ -104,6 +105,21 @@ class Method:
         return lambda r, counted: MixDAConfig(
             domains=new if counted or untuned else dict(self.domains), task_r=r, **shared
         )
+
+
+def read_config(file: str) -> dict[str, Any]:
+    """The config of an adapter from a JSON file. Raises ValueError: it is not there, or none."""
+    if not Path(file).is_file():
+        raise ValueError(f"method {file!r} is no file; a config's .json file must be there")
+    try:
+        found = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"method {file!r} cannot be read as JSON: {error}") from None
+    kind = found.get("peft_type") if isinstance(found, dict) else None
+    known = sorted(str(one.value) for one in PEFT_TYPE_TO_CONFIG_MAPPING)
+    if kind not in known:
+        raise ValueError(f"method {file!r} must be an object with a peft_type, got {kind!r}; have {', '.join(known)}")
+    return found
 
 
 def domain_layers(depth: int, layers: int | None) -> list[int]:

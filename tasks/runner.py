@@ -287,10 +287,11 @@ class Run:
         best: tuple[float, TaskTrainer, dict[str, Any]] | None = None
         candidates: list[dict[str, Any]] = []
         for rate in self.rates:
+            newest = self._newest_checkpoint(rate)
             trainer, settings = self._trainer(method, rate)
             value = 0.0
             try:
-                self._fit(trainer)
+                self._fit(trainer, newest)
                 if len(self.rates) > 1:
                     value = self._on_dev(trainer)
                     candidates.append({"rate": rate, "dev": value})
@@ -316,11 +317,13 @@ class Run:
             "retention": self._retention(trainer.model),
         }
 
-    def _fit(self, trainer: TaskTrainer) -> None:
-        """Train, from the newest whole checkpoint where there is one. Raises Diverged."""
-        if self.method == "frozen":
-            return
-        newest, broken = checkpoints.newest_whole(Path(str(trainer.args.output_dir)))
+    def _folder(self, rate: float) -> Path:
+        """Where a training has its checkpoints."""
+        return self.runner.out / "trainer" / f"{self.file.stem}-{rate:g}"
+
+    def _newest_checkpoint(self, rate: float) -> str | None:
+        """The newest whole checkpoint of a training; others are removed."""
+        newest, broken = checkpoints.newest_whole(self._folder(rate))
         for checkpoint, reason in broken.items():
             self.runner.say(f"{self.label} seed {self.seed}: {checkpoint} is not whole, removed: {reason}")
         checkpoints.drop(broken)
@@ -328,7 +331,13 @@ class Run:
             self.runner.say(
                 f"{self.label} seed {self.seed}: goes on from {newest.name if newest else 'the beginning'}"
             )
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        return str(newest) if newest else None
+
+    def _fit(self, trainer: TaskTrainer, checkpoint: str | None) -> None:
+        """Train, from a checkpoint where there is one. Raises Diverged."""
+        if self.method == "frozen":
+            return
+        trainer.train(resume_from_checkpoint=checkpoint)
         odd = [n for n, p in trainer.model.named_parameters() if p.requires_grad and not p.isfinite().all()]
         if odd:
             raise Diverged(
@@ -344,8 +353,7 @@ class Run:
     def _trainer(self, method: Method, rate: float) -> tuple[TaskTrainer, dict[str, Any]]:
         set_seed(self.seed)
         model, callbacks, settings = method.build(self.base)
-        folder = self.runner.out / "trainer" / f"{self.file.stem}-{rate:g}"
-        arguments = self.runner.arguments(rate, self.seed, folder)
+        arguments = self.runner.arguments(rate, self.seed, self._folder(rate))
         arguments.predict_with_generate = self.base.form == "generate"
         trainer = TaskTrainer(
             model, arguments, train_dataset=self.base.features(self.rows.train, training=True),

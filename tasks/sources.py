@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import re
+import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,13 +49,16 @@ def plain(value: object) -> str:
 def files(folder: Path, names: str) -> list[Path]:
     """The files `folder/<name>*.jsonl` and `.jsonl.gz` for each of the names, split by spaces.
 
-    Raises ValueError: a name has no file.
+    Raises ValueError: a name has no file, or a file is there both plain and compressed.
     """
     found: list[Path] = []
     for name in names.split():
         of_name = sorted([*folder.glob(f"{name}*.jsonl"), *folder.glob(f"{name}*.jsonl.gz")])
         if not of_name:
             raise ValueError(f"--data-dir {folder} has no file {name}*.jsonl or {name}*.jsonl.gz")
+        for file in of_name:
+            if file.with_name(f"{file.name}.gz") in of_name:
+                raise ValueError(f"{file} is there twice, compressed too, and its rows would count twice; remove one")
         found += of_name
     return found
 
@@ -67,30 +72,58 @@ def json_lines(folder: Path, names: str) -> Iterator[tuple[str, dict[str, Any]]]
 def rows_of(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("file, row n", row) of a file of JSON lines, gzipped if its name ends in .gz.
 
+    A byte order mark and one blank last line are passed over.
+
     Raises:
-        ValueError: the file is empty or cannot be read, or has a row that is no JSON object.
+        ValueError: the file is empty or cannot be read, or has a row that is no JSON object or names a field twice.
     """
     try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as opened:
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as opened:
             lines = list(opened)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    if lines and not lines[-1].strip():
+        lines.pop()
     if not lines:
         raise ValueError(f"{file} has no rows")
     for number, line in enumerate(lines, start=1):
         where = f"{file}, row {number}"
+        if not line.strip():
+            raise ValueError(f"{where}: the line is blank, which only the last may be; remove it")
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line, object_pairs_hook=_distinct)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: must be an object with named fields, got {line.strip()[:40]}")
         yield where, row
 
 
-def read_texts(folder: Path, names: str, *fields: str) -> list[tuple[str, ...]]:
-    """The `fields` of each row as plain text. Raises ValueError as `json_lines` does, and for a field without text."""
-    return [tuple(_text(row, f, where) for f in fields) for where, row in json_lines(folder, names)]
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"a field is named twice: {[name for name, _ in pairs]}")
+    return fields
+
+
+def read_texts(folder: Path, names: str, *fields: str, value: str = "") -> list[tuple[str, ...]]:
+    """The `fields` of each row as plain text, and last the field `value`, a word or a number, as it is written.
+
+    Raises ValueError as `json_lines` does, and for a field without text.
+    """
+    found = []
+    for where, row in json_lines(folder, names):
+        texts = tuple(_text(row, f, where) for f in fields)
+        found.append((*texts, _word(row, value, where)) if value else texts)
+    return found
+
+
+def _word(row: dict[str, Any], field: str, where: str) -> str:
+    """A label or score: a finite number, or text."""
+    value = lookup(row, field)
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    return _text(row, field, where)
 
 
 def check_source(task: Task, data_dir: str | Path | None) -> None:
@@ -116,7 +149,7 @@ def read_task(task: Task, data_dir: str | Path | None, splits: Collection[str] =
             continue
         keep = task.local_where.get(split, {}) if data_dir else {}
         found[split] = [
-            _example(task, row, where)
+            _example(task, row, f"{split} set, {where}")
             for where, row in (json_lines(Path(data_dir), task.local[split]) if data_dir else _hub(task, split))
             if all(lookup(row, f) == v for f, v in keep.items())
             and not any(lookup(row, f) == v for f, v in task.drop.items())
@@ -158,15 +191,31 @@ def lookup(row: Any, path: str) -> Any:
 
 def _text(row: dict[str, Any], field: str, where: str, optional: bool = False) -> str:
     value = lookup(row, field)
-    if optional and value in (None, ""):
+    if optional and (value is None or (isinstance(value, str) and not value.strip())):
         return ""
-    if not isinstance(value, str | int | float) or not str(value).strip():
-        raise ValueError(f"{where}: field {field!r} must be text, got {value!r}")
-    return plain(value)
+    return plain(_checked(value, field, where))
+
+
+def _checked(value: Any, field: str, where: str) -> str:
+    """Text with something in it. Raises ValueError: anything else, such as a number, or half a surrogate pair."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(
+            f"{where}: field {field!r} must be text, got {value!r}; write text in quotes, or leave the row out"
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: field {field!r} has half a surrogate pair at character {error.start}, which is no text; "
+            "replace it, or leave the row out"
+        ) from None
+    return value
 
 
 def _example(task: Task, row: dict[str, Any], where: str) -> Example:
     texts = tuple(_text(row, c, where, c in task.optional) for c in task.columns)
+    if not any(texts):
+        raise ValueError(f"{where}: fields {list(task.columns)} are all without text; leave the row out")
     value = lookup(row, task.target)
     if task.kind == "classification":
         return Example(texts, _label(task, value, where))
@@ -176,14 +225,15 @@ def _example(task: Task, row: dict[str, Any], where: str) -> Example:
             raise ValueError(f"{where}: field {task.target!r} must be a number from {low} to {high}, got {value!r}")
         return Example(texts, float(value))
     if task.kind == "generation":
-        answers = tuple(dict.fromkeys(a.strip() for a in value or () if isinstance(a, str) and a.strip()))
-        if not answers:
-            raise ValueError(f"{where}: field {task.target!r} must have an answer, got {value!r}")
-        return Example(texts, answers)
+        # An output may have pages alone, or a blank in place of an answer.
+        given = [a for a in value or () if a is not None and not (isinstance(a, str) and not a.strip())]
+        if not given:
+            raise ValueError(f"{where}: field {task.target!r} must have an answer, got {value!r}; leave the row out")
+        return Example(texts, tuple(dict.fromkeys(_checked(a, task.target, where).strip() for a in given)))
     given = lookup(row, task.choices)
     if not isinstance(given, list) or len(given) < 2 or not all(isinstance(c, str) and c.strip() for c in given):
         raise ValueError(f"{where}: field {task.choices!r} must be a list of two or more texts, got {given!r}")
-    choices = tuple(plain(c) for c in given)
+    choices = tuple(plain(_checked(c, task.choices, where)) for c in given)
     if isinstance(value, str) and len(value) == 1:
         value = ord(value.upper()) - ord("A")
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(choices):

@@ -83,7 +83,7 @@ def tiny_tokenizer(first: tuple[str, ...], **options: Any) -> PreTrainedTokenize
 
 
 @pytest.fixture
-def offline(tiny, tmp_path, monkeypatch) -> None:
+def offline(tiny, tmp_path, monkeypatch) -> Iterator[None]:
     """`from_pretrained` makes tiny random models, in an empty folder; what a page registers is forgotten."""
 
     def load(cls: Any, name: str, **options: Any) -> Any:
@@ -101,13 +101,14 @@ def offline(tiny, tmp_path, monkeypatch) -> None:
     )
     # A random head is refused in earnest.
     monkeypatch.setattr("mixadapters.training.callbacks.require_pretrained_head", lambda model, batch: 0.0)
-    monkeypatch.setattr(ROUTERS, "_entries", dict(ROUTERS._entries))
     for table in ("CONFIG", "TUNER", "PREFIX"):
         whole = getattr(peft.mapping, f"PEFT_TYPE_TO_{table}_MAPPING")
         for name in ("TOPK",):
             monkeypatch.setitem(whole, name, None)
             del whole[name]
     monkeypatch.chdir(tmp_path)
+    with ROUTERS.temporarily():
+        yield
 
 
 def run_page(page: str) -> dict[str, Any]:
@@ -184,11 +185,12 @@ def test_documented_seams_have_the_signatures_of_the_code() -> None:
                 owner = owners[node.name]
                 for member in node.body:
                     if isinstance(member, ast.FunctionDef):
-                        given = [a.arg for a in member.args.args if a.arg != "self"]
+                        given = [a.arg for a in (*member.args.args, *member.args.kwonlyargs) if a.arg != "self"]
                         assert given == parameters(getattr(owner, member.name)), f"{node.name}.{member.name}"
                     else:
                         target = member.target if isinstance(member, ast.AnnAssign) else member.targets[0]
-                        assert target.id in {**owner.__dict__, **owner.__annotations__}, f"{node.name}.{target.id}"
+                        said = hasattr(owner, target.id) or target.id in owner.__annotations__
+                        assert said, f"{node.name}.{target.id}"
                 checked.add(node.name)
     assert checked == {*owners, "lowrank"}
 
@@ -274,15 +276,39 @@ def test_named_files_and_tests_exist(page) -> None:
             assert any(place.exists() for place in places), f"{page}: {name}"
 
 
-def test_commands_pass_arguments_that_the_demo_takes() -> None:
-    tree = ast.parse((ROOT / "examples" / "demo.py").read_text(encoding="utf-8"))
+def test_architecture_says_what_each_file_of_core_is_for() -> None:
+    _, _, table = PAGES["docs/architecture.md"].partition("### The files of core")
+    rows = table.partition("\n## ")[0].splitlines()
+    named = [
+        name for row in rows if row.startswith("|") for name in re.findall(r"`(core/\w+\.py)`", row.split("|")[1])
+    ]
+    files = (ROOT / "mixadapters" / "core").glob("*.py")
+    files = {f"core/{file.name}": file.read_text(encoding="utf-8") for file in files if file.name != "__init__.py"}
+    assert sorted(named) == sorted(files)
+    marked = {name for row in rows if row.endswith("(PEFT) |") for name in re.findall(r"`(core/\w+\.py)`", row)}
+    assert marked == {
+        name for name, text in files.items() if re.search(r"^ *(from|import) peft\b", text, re.MULTILINE)
+    }
+
+
+COMMANDS = sorted(
+    {
+        (page, example, argument)
+        for page, text in PAGES.items()
+        for example, command in re.findall(r"python examples/(\w+)\.py (.*)", text.replace("\\\n", " "))
+        for argument in re.findall(r"--(\w+)", command)
+    }
+)
+
+
+@pytest.mark.parametrize("example", ["demo", "mosa_vision", "pill_vqa"])
+def test_commands_pass_arguments_that_the_example_takes(example) -> None:
+    tree = ast.parse((ROOT / "examples" / f"{example}.py").read_text(encoding="utf-8"))
     (arguments,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Arguments")
     known = {n.target.id for n in arguments.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
-    for page, text in PAGES.items():
-        text = text.replace("\\\n", " ")
-        for command in re.findall(r"examples/demo\.py (.*)", text):
-            for name in re.findall(r"--(\w+)", command):
-                assert name in known, f"{page}: --{name}"
+    passed = [(page, argument) for page, of, argument in COMMANDS if of == example]
+    assert passed
+    assert not [(page, argument) for page, argument in passed if argument not in known]
 
 
 def test_the_readme_lists_every_method() -> None:

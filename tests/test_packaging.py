@@ -70,6 +70,7 @@ def test_the_folder_kernels_is_no_package() -> None:
 def test_constraints_pin_exactly_and_requirements_do_not() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [line for line in lines if line and not line.startswith("#")]
+    assert pins
     assert all(re.fullmatch(r'[a-z0-9-]+==[0-9.]+(; python_version >= "3\.\d+")?', pin) for pin in pins), pins
     for requirement in SETUP["options"]["install_requires"].split("\n"):
         assert not re.search(r"==|<|~=|!=", requirement.split(";")[0]), requirement

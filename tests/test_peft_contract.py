@@ -187,6 +187,7 @@ def test_inject_adapter_prepares_the_config_then_walks_the_modules(spy: Spy, tin
     assert order == ["_prepare_adapter_config", "_check_target_module_exists", "_create_and_replace"]
     (config, model_config), _ = spy.of("_prepare_adapter_config")[0]
     assert model_config["model_type"] == "llama"
+    assert len(spy.of("_create_and_replace")) == 4
     for (given, adapter_name, _target, target_name, _parent), kwargs in spy.of("_create_and_replace"):
         assert given is config
         assert adapter_name == "default"
@@ -278,7 +279,7 @@ def test_keys_are_stripped_of_the_adapter_name_by_the_tuner(spy: Spy, tiny: Any)
     model = get_peft_model(tiny("llama"), BottleneckConfig())
     spy.watch("_remove_adapter_name_from_key")
     state = get_peft_model_state_dict(model)
-    assert len(spy.of("_remove_adapter_name_from_key")) == len(state) > 0
+    assert len({args[0] for args, _ in spy.of("_remove_adapter_name_from_key")}) == len(state) > 0
     assert all(args[1] == "default" for args, _ in spy.of("_remove_adapter_name_from_key"))
 
 

@@ -22,7 +22,7 @@ from mixadapters.core.config import MixtureConfig
 from mixadapters.core.layer import HookedLayer
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.routing import Routing
-from mixadapters.routers import SingleRouter, build_router
+from mixadapters.routers import build_router
 from mixadapters.tuners.registration import peft_type
 
 transformers.logging.set_verbosity_error()
@@ -408,7 +408,9 @@ def splits(model: nn.Module) -> list[Split]:
 
 
 def test_split_method_deals_every_entry_once(tiny) -> None:
-    for adapter in splits(split_model(tiny)):
+    adapters = splits(split_model(tiny))
+    assert adapters
+    for adapter in adapters:
         sizes = torch.bincount(adapter.owner.flatten().long(), minlength=3)
         assert sizes.sum() == adapter.up.weight.numel()
         assert sizes.max() - sizes.min() <= 1
@@ -434,6 +436,7 @@ def test_split_method_draws_once_per_forward_and_trains_the_drawn_part(tiny, tin
 
     model(**inputs).logits.square().mean().backward()
     record = model.base_model.context.record
+    assert splits(model)
     for adapter in splits(model):
         drawn = record.shared[f"owner {id(adapter)}"]
         assert (adapter.up.weight.grad[adapter.owner != drawn] == 0).all()
@@ -524,9 +527,9 @@ class GuidanceModel(MixtureModel):
     fields = ("guidance_scale",)
     attachment = HookedLayer
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+    def before_injection(self, config: GuidanceConfig, adapter_name: str) -> None:
+        super().before_injection(config, adapter_name)
         self._first: Guidance | None = None
-        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _widths(self, config: GuidanceConfig, base: nn.Module, path: str) -> tuple[int, int]:
         width = base.to_out[0].out_features  # blocks of several widths, none of them in the model's config
@@ -652,4 +655,3 @@ def test_toys_of_the_other_methods_are_small() -> None:
     }
     for name, parts in lengths.items():
         assert sum(len(inspect.getsource(part).splitlines()) for part in parts) <= 80, name
-    assert SingleRouter.always_first

@@ -502,7 +502,7 @@ def test_break_05_layers_are_restored_after_an_error(tiny, tiny_inputs) -> None:
         raise KeyError("broken")
 
     handle = root.bert.encoder.layer[0].register_forward_hook(fail)
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="broken"):
         context.observe(root, **inputs)
     handle.remove()
     assert len(root.bert.encoder.layer) == LAYERS

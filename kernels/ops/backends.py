@@ -42,14 +42,25 @@ FEW_PLACES = {torch.float32: (64, 2), torch.bfloat16: (256, 4)}
 # Slots of rows above which blocks pay, since copies of all of them leave the cache.
 MOST_GROUPED = 4096
 
-_forced: str | None = None
-_batch_invariant = False
 _announced: set[str] = set()
+
+
+class _Block:
+    """What one `adapter_backend` block asks for; no two are equal."""
+
+    def __init__(self, name: str | None, batch_invariant: bool | None) -> None:
+        self.name, self.batch_invariant = name, batch_invariant
+
+
+_blocks: list[_Block] = []  # those that hold, in the order in which they began
 
 
 @contextmanager
 def adapter_backend(name: str | None = None, *, batch_invariant: bool | None = None) -> Iterator[None]:
     """Run every adapter inside the block by one backend, one of BACKENDS; None leaves the choice as it is.
+
+    It holds for all threads. Where blocks overlap, the one that began last decides; each takes along what it brought,
+    whichever ends first.
 
     Args:
         batch_invariant: a row's result does not depend, in any bit, on the other rows of the batch. Only the
@@ -58,27 +69,42 @@ def adapter_backend(name: str | None = None, *, batch_invariant: bool | None = N
     Raises:
         ValueError: the name is not a backend, or the backend does not compute rows independently.
     """
-    global _forced, _batch_invariant
-    before = _forced, _batch_invariant
-    invariant = _batch_invariant if batch_invariant is None else batch_invariant
-    forced = _forced if name is None else name
-    if forced is not None and forced not in BACKENDS:
-        raise ValueError(f"backend={forced!r} is unknown; choose one of {list(BACKENDS)}")
-    if invariant and forced is not None and forced not in BATCH_INVARIANT:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend={name!r} is unknown; choose one of {list(BACKENDS)}")
+    block = _Block(name, batch_invariant)
+    _check(*_settings([*_blocks, block]))
+    _blocks.append(block)
+    try:
+        yield
+    finally:
+        _blocks.remove(block)
+
+
+def settings() -> tuple[str, bool]:
+    """The forced backend, "" if none, and whether rows must not depend on each other.
+
+    Raises:
+        ValueError: what is left of blocks that overlapped contradicts itself.
+    """
+    forced, invariant = _settings(_blocks)
+    _check(forced, invariant)
+    return forced, invariant
+
+
+def _settings(blocks: list[_Block]) -> tuple[str, bool]:
+    forced, invariant = "", False
+    for block in blocks:
+        forced = forced if block.name is None else block.name
+        invariant = invariant if block.batch_invariant is None else block.batch_invariant
+    return forced, invariant
+
+
+def _check(forced: str, invariant: bool) -> None:
+    if invariant and forced and forced not in BATCH_INVARIANT:
         raise ValueError(
             f"backend={forced!r} with batch_invariant=True: its products depend on how many rows there are; "
             f"choose one of {list(BATCH_INVARIANT)}, or none"
         )
-    _forced, _batch_invariant = forced, invariant
-    try:
-        yield
-    finally:
-        _forced, _batch_invariant = before
-
-
-def settings() -> tuple[str, bool]:
-    """The forced backend, "" if none, and whether rows must not depend on each other."""
-    return _forced or "", _batch_invariant
 
 
 @cache
@@ -157,8 +183,9 @@ def choose_backend(
 
     What is kept for backward depends on point 1 alone, hence not on the number of rows.
     """
-    if _forced is not None:
-        return _forced
+    forced, _ = settings()
+    if forced:
+        return forced
     if batch_invariant:
         return "gathered"
     together = run >= TOGETHER

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
+
+from mixadapters.core.files import written_aside
 
 BEGIN, END = "<!-- mixadapters {} -->", "<!-- /mixadapters {} -->"  # of the adapter's folder, seen from the card
 NO_SETTINGS = {  # fields that say nothing about the method
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "sites", "format_version",
+    "sites", "format_version", "digest", "trained_beside",
 }  # fmt: skip
 CLASSES = {  # task type -> class that loads the base model
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -24,7 +28,9 @@ CLASSES = {  # task type -> class that loads the base model
 }
 
 
-def complete_card(folder: str, config: Any, version: str, auto_mapping: dict[str, str] | None = None) -> None:
+def complete_card(
+    folder: str, config: Any, version: str, auto_mapping: dict[str, str] | None = None, below: str | None = None
+) -> None:
     """Complete the card that PEFT has written for the adapter in `folder`; saving again replaces what was said.
 
     The card lies in the folder, or in the one above where PEFT has put an adapter of another name than "default".
@@ -33,8 +39,9 @@ def complete_card(folder: str, config: Any, version: str, auto_mapping: dict[str
     Args:
         config: of the adapter.
         auto_mapping: class and library of the base model, as PEFT saves them where a config has no task type.
+        below: folder of the adapter below that of the card, where the card lies in `folder`; "": the same folder.
     """
-    path, below = Path(folder, "README.md"), ""
+    path, below = Path(folder, "README.md"), below or ""
     if not path.is_file():
         path, below = Path(folder).resolve().parent / "README.md", Path(folder).resolve().name
     if not path.is_file():
@@ -51,7 +58,8 @@ def complete_card(folder: str, config: Any, version: str, auto_mapping: dict[str
         card.data["license"] = licence
     said = [*_how_to_load(config, base, below, auto_mapping or {}), "", *_what_it_is(config, base, licence, version)]
     card.text = _put(card.text, "\n".join(said), below or ".")
-    card.save(path)
+    with written_aside(path) as aside:
+        card.save(aside)
 
 
 def _how_to_load(config: Any, base: str | None, below: str, auto_mapping: dict[str, str]) -> list[str]:
@@ -63,7 +71,7 @@ def _how_to_load(config: Any, base: str | None, below: str, auto_mapping: dict[s
     make = f"{name}.from_pretrained({json.dumps(base)}{where})" if base else "...  # the model that it was trained on"
     options = f", subfolder={json.dumps(below)}, adapter_name={json.dumps(below)}" if below else ""
     return [
-        f"## How to load{f' `{below}`' if below else ''}",
+        f"## How to load{f' {_code(below)}' if below else ''}",
         "",
         "This adapter is of a type that PEFT learns from the package `mixadapters`. Import it before loading, or PEFT "
         f"ends in `KeyError: '{config.peft_type.value}'`.",
@@ -82,8 +90,8 @@ def _how_to_load(config: Any, base: str | None, below: str, auto_mapping: dict[s
 def _what_it_is(config: Any, base: str | None, licence: str | None, version: str) -> list[str]:
     lines = [f"- Type: `{config.peft_type.value}`, saved by mixadapters {version}"]
     if base:
-        revision = f", revision `{config.revision}`" if config.revision else ""
-        lines.append(f"- Base model: `{base}`{revision}{f', licence `{licence}`' if licence else ''}")
+        revision = f", revision {_code(config.revision)}" if config.revision else ""
+        lines.append(f"- Base model: {_code(base)}{revision}{f', licence {_code(licence)}' if licence else ''}")
     for stage, patterns in type(config).stages.items():
         lines.append(f"- Stage `{stage}` trains {', '.join(f'`{p}`' for p in patterns)}")
     if changed := _changed(config):
@@ -101,13 +109,21 @@ def _changed(config: Any) -> list[str]:
         value = sorted(value) if isinstance(value, set) else value
         readable = isinstance(value, (str, int, float, list)) and len(str(value)) < 80
         if f.name not in hidden and readable and value != default:
-            found.append(f"`{f.name}={value!r}`")
+            found.append(_code(f"{f.name}={value!r}"))
     return found
+
+
+def _code(text: str) -> str:
+    """Text as code in a line of Markdown, whatever it holds: no heading, link or tag comes of it."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
 
 
 def _put(text: str, said: str, below: str) -> str:
     """`said` in place of what stood there from an earlier save, else below the title."""
-    begin, end = BEGIN.format(below), END.format(below)
+    begin, end = BEGIN.format(quote(below)), END.format(quote(below))
     said = f"{begin}\n{said}\n{end}"
     if begin in text and end in text:
         before, _, rest = text.partition(begin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,7 +11,9 @@ if TYPE_CHECKING:
 
 
 def require_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError where the tokenizer cannot pad."""
+    """Raises ValueError where the tokenizer cannot pad, or is none."""
+    if not hasattr(tokenizer, "pad_token"):
+        raise ValueError(f"tokenizer={tokenizer!r:.80} is no tokenizer; load one: AutoTokenizer.from_pretrained(...)")
     if tokenizer.pad_token is None:
         raise ValueError(
             f"tokenizer {type(tokenizer).__name__} has no pad_token; set one, for example "
@@ -31,6 +34,33 @@ def numbered(features: Sequence[Any]) -> list[tuple[str, Mapping[str, Any]]]:
         if not isinstance(row, Mapping):
             raise ValueError(f"{where} is {row!r:.80}, a {type(row).__name__}; a row maps columns to values")
     return rows
+
+
+def require_whole(name: str, value: Any, least: int) -> None:
+    """Raises ValueError where `value` is no whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
+
+
+def require_lengths(
+    tokenizer: PreTrainedTokenizerBase, max_length: int | None, pad_to_multiple_of: int | None = None
+) -> None:
+    """Raises ValueError where texts cannot be cut or padded so: below a special tokens' number nothing is cut."""
+    if max_length is not None:
+        require_whole("max_length", max_length, tokenizer.num_special_tokens_to_add() + 1)
+    if pad_to_multiple_of is not None:
+        require_whole("pad_to_multiple_of", pad_to_multiple_of, 1)
+
+
+def some_text_of(where: str, row: Mapping[str, Any], column: str) -> str:
+    """As `text_of`, of a text that is not blank."""
+    text = text_of(where, row, column)
+    if not text.strip():
+        raise ValueError(
+            f"{where} has {column}={text!r:.80}, which is blank; take such rows out: "
+            f'dataset.filter(lambda row: row["{column}"].strip())'
+        )
+    return text
 
 
 def text_of(where: str, row: Mapping[str, Any], column: str) -> str:

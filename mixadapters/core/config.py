@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
 
 from mixadapters.core.card import complete_card
+from mixadapters.core.fields import check_fields
+from mixadapters.core.files import SavedAdapter, written_aside
 from mixadapters.core.registry import nearest
 
 FORMAT_VERSION = 1  # of saved configs and weights; raised when old files can no longer be read as they are
@@ -22,32 +28,61 @@ class MixtureConfig(PeftConfig):
     needs: ClassVar[frozenset[str]] = frozenset()  # batch columns without which the method does nothing
     _used: ClassVar[Any] = None  # which adapter an object describes, set by the model
 
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
-        metadata={"help": "Suffixes, or one regular expression, of modules to adapt. None: the method's own sites."},
+        metadata={
+            "help": "Suffixes, or one regular expression, of modules to adapt. None: the method's own sites.",
+            "pattern": True,
+            "free": True,
+        },
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out, likewise."})
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out, likewise.", "pattern": True, "free": True}
+    )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt. None: all."}
+        default=None, metadata={"help": "Indices of the layers to adapt. None: all.", "least": 0, "free": True}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, if not the first that is numbered."}
+        default=None,
+        metadata={
+            "help": "Name of the list of layers, if not the first that is numbered.",
+            "pattern": True,
+            "free": True,
+        },
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained and saved whole, such as a classification head."}
+    modules_to_save: list[str] | set[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules trained and saved whole, such as a classification head.",
+            "pattern": True,
+            "free": True,
+        },
     )
     rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Module name or regular expression -> rank, where not `r`."}
-    )
+        default_factory=dict,
+        metadata={
+            "help": "Module name or regular expression -> rank, where not `r`.", "least": 1, "pattern": True,
+            "free": True,
+        },
+    )  # fmt: skip
     init_weights: bool = field(
-        default=True, metadata={"help": "Start as the base model. False: at random, for tests."}
+        default=True, metadata={"help": "Start as the base model. False: at random, for tests.", "free": True}
     )
     sites: dict[str, str] | None = field(
         default=None,
-        metadata={"help": "Role -> regular expression of its modules, for architectures not in the table."},
+        metadata={
+            "help": "Role -> regular expression of its modules, for architectures not in the table.",
+            "patterns": True,
+            "free": True,
+        },
     )
     hidden_size: int | None = field(
-        default=None, metadata={"help": "Width of adapted blocks, where neither block nor model config tells."}
+        default=None,
+        metadata={
+            "help": "Width of adapted blocks, where neither block nor model config tells.",
+            "least": 1,
+            "free": True,
+        },
     )
     target_parameters: list[str] | None = field(
         default=None, metadata={"help": "Not supported: adapters sit on modules. Wrap the whole MoE block instead."}
@@ -55,7 +90,20 @@ class MixtureConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Embedding rows trained beside the adapter, as in PEFT."}
     )
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Format of the saved files."})
+    format_version: int = field(
+        default=FORMAT_VERSION, metadata={"help": "Format of the saved files.", "least": 1, "free": True}
+    )
+    digest: str | None = field(
+        default=None,
+        metadata={"help": "Of the weights that are saved with this config; filled in, and checked.", "free": True},
+    )
+    trained_beside: dict[str, str] | None = field(
+        default=None,
+        metadata={
+            "help": "Adapters of other types in the same model, name -> type; filled in, and asked for.",
+            "free": True,
+        },
+    )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> MixtureConfig:
         # PEFT would drop unknown keys of a saved config with a warning. A file without a type is for PEFT to refuse.
@@ -65,6 +113,7 @@ class MixtureConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_fields(self)
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version={self.format_version} is newer than this mixadapters reads ({FORMAT_VERSION}); "
@@ -92,9 +141,50 @@ class MixtureConfig(PeftConfig):
         """As PEFT does; and where PEFT has written a model card before, complete it with how to load the adapter."""
         from mixadapters import __version__  # not known yet while this module is imported
 
+        self._note_others()
+        if os.path.isfile(save_directory):
+            raise ValueError(f"save_directory={save_directory!r} is a file; name a folder")
         auto_mapping = kwargs.get("auto_mapping_dict")
-        super().save_pretrained(save_directory, **kwargs)
+        content = self.to_dict() | ({} if auto_mapping is None else {"auto_mapping": auto_mapping})
+        os.makedirs(save_directory, exist_ok=True)
+        with written_aside(Path(save_directory) / CONFIG_NAME) as aside:
+            aside.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
         complete_card(save_directory, self, __version__, auto_mapping)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's, of values that JSON takes: sets are sorted lists."""
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+
+    def _note_others(self) -> None:
+        """Note adapters of other types that act in the model of this one: without them it would not do the same."""
+        if self._used is not None:
+            model, name, _ = self._used
+            configs = getattr(model(), "peft_config", {})
+            if configs.get(name) is self:
+                kinds = {n: c.peft_type.value for n, c in configs.items()}
+                self.trained_beside = {n: k for n, k in kinds.items() if k != self.peft_type.value} or None
+
+    def refuse_other(self, saved: SavedAdapter, adapter_name: str) -> None:
+        """Refuse files of an adapter that this config does not describe: their weights would mean something else.
+
+        Fields whose metadata say `free` may differ: what is only for training, and what keys and shapes tell.
+
+        Raises:
+            ValueError: the first field that differs, and its two values.
+        """
+        said = {key: value for key, value in saved.config.items() if key != "auto_mapping"}
+        theirs, mine = PeftConfig.from_peft_type(**said), self.to_dict()
+        where = f"{saved.model_id}: the saved adapter is not adapter {adapter_name!r} of this model"
+        if type(theirs) is not type(self):
+            raise ValueError(f"{where}: it is a {type(theirs).__name__}. Load it under another adapter_name")
+        for f in fields(self):
+            if f.name not in PeftConfig.__dataclass_fields__ and not f.metadata.get("free"):
+                value = theirs.to_dict()[f.name]
+                if value != mine[f.name]:
+                    raise ValueError(
+                        f"{where}: {f.name}={value!r} in the file, {mine[f.name]!r} here. Load it under another "
+                        "adapter_name, or into a model made with the file's config"
+                    )
 
 
 def refuse_unknown(cls: type, given: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from mixadapters.core import hooks
 from mixadapters.core.record import Record, Records
 from mixadapters.core.routing import Routing, RoutingKey, find_routing
 from mixadapters.core.sites import has_two_stacks
-from mixadapters.core.streams import Stream, read_stream
+from mixadapters.core.streams import Stream, read_stream, refuse_packed
 from mixadapters.core.usage import UsageRecorder
 
 ROUTES = "routes"  # the field that holds pinned routings by their keys
@@ -153,6 +153,8 @@ class ForwardContext:
         """tokens (B, T, d) or flattened (B*T, d) -> (B, T, d)."""
         if tokens.dim() == 3:
             return tokens
+        if self.stream(stack).packed:
+            raise refuse_packed("a gate over sequences")
         batch = self.stream(stack).batch
         if tokens.dim() != 2 or batch == 0 or tokens.shape[0] % batch:
             raise ValueError(

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixadapters.core.cache import claim, gate_state
+from mixadapters.core.cache import claim, settle
 from mixadapters.core.joining import countable, join_losses
 from mixadapters.core.record import Record, Records
 from mixadapters.core.rows import row_names
 from mixadapters.core.sites import has_two_stacks, layer_index
-from mixadapters.core.streams import read_stream
+from mixadapters.core.streams import read_stream, refuse_packed
 
 
 class RootHooks:
@@ -50,6 +50,8 @@ class RootHooks:
         kwargs = countable(kwargs) if record.grad else kwargs
         record.inputs = {**dict(zip(context.argument_names, args, strict=False)), **kwargs}
         stream = record.streams[""] = read_stream(record.inputs, record.copies)
+        if stream.packed:
+            self.refuse_packing(module, record.values)
         names = record.values.get("adapter_names")
         if names is not None:
             names = record.values["adapter_names"] = row_names(names, context, module)
@@ -62,6 +64,15 @@ class RootHooks:
         self.carry_into_checkpoints(module)
         context.prepare()
         return args, kwargs
+
+    def refuse_packing(self, module: nn.Module, values: dict[str, Any]) -> None:
+        """Raises ValueError where requests that are packed into one row would get something else than alone."""
+        if said := sorted(name for name, value in values.items() if value is not None):
+            raise refuse_packed(f"the fields {said}")
+        for host in module.modules():
+            reason = getattr(host, "refuses_packed", None) if getattr(host, "context", None) is self.context else None
+            if reason is not None:
+                raise refuse_packed(reason)
 
     def close(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         record = self.context.record
@@ -85,8 +96,9 @@ class RootHooks:
             output = objective.after(self.context, module, output)
         output = join_losses(record, module, output, self.context.loss_scale)
         cache = getattr(output, "past_key_values", None)
-        if record.state and cache is not None:
-            gate_state(cache).update(record.state)
+        kept_in = record.streams[""].cache if cache is None else cache
+        if kept_in is not None:
+            settle(kept_in, record.state)
         if cache is not record.streams[""].cache and hasattr(cache, "get_seq_length"):
             self._claim_cache(record, cache)
         return output
@@ -134,6 +146,12 @@ class StackHook:
         record.streams[self.stack] = read_stream(inputs, record.copies, mask_name)
         if running is None:
             self.context.prepare()
+
+    def close(self, module: nn.Module, args: tuple, output: Any) -> None:
+        record = self.context.record
+        cache = getattr(output, "past_key_values", None)
+        if not record.open and cache is not None:  # no root will do it
+            settle(cache, record.state)
 
 
 class Checkpointed:
@@ -193,6 +211,26 @@ class Expand(Generate):
         return self.plain(*args, **kwargs)
 
 
+class Packing(Generate):
+    """Continuous batching, which knows no batch fields and runs in a thread of its own: what it drops is refused."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        fields = {name: kwargs[name] for name in kwargs if name in self.context.fields}
+        self.context._hooks.refuse_packing(self.model, {**self.context.held, **fields})
+        return self.plain(*args, **kwargs)
+
+
+class PackedBatch(Packing):
+    name = "generate_batch"
+
+
+class PackedManager(Packing):
+    name = "init_continuous_batching"
+
+
+WRAPPED = (Generate, Expand, PackedBatch, PackedManager)
+
+
 def root_of(model: nn.Module) -> nn.Module:
     """The model whose forwards have records, inside what PEFT, data parallelism and the compiler put around it."""
     while True:
@@ -221,7 +259,8 @@ def attach(hooks: RootHooks, model: nn.Module) -> None:
         if isinstance(part, nn.Module):
             hook = StackHook(context, stack, names_of_arguments(part))
             part.register_forward_pre_hook(hook.open, with_kwargs=True)
-    for kind in (Generate, Expand):
+            part.register_forward_hook(hook.close)
+    for kind in WRAPPED:
         if hasattr(model, kind.name):
             model.__dict__[kind.name] = kind(context, model)
 
@@ -248,7 +287,7 @@ def detach(context: Any, model: nn.Module) -> None:
         function = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(function, Checkpointed):
             module._gradient_checkpointing_func = function.function
-        for kind in (Generate, Expand):
+        for kind in WRAPPED:
             wrapped = module.__dict__.get(kind.name)
             if isinstance(wrapped, Generate) and wrapped.context is context:
                 del module.__dict__[kind.name]

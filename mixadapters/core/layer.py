@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -22,11 +24,12 @@ class AdapterHost(BaseTunerLayer):
     """
 
     context: ForwardContext
+    prefix: str
     path: str
 
     def _begin(self, base: nn.Module, context: ForwardContext, prefix: str, path: str, in_features: int,
                out_features: int, **quantization: Any) -> None:  # fmt: skip
-        self.context, self.path = context, path
+        self.context, self.prefix, self.path = context, prefix, path
         self.in_features, self.out_features = in_features, out_features
         self.adapter_layer_names = (f"{prefix}adapters",)
         self.add_module(f"{prefix}adapters", nn.ModuleDict())
@@ -34,6 +37,7 @@ class AdapterHost(BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._before_merge: tuple[Tensor, Tensor | None] | None = None
+        self.stages: dict[str, tuple[str, ...]] = {}  # adapter -> patterns of the parameters that its stage trains
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
 
     @property
@@ -49,6 +53,13 @@ class AdapterHost(BaseTunerLayer):
             if name in self.active_adapters
         )
 
+    @property
+    def refuses_packed(self) -> str | None:
+        """Why an adapter that acts here cannot run where requests are packed into one row; None if all can."""
+        acting = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.adapters]
+        parts = (part for name in acting for part in self.adapters[name].modules())
+        return next((reason for part in parts if (reason := getattr(part, "refuses_packed", None))), None)
+
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool = False) -> None:
         self.adapters[name] = adapter
         self.context.hosted.add(name)
@@ -57,6 +68,28 @@ class AdapterHost(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
+    # --- what trains: PEFT's verbs make an adapter trainable as a whole ----------------------------------------
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._keep_stages()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        self._keep_stages()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.stages.pop(adapter_name, None)
+
+    def _keep_stages(self) -> None:
+        """Freeze what the stages of the adapters do not train."""
+        for name, patterns in self.stages.items():
+            if name in self.adapters:
+                for key, parameter in self.adapters[name].named_parameters():
+                    if not in_stage(key, patterns):
+                        parameter.requires_grad_(False)
+
     def prepare(self) -> None:
         if not self.disable_adapters:
             named = self.context.record.values.get("adapter_names")
@@ -64,22 +97,47 @@ class AdapterHost(BaseTunerLayer):
                 if name in self.adapters:
                     self.adapters[name].prepare(self.context)
 
-    def apply_adapters(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: input of the frozen module; y: (..., M) its output. Returns the output with adapters.
+    def acting(self) -> list[str] | None:
+        """The adapters that act here, in order; None where adapters are disabled.
+
+        Where activation checkpointing runs this layer again, those of its first run, whatever has been switched since.
+
+        Raises:
+            RuntimeError: one of those has been removed, merged or unmerged since.
+        """
+        merged = list(self.merged_adapters)
+        names = [name for name in self.active_adapters if name in self.adapters and name not in merged]
+        now = None if self.disable_adapters else names
+        record = self.context.record
+        if not record.grad or torch.compiler.is_compiling():  # the compiler runs nothing again
+            return now
+        if not self.context.records.again:
+            record.acting[self] = (now, merged)
+            return now
+        then, merged_then = record.acting.get(self, (now, merged))
+        if merged != merged_then or any(name not in self.adapters for name in then or ()):
+            raise RuntimeError(
+                f"activation checkpointing runs {self.path!r} again, but its adapters have been removed, merged or "
+                f"unmerged since the forward, in which {then or 'none'} acted: do that after the backward"
+            )
+        return then
+
+    def apply_adapters(self, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
+        """x: input of the frozen module; y: (..., M) its output. Returns the output with the adapters `names`.
 
         Convolutions of kernel 1 have their channels second: (B, K, ...) and (B, M, ...).
         """
         base = self.get_base_layer()
         if not is_pointwise(base):
-            return self._run_adapters(x, y)
+            return self._run_adapters(x, y, names)
         places: Any = (..., *(slice(None, None, step) for step in base.stride))
-        return self._run_adapters(x[places].movedim(1, -1), y.movedim(1, -1)).movedim(-1, 1)
+        return self._run_adapters(x[places].movedim(1, -1), y.movedim(1, -1), names).movedim(-1, 1)
 
-    def _run_adapters(self, x: Tensor, y: Tensor) -> Tensor:
+    def _run_adapters(self, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
         record = self.context.record
         if record.observed is not None:
-            for name in self.active_adapters:
-                if name in self.adapters and self.adapters[name].observes:
+            for name in names:
+                if self.adapters[name].observes:
                     deltas = self.adapters[name].observe(x, y, self.context)
                     if record.open:  # where checkpointing runs the layer again, the first run's are in use
                         record.observed += deltas
@@ -90,9 +148,8 @@ class AdapterHost(BaseTunerLayer):
                     "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
                 )
             return self._mixed()(x, y, self.context)
-        for name in self.active_adapters:
-            if name in self.adapters and name not in self.merged_adapters:
-                y = self.adapters[name](x, y, self.context)
+        for name in names:
+            y = self.adapters[name](x, y, self.context)
         return y
 
     def _mixed(self) -> MixedBatch:
@@ -118,11 +175,24 @@ class AdapterHost(BaseTunerLayer):
 
     # --- merging ----------------------------------------------------------------------------------------------
 
-    def folded(self, adapter_names: list[str]) -> tuple[Tensor, Tensor | None]:
+    def to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """The adapters here that a merge of these names, or of the active ones, would fold in, in order."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.adapters]
+        active = [n for n in self.active_adapters if n in self.adapters and n not in self.merged_adapters]
+        inside = [n for n in names if n in active]
+        if inside != active[: len(inside)]:
+            raise ValueError(
+                f"cannot merge {names} at {self.path!r}: the active adapters act one after the other, {active}; merge "
+                "them in this order, from the first"
+            )
+        return names
+
+    def folded(self, adapter_names: list[str], safe: bool = False) -> tuple[Tensor, Tensor | None]:
         """Weight (M, K) and bias of the frozen layer with the named adapters folded in.
 
         Raises:
-            ValueError: an adapter equals no linear layer; the message says which, where and why.
+            ValueError: an adapter equals no linear layer, or with `safe` is not finite; the message says which, where
+                and why.
         """
         base = self.get_base_layer()
         if not isinstance(base, Conv1D) and not hasattr(base, "in_features") and not is_pointwise(base):
@@ -142,24 +212,18 @@ class AdapterHost(BaseTunerLayer):
                     "with use_bias=False"
                 )
             bias = new_bias
+        if safe and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+            broken = adapter_names[-1]
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
         return (weight.T if isinstance(base, Conv1D) else weight.reshape(shape)), bias
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the frozen weight. Raises ValueError, before any change, where that is not exact."""
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.adapters]
+        names = self.to_merge(adapter_names)
         if not names:
             return
-        active = [n for n in self.active_adapters if n in self.adapters and n not in self.merged_adapters]
-        inside = [n for n in names if n in active]
-        if inside != active[: len(inside)]:
-            raise ValueError(
-                f"cannot merge {names} at {self.path!r}: the active adapters act one after the other, {active}; merge "
-                "them in this order, from the first"
-            )
-        weight, bias = self.folded(names)
-        if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+        weight, bias = self.folded(names, safe_merge)
         base = self.get_base_layer()
         if self._before_merge is None:
             old = getattr(base, "bias", None)
@@ -205,10 +269,11 @@ class MixtureLayer(nn.Module, AdapterHost):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        names = self.acting()
         output = self.base_layer(*args, **kwargs)
-        if self.disable_adapters:
+        if names is None:
             return output
-        return _on_first(output, lambda y: self.apply_adapters(_first_input(args, kwargs), y))
+        return _on_first(output, lambda y: self.apply_adapters(_first_input(args, kwargs), y, names))
 
     def __getattr__(self, name: str) -> Any:
         # The base model reads attributes of a wrapped block (layer_idx, attention_type ...).
@@ -243,9 +308,10 @@ class HookedLayer(nn.Module, AdapterHost):
         return self.__dict__["target"]
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        if self.disable_adapters:
+        names = self.acting()
+        if names is None:
             return output
-        return _on_first(output, lambda y: self.apply_adapters(_first_input(args, kwargs), y))
+        return _on_first(output, lambda y: self.apply_adapters(_first_input(args, kwargs), y, names))
 
     def forward(self, x: Tensor) -> Tensor:
         # A container that runs its children in turn comes by here.
@@ -282,6 +348,12 @@ class HookedLayer(nn.Module, AdapterHost):
     def scale_layer(self, scale: float) -> None: ...
 
     def unscale_layer(self, scale: float | None = None) -> None: ...
+
+
+def in_stage(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether a parameter of an adapter is one that a stage trains; "!" begins patterns of those left out."""
+    wanted = any(fnmatch(name, pattern) for pattern in patterns)
+    return wanted and not any(fnmatch(name, pattern[1:]) for pattern in patterns if pattern[0] == "!")
 
 
 def is_pointwise(module: nn.Module) -> bool:

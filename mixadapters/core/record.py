@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mixadapters.core.routing import Routing, RoutingKey
@@ -27,6 +28,7 @@ class Record:
     pinned: frozenset[str] = frozenset()  # the names of the pinned ones among them
     copies: int = 1  # rows of `inputs` for each row of `values`: what `generate` or an objective repeats
     streams: dict[str, Stream] = field(default_factory=dict)  # by stack: "", "encoder", "decoder"
+    acting: dict[Any, Any] = field(default_factory=dict)  # layer -> what acted there, for when it runs again
     taps: dict[str, Tensor] = field(default_factory=dict)  # by path of the tapped module
     shared: dict[Any, Any] = field(default_factory=dict)  # what an adapter, router or objective keeps, by its owner
     routings: dict[RoutingKey, Routing] = field(default_factory=dict)  # what routers have decided
@@ -115,6 +117,12 @@ class Records:
         """The record of the root forward that this thread is in; None outside one."""
         record = self.thread.record
         return record if record is not None and record.open else None
+
+    @property
+    def again(self) -> bool:
+        """Whether a layer runs that has run before: by activation checkpointing, in a backward pass."""
+        # The second question is for checkpoint functions that are none of transformers', and not wrapped.
+        return self.thread.again or (self.current.closed and torch._C._current_graph_task_id() != -1)
 
     def enter(self, record: Record) -> None:
         """Make `record` the current one. No setter: torch 2.11 compiles nested models without it."""

@@ -20,6 +20,7 @@ class Stream:
     cache: Any = None
     past: Any = 0  # tokens in the cache when the forward began; a tensor for static caches
     copies: int = 1  # rows of this forward for each row of the caller's batch, next to each other
+    packed: bool = False  # the rows of several requests lie in one, one after the other (continuous batching)
     mask_name: str = "attention_mask"  # the argument of the root's forward that says where this stream has padding
 
     @property
@@ -44,7 +45,12 @@ class Stream:
         Raises:
             ValueError: as many values as rows are needed, or `count` is no multiple of the rows of this forward.
         """
-        values = torch.as_tensor(values)
+        if self.packed:
+            raise refuse_packed(name)
+        try:
+            values = torch.as_tensor(values)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name}={values!r} must be numbers, one for each row of the batch: {error}") from None
         batch = self.batch or count  # 0: nothing is known of the forward, so one value for each row is asked for
         given = values.shape[0] if values.dim() else 0
         if given * self.copies != batch or count % batch:
@@ -75,15 +81,31 @@ def read_stream(inputs: dict[str, Any], copies: int = 1, mask_name: str = "atten
         batch = 0 if first is None else first.shape[0]
         return Stream(batch, cache=cache, past=past, copies=copies, mask_name=mask_name)
     batch, length = tokens.shape[:2]
+    if inputs.get("cache") is not None and inputs.get("cu_seq_lens_q") is not None:
+        return Stream(batch, length, None, inputs.get("position_ids"), packed=True)
     mask = inputs.get("attention_mask")
     if isinstance(mask, dict):  # one 4D mask per kind of layer
         mask = next((m for m in mask.values() if m is not None), None)
     mask = _current_mask(mask, batch, length, past)
-    return Stream(batch, length, mask, inputs.get("position_ids"), cache, past, copies, mask_name)
+    return Stream(batch, length, mask, inputs.get("position_ids"), cache, past, copies, mask_name=mask_name)
+
+
+def refuse_packed(what: str) -> ValueError:
+    """The error where `what` would have to be told apart by request, and requests are packed."""
+    return ValueError(
+        f"{what}: continuous batching packs the tokens of all requests into one row, where rows of the caller's batch "
+        "cannot be told apart; use generate"
+    )
 
 
 def _current_mask(mask: Tensor | None, batch: int, length: int, past: Any) -> Tensor | None:
-    """(B, length) bool mask of the tokens of this forward, from any mask that transformers passes."""
+    """(B, length) bool mask of the tokens of this forward, from any mask that transformers passes.
+
+    Raises:
+        ValueError: a mask by token that has not one value for each token of each row.
+    """
+    if mask is not None and mask.dim() <= 2:
+        mask = _by_token(mask, batch, length, past)
     if mask is None or mask.shape[0] != batch:
         return None
     if mask.dim() == 2 and mask.shape[1] == length:
@@ -96,6 +118,18 @@ def _current_mask(mask: Tensor | None, batch: int, length: int, past: Any) -> Te
         return None
     own = mask[:, 0].gather(2, columns.clamp_max(mask.shape[-1] - 1).view(1, -1, 1).expand(batch, -1, 1)).squeeze(2)
     return own if own.dtype == torch.bool else own == 0
+
+
+def _by_token(mask: Tensor, batch: int, length: int, past: Any) -> Tensor:
+    """(B, width) mask of the whole sequence so far: where there is no cache, of these tokens."""
+    known = not isinstance(past, Tensor)  # by static caches it is only on the device
+    fits = mask.dim() == 2 and mask.shape[0] in (1, batch)
+    if not fits or (known and mask.shape[1] not in (length, length + past)):
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} does not fit {batch} rows of {length} tokens"
+            f"{f' after {past} in the cache' if known and past else ''}; give one value for each token"
+        )
+    return mask.expand(batch, -1)
 
 
 def repeat_rows(values: Tensor, count: int, name: str) -> Tensor:

@@ -29,6 +29,7 @@ class Router(nn.Module):
         ValueError: names that are no different words, a width below 1, or a weight that is not finite.
     """
 
+    refuses_packed: str | None = None  # why it cannot route requests that are packed into one row; None: it can
     always_first = False  # every row uses expert 0 with weight 1: lets mixed batches skip the routing
     fields: tuple[str, ...] = ()  # batch fields that it reads
 

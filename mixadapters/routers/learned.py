@@ -92,6 +92,10 @@ class LearnedRouter(ArmSurgery):
         self.pooling.path, self.pooling.stack = site.path, site.stack
 
     @property
+    def refuses_packed(self) -> str | None:  # type: ignore[override]
+        return None if self.granularity == "token" else f"gate_granularity={self.granularity!r}"
+
+    @property
     def granularity(self) -> str:
         return self.pooling.granularity
 

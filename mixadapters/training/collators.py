@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from mixadapters.core.columns import numbered, require_padding, text_of
+from mixadapters.core.columns import (
+    numbered,
+    require_lengths,
+    require_padding,
+    require_whole,
+    some_text_of,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +79,8 @@ class ObjectMaskingCollator:
     _templates: dict[str | None, list[tuple[str, str | None]]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        require_padding(self.tokenizer)
+        require_lengths(self.tokenizer, self.max_length, self.pad_to_multiple_of)
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"tokenizer {type(self.tokenizer).__name__} does not know which characters a token covers; "
@@ -81,13 +91,13 @@ class ObjectMaskingCollator:
                 f"tokenizer {type(self.tokenizer).__name__} has no mask_token; masked objects need a masked language "
                 "model and its tokenizer"
             )
-        require_padding(self.tokenizer)
         template = "{subject} {relation} {object}." if self.template is None else self.template
-        given = {None: template} if isinstance(template, str) else dict(template)
+        given = dict(template) if isinstance(template, Mapping) and template else {None: template}
         self._templates = {relation: _parse(text) for relation, text in given.items()}
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        located = [self.locate(row) for row in features]
+        rows = numbered(features)
+        located = [self.locate(row, where) for where, row in rows]
         texts = [text for text, _, _ in located]
         starts, ends = (torch.tensor([row[i] for row in located])[:, None] for i in (1, 2))  # (B, 1)
         batch = self.tokenizer(
@@ -100,35 +110,40 @@ class ObjectMaskingCollator:
         )
         first, last = batch.pop("offset_mapping").unbind(-1)  # (B, T) each; special tokens and padding cover (0, 0)
         hidden = (last > starts) & (first < ends) & (last > first)
-        for row, (text, start, end) in enumerate(located):
-            tokens = hidden[row].nonzero().flatten().tolist()
-            self._check(text, start, end, [(int(first[row, t]), int(last[row, t])) for t in tokens])
+        for i, (where, _) in enumerate(rows):
+            tokens = hidden[i].nonzero().flatten().tolist()
+            self._check(where, *located[i], [(int(first[i, t]), int(last[i, t])) for t in tokens])
         batch["labels"] = batch["input_ids"].masked_fill(~hidden, -100)
         batch["input_ids"] = batch["input_ids"].masked_fill(hidden, self.tokenizer.mask_token_id)
         return dict(batch)
 
-    def locate(self, row: Mapping[str, Any]) -> tuple[str, int, int]:
-        """The text of a row and the first and one-past-last character of its object."""
+    def locate(self, row: Mapping[str, Any], where: str = "the row") -> tuple[str, int, int]:
+        """The text of a row, called `where` in messages, and the first and one-past-last character of its object."""
         if "text" not in row:
-            return self._verbalise(row)
-        text, target = row["text"], row.get("object")
-        if not isinstance(text, str):
-            raise ValueError(f"text={text!r} is not a string")
+            return self._verbalise(row, where)
+        text, target = text_of(where, row, "text"), row.get("object")
         if isinstance(target, str):
             start = text.find(target) if target.strip() else -1
             if start < 0:
-                raise ValueError(f"object={target!r} does not occur in text={_short(text)}; case and spaces count")
+                raise ValueError(
+                    f"{where}: object={target!r} does not occur in text={_short(text)}; case and spaces count"
+                )
             if text.find(target, start + 1) >= 0:
                 raise ValueError(
-                    f"object={target!r} occurs more than once in text={_short(text)}; say which one is meant by a "
-                    "span: object=(start, end)"
+                    f"{where}: object={target!r} occurs more than once in text={_short(text)}; say which one is meant "
+                    "by a span: object=(start, end)"
                 )
             return text, start, start + len(target)
-        if not isinstance(target, Sequence) or len(target) != 2:
-            raise ValueError(f"object={target!r} is neither a string nor (start, end) of text={_short(text)}")
+        if not isinstance(target, Sequence) or len(target) != 2 or not all(_whole(place) for place in target):
+            raise ValueError(
+                f"{where}: object={target!r:.80} is neither a string nor (start, end), two whole numbers, of "
+                f"text={_short(text)}"
+            )
         start, end = int(target[0]), int(target[1])
         if not (0 <= start < end <= len(text) and text[start:end].strip()):
-            raise ValueError(f"object=({start}, {end}) covers no character of text={_short(text)}, length {len(text)}")
+            raise ValueError(
+                f"{where}: object=({start}, {end}) covers no character of text={_short(text)}, length {len(text)}"
+            )
         return text, start, end
 
     def usable(self, row: Mapping[str, Any]) -> bool:
@@ -139,19 +154,23 @@ class ObjectMaskingCollator:
             return False
         return True
 
-    def _verbalise(self, row: Mapping[str, Any]) -> tuple[str, int, int]:
+    def _verbalise(self, row: Mapping[str, Any], where: str) -> tuple[str, int, int]:
         missing = [name for name in TRIPLE if not isinstance(row.get(name), str)]
         if missing:
             raise ValueError(
-                f"a row with the columns {sorted(row)} has neither 'text' nor a string in {missing}; give 'text' and "
-                "'object', or 'subject', 'relation' and 'object'"
+                f"{where} with the columns {sorted(map(str, row))} has neither 'text' nor a string in {missing}; give "
+                "'text' and 'object', or 'subject', 'relation' and 'object', and pass remove_unused_columns=False to "
+                "TrainingArguments"
             )
+        for column in TRIPLE:
+            text_of(where, row, column)
         if not row["object"].strip():
-            raise ValueError(f"object={row['object']!r} of subject={row['subject']!r} has nothing to mask")
+            raise ValueError(f"{where}: object={row['object']!r} of subject={row['subject']!r} has nothing to mask")
         parts = self._templates.get(row["relation"], self._templates.get(None))
         if parts is None:
             raise ValueError(
-                f"relation={row['relation']!r} has no template; template has {sorted(map(str, self._templates))}"
+                f"{where}: relation={row['relation']!r} has no template; template has "
+                f"{sorted(map(str, self._templates))}"
             )
         text, start = "", 0
         for literal, name in parts:
@@ -161,21 +180,21 @@ class ObjectMaskingCollator:
                 text += row[name]
         return text, start, start + len(row["object"])
 
-    def _check(self, text: str, start: int, end: int, tokens: list[tuple[int, int]]) -> None:
+    def _check(self, where: str, text: str, start: int, end: int, tokens: list[tuple[int, int]]) -> None:
         """Refuses an object that the masked tokens, given by their characters, do not match."""
         target = text[start:end]
         low = min((first for first, _ in tokens), default=end)
         high = max((last for _, last in tokens), default=start)
         if low > start + len(target) - len(target.lstrip()) or high < start + len(target.rstrip()):
             raise ValueError(
-                f"object={target!r} is not wholly among the tokens of text={_short(text)}; raise "
+                f"{where}: object={target!r} is not wholly among the tokens of text={_short(text)}; raise "
                 f"max_length={self.max_length} or shorten the text"
             )
         beyond = text[low:start].strip() + text[end:high].strip()
         if beyond:
             raise ValueError(
-                f"object={target!r} shares a token with {beyond!r} in text={_short(text)}; give a span that begins "
-                "and ends between tokens"
+                f"{where}: object={target!r} shares a token with {beyond!r} in text={_short(text)}; give a span that "
+                "begins and ends between tokens"
             )
 
 
@@ -206,11 +225,13 @@ class PairCollator:
 
     def __post_init__(self) -> None:
         require_padding(self.tokenizer)
+        require_lengths(self.tokenizer, self.max_length, self.pad_to_multiple_of)
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         texts: list[str] = []
         for where, row in numbered(features):
-            texts += text_of(where, row, "text"), text_of(where, row, "positive" if "positive" in row else "text")
+            partner = "positive" if "positive" in row else "text"
+            texts += some_text_of(where, row, "text"), some_text_of(where, row, partner)
         batch = self.tokenizer(
             texts,
             padding=True,
@@ -257,29 +278,35 @@ class WithGeneralText:
         batch_size: int,
         seed: int = 0,
     ) -> None:
+        if not callable(collator):
+            raise TypeError(f"collator={collator!r} cannot be called; give what Trainer takes as data_collator")
         require_padding(tokenizer)
-        if not (hasattr(general, "__len__") and hasattr(general, "__getitem__")):
+        indexed = hasattr(general, "__len__") and hasattr(general, "__getitem__")
+        if not indexed or isinstance(general, (str, bytes, Mapping)):
             raise TypeError(
-                f"general={type(general).__name__} has no length or no index; give a list of texts or a dataset of "
-                "rows (for a streamed one: its first rows as a list)"
+                f"general={type(general).__name__} has no length, or no texts by number; give a list of texts or a "
+                "dataset of rows (for a streamed one: its first rows as a list)"
             )
-        if not 0 < batch_size <= len(general):
+        require_whole("batch_size", batch_size, 1)
+        if batch_size > len(general):
             raise ValueError(f"batch_size={batch_size} must be from 1 to the number of general texts, {len(general)}")
-        for name, value, least in (("max_length", max_length, 1), ("seed", seed, 0)):
-            if value < least:
-                raise ValueError(f"{name}={value} must be {least} or more")
+        require_whole("max_length", max_length, 1)
+        require_lengths(tokenizer, max_length)
+        require_whole("seed", seed, 0)
         self.collator, self.general, self.tokenizer = collator, general, tokenizer
         self.max_length, self.batch_size, self.seed = max_length, batch_size, seed
         self._drawn = 0
         self._order: tuple[tuple[int, ...], np.ndarray] | None = None
 
     def __call__(self, features: Any) -> dict[str, Any]:
-        batch = dict(self.collator(features))
+        batch = self.collator(features)
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"the collator in WithGeneralText returned a {type(batch).__name__}, not a batch by name")
         if "old_input_ids" in batch:
             raise ValueError("the batch already has 'old_input_ids'; wrap a collator in WithGeneralText once")
         rows = [(f"general[{i}]", self.general[i]) for i in self._draw()]
         old = self.tokenizer(
-            [text_of(where, row if isinstance(row, Mapping) else {"text": row}, "text") for where, row in rows],
+            [some_text_of(where, row if isinstance(row, Mapping) else {"text": row}, "text") for where, row in rows],
             padding=True,
             truncation=True,
             max_length=self.max_length,
@@ -294,6 +321,8 @@ class WithGeneralText:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes on after the batches that `state` counts; refuses the state of another order."""
+        if not isinstance(state, Mapping):
+            raise ValueError(f"state={state!r:.80} is not what state_dict() gave")
         mine = self.state_dict()
         for name in ("seed", "texts", "batch_size"):
             if state.get(name) != mine[name]:
@@ -301,6 +330,7 @@ class WithGeneralText:
                     f"the state was saved with {name}={state.get(name)}, this collator has {name}={mine[name]}; "
                     "the order of general texts would not go on"
                 )
+        require_whole("drawn", state.get("drawn"), 0)
         self._drawn = int(state["drawn"])
 
     def _draw(self) -> list[int]:
@@ -326,11 +356,14 @@ class WithGeneralText:
         return int(self._order[1][place])
 
 
-def _parse(template: str) -> list[tuple[str, str | None]]:
+def _parse(template: Any) -> list[tuple[str, str | None]]:
     """A template as literals, each followed by a field's name or by None."""
     if not isinstance(template, str):
-        raise TypeError(f"template={template!r} is not a string")
-    parsed = list(Formatter().parse(template))
+        raise ValueError(f"template={template!r} is neither a string nor a string per relation")
+    try:
+        parsed = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"template={template!r} cannot be read: {error}; write a brace as {{{{ or }}}}") from None
     names = [name for _, name, _, _ in parsed if name is not None]
     if not set(names) <= set(TRIPLE) or names.count("object") != 1 or any(s or c for _, _, s, c in parsed):
         raise ValueError(
@@ -345,6 +378,10 @@ def _cut(tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str
     if max_length is None and tokenizer.model_max_length < NO_LIMIT:
         max_length = tokenizer.model_max_length
     return {"truncation": max_length is not None, "max_length": max_length}
+
+
+def _whole(place: Any) -> bool:
+    return isinstance(place, Integral) and not isinstance(place, bool)
 
 
 def _short(text: str) -> str:

@@ -6,7 +6,9 @@ from mixadapters.tuners.mixda import MixDAConfig, MixDAModel
 from mixadapters.tuners.mosa import LazyAdamW, MoSAConfig, MoSAModel
 from mixadapters.tuners.pill import PILLConfig, PILLModel
 from mixadapters.tuners.registration import register
+from mixadapters.tuners.verbs import watch_verbs
 
+watch_verbs()
 register("agd", AGDConfig, AGDModel)
 register("bottleneck", BottleneckConfig, BottleneckModel)
 register("mixda", MixDAConfig, MixDAModel)

@@ -8,6 +8,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
+from mixadapters.core.config import MixtureConfig
+
 
 def peft_type(name: str) -> PeftType:
     """The member `name` of PEFT's enum of types; added if it is not there. Callable any number of times."""
@@ -23,6 +25,12 @@ def peft_type(name: str) -> PeftType:
     PeftType._value2member_map_[name] = member
     type.__setattr__(PeftType, name, member)  # from Python 3.12 on, attribute access does not look at the tables
     return member
+
+
+def config_class(kind: Any) -> type[MixtureConfig] | None:
+    """The config of a PEFT type, as files name it, if it is one of ours."""
+    found = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) if isinstance(kind, str) else None
+    return found if found is not None and issubclass(found, MixtureConfig) else None
 
 
 def register(name: str, config_cls: type, model_cls: type) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -90,7 +91,7 @@ def test_each_forward_opens_a_record_and_closes_it(tiny, tiny_inputs) -> None:
     assert during[0] is not during[1]
     assert during[1] is context.record
     assert [r.training for r in during] == [False, True]
-    assert not any(r.open for r in during)
+    assert [r.open for r in during] == [False, False]
     assert torch.equal(context.record.attention_mask, inputs["attention_mask"].bool())
     assert context.record.inputs.keys() >= {"input_ids", "attention_mask"}
     assert context.running is None
@@ -233,7 +234,7 @@ def test_error_inside_a_forward_leaves_nothing_behind(tiny, tiny_inputs, where) 
         case "nested":
             spy.does_after = fail_inside
     for _ in range(2):
-        with pytest.raises(KeyError):
+        with pytest.raises(KeyError, match="broken"):
             model(**inputs, note="first")
         assert context.running is None
     broken = False
@@ -423,8 +424,8 @@ def test_pin_holds_nests_and_lets_go(tiny, tiny_inputs) -> None:
         assert torch.equal(model(**inputs).logits, first)
         # What a call says goes before what is pinned.
         assert torch.equal(model(**inputs, domain_ids=torch.tensor([1, -1])).logits, second)
-    with pytest.raises(KeyError), context.pin(domain_ids=torch.tensor([0, 1])):
-        raise KeyError
+    with pytest.raises(KeyError, match="inside"), context.pin(domain_ids=torch.tensor([0, 1])):
+        raise KeyError("inside")
     assert torch.equal(model(**inputs).logits, free)
 
 
@@ -747,10 +748,29 @@ def test_embeddings_images_and_foreign_masks_are_read() -> None:
     stream = read_stream({"pixel_values": torch.randn(3, 3, 8, 8)})
     assert (stream.batch, stream.length, stream.mask) == (3, None, None)
     assert read_stream({}).batch == 0
-    # The mask of another stream, of other rows or too short for these tokens, is not this one's.
-    assert read_stream({"input_ids": IDS, "attention_mask": KEPT[:1]}).mask is None
+    # transformers takes one row of a mask for all; a foreign mask of four dimensions is not this stream's.
+    one = read_stream({"input_ids": IDS, "attention_mask": KEPT[:1]}).mask
+    assert torch.equal(one, KEPT[:1].bool().expand(len(IDS), -1))
     assert read_stream({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 3, 3)}).mask is None
     assert read_stream({"input_ids": IDS, "past_key_values": object()}).cache is None
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 5), (2, 1), (3, 4), (4,), ()])
+def test_a_mask_that_does_not_fit_the_tokens_is_refused(shape: tuple[int, ...]) -> None:
+    message = rf"attention_mask of shape {re.escape(str(shape))} does not fit 2 rows of 4 tokens; give one value"
+    with pytest.raises(ValueError, match=message):
+        read_stream({"input_ids": torch.ones(2, 4), "attention_mask": torch.ones(shape)})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [6, 9])
+def test_a_mask_that_does_not_fit_the_cache_is_refused(width: int, tiny, tiny_inputs) -> None:
+    model = adapt(tiny("llama"), MixDAConfig(**MIXDA))
+    cache = model(**tiny_inputs("llama", length=5)).past_key_values
+    inputs = {"input_ids": torch.full((2, 2), 7), "past_key_values": cache}
+    with pytest.raises(ValueError, match=r"does not fit 2 rows of 2 tokens after 5 in the cache"):
+        model(**inputs, attention_mask=torch.ones(2, width).long())
+    model(**inputs, attention_mask=torch.ones(2, 7).long())
 
 
 @torch.no_grad()

@@ -119,7 +119,7 @@ def test_wrapped_block_shows_its_attributes_and_not_those_of_hooks() -> None:
     assert mine.linear is block.linear
     block._hf_hook = "accelerate's"
     assert not hasattr(mine, "_hf_hook")
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="missing"):
         _ = mine.missing
     copy.deepcopy(mine)  # asks for attributes before there are any
 

@@ -294,6 +294,8 @@ def test_ffn_output_takes_the_intermediate(case):
 @pytest.mark.parametrize("case", CASES)
 def test_norms_give_what_the_sublayers_take(case):
     trial = run(case)
+    for norm, reader in (("ffn_norm", "ffn_input"), ("attention_norm", "attention")):
+        assert bool(trial.pairs(norm, reader)) == bool(trial.found.get(norm) and trial.found.get(reader))
     for norm, leaf in trial.pairs("ffn_norm", "ffn_input"):
         assert same(norm.output, leaf.input)
     if case not in PERMUTES_TOKENS:

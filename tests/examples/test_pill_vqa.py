@@ -104,6 +104,7 @@ def test_scienceqa_has_questions_with_and_without_images(tmp_path, data, example
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     groups = {"modality: image", "modality: text", "modality: neither", "all"}
     groups |= {"subject: natural science", "subject: not given"}
+    assert [run["method"] for run in report["runs"]] == ["pill_one", "pill_zero"]
     assert all(groups <= run.keys() for run in report["runs"])
 
 

@@ -55,7 +55,7 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def test_trains_saves_and_loads(kind: str, quantized: Any, batch: Any, tmp_path: Path) -> None:
     model = get_peft_model(quantized(), KINDS[kind]())
     assert not torch.allclose(logits(model, batch), logits(quantized(), batch), atol=1e-3)
-    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(5):

@@ -155,18 +155,32 @@ def test_head_is_saved_and_loaded(kind: str, tiny: Any, tiny_inputs: Any, tmp_pa
 
 
 @every
-def test_missing_and_unexpected_weights_are_reported(kind: str, base: Path, tmp_path: Path) -> None:
+def test_missing_and_unexpected_weights_are_errors(kind: str, base: Path, tmp_path: Path) -> None:
     model = fresh(base)
     model.add_adapter(config(kind))
     model.save_pretrained(tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     state = load_file(path)
     gone = sorted(state)[0]
-    state["base_model.model.nothing.at.all"] = state.pop(gone)
-    save_file(state, path)
-    info = fresh(base).load_adapter(str(tmp_path / "adapter"))
-    assert len(info.missing_keys) == 1
-    assert len(info.unexpected_keys) == 1
+    prefix = "base_model.model."
+    cases = {
+        "is missing": {key: value for key, value in state.items() if key != gone},
+        "has no place for": {**state, f"{prefix}nothing.at.all": torch.zeros(1)},
+        "does not begin with": {key.removeprefix(prefix) if key == gone else key: t for key, t in state.items()},
+        "of another save": {**state, gone: state[gone] + 1},
+        "in the file and": {**state, gone: torch.zeros(1)},
+        "frozen": {**state, f"{prefix}model.layers.0.self_attn.q_proj.weight": torch.zeros(64, 64)},
+    }
+    for message, changed in cases.items():
+        save_file(changed, path)
+        plain = fresh(base)
+        before = {key: tensor.clone() for key, tensor in plain.state_dict().items()}
+        with pytest.raises(ValueError, match="has no place for" if message == "frozen" else message):
+            plain.load_adapter(str(tmp_path / "adapter"))
+        assert before.keys() == plain.state_dict().keys()
+        assert all(torch.equal(before[key], tensor) for key, tensor in plain.state_dict().items())
+        with pytest.raises(ValueError, match="has no place for" if message == "frozen" else message):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
 
 
 @every

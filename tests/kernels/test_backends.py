@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -40,6 +42,51 @@ def test_backend_is_forced_inside_the_block_and_restored_after_errors() -> None:
     with pytest.raises(KeyError), adapter_backend("dense"):
         raise KeyError
     assert rule(10_000, 1, 64, 64) == free
+
+
+def test_blocks_that_overlap_take_along_what_they_brought() -> None:
+    """Those of generators and threads end in any order."""
+
+    def forced(name: str | None, **more: bool) -> Iterator[None]:
+        with adapter_backend(name, **more):
+            yield
+
+    first, second, again = forced("dense"), forced("gathered", batch_invariant=True), forced("dense")
+    next(first)
+    next(second)
+    assert backends.settings() == ("gathered", True)
+    first.close()
+    assert backends.settings() == ("gathered", True)
+    with pytest.raises(ValueError, match=r"backend='dense' with batch_invariant=True"):
+        next(again)
+    second.close()
+    assert backends.settings() == ("", False)
+
+    outer, inner = forced("dense"), forced("dense")  # equal, but not the same
+    next(outer)
+    with adapter_backend("reference"):
+        next(inner)
+        inner.close()
+        assert backends.settings() == ("reference", False)
+    outer.close()
+    assert backends.settings() == ("", False)
+
+    begun, ended = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with adapter_backend("grouped"):
+            begun.set()
+            ended.wait(60)
+
+    thread = threading.Thread(target=other)
+    with adapter_backend("dense"):
+        thread.start()
+        assert begun.wait(60)
+        assert backends.settings() == ("grouped", False)
+    assert backends.settings() == ("grouped", False)
+    ended.set()
+    thread.join()
+    assert backends.settings() == ("", False)
 
 
 def test_unknown_backend_is_refused_with_the_choices() -> None:

@@ -207,7 +207,12 @@ def test_constant_router_takes_a_weight_for_each_expert() -> None:
     assert ConstantRouter(WIDTH, ["a", "b"]).constant() == [0.5, 0.5]
     with pytest.raises(ValueError, match=r"weights=\[1.0\] must have one entry for each expert of \['a', 'b'\]"):
         ConstantRouter(WIDTH, ["a", "b"], [1.0])
+
+
+def test_single_router_sends_every_token_to_its_expert() -> None:
+    routing = SingleRouter(WIDTH, ["a"])(tokens_of(), context_of())
     assert SingleRouter.always_first
+    assert torch.equal(dense(routing, 6, 1), torch.ones(6, 1))
 
 
 def test_every_file_registers_what_it_defines() -> None:

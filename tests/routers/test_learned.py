@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.bank import AdapterBank
@@ -70,6 +70,9 @@ MASKS = {
     "right": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]),
     "left": torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]]),
 }
+
+
+ONE_LAYER = LlamaConfig(hidden_size=2, num_hidden_layers=1, num_attention_heads=1)
 
 
 def tokens_and_mask(side: str = "right") -> tuple[Tensor, Tensor]:
@@ -417,7 +420,7 @@ class Steps:
     """Feeds a gate piece by piece, with a key-value cache that grows as a model's would."""
 
     def __init__(self, router: LearnedRouter, batch: int) -> None:
-        self.router, self.cache, self.past = router, DynamicCache(), 0
+        self.router, self.cache, self.past = router, DynamicCache(config=ONE_LAYER), 0
         self.batch = batch
 
     def feed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -485,7 +488,7 @@ def test_causal_prefix_is_cropped_with_the_cache() -> None:
 def test_two_gates_share_a_cache_without_mixing_their_state() -> None:
     one, two = make(granularity="causal_prefix"), make(granularity="causal_prefix", seed=8)
     two.path = "other"
-    tokens, cache = torch.randn(1, 4, D), DynamicCache()
+    tokens, cache = torch.randn(1, 4, D), DynamicCache(config=ONE_LAYER)
     for router in (one, two):
         found = run(router, tokens, cache=cache)
         torch.testing.assert_close(found, naive(router, tokens, torch.ones(1, 4)))
@@ -493,7 +496,7 @@ def test_two_gates_share_a_cache_without_mixing_their_state() -> None:
 
 @pytest.mark.parametrize("granularity", ["causal_prefix", "request"])
 def test_cache_that_the_gate_has_not_seen_is_refused(granularity) -> None:
-    router, tokens, cache = make(granularity=granularity), torch.randn(1, 1, D), DynamicCache()
+    router, tokens, cache = make(granularity=granularity), torch.randn(1, 1, D), DynamicCache(config=ONE_LAYER)
     cache.update(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), 0)
     with pytest.raises(ValueError, match="holds tokens that the gate at 'site' has not seen"):
         run(router, tokens, cache=cache, past=4)
@@ -877,3 +880,49 @@ def test_registry_names_the_gates_and_suggests() -> None:
     with pytest.raises(ValueError, match="needs a 'kind'"):
         build_router({"temperature": 2}, D, NAMES)
     assert build_router({"kind": "softmax", "temperature": 2}, D, NAMES, temperature=3, unknown=1).temperature == 2
+
+
+# --- built by hand -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"granularity": "tokens"}, "granularity='tokens' is unknown.*Did you mean 'token'"),
+        ({"pool": "mean"}, "pool='mean' is unknown"),
+        ({"temperature": 0}, "temperature=0 must be a finite number above 0"),
+        ({"temperature": math.inf}, "temperature=inf must be"),
+        ({"temperature": True}, "temperature=True must be"),
+        ({"frozen_bias": math.nan}, "frozen_bias=nan must be a finite number"),
+        ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
+        ({"hidden": [0]}, r"hidden=\[0\] must be a list of positive widths"),
+        ({"hidden": "33"}, "hidden='33' must be"),
+        ({"normalize": "no"}, "normalize='no' must be True or False"),
+        ({"convex": 1}, "convex=1 must be True or False"),
+        ({"null_arms": -1}, "null_arms=-1 must be a number of arms"),
+        ({"balance_coef": -1.0}, "balance_coef=-1.0 must be a finite number, not below 0"),
+        ({"z_coef": math.nan}, "z_coef=nan must be a finite number"),
+        ({"entropy_coef": math.inf}, "entropy_coef=inf must be a finite number"),
+        ({"experts": []}, r"experts=\[\] must be a list of names"),
+        ({"experts": ["a", "a"]}, "names an expert twice"),
+        ({"experts": "ab"}, "experts='ab' must be a list of names"),
+        ({"in_features": 0}, "in_features=0 must be a positive integer"),
+    ],
+)
+def test_nonsense_is_refused_by_name(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        SoftmaxGate(**{"in_features": D, "experts": NAMES, **options})
+
+
+@pytest.mark.parametrize("gate", ["softmax", "sigmoid"])
+def test_arms_are_reordered_by_name(gate) -> None:
+    tokens, mask = tokens_and_mask()
+    router = make(gate, null_arms=1)
+    before = run(router, tokens, mask)
+    router.reorder(["c", "a", "b"])
+    after = run(router, tokens, mask)
+    assert router.arms[:3] == ["c", "a", "b"]
+    torch.testing.assert_close(after[..., :3], before[..., [2, 0, 1]])
+    torch.testing.assert_close(after[..., 3:], before[..., 3:])
+    with pytest.raises(ValueError, match=r"names=\['c', 'a'\] must be the experts"):
+        router.reorder(["c", "a"])

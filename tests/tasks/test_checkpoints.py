@@ -28,7 +28,7 @@ LINE = (
 KILLS = int(os.environ.get("KILLS", "2"))  # of the slow test
 
 
-def run(model: Path, data: Path, out: Path, method: str = "lora") -> int:
+def run(model: Path, data: Path, out: Path, method: str = "bottleneck") -> int:
     line = LINE.format(method).split()
     return cli.main(["run", "--model", str(model), "--data-dir", str(data), "--out", str(out), *line])
 

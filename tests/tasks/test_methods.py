@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from transformers import TrainingArguments
 
 from mixadapters.tasks import get_task
 from mixadapters.tasks.methods import HEAD, Method, trainable
@@ -15,23 +16,16 @@ SIZED = ("lora", "bottleneck", "mixda_untuned")
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder"])
 @pytest.mark.parametrize("name", SIZED)
-def test_trainable_sizes_are_equal_up_to_half_a_rank(request, kind, name) -> None:
+def test_trainable_sizes_are_equal_up_to_half_a_rank(request, tmp_path, kind, name) -> None:
     base = Base(str(request.getfixturevalue(kind)), get_task("fever"))
     model, callbacks, settings = Method(name, 1500, 2, {}).build(base)
     for callback in callbacks:
-        callback.on_init_end(arguments(), None, None, model=model)
+        arguments = TrainingArguments(str(tmp_path), remove_unused_columns=False)
+        callback.on_init_end(arguments, None, None, model=model)
     if settings["rank"] > 1:
         per_rank = 2 * (16 + 16) * (2 if name == "lora" else 1) + 4
         assert abs(trainable(model) - 1500) <= per_rank / 2
     assert trainable(model, head=True) == (16 * 2 + 2 if kind == "encoder" else 0)
-
-
-def arguments():
-    from types import SimpleNamespace
-
-    return SimpleNamespace(
-        remove_unused_columns=False, gradient_checkpointing_kwargs=None, gradient_accumulation_steps=1
-    )
 
 
 @pytest.mark.parametrize(
@@ -69,6 +63,21 @@ def test_what_cannot_be_compared_is_refused(request, kind, name, parameters, mes
     base = Base(str(request.getfixturevalue(kind)), get_task("fever"))
     with pytest.raises(ValueError, match=message):
         Method(name, parameters, 2, {}).build(base)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "must be an object with a peft_type, got None; have .*LORA"),
+        ('{"peft_type": "LORRA"}', "must be an object with a peft_type, got 'LORRA'"),
+        ('{"peft_type": ["LORA"]}', "must be an object with a peft_type, got "),
+    ],
+)
+def test_a_config_that_is_none_is_named(tmp_path, content, message) -> None:
+    (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"method '.*mine\.json' {message}"):
+        Method(str(tmp_path / "mine.json"), 1, None, {})
 
 
 def test_an_unknown_method_names_the_nearest() -> None:

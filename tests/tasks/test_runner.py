@@ -254,6 +254,8 @@ def test_a_run_that_fails_does_not_stop_the_others(encoder, data, tmp_path, caps
         ("--tasks imdb --learning_rate 1e-4", "learning_rate=0.0001 is set by each run; pass --rates"),
         ("--tasks imdb --seed 3", "seed=3 is set by each run; pass --seeds"),
         ("--tasks imdb --domains reviews", "domains='reviews' must be name=folder"),
+        ("--tasks imdb --domains a=x a=y", "domains=['a=x', 'a=y'] have a name twice"),
+        ("--tasks imdb --domains =x", "domains='=x' must be name=folder"),
         ("--tasks imdb --test_rows 0", "test_rows=0 must be 1 or more"),
         ("--tasks imdb --shots -1", "shots=-1 must be 1 or more"),
         ("--tasks imdb --layers 4 --methods lora", "layers=4 must be at most the 3 layers of model"),

@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 from mixadapters.tasks import get_task
-from mixadapters.tasks.sources import Example, digest, lookup, read_task
+from mixadapters.tasks.sources import Example, digest, lookup, read_task, read_texts
 
 
 def test_splits_and_labels(data: Path) -> None:
@@ -67,6 +67,108 @@ def test_faulty_row_is_named(data: Path, task: str, row: Any, message: str) -> N
     path.write_text(f"{first}\n{json.dumps(row)}\n")
     with pytest.raises(ValueError, match=message):
         read_task(definition, data)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), 7, 0.5, True, ["a"], {"a": "b"}, "", "  "])
+@pytest.mark.parametrize(("task", "field"), [("imdb", "text"), ("stsb", "sentence2"), ("commonsenseqa", "question")])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_is_no_text_is_named_by_split_file_row_and_field(data: Path, task: str, field: str, value, split) -> None:
+    path = data / f"{get_task(task).local[split]}.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[2][field] = value
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        ValueError, match=rf"^{split} set, {path}, row 3: field '{field}' must be text, got .*write text"
+    ):
+        read_task(get_task(task), data)
+
+
+@pytest.mark.parametrize("task", ["imdb", "commonsenseqa", "trex_slotfilling"])
+def test_half_a_surrogate_pair_is_named(data: Path, task: str) -> None:
+    path = data / f"{get_task(task).local['train']}.jsonl"
+    for field, value in {"imdb": [("text", "a\ud800")], "trex_slotfilling": [("output", [{"answer": "b\udfff"}])],
+                         "commonsenseqa": [("question", "\ud8ff"), ("choices", ["a", "b\udc00"])]}[task]:  # fmt: skip
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[1][field] = value
+        path.with_name(f"{path.stem}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(ValueError, match=rf"row 2: field '{field}.*' has half a surrogate pair at character"):
+            read_task(get_task(task), data)
+        rows[1][field] = "whole \U0001f600" if field in ("text", "question") else rows[2][field]
+        path.write_text("\n".join(map(json.dumps, rows)))
+        assert read_task(get_task(task), data)
+
+
+@pytest.mark.parametrize("answer", [7, 0, True, float("nan"), ["a"], {}])
+def test_an_answer_that_is_no_text_is_named(data: Path, answer) -> None:
+    path = data / "kilt/trex_slotfilling/dev.jsonl"
+    path.write_text(json.dumps({"input": "a", "output": [{"answer": "b"}, {"answer": answer}]}))
+    with pytest.raises(ValueError, match=r"dev\.jsonl, row 1: field 'output\.\*\.answer' must be text, got "):
+        read_task(get_task("trex_slotfilling"), data)
+    # An output with pages alone, as KILT publishes them.
+    path.write_text(json.dumps({"input": "a", "output": [{"answer": "b"}, {"answer": None}, {"answer": ""}, {}]}))
+    assert read_task(get_task("trex_slotfilling"), data)["dev"] == [Example(("a",), ("b",))]
+
+
+@pytest.mark.parametrize("empty", ["", "  ", None])
+def test_published_questions_may_be_empty_but_not_both(tmp_path: Path, write, empty) -> None:
+    rows = [{"question1": "a", "question2": empty, "label": 0}, {"question1": empty, "question2": "b", "label": 1}]
+    for split in ("train", "dev"):
+        write(tmp_path, f"glue/qqp/{split}", rows)
+    assert read_task(get_task("qqp"), tmp_path)["train"] == [Example(("a", ""), 0), Example(("", "b"), 1)]
+    write(tmp_path, "glue/qqp/train", [*rows, {"question1": empty, "question2": empty, "label": 0}])
+    with pytest.raises(ValueError, match=r"row 3: fields \['question1', 'question2'\] are all without text"):
+        read_task(get_task("qqp"), tmp_path)
+
+
+def test_a_byte_order_mark_and_one_blank_last_line_are_passed_over(tmp_path: Path) -> None:
+    line = json.dumps({"text": "a", "label": 1}).encode()
+    for split in ("train", "dev", "test"):
+        (tmp_path / "reviews/imdb").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"reviews/imdb/{split}.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n" + line + b"\n \n")
+    assert read_task(get_task("imdb"), tmp_path)["test"] == [Example(("a",), 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a", "label": 1}\n\n\n', "row 2: the line is blank, which only the last may be"),
+        (b"\n", "has no rows"),
+        (b"", "has no rows"),
+        (b'{"text": "a", "text": "b", "label": 1}', r"row 1: not JSON \(a field is named twice: "),
+        (b'{"text": "a", "label": ' + b"1" * 5000 + b"}", r"row 1: not JSON \("),
+        (b"[" * 100_000, r"row 1: not JSON \("),
+        ("a".encode("utf-16"), "cannot be read as UTF-8 text"),
+    ],
+)
+def test_a_faulty_file_is_named(data: Path, content: bytes, message: str) -> None:
+    (data / "reviews/imdb/dev.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"dev\.jsonl.*{message}"):
+        read_task(get_task("imdb"), data)
+
+
+def test_a_compressed_file_that_was_cut_or_changed_is_named(data: Path) -> None:
+    plain = data / "reviews/imdb/dev.jsonl"
+    packed = gzip.compress(plain.read_bytes())
+    plain.unlink()
+    for content in (packed[:-20], packed[:40] + b"\xff" * 30 + packed[70:], b"no gzip"):
+        plain.with_name("dev.jsonl.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"dev\.jsonl\.gz cannot be read as UTF-8 text"):
+            read_task(get_task("imdb"), data)
+
+
+def test_a_file_that_is_there_twice_is_refused(data: Path) -> None:
+    (data / "reviews/imdb/dev.jsonl.gz").write_bytes(gzip.compress((data / "reviews/imdb/dev.jsonl").read_bytes()))
+    with pytest.raises(ValueError, match=r"dev\.jsonl is there twice, compressed too"):
+        read_task(get_task("imdb"), data)
+
+
+def test_values_beside_texts_are_words_or_numbers(tmp_path: Path, write) -> None:
+    write(tmp_path, "x", [{"text": "a", "label": 3}, {"text": "b", "label": "c"}, {"text": "d", "label": 0.5}])
+    assert read_texts(tmp_path, "x", "text", value="label") == [("a", "3"), ("b", "c"), ("d", "0.5")]
+    for bad in (True, None, float("nan"), [1]):
+        write(tmp_path, "x", [{"text": "a", "label": bad}])
+        with pytest.raises(ValueError, match=r"x\.jsonl, row 1: field 'label' must be text, got "):
+            read_texts(tmp_path, "x", "text", value="label")
 
 
 def test_missing_file_and_missing_source_are_named(tmp_path: Path) -> None:

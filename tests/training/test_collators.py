@@ -177,7 +177,7 @@ def test_tokenizers_that_cannot_mask_are_refused() -> None:
     with pytest.raises(ValueError, match="no pad_token"):
         ObjectMaskingCollator(wordpiece(pad_token=None))
     with pytest.raises(ValueError, match="use_fast=True"):
-        ObjectMaskingCollator(SimpleNamespace(is_fast=False))
+        ObjectMaskingCollator(SimpleNamespace(is_fast=False, pad_token="[PAD]"))
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------
@@ -321,3 +321,109 @@ def test_bad_general_text_is_refused() -> None:
 
 def test_collators_need_no_datasets_package() -> None:
     assert "datasets" not in vars(collators)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+GOOD = {"text": "the heart is red", "object": "heart", "positive": "a heart"}
+ROWS = [
+    ([], "the batch has no rows"),
+    ([GOOD, {"input_ids": [1]}], r"row 1 of the batch with the columns \['input_ids'\] .*remove_unused_columns=False"),
+    ([GOOD, "the heart"], "row 1 of the batch is 'the heart', a str; a row maps columns"),
+    ([GOOD, None], "row 1 of the batch is None"),
+    ([GOOD, {**GOOD, "text": None}], "row 1 of the batch .* has text=None, not a string"),
+    ([GOOD, {**GOOD, "text": "heart \ud800"}], "row 1 of the batch has text=.* with half of a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize(("rows", "message"), ROWS)
+@pytest.mark.parametrize("kind", [ObjectMaskingCollator, PairCollator])
+def test_bad_rows_are_named(kind, rows, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        kind(wordpiece())(rows)
+
+
+@pytest.mark.parametrize(
+    "target", [(0.5, 2), ("0", "2"), (None, 2), (False, True), (0, 1, 2), {"start": 0}, None, "", "liver", 3]
+)
+def test_objects_that_are_no_span_are_named_with_their_row(target) -> None:
+    with pytest.raises(ValueError, match="row 1 of the batch: object="):
+        ObjectMaskingCollator(wordpiece())([GOOD, {**GOOD, "object": target}])
+
+
+@pytest.mark.parametrize("name", ["text", "positive"])
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_blank_texts_are_no_pair(name, blank) -> None:
+    with pytest.raises(ValueError, match=rf"row 1 of the batch has {name}=.* is blank; take such rows out: dataset"):
+        PairCollator(wordpiece())([GOOD, {**GOOD, name: blank}])
+
+
+@pytest.mark.parametrize("value", [0, -1, 2, 2.5, "8", True])
+@pytest.mark.parametrize("name", ["max_length", "pad_to_multiple_of"])
+@pytest.mark.parametrize("kind", [ObjectMaskingCollator, PairCollator])
+def test_lengths_that_cut_or_pad_nothing_are_refused(kind, name, value) -> None:
+    if (name, value) == ("pad_to_multiple_of", 2):
+        kind(wordpiece(), **{name: value})
+        return
+    with pytest.raises(
+        ValueError, match=f"{name}={value!r} must be a whole number, {3 if name == 'max_length' else 1}"
+    ):
+        kind(wordpiece(), **{name: value})
+
+
+@pytest.mark.parametrize("template", [3, {}, {"r": None}, ["{object}"], "{object", "", "{object!r}"])
+def test_templates_that_cannot_be_read_are_named(template) -> None:
+    with pytest.raises(ValueError, match="template="):
+        ObjectMaskingCollator(wordpiece(), template=template)
+
+
+@pytest.mark.parametrize("kind", [ObjectMaskingCollator, PairCollator])
+def test_what_is_no_tokenizer_is_named(kind) -> None:
+    with pytest.raises(ValueError, match="tokenizer='bert' is no tokenizer"):
+        kind("bert")
+
+
+DRAWN = {"general": ["the heart", "a nerve"], "max_length": 8, "batch_size": 1}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"general": "the heart"}, "general=str"),
+        ({"general": {"text": ["the heart"]}}, "general=dict"),
+        ({"general": iter(["the heart"])}, "general=list_iterator"),
+        ({"general": []}, "batch_size=1 must be from 1 to .* 0"),
+        *(({"max_length": value}, "max_length=") for value in (0, 2, 2.5, "8", True)),
+        *(({"batch_size": value}, "batch_size=") for value in (0, 3, 1.5, "1", True)),
+        *(({"seed": value}, "seed=") for value in (-1, 0.5, None, True)),
+        ({"collator": None}, "collator=None cannot be called"),
+        ({"tokenizer": None}, "tokenizer=None is no tokenizer"),
+    ],
+)
+def test_general_text_that_cannot_be_drawn_is_refused_at_once(given, message) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        WithGeneralText(**{"collator": dict, "tokenizer": wordpiece(), **DRAWN, **given})
+
+
+@pytest.mark.parametrize("general", [[None], [3], [""], ["  "], [{"txt": "a"}], ["\ud800"]])
+def test_general_rows_without_text_are_named(general) -> None:
+    collator = WithGeneralText(dict, general, wordpiece(), max_length=8, batch_size=1)
+    with pytest.raises(ValueError, match=r"general\[0\] "):
+        collator([])
+
+
+@pytest.mark.parametrize("made", [None, [1]])
+def test_a_collator_that_makes_no_batch_is_named(made) -> None:
+    collator = WithGeneralText(lambda _: made, ["the heart"], wordpiece(), max_length=8, batch_size=1)
+    with pytest.raises(TypeError, match=f"returned a {type(made).__name__}, not a batch by name"):
+        collator([])
+
+
+@pytest.mark.parametrize("drawn", [None, -1, "3", 1.5, True])
+def test_a_state_that_counts_nothing_is_refused(drawn) -> None:
+    collator = WithGeneralText(dict, ["the heart"], wordpiece(), max_length=8, batch_size=1)
+    with pytest.raises(ValueError, match="drawn="):
+        collator.load_state_dict({**collator.state_dict(), "drawn": drawn})
+    with pytest.raises(ValueError, match="is not what state_dict"):
+        collator.load_state_dict(None)
+    assert collator.state_dict()["drawn"] == 0

@@ -529,6 +529,20 @@ def test_residuals_of_a_controlnet_pass_through(made) -> None:
     assert (run(model, {**inputs, "mid_block_additional_residual": residual}, 3.0) - expected).abs().max() > 1e-3
 
 
+def test_controlnet_is_made_from_a_copy_without_the_adapters(made) -> None:
+    """As the documentation says: diffusers loads the state of whole blocks, adapters and all."""
+    expected = diffusers.ControlNetModel.from_unet(made("unet"), conditioning_channels=3).state_dict()
+    model = randomize(adapt(made("unet")))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*agd_adapters"):
+        diffusers.ControlNetModel.from_unet(model.get_base_model())
+    found = diffusers.ControlNetModel.from_unet(copy.deepcopy(model).unload(), conditioning_channels=3).state_dict()
+    assert found.keys() == expected.keys()
+    shared = [key for key in expected if key.startswith(("conv_in", "time_embedding", "down_blocks", "mid_block"))]
+    assert shared
+    assert all(torch.equal(found[key], expected[key]) for key in shared)
+    assert not torch.equal(run(model, inputs_of("unet"), 4.0), run(made("unet"), inputs_of("unet")))
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_unloading_restores_the_model_bit_for_bit(made, name) -> None:
     base, inputs = made(name), inputs_of(name)

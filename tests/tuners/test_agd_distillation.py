@@ -153,6 +153,28 @@ def test_batches_that_cannot_be_distilled_are_refused(data, tmp_path) -> None:
         trainer(model, data, tmp_path, remove_unused_columns=True)
 
 
+def test_targets_that_are_not_finite_never_reach_the_weights(data, tmp_path) -> None:
+    model = adapt(dit(), data)
+    model.base_model.context.objectives.append(GuidanceDistillation())
+    batch = batch_of(data, model)
+    batch["target"][[1, 4], 0, 0, 0] = torch.tensor([torch.inf, torch.nan])
+    times = [float(batch["timestep"][row]) for row in (1, 4)]
+    for call in (lambda: model.train()(**batch), lambda: relative_error(model, [batch])):
+        with pytest.raises(ValueError, match=r"not finite in rows \[1, 4\] of the batch, at timesteps") as caught:
+            call()
+        assert str(times) in str(caught.value)
+    broken = recorded(dit())
+    for shard in broken.shards:
+        shard["target"][:, :, 0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"target at timestep .* of a record by DDIMScheduler\) is not finite"):
+        trainer(adapt(dit(), broken), broken, tmp_path).train()
+
+
+def test_schedulers_of_flow_matching_have_no_weights_by_signal() -> None:
+    with pytest.raises(ValueError, match=r"FlowMatchEulerDiscreteScheduler has no alphas_cumprod.*leave out"):
+        snr_weights(diffusers.FlowMatchEulerDiscreteScheduler())
+
+
 def test_models_that_return_tensors_or_tuples_get_a_loss_too(data) -> None:
     class Bare(nn.Module):
         def __init__(self, inner: nn.Module, as_tuple: bool) -> None:

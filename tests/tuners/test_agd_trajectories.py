@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import random
+import shutil
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.utils import logging
 
+from mixadapters import AGDConfig
 from mixadapters.tuners.agd import (
     Trajectories,
     TrajectoryPlan,
@@ -19,11 +28,12 @@ from mixadapters.tuners.agd import (
     guided,
     nested,
     record,
-    recording,
     sample,
 )
+from mixadapters.tuners.agd.storage import write_whole
 
 diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 SHAPE = (2, 4, 4)
 LABELS = {"class_labels": torch.arange(6)}
@@ -202,31 +212,223 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
-def test_interrupted_record_goes_on_and_equals_an_unbroken_one(tmp_path, monkeypatch) -> None:
-    unbroken = record(predict, ddim(), LABELS, NULL, plan(), tmp_path / "unbroken")
-    shards: list[int] = []
-    plain = recording._shard
+class Interrupted:
+    """`predict`, interrupted in its n-th call."""
 
-    def breaking(*args: Any) -> Any:
-        shards.append(args[5])
-        if len(shards) == 2:
+    def __init__(self, last: int | None = None) -> None:
+        self.last, self.calls = last, 0
+
+    def __call__(self, *args: Any) -> Tensor:
+        self.calls += 1
+        if self.calls == self.last:
             raise KeyboardInterrupt
-        return plain(*args)
+        return predict(*args)
 
-    monkeypatch.setattr(recording, "_shard", breaking)
+
+def test_interrupted_record_goes_on_and_equals_an_unbroken_one(tmp_path) -> None:
+    whole, half, rest = Interrupted(), Interrupted(9), Interrupted()
+    unbroken = record(whole, ddim(), LABELS, NULL, plan(), tmp_path / "unbroken")
+    assert whole.calls == 1 + 3 * 5  # a first word, three shards of five steps
     with pytest.raises(KeyboardInterrupt):
-        record(predict, ddim(), LABELS, NULL, plan(), tmp_path / "broken")
+        record(half, ddim(), LABELS, NULL, plan(), tmp_path / "broken")
     assert set(files(tmp_path / "broken")) == {"index.json", "00000.safetensors"}
-    resumed = record(predict, ddim(), LABELS, NULL, plan(), tmp_path / "broken")
-    assert shards == [0, 1, 1, 2]
+    resumed = record(rest, ddim(), LABELS, NULL, plan(), tmp_path / "broken")
+    assert rest.calls == 1 + 2 * 5
     assert files(tmp_path / "broken") == files(tmp_path / "unbroken")
     assert len(resumed) == len(unbroken)
     with pytest.raises(ValueError, match=r"a record with other \['plan'\]"):
         record(predict, ddim(), LABELS, NULL, plan(seed=1), tmp_path / "broken")
     with pytest.raises(ValueError, match=r"a record with other \['scheduler'\]"):
         record(predict, ddim(beta_start=2e-4), LABELS, NULL, plan(), tmp_path / "broken")
-    with pytest.raises(ValueError, match=r"a record with other \['conditions'\]"):
+    with pytest.raises(ValueError, match=r"a record with other \['conditions', 'model_says'\]"):
         record(predict, ddim(), {"class_labels": torch.ones(6)}, NULL, plan(), tmp_path / "broken")
+
+
+# --- killed writers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that are made fast")
+def test_record_that_is_killed_twenty_times_equals_an_unbroken_one(tmp_path) -> None:
+    def slow(*args: Any) -> Tensor:
+        time.sleep(1e-3)
+        return predict(*args)
+
+    def work() -> None:
+        logging.disable_progress_bar()  # its lock is shared with whoever was forked, and would be held for good
+        record(slow, ddim(), LABELS, NULL, small, tmp_path / "broken")
+
+    small = plan(batch_size=1)
+    record(predict, ddim(), LABELS, NULL, small, tmp_path / "unbroken")
+    chance, processes = random.Random(0), multiprocessing.get_context("fork")
+    killed = 0
+    for _ in range(20):
+        process = processes.Process(target=work)
+        process.start()
+        time.sleep(chance.uniform(0.0, 0.02))
+        process.kill()
+        process.join()
+        killed += process.exitcode != 0
+    assert killed > 3
+    record(predict, ddim(), LABELS, NULL, small, tmp_path / "broken")
+    assert files(tmp_path / "broken") == files(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("name", ["index.json", "00001.safetensors"])
+def test_file_that_was_cut_is_written_again_and_said(tmp_path, name, kept) -> None:
+    record(predict, ddim(), LABELS, NULL, plan(), tmp_path)
+    whole = files(tmp_path)
+    (tmp_path / name).write_bytes(whole[name][: int(kept * len(whole[name]))])
+    if name == "index.json":
+        with pytest.raises(ValueError, match=r"index.json is no JSON.*record\(\) with the same arguments"):
+            Trajectories.open(tmp_path)
+    else:
+        with pytest.warns(UserWarning, match=r"not whole: 4 of its trajectories.*00001.safetensors.*goes on with it"):
+            assert len(Trajectories.open(tmp_path)) == 4 * 5
+    with pytest.warns(UserWarning, match=f"{name} (was cut|is not whole)"):
+        record(predict, ddim(), LABELS, NULL, plan(), tmp_path)
+    assert files(tmp_path) == whole
+
+
+def test_record_without_some_shards_is_read_and_said(tmp_path) -> None:
+    record(predict, ddim(), LABELS, NULL, plan(), tmp_path)
+    (tmp_path / "00002.safetensors").unlink()
+    with pytest.warns(UserWarning, match="4 of 6 trajectories can be read"):
+        assert len(Trajectories.open(tmp_path)) == 4 * 5
+
+
+def test_shard_of_another_record_is_refused(tmp_path) -> None:
+    for folder, seed in (("a", 0), ("b", 1)):
+        record(predict, ddim(), LABELS, NULL, plan(seed=seed), tmp_path / folder)
+    shutil.copy(tmp_path / "b" / "00001.safetensors", tmp_path / "a")
+    with pytest.raises(ValueError, match=r"00001\.safetensors belongs to another record"):
+        Trajectories.open(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"00001\.safetensors belongs to another record"):
+        record(predict, ddim(), LABELS, NULL, plan(), tmp_path / "a")
+
+
+def test_two_writers_of_a_file_have_names_of_their_own(tmp_path) -> None:
+    """Each finds its own file aside, and the last word is a whole file; what a killed one left is swept."""
+    file = tmp_path / "index.json"
+    (tmp_path / ".index.json.1-dead.part").write_text("half")
+
+    def other_first(aside: Path) -> None:
+        aside.write_text("one")
+        write_whole(file, lambda own: own.write_text("one") if own != aside else pytest.fail("shared"))
+
+    write_whole(file, other_first)
+    assert files(tmp_path) == {"index.json": b"one"}
+    with pytest.raises(OSError, match="full"):
+        write_whole(file, lambda aside: (aside.write_text("half"), (_ for _ in ()).throw(OSError("disk full"))))
+    assert files(tmp_path) == {"index.json": b"one"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", "no index of a record"), ('{"format_version": true, "plan": {}}', "no index of a record"),
+     ('{"format_version": 1}', "it lacks format_version or plan"), (" " * (2**24 + 1), "has at most 16777216")],
+)  # fmt: skip
+def test_index_that_is_none_is_refused(tmp_path, content, message) -> None:
+    record(predict, ddim(), LABELS, NULL, plan(), tmp_path)
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Trajectories.open(tmp_path)
+
+
+def test_shard_that_is_none_is_refused(tmp_path) -> None:
+    record(predict, ddim(), LABELS, NULL, plan(), tmp_path)
+    save_file({"sample": torch.zeros(2, 5), "timestep": torch.zeros(2, 4)}, tmp_path / "00001.safetensors")
+    with pytest.raises(ValueError, match=r"00001\.safetensors is no shard of a record: its parts are"):
+        Trajectories.open(tmp_path)
+
+
+# --- whose trajectories -------------------------------------------------------------------------------------------
+
+
+def test_record_does_not_go_on_by_another_function(tmp_path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        record(Interrupted(9), ddim(), LABELS, NULL, plan(), tmp_path)
+    with pytest.raises(ValueError, match=r"a record with other \['model_says'\]"):
+        record(lambda x, t, c: 1.01 * predict(x, t, c), ddim(), LABELS, NULL, plan(), tmp_path)
+    assert len(record(predict, ddim(), LABELS, NULL, plan(), tmp_path)) == 30
+
+
+def small_dit() -> Any:
+    torch.manual_seed(0)
+    return diffusers.DiTTransformer2DModel(
+        sample_size=4, patch_size=2, in_channels=2, out_channels=2, num_layers=1, num_attention_heads=2,
+        attention_head_dim=8, num_embeds_ada_norm=9,
+    ).eval()  # fmt: skip
+
+
+def test_record_goes_on_by_a_model_of_the_same_weights_only(tmp_path) -> None:
+    model = small_dit()
+    whole = record(denoiser(model), ddim(), LABELS, NULL, plan(), tmp_path / "data")
+    assert "model_digest" in whole.config_fields["teacher"]
+    (tmp_path / "data" / "00001.safetensors").unlink()
+    other = small_dit()
+    with torch.no_grad():
+        other.transformer_blocks[0].ff.net[2].bias[3] += 1e-6  # what no prediction would show
+    with pytest.raises(ValueError, match=r"a record with other \['model_digest'\]"):
+        record(denoiser(other), ddim(), LABELS, NULL, plan(), tmp_path / "data")
+    with pytest.raises(ValueError, match=r"a record with other \['model_digest'\]"):
+        record(denoiser(small_dit().bfloat16()), ddim(), LABELS, NULL, plan(), tmp_path / "data")
+    # Adapters that rest are no part of the teacher.
+    adapted = get_peft_model(small_dit(), AGDConfig(r=4))
+    assert denoiser(adapted).digest() == denoiser(model).digest()
+    assert len(record(denoiser(adapted), ddim(), LABELS, NULL, plan(), tmp_path / "data")) == 30
+
+
+def test_record_of_an_earlier_version_is_read_but_does_not_go_on(tmp_path) -> None:
+    data = record(predict, ddim(), LABELS, NULL, plan(), tmp_path)
+    facts = {k: v for k, v in data.info.items() if k not in ("model_says", "trajectories")}
+    (tmp_path / "index.json").write_text(json.dumps(facts, indent=2) + "\n")
+    for file in tmp_path.glob("*.safetensors"):
+        save_file(load_file(file), file)  # without metadata
+    assert len(Trajectories.open(tmp_path)) == 30
+    assert len(record(predict, ddim(), LABELS, NULL, plan(), tmp_path)) == 30
+    (tmp_path / "00001.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"unfinished record of an earlier version.*Trajectories\.open"):
+        record(predict, ddim(), LABELS, NULL, plan(), tmp_path)
+    with pytest.raises(ValueError, match=r"\['scheduler'\] are facts of the record itself"):
+        record(predict, ddim(), LABELS, NULL, plan(), info={"scheduler": "mine"})
+
+
+# --- what is not finite -------------------------------------------------------------------------------------------
+
+
+def test_states_without_signal_are_refused_with_step_and_scheduler(tmp_path) -> None:
+    scheduler = ddim(rescale_betas_zero_snr=True)  # its first step divides a noise prediction by zero
+    message = r"sample at step 1 \(timestep 799\) of DDIMScheduler is not finite.*'epsilon'.*v_prediction"
+    with pytest.raises(ValueError, match=message):
+        record(predict, scheduler, LABELS, NULL, plan(), tmp_path / "data")
+    assert set(files(tmp_path / "data")) == {"index.json"}
+    velocity = ddim(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    data = record(predict, velocity, LABELS, NULL, plan())
+    assert all(data[i]["target"].isfinite().all() for i in range(30))
+
+
+def test_targets_that_overflow_on_disk_are_refused_with_the_remedy() -> None:
+    def large(*args: Any) -> Tensor:
+        return 1e5 * predict(*args)
+
+    with pytest.raises(ValueError, match=r"target at step 0 \(timestep 999\) of DDIM.* more than dtype='float16'"):
+        record(large, ddim(), LABELS, NULL, plan(dtype="float16", steps=1))
+    record(large, ddim(), LABELS, NULL, plan(dtype="bfloat16", steps=1))
+
+    def broken(x: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        return torch.where(timestep.view(-1, 1, 1, 1) < 500, torch.nan, predict(x, timestep, conditions))
+
+    with pytest.raises(ValueError, match=r"target at step 3 \(timestep 399\).*lower scales"):
+        record(broken, ddim(), LABELS, NULL, plan())
+
+
+def test_states_that_an_earlier_version_recorded_are_refused_when_they_are_read() -> None:
+    data = record(predict, ddim(), LABELS, NULL, plan())
+    data.shards[1]["target"][0, 2, 0, 0, 0] = torch.inf
+    assert data[11]["target"].isfinite().all()
+    with pytest.raises(ValueError, match=r"target at timestep 599 \(state 12, step 2 of a record by DDIMScheduler\)"):
+        data[12]
 
 
 def test_record_in_memory_equals_the_one_on_disk(tmp_path) -> None:

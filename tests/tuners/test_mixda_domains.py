@@ -246,9 +246,8 @@ def test_gathered_domains_are_frozen_in_the_task_stage_and_train_in_the_domain_s
     for stage, inside in (("task", (".router.", ".task.")), ("domain", (".bank.experts.a.",))):
         tuner(model).set_stage(stage)
         trained = [n for n, p in model.named_parameters() if p.requires_grad]
-        assert trained
         assert all(any(part in name for part in inside) for name in trained)
-        assert not any(".domain.bank." in name for name in trained) or stage == "domain"
+        assert all(any(part in name for name in trained) for part in inside)
 
 
 # --- what cannot be gathered -------------------------------------------------------------------------------------
@@ -363,7 +362,7 @@ def test_refused_gathering_leaves_the_model_as_it_was(tiny, tiny_inputs, tmp_pat
     [
         ("biomed", r"domains='biomed' must be a list.*write \['biomed'\]"),
         (["a", "b", "a"], "names a domain twice"),
-        (["a.b"], "'a.b' is no name for a domain"),
+        (["a.b"], "domains: 'a.b' is no name"),
         ([""], "'' is no name"),
         ([3], "3 is no name"),
         (["keys"], "'keys' is no name"),  # an attribute of the module that holds the experts
@@ -490,7 +489,7 @@ def test_added_domain_trains_and_nothing_else_moves(tiny, tiny_inputs) -> None:
     model = trained(tiny, "softmax")
     tuner(model).set_stage("domain")
     tuner(model).add_domain("c")
-    assert all(p.requires_grad for n, p in model.named_parameters() if ".experts.c." in n)
+    assert {p.requires_grad for n, p in model.named_parameters() if ".experts.c." in n} == {True}
     for name, parameter in model.named_parameters():
         if ".experts.a." in name or ".experts.b." in name:
             parameter.requires_grad_(False)
@@ -551,7 +550,7 @@ def test_added_domain_has_the_dtype_of_the_others(tiny, tiny_inputs, tmp_path, t
         ({"name": "a"}, r"domain 'a' exists already; have \['a', 'b'\]"),
         ({"name": "c", "share": 0.0}, "share=0.0 must lie between 0 and 1"),
         ({"name": "c", "share": 1.0}, "share=1.0 must lie"),
-        ({"name": "c.d"}, "'c.d' is no name for a domain"),
+        ({"name": "c.d"}, "domains: 'c.d' is no name"),
         ({"name": "c", "source": "nowhere-at-all"}, "cannot be read"),
         ({"name": "c", "r": 0}, "`r` should be a positive integer"),
     ],
@@ -623,7 +622,7 @@ def test_removing_a_domain_changes_no_weight_of_the_others(tiny, tiny_inputs, ga
     if combine == "convex":
         lost = before["b"] if gate == "softmax" else 0  # a sigmoid's weights were never shares
         torch.testing.assert_close(after["kept"], before["kept"] + lost)
-    assert not any(".experts.b." in name for name in model.state_dict())
+    assert {name.split(".experts.")[1][0] for name in model.state_dict() if ".experts." in name} == {"a", "c"}
 
 
 def test_removing_a_domain_with_renormalize_shares_its_mass(tiny, tiny_inputs) -> None:
@@ -707,7 +706,7 @@ def test_removing_all_domains_works_in_any_stage(tiny, tiny_inputs, stage) -> No
         tuner(model).remove_domain(name)
     tuner(model).add_domain("c")
     part = {"domain": ".domain.bank.", "task": ".task."}[stage]
-    assert all(p.requires_grad for n, p in model.named_parameters() if part in n)
+    assert {p.requires_grad for n, p in model.named_parameters() if part in n} == {True}
 
 
 def test_domain_ids_follow_the_domains_that_are_left(tiny, tiny_inputs) -> None:

@@ -280,7 +280,7 @@ def test_adapters_are_added_switched_loaded_and_deleted(kind: str, tiny: Any, id
     keys = [set(load_file(p / "adapter_model.safetensors")) for p in (tmp_path, tmp_path / "second")]
     assert keys[0] == keys[1]  # each holds its own only
     result = model.load_adapter(tmp_path / "second", adapter_name="third", is_trainable=True)
-    assert not result.missing_keys or all("third" not in key for key in result.missing_keys)
+    assert not [key for key in result.missing_keys if "third" in key]
     assert not result.unexpected_keys
     model.set_adapter("third")
     equal(logits(model, ids), second)
@@ -514,7 +514,7 @@ def test_weights_of_more_layers_are_an_error(folder: Path, tiny: Any) -> None:
 
 def test_weights_of_another_rank_are_an_error(folder: Path, tiny: Any) -> None:
     rewrite(folder, lambda state: {k: v[:1].clone() if ".down.weight" in k else v for k, v in state.items()})
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match=r"down.weight' is \(1, \d+\) in the file and \(\d+, \d+\) in this model"):
         PeftModel.from_pretrained(tiny("llama"), folder)
 
 

@@ -69,6 +69,7 @@ class GuidanceDistillation:
             target = self._target(module, inputs, values["unconditional"], scale, timestep)
         if target.shape[0] != prediction.shape[0] or target.shape[2:] != prediction.shape[2:]:
             raise ValueError(f"target {tuple(target.shape)} does not fit the prediction {tuple(prediction.shape)}")
+        _check_finite(target, timestep)
         # A learned variance, in further channels, is not guided.
         error = (prediction[:, : target.shape[1]] - target.float()).square().flatten(1).mean(1)
         if self.loss == "normalized":
@@ -88,9 +89,31 @@ class GuidanceDistillation:
         return self.rule(conditional, unconditional, scale, timestep)
 
 
+def _check_finite(target: Tensor, timestep: Tensor) -> None:
+    """ValueError for targets that would turn weights to NaN, while the log shows a loss of 0."""
+    if torch.compiler.is_compiling():
+        return
+    bad = ~target.flatten(1).isfinite().all(1)
+    if bad.any():
+        raise ValueError(
+            f"the target is not finite in rows {bad.nonzero().flatten().tolist()} of the batch, at timesteps "
+            f"{timestep[bad].tolist()}; record anew, which says what to change in scheduler, model or dtype"
+        )
+
+
 def snr_weights(scheduler: Any, clip: float = 25.0) -> Tensor:
-    """(T,) weights 1 / alpha_t^2, clipped: errors of a noise prediction as errors of the velocity it implies."""
-    return (1 / scheduler.alphas_cumprod).clamp(max=clip).float()
+    """(T,) weights 1 / alpha_t^2, clipped: errors of a noise prediction as errors of the velocity it implies.
+
+    Raises:
+        ValueError: a scheduler of flow matching, whose models predict a velocity already.
+    """
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        raise ValueError(
+            f"{type(scheduler).__name__} has no alphas_cumprod: models of flow matching predict a velocity already; "
+            "leave out timestep_weights, or pass (T,) weights of your own"
+        )
+    return (1 / alphas).clamp(max=clip).float()
 
 
 @torch.no_grad()
@@ -108,6 +131,7 @@ def relative_error(
     for batch in batches:
         batch = dict(batch)
         target = batch.pop("target").float()
+        _check_finite(target, batch["timestep"])
         place = torch.bucketize(batch[by].float(), torch.tensor(edges), right=True).cpu()
         for row, arguments in enumerate((batch, {**batch, **BASE})):
             prediction = prediction_of(model(**arguments)).float()[:, : target.shape[1]]

@@ -7,8 +7,9 @@ their conditional and unconditional halves. Schedulers are those of diffusers, o
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,15 +20,38 @@ Predict = Callable[[Tensor, Tensor, Conditions], Tensor]  # x (B, ...), timestep
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # conditional, unconditional, scale (B,), timestep (B,)
 
 
-def denoiser(model: nn.Module) -> Predict:
+class Denoiser:
+    """`predict` of a model; knows the model again by its weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.dtype = next((p.dtype for _, p in self._frozen() if p.is_floating_point()), torch.float32)
+
+    def __call__(self, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        return prediction_of(self.model(x.to(self.dtype), timestep=timestep, **nested(conditions))).float()
+
+    def digest(self) -> str:
+        """Of class and weights, without adapters of ours: integer sums, which do not depend on device or order."""
+        found = hashlib.sha256(type(self._base()).__name__.encode())
+        for name, tensor in sorted(self._frozen(), key=lambda item: item[0]):
+            found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):  # offloaded; quantized
+                continue
+            bits = tensor.detach().contiguous().reshape(-1)
+            bits = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.itemsize])
+            found.update(f"{int(bits.sum(dtype=torch.int64))} {bits[:: 1 + len(bits) // 256].tolist()}".encode())
+        return found.hexdigest()[:16]
+
+    def _base(self) -> nn.Module:
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def _frozen(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, p) for name, p in self._base().named_parameters() if "adapters." not in name)
+
+
+def denoiser(model: nn.Module) -> Denoiser:
     """`predict` of a model that takes its noisy input first and `timestep` by name; computes in the model's dtype."""
-    floating = (p.dtype for name, p in model.named_parameters() if "adapters." not in name and p.is_floating_point())
-    dtype = next(floating, torch.float32)
-
-    def predict(x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        return prediction_of(model(x.to(dtype), timestep=timestep, **nested(conditions))).float()
-
-    return predict
+    return Denoiser(model)
 
 
 def prediction_of(output: Any) -> Tensor:

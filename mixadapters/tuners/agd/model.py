@@ -29,8 +29,7 @@ class AGDModel(MixtureModel):
     def roles(self, config: AGDConfig) -> tuple[str, ...]:
         return ("attention",)
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        config: AGDConfig = peft_config
+    def resolve(self, config: AGDConfig, model_config: dict[str, Any]) -> None:
         base = type(self.model).__name__
         if config.base_class not in (None, base):
             raise ValueError(
@@ -38,11 +37,14 @@ class AGDModel(MixtureModel):
             )
         if config.sites is None and config.target_modules is None and base in SITES:
             config.sites = {"attention": SITES[base]}
-        super()._prepare_adapter_config(config, model_config)
+        super().resolve(config, model_config)
         config.base_class = base
         self._read_conditions(config)
+
+    def before_injection(self, config: AGDConfig, adapter_name: str) -> None:
         self.__dict__["first"] = None  # no child: it is that of its site
-        return config
+        super().before_injection(config, adapter_name)
+        self.__dict__["first"] = None
 
     def _read_conditions(self, config: AGDConfig) -> None:
         """Fill in which arguments of the model's forward the adapters read, and how wide they are."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,25 @@ from mixadapters.core.layer import AdapterHost
 from mixadapters.tuners.agd.layer import GuidanceAdapter, check_scale
 
 NEGATIVE_PROMPTS = ("refuse", "ignore", "two_passes")
+# Arguments of diffusers' pipelines (0.42) that act where a second pass is made, and only there: what that pass is
+# conditioned on, and what is done with the two predictions. tests/tuners/test_agd_pipeline.py reads them all.
+SECOND_PASS = re.compile(
+    r"neg(ative)?_\w+|(\w+_)?(guidance|cfg)(_\w+)?|(sld|edit|sem)_\w+|reverse_editing_direction|guess_mode"
+    r"|use_zero_init|zero_steps"
+)
+# Named like them, and at work in any pass; the first is what OnePass takes over.
+ANY_PASS = frozenset(
+    {
+        "guidance_scale",
+        "control_guidance_start",
+        "control_guidance_end",
+        "prior_guidance_scale",
+        "guidance_latents",
+        "input_frames_guidance",
+        "cross_attention_guidance_amount",
+        "spatio_temporal_guidance_blocks",
+    }
+)
 
 
 def denoiser_of(pipe: Any) -> nn.Module:
@@ -28,6 +48,21 @@ def denoiser_of(pipe: Any) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def guidance_adapters(model: nn.Module) -> list[GuidanceAdapter]:
+    """The active guidance adapters of a model; ValueError where there are none."""
+    hosts = [m for m in model.modules() if isinstance(m, AdapterHost)]
+    active = [a for h in hosts for name, a in h.adapters.items() if name in h.active_adapters]
+    found = [a for a in active if isinstance(a, GuidanceAdapter)]
+    if ForwardContext.find(model) is None or not found:
+        raise ValueError(
+            f"{type(model).__name__} has no active guidance adapter; load one by PeftModel.from_pretrained, "
+            "or make one by get_peft_model(model, AGDConfig(...))"
+        )
+    if any(h.disable_adapters for h in hosts):
+        raise ValueError("the guidance adapters are disabled; enable_adapters() or enable_lora() of diffusers ends it")
+    return found
+
+
 class OnePass:
     """Makes a pipeline guide by its adapters, in one pass per step:
 
@@ -35,12 +70,18 @@ class OnePass:
             images = pipe("a cat").images
 
     or `handle = OnePass(pipe)`, then `pipe("a cat", guidance_scale=5.0)`, and `handle.remove()` at the end. The
-    pipeline runs as if without guidance, and the adapters are given its scale.
+    pipeline runs as if without guidance, and the adapters are given its scale. Copies of the pipeline that are made
+    meanwhile are guided too, each with parts of its own, until the handle is removed.
+
+    `callback_on_step_end` finds the scale in `pipe.guidance_scale`, and may change it for the steps that follow by
+    `pipe._guidance_scale`; a scale of 1 or less is no guidance, as everywhere in diffusers.
 
     Args:
         scale: a number, or one for each prompt. None: the call's `guidance_scale`.
-        negative_prompts: what to do with those that are not empty, since adapters have learned one unconditional
-            prediction: "refuse", "ignore" (with a warning), or "two_passes" of the model without adapters.
+        negative_prompts: what to do with those that are not empty, and with whatever else acts in a second pass alone
+            (`guidance_rescale`, `skip_guidance_layers`, `negative_original_size` ...), since adapters have learned one
+            unconditional prediction and one rule: "refuse", "ignore" (with a warning), or "two_passes" of the model
+            without adapters.
         interval: timesteps at which to guide, both ends inclusive.
 
     Raises:
@@ -54,7 +95,8 @@ class OnePass:
     ) -> None:  # fmt: skip
         one_of("negative_prompts", negative_prompts, NEGATIVE_PROMPTS)
         plain = type(pipe)
-        if hasattr(plain, "one_pass"):
+        before = vars(pipe).get("one_pass")
+        if before is not None and before.on:
             raise ValueError("this pipeline guides in one pass already; remove() that first")
         if "guidance_scale" not in inspect.signature(plain.__call__).parameters:
             raise ValueError(f"{plain.__name__} takes no guidance_scale")
@@ -62,60 +104,71 @@ class OnePass:
         config = getattr(model, "config", {})
         if config.get("guidance_embeds") or config.get("time_cond_proj_dim"):
             raise ValueError(f"{type(model).__name__} embeds the guidance scale itself, so there is no second pass")
-        self.pipe, self.plain, self.model = pipe, plain, model
-        self.scale, self.negative_prompts, self.interval = scale, negative_prompts, interval
-        self.adapters()
-        call = functools.wraps(plain.__call__)(lambda pipe, *args, **kwargs: self.call(*args, **kwargs))
-        same = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}  # it is saved under its own name
-        pipe.__class__ = type(plain.__name__, (plain,), {"one_pass": self, "__call__": call, **same})
+        guidance_adapters(model)
+        self.pipe, self.scale, self.negative_prompts, self.interval = pipe, scale, negative_prompts, interval
+        self.on = True
+        _listen(plain)
+        pipe.one_pass = self
 
-    def adapters(self) -> list[GuidanceAdapter]:
-        """The active adapters; ValueError where there are none."""
-        hosts = [m for m in self.model.modules() if isinstance(m, AdapterHost)]
-        active = [a for h in hosts for name, a in h.adapters.items() if name in h.active_adapters]
-        found = [a for a in active if isinstance(a, GuidanceAdapter)]
-        if ForwardContext.find(self.model) is None or not found:
-            raise ValueError(
-                f"{type(self.model).__name__} has no active guidance adapter; load one by PeftModel.from_pretrained, "
-                "or make one by get_peft_model(model, AGDConfig(...))"
-            )
-        if any(h.disable_adapters for h in hosts):
-            raise ValueError(
-                "the guidance adapters are disabled; enable_adapters() or enable_lora() of diffusers ends it"
-            )
-        return found
+    def __deepcopy__(self, memo: Any) -> OnePass:
+        return self  # a copy of the pipeline ends with the handle, as a shallow one does
 
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(self.plain.__call__).bind(self.pipe, *args, **kwargs)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        _listen(type(self.pipe))  # in another process nobody has
+
+    def call(self, pipe: Any, plain: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """`plain`, the call of a pipeline's class, of `pipe` with guidance by its adapters."""
+        given = inspect.signature(plain).bind(pipe, *args, **kwargs)
         given.apply_defaults()
         arguments = given.arguments
         scale = arguments["guidance_scale"] if self.scale is None else self.scale
-        context = ForwardContext.of(self.model)
-        negative = [n for n, v in arguments.items() if n.startswith("negative_prompt") and not _is_empty(v)]
-        if negative and self.negative_prompts == "two_passes":
+        if scale is None:
+            raise ValueError("guidance_scale=None: give OnePass a scale, or the call a guidance_scale")
+        model = denoiser_of(pipe)
+        context = ForwardContext.of(model)
+        second = dict(_of_second_pass(plain, arguments))
+        asked = [name for name, (value, default) in second.items() if not _is_default(value, default)]
+        if asked and self.negative_prompts == "two_passes":
+            if torch.as_tensor(scale).numel() != 1:
+                raise ValueError(f"scale={scale}: two passes, for {asked}, take one number")
             arguments["guidance_scale"] = scale
             with context.pin_in_thread(guidance_scale=None):
-                return self.plain.__call__(*given.args, **given.kwargs)
-        if negative and self.negative_prompts == "refuse":
+                return plain(*given.args, **given.kwargs)
+        if asked and self.negative_prompts == "refuse":
             raise ValueError(
-                f"{negative}: adapters imitate guidance against the unconditional prediction that they were trained "
-                "with. Leave them out, or choose OnePass(pipe, negative_prompts='two_passes') or 'ignore'"
+                f"{asked} would do nothing: they belong to a second pass, and adapters imitate guidance by the rule "
+                "and against the unconditional prediction that they were trained with. Leave them out, or choose "
+                "OnePass(pipe, negative_prompts='two_passes') or 'ignore'; record(rule=...) distils other rules"
             )
-        if negative:
-            warnings.warn(f"{negative} are ignored: guidance comes from adapters", stacklevel=3)
-            arguments.update(dict.fromkeys(negative))
-        for adapter in self.adapters():
-            check_scale(scale, adapter.config)
-        rows = torch.as_tensor(scale, dtype=torch.float32, device=getattr(self.pipe, "_execution_device", None))
-        if rows.dim():
-            rows = rows.repeat_interleave(arguments.get("num_images_per_prompt") or 1)
+        if asked:
+            warnings.warn(f"{asked} are ignored: guidance comes from adapters", stacklevel=3)
+        arguments.update({name: default for name, (_, default) in second.items() if name in arguments})
+        if "true_cfg_scale" in arguments:  # an empty negative prompt would have asked for a second pass
+            arguments["true_cfg_scale"] = 1.0
+        _refuse_doubled_images(arguments)
+        rows = self._rows(pipe, model, scale, arguments)
         arguments["guidance_scale"] = 1.0
+        _watch_callbacks(pipe, arguments, rows)
         with context.pin_in_thread(guidance_scale=rows, guidance_interval=self.interval):
-            return self.plain.__call__(*given.args, **given.kwargs)
+            return plain(*given.args, **given.kwargs)
+
+    def _rows(self, pipe: Any, model: nn.Module, scale: Any, arguments: dict[str, Any]) -> Tensor:
+        """The scale as a tensor of its own, () or (B,)."""
+        rows = torch.as_tensor(scale, dtype=torch.float32, device=getattr(pipe, "_execution_device", None)).clone()
+        if self.scale is None:
+            rows = rows.where(rows > 1, 1.0)  # what a pipeline takes for no guidance
+        for adapter in guidance_adapters(model):
+            check_scale(rows, adapter.config)
+        if rows.dim():
+            counts = (arguments.get(f"num_{what}_per_prompt") for what in ("images", "videos", "waveforms"))
+            rows = rows.repeat_interleave(next((n for n in counts if n), 1))
+        return rows
 
     def remove(self) -> None:
-        """The pipeline as it was."""
-        self.pipe.__class__ = self.plain
+        """The pipeline as it was, and copies that were made meanwhile likewise."""
+        self.on = False
+        vars(self.pipe).pop("one_pass", None)
 
     def __enter__(self) -> OnePass:
         return self
@@ -124,7 +177,123 @@ class OnePass:
         self.remove()
 
 
+def _listen(plain: type) -> None:
+    """Wrap `plain.__call__`, once and for good: pipelines that hold a `OnePass` are called by it.
+
+    Python looks for `__call__` on the class. What a pipeline is to do is kept by the pipeline, so that others of its
+    class, and copies, are what they are.
+    """
+    original: Any = plain.__call__
+    if getattr(vars(plain).get("__call__"), "listens", False):
+        return
+
+    @functools.wraps(original)
+    def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+        handle = vars(pipe).get("one_pass")
+        # A class that calls its parent's __call__ has been through this already.
+        if handle is None or not handle.on or type(pipe).__call__ is not call:
+            return original(pipe, *args, **kwargs)
+        return handle.call(pipe, original, args, kwargs)
+
+    call.listens = True  # type: ignore[attr-defined]
+    plain.__call__ = call  # type: ignore[method-assign]
+
+
+# --- what acts in a second pass only ------------------------------------------------------------------------------
+
+
+def acts_in_second_pass(name: str) -> bool:
+    """Whether an argument of a pipeline acts under classifier-free guidance in two passes, and only there."""
+    return name not in ANY_PASS and SECOND_PASS.fullmatch(name) is not None
+
+
+def _of_second_pass(plain: Callable[..., Any], arguments: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """(name, (value, default)) of the arguments that act in a second pass only."""
+    for name, parameter in inspect.signature(plain).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            yield from ((n, (v, None)) for n, v in arguments[name].items() if acts_in_second_pass(n))
+        elif acts_in_second_pass(name):
+            yield name, (arguments[name], parameter.default)
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    if value is default or _is_empty(value):
+        return True
+    return not isinstance(value, Tensor) and not isinstance(default, Tensor) and bool(value == default)
+
+
 def _is_empty(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_empty(v) for v in value)
     return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _refuse_doubled_images(arguments: dict[str, Any]) -> None:
+    """Embeddings for an IP-Adapter that hold those of the second pass, which pipelines take for more rows here."""
+    prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
+    count = 1 if isinstance(prompt, str) else len(prompt or ()) if embeds is None else len(embeds)
+    for value in arguments.get("ip_adapter_image_embeds") or ():
+        if count and len(value) == 2 * count:
+            raise ValueError(
+                f"ip_adapter_image_embeds of {len(value)} rows for {count} prompts: they hold the negative embeddings "
+                "of a second pass; pass the positive ones alone, value.chunk(2)[1]"
+            )
+
+
+# --- callbacks ----------------------------------------------------------------------------------------------------
+
+
+def _watch_callbacks(pipe: Any, arguments: dict[str, Any], rows: Tensor) -> None:
+    """Let the callbacks of a call see and change the scale `rows` as that of the pipeline."""
+    callback = arguments.get("callback_on_step_end")
+    if callback is not None:
+        if hasattr(callback, "tensor_inputs"):  # a PipelineCallback: the pipeline asks it what it reads
+            arguments["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+        arguments["callback_on_step_end"] = functools.partial(_step, callback, pipe, rows)
+    for place in (arguments, arguments.get("kwargs") or {}):
+        if place.get("callback") is not None:
+            place["callback"] = functools.partial(_step, place["callback"], pipe, rows)
+
+
+def _step(callback: Callable[..., Any], pipe: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """One call of a callback, during which the pipeline tells the scale of the adapters."""
+    if "_guidance_scale" not in vars(pipe):  # it keeps the scale to itself
+        return callback(*args, **kwargs)
+    held = [dict(a) for a in (*args, *kwargs.values()) if isinstance(a, dict)]
+    settings = {n: v for n, v in vars(pipe).items() if acts_in_second_pass(n.removeprefix("_"))}
+    shown = float(rows) if rows.dim() == 0 else rows.clone()
+    pipe._guidance_scale = shown
+    try:
+        result = callback(*args, **kwargs)
+        if pipe._guidance_scale is not shown:
+            _change_scale(pipe, rows)
+    finally:
+        pipe._guidance_scale = 1.0
+    changed = [n for n, v in settings.items() if vars(pipe).get(n) is not v]
+    if changed:
+        raise ValueError(f"the callback has set {changed}, which act in a second pass only; there is none in OnePass")
+    if held and isinstance(result, dict):
+        _check_tensors(held[0], result)
+    return result
+
+
+def _change_scale(pipe: Any, rows: Tensor) -> None:
+    new = torch.as_tensor(pipe._guidance_scale, dtype=torch.float32, device=rows.device)
+    if new.numel() != 1 and new.shape != rows.shape:
+        raise ValueError(f"the callback has set _guidance_scale={pipe._guidance_scale}; give a number")
+    for adapter in guidance_adapters(denoiser_of(pipe)):
+        check_scale(new.where(new > 1, 1.0), adapter.config)
+    rows.copy_(new.where(new > 1, 1.0).reshape(new.shape if new.dim() == rows.dim() else ()))
+
+
+def _check_tensors(given: dict[str, Any], returned: dict[str, Any]) -> None:
+    """Refuse tensors of a callback that count on the rows of a second pass."""
+    for name, value in returned.items():
+        before = given.get(name)
+        if acts_in_second_pass(name) and value is not before:
+            raise ValueError(f"the callback has changed {name}, which acts in a second pass only; there is none here")
+        if isinstance(value, Tensor) and isinstance(before, Tensor) and value.shape[:1] != before.shape[:1]:
+            raise ValueError(
+                f"the callback has returned {name} of {len(value)} rows for {len(before)}: in OnePass there are no "
+                "rows of a second pass to cut off"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
 from mixadapters.tuners.agd.guidance import Conditions, Predict, Rule, classifier_free, guided, sample, scale_at
-from mixadapters.tuners.agd.trajectories import FORMAT_VERSION, Trajectories
+from mixadapters.tuners.agd.storage import FORMAT_VERSION, claim, shard_file, shard_stands, write_shard
+from mixadapters.tuners.agd.trajectories import Trajectories
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def record(
     """Samples one guided trajectory for each row of `conditions`, and keeps what the model was given and should say.
 
     A shard is written whole or not at all, and its random numbers depend on the seed and its number alone: called
-    again with the same arguments, an interrupted record goes on where it stopped.
+    again with the same arguments, an interrupted record goes on where it stopped, by the same model only. `denoiser`
+    tells models apart by their weights; other functions are asked for a prediction.
 
     Args:
         predict: the model as it is to be imitated; see `denoiser`.
@@ -80,7 +82,7 @@ def record(
 
     Raises:
         ValueError: the record would exceed `plan.max_bytes`; conditions of different lengths; `folder` holds a record
-            that was made otherwise.
+            that was made otherwise; a state that is not finite, or not so in `plan.dtype`.
     """
     lengths = {name: len(value) for name, value in conditions.items()}
     if len(set(lengths.values())) != 1:
@@ -90,70 +92,121 @@ def record(
             f"the record would take {size / 2**30:.2f} GiB, more than max_bytes={plan.max_bytes}; keep fewer steps of "
             "each trajectory (keep), record fewer, or raise max_bytes"
         )
-    facts = {
-        "format_version": FORMAT_VERSION,
-        "plan": {k: v for k, v in asdict(plan).items() if k != "max_bytes"},
-        "rule": _rule_name(rule),
-        "scheduler": _scheduler_facts(scheduler),
-        "conditions": {n: _digest(v) for n, v in sorted(conditions.items())},
-        "unconditional": {n: _digest(v) for n, v in sorted(unconditional.items())},
-        **(info or {}),
-    }
-    facts = json.loads(json.dumps(facts, default=str))
-    folder = None if folder is None else Path(folder)
-    if folder is not None:
-        _claim(folder, facts)
-    count = next(iter(lengths.values()))
-    starts = range(0, count, plan.batch_size)
+    recorder = Recorder(predict, scheduler, conditions, unconditional, plan, rule, torch.device(device))
+    facts = recorder.facts(info or {})
+    numbers = range(-(-next(iter(lengths.values())) // plan.batch_size))
+    place = None if folder is None else Path(folder)
+    if place is not None:
+        facts = claim(place, facts, len(numbers))
     shards = []
-    for number, start in enumerate(logging.tqdm(starts, desc="trajectories", unit="shard")):
-        file = None if folder is None else folder / f"{number:05d}.safetensors"
-        if file is not None and file.exists():
-            continue
-        part = {name: value[start : start + plan.batch_size].to(device) for name, value in conditions.items()}
-        null = {n: v if len(v) == 1 else v[start : start + plan.batch_size] for n, v in unconditional.items()}
-        null = {name: value.to(device) for name, value in null.items()}
-        shard = _shard(predict, scheduler, part, null, plan, number, rule, torch.device(device))
-        if file is None:
-            shards.append(shard)
-        else:
-            save_file(shard, file.with_suffix(".part"))
-            os.replace(file.with_suffix(".part"), file)
-    return Trajectories(shards, facts) if folder is None else Trajectories.open(folder)
+    for number in logging.tqdm(numbers, desc="trajectories", unit="shard"):
+        if place is None:
+            shards.append(recorder.shard(number))
+        elif not shard_stands(shard_file(place, number), facts):
+            write_shard(shard_file(place, number), recorder.shard(number), facts)
+    return Trajectories(shards, facts) if place is None else Trajectories.open(place)
 
 
-def _shard(
-    predict: Predict, scheduler: Any, conditions: Conditions, unconditional: Conditions, plan: TrajectoryPlan,
-    number: int, rule: Rule, device: torch.device,
-) -> dict[str, Tensor]:  # fmt: skip
-    rows = len(next(iter(conditions.values())))
-    generator = torch.Generator().manual_seed((plan.seed << 20) + number)
-    noise = torch.randn(rows, *plan.shape, generator=generator).to(device)
-    low, high = plan.scales
-    scale = (low + (high - low) * torch.rand(rows, generator=generator)).to(device)
-    kept = plan.keep or plan.steps
-    dtype = getattr(torch, plan.dtype)
-    chosen: Tensor | None = None  # (rows, kept) indices of steps, in order
-    seen: dict[str, list[Tensor]] = {"sample": [], "target": [], "timestep": [], "guidance_scale": []}
+@dataclass(frozen=True)
+class Recorder:
+    """What a record is made of; see `record`."""
 
-    def visit(index: int, x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
-        values = (x.to(dtype), prediction.to(dtype), timestep.float(), scale_at(scale, timestep, plan.interval))
-        for store, value in zip(seen.values(), values, strict=True):
-            store.append(value.cpu())
+    predict: Predict
+    scheduler: Any
+    conditions: Conditions
+    unconditional: Conditions
+    plan: TrajectoryPlan
+    rule: Rule
+    device: torch.device
 
-    noise_generator = torch.Generator(device).manual_seed((plan.seed << 20) + number)
-    sample(
-        guided(predict, conditions, unconditional, scale, rule, plan.interval), scheduler, noise, plan.steps,
-        generator=noise_generator, visit=visit, **plan.schedule,
-    )  # fmt: skip
-    taken = len(seen["timestep"])  # schedulers of second order visit more states than steps
-    if plan.keep is not None or taken != plan.steps:
-        chosen = torch.rand(rows, taken, generator=generator).argsort(1)[:, :kept].sort(1).values
-    shard = {}
-    for name, values in seen.items():
-        stacked = torch.stack(values, 1)
-        shard[name] = stacked if chosen is None else stacked[torch.arange(rows).unsqueeze(1), chosen].contiguous()
-    return shard | {f"condition.{name}": value.cpu().contiguous() for name, value in conditions.items()}
+    def facts(self, info: dict[str, Any]) -> dict[str, Any]:
+        """What tells one record from another, as JSON keeps it."""
+        digest = getattr(self.predict, "digest", None)
+        facts = {
+            "format_version": FORMAT_VERSION,
+            "trajectories": len(next(iter(self.conditions.values()))),
+            "plan": {k: v for k, v in asdict(self.plan).items() if k != "max_bytes"},
+            "rule": _rule_name(self.rule),
+            "scheduler": _scheduler_facts(self.scheduler),
+            "conditions": {n: _digest(v) for n, v in sorted(self.conditions.items())},
+            "unconditional": {n: _digest(v) for n, v in sorted(self.unconditional.items())},
+            **({"model_says": self._words()} if digest is None else {"model_digest": digest()}),
+        }
+        if taken := sorted(info.keys() & facts):
+            raise ValueError(f"info={info}: {taken} are facts of the record itself; give them other names")
+        return json.loads(json.dumps({**facts, **info}, default=str))
+
+    def part(self, number: int) -> tuple[Conditions, Conditions]:
+        """Conditional and unconditional conditions of the shard `number`."""
+        rows = slice(number * self.plan.batch_size, (number + 1) * self.plan.batch_size)
+        conditions = {name: value[rows].to(self.device) for name, value in self.conditions.items()}
+        null = {n: v if len(v) == 1 else v[rows] for n, v in self.unconditional.items()}
+        return conditions, {name: value.to(self.device) for name, value in null.items()}
+
+    @torch.no_grad()
+    def _words(self) -> list[float]:
+        """Some values of one prediction, by which a function of unknown origin is known again."""
+        conditions = {name: value[:1] for name, value in self.part(0)[0].items()}
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(self.plan.steps, device=self.device, **self.plan.schedule)
+        timestep = scheduler.timesteps[len(scheduler.timesteps) // 2].to(self.device).expand(1)
+        x = torch.randn(1, *self.plan.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        values = self.predict(x, timestep, conditions).flatten().float().cpu()
+        return values[:: max(1, len(values) // 16)].tolist()
+
+    def shard(self, number: int) -> dict[str, Tensor]:
+        """The states of one batch of trajectories."""
+        plan, device = self.plan, self.device
+        conditions, null = self.part(number)
+        rows = len(next(iter(conditions.values())))
+        generator = torch.Generator().manual_seed((plan.seed << 20) + number)
+        noise = torch.randn(rows, *plan.shape, generator=generator).to(device)
+        low, high = plan.scales
+        scale = (low + (high - low) * torch.rand(rows, generator=generator)).to(device)
+        kept = plan.keep or plan.steps
+        chosen: Tensor | None = None  # (rows, kept) indices of steps, in order
+        seen: dict[str, list[Tensor]] = {"sample": [], "target": [], "timestep": [], "guidance_scale": []}
+
+        def visit(index: int, x: Tensor, timestep: Tensor, prediction: Tensor) -> None:
+            stored = (self._stored("sample", index, timestep, x), self._stored("target", index, timestep, prediction))
+            values = (*stored, timestep.float(), scale_at(scale, timestep, plan.interval))
+            for store, value in zip(seen.values(), values, strict=True):
+                store.append(value.cpu())
+
+        noise_generator = torch.Generator(device).manual_seed((plan.seed << 20) + number)
+        sample(
+            guided(self.predict, conditions, null, scale, self.rule, plan.interval), self.scheduler, noise, plan.steps,
+            generator=noise_generator, visit=visit, **plan.schedule,
+        )  # fmt: skip
+        taken = len(seen["timestep"])  # schedulers of second order visit more states than steps
+        if plan.keep is not None or taken != plan.steps:
+            chosen = torch.rand(rows, taken, generator=generator).argsort(1)[:, :kept].sort(1).values
+        shard = {}
+        for name, values in seen.items():
+            stacked = torch.stack(values, 1)
+            shard[name] = stacked if chosen is None else stacked[torch.arange(rows).unsqueeze(1), chosen].contiguous()
+        return shard | {f"condition.{name}": value.cpu().contiguous() for name, value in conditions.items()}
+
+    def _stored(self, name: str, index: int, timestep: Tensor, value: Tensor) -> Tensor:
+        """value (B, ...) in the plan's dtype; ValueError where it is not finite before or after."""
+        stored = value.to(getattr(torch, self.plan.dtype))
+        if stored.isfinite().all():
+            return stored
+        where = f"step {index} (timestep {float(timestep[0]):g}) of {type(self.scheduler).__name__}"
+        if value.isfinite().all():
+            raise ValueError(
+                f"the {name} at {where} reaches {float(value.abs().max()):g}, more than dtype={self.plan.dtype!r} "
+                "holds; record with TrajectoryPlan(dtype='bfloat16') or 'float32'"
+            )
+        config = dict(getattr(self.scheduler, "config", {}))
+        settings = {n: config[n] for n in ("prediction_type", "rescale_betas_zero_snr") if n in config}
+        raise ValueError(
+            f"the {name} at {where} is not finite in {int((~value.isfinite()).sum())} places of {value.numel()}, so "
+            f"there is nothing to imitate. The scheduler has {settings}: without signal (rescale_betas_zero_snr, "
+            "timestep_spacing='trailing') a noise prediction has no sample, so use a model and scheduler of "
+            "v_prediction, or start below the last timestep; else see whether the model overflows in half precision, "
+            "or lower scales"
+        )
 
 
 def _rule_name(rule: Any) -> Any:
@@ -171,21 +224,3 @@ def _scheduler_facts(scheduler: Any) -> dict[str, Any]:
 def _digest(value: Tensor) -> str:
     raw = value.detach().cpu().contiguous().view(torch.uint8) if value.dim() else value.reshape(1).view(torch.uint8)
     return f"{tuple(value.shape)} {hashlib.sha256(raw.numpy().tobytes()).hexdigest()[:16]}"
-
-
-def _claim(folder: Path, facts: dict[str, Any]) -> None:
-    """Make `folder` the record of these facts, or go on with one that has begun."""
-    index = folder / "index.json"
-    if not index.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"folder={str(folder)!r} holds other files; give an empty one for the record")
-        folder.mkdir(parents=True, exist_ok=True)
-        index.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        return
-    before = json.loads(index.read_text(encoding="utf-8"))
-    differs = [k for k in {**before, **facts} if before.get(k) != facts.get(k)]
-    if differs:
-        raise ValueError(
-            f"folder={str(folder)!r} holds a record with other {differs}: {[before.get(k) for k in differs]}, now "
-            f"{[facts.get(k) for k in differs]}; give another folder"
-        )

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mixadapters.tuners.agd.guidance import nested
-
-FORMAT_VERSION = 1
+from mixadapters.tuners.agd.storage import INDEX, read_index, read_shards
 
 
 class Trajectories(Dataset):
@@ -36,11 +34,21 @@ class Trajectories(Dataset):
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Trajectories:
-        """A record on disk. Its shards are mapped into memory, not read."""
-        info = json.loads((Path(folder) / "index.json").read_text(encoding="utf-8"))
-        if info["format_version"] > FORMAT_VERSION:
-            raise ValueError(f"format_version={info['format_version']} is newer than this mixadapters reads")
-        return cls([load_file(file) for file in sorted(Path(folder).glob("*.safetensors"))], info)
+        """A record on disk. Its shards are mapped into memory, not read.
+
+        Warns of a record that is not whole, of which it has what can be read.
+
+        Raises:
+            ValueError: no index, or no shards, of a record.
+        """
+        folder = Path(folder)
+        try:
+            info = read_index(folder / INDEX)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{folder / INDEX} is no JSON ({error}); record() with the same arguments writes it again"
+            ) from error
+        return cls(read_shards(folder, info), info)
 
     @property
     def config_fields(self) -> dict[str, Any]:
@@ -79,7 +87,23 @@ class Trajectories(Dataset):
                 item[name.removeprefix("condition.")] = value[row]
             else:
                 item[name] = value[row, step].float()
+        for name in ("sample", "target"):
+            check_finite(name, item[name], item["timestep"], f"state {index}, step {step} of", self.info)
         return item
+
+
+def check_finite(name: str, value: Tensor, timestep: Tensor, where: str, info: dict[str, Any]) -> None:
+    """Refuse inputs and targets that would turn weights to NaN. Earlier versions recorded them.
+
+    Raises:
+        ValueError: with the scheduler that made them, and the remedy.
+    """
+    if not value.isfinite().all():
+        scheduler = info.get("scheduler") or {}
+        raise ValueError(
+            f"the {name} at timestep {float(timestep):g} ({where} a record by "
+            f"{scheduler.get('class', 'an unknown scheduler')}) is not finite; record anew, which says what to change"
+        )
 
 
 class TrajectoryCollator:

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from mixadapters.core.config import MixtureConfig, one_of
+from mixadapters.core.config import MixtureConfig
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.tuners.registration import peft_type
 
@@ -26,8 +26,13 @@ class BottleneckConfig(MixtureConfig):
         "task": ("*", "modules_to_save"),
     }
 
-    r: int | None = field(default=None, metadata={"help": "Bottleneck width. None: input width / reduction_factor."})
-    reduction_factor: float = field(default=16, metadata={"help": "Input width / bottleneck width (MixDA: 16)."})
+    r: int | None = field(
+        default=None,
+        metadata={"help": "Bottleneck width. None: input width / reduction_factor.", "least": 1, "free": True},
+    )
+    reduction_factor: float = field(
+        default=16, metadata={"help": "Input width / bottleneck width (MixDA: 16).", "above": 0, "free": True}
+    )
     placement: Literal["pfeiffer", "houlsby", "parallel"] = field(
         default="pfeiffer", metadata={"help": "Where adapters sit (default: Pfeiffer et al. 2021)."}
     )
@@ -38,29 +43,27 @@ class BottleneckConfig(MixtureConfig):
             "the stream before the FFN's norm."
         },
     )
-    activation: str = field(default="gelu", metadata={"help": f"One of {sorted(ACTIVATIONS)}."})
+    activation: str = field(
+        default="gelu", metadata={"help": f"One of {sorted(ACTIVATIONS)}.", "choices": tuple(ACTIVATIONS)}
+    )
     glu: bool = field(default=False, metadata={"help": "up(act(gate(x)) * down(x)) instead of up(act(down(x)))."})
     layer_norm: bool = field(default=False, metadata={"help": "A LayerNorm of its own on the adapter's input."})
     use_bias: bool = field(default=True, metadata={"help": "Biases in the adapter's projections."})
     scale: float | Literal["learnable"] = field(
         default=1.0, metadata={"help": "Factor on the adapter's output; 'learnable': one per adapter, from 1."}
     )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input (MixDA: none)."})
+    dropout: float = field(
+        default=0.0,
+        metadata={"help": "Dropout on the adapter's input (MixDA: none).", "least": 0, "below": 1, "free": True},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("BOTTLENECK")
-        one_of("placement", self.placement, PLACEMENTS)
-        one_of("adapter_input", self.adapter_input, (*INPUTS, "residual"))
-        one_of("activation", self.activation, ACTIVATIONS)
         if self.adapter_input != "ffn_input" and self.placement != "parallel":
             raise ValueError(
                 f"adapter_input={self.adapter_input!r} needs placement='parallel', not {self.placement!r}"
             )
-        check_rank("r", self.r, "reduction_factor", self.reduction_factor)
-        check_dropout("dropout", self.dropout)
-        if isinstance(self.scale, str) and self.scale != "learnable":
-            raise ValueError(f"scale={self.scale!r} must be a number or 'learnable'")
 
     def bank_options(self) -> dict[str, Any]:
         """Arguments of `AdapterBank` for this adapter."""
@@ -94,15 +97,3 @@ def placement_taps(placement: str, adapter_input: str, known: Collection[str]) -
         return ("ffn_norm",)
     needs = placement == "parallel" and adapter_input == "ffn_input" and "ffn" not in known
     return ("ffn_input",) if needs else ()
-
-
-def check_rank(name: str, rank: int | None, factor_name: str, factor: float) -> None:
-    if rank is not None and rank <= 0:
-        raise ValueError(f"`{name}` should be a positive integer value but the value passed is {rank}")
-    if factor <= 0:
-        raise ValueError(f"{factor_name}={factor} must be positive")
-
-
-def check_dropout(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}={value} must be at least 0 and less than 1")

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, ClassVar, Literal
 
-from torch import nn
-
 from mixadapters.core.config import MixtureConfig, one_of
+from mixadapters.core.fields import fits
+from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.routers.pooling import GRANULARITIES, POOLS
-from mixadapters.tuners.bottleneck.config import INPUTS, PLACEMENTS, BottleneckConfig, check_dropout, check_rank
+from mixadapters.tuners.bottleneck.config import BottleneckConfig
+from mixadapters.tuners.mixda.router import competes, read_router
 from mixadapters.tuners.registration import peft_type
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -46,82 +49,108 @@ class MixDAConfig(MixtureConfig):
     }
 
     domains: Any = field(
-        default_factory=lambda: ["domain"], metadata={"help": "New domains by name, or trained ones by source."}
+        default_factory=lambda: ["domain"],
+        metadata={"help": "New domains by name, or trained ones by source.", "free": True},
     )
-    r: int | None = field(default=None, metadata={"help": "Width of new domain adapters. None: by reduction_factor."})
-    reduction_factor: float = field(default=16, metadata={"help": "Input width / adapter width (paper: 16)."})
+    r: int | None = field(
+        default=None,
+        metadata={"help": "Width of new domain adapters. None: by reduction_factor.", "least": 1, "free": True},
+    )
+    reduction_factor: float = field(
+        default=16, metadata={"help": "Input width / adapter width (paper: 16).", "above": 0, "free": True}
+    )
     domain_layers: list[int | float] | None = field(
         default=None,
         metadata={
-            "help": "Layers of new domain adapters; fractions of the depth up to 1.0. None: 1/3 and 1/2 (paper)."
+            "help": "Layers of new domain adapters; fractions of the depth up to 1.0. None: 1/3 and 1/2 (paper).",
+            "least": 0,
+            "free": True,
         },
     )
     adapter_input: Literal["ffn_intermediate", "ffn_input"] = field(
         default="ffn_intermediate", metadata={"help": "What domain adapters read (paper: the FFN's intermediate)."}
     )
-    activation: str = field(default="gelu", metadata={"help": "Of domain adapters (released code: gelu)."})
+    activation: str = field(
+        default="gelu",
+        metadata={"help": "Of domain adapters (released code: gelu).", "choices": tuple(ACTIVATIONS)},
+    )
     adapter_glu: bool = field(default=False, metadata={"help": "Gated domain adapters."})
     adapter_layer_norm: bool = field(default=False, metadata={"help": "A LayerNorm on their input."})
-    adapter_dropout: float = field(default=0.0, metadata={"help": "On their input (paper: none)."})
+    adapter_dropout: float = field(
+        default=0.0, metadata={"help": "On their input (paper: none).", "least": 0, "below": 1, "free": True}
+    )
     combine: Literal["delta", "convex"] = field(default="delta", metadata={"help": "See the class."})
-    gate: str = field(default="softmax", metadata={"help": "'softmax' or 'sigmoid'."})
-    gate_granularity: str = field(default="token", metadata={"help": f"One of {GRANULARITIES}."})
+    router: str | dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "A router by name, or {'kind': name, option: value}. None: softmax, and the fields below."},
+    )
+    gate: str | None = field(default=None, metadata={"help": "Short for router['kind']. None: 'softmax'."})
+    gate_granularity: str | None = field(
+        default=None, metadata={"help": f"One of {GRANULARITIES}. None: 'token'.", "choices": GRANULARITIES}
+    )
     gate_input: Literal["ffn_intermediate", "ffn_input"] | None = field(
-        default=None, metadata={"help": "What the gate reads. None: what the adapters read."}
+        default=None, metadata={"help": "What the router reads (router['input']). None: what the adapters read."}
     )
-    gate_hidden: list[int] = field(
-        default_factory=list, metadata={"help": "Hidden widths; [] is linear (appendix A)."}
+    gate_hidden: list[int] | None = field(
+        default=None, metadata={"help": "Hidden widths. None: [], which is linear (appendix A).", "least": 1}
     )
-    gate_dropout: float = field(default=0.0, metadata={"help": "Before each linear layer of the gate."})
-    gate_pool: str = field(default="masked_mean", metadata={"help": f"One of {POOLS}, for sequence gates."})
-    gate_normalize: bool = field(default=True, metadata={"help": "Scale the gate's input to unit RMS."})
+    gate_dropout: float | None = field(
+        default=None, metadata={"help": "Before each linear layer. None: 0.", "least": 0, "below": 1}
+    )
+    gate_pool: str | None = field(
+        default=None,
+        metadata={"help": f"One of {POOLS}, for sequences. None: 'masked_mean'.", "choices": POOLS},
+    )
+    gate_normalize: bool | None = field(
+        default=None, metadata={"help": "Scale the router's input to unit RMS. None: yes."}
+    )
     gate_frozen_bias: float | None = field(
         default=None,
         metadata={"help": "Initial logit of the frozen layer. None: 0 for delta, weight 0.99 for convex."},
     )
-    temperature: float = field(default=1.0, metadata={"help": "Divides the gate's logits."})
-    balance_coef: float = field(default=0.0, metadata={"help": "Weight of the load-balance loss (paper: none)."})
-    z_coef: float = field(default=0.0, metadata={"help": "Weight of the router z-loss."})
-    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the gate's entropy as a loss."})
+    temperature: float | None = field(
+        default=None, metadata={"help": "Divides the router's logits. None: 1.", "above": 0}
+    )
+    balance_coef: float | None = field(
+        default=None, metadata={"help": "Weight of the load-balance loss. None: 0 (paper: none).", "least": 0}
+    )
+    z_coef: float | None = field(default=None, metadata={"help": "Weight of the router z-loss. None: 0.", "least": 0})
+    entropy_coef: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the weights' entropy as a loss; below 0: of its negative. None: 0."},
+    )
     task_adapter: Literal["pfeiffer", "houlsby", "parallel"] | None = field(
         default="pfeiffer", metadata={"help": "Task adapter on top, in all layers (paper: pfeiffer). None: none."}
     )
-    task_r: int | None = field(default=None, metadata={"help": "Its width. None: by task_reduction_factor."})
-    task_reduction_factor: float = field(default=16, metadata={"help": "Hidden width / its width (paper: 16)."})
-    task_activation: str = field(default="relu", metadata={"help": "Of the task adapter (released code: relu)."})
+    task_r: int | None = field(
+        default=None, metadata={"help": "Its width. None: by task_reduction_factor.", "least": 1, "free": True}
+    )
+    task_reduction_factor: float = field(
+        default=16, metadata={"help": "Hidden width / its width (paper: 16).", "above": 0, "free": True}
+    )
+    task_activation: str = field(
+        default="relu",
+        metadata={"help": "Of the task adapter (released code: relu).", "choices": tuple(ACTIVATIONS)},
+    )
     domain_order: list[str] | None = field(
         default=None, metadata={"help": "Names in the order of the gate's arms and of `domain_ids`; filled in."}
     )
     null_arms: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Arms without expert that removed domains left, by module."}
+        default_factory=dict,
+        metadata={"help": "Arms without expert that removed domains left, by module.", "least": 0},
     )
 
     def __post_init__(self) -> None:
+        from_file = type(self.__dict__["peft_type"]) is str  # as JSON has it; in Python: None, or of PEFT's enum
         super().__post_init__()
         self.peft_type = peft_type("MIXDA")
-        self.domains = _check_domains(self.domains)
+        self.domains = _check_domains(self.domains, from_file)
         if self.domain_order is not None:  # JSON files are sorted by key
             if sorted(self.domain_order) != sorted(self.domains):
                 raise ValueError(f"domain_order={self.domain_order} must name the domains {sorted(self.domains)}")
             self.domains = {name: self.domains[name] for name in self.domain_order}
         self.domain_order = list(self.domains)
-        one_of("adapter_input", self.adapter_input, INPUTS)
-        one_of("gate_input", self.gate_input, (None, *INPUTS))
-        one_of("combine", self.combine, ("delta", "convex"))
-        one_of("gate", self.gate, ("softmax", "sigmoid"))
-        one_of("gate_granularity", self.gate_granularity, GRANULARITIES)
-        one_of("gate_pool", self.gate_pool, POOLS)
-        one_of("activation", self.activation, ACTIVATIONS)
-        one_of("task_activation", self.task_activation, ACTIVATIONS)
-        one_of("task_adapter", self.task_adapter, (None, *PLACEMENTS))
-        check_rank("r", self.r, "reduction_factor", self.reduction_factor)
-        check_rank("task_r", self.task_r, "task_reduction_factor", self.task_reduction_factor)
-        check_dropout("adapter_dropout", self.adapter_dropout)
-        check_dropout("gate_dropout", self.gate_dropout)
-        if not isinstance(self.gate_hidden, (list, tuple)) or any(width < 1 for width in self.gate_hidden):
-            raise ValueError(f"gate_hidden={self.gate_hidden} must be a list of positive widths, such as [768]")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be positive")
+        read_router(self)
         if self.gate_input == "ffn_intermediate" and self.adapter_input == "ffn_input":
             raise ValueError(
                 "gate_input='ffn_intermediate' with adapter_input='ffn_input' is not possible: the gate would need "
@@ -137,6 +166,8 @@ class MixDAConfig(MixtureConfig):
         for spec in saved["domains"].values():
             if "source" in spec and "ranks" in spec:
                 spec["origin"] = spec.pop("source")
+            if "origin" in spec:
+                spec["origin"] = _public(spec["origin"])
         return saved
 
     @classmethod
@@ -177,30 +208,60 @@ class MixDAConfig(MixtureConfig):
             return self.gate_frozen_bias
         if self.combine == "delta":
             return 0.0
-        return math.log(99 * max(experts, 1)) if self.gate == "softmax" else math.log(99)
+        return math.log(99 * max(experts, 1)) if competes(self) else math.log(99)
 
 
-def _check_domains(domains: Any) -> dict[str, dict[str, Any]]:
+SPEC: dict[str, Any] = {  # entries of a domain -> what they hold
+    "source": str, "revision": str, "ranks": dict[str, int], "check_base_model": bool, "origin": str,
+}  # fmt: skip
+
+
+def _check_domains(domains: Any, from_file: bool) -> dict[str, dict[str, Any]]:
     """Any accepted form -> {name: {"source": ..., "revision": ..., "ranks": {module: rank}}}, empty for new ones."""
     if isinstance(domains, str):
         raise ValueError(f"domains={domains!r} must be a list of names or a dict of sources; write [{domains!r}]")
-    if isinstance(domains, (list, tuple, set)):
+    if isinstance(domains, (list, tuple)):
+        for name in domains:
+            check_name("domains", name, "mixda_")
         if len(set(domains)) != len(domains):
             raise ValueError(f"domains={list(domains)} names a domain twice")
         domains = dict.fromkeys(domains)
-    known = ("source", "revision", "ranks", "check_base_model", "origin")
-    checked, experts = {}, nn.ModuleDict()
+    if not isinstance(domains, dict):
+        raise ValueError(f"domains={domains!r} must be a list of names or a dict of sources")
+    checked = {}
     for name, spec in domains.items():
-        if not isinstance(name, str) or not name or "." in name or name == "__base__" or hasattr(experts, name):
-            raise ValueError(
-                f"domains: {name!r} is no name for a domain: use a string without dots, other than '__base__' and the "
-                "attributes of nn.ModuleDict"
-            )
-        spec = {"source": str(spec)} if spec is not None and not isinstance(spec, dict) else dict(spec or {})
-        for key in spec:
-            if key not in known:
-                raise ValueError(
-                    f"domains[{name!r}] has no entry {key!r}; known are {list(known)}.{nearest(key, known)}"
-                )
-        checked[name] = spec
+        check_name("domains", name, "mixda_")
+        if isinstance(spec, os.PathLike):
+            spec = str(spec)
+        if not isinstance(spec, (str, dict, type(None))):
+            raise ValueError(f"domains[{name!r}]={spec!r} must be a folder or hub id, or a dict of {list(SPEC)}")
+        checked[name] = {"source": spec} if isinstance(spec, str) else dict(spec or {})
+        _check_spec(name, checked[name], from_file)
     return checked
+
+
+def _check_spec(name: str, spec: dict[str, Any], from_file: bool) -> None:
+    for key, value in spec.items():
+        if key not in SPEC:
+            raise ValueError(f"domains[{name!r}] has no entry {key!r}; known are {list(SPEC)}.{nearest(key, SPEC)}")
+        if key == "source" and isinstance(value, os.PathLike):
+            spec["source"] = value = str(value)
+        if key == "revision" and value is None:
+            continue
+        if not fits(value, SPEC[key]) or (key == "ranks" and min(value.values(), default=1) < 1):
+            kind = {"ranks": "a dict of modules to positive ranks", "check_base_model": "True or False"}
+            raise ValueError(f"domains[{name!r}]: {key}={value!r} must be {kind.get(key, 'a string')}")
+    if from_file and "source" in spec:
+        raise ValueError(
+            f"domains[{name!r}]: the saved config names a source, {spec['source']!r}, which is not followed: a file "
+            "could have any folder or repository read. Make the mixture in Python, domains={name: source}, or take "
+            "the entry out of adapter_config.json"
+        )
+    if not spec.keys() & {"source", "origin"} and spec.keys() & {"revision", "check_base_model"}:
+        raise ValueError(f"domains[{name!r}]={spec} has no source: a revision or a check alone says nothing")
+
+
+def _public(origin: str) -> str:
+    """Where a domain came from, for others: a hub id as it is, of a local path the last part."""
+    local = os.path.exists(origin) or "\\" in origin or origin.count("/") != 1 or origin.startswith((".", "/", "~"))
+    return PurePath(origin.replace("\\", "/")).name if local else origin

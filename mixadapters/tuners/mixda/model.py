@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from peft.config import PeftConfig
 from peft.utils import load_peft_weights
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadapters.core.adapter import Adapter, Chain, Site
 from mixadapters.core.bank import AdapterBank
+from mixadapters.core.finding import inside_adapters
 from mixadapters.core.mixture import Mixture
-from mixadapters.core.model import MixtureModel, inside_adapters
+from mixadapters.core.model import MixtureModel
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.sites import layer_index, stack_of
-from mixadapters.routers import build_router
-from mixadapters.tuners.bottleneck.config import check_rank, placement_roles
+from mixadapters.tuners.bottleneck.config import placement_roles
 from mixadapters.tuners.bottleneck.model import EXPERT, bottleneck
 from mixadapters.tuners.mixda.config import MixDAConfig
+from mixadapters.tuners.mixda.router import mixture_router, require_surgery, trial_router
 
 NEW_ARM_SHARE = 0.05  # of the frozen arm's mass that a domain added later starts with
 
@@ -85,31 +86,32 @@ class MixDAModel(MixtureModel):
 
     # --- injection --------------------------------------------------------------------------------------------
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self._gathered: dict[str, dict[str, dict[str, Tensor]]] = {}
-        try:
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            for name, weights in self._gathered.items():
-                self._fill(adapter_name, name, weights)
-        finally:
-            self._gathered = {}
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        config: MixDAConfig = super()._prepare_adapter_config(peft_config, model_config)
+    def resolve(self, config: MixDAConfig, model_config: dict[str, Any]) -> None:
+        super().resolve(config, model_config)
         if config.sites is None and config.gate_input == "ffn_input" and config.adapter_input != "ffn_input":
             raise ValueError(
                 "gate_input='ffn_input' with target_modules: there is no telling where the FFN's input is; pass "
                 "sites={'ffn_output': ..., 'ffn_input': ...} instead, or leave gate_input=None"
             )
+
+    def before_injection(self, config: MixDAConfig, adapter_name: str) -> None:
+        self._gathered: dict[str, dict[str, dict[str, Tensor]]] = {}
+        trial = trial_router(config, list(config.domains)) if config.domains else None
         for name, spec in config.domains.items():
             if "source" in spec:
                 self._gathered[name] = self._read_source(config, name, spec)
                 spec["ranks"] = {path: w["down.weight"].shape[0] for path, w in self._gathered[name].items()}
             elif "ranks" not in spec:
                 spec["ranks"] = self._new_ranks(config)
-            if config.gate_granularity == "sequence":
+            if getattr(trial, "granularity", None) == "sequence":
                 self._refuse_causal(list(spec["ranks"]))
-        return config
+        super().before_injection(config, adapter_name)
+
+    def after_injection(self, config: MixDAConfig, adapter_name: str) -> None:
+        super().after_injection(config, adapter_name)
+        for name, weights in self._gathered.items():
+            self._fill(adapter_name, name, weights)
+        self._gathered = {}
 
     def _refuse_causal(self, paths: list[str]) -> None:
         for path in paths:
@@ -140,13 +142,10 @@ class MixDAModel(MixtureModel):
             bank.add(name, rank, config.init_weights)
         gate_tap = tap if config.gate_input == "ffn_input" and reads is None else None
         names = list(config.domains)
-        router = build_router(
-            config.gate, site.out_features if gate_tap else width, list(ranks),
-            hidden=config.gate_hidden, granularity=config.gate_granularity, pool=config.gate_pool,
-            dropout=config.gate_dropout, frozen_bias=config.frozen_bias(len(ranks)), normalize=config.gate_normalize,
-            convex=config.combine == "convex", temperature=config.temperature, balance_coef=config.balance_coef,
-            z_coef=config.z_coef, entropy_coef=config.entropy_coef, null_arms=_rank(config.null_arms, site.path),
-        )  # fmt: skip
+        router = mixture_router(
+            config, site.out_features if gate_tap else width, list(ranks), _rank(config.null_arms, site.path)
+        )
+        self.context.fields.update(router.fields)
         return Mixture(
             router, bank, "parallel", tap=reads, router_tap=gate_tap, dropout=config.adapter_dropout, observes=True,
             hard_routes=HardRoutes("domain_ids", [names.index(name) for name in ranks], len(names)),
@@ -278,12 +277,17 @@ class MixDAModel(MixtureModel):
             ValueError: the name is taken, the source does not fit, or share is not between 0 and 1.
         """
         config = self._config(adapter_name)
+        require_surgery(config, "add_domain")
         if name in config.domains:
             raise ValueError(f"domain {name!r} exists already; have {list(config.domains)}")
+        if name in self.peft_config and name != adapter_name:
+            raise ValueError(
+                f"domain {name!r} has the name of another adapter of this model: PEFT would drop its weights when it "
+                "saves. Choose another name"
+            )
         if not 0 < share < 1:
             raise ValueError(f"share={share} must lie between 0 and 1")
-        check_rank("r", r, "reduction_factor", config.reduction_factor)
-        given = MixDAConfig(domains={name: source} if source is not None else [name])
+        given = MixDAConfig(domains={name: source} if source is not None else [name], r=r)  # checks them
         spec = dict(given.domains[name])
         weights = self._read_source(config, name, spec) if "source" in spec else None
         if weights is None:
@@ -302,12 +306,10 @@ class MixDAModel(MixtureModel):
         config = self._config(adapter_name)
         own = (p for h in self.hosts() if adapter_name in h.adapters for p in h.adapters[adapter_name].parameters())
         dtype = next((p.dtype for p in own), None)
-        parent, _, child = path.rpartition(".")
         host = self._host_at(path, missing_ok=True)
         new: Any
         if host is None or adapter_name not in host.adapters:
-            owner = self.model.get_submodule(parent)
-            self._create_and_replace(config, adapter_name, getattr(owner, child), child, owner, path)
+            self.place(config, adapter_name, path)
             host = self._host_at(path)
             new = host.adapters[adapter_name]
             new.domain.router.start_at(share)
@@ -336,13 +338,14 @@ class MixDAModel(MixtureModel):
         config = self._config(adapter_name)
         if name not in config.domains:
             raise ValueError(f"unknown domain {name!r}; have {list(config.domains)}.{nearest(name, config.domains)}")
+        require_surgery(config, "remove_domain")
         for path, mixture in list(self._mixtures(adapter_name)):
             if name not in mixture.bank.experts:
                 continue
             mixture.bank.remove(name)
             mixture.router.remove_expert(name, renormalize)
             if mixture.bank.names:
-                config.null_arms[path] = mixture.router.null_arms
+                config.null_arms[path] = getattr(mixture.router, "null_arms", 0)
             else:
                 chain = self._host_at(path).adapters[adapter_name]
                 del chain.domain

@@ -5,10 +5,9 @@ from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig
 
-from mixadapters.core.config import MixtureConfig, one_of
+from mixadapters.core.config import MixtureConfig
 from mixadapters.kernels import ACTIVATIONS
-from mixadapters.tuners.bottleneck.config import BottleneckConfig, check_dropout
-from mixadapters.tuners.mosa.split import GRANULARITIES, MERGES
+from mixadapters.tuners.bottleneck.config import BottleneckConfig
 from mixadapters.tuners.registration import peft_type
 
 # Style -> what it says of the plain adapter.
@@ -17,7 +16,6 @@ STYLES: dict[str, dict[str, Any]] = {
     "pfeiffer": {"placement": "pfeiffer", "activation": "relu", "scale": 1.0},
     "houlsby": {"placement": "houlsby", "activation": "silu", "scale": 1.0},
 }
-BIASES = ("shared", "per_expert", "none")
 
 
 @dataclass
@@ -35,8 +33,16 @@ class MoSAConfig(MixtureConfig):
     style: Literal["adaptformer", "pfeiffer", "houlsby"] | None = field(
         default=None, metadata={"help": "Where adapters sit. None: adaptformer. LoRA has none."}
     )
-    r: int | None = field(default=None, metadata={"help": "Width. None: 64 for adapters, 16 for LoRA (paper)."})
-    num_experts: int = field(default=4, metadata={"help": "Parts of each split matrix, at most 255; 1: no split."})
+    r: int | None = field(
+        default=None, metadata={"help": "Width. None: 64 for adapters, 16 for LoRA (paper).", "least": 1, "free": True}
+    )
+    num_experts: int = field(
+        default=4,
+        metadata={
+            "help": "Parts of each split matrix, at most 255 (an owner is kept in a byte); 1: no split.", "least": 1,
+            "most": 255,
+        },
+    )  # fmt: skip
     split: Literal["up", "down", "both"] = field(
         default="up", metadata={"help": "Which projection is split (paper: up)."}
     )
@@ -51,33 +57,52 @@ class MoSAConfig(MixtureConfig):
     partition_seed: int = field(default=0, metadata={"help": "Of the partition and of the draws."})
     consistency: float | None = field(
         default=None,
-        metadata={"help": "Weight of the symmetric KL between two draws. None: 1 (paper); 0 for num_experts=1."},
+        metadata={
+            "help": "Weight of the symmetric KL between two draws. None: 1 (paper); 0 for num_experts=1.",
+            "least": 0,
+            "free": True,
+        },
     )
-    aux_ce: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy of the second draw (paper: 0)."})
+    aux_ce: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the cross-entropy of the second draw (paper: 0).", "least": 0, "free": True},
+    )
     deep_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the mean squared distance of hidden states (paper, Cars: 0.005)."}
+        default=0.0,
+        metadata={
+            "help": "Weight of the mean squared distance of hidden states (paper, Cars: 0.005).",
+            "least": 0,
+            "free": True,
+        },
     )
-    deep_layers: int = field(default=6, metadata={"help": "Over the outputs of so many first blocks (paper: 6)."})
+    deep_layers: int = field(
+        default=6, metadata={"help": "Over the outputs of so many first blocks (paper: 6).", "least": 1, "free": True}
+    )
     merge: Literal["mean", "sum"] = field(
         default="mean", metadata={"help": "In evaluation: W0 + D / num_experts (paper), or W0 + D."}
     )
     inactive_update: Literal["dense", "lazy"] = field(
         default="dense",
         metadata={
-            "help": "Entries not drawn in a step: the optimizer's momentum and decay, or left alone (LazyAdamW)."
+            "help": "Entries not drawn in a step: the optimizer's momentum and decay, or left alone (LazyAdamW).",
+            "free": True,
         },
     )
     sampler: Literal["group", "batch"] = field(
-        default="group", metadata={"help": "The two passes of the consistency loss draw apart (paper), or together."}
+        default="group",
+        metadata={"help": "The two passes of the consistency loss draw apart (paper), or together.", "free": True},
     )
-    sync_ranks: bool = field(default=True, metadata={"help": "All processes draw the same experts."})
+    sync_ranks: bool = field(default=True, metadata={"help": "All processes draw the same experts.", "free": True})
     adapter_input: Literal["residual", "ffn_input"] | None = field(
         default=None,
         metadata={
             "help": "What AdaptFormer reads: the stream before the FFN's norm, or after. None: by architecture."
         },
     )
-    activation: str | None = field(default=None, metadata={"help": f"None: by style. One of {sorted(ACTIVATIONS)}."})
+    activation: str | None = field(
+        default=None,
+        metadata={"help": f"None: by style. One of {sorted(ACTIVATIONS)}.", "choices": tuple(ACTIVATIONS)},
+    )
     layer_norm: bool | None = field(
         default=None,
         metadata={"help": "A LayerNorm of its own. None: for pfeiffer, and for adaptformer on the residual stream."},
@@ -85,36 +110,29 @@ class MoSAConfig(MixtureConfig):
     scale: float | Literal["learnable"] | None = field(
         default=None, metadata={"help": "Factor on the output. None: by style; 'learnable': from 1. LoRA: alpha / r."}
     )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    dropout: float = field(
+        default=0.0, metadata={"help": "Dropout on the adapter's input.", "least": 0, "below": 1, "free": True}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("MOSA")
         lora = self.base == "lora"
-        one_of("base", self.base, ("adapter", "lora"))
         if lora:
             self._refuse_for_lora()
         else:
             self.style = self.style or "adaptformer"
-            one_of("style", self.style, STYLES)
             style = STYLES[self.style]
             self.activation = style["activation"] if self.activation is None else self.activation
-            one_of("activation", self.activation, ACTIVATIONS)
-        if self.adapter_input is not None:
-            one_of("adapter_input", self.adapter_input, ("residual", "ffn_input"))
-            if self.style != "adaptformer":
-                raise ValueError(f"adapter_input={self.adapter_input!r} needs style='adaptformer', not {self.style!r}")
+        if self.adapter_input is not None and self.style != "adaptformer":
+            raise ValueError(f"adapter_input={self.adapter_input!r} needs style='adaptformer', not {self.style!r}")
         self.r = (16 if lora else 64) if self.r is None else self.r
         self.biases = ("none" if lora else "shared") if self.biases is None else self.biases
         self.scale = (1.0 if lora else STYLES[str(self.style)]["scale"]) if self.scale is None else self.scale
         if self.consistency is None:
             self.consistency = 1.0 if self.num_experts > 1 else 0.0
-        for name, choices in (
-            ("split", ("up", "down", "both")), ("granularity", GRANULARITIES), ("biases", BIASES), ("merge", MERGES),
-            ("inactive_update", ("dense", "lazy")), ("sampler", ("group", "batch")),
-        ):  # fmt: skip
-            one_of(name, getattr(self, name), choices)
-        self._check_numbers()
+        if self.inactive_update == "lazy" and not self.sync_ranks:
+            raise ValueError("inactive_update='lazy' needs sync_ranks=True: ranks would leave different entries alone")
 
     def _refuse_for_lora(self) -> None:
         given = {"style": None, "activation": None, "layer_norm": None, "adapter_input": None}
@@ -125,22 +143,6 @@ class MoSAConfig(MixtureConfig):
             raise ValueError(f"biases={self.biases!r}: LoRA has none; leave it out with base='lora'")
         if self.scale == "learnable":
             raise ValueError("scale='learnable' is for adapters; give a number (alpha / r) with base='lora'")
-
-    def _check_numbers(self) -> None:
-        if self.r is None or self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
-        if not 1 <= self.num_experts <= 255:
-            raise ValueError(f"num_experts={self.num_experts} must lie between 1 and 255: an owner is kept in a byte")
-        if self.inactive_update == "lazy" and not self.sync_ranks:
-            raise ValueError("inactive_update='lazy' needs sync_ranks=True: ranks would leave different entries alone")
-        if self.deep_layers < 1:
-            raise ValueError(f"deep_layers={self.deep_layers} must be at least 1")
-        for name in ("consistency", "aux_ce", "deep_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)} must be a finite number, zero or more")
-        if isinstance(self.scale, str) and self.scale != "learnable":
-            raise ValueError(f"scale={self.scale!r} must be a number or 'learnable'")
-        check_dropout("dropout", self.dropout)
 
     @property
     def two_passes(self) -> bool:

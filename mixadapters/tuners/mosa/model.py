@@ -37,17 +37,15 @@ class MoSAModel(MixtureModel):
         plain = config.plain()
         return placement_taps(plain.placement, plain.adapter_input, self.known_roles(config))
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        config: MoSAConfig = peft_config
+    def resolve(self, config: MoSAConfig, model_config: dict[str, Any]) -> None:
         if config.style == "adaptformer" and config.adapter_input is None:
             # Stages of Swin and ConvNeXt, and post-norm models, have no norm that the stream alone runs into.
             by_table = config.sites is not None or config.target_modules is None
             whole = by_table and {"ffn", "ffn_norm"} <= self.known_roles(config)
             config.adapter_input = "residual" if whole else "ffn_input"
-        return super()._prepare_adapter_config(config, model_config)
+        super().resolve(config, model_config)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+    def after_injection(self, config: MoSAConfig, adapter_name: str) -> None:
         objectives = self.context.objectives
         mine = next((o for o in objectives if isinstance(o, ConsistencyObjective)), None)
         if mine is None:
@@ -55,7 +53,7 @@ class MoSAModel(MixtureModel):
             objectives.insert(0, mine)  # the others see the rows of the first pass
         host = next((h for h in self.hosts() if adapter_name in h.adapters), None)
         if host is not None:
-            mine.adapters[adapter_name] = host, self.peft_config[adapter_name]
+            mine.adapters[adapter_name] = host, config
 
     def build(self, config: MoSAConfig, site: Site) -> Mixture:
         rank = self.rank_at(config, site.path, config.r or 0)

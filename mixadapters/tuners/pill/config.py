@@ -3,9 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from torch import nn
-
 from mixadapters.core.config import MixtureConfig, one_of
+from mixadapters.core.names import check_name
 from mixadapters.routers.modality import TOKEN_TYPES, Modalities
 from mixadapters.tuners.registration import peft_type
 
@@ -54,13 +53,15 @@ class PILLConfig(MixtureConfig):
     }
     needs: ClassVar[frozenset[str]] = frozenset({"modality_ids"})
 
-    r: int = field(default=32, metadata={"help": "Width of an expert (paper: 32)."})
+    r: int = field(default=32, metadata={"help": "Width of an expert (paper: 32).", "least": 1, "free": True})
     modalities: list[str] = field(
         default_factory=lambda: ["text", "image"], metadata={"help": "In the order of their ids; the first is text."}
     )
     token_ids: dict[str, list[int]] | None = field(
         default=None,
-        metadata={"help": "Modality -> tokens that stand for it. None: as the base model's config says, if it does."},
+        metadata={
+            "help": "Modality -> tokens that stand for it. None: as the base model's config says, if it does.",
+        },
     )
     attention_adapter: Literal["shared", "per_modality", "none"] = field(
         default="shared", metadata={"help": "Before attention (paper: one for all tokens)."}
@@ -70,7 +71,10 @@ class PILLConfig(MixtureConfig):
     )
     last_layer_experts: bool = field(
         default=False,
-        metadata={"help": "Non-text experts in the last layer too: a loss on text alone never trains them."},
+        metadata={
+            "help": "Non-text experts in the last layer too: a loss on text alone never trains them.",
+            "free": True,
+        },
     )
     gate: bool = field(default=True, metadata={"help": "The gate on values."})
     gate_modalities: list[str] | None = field(
@@ -85,17 +89,15 @@ class PILLConfig(MixtureConfig):
         default="kv_head", metadata={"help": "A factor per token and KV head (paper), or per token."}
     )
     stage: Literal["align", "tune"] = field(
-        default="tune", metadata={"help": "The stage it is in; set_stage keeps it. In 'align' the gate is 1."}
+        default="tune",
+        metadata={"help": "The stage it is in; set_stage keeps it. In 'align' the gate is 1.", "free": True},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("PILL")
-        if self.r <= 0:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}")
         for name in self.modalities:
-            if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
-                raise ValueError(f"modalities={self.modalities}: {name!r} is no name for a modality; use a plain word")
+            check_name("modalities", name, "pill_")
         if len(set(self.modalities)) != len(self.modalities) or self.modalities[:1] != ["text"]:
             raise ValueError(f"modalities={self.modalities} must begin with 'text' and name each modality once")
         for name, known in (
@@ -113,10 +115,6 @@ class PILLConfig(MixtureConfig):
                 "gated; for no gate set gate=False"
             )
         check_token_ids(self.token_ids or {})
-        one_of("attention_adapter", self.attention_adapter, ("shared", "per_modality", "none"))
-        one_of("gate_init", self.gate_init, ("zero", "one", None))
-        one_of("gate_granularity", self.gate_granularity, ("kv_head", "layer"))
-        one_of("stage", self.stage, self.stages)
         if self.target_modules is not None and self.sites is None:
             raise ValueError(
                 f"target_modules={self.target_modules}: PILL has adapters of several kinds; say by sites which "

@@ -56,6 +56,7 @@ class ValueGate(Adapter):
 
 class PILLModel(MixtureModel):
     fields = ("modality_ids", "mm_token_type_ids")
+    moving = ("stage",)
 
     def roles(self, config: PILLConfig) -> tuple[str, ...]:
         roles = ["attention_norm"] if config.attention_adapter != "none" else []
@@ -66,8 +67,7 @@ class PILLModel(MixtureModel):
             roles.append("qkv" if "qkv" in known and "value" not in known else "value")
         return tuple(roles)
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        config: PILLConfig = peft_config
+    def resolve(self, config: PILLConfig, model_config: dict[str, Any]) -> None:
         if has_two_stacks(self.model):
             raise ValueError(f"PILL is for decoders; {type(self.model).__name__} has an encoder of its own")
         found = {name: getattr(self.model.config, f"{name}_token_id", None) for name in TOKEN_TYPES[1:]}
@@ -77,9 +77,8 @@ class PILLModel(MixtureModel):
             config.token_ids = known
         if config.gate_init is None:
             config.gate_init = "one" if known or model_config.get("vision_config") else "zero"
-        config = super()._prepare_adapter_config(config, model_config)
+        super().resolve(config, model_config)
         self._refuse_uneven(config)
-        return config
 
     def _refuse_uneven(self, config: PILLConfig) -> None:
         """A layer that lacks one of the roles: it runs in parallel on one norm, or has no attention values."""
@@ -149,11 +148,8 @@ class PILLModel(MixtureModel):
 
     # --- stages and caches ------------------------------------------------------------------------------------
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+    def after_injection(self, config: PILLConfig, adapter_name: str) -> None:
         self.context.cache_owner = self.at_work
-        config = self.peft_config[adapter_name]
-        config._used[2].setdefault("stage", config.stage)  # what another model that takes this object begins with
         if config.stage == "align" and not config.inference_mode:
             self.set_stage("align", adapter_name)
 

@@ -1,0 +1,134 @@
+"""One check of a config's values, from its fields' annotations and metadata.
+
+Metadata beside `help`: `least`, `above`, `most`, `below` (a number's range), `choices` (of a string), `pattern` (a
+string, a list's strings or a dict's keys are regular expressions), `patterns` (a dict's values are). `free` fields may
+differ between a file and the adapter that it is loaded into (`MixtureConfig.refuse_other`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import Field, fields
+from functools import lru_cache
+from math import isfinite
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from mixadapters.core.patterns import check_pattern
+from mixadapters.core.registry import nearest
+
+
+def check_fields(config: Any) -> None:
+    """Refuse values of a dataclass that its annotations and metadata do not allow.
+
+    A bool is a bool, and no number; an integer is an integer; a float is finite. Tuples pass for lists.
+
+    Raises:
+        ValueError: which field, its value, and what it takes.
+    """
+    kind: Any = type(config)
+    hints = _hints(kind)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name not in hints:
+            continue
+        if not fits(value, hints[field.name]):
+            raise ValueError(_message(field, value, hints[field.name]))
+        _check_metadata(field, value, hints[field.name])
+
+
+@lru_cache(maxsize=64)
+def _hints(cls: Any) -> dict[str, Any]:
+    """Annotations of the fields of `cls`; those of enums (PEFT's own) are left out."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls) if f.name not in ("peft_type", "task_type", "auto_mapping")}
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the annotated type, elements included."""
+    origin, inside = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(fits(value, one) for one in inside)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in inside)
+    if origin is list:
+        return isinstance(value, (list, tuple)) and all(fits(item, inside[0]) for item in value)
+    if origin is set:
+        return isinstance(value, set) and all(fits(item, inside[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, inside[0]) and fits(v, inside[1]) for k, v in value.items())
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or (NoneType if hint is None else hint))
+
+
+def _check_metadata(field: Field[Any], value: Any, hint: Any) -> None:
+    said = field.metadata
+    for number in _numbers(value):
+        low = number < said.get("least", number) or number <= said.get("above", number - 1)
+        high = number > said.get("most", number) or number >= said.get("below", number + 1)
+        if low or high:
+            raise ValueError(_message(field, value, hint))
+    if isinstance(value, str) and value not in said.get("choices", (value,)):
+        raise ValueError(_message(field, value, hint))
+    for pattern in _strings(value) if said.get("pattern") else ():
+        check_pattern(field.name, pattern)
+    for pattern in (value or {}).values() if said.get("patterns") else ():
+        check_pattern(field.name, pattern)
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+    return (n for n in inside if isinstance(n, (int, float)) and not isinstance(n, bool))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    return (s for s in ((value,) if isinstance(value, str) else value or ()) if isinstance(s, str))
+
+
+def _message(field: Field[Any], value: Any, hint: Any) -> str:
+    said, shown = field.metadata, repr(value)
+    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    if said.get("least") == 1 and "most" not in said and hint in (int, int | None):  # as PEFT's own types say it
+        return f"`{field.name}` should be a positive integer value but the value passed is {shown}"
+    choices = list(said.get("choices") or _literals(hint))
+    if choices and isinstance(value, str):
+        return f"{field.name}={shown} is unknown; choose one of {choices}.{nearest(value, choices)}"
+    limits = [f"{word} {said[key]}" for key, word in RANGE.items() if key in said]
+    return ", ".join([f"{field.name}={shown} must be {_words(hint)}", *limits])
+
+
+RANGE = {"least": "at least", "above": "above", "most": "at most", "below": "less than"}
+WORDS = {int: "an integer", float: "a finite number", str: "a string", bool: "True or False", NoneType: "None"}
+ELEMENTS = {int: "integers", float: "finite numbers", str: "strings", bool: "booleans"}
+
+
+def _words(hint: Any) -> str:
+    origin, inside = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_words(one) for one in inside if get_origin(one) is not set)  # made of the list
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in inside)
+    if origin in (list, set):
+        return f"a {origin.__name__} of {_elements(inside[0])}"
+    if origin is dict:
+        return f"a dict of {_elements(inside[0])} to {_elements(inside[1])}"
+    return WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def _elements(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_elements(one) for one in get_args(hint))
+    return ELEMENTS.get(hint) or _words(hint)
+
+
+def _literals(hint: Any) -> tuple[Any, ...]:
+    """The choices, where there is nothing else but None."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    others = [one for one in get_args(hint) if one is not NoneType]
+    return _literals(others[0]) if get_origin(hint) in (Union, UnionType) and len(others) == 1 else ()

@@ -1,0 +1,209 @@
+"""Folders and hub repositories that hold a saved adapter, read before anything is made of them.
+
+They come from strangers: what is read is the JSON of the config and the header of the weights. Nothing in them is run
+or followed, and no memory is taken for what they claim.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+LARGEST_CONFIG = 64 * 2**20  # bytes
+PREFIX = "base_model.model."  # of the keys in a file
+HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only", "proxies")
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """What a saved adapter says of itself."""
+
+    model_id: str  # as the user named it
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]  # key -> shape of the tensor
+    other: str | None = None  # why the weights are not those that the config was saved with
+    mapped: bool = False  # whether keys are renamed on loading, for another version of the base model
+
+    def plain_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by the keys of a model that is no PeftModel; the prefix must be there for all, or for none."""
+        keys = {key.removeprefix(PREFIX) for key in self.shapes}
+        if len(keys) < len(self.shapes) or len({key.startswith(PREFIX) for key in self.shapes}) > 1:
+            odd = next(key for key in sorted(self.shapes) if not key.startswith(PREFIX))
+            raise ValueError(f"{self.model_id}: {odd!r} is no key of an adapter: it does not begin with {PREFIX!r}")
+        return {key.removeprefix(PREFIX): shape for key, shape in self.shapes.items()}
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The JSON object of a file. Raises ValueError, naming the file, where it is none."""
+    try:
+        if os.path.getsize(path) > LARGEST_CONFIG:
+            raise ValueError(f"it has more than {LARGEST_CONFIG} bytes")
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    except (ValueError, RecursionError) as error:  # JSON and Unicode errors among them
+        raise ValueError(f"{path} is no adapter config: {error}") from error
+    return content
+
+
+@contextmanager
+def weights_of(path: str | Path) -> Iterator[Mapping[str, Any]]:
+    """Key -> tensor of a file of weights, in memory only where one is taken. A pickle runs no code.
+
+    Raises:
+        ValueError: the file is cut, or no such file; the message names it.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            with safe_open(str(path), framework="pt") as opened:
+                yield Safetensors(opened)
+        else:
+            yield torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read as weights: {error}") from error
+
+
+class Safetensors(Mapping[str, Any]):
+    """An open file of safetensors as a mapping."""
+
+    def __init__(self, opened: Any) -> None:
+        self.opened = opened
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.opened.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.opened.keys())
+
+    def __len__(self) -> int:
+        return len(self.opened.keys())
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.opened.get_slice(key).get_shape())
+
+
+def read_adapter(
+    model_id: Any, wanted: Callable[[Any], bool], *, subfolder: str | None = None, **options: Any
+) -> SavedAdapter | None:
+    """What the adapter in a folder, or of a hub id, says of itself; None where there is none to be found.
+
+    Args:
+        wanted: whether a `peft_type` is; of others nothing but the config is read.
+        options: of the hub, such as `revision`.
+
+    Raises:
+        ValueError: a file is no JSON, or is cut.
+    """
+    config_path = _find(model_id, CONFIG_NAME, subfolder, options)
+    if config_path is None:
+        return None
+    config = read_config(config_path)
+    if not wanted(config.get("peft_type")):
+        return None
+    weights_path = _find(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder, options) or _find(
+        model_id, WEIGHTS_NAME, subfolder, options
+    )
+    if weights_path is None:
+        return SavedAdapter(str(model_id), config, {})
+    with weights_of(weights_path) as weights:
+        if isinstance(weights, Safetensors):
+            shapes = {key: weights.shape(key) for key in weights}
+        else:
+            shapes = {key: tuple(tensor.shape) for key, tensor in weights.items() if isinstance(tensor, Tensor)}
+        other = None if config.get("digest") is None else _other(weights, config, weights_path)
+    return SavedAdapter(str(model_id), config, shapes, other)
+
+
+def _other(weights: Mapping[str, Any], config: dict[str, Any], path: str) -> str | None:
+    found = digest_of(weights, str(config.get("peft_type")), config.get("modules_to_save"))
+    if found == config["digest"]:
+        return None
+    return (
+        f"{path} is not what {CONFIG_NAME} was saved with: one of the two is of another save, or was changed (digest "
+        f"{str(found)[:20]}, expected {str(config['digest'])[:20]}). If it was changed on purpose, take `digest` out "
+        f"of {CONFIG_NAME}"
+    )
+
+
+def _find(model_id: Any, name: str, subfolder: str | None, options: dict[str, Any]) -> str | None:
+    local = os.path.join(str(model_id), subfolder or "", name)
+    if os.path.isfile(local):
+        return local
+    if os.path.isdir(str(model_id)):
+        return None
+    given = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
+    try:
+        return hf_hub_download(str(model_id), name, subfolder=subfolder, **given)
+    except Exception:  # no such repository, no network: PEFT says so
+        return None
+
+
+def digest_of(weights: Mapping[str, Any], kind: str, heads: Any) -> str | None:
+    """Of the keys, dtypes, shapes and contents of an adapter's own weights and heads; None where there are none.
+
+    What PEFT may save beside (embeddings of a model whose vocabulary has grown) is no part of it.
+
+    Args:
+        weights: key of the file -> tensor.
+        kind: of the adapter, as in `peft_type`.
+        heads: its `modules_to_save`.
+    """
+    total, empty = hashlib.sha256(), True
+    for key in sorted(weights, key=_plain):
+        name = _plain(key)
+        head = any(f".{head}." in f".{name}" for head in heads or ()) and not BESIDE & set(name.split("."))
+        if head or f".{kind.lower()}_adapters." in name or name.endswith(".token_adapter.trainable_tokens_delta"):
+            tensor = weights[key].detach().cpu().contiguous()
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            empty = False
+    return None if empty else f"sha256:{total.hexdigest()}"
+
+
+def _plain(key: str) -> str:
+    return key.removeprefix(PREFIX)
+
+
+BESIDE = frozenset({"original_module", "modules_to_save"})  # in keys of embeddings that are saved modules too
+_LOADING: ContextVar[SavedAdapter | None] = ContextVar("loading", default=None)
+
+
+def being_loaded() -> SavedAdapter | None:
+    """The files whose weights a verb of PEFT or transformers is about to load in this thread."""
+    return _LOADING.get()
+
+
+@contextmanager
+def loading(saved: SavedAdapter | None) -> Iterator[None]:
+    token = _LOADING.set(saved)
+    try:
+        yield
+    finally:
+        _LOADING.reset(token)
+
+
+@contextmanager
+def written_aside(path: str | Path) -> Iterator[Path]:
+    """A name of its own beside `path`, for the next content: it takes its place in one step, when all is written."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

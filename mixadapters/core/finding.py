@@ -1,0 +1,219 @@
+"""Finds the modules of a model that take a method's adapters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from mixadapters.core.adapter import Site
+from mixadapters.core.config import MixtureConfig
+from mixadapters.core.layer import AdapterHost, HookedLayer, is_pointwise
+from mixadapters.core.registry import nearest
+from mixadapters.core.routing import NO_LAYER
+from mixadapters.core.sites import (
+    ROLES,
+    find_architecture,
+    group_of,
+    hidden_size_of,
+    layer_index,
+    stack_of,
+    sublayer_of,
+)
+
+TARGET = "target"  # role of modules that the user names by target_modules
+# Heads that PEFT adds to modules_to_save by the task, whether or not the model has one of this name.
+HEADS = frozenset({"classifier", "score", "qa_outputs"})
+
+
+class SiteFinder(BaseTuner):
+    """Which modules of the model take adapters. A method writes `roles`; the others are there to be extended."""
+
+    def roles(self, config: Any) -> tuple[str, ...]:
+        """Roles (see `core.sites`) of the modules that take an adapter, where the user names none."""
+        raise NotImplementedError
+
+    def taps(self, config: Any) -> tuple[str, ...]:
+        """Roles of the modules in the same layer whose input the adapters read."""
+        return ()
+
+    def known_roles(self, config: MixtureConfig) -> set[str]:
+        """The roles that have modules here: those of `sites`, or of the architecture."""
+        if config.sites is not None:
+            return set(config.sites)
+        row = find_architecture(self.get_model_config(self.model).get("model_type", "custom"))
+        return {role for role in ROLES if getattr(row, role) is not None}
+
+    def resolve(self, config: Any, model_config: dict[str, Any]) -> None:
+        """Fill in what the config leaves to the model: sites, widths ... Raises ValueError where that cannot be."""
+        if config.sites is None and config.target_modules is None:
+            row = find_architecture(model_config.get("model_type", "custom"))
+            needed = (*self.roles(config), *self.taps(config))
+            for role in needed:
+                if getattr(row, role) is None:
+                    raise ValueError(
+                        f"{model_config['model_type']!r} models have no module for the role {role!r} that "
+                        f"{type(config).__name__} needs with these fields; choose another placement or input, or pass "
+                        f"sites={{{role!r}: <regular expression>}}"
+                    )
+            config.sites = {role: getattr(row, role) for role in needed}
+        if config.sites is not None:
+            missing = [r for r in (*self.roles(config), *self.taps(config)) if r not in config.sites]
+            if missing:
+                raise ValueError(f"sites={config.sites} lacks the roles {missing} that this config needs")
+            union = "|".join(f"(?:{config.sites[role]})" for role in self.roles(config))
+            if config.target_modules not in (None, union):
+                raise ValueError("give either `sites` or `target_modules`, not both")
+            config.target_modules = union
+
+    def hosts(self) -> Iterator[AdapterHost]:
+        """The layers of this model that hold adapters."""
+        return (module for module in self._outside() if isinstance(module, AdapterHost))
+
+    def _outside(self) -> Iterator[nn.Module]:
+        """The modules of this model, as `modules()` gives them, without those inside adapters: there may be many."""
+        seen: set[nn.Module] = set()
+        waiting: list[nn.Module] = [self.model]
+        while waiting:
+            module = waiting.pop()
+            if module not in seen:
+                seen.add(module)
+                yield module
+                children = [child for child in module._modules.values() if child is not None]
+                if isinstance(module, AdapterHost):
+                    children.remove(module.adapters)
+                waiting += reversed(children)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        found = check_target_module_exists(peft_config, key)
+        layers = peft_config.layers_to_transform
+        matched = found is True or isinstance(found, re.Match)
+        if matched and peft_config.sites is not None and layers is not None:
+            return layer_index(key) in ([layers] if isinstance(layers, int) else layers)
+        return found
+
+    def _refuse_unmatched(self, config: MixtureConfig) -> None:
+        """PEFT passes over a suffix that matches nothing as long as another one matches."""
+        if isinstance(config.target_modules, str) or config.target_modules is None:
+            return
+        names = [re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules()]
+        for target in sorted(config.target_modules):
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise ValueError(
+                    f"target_modules={sorted(config.target_modules)}: no module of the model is called {target!r}."
+                    f"{nearest(target, {name.rpartition('.')[2] for name in names})}"
+                )
+
+    def matched(self, config: MixtureConfig) -> list[str]:
+        """Paths of the modules that take an adapter by this config; those inside other adapters' layers do not."""
+        layers = [f"{name}." for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)]
+        return [
+            name
+            for name, _ in self.model.named_modules()
+            if name and not name.startswith(tuple(layers)) and self._check_target_module_exists(config, name)
+        ]
+
+    def _refuse_nested(self, config: MixtureConfig) -> None:
+        """Sites inside sites would be lost on unload and skipped by later adapters."""
+        existing = {host.path for host in self.hosts()}
+        names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules())
+        wanted = {
+            n
+            for n in names
+            if n and self._check_target_module_exists(config, n) and not inside_adapters(n, self.prefix)
+        }
+        places = sorted(existing | wanted)
+        for outer, inner in pairwise(places):
+            if inner.startswith(f"{outer}.") and (inner in wanted or outer in wanted):
+                raise ValueError(
+                    f"{inner!r} lies inside {outer!r}, and both would hold adapters; target one of them, or use "
+                    "exclude_modules"
+                )
+
+    def _unwrapped(self, path: str) -> nn.Module:
+        module = self.model
+        for part in path.split("."):
+            module = getattr(module, part)
+            while hasattr(module, "base_layer"):
+                module = module.base_layer
+        return module
+
+    def _site(self, config: MixtureConfig, adapter_name: str, base: nn.Module, path: str) -> Site:
+        role = TARGET
+        if config.sites is not None:
+            role = next(r for r in self.roles(config) if re.fullmatch(config.sites[r], path))
+        width_in, width_out = self._widths(config, base, path)
+        stack = stack_of(path, self.model)
+        taps = tuple((r, self._nearest_tap(config.sites[r], path)) for r in self.taps(config)) if config.sites else ()
+        layer = layer_index(path)
+        return Site(
+            role, path, width_in, width_out, stack, self._is_causal(stack), taps,
+            adapter=adapter_name, group=self._group(role, path), layer=NO_LAYER if layer is None else layer,
+        )  # fmt: skip
+
+    def _group(self, role: str, path: str) -> str:
+        if role != TARGET:
+            return group_of(role)
+        try:
+            row = find_architecture(self.get_model_config(self.model).get("model_type", "custom"))
+        except ValueError:
+            row = None
+        return sublayer_of(path, row)
+
+    def _widths(self, config: MixtureConfig, base: nn.Module, path: str) -> tuple[int, int]:
+        if isinstance(base, Conv1D):
+            return base.nx, base.nf
+        if hasattr(base, "in_features") and hasattr(base, "out_features"):
+            return base.in_features, base.out_features
+        if is_pointwise(base):
+            return base.in_channels, base.out_channels
+        if isinstance(base, (nn.Embedding, nn.modules.conv._ConvNd)):
+            raise ValueError(
+                f"Target module {path} is not supported: {type(base).__name__}; target linear layers, convolutions of "
+                "kernel 1 without padding and groups, or blocks"
+            )
+        weight = getattr(base, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 1:  # a norm
+            return weight.shape[0], weight.shape[0]
+        width = config.hidden_size or hidden_size_of(getattr(self.model, "config", None))
+        if width is None:
+            raise ValueError(f"cannot tell the width of {path!r} ({type(base).__name__}); pass hidden_size")
+        return width, width
+
+    def _is_causal(self, stack: str) -> bool:
+        if stack:
+            return stack == "decoder"
+        model_config = self.get_model_config(self.model)
+        try:
+            causal = find_architecture(model_config.get("model_type", "custom")).causal
+        except ValueError:
+            causal = False
+        return causal or bool(model_config.get("is_decoder")) or "CausalLM" in type(self.model).__name__
+
+    def _nearest_tap(self, pattern: str, path: str) -> str:
+        """The module that matches `pattern` and shares the longest path with `path`."""
+        names = (re.sub(r"\.base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules())
+        matching = [name for name in names if re.fullmatch(pattern, name)]
+        if not matching:
+            raise ValueError(f"no module matches {pattern!r}, whose input the adapter at {path!r} reads")
+
+        def shared(name: str) -> int:
+            pairs = zip(name.split("."), path.split("."), strict=False)
+            return next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
+
+        return max(matching, key=shared)
+
+    def rank_at(self, config: Any, path: str, default: int) -> int:
+        """The rank for a site: `rank_pattern` first."""
+        return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), path), default)
+
+
+def inside_adapters(name: str, prefix: str) -> bool:
+    return any(part.startswith(prefix) or part == HookedLayer.attribute for part in name.split("."))

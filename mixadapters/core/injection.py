@@ -1,0 +1,208 @@
+"""Puts a method's adapters into a model, or leaves the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import nn
+
+from mixadapters.core.adapter import Adapter, Site
+from mixadapters.core.config import MixtureConfig
+from mixadapters.core.context import ForwardContext
+from mixadapters.core.fields import check_fields
+from mixadapters.core.files import SavedAdapter, being_loaded
+from mixadapters.core.finding import SiteFinder
+from mixadapters.core.layer import AdapterHost, HookedLayer, MixtureLayer
+from mixadapters.core.names import check_apart, check_name
+from mixadapters.core.saving import check_keys, check_shapes, embedding_keys, head_shapes, token_keys
+from mixadapters.core.sites import Tap
+
+
+class Injection(SiteFinder):
+    """How adapters come into a model. A method writes `build`; the others are there to be extended."""
+
+    fields: tuple[str, ...] = ()
+    attachment: type[MixtureLayer] | type[HookedLayer] = MixtureLayer
+    moving: tuple[str, ...] = ()  # fields of the config that verbs change later
+
+    def build(self, config: Any, site: Site) -> Adapter | None:
+        """The adapter for one site; None where there is nothing to add."""
+        raise NotImplementedError
+
+    def before_injection(self, config: Any, adapter_name: str) -> None:
+        """Last checks, with a resolved config and before any module is changed."""
+        saved = being_loaded()
+        if saved is not None and saved.shapes and not saved.mapped:
+            self._check_file(config, adapter_name, saved)
+        if saved is not None and saved.other is not None:
+            raise ValueError(saved.other)
+        beside = config.trained_beside or {}
+        for name, kind in beside.items():
+            other = self.peft_config.get(name)
+            if saved is not None and (other is None or other.peft_type.value != kind):
+                raise ValueError(
+                    f"this adapter was trained beside {beside}, and the model has no {kind} adapter {name!r}: put it "
+                    "into the base model first (inject_adapter_in_model), or take `trained_beside` out of "
+                    "adapter_config.json to go without"
+                )
+
+    def _check_file(self, config: Any, adapter_name: str, saved: SavedAdapter) -> None:
+        """Compare a file's header with what the config makes of this model, at no cost in memory."""
+        own: dict[str, tuple[int, ...]] = {}
+        with torch.device("meta"):
+            for path in self.matched(config):
+                adapter = self.build(config, self._site(config, adapter_name, self._unwrapped(path), path))
+                if adapter is not None:
+                    where = f"{path}.{HookedLayer.attribute}" if self.attachment is HookedLayer else path
+                    state = adapter.state_dict()
+                    own |= {f"{where}.{self.prefix}adapters.{key}": tuple(t.shape) for key, t in state.items()}
+        heads = head_shapes(self.model, config)
+        given = saved.plain_shapes()
+        here = {key: tuple(tensor.shape) for key, tensor in self.model.state_dict().items()}
+        beside = embedding_keys(self.model)
+        check_keys(adapter_name, given, set(own) | set(heads), beside | token_keys(config, given))
+        wanted = {key: here[key] for key in beside & given.keys() & here.keys()} | own | heads
+        check_shapes(adapter_name, given, wanted)
+
+    def after_injection(self, config: Any, adapter_name: str) -> None:
+        """The adapters sit at their sites; what raises here has them taken out again."""
+
+    def place(self, config: Any, adapter_name: str, path: str) -> None:
+        """Put an adapter of `config` at the module `path` of the model, where the method has one for it."""
+        parent, _, child = path.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        target = getattr(owner, child)
+        host = target if isinstance(target, MixtureLayer) else getattr(target, HookedLayer.attribute, None)
+        base = host.get_base_layer() if isinstance(host, AdapterHost) else target
+        site = self._site(config, adapter_name, base, path)
+        adapter = self.build(config, site)
+        if adapter is None:
+            return
+        adapter.bind(site)
+        for _role, tapped in site.taps:
+            Tap.attach(self._unwrapped(tapped), tapped, self.context)
+        if not isinstance(host, AdapterHost):
+            host = self.attachment(
+                target, self.context, self.prefix, path, site.in_features, site.out_features,
+                **get_quantization_kwargs(self.model),
+            )  # fmt: skip
+            host._active_adapter = list(self.active_adapters)
+            if isinstance(host, MixtureLayer):
+                setattr(owner, child, host)
+        host.add(adapter_name, adapter, inference_mode=config.inference_mode)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; and where it fails, the model is as it was before."""
+        config = self._own_config(adapter_name)
+        given = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        had_context = ForwardContext.find(model) is not None
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        places = {host: host.adapters[adapter_name] for host in self.hosts() if adapter_name in host.adapters}
+        self._check_names(config, adapter_name)
+        context = ForwardContext.of(model)
+        context.fields.update(self.fields)
+        self._injecting = adapter_name
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._check_names(config, adapter_name)
+            self.after_injection(config, adapter_name)
+        except Exception:
+            self._withdraw(adapter_name, places)
+            for parameter, needed in trained:
+                parameter.requires_grad_(needed)
+            if not had_context and not any(self.hosts()):
+                context.detach(model)
+            raise
+        finally:
+            filled = {n: v for n, v in given.items() if n in self.moving or getattr(config, n) != v}
+            config._used = (weakref.ref(model), adapter_name, filled)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        check_fields(peft_config)  # again: they may have been set since
+        self.resolve(peft_config, model_config)
+        self._refuse_unmatched(peft_config)
+        self._refuse_nested(peft_config)
+        self.before_injection(peft_config, self._injecting)
+        return peft_config
+
+    def _create_and_replace(
+        self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,
+        current_key: str, **_: Any,
+    ) -> None:  # fmt: skip
+        self.place(peft_config, adapter_name, current_key)
+
+    def _own_config(self, adapter_name: str) -> Any:
+        """The config of an adapter, shared with no other adapter: some of its fields are filled in for this model.
+
+        PEFT keeps the caller's object. If that is in use already, the earlier model goes on with a copy, and here the
+        fields are as they were given; a second adapter of the same model takes the copy.
+        """
+        config = self.peft_config[adapter_name]
+        if any(c is config for name, c in self.peft_config.items() if name != adapter_name):
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)
+        elif config._used is not None:
+            user, name, filled = config._used
+            configs = getattr(user(), "peft_config", {})
+            if configs.get(name) is config:
+                configs[name] = copy.deepcopy(config)
+            for field, value in filled.items():
+                setattr(config, field, value)
+        return config
+
+    def _withdraw(self, adapter_name: str, before: dict[AdapterHost, nn.Module]) -> None:
+        """Undo what an injection that failed has done; before: adapters that had the name."""
+        for host in list(self.hosts()):
+            if host in before:
+                host.adapters[adapter_name] = before[host]
+            elif adapter_name in host.adapters:
+                del host.adapters[adapter_name]
+                if not host.adapters:
+                    parent, _, child = host.path.rpartition(".")
+                    self._replace_module(self.model.get_submodule(parent), child, host.get_base_layer(), host)
+        if before:
+            return
+        self.context.hosted.discard(adapter_name)
+        for path, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+                module.delete_adapter(adapter_name, new_active_adapters=None)
+                if not module._adapters:
+                    parent, _, child = path.rpartition(".")
+                    setattr(self.model.get_submodule(parent), child, module.original_module)
+
+    def _check_names(self, config: MixtureConfig, adapter_name: str) -> None:
+        check_name("adapter_name", adapter_name, self.prefix)
+        keys: dict[str, set[str]] = {}
+        wrappers = [module for module in self._outside() if isinstance(module, AuxiliaryTrainingWrapper)]
+        parts = {part for wrapper in wrappers for part in wrapper.children()}  # PEFT's own, of the same name
+        for module in (m for m in self._outside() if m not in parts):
+            if isinstance(module, AdapterHost) and module.prefix == self.prefix:
+                for name, adapter in module.adapters.items():
+                    keys.setdefault(name, set()).update(p for key in adapter.state_dict() for p in key.split("."))
+            elif isinstance(module, BaseTunerLayer) and adapter_name in module._all_available_adapter_names():
+                raise ValueError(
+                    f"adapter_name={adapter_name!r} is the name of an adapter of another type in this model "
+                    f"({type(module).__name__}): one of the two would be lost when they are saved. Choose another"
+                )
+        others = [name for name in self.peft_config if name != adapter_name]
+        check_apart(adapter_name, others, base_parts(self.model), keys)
+
+
+def base_parts(model: nn.Module) -> set[str]:
+    """Parts of the base model's keys, with PEFT's own before them."""
+    found, waiting = {"base_model", "model"}, [model]
+    while waiting:
+        module = waiting.pop()
+        found.update((*module._parameters, *module._buffers))
+        for name, child in module._modules.items():
+            adapters = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+            if child is not None and (not adapters or name in ("base_layer", "original_module")):
+                found.add(name)
+                waiting.append(child)
+    return found

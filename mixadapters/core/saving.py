@@ -1,0 +1,172 @@
+"""What a saved adapter holds, and what may be loaded: every key has its place, or is refused."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from mixadapters.core.files import PREFIX, digest_of
+from mixadapters.core.layer import AdapterHost
+
+# What FSDP, torch.compile and activation checkpointing put into names.
+WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+
+
+class SavedForm(BaseTuner):
+    """The keys of a saved adapter, in both directions."""
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The name follows `<prefix>adapters`, however deep the parameter lies. Keys of heads have none any more.
+
+        Embeddings that are saved modules too come with the name behind that of PEFT's wrapper.
+        """
+        for holder in (f"{cls.prefix}adapters", "modules_to_save"):
+            before, found, after = key.partition(f".{holder}.{adapter_name}.")
+            if found:
+                return f"{before}.{holder}.{after}"
+        return key
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """PEFT's selection; what is incomplete is not saved, and the config gets the digest of what is.
+
+        Raises:
+            ValueError: weights of the adapter are not among those selected, or hold nothing.
+        """
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        have = {WRAPPERS.sub("", key) for key in found}
+        if missing := sorted(key for key in own_keys(model, cls.prefix, adapter_name) if key not in have):
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot be saved: {len(missing)} of its weights are missing, such as "
+                f"{missing[0]!r}. Either the state_dict that was given lacks them, or their key holds the name of "
+                f"another adapter ({unwanted_adapter_names}), for whose they are taken"
+            )
+        if empty := [key for key, tensor in found.items() if tensor.is_meta]:
+            raise ValueError(
+                f"adapter {adapter_name!r} cannot be saved: {empty[0]!r} is on the meta device and holds nothing; "
+                "load its weights first, without offloading"
+            )
+        saved = {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in found.items()}
+        for name, module in model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                inside = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
+                heads = module.adapter_state_dict(adapter_name, inside)
+                saved |= {f"{name}.{key}": tensor for key, tensor in heads.items()}
+        plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in saved.values())  # none is sharded
+        config.digest = digest_of(saved, config.peft_type.value, config.modules_to_save) if plain else None
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's mapping; weights that are missing, left over or of another shape are an error, not a warning.
+
+        Beside its own an adapter may bring what PEFT saves with it: its heads and trained tokens, and the embeddings.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        bare = not any(isinstance(module, BaseTuner) for module in model.modules())
+        given = {key.removeprefix(PREFIX) if bare else key: tensor for key, tensor in remapped.items()}
+        here = model.state_dict()
+        own = set(own_keys(model, cls.prefix, adapter_name))
+        heads = head_keys(model, adapter_name)
+        embeddings = embedding_keys(model)
+        check_keys(adapter_name, given, own, heads | embeddings)
+        check_shapes(adapter_name, given, {key: tuple(here[key].shape) for key in given if key in here})
+        if replaced := sorted((embeddings - heads) & given.keys() & here.keys()):
+            warn_of_embeddings(adapter_name, replaced)
+        # Embeddings that are a saved module too come twice; the other copy has been mapped.
+        return {key: tensor for key, tensor in remapped.items() if (key.removeprefix(PREFIX) if bare else key) in here}
+
+
+def own_keys(model: nn.Module, prefix: str, adapter_name: str) -> list[str]:
+    """Keys of an adapter's own weights in the model, without what wrappers put into them."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, AdapterHost) and module.prefix == prefix and adapter_name in module.adapters:
+            inside = module.adapters[adapter_name].state_dict()
+            found += [WRAPPERS.sub("", f"{name}.{prefix}adapters.{adapter_name}.{key}") for key in inside]
+    return found
+
+
+def head_keys(model: nn.Module, adapter_name: str) -> set[str]:
+    """Keys in the model of an adapter's saved modules and trained tokens."""
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
+            found.update(f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
+    return found
+
+
+def embedding_keys(model: nn.Module) -> set[str]:
+    """Keys under which PEFT saves the embeddings of a model, at both ends."""
+    found: set[str] = set()
+    for end in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, end)()
+        except (AttributeError, NotImplementedError):
+            continue
+        for name in (name for name, part in model.named_modules() if module is not None and part is module):
+            for inside in ("", "base_layer.", "original_module.", "modules_to_save."):
+                found |= {f"{name}.{inside}{part}" for part in ("weight", "bias")}
+    return found
+
+
+def head_shapes(model: nn.Module, config: Any) -> dict[str, tuple[int, ...]]:
+    """Keys in a file of the modules that a config has saved whole -> their shapes. PEFT goes by the end of a name."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, module in model.named_modules():
+        if any(name.endswith(head) for head in config.modules_to_save or ()):
+            state = getattr(module, "original_module", module).state_dict()
+            found |= {f"{name}.{key}": tuple(tensor.shape) for key, tensor in state.items()}
+    return found
+
+
+def token_keys(config: Any, given: Iterable[str]) -> set[str]:
+    """Those of the given keys that are embedding rows which the config trains."""
+    if config.trainable_token_indices is None:
+        return set()
+    return {key for key in given if key.endswith(".token_adapter.trainable_tokens_delta")}
+
+
+def check_keys(adapter_name: str, given: Iterable[str], own: set[str], beside: set[str]) -> None:
+    """Refuse files that lack a weight of the adapter, or bring one that has no place."""
+    given = set(given)
+    if missing := sorted(own - given):
+        raise ValueError(
+            f"the file holds {len(own) - len(missing)} of {len(own)} weights of adapter {adapter_name!r}: "
+            f"{missing[0]!r} is missing. Was it saved from another base model or with another config?"
+        )
+    if extra := sorted(given - own - beside):
+        raise ValueError(
+            f"the file holds {len(extra)} weights that adapter {adapter_name!r} has no place for, such as "
+            f"{extra[0]!r}. Was it saved from another base model or with another config?"
+        )
+
+
+def check_shapes(adapter_name: str, given: Any, wanted: dict[str, tuple[int, ...]]) -> None:
+    """Refuse weights of other shapes than those of the model. given: key -> tensor or shape."""
+    for key, shape in wanted.items():
+        found = tuple(getattr(given[key], "shape", given[key]))
+        if found != shape and 0 not in shape:  # a shard elsewhere has no entries here
+            raise ValueError(
+                f"adapter {adapter_name!r}: {key!r} is {found} in the file and {shape} in this model. Load it under "
+                "another adapter_name, with its own config, or onto the model that it was trained on"
+            )
+
+
+def warn_of_embeddings(adapter_name: str, keys: list[str]) -> None:
+    warnings.warn(
+        f"the file of adapter {adapter_name!r} brings embeddings, which replace those of the base model: {keys}",
+        stacklevel=2,
+    )

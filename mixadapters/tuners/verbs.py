@@ -1,0 +1,90 @@
+"""PEFT's and transformers' verbs that read a folder, for adapters of our types: the files are looked at first.
+
+They have no seam for that: PEFT injects an adapter before it looks at its weights, goes by the config in memory where
+an adapter of the name is there, and transformers asks no tuner at all. Types other than ours pass as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+from peft import PeftModel
+from transformers.integrations import PeftAdapterMixin
+
+from mixadapters.core.card import complete_card
+from mixadapters.core.config import MixtureConfig
+from mixadapters.core.files import SavedAdapter, being_loaded, loading, read_adapter
+from mixadapters.tuners.registration import config_class
+
+MARK = "_mixadapters_verb"  # on a function that has been replaced
+
+
+def watch_verbs() -> None:
+    """Put our look at the files before the verbs. Callable any number of times."""
+    from_pretrained = PeftModel.__dict__["from_pretrained"].__func__
+    if hasattr(from_pretrained, MARK):
+        return
+
+    @functools.wraps(from_pretrained)
+    def peft_from_pretrained(cls: type, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        with loading(_saved(model_id, model, kwargs)):
+            return from_pretrained(cls, model, model_id, *args, **kwargs)
+
+    peft_load_adapter = PeftModel.load_adapter
+
+    @functools.wraps(peft_load_adapter)
+    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        saved = _saved(model_id, self.get_base_model(), kwargs)
+        if saved is not None and isinstance(config := self.peft_config.get(adapter_name), MixtureConfig):
+            config.refuse_other(saved, adapter_name)
+            if saved.other is not None:
+                raise ValueError(saved.other)
+        with loading(saved):
+            return peft_load_adapter(self, model_id, adapter_name, *args, **kwargs)
+
+    mixin_load_adapter = PeftAdapterMixin.load_adapter
+
+    @functools.wraps(mixin_load_adapter)
+    def transformers_load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        saved = None if peft_model_id is None else _saved(peft_model_id, self, kwargs | _hub_options(kwargs))
+        with loading(saved):
+            return mixin_load_adapter(self, peft_model_id, *args, **kwargs)
+
+    write_card = PeftModel.create_or_update_model_card
+
+    @functools.wraps(write_card)
+    def create_or_update_model_card(self: Any, output_dir: str) -> None:
+        from mixadapters import __version__
+
+        write_card(self, output_dir)
+        for name, config in self.peft_config.items():
+            if isinstance(config, MixtureConfig):
+                kind = self._get_base_model_class() if config.task_type is None else None
+                mapping = kind and {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+                complete_card(output_dir, config, __version__, mapping, "" if name == "default" else name)
+
+    setattr(peft_from_pretrained, MARK, True)
+    PeftModel.from_pretrained = classmethod(peft_from_pretrained)
+    PeftModel.load_adapter = load_adapter
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    PeftAdapterMixin.load_adapter = transformers_load_adapter
+
+
+def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What transformers passes on in other arguments."""
+    inner = getattr(kwargs.get("load_config"), "download_kwargs", None) or {}
+    return {**inner, **(kwargs.get("adapter_kwargs") or {})}
+
+
+def _saved(model_id: Any, model: Any, kwargs: dict[str, Any]) -> SavedAdapter | None:
+    """The files, if they are those of one of our types."""
+    found = being_loaded()
+    if found is not None and found.model_id == str(model_id):  # a verb that calls another
+        return found
+    saved = read_adapter(model_id, lambda kind: config_class(kind) is not None, **kwargs)
+    if saved is None:
+        return None
+    renames = kwargs.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
+    return replace(saved, mapped=bool(renames))

@@ -1,0 +1,169 @@
+"""One check of the values of all configs, from their annotations and metadata."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import pytest
+from peft import PeftConfig
+
+from mixadapters import AGDConfig, BottleneckConfig, MixDAConfig, MoSAConfig, PILLConfig
+from mixadapters.core.fields import check_fields
+from mixadapters.core.patterns import check_pattern
+
+CONFIGS = (AGDConfig, BottleneckConfig, MixDAConfig, MoSAConfig, PILLConfig)
+NAN, INF = float("nan"), float("inf")
+WRONG: list[tuple[type, dict[str, Any]]] = [
+    (BottleneckConfig, {"scale": NAN}),
+    (BottleneckConfig, {"scale": INF}),
+    (BottleneckConfig, {"scale": True}),
+    (BottleneckConfig, {"glu": "false"}),
+    (BottleneckConfig, {"glu": 0}),
+    (BottleneckConfig, {"layer_norm": "no"}),
+    (BottleneckConfig, {"init_weights": "gaussian"}),
+    (BottleneckConfig, {"inference_mode": 1}),
+    (BottleneckConfig, {"rank_pattern": {".*": 0}}),
+    (BottleneckConfig, {"rank_pattern": {".*": "8"}}),
+    (BottleneckConfig, {"rank_pattern": [8]}),
+    (BottleneckConfig, {"reduction_factor": INF}),
+    (BottleneckConfig, {"r": "8"}),
+    (BottleneckConfig, {"r": 8.5}),
+    (BottleneckConfig, {"r": True}),
+    (BottleneckConfig, {"dropout": None}),
+    (BottleneckConfig, {"dropout": NAN}),
+    (BottleneckConfig, {"activation": None}),
+    (BottleneckConfig, {"format_version": "9"}),
+    (BottleneckConfig, {"layers_to_transform": -1}),
+    (BottleneckConfig, {"target_modules": [3]}),
+    (BottleneckConfig, {"target_modules": {"dense": 1}}),
+    (BottleneckConfig, {"modules_to_save": "head"}),
+    (BottleneckConfig, {"sites": {"ffn": 3}}),
+    (BottleneckConfig, {"hidden_size": 0}),
+    (BottleneckConfig, {"trainable_token_indices": {"wte": [1.5]}}),
+    (MixDAConfig, {"temperature": NAN}),
+    (MixDAConfig, {"temperature": INF}),
+    (MixDAConfig, {"gate_frozen_bias": NAN}),
+    (MixDAConfig, {"balance_coef": NAN}),
+    (MixDAConfig, {"balance_coef": -1}),
+    (MixDAConfig, {"z_coef": -1.0}),
+    (MixDAConfig, {"domains": None}),
+    (MixDAConfig, {"domains": {"a": {"revision": "main"}}}),
+    (MixDAConfig, {"domains": {"a": {"ranks": {"layer": 0}}}}),
+    (MixDAConfig, {"domains": {"a": {"ranks": {"layer": "4"}}}}),
+    (MixDAConfig, {"domains": {"a": {"source": 3}}}),
+    (MixDAConfig, {"domains": {"a": {"source": "x", "check_base_model": "no"}}}),
+    (MixDAConfig, {"gate_hidden": [True]}),
+    (MixDAConfig, {"domain_layers": [NAN]}),
+    (MixDAConfig, {"null_arms": {"layer": -1}}),
+    (MoSAConfig, {"num_experts": "4"}),
+    (MoSAConfig, {"num_experts": 256}),
+    (MoSAConfig, {"scale": NAN}),
+    (MoSAConfig, {"consistency": INF}),
+    (MoSAConfig, {"sync_ranks": "yes"}),
+    (PILLConfig, {"gate": "no"}),
+    (PILLConfig, {"modalities": "text"}),
+    (PILLConfig, {"token_ids": {"image": [5], "text": [5]}}),
+    (AGDConfig, {"min_scale": NAN}),
+    (AGDConfig, {"conditions": {"prompt": 1}}),
+    (AGDConfig, {"num_classes": 10.0}),
+]
+
+
+@pytest.mark.parametrize(("config", "given"), WRONG)
+def test_wrong_values_are_refused_by_name_from_python_and_from_json(config: Any, given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(ValueError, match=name):
+        config(**given)
+    with pytest.raises(ValueError, match=name):
+        PeftConfig.from_peft_type(peft_type=config().peft_type.value, **given)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_field_refuses_an_object_and_a_bool_or_text_in_place_of_a_number(config: Any) -> None:
+    defaults = config()
+    for f in fields(config):
+        if f.name in ("peft_type", "task_type", "auto_mapping"):  # PEFT's
+            continue
+        wrong = [object()]
+        if type(getattr(defaults, f.name)) in (int, float):
+            wrong += [True, "1", NAN, [1]]
+        for value in wrong:
+            with pytest.raises(ValueError, match=f.name):
+                config(**{f.name: value})
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_value_that_is_set_later_is_checked_before_a_model_is_touched(config: Any, tiny: Any) -> None:
+    from peft import get_peft_model
+
+    base = tiny("llama")
+    before = list(dict(base.named_modules()))
+    later = config()
+    later.init_weights = "no"
+    with pytest.raises(ValueError, match="init_weights='no' must be True or False"):
+        get_peft_model(base, later)
+    assert list(dict(base.named_modules())) == before
+
+
+def test_messages_say_what_a_field_takes() -> None:
+    @dataclass
+    class Example:
+        width: int = field(default=1, metadata={"least": 1, "most": 9})
+        share: float | None = field(default=None, metadata={"above": 0, "below": 1})
+        kind: Literal["a", "b"] | None = None
+        names: list[str] = field(default_factory=list)
+
+    def message(**given: Any) -> str:
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            check_fields(Example(**given))
+        return str(error.value)
+
+    check_fields(Example(9, 0.5, "b", ["x"]))
+    assert message(width=10) == "width=10 must be an integer, at least 1, at most 9"
+    assert message(share=1.0) == "share=1.0 must be a finite number or None, above 0, less than 1"
+    assert message(share=0) == "share=0 must be a finite number or None, above 0, less than 1"
+    assert message(kind="c") == "kind='c' is unknown; choose one of ['a', 'b']."
+    assert message(names="x") == "names='x' must be a list of strings"
+    assert len(message(names="x" * 10**6)) < 300
+
+
+# --- patterns -----------------------------------------------------------------------------------------------------
+
+HANG = [
+    r"(a+)+$", r"(a|a)*b", r"(a|ab)*c", "a?" * 30 + "a" * 30, ".*" * 6 + "x", r"(.*\.)*mlp", r"(a?){30}a{30}",
+    r"(x+x+)+y", r"([a-z]+)*\d", r"(.*a){20}", r"(a*)*", r"(a)\1*", r"(?=(a+)+)b", r"a*A*a*A*a*b(?i:)",
+]  # fmt: skip
+WORK = [
+    r"(?:.*\.)?layers\.\d+\.mlp", r"(.*\.)?transformer_blocks\.\d+\.attn2", r"(\w+\.)*mlp", r".*(q_proj|v_proj)$",
+    r"model\.layers\.(0|1|2|3)\.mlp\.(down|up)_proj", r"(?!.*vision).*\.mlp", r"(?:a|b)*c", r".*encoder.*layer.*o",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", HANG)
+@pytest.mark.parametrize("where", ["target_modules", "exclude_modules", "sites", "rank_pattern", "layers_pattern"])
+def test_patterns_that_can_hang_are_refused_by_field(where: str, pattern: str) -> None:
+    given = {"sites": {"ffn": pattern}, "rank_pattern": {pattern: 4}, "layers_pattern": [pattern]}.get(where, pattern)
+    with pytest.raises(ValueError, match=rf"^{where}=.*can take very long"):
+        BottleneckConfig(**{where: given})
+
+
+@pytest.mark.parametrize("where", ["target_modules", "exclude_modules", "sites", "rank_pattern", "modules_to_save"])
+def test_patterns_that_do_not_compile_are_refused_by_field(where: str) -> None:
+    given = {"sites": {"ffn": "("}, "rank_pattern": {"(": 4}, "modules_to_save": ["("]}.get(where, "(")
+    with pytest.raises(ValueError, match=rf"^{where}=.*is no regular expression"):
+        BottleneckConfig(**{where: given})
+
+
+@pytest.mark.parametrize("pattern", WORK)
+def test_patterns_as_people_write_them_are_taken(pattern: str) -> None:
+    check_pattern("target_modules", pattern)
+
+
+def test_long_patterns_are_refused_before_they_are_compiled() -> None:
+    with pytest.raises(ValueError, match=r"target_modules='aaaa.*has 1000000 characters"):
+        BottleneckConfig(target_modules="a" * 10**6)
+    with pytest.raises(ValueError, match="target_modules"):
+        BottleneckConfig(target_modules="(" * 3000 + ")" * 3000)
+    with pytest.raises(ValueError, match="target_modules"):
+        BottleneckConfig(target_modules="a{1,60000}" * 100)

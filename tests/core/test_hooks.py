@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from mixadapters import BottleneckConfig, ForwardContext
+from mixadapters.core import hooks
+from mixadapters.core.hooks import RootHooks
+
+MIXDA = {"domains": ["a", "b"], "r": 3, "task_r": 2, "domain_layers": [0, 1], "init_weights": False}
+
+
+def two(base: nn.Module) -> PeftModel:
+    model = get_peft_model(base, BottleneckConfig(r=3, init_weights=False), adapter_name="first")
+    model.add_adapter("second", BottleneckConfig(r=3, init_weights=False))
+    return model
+
+
+# --- one context for a model and what wraps it -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_wrappers_have_the_context_of_their_model(tiny, task_type) -> None:
+    base = tiny("llama")
+    model = get_peft_model(base, BottleneckConfig(r=3, task_type=task_type))
+    context = ForwardContext.find(base)
+    assert context is not None
+    for wrapper in (model, model.base_model, nn.DataParallel(model), torch.compile(model)):
+        assert ForwardContext.of(wrapper) is ForwardContext.find(wrapper) is context
+    assert not model._forward_pre_hooks
+    assert not model.base_model._forward_pre_hooks
+    assert len(base._forward_pre_hooks) == 1
+
+
+def test_part_that_was_adapted_on_its_own_is_not_its_owners() -> None:
+    part = nn.Linear(2, 2)
+    whole = nn.Sequential(part)
+    assert ForwardContext.of(part) is not ForwardContext.of(whole)
+
+
+# --- generate says what it repeats -------------------------------------------------------------------------------
+
+
+def copies_seen(model: nn.Module, **settings: Any) -> set[tuple[int, int]]:
+    """(rows, copies) of the forwards inside a generation."""
+    seen = set()
+    context = ForwardContext.of(model)
+
+    def look(*_: Any) -> None:
+        seen.add((context.stream().batch, context.stream().copies))
+
+    layers = [m for n, m in model.named_modules() if n.endswith(("layers.0", "encoder.block.0", "decoder.block.0"))]
+    handles = [layer.register_forward_hook(look) for layer in layers]
+    model.generate(input_ids=torch.ones(2, 3, dtype=torch.long), max_new_tokens=2, min_new_tokens=2, **settings)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_forwards_inside_generate_know_how_often_rows_are_repeated(tiny) -> None:
+    base = tiny("llama")
+    ForwardContext.of(base)
+    greedy, sampled = {"do_sample": False}, {"do_sample": True}
+    assert copies_seen(base, **greedy) == {(2, 1)}
+    assert copies_seen(base, num_beams=3, **greedy) == {(6, 3)}
+    assert copies_seen(base, num_beams=4, num_return_sequences=2, **greedy) == {(8, 4)}
+    assert copies_seen(base, num_return_sequences=5, **sampled) == {(10, 5)}
+    base.generation_config.num_beams = 2
+    assert copies_seen(base, **greedy) == {(4, 2)}
+    assert copies_seen(base, num_beams=1, **greedy) == {(2, 1)}
+
+
+def test_encoder_reads_the_rows_before_they_are_repeated(tiny) -> None:
+    base = tiny("t5")
+    ForwardContext.of(base)
+    assert copies_seen(base, num_beams=3, do_sample=False) == {(2, 1), (6, 3)}
+
+
+def test_generate_fails_and_is_over(tiny) -> None:
+    base = tiny("llama")
+    context = ForwardContext.of(base)
+    base.model.layers[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        base.generate(input_ids=torch.ones(2, 3, dtype=torch.long), num_beams=3, max_new_tokens=2)
+    assert (context.records.thread.generates, context.records.thread.copies) == (False, 1)
+
+
+def test_generate_is_wrapped_and_given_back(tiny) -> None:
+    base = tiny("llama")
+    signature = inspect.signature(base.generate)
+    theirs = lambda *_, **__: "theirs"  # noqa: E731
+    context = ForwardContext.of(base)
+    assert inspect.signature(base.generate) == signature
+    twin = copy.deepcopy(base)
+    assert twin.generate.model is twin
+    assert twin.generate.context is ForwardContext.of(twin) is not context
+    context.detach(base)
+    assert not {"generate", "_expand_inputs_for_generation"} & base.__dict__.keys()
+    base.generate = theirs
+    assert ForwardContext.of(base) is not context
+    assert base.generate() == "theirs"
+    ForwardContext.of(base).detach(base)
+    assert base.generate is theirs
+
+
+def test_expansion_outside_generate_is_nobodys(tiny) -> None:
+    base = tiny("llama")
+    context = ForwardContext.of(base)
+    ids, _ = base._expand_inputs_for_generation(expand_size=3, input_ids=torch.ones(2, 3, dtype=torch.long))
+    assert ids.shape[0] == 6
+    assert context.records.thread.copies == 1
+
+
+# --- adapters that are switched before the backward --------------------------------------------------------------
+
+
+def gradients(model: PeftModel, inputs: dict[str, Tensor], order: Sequence[str]) -> dict[str, Tensor]:
+    """Of the sum of the losses of forwards in `order`: names of adapters, or "" for none."""
+    model.zero_grad()
+    losses = []
+    for name in order:
+        if name:
+            model.base_model.enable_adapter_layers()
+            model.set_adapter(name)
+        else:
+            model.base_model.disable_adapter_layers()
+        model.set_requires_grad(["first", "second"], True)
+        losses.append(model(**inputs).loss)
+    sum(losses).backward()
+    model.base_model.enable_adapter_layers()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("order", [("first", "second"), ("first", ""), ("", "first"), ("first", "second", "first")])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_layer_that_runs_again_sees_the_adapters_of_its_first_run(tiny, tiny_inputs, order, use_reentrant) -> None:
+    model = two(tiny("llama")).train()
+    base, inputs = model.get_base_model(), tiny_inputs("llama", labels="tokens")
+    model.enable_input_require_grads()
+    expected = gradients(model, inputs, order)
+    base.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    got = gradients(model, inputs, order)
+    assert got.keys() == expected.keys()
+    assert got
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient)
+
+
+def test_first_run_counts_where_a_checkpoint_function_is_not_wrapped(tiny, tiny_inputs, monkeypatch) -> None:
+    monkeypatch.setattr(RootHooks, "carry_into_checkpoints", lambda *_: None)
+    model = two(tiny("llama")).train()
+    model.enable_input_require_grads()
+    inputs = tiny_inputs("llama", labels="tokens")
+    model.set_adapter("first")
+    model(**inputs).loss.backward()
+    name, expected = next((n, p.grad.clone()) for n, p in model.named_parameters() if p.grad is not None)
+    model.zero_grad()
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    loss = model(**inputs).loss
+    model.set_adapter("second")
+    model.set_requires_grad("first", True)
+    loss.backward()
+    torch.testing.assert_close(dict(model.named_parameters())[name].grad, expected)
+    # Nothing of this lasts: the next forward sees what is active now.
+    model.eval()
+    logits = model(**inputs).logits
+    model.set_adapter("first")
+    assert not torch.equal(model(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize("verb", ["delete_adapter", "merge_adapter"])
+def test_adapters_that_are_gone_before_the_backward_are_an_error(tiny, tiny_inputs, verb) -> None:
+    config = {"r": 3, "activation": "identity", "init_weights": False, "target_modules": ["o_proj"]}
+    config["use_bias"] = False
+    model = get_peft_model(tiny("llama"), BottleneckConfig(**config), adapter_name="first").train()
+    model.add_adapter("second", BottleneckConfig(**config))
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    loss = model(**tiny_inputs("llama", labels="tokens")).loss
+    if verb == "merge_adapter":
+        model.base_model.merge_adapter(adapter_names=["first"])
+    else:
+        model.delete_adapter("first")
+    with pytest.raises(RuntimeError, match=r"removed, merged or unmerged.*'first'.*after the backward"):
+        loss.backward()
+
+
+def test_hooks_file_wraps_what_transformers_calls() -> None:
+    from transformers.generation import GenerationMixin
+
+    for kind in (hooks.Generate, hooks.Expand):
+        assert callable(getattr(GenerationMixin, kind.name))
+    assert "expand_size" in inspect.signature(GenerationMixin._expand_inputs_for_generation).parameters

@@ -1,0 +1,138 @@
+"""Names of adapters, domains and modalities: none is taken for another part of a key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from torch import nn
+
+from mixadapters import BottleneckConfig, MixDAConfig, PILLConfig
+from mixadapters.core.names import RESERVED
+
+NEVER = ["", "a.b", "a/b", "..", "a\\b", "a\nb", " a", "a ", "keys", "items", "pop", "forward", "training"]
+NEVER += sorted(RESERVED)
+
+
+def mixture(*domains: str) -> MixDAConfig:
+    return MixDAConfig(domains=list(domains), r=2, task_r=2, task_type="CAUSAL_LM", init_weights=False)
+
+
+def modules(model: nn.Module) -> list[tuple[str, type]]:
+    return [(name, type(module)) for name, module in model.named_modules()]
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_names_with_another_meaning_are_refused_everywhere(tiny: Any, name: Any) -> None:
+    base = tiny("llama")
+    before = modules(base)
+    with pytest.raises(ValueError, match=r"adapter_name: .* is no name for this"):
+        get_peft_model(base, BottleneckConfig(r=2), adapter_name=name)
+    assert modules(base) == before
+    model = get_peft_model(tiny("llama"), BottleneckConfig(r=2, task_type="CAUSAL_LM"))
+    before = modules(model)
+    with pytest.raises(ValueError, match=r"adapter_name: .* is no name for this"):
+        model.add_adapter(name, BottleneckConfig(r=2))
+    assert modules(model) == before
+    assert list(model.peft_config) == ["default"]
+    with pytest.raises(ValueError, match="is no name for this"):
+        tiny("llama").add_adapter(BottleneckConfig(r=2), adapter_name=name or " ")  # "" is "default" there
+    with pytest.raises(ValueError, match=r"domains: .* is no name for this"):
+        MixDAConfig(domains=[name])
+    with pytest.raises(ValueError, match=r"modalities: .* is no name for this"):
+        PILLConfig(modalities=["text", name])
+
+
+def test_names_that_begin_like_the_methods_own_parts_are_refused(tiny: Any) -> None:
+    for name in ("mixda_", "mixda_adapters", "mixda_law"):
+        with pytest.raises(ValueError, match="what begins with 'mixda_'"):
+            mixture(name)
+        with pytest.raises(ValueError, match="what begins with 'mixda_'"):
+            get_peft_model(tiny("llama"), mixture("a"), adapter_name=name)
+    get_peft_model(tiny("llama"), mixture("a"), adapter_name="mix")  # part of the prefix only: PEFT warns of it
+
+
+@pytest.mark.parametrize("name", ["layers", "0", "mlp", "down_proj", "weight", "model", "embed_tokens"])
+def test_parts_of_the_base_models_keys_name_no_adapter(tiny: Any, name: str) -> None:
+    base = tiny("llama")
+    before = modules(base)
+    with pytest.raises(ValueError, match=f"adapter_name='{name}' is a part of the base model's keys"):
+        get_peft_model(base, BottleneckConfig(r=2), adapter_name=name)
+    assert modules(base) == before
+
+
+def saved_and_loaded(model: Any, tiny: Any, folder: Path) -> None:
+    """Every adapter of the model comes back from its folder."""
+    model.save_pretrained(folder)
+    ids = torch.arange(5, 13)[None]
+    for name in model.peft_config:
+        again = PeftModel.from_pretrained(
+            tiny("llama"), folder if name == "default" else folder / name, adapter_name=name
+        )
+        model.set_adapter(name)
+        torch.testing.assert_close(again.eval()(ids).logits, model.eval()(ids).logits)
+
+
+def test_an_adapter_with_the_name_of_a_domain_or_part_of_another_is_refused_in_both_orders(
+    tiny: Any, tmp_path: Path
+) -> None:
+    for first, second, added in (
+        (("mixture", mixture("law", "code")), ("law", mixture("x")), "x"),
+        (("law", mixture("x")), ("mixture", mixture("law", "code")), "code"),
+        (("mixture", mixture("law")), ("router", mixture("x")), "x"),
+        (("router", mixture("x")), ("mixture", mixture("law")), "law"),
+    ):
+        model = get_peft_model(tiny("llama"), first[1], adapter_name=first[0])
+        before = modules(model)
+        trained = [n for n, p in model.named_parameters() if p.requires_grad]
+        with pytest.raises(ValueError, match=r"adapter.*Choose another adapter_name"):
+            model.add_adapter(*second)
+        assert modules(model) == before
+        assert trained == [n for n, p in model.named_parameters() if p.requires_grad]
+        assert list(model.peft_config) == [first[0]]
+        if "router" not in (first[0], second[0]):
+            model.add_adapter("other", mixture(added))
+            saved_and_loaded(model, tiny, tmp_path / first[0])
+
+
+def test_a_domain_that_is_added_with_the_name_of_an_adapter_is_refused(tiny: Any, tmp_path: Path) -> None:
+    model = get_peft_model(tiny("llama"), mixture("law"))
+    model.add_adapter("code", mixture("medicine"))
+    with pytest.raises(ValueError, match="domain 'code' has the name of another adapter"):
+        model.base_model.add_domain("code")
+    with pytest.raises(ValueError, match="domain 'default' has the name of another adapter"):
+        model.base_model.add_domain("default", adapter_name="code")
+    model.base_model.add_domain("news")
+    saved_and_loaded(model, tiny, tmp_path)
+
+
+def test_a_domain_may_have_the_name_of_its_own_adapter(tiny: Any, tmp_path: Path) -> None:
+    model = get_peft_model(tiny("llama"), mixture("law"), adapter_name="law")
+    model.add_adapter("other", mixture("code"))
+    saved_and_loaded(model, tiny, tmp_path)
+
+
+def test_transformers_own_verbs_refuse_the_same_names(tiny: Any) -> None:
+    model = tiny("llama")
+    model.add_adapter(mixture("law"), adapter_name="mixture")
+    with pytest.raises(ValueError, match="adapter_name='law' is a part of the keys of adapter 'mixture'"):
+        model.add_adapter(mixture("x"), adapter_name="law")
+    with pytest.raises(ValueError, match="adapter_name='mlp' is a part of the base model's keys"):
+        model.add_adapter(mixture("x"), adapter_name="mlp")
+
+
+def test_two_types_cannot_share_a_name(tiny: Any) -> None:
+    base = tiny("llama")
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), base)
+    with pytest.raises(ValueError, match="'default' is the name of an adapter of another type"):
+        get_peft_model(base, mixture("law"))
+
+
+def test_a_head_keeps_its_keys_whatever_the_adapter_is_called(tiny: Any, tmp_path: Path) -> None:
+    config = BottleneckConfig(r=2, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny("llama"), config, adapter_name="head")
+    nn.init.normal_(model.base_model.model.lm_head.modules_to_save["head"].weight)
+    saved_and_loaded(model, tiny, tmp_path)

@@ -1,0 +1,127 @@
+"""Two processes train as one: auxiliary losses keep their ratio to the main loss."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = """
+import os, sys, tempfile
+import torch
+from peft import get_peft_model
+from transformers import (
+    BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments,
+)
+from mixadapters import MixDAConfig, StageCallback
+
+torch.set_num_threads(1)
+folder, rank = sys.argv[1], int(os.environ["RANK"])
+WIDTHS = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+SIZES = {**WIDTHS, "num_hidden_layers": 2, "num_attention_heads": 4}
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+
+def model_of(kind, coefficient):
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SIZES)) if kind == "causal" else BertForSequenceClassification(
+        BertConfig(**SIZES, **STILL)
+    )
+    return get_peft_model(base, MixDAConfig(domains=["a", "b"], r=4, init_weights=False, balance_coef=coefficient))
+
+def rows_of(kind):
+    ids = torch.randint(5, 64, (4, 6), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, 3:], labels[2, 2:] = -100, -100  # other numbers of labels in every row
+    labels = labels if kind == "causal" else torch.arange(4) % 3
+    return [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": l} for i, l in zip(ids, labels)]
+
+def trained(kind, coefficient, smoothing, everywhere):
+    model = model_of(kind, coefficient)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    arguments = TrainingArguments(
+        tempfile.mkdtemp(), max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=2, optim="sgd",
+        learning_rate=1.0, lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, ddp_backend="gloo",
+        report_to=[], save_strategy="no", disable_tqdm=True, label_smoothing_factor=smoothing,
+        average_tokens_across_devices=everywhere, train_sampling_strategy="sequential",
+    )
+    callbacks = [StageCallback("task")] if smoothing else []
+    Trainer(model=model, args=arguments, train_dataset=rows_of(kind), callbacks=callbacks).train()
+    assert arguments.world_size == 2
+    return {n: before[n] - p.detach() for n, p in model.named_parameters() if n in before}
+
+def parts(kind, coefficient):
+    # The gradients of each row alone, main and auxiliary loss together; and of how many labels.
+    model = model_of(kind, coefficient).train()
+    for row in rows_of(kind):
+        model.zero_grad()
+        model(**{k: v[None] for k, v in row.items()}).loss.backward()
+        count = int((row["labels"][1:] != -100).sum()) if kind == "causal" else 1
+        yield {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, count
+
+CASES = {
+    "causal": ("causal", 0.0, True), "causal, each by its own count": ("causal", 0.0, False),
+    "classes": ("classes", 0.0, True), "classes, each by its own count": ("classes", 0.0, False),
+    "causal, smoothed": ("causal", 0.1, True), "classes, smoothed": ("classes", 0.1, True),
+}
+found = {}
+for name, case in CASES.items():
+    pairs = [trained(case[0], 3.0, *case[1:]), trained(case[0], 0.0, *case[1:])]
+    found[name] = {"got": pairs, "parts": [list(parts(case[0], 3.0)), list(parts(case[0], 0.0))]}
+torch.save(found, f"{folder}/{rank}")
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "worker.py").write_text(WORKER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for rank in range(2):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in own.items()}}
+        command = [sys.executable, str(folder / "worker.py"), str(folder)]
+        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    for process in running:
+        _, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, errors[-3000:]
+    both = [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(2)]
+    for name, case in both[0].items():
+        for one, other in zip(case["got"], both[1][name]["got"], strict=True):
+            assert all(torch.equal(value, other[key]) for key, value in one.items())
+    return both[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [f"{kind}{more}" for kind in ("causal", "classes") for more in ("", ", each by its own count", ", smoothed")],
+)
+def test_auxiliary_losses_keep_their_ratio_over_processes(name: str, found: dict[str, dict]) -> None:
+    """Four rows, one per micro-batch, two micro-batches in each of two processes."""
+    (got, without), (parts, mains) = found[name]["got"], found[name]["parts"]
+    counts = [count for _, count in parts]
+    if "smoothed" in name:  # the loop makes its loss of the logits, a mean over the step: so is what rides on them
+        weights = [1 / 4] * 4
+    elif name.startswith("classes"):  # a mean of each micro-batch; by its own count: of two processes the mean
+        weights = [1.0] * 4 if name == "classes" else [1 / 2] * 4
+    elif "own" in name:  # of a process, whose rows are every other one
+        weights = [counts[i] / (counts[i] + counts[(i + 2) % 4]) / 2 for i in range(4)]
+    else:
+        weights = [count / sum(counts) for count in counts]
+    largest = 0.0
+    for key in parts[0][0]:
+        whole = sum(w * grads[key] for w, (grads, _) in zip(weights, parts, strict=True))
+        main = sum(w * grads[key] for w, (grads, _) in zip(weights, mains, strict=True))
+        torch.testing.assert_close(got[key] - without[key], whole - main, atol=1e-5, rtol=1e-3, msg=key)
+        if "smoothed" not in name:
+            torch.testing.assert_close(got[key], whole, atol=1e-5, rtol=1e-3, msg=key)
+        largest = max(largest, float((whole - main).abs().max()))
+    assert largest > 1e-2
