@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -377,6 +378,17 @@ def test_the_next_stage_replaces_objectives_and_keeps_those_of_the_user(classifi
     assert context.objectives == [mine, second]
     Trainer(model=classifier, args=options, callbacks=[StageCallback("task")])
     assert context.objectives == [mine]
+
+
+@pytest.mark.parametrize(("scaler", "scale"), [(None, 0.25), (8.0, 2.0)])
+def test_riding_losses_are_scaled_as_float16_scales_its_loss(scaler: Any, scale: float, classifier: nn.Module) -> None:
+    """The optimizer divides all gradients by what the scaler has multiplied the loop's loss with."""
+    callback = StageCallback("task")
+    own = None if scaler is None else torch.amp.GradScaler("cpu", init_scale=scaler)
+    callback.trainer = SimpleNamespace(current_gradient_accumulation_steps=4, accelerator=SimpleNamespace(scaler=own))
+    arguments = SimpleNamespace(device="cpu", gradient_accumulation_steps=4)
+    callback.on_step_begin(arguments, None, None, model=classifier)
+    assert float(classifier.base_model.context.loss_scale) == scale
 
 
 # --- the head of a language model ---------------------------------------------------------------------------------
