@@ -2,61 +2,97 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from torch import Tensor
+from transformers import cache_utils
+
+# A layer that holds no keys: what counts, offloads or masks the layers of a cache passes over those.
+_Layer: Any = getattr(cache_utils, "DummyLayer", cache_utils.CacheLayerMixin)
 
 
-class _FollowsCache:
-    """Mixed into the class of one cache object. `gate_state` maps names to tensors with the batch in axis 0.
+class GateStateLayer(_Layer):
+    """The last layer of a cache: tensors of gates by name, with the batch in axis 0.
 
     Tensors of three axes hold the history of the sequence in axis 1, so that they can be cropped with it.
+
+    Args:
+        first: the first layer of the cache, whose length is that of the sequence.
     """
 
-    gate_state: dict[str, Tensor]
+    is_compileable = True
+    is_croppable = True
+    supports_early_init = False
+    _layer_type = None
+
+    def __init__(self, first: Any) -> None:
+        super().__init__()
+        self.first = first
+        self.is_sliding = getattr(first, "is_sliding", False)  # a mask is made for the first layer of each kind
+        self.state: dict[str, Tensor] = {}
 
     def _each(self, change: Any) -> None:
-        for name, tensor in self.gate_state.items():
-            self.gate_state[name] = change(tensor)
+        for name, tensor in self.state.items():
+            self.state[name] = change(tensor)
 
-    def reorder_cache(self, beam_idx: Tensor) -> Any:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
-        return super().reorder_cache(beam_idx)  # type: ignore[misc]
 
-    def batch_repeat_interleave(self, repeats: int) -> Any:
+    def batch_repeat_interleave(self, repeats: int) -> None:
         self._each(lambda t: t.repeat_interleave(repeats, dim=0))
-        return super().batch_repeat_interleave(repeats)  # type: ignore[misc]
 
-    def batch_select_indices(self, indices: Tensor) -> Any:
+    def batch_select_indices(self, indices: Tensor) -> None:
         self._each(lambda t: t[indices.to(t.device)])
-        return super().batch_select_indices(indices)  # type: ignore[misc]
 
-    def crop(self, *args: Any, **kwargs: Any) -> Any:
-        # How to say by how much has changed between versions of transformers: read it off the result.
-        result = super().crop(*args, **kwargs)  # type: ignore[misc]
-        length = int(self.get_seq_length())  # type: ignore[attr-defined]
+    def crop(self, *_: Any) -> None:
+        # How to say by how much has changed between versions of transformers: read it off a layer cropped before.
+        length = int(self.first.get_seq_length())
         if length == 0:
-            self.gate_state.clear()
+            self.state.clear()
         self._each(lambda t: t[:, :length] if t.dim() == 3 else t)
-        return result
 
-    def reset(self) -> Any:
-        self.gate_state.clear()
-        return super().reset()  # type: ignore[misc]
+    def reset(self) -> None:
+        self.state.clear()
+
+    def get_seq_length(self) -> int:
+        return self.first.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.first.get_mask_sizes(query_length)
+
+    def lazy_initialization(self, *_: Any) -> None: ...
+
+    def offload(self) -> None: ...
+
+    def prefetch(self) -> None: ...
 
 
-@cache
-def _following(cls: Any) -> type:
-    return type(cls.__name__, (_FollowsCache, cls), {"__module__": cls.__module__})
+def gate_state(cache: Any) -> dict[str, Tensor] | None:
+    """The tensors that gates keep with `cache`; None while it still makes its layers, which happens in one forward."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    layers = cache.layers
+    if layers and isinstance(layers[-1], GateStateLayer):
+        return layers[-1].state
+    if not layers or cache.layer_class_to_replicate is not None:
+        return None
+    return _append(cache).state
 
 
-def gate_state(cache: Any) -> dict[str, Tensor]:
-    """The tensors that gates keep with `cache`. Its class is swapped for one that carries them along, once."""
-    if not isinstance(cache, _FollowsCache):
-        cache.__class__ = _following(type(cache))  # type: ignore[arg-type]
-        cache.gate_state = {}
-    return cache.gate_state
+def settle(cache: Any, state: dict[str, Tensor]) -> None:
+    """Leave with `cache`, now that a forward has filled it, what gates have kept in this forward."""
+    if state:
+        known = gate_state(cache)
+        if known is None:
+            known = _append(getattr(cache, "self_attention_cache", cache)).state
+        known.update(state)
+
+
+def _append(cache: Any) -> GateStateLayer:
+    cache.layers.append(GateStateLayer(cache.layers[0]))
+    return cache.layers[-1]
 
 
 def claim(cache: Any, who: str, filled: bool) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixadapters.core.cache import claim, gate_state
+from mixadapters.core.cache import claim, settle
 from mixadapters.core.joining import countable, join_losses
 from mixadapters.core.record import Record, Records
 from mixadapters.core.rows import row_names
@@ -96,8 +96,9 @@ class RootHooks:
             output = objective.after(self.context, module, output)
         output = join_losses(record, module, output, self.context.loss_scale)
         cache = getattr(output, "past_key_values", None)
-        if record.state and cache is not None:
-            gate_state(cache).update(record.state)
+        kept_in = record.streams[""].cache if cache is None else cache
+        if kept_in is not None:
+            settle(kept_in, record.state)
         if cache is not record.streams[""].cache and hasattr(cache, "get_seq_length"):
             self._claim_cache(record, cache)
         return output
@@ -145,6 +146,12 @@ class StackHook:
         record.streams[self.stack] = read_stream(inputs, record.copies, mask_name)
         if running is None:
             self.context.prepare()
+
+    def close(self, module: nn.Module, args: tuple, output: Any) -> None:
+        record = self.context.record
+        cache = getattr(output, "past_key_values", None)
+        if not record.open and cache is not None:  # no root will do it
+            settle(cache, record.state)
 
 
 class Checkpointed:
@@ -252,6 +259,7 @@ def attach(hooks: RootHooks, model: nn.Module) -> None:
         if isinstance(part, nn.Module):
             hook = StackHook(context, stack, names_of_arguments(part))
             part.register_forward_pre_hook(hook.open, with_kwargs=True)
+            part.register_forward_hook(hook.close)
     for kind in WRAPPED:
         if hasattr(model, kind.name):
             model.__dict__[kind.name] = kind(context, model)

@@ -110,6 +110,7 @@ class Remembering(Pooling):
         if stream.cache is None:
             return context.record.state, key
         state = gate_state(stream.cache)
+        state = context.record.state if state is None else state
         if key not in state and stream.cached:  # in this order: to look into a static cache breaks a compiled graph
             raise ValueError(
                 f"the key-value cache holds tokens that the gate at {self.path!r} has not seen (gate_granularity="

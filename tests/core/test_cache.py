@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, StaticCache
+from transformers.cache_utils import DynamicLayer
 
-from mixadapters.core.cache import gate_state
+from mixadapters.core.cache import GateStateLayer, gate_state, settle
 
 CONFIG = LlamaConfig(
     vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
@@ -19,24 +20,64 @@ def filled(cache, batch: int = 3, length: int = 5):
     keys = torch.arange(batch).view(-1, 1, 1, 1).expand(-1, 2, length, 4).float()
     for layer in range(2):
         getattr(cache, "self_attention_cache", cache).update(keys, keys, layer)
+    settle(cache, {"vector": torch.arange(batch * 2.0).view(batch, 2)})
     state = gate_state(cache)
     state["history"] = torch.arange(batch * length * 2.0).view(batch, length, 2)
-    state["vector"] = torch.arange(batch * 2.0).view(batch, 2)
     return cache, state["history"].clone(), state["vector"].clone()
 
 
-def test_state_is_made_once_and_the_class_stays_what_it_was() -> None:
-    cache = DynamicCache()
+def test_state_is_made_once_and_the_cache_stays_what_it_was() -> None:
+    cache = DynamicCache(config=CONFIG)
     state = gate_state(cache)
     assert state == {}
     assert gate_state(cache) is state
-    assert isinstance(cache, DynamicCache)
-    assert type(cache).__name__ == "DynamicCache"
-    assert type(gate_owner := DynamicCache()) is DynamicCache  # other caches are left alone
-    assert type(cache) is not type(gate_owner)
-    other = DynamicCache()
-    assert gate_state(other) is not state
-    assert type(other) is type(cache)  # one class for all of a kind
+    assert type(cache) is DynamicCache
+    assert gate_state(DynamicCache(config=CONFIG)) is not state
+    assert [type(layer) for layer in cache.layers] == [DynamicLayer, DynamicLayer, GateStateLayer]
+
+
+def test_cache_that_still_makes_its_layers_has_a_state_once_they_are_there() -> None:
+    cache = DynamicCache()
+    assert gate_state(cache) is None
+    keys = torch.zeros(1, 2, 3, 4)
+    for layer in range(2):
+        cache.update(keys, keys, layer)
+        assert gate_state(cache) is None
+    settle(cache, {})
+    assert len(cache.layers) == 2  # nothing to keep
+    settle(cache, {"a": torch.ones(1, 2)})
+    assert gate_state(cache)["a"].tolist() == [[1, 1]]
+    cache.update(keys, keys, 1)
+    assert cache.layers[1].get_seq_length() == 6
+    assert len(cache.layers) == 3
+
+
+def make(kind: str):
+    config = CONFIG
+    if kind.startswith("sliding"):
+        config = LlamaConfig(**{**CONFIG.to_dict(), "sliding_window": 4})
+    return StaticCache(config=config, max_cache_len=8) if kind.endswith("static") else DynamicCache(config=config)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "sliding dynamic", "sliding static"])
+def test_what_asks_a_cache_gets_the_same_answers_with_and_without_state(kind) -> None:
+    plain, kept = make(kind), make(kind)
+    gate_state(kept)["vector"] = torch.ones(2, 2)
+    keys = torch.zeros(2, 2, 3, 4)
+    for cache in (plain, kept):
+        for layer in range(2):
+            cache.update(keys, keys, layer)
+    for ask in (
+        lambda c: int(c.get_seq_length()),
+        lambda c: c.get_max_length(),
+        lambda c: c.get_mask_sizes(2, 0),
+        lambda c: c.is_compileable,
+        lambda c: c.is_croppable,
+        lambda c: c.is_initialized,
+        lambda c: [c.is_sliding.index(value) for value in (True, False) if value in c.is_sliding],
+        lambda c: [layer for layer, dummy in zip(c.layers, c.is_dummy, strict=True) if not dummy].__len__(),
+    ):
+        assert ask(plain) == ask(kept)
 
 
 def test_state_moves_with_the_rows() -> None:

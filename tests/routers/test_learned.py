@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.bank import AdapterBank
@@ -70,6 +70,9 @@ MASKS = {
     "right": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]),
     "left": torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]]),
 }
+
+
+ONE_LAYER = LlamaConfig(hidden_size=2, num_hidden_layers=1, num_attention_heads=1)
 
 
 def tokens_and_mask(side: str = "right") -> tuple[Tensor, Tensor]:
@@ -417,7 +420,7 @@ class Steps:
     """Feeds a gate piece by piece, with a key-value cache that grows as a model's would."""
 
     def __init__(self, router: LearnedRouter, batch: int) -> None:
-        self.router, self.cache, self.past = router, DynamicCache(), 0
+        self.router, self.cache, self.past = router, DynamicCache(config=ONE_LAYER), 0
         self.batch = batch
 
     def feed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -485,7 +488,7 @@ def test_causal_prefix_is_cropped_with_the_cache() -> None:
 def test_two_gates_share_a_cache_without_mixing_their_state() -> None:
     one, two = make(granularity="causal_prefix"), make(granularity="causal_prefix", seed=8)
     two.path = "other"
-    tokens, cache = torch.randn(1, 4, D), DynamicCache()
+    tokens, cache = torch.randn(1, 4, D), DynamicCache(config=ONE_LAYER)
     for router in (one, two):
         found = run(router, tokens, cache=cache)
         torch.testing.assert_close(found, naive(router, tokens, torch.ones(1, 4)))
@@ -493,7 +496,7 @@ def test_two_gates_share_a_cache_without_mixing_their_state() -> None:
 
 @pytest.mark.parametrize("granularity", ["causal_prefix", "request"])
 def test_cache_that_the_gate_has_not_seen_is_refused(granularity) -> None:
-    router, tokens, cache = make(granularity=granularity), torch.randn(1, 1, D), DynamicCache()
+    router, tokens, cache = make(granularity=granularity), torch.randn(1, 1, D), DynamicCache(config=ONE_LAYER)
     cache.update(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), 0)
     with pytest.raises(ValueError, match="holds tokens that the gate at 'site' has not seen"):
         run(router, tokens, cache=cache, past=4)
