@@ -240,6 +240,12 @@ def test_loading_the_best_model_is_refused_where_it_reloads_nothing(tiny: Any, t
                 model=model, args=options, train_dataset=data, eval_dataset=data,
                 callbacks=[StageCallback("task", adapter_name=name)],
             )  # fmt: skip
+    second.set_adapter("default")
+    with pytest.raises(ValueError, match=r"'own' trains while 'default' is active first"):
+        Trainer(
+            model=second, args=options, train_dataset=data, eval_dataset=data,
+            callbacks=[StageCallback("task", adapter_name="own")],
+        )  # fmt: skip
 
 
 def test_the_best_model_is_loaded_at_the_end(tiny: Any, tmp_path: Path) -> None:
@@ -410,6 +416,16 @@ def test_the_head_is_checked_in_the_domain_stage_only_and_on_request(tiny: Any, 
         Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), callbacks=[callback]).train()
 
 
+def test_the_head_is_checked_before_the_first_step_only(tiny: Any, tmp_path: Path) -> None:
+    model = get_peft_model(tiny("bert"), BottleneckConfig(r=4))
+    for steps, resume in ((1, None), (2, True)):
+        options = arguments(tmp_path, max_steps=steps, save_strategy="steps", save_steps=1)
+        callback = StageCallback("domain", check_head=resume is not None)  # of a head that would be refused
+        trainer = Trainer(model=model, args=options, train_dataset=rows(), callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+    assert trainer.state.global_step == 2
+
+
 def test_checking_a_trained_head_does_not_change_the_run(
     tiny: Any, trained_head: dict[str, Tensor], tmp_path: Path
 ) -> None:
@@ -492,6 +508,7 @@ def test_gate_usage_leaves_the_entries_of_the_trainer_as_they_are(tiny: Any, tmp
     [
         ({"max_steps": 3, "logging_steps": 500}, [3]),
         ({"max_steps": 3, "logging_steps": 2}, [2, 3]),
+        ({"max_steps": 3, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2}, [3]),
         ({"max_steps": 3, "logging_strategy": "no"}, [3]),
         ({"max_steps": -1, "num_train_epochs": 2, "logging_strategy": "epoch"}, [4, 8]),
     ],
