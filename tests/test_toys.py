@@ -528,16 +528,17 @@ class GuidanceModel(MixtureModel):
     attachment = HookedLayer
 
     def before_injection(self, config: GuidanceConfig, adapter_name: str) -> None:
-        super().before_injection(config, adapter_name)
-        self._first: Guidance | None = None
+        self.__dict__["first"] = None  # no child: it is that of its site
+        super().before_injection(config, adapter_name)  # may build adapters, to compare a file with them
+        self.__dict__["first"] = None
 
     def _widths(self, config: GuidanceConfig, base: nn.Module, path: str) -> tuple[int, int]:
         width = base.to_out[0].out_features  # blocks of several widths, none of them in the model's config
         return width, width
 
     def build(self, config: GuidanceConfig, site: Site) -> Adapter:
-        adapter = Guidance(site.out_features, config, self._first)
-        self._first = self._first or adapter
+        adapter = Guidance(site.out_features, config, self.__dict__["first"])
+        self.__dict__["first"] = self.__dict__["first"] or adapter
         return adapter
 
 

@@ -42,7 +42,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def bind(self, site: Site, step: str = "") -> None:
-        """Called once the adapter has its place: at `site`, as the step of a chain if it is one."""
+        """Called once the adapter has its place: at `site`, as this step of a chain if it is one."""
         for name, part in self.named_children():
             if isinstance(part, Adapter):
                 part.bind(site, name)
@@ -66,32 +66,32 @@ class Adapter(nn.Module):
 class Chain(Adapter):
     """Adapters in order; each takes the output of the one before."""
 
-    def __init__(self, **stages: Adapter) -> None:
+    def __init__(self, **steps: Adapter) -> None:
         super().__init__()
-        for name, stage in stages.items():
-            self.add_module(name, stage)
+        for name, step in steps.items():
+            self.add_module(name, step)
 
     @property
     def observes(self) -> bool:  # type: ignore[override]
-        return any(stage.observes for stage in self.stages.values())
+        return any(step.observes for step in self.steps.values())
 
     @property
-    def stages(self) -> dict[str, Adapter]:
+    def steps(self) -> dict[str, Adapter]:
         return dict(self.named_children())
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
-        for stage in self.children():
-            y = stage(x, y, context)
+        for step in self.children():
+            y = step(x, y, context)
         return y
 
     def prepare(self, context: ForwardContext) -> None:
-        for stage in self.stages.values():
-            stage.prepare(context)
+        for step in self.steps.values():
+            step.prepare(context)
 
     def observe(self, x: Tensor, y: Tensor, context: ForwardContext) -> list[Tensor]:
-        return [delta for stage in self.stages.values() if stage.observes for delta in stage.observe(x, y, context)]
+        return [delta for step in self.steps.values() if step.observes for delta in step.observe(x, y, context)]
 
     def fold(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        for stage in self.stages.values():
-            weight, bias = stage.fold(weight, bias)
+        for step in self.steps.values():
+            weight, bias = step.fold(weight, bias)
         return weight, bias

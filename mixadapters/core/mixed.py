@@ -97,7 +97,7 @@ def rows_of(owner: tuple[int, ...], count: int, device: torch.device, context: F
 def _plan(adapters: Sequence[Adapter], owner: tuple[int, ...]) -> Iterator[JointCall | LoneCall]:
     """The calls for these adapters, in order. Chains are taken step by step."""
     if all(isinstance(adapter, Chain) for adapter in adapters):
-        waiting = [list(adapter.stages.items()) for adapter in adapters]
+        waiting = [list(adapter.steps.items()) for adapter in adapters]
         while any(waiting):
             # Next is a step that no chain has further back, so that all chains which have it take it together.
             first = [steps[0][0] for steps in waiting if steps]

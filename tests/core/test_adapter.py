@@ -38,8 +38,8 @@ def test_chain_runs_its_stages_in_order() -> None:
     context = ForwardContext()
     torch.testing.assert_close(chain(x, y, context), 3 * (2 * y + x) - x)
     chain.prepare(context)
-    assert list(chain.stages) == ["first", "second"]
-    assert all(stage.asked == ["forward", "prepare"] for stage in chain.stages.values())
+    assert list(chain.steps) == ["first", "second"]
+    assert all(step.asked == ["forward", "prepare"] for step in chain.steps.values())
     assert {name.split(".")[0] for name, _ in chain.named_parameters()} == {"first", "second"}
 
 

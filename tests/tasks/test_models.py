@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, RobertaConfig, RobertaModel
 
 from mixadapters.tasks import baselines, get_task
 from mixadapters.tasks.metrics import score
@@ -96,6 +96,27 @@ def test_loss_of_a_head_is_that_of_its_task(encoder, data) -> None:
 def test_a_model_that_cannot_do_the_task_is_refused(request, kind, name, message) -> None:
     with pytest.raises(ValueError, match=message):
         Base(str(request.getfixturevalue(kind)), get_task(name))
+
+
+def test_positions_begin_behind_padding_where_a_model_has_them_so(tmp_path, encoder, t5) -> None:
+    config = RobertaConfig(vocab_size=90, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                           num_attention_heads=2, max_position_embeddings=34, pad_token_id=1)  # fmt: skip
+    RobertaModel(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(tmp_path)
+    base = Base(str(tmp_path), get_task("imdb"), max_length=32)
+    base.check_length(0)
+    row = Example(("bad " * 99,), 0)
+    assert base.load()(**base.collate(base.features([row], training=False))).logits.isfinite().all()
+    with pytest.raises(ValueError, match="has 32 positions, too few for 33 of --max-length; pass less"):
+        Base(str(tmp_path), get_task("imdb"), max_length=33).check_length(0)
+    Base(str(t5), get_task("imdb"), max_length=10_000).check_length(0)  # positions relative to each other: any number
+
+
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused(decoder) -> None:
+    base = Base(str(decoder), get_task("commonsenseqa"), max_length=6)
+    assert base.features([Example(("bad",), 0, ("mit " * 5, "kog"))], False)
+    with pytest.raises(ValueError, match="an answer of 6 tokens leaves no room in --max-length 6; pass more"):
+        base.features([Example(("bad",), 0, ("mit " * 6, "kog"))], False)
 
 
 # --- encoder-decoders ------------------------------------------------------------------------------------------------

@@ -271,6 +271,10 @@ def test_padded_tokens_of_a_prompt_do_not_count(made, kind) -> None:
     for given in (inputs, other):
         run(model, {**given, "encoder_attention_mask": mask}, 3.0)
     torch.testing.assert_close(seen[0].summary, seen[1].summary)
+    run(model, {**other, "encoder_attention_mask": torch.ones_like(mask)}, 3.0)
+    run(model, {**inputs, "encoder_attention_mask": torch.ones_like(mask)}, 3.0)
+    parts = [f.tokens if kind == "cross_attention" else f.summary for f in seen[2:]]
+    assert (parts[0] - parts[1]).abs().max() > 1e-2  # it is the mask that leaves them out
     if kind == "cross_attention":
         assert seen[0].mask.tolist() == [[True] * 5 + [False] * 2] * 3
         assert all(outputs_equal(model, inputs, other, mask))
@@ -423,6 +427,35 @@ def test_guidance_interval_is_a_scale_of_one_elsewhere(made) -> None:
     assert torch.equal(within[0], base[0])
     assert torch.equal(within[2], base[2])
     torch.testing.assert_close(within[1], guided[1], **CLOSE)
+
+
+def test_both_ends_of_an_interval_are_guided(made) -> None:
+    from mixadapters.tuners.agd import scale_at
+
+    model, inputs = randomize(adapt(made("dit"))), inputs_of("dit")  # timesteps 37, 500, 999
+    with torch.no_grad():
+        ends = model(**inputs, guidance_scale=4.0, guidance_interval=(37, 500)).sample
+        inner = model(**inputs, guidance_scale=4.0, guidance_interval=(37.5, 499.5)).sample
+    base, guided = run(model, inputs, 1.0), run(model, inputs, 4.0)
+    torch.testing.assert_close(ends[:2], guided[:2], **CLOSE)
+    assert all((ends[row] - base[row]).abs().max() > 1e-3 for row in range(2))
+    assert torch.equal(ends[2], base[2])
+    assert torch.equal(inner, base)
+    scales = scale_at(torch.full((3,), 4.0), torch.tensor([37.0, 500.0, 999.0]), (37, 500))  # of the teacher
+    assert scales.tolist() == [4.0, 4.0, 1.0]
+
+
+def test_timesteps_of_other_units_are_brought_to_a_thousand(made) -> None:
+    inputs = inputs_of("plain")
+    seen: list[Tensor] = []
+    for scale, times in ((1.0, inputs["t"]), (1000.0, inputs["t"] / 1000), (1.0, inputs["t"] / 1000)):
+        model = randomize(adapt(made("plain"), "plain", timestep_scale=scale))
+        trunk = next(m for m in model.modules() if isinstance(m, Trunk))
+        trunk.register_forward_hook(lambda m, a, out: seen.append(out.summary))
+        run(model, {**inputs, "t": times}, 3.0)
+    thousand, units, unscaled = seen
+    torch.testing.assert_close(units, thousand, atol=1e-3, rtol=1e-3)
+    assert ((unscaled - thousand).abs().amax(1) > 1e-2).all()
 
 
 def test_trunk_runs_once_per_forward_and_rests_without_a_scale(made) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixadapters.core.adapter import Adapter, Chain, Site
 from mixadapters.core.bank import AdapterBank
+from mixadapters.core.files import read_adapter
 from mixadapters.core.finding import inside_adapters
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
@@ -122,16 +123,16 @@ class MixDAModel(MixtureModel):
                 )
 
     def build(self, config: MixDAConfig, site: Site) -> Adapter | None:
-        stages: dict[str, Adapter] = {}
+        steps: dict[str, Adapter] = {}
         ranks = {name: rank for name, spec in config.domains.items() if (rank := _rank(spec["ranks"], site.path))}
         if ranks:
-            stages["domain"] = self._mixture(config, site, ranks)
+            steps["domain"] = self._mixture(config, site, ranks)
         if config.task_adapter is not None:
             tap = site.tap("ffn_input") if config.task_adapter == "parallel" else None
             task = bottleneck(config.task_config(), site, config.task_r or 0, tap)
             task.observes = False
-            stages["task"] = task
-        return Chain(**stages) if stages else None
+            steps["task"] = task
+        return Chain(**steps) if steps else None
 
     def _mixture(self, config: MixDAConfig, site: Site, ranks: dict[str, int]) -> Mixture:
         tap = site.tap("ffn_input")
@@ -162,14 +163,17 @@ class MixDAModel(MixtureModel):
         """
         where = f"domains[{name!r}]: {spec['source']!r}"
         try:
+            found = read_adapter(spec["source"], lambda kind: True, revision=spec.get("revision"))
+            if found is not None and found.other is not None:
+                raise ValueError(found.other)
             saved = PeftConfig.from_pretrained(spec["source"], revision=spec.get("revision"))
             weights = load_peft_weights(spec["source"], device="cpu", revision=spec.get("revision"))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, KeyError, TypeError) as error:  # of PEFT, for what is no adapter of its types
             raise ValueError(f"{where} cannot be read as an adapter folder or hub id: {error}") from error
         expert = self._check_source(config, name, saved, where)
         self._check_base_model(saved, spec, where)
         paths = self._domain_paths(config)
-        found: dict[str, dict[str, Tensor]] = {}
+        by_path: dict[str, dict[str, Tensor]] = {}
         for key, tensor in weights.items():
             path, mark, rest = key.removeprefix("base_model.model.").partition(
                 f".{saved.peft_type.value.lower()}_adapters."
@@ -179,12 +183,21 @@ class MixDAModel(MixtureModel):
             here = [p for p in paths if _same_module(p, path)]
             if len(here) != 1:
                 raise ValueError(f"{where} adapts {path!r}, which is no domain site of this model; those are {paths}")
-            found.setdefault(here[0], {})[rest.removeprefix(expert)] = tensor
-        if not found:
+            by_path.setdefault(here[0], {})[rest.removeprefix(expert)] = tensor
+        if not by_path:
             raise ValueError(f"{where} holds no weights of a domain adapter: none of its {len(weights)} keys fits")
-        for path, tensors in found.items():
+        for path, tensors in by_path.items():
             self._check_tensors(config, path, tensors, where)
-        return found
+        if missing := [p for p in self._paths_of_source(saved, name, paths) if p not in by_path]:
+            raise ValueError(f"{where} lacks the weights of {missing}, which its own config says that it adapts")
+        return by_path
+
+    def _paths_of_source(self, saved: Any, name: str, paths: list[str]) -> list[str]:
+        """Those of our `paths` that a source adapts by its own config."""
+        if saved.peft_type.value == "MIXDA":
+            spec = saved.domains.get(name) or next(iter(saved.domains.values()))
+            return [p for p in paths if _rank(spec.get("ranks", {}), p)]
+        return [p for p in paths if saved.target_modules and self._check_target_module_exists(saved, p)]
 
     def _check_tensors(self, config: MixDAConfig, path: str, tensors: dict[str, Tensor], where: str) -> None:
         """Refuse tensors that are not those of an expert at `path`."""
@@ -313,7 +326,7 @@ class MixDAModel(MixtureModel):
             host = self._host_at(path)
             new = host.adapters[adapter_name]
             new.domain.router.start_at(share)
-        elif "domain" in (chain := host.adapters[adapter_name]).stages:
+        elif "domain" in (chain := host.adapters[adapter_name]).steps:
             chain.domain.bank.add(name, rank, config.init_weights)
             chain.domain.router.add_expert(name, share)
             new = chain.domain.bank.experts[name]
@@ -321,7 +334,7 @@ class MixDAModel(MixtureModel):
             site = self._site(config, adapter_name, host.get_base_layer(), path)
             new = self._mixture(config, site, {name: rank})
             new.router.start_at(share)
-            host.adapters[adapter_name] = Chain(domain=new, **chain.stages)
+            host.adapters[adapter_name] = Chain(domain=new, **chain.steps)
             host.adapters[adapter_name].bind(site)
         device, base_dtype = host._get_base_layer_device_and_dtype(host.get_base_layer())
         new.to(device, dtype or base_dtype)
@@ -375,7 +388,7 @@ class MixDAModel(MixtureModel):
 
     def _mixtures(self, adapter_name: str) -> Iterator[tuple[str, Mixture]]:
         for host in self.hosts():
-            if adapter_name in host.adapters and "domain" in host.adapters[adapter_name].stages:
+            if adapter_name in host.adapters and "domain" in host.adapters[adapter_name].steps:
                 yield host.path, host.adapters[adapter_name].domain
 
     def _host_at(self, path: str, missing_ok: bool = False) -> Any:

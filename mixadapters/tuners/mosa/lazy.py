@@ -31,6 +31,10 @@ class LazyAdamW(torch.optim.AdamW):
         super().__init__(params, **options)
         self.peft_model = peft_model
 
+    def split_weights(self) -> set[int]:
+        """Identities of the weights whose draws it knows."""
+        return {id(m.weight) for m in self.peft_model.modules() if isinstance(m, SplitLinear) and m.lazy}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import weakref
 import zlib
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from mixadapters.core.bank import AdapterBank, Weights
 from mixadapters.core.context import ForwardContext
@@ -18,6 +21,8 @@ from mixadapters.routers import SingleRouter
 GRANULARITIES = ("element", "row", "column", "rank")
 MERGES = ("mean", "sum")
 HALVES = ("down", "up")
+LAZY_NEEDS = "inactive_update='lazy' needs the optimizer LazyAdamW(parameters, peft_model=model)"
+LAZY_REMEDY = "use it (Trainer: optimizer_cls_and_kwargs), or inactive_update='dense'"
 
 
 def deal(shape: tuple[int, int], num_experts: int, granularity: str, name: str, seed: int) -> Tensor:
@@ -66,6 +71,25 @@ def scramble(x: Tensor) -> Tensor:
     return (x >> 32) & (2**31 - 1)
 
 
+_LAZY: weakref.WeakSet[SplitLinear] = weakref.WeakSet()  # projections that leave alone what was not drawn
+
+
+def _refuse_other_optimizers(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Before any step of any optimizer of torch: D of lazy projections is for one that knows their draws.
+
+    Fused optimizers change weights without a trace in their version counter, so that afterwards is too late.
+    """
+    known: set[int] = getattr(optimizer, "split_weights", set)()
+    others = {id(part.weight) for part in _LAZY if part.weight.grad is not None} - known
+    if others and any(id(p) in others for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(f"{LAZY_NEEDS}, and {type(optimizer).__name__} was to make a step; {LAZY_REMEDY}")
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_refuse_other_optimizers)
+
+
 class SplitLinear(nn.Module):
     """A projection W0 + D (out, in). Every entry of D, the parameter `weight`, has an owner.
 
@@ -98,6 +122,17 @@ class SplitLinear(nn.Module):
         if plain.bias is not None and per_expert:
             self.bias = nn.Parameter(plain.bias.detach().repeat(num_experts, 1))
         self._seen: int | None = None  # version of `weight` at the last draw
+        if lazy:
+            self._watch()
+
+    def _watch(self) -> None:
+        _watch_optimizers()
+        _LAZY.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.lazy:
+            self._watch()
 
     def of_expert(self, expert: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the drawn expert, an int64 scalar. D has no gradient where another one owns it."""
@@ -124,10 +159,7 @@ class SplitLinear(nn.Module):
         """
         if not torch.compiler.is_compiling():
             if self._seen not in (None, self.weight._version):
-                raise ValueError(
-                    "inactive_update='lazy' needs the optimizer LazyAdamW(parameters, peft_model=model), and another "
-                    "one has changed the weights; use it, or inactive_update='dense'"
-                )
+                raise ValueError(f"{LAZY_NEEDS}, and something else has changed the weights; {LAZY_REMEDY}")
             self._seen = self.weight._version
         self.drawn.index_fill_(0, experts.reshape(-1), True)
 
