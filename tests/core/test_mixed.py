@@ -252,9 +252,8 @@ def test_what_is_broken_in_one_adapter_stays_out_of_its_neighbours(context, x, y
         out = MixedBatch(adapters, (0, 1, 0))(source, base, context)
         loss = out[[0, 2]].square().sum()
         parameters = list(adapters[0].parameters())
-        found.append(
-            [out[[0, 2]], *(g[[0, 2]] for g in torch.autograd.grad(loss, [source, base], retain_graph=True))]
-            + list(torch.autograd.grad(loss, parameters, retain_graph=True))
-        )
+        of_rows = torch.autograd.grad(loss, [source, base], retain_graph=True)
+        of_parameters = torch.autograd.grad(loss, parameters)
+        found.append([out[[0, 2]], *(grad[[0, 2]] for grad in of_rows), *of_parameters])
     for clean, beside in zip(*found, strict=True):
         torch.testing.assert_close(beside, clean)
