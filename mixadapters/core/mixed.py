@@ -65,8 +65,8 @@ class JointCall:
         """What the mixtures' own routers say, each for its rows."""
         routings = []
         for i, mixture in enumerate(self.mixtures):
-            context.record.own_rows = owners[:, 0] == i
-            routings.append(mixture.route(source, context))
+            context.record.own_rows = own = owners[:, 0] == i
+            routings.append(mixture.route(_only(own, source), context))
         context.record.own_rows = None
         return _join_routings(routings, sizes, owners[:, 0])
 
@@ -79,22 +79,27 @@ class LoneCall:
 
     def __call__(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         own = rows_of(self.owner, y.shape[0], y.device, context)[:, 0] >= 0
-        return torch.where(own.view(-1, *[1] * (y.dim() - 1)), self.adapter(x, y, context), y)
+        changed = self.adapter(_only(own, x), _only(own, y), context)
+        return torch.where(own.view(-1, *[1] * (y.dim() - 1)), changed, y)
+
+
+def _only(own: Tensor, t: Tensor) -> Tensor:
+    """t (B, ..., d) or (B * T, d), 0 in rows that are not `own` (N,): what a row holds stays with its adapter.
+
+    A gradient of 0 that comes back through a broken adapter, or through a broken row, is no number.
+    """
+    mask = own[:: own.shape[0] // t.shape[0]] if own.shape[0] != t.shape[0] else own
+    return torch.where(mask.view(-1, *[1] * (t.dim() - 1)), t, 0)
 
 
 def rows_of(owner: tuple[int, ...], count: int, device: torch.device, context: ForwardContext) -> Tensor:
     """(count, 1) owner of each row. Layers share it, and the steps of a `generate`."""
-    if count % len(owner):
-        raise ValueError(
-            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(owner)} and {count} "
-            "respectively."
-        )
     record = context.record
     kept = getattr(record.values.get("adapter_names"), "owners", None)
-    made = record.shared.setdefault("owners", {}) if kept is None or torch.compiler.is_compiling() else kept
+    made = record.owners if kept is None or torch.compiler.is_compiling() else kept
     key = (owner, count, device)
     if key not in made:
-        rows = torch.tensor(owner, device=device).repeat_interleave(count // len(owner))
+        rows = context.stream().spread(torch.tensor(owner, device=device), count, "adapter_names")
         made[key] = kernels.constant(rows.unsqueeze(1))
     return made[key]
 
