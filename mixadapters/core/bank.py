@@ -157,7 +157,6 @@ class PackedExperts(NamedTuple):
 
     kind: Kind
     sizes: list[int]  # experts of each bank
-    weights: list[Weights]  # what they were made of
     arguments: dict[str, Any]  # of `kernels.lowrank`
 
     def __call__(
@@ -202,33 +201,27 @@ def pack(banks: Sequence[AdapterBank], context: ForwardContext | None) -> Packed
     if weights[0].gate is not None:
         gates, gate_biases = zip(*(_folded(w.gate, w.b_gate, w.norm) for w in weights), strict=True)
         arguments |= {"w_gate": _cat(gates), "b_gate": _cat(gate_biases)}
-    return PackedExperts(banks[0].kind, [len(some) for some in by_bank], weights, arguments)
+    return PackedExperts(banks[0].kind, [len(some) for some in by_bank], arguments)
 
 
 class KeptExperts:
-    """The packed experts of banks of one kind, for several forwards that follow each other.
+    """The packed experts of banks of one kind, for the steps of one `generate`: it runs with the weights of its first.
 
-    Without gradients they are packed once, and again where a parameter has changed in place since. A bank whose
-    weights are computed says new ones in every forward.
+    With gradients they are packed in every forward; and where a bank computes its weights, which may be others each
+    time.
     """
 
     def __init__(self, banks: Sequence[AdapterBank]) -> None:
         self.banks = banks
         self._keeps = all(type(bank).weights is AdapterBank.weights for bank in banks)
-        self._kept: tuple[PackedExperts, list[Tensor], list[int]] | None = None
+        self._kept: PackedExperts | None = None
 
     def pack(self, context: ForwardContext | None) -> PackedExperts:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._keeps:
             return pack(self.banks, context)
-        if self._kept is not None:
-            packed, leaves, versions = self._kept
-            if [leaf._version for leaf in leaves] == versions:
-                return packed
-        packed = pack(self.banks, context)
-        leaves = [tensor for w in packed.weights for tensor in (*w, *(w.norm or ())) if isinstance(tensor, Tensor)]
-        if not any(map(Tensor.is_inference, leaves)):  # they count no changes
-            self._kept = packed, leaves, [leaf._version for leaf in leaves]
-        return packed
+        if self._kept is None:
+            self._kept = pack(self.banks, context)
+        return self._kept
 
 
 def _scales(weights: Sequence[Weights]) -> Tensor | None:

@@ -24,8 +24,8 @@ from mixadapters.core.routing import Routing
 class MixedBatch:
     """Each row through the adapter it names, in as few calls as the adapters' kinds allow.
 
-    Made anew for every call of a model, and kept for the steps of a `generate`, in which adapters and their parameters
-    stay the same objects. Their values may change.
+    Made anew for every call of a model, and kept for the steps of a `generate`, which runs with the adapters and the
+    weights of its first step.
 
     Args:
         owner: index into `adapters` for each row of the batch, -1 for rows that stay as they are, bit for bit.
