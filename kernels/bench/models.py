@@ -73,7 +73,7 @@ def llama() -> nn.Module:
 
 
 def both(base: nn.Module, targets: list[str], rank: int) -> tuple[Any, Any]:
-    """The model with adapters "0", "1" ... by this library and by PEFT, with the same weights."""
+    """The model with adapters "a0", "a1" ... by this library and by PEFT, with the same weights."""
     configs: tuple[Any, ...] = (
         BottleneckConfig(
             r=rank, target_modules=targets, activation="identity", use_bias=False, placement="parallel", scale=SCALE
@@ -82,9 +82,9 @@ def both(base: nn.Module, targets: list[str], rank: int) -> tuple[Any, Any]:
     )
     models = []
     for config in configs:
-        model = peft.get_peft_model(copy.deepcopy(base), config, adapter_name="0")
+        model = peft.get_peft_model(copy.deepcopy(base), config, adapter_name="a0")
         for i in range(1, ADAPTERS):
-            model.add_adapter(str(i), copy.deepcopy(config))
+            model.add_adapter(f"a{i}", copy.deepcopy(config))
         models.append(model.eval())
     for mine, its in pairs(*models):
         mine.data.copy_(its)
@@ -103,11 +103,11 @@ def pairs(ours: Any, theirs: Any) -> Iterator[tuple[nn.Parameter, nn.Parameter]]
 
 def names_of(adapters: int, rows: int) -> list[str]:
     """An adapter for each row, in turn."""
-    return [str(i % adapters) for i in range(rows)]
+    return [f"a{i % adapters}" for i in range(rows)]
 
 
 def one(model: Any) -> Callable[[], object]:
-    return lambda: model.set_adapter("0")
+    return lambda: model.set_adapter("a0")
 
 
 def every(model: Any) -> Callable[[], object]:
@@ -187,7 +187,7 @@ def logit_errors(ours: Any, theirs: Any, ids: Tensor) -> dict[str, float]:
             alone.append(distance(mixed[row], ours(input_ids=ids[row : row + 1]).logits[0]))
         with ours.disable_adapter():
             assert distance(mixed, ours(input_ids=ids).logits) > 1e-2, "the adapters do nothing"
-    ours.set_adapter("0")
+    ours.set_adapter("a0")
     return errors | {"logits, against each adapter alone": max(alone)}
 
 
@@ -230,7 +230,7 @@ def step_cases() -> Iterator[Case]:
     def loop(adapters: int) -> None:
         theirs.zero_grad()
         for i in range(adapters):
-            theirs.set_adapter(str(i))
+            theirs.set_adapter(f"a{i}")
             loss(theirs, ids[i::adapters]).backward()
 
     contenders = {"ours, 1": Contender(alone, one(ours))}
