@@ -100,10 +100,8 @@ class Injection(SiteFinder):
         host.add(adapter_name, adapter, inference_mode=config.inference_mode)
 
     def _refuse_offloaded(self, base: nn.Module, path: str) -> None:
-        own = {id(p) for p in base.parameters()}
-        if any(p.is_meta for p in base.parameters()) and any(
-            not p.is_meta for p in self.model.parameters() if id(p) not in own
-        ):
+        rest = (p for module in self._outside() for p in module._parameters.values() if p is not None)
+        if any(p.is_meta for p in base.parameters()) and not all(p.is_meta for p in rest):
             raise ValueError(
                 f"{path!r} is offloaded: its weights are on the meta device, and so would be the adapter, with "
                 "nothing in it. Load the model without offloading (no disk or cpu in device_map)"

@@ -16,6 +16,7 @@ from mixadapters import kernels
 from mixadapters.core.adapter import Adapter, Chain
 from mixadapters.core.bank import KeptExperts
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.losses import real_only
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.routing import Routing
 
@@ -79,22 +80,19 @@ class LoneCall:
 
     def __call__(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         own = rows_of(self.owner, y.shape[0], y.device, context)[:, 0] >= 0
-        return torch.where(own.view(-1, *[1] * (y.dim() - 1)), self.adapter(x, y, context), y)
+        mine = (real_only(x, own), real_only(y, own)) if torch.is_grad_enabled() else (x, y)
+        new = self.adapter(*mine, context)  # whose gradients see nothing that is broken in other rows, nor they in it
+        return torch.where(own.view(-1, *[1] * (y.dim() - 1)), new, y)
 
 
 def rows_of(owner: tuple[int, ...], count: int, device: torch.device, context: ForwardContext) -> Tensor:
     """(count, 1) owner of each row. Layers share it, and the steps of a `generate`."""
-    if count % len(owner):
-        raise ValueError(
-            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(owner)} and {count} "
-            "respectively."
-        )
     record = context.record
     kept = getattr(record.values.get("adapter_names"), "owners", None)
-    made = record.shared.setdefault("owners", {}) if kept is None or torch.compiler.is_compiling() else kept
+    made = record.owners if kept is None or torch.compiler.is_compiling() else kept
     key = (owner, count, device)
     if key not in made:
-        rows = torch.tensor(owner, device=device).repeat_interleave(count // len(owner))
+        rows = context.stream().spread(torch.tensor(owner, device=device), count, "adapter_names")
         made[key] = kernels.constant(rows.unsqueeze(1))
     return made[key]
 
