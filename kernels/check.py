@@ -157,7 +157,11 @@ def specialization(launch: Launch) -> tuple[Any, ...]:
             return value.dtype
         return (value == 1, value % 16 == 0) if isinstance(value, int) else value.__class__
 
-    return launch.kernel.__name__, *map(kind, launch.arguments), *sorted(map(str, launch.constants.items()))
+    return (
+        launch.kernel.__name__,
+        *(kind(launch.arguments[name]) for name in sorted(launch.arguments)),
+        *sorted(map(str, launch.constants.items())),
+    )
 
 
 class _Stub:
@@ -191,7 +195,7 @@ def compile_launch(launch: Launch, arch: str, name: str) -> Compiled:
     driver.set_active(_Stub(ARCHITECTURES[arch].target))
     launch.kernel.device_caches.clear()
     try:
-        compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.constants)
+        compiled = launch.kernel.warmup(**launch.arguments, grid=(1,), **launch.constants)
         if hasattr(compiled, "result"):
             compiled = compiled.result()
     except Exception as error:  # whatever a compiler raises is a finding

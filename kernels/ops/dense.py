@@ -1,4 +1,8 @@
-"""All experts as one product of rank R; the weights of the mixture scale the columns in between."""
+"""All experts as one product of rank R; the weights of the mixture scale the columns in between.
+
+A row that has not chosen an expert has zeros in its columns, but the products still multiply them: 0 * inf is no
+number. So where something is infinite or no number, what rows and experts share is computed again by `segments`.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixadapters.kernels import products
-from mixadapters.kernels.activations import hidden, hidden_backward
+from mixadapters.kernels import chain, products, segments
 from mixadapters.kernels.problem import Problem
 
 
@@ -22,102 +25,146 @@ def keeps(p: Problem) -> tuple[Tensor, ...]:
 
 
 def forward(p: Problem, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    p = p.cast()
-    x = p.dropped(p.x)
-    z = products.mm(x, p.down.t(), p.b_down)
-    v = None if p.gate is None else products.mm(x, p.gate.t(), p.b_gate)
-    weights, _, chosen = _weights(p)
-    h = _weighted(hidden(p.act, z, v), weights, chosen, p.ranks)
-    if p.base is None or (p.base_weight is None and p.base.dtype == x.dtype):
-        y = products.mm(h, p.up.t(), p.base)
-    else:
-        y = p.start()
-        if y.dtype == x.dtype:
-            products.mm(h, p.up.t(), y, out=y)
-        else:
-            y += products.mm(h, p.up.t())
-    if p.b_up is not None:
-        y += p.b_up.sum(0) if weights is None else weights @ p.b_up
-    if p.indices is not None and p.base is not None:
-        none = (p.indices < 0).all(1, keepdim=True)
-        # Adding a zero turns -0.0 into 0.0.
-        if not none.is_cpu or none.any():
-            y = torch.where(none, p.start(), y)
-    return y, (() if not keep else (z,) if v is None else (z, v))
+    y, kept = chain.forward(p, keep, Dense)
+    if p.indices is not None and not _finite(*_smaller(p, y, p.up, p.b_up)):
+        y = segments.forward(p, keep=False)[0]
+    return y, kept
 
 
 def backward(p: Problem, saved: tuple[Tensor, ...], grad: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
-    p = p.cast()
-    z, v = saved[0], saved[1] if len(saved) > 1 else None
-    grad = grad.to(p.x.dtype)
-    out: dict[str, Tensor] = {}
-    weights, gates, chosen = _weights(p)
-    h = hidden(p.act, z, v)
-    if "up" in needs:
-        used = _weighted(h, weights, chosen, p.ranks)
-        out["up"] = products.outer(used, grad).t() if p.up.stride(0) == 1 else products.outer(grad, used)
-    if "b_up" in needs:
-        if weights is not None and weights.dim() == 2:
-            out["b_up"] = weights.t() @ grad
-        else:
-            total = grad.sum(0).expand(len(p.ranks), -1)
-            out["b_up"] = total if weights is None else total * weights.unsqueeze(1)
-    u = products.mm(grad, p.up)
-    if "gates" in needs or "scale" in needs:
-        out |= _weight_gradients(p, u, h, grad, gates, chosen, needs)
-    if not needs & {"x", "down", "b_down", "gate", "b_gate"}:
-        return out
-    dz, dv = hidden_backward(p.act, _weighted(u, weights, chosen, p.ranks), z, v)
-    if chosen is not None:
-        for part in (dz, dv):
-            if part is not None:
-                _mask(part, chosen, p.ranks)
-    x = p.dropped(p.x) if needs & {"down", "gate"} else p.x
-    if "down" in needs:
-        out["down"] = products.outer(dz, x)
-    if "b_down" in needs:
-        out["b_down"] = dz.sum(0)
-    if dv is not None and "gate" in needs:
-        out["gate"] = products.outer(dv, x)
-    if dv is not None and "b_gate" in needs:
-        out["b_gate"] = dv.sum(0)
-    if "x" in needs:
-        dx = products.mm(dz, p.down)
-        if dv is not None:
-            assert p.gate is not None
-            products.mm(dv, p.gate, dx, out=dx)
-        out["x"] = p.dropped(dx)
+    out = chain.backward(p, saved, grad, needs, Dense)
+    if p.indices is not None:
+        results = [gradient for name, gradient in out.items() if name not in ("x", "gates")]
+        if "x" in out:
+            results += _smaller(p, out["x"], p.down, p.gate)
+        if not _finite(*results):
+            _, kept = segments.forward(p, keep=True)
+            return segments.backward(p, kept, grad, needs)
     return out
 
 
-def _weights(p: Problem) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Weight of each expert, (N, E), (E,) or None; the gates in it (N, E); and which experts a row chose (N, E)."""
-    gates, chosen = p.gates, None
-    if p.indices is not None:
-        experts = len(p.ranks)
-        if p.slots == 1:
-            chosen = p.indices == torch.arange(experts, device=p.x.device)
-            gates = chosen.to(p.x.dtype) if gates is None else gates * chosen
+def _smaller(p: Problem, result: Tensor, *weights: Tensor | None) -> list[Tensor]:
+    """What to look at for numbers that are infinite in a product of these weights: it, or them."""
+    given = [weight for weight in weights if weight is not None]
+    return [result] if p.x.shape[0] < p.down.shape[0] else given
+
+
+def _finite(*tensors: Tensor) -> bool:
+    # A sum is infinite, or no number, if one of its terms is. One that overflows costs time alone.
+    return all(bool(t.sum(dtype=chain.wide_dtype(t)).isfinite()) for t in tensors)
+
+
+class Dense:
+    """Rows (N, d), hidden values (N, R), slots (N, E): each expert has one in every row."""
+
+    def __init__(self, p: Problem, saved: tuple[Tensor, ...] = ()) -> None:
+        self.p, self.scale = p, p.scale
+        self.gates, self.chosen = _table(p)
+        self.weights = chain.product(self.gates, p.scale)  # (N, E), (E,) or None
+        if self.weights is not None and self.chosen is not None and p.scale is not None:
+            self.weights = torch.where(self.chosen, self.weights, 0)
+
+    def keep(self, z: Tensor, v: Tensor | None) -> tuple[Tensor, ...]:
+        return (z,) if v is None else (z, v)
+
+    def kept(self, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        return saved[0], saved[1] if len(saved) > 1 else None
+
+    def take(self, t: Tensor) -> Tensor:
+        return t
+
+    def affine(self, rows: Tensor, *maps: chain.Affine) -> list[Tensor]:
+        return [products.mm(rows, weight.t(), bias) for weight, bias in maps]
+
+    def weighted(self, h: Tensor) -> Tensor:
+        if self.weights is None:
+            return h
+        return self.cleared(_by_expert(h, self.p.ranks, self.weights))
+
+    def cleared(self, h: Tensor) -> Tensor:
+        return h if self.chosen is None else _mask(h, self.chosen, self.p.ranks)
+
+    def add_up(self, h: Tensor) -> Tensor:
+        p = self.p
+        if p.base is None or (p.base_weight is None and p.base.dtype == h.dtype):
+            y = products.mm(h, p.up.t(), p.base)
         else:
-            columns = p.indices.where(p.indices >= 0, experts).long()  # "none" has a column of its own, cut off later
-            ones = torch.ones_like(columns, dtype=p.x.dtype) if gates is None else gates
-            table = ones.new_zeros(columns.shape[0], experts + 1)
-            gates = table.scatter_add_(1, columns, ones)[:, :experts]
-            chosen = table.new_zeros(table.shape, dtype=torch.bool).scatter_(1, columns, True)[:, :experts]
-    if p.scale is None:
-        return gates, gates, chosen
-    return (p.scale if gates is None else gates * p.scale), gates, chosen
+            y = p.start()
+            if y.dtype == h.dtype:
+                products.mm(h, p.up.t(), y, out=y)
+            else:
+                y += products.mm(h, p.up.t())
+        if p.b_up is not None:
+            # The experts' own biases, one for each row that chose them.
+            y += p.b_up.sum(0) if self.weights is None else self.weights.to(p.b_up.dtype) @ p.b_up
+        if p.indices is not None and p.base is not None:
+            none = (p.indices < 0).all(1, keepdim=True)
+            # Adding a zero turns -0.0 into 0.0.
+            if not none.is_cpu or none.any():
+                y = torch.where(none, p.start(), y)
+        return y
+
+    def spread(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        (h, weight), *more = pairs
+        dx = products.mm(h, weight)
+        for h, weight in more:
+            products.mm(h, weight, dx, out=dx)
+        return dx
+
+    def outer(self, h: Tensor, rows: Tensor) -> Tensor:
+        return products.outer(h, rows)
+
+    def back(self, rows: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return products.mm(rows, self.p.up), None if h is None else self.outer(h, rows)
+
+    def sums(self, h: Tensor) -> Tensor:
+        return h.sum(0, dtype=chain.wide_dtype(h))
+
+    def shift_sums(self, rows: Tensor) -> Tensor:
+        if self.weights is not None and self.weights.dim() == 2:
+            return self.weights.to(rows.dtype).t() @ rows
+        total = self.sums(rows).expand(len(self.p.ranks), -1)
+        return total if self.weights is None else total * self.weights.unsqueeze(1)
+
+    def dots(self, h: Tensor, rows: Tensor) -> Tensor:
+        if _same(self.p.ranks):
+            dots = h.view(-1, len(self.p.ranks), self.p.ranks[0]).sum(2)
+        else:
+            dots = torch.stack([part.sum(1) for part in h.split(self.p.ranks, dim=1)], dim=1)
+        if self.p.b_up is not None:
+            dots += rows @ self.p.b_up.t()
+        return dots if self.chosen is None else dots.masked_fill_(~self.chosen, 0)
+
+    def by_row(self, dots: Tensor) -> Tensor:
+        if self.p.indices is None:
+            return dots
+        slots = self.p.indices.clamp_min(0).long()
+        return dots.gather(1, slots).masked_fill_(self.p.indices < 0, 0)
+
+    def by_expert(self, dots: Tensor) -> Tensor:
+        return dots.sum(0)
 
 
-def _weighted(h: Tensor, weights: Tensor | None, chosen: Tensor | None, ranks: Sequence[int]) -> Tensor:
-    """h (N, R) times the weight of the expert that each column belongs to; exact zeros where it was not chosen."""
-    if weights is None:
-        return h
-    h = h * weights if len(ranks) == 1 else _by_expert(h, ranks, weights)
-    return h if chosen is None else _mask(h, chosen, ranks)
+def _table(p: Problem) -> tuple[Tensor | None, Tensor | None]:
+    """Gates (N, E) of each expert for each row, and which experts a row chose (N, E)."""
+    if p.indices is None:
+        return p.gates, None
+    experts = len(p.ranks)
+    if p.slots == 1:
+        chosen = p.indices == torch.arange(experts, device=p.x.device)
+        return chosen.to(p.x.dtype) if p.gates is None else torch.where(chosen, p.gates, 0), chosen
+    columns = p.indices.where(p.indices >= 0, experts).long()  # "none" has a column of its own, cut off later
+    ones = torch.ones_like(columns, dtype=p.x.dtype) if p.gates is None else p.gates
+    table = ones.new_zeros(columns.shape[0], experts + 1, dtype=chain.wide_dtype(ones))
+    gates = table.scatter_add_(1, columns, ones.to(table.dtype))[:, :experts].to(p.x.dtype)
+    chosen = table.new_zeros(table.shape, dtype=torch.bool).scatter_(1, columns, True)[:, :experts]
+    return gates, chosen
 
 
 def _by_expert(h: Tensor, ranks: Sequence[int], weights: Tensor) -> Tensor:
+    """h (N, R) times the weight of the expert that each column belongs to."""
+    if len(ranks) == 1:
+        return h * weights
     if _same(ranks):
         return (h.view(-1, len(ranks), ranks[0]) * weights.unsqueeze(-1)).view_as(h)
     return h * weights.index_select(-1, _owners(ranks, h.device))
@@ -139,28 +186,3 @@ def _owners(ranks: Sequence[int], device: torch.device) -> Tensor:
     """(R,) expert of each column."""
     counts = torch.tensor(ranks, device=device)
     return torch.arange(len(ranks), device=device).repeat_interleave(counts, output_size=sum(ranks))
-
-
-def _weight_gradients(
-    p: Problem, u: Tensor, h: Tensor, grad: Tensor, gates: Tensor | None, chosen: Tensor | None, needs: frozenset[str]
-) -> dict[str, Tensor]:
-    products = u * h
-    if _same(p.ranks):
-        per_expert = products.view(-1, len(p.ranks), p.ranks[0]).sum(2)
-    else:
-        per_expert = torch.stack([part.sum(1) for part in products.split(p.ranks, dim=1)], dim=1)
-    if p.b_up is not None:
-        per_expert = per_expert.addmm_(grad, p.b_up.t())
-    if chosen is not None:
-        per_expert = per_expert.masked_fill_(~chosen, 0)
-    out = {}
-    if "scale" in needs:
-        out["scale"] = (per_expert if gates is None else per_expert * gates).sum(0)
-    if "gates" in needs:
-        if p.scale is not None:
-            per_expert = per_expert * p.scale
-        if p.indices is not None:
-            slots = p.indices.clamp_min(0).long()
-            per_expert = per_expert.gather(1, slots).masked_fill_(p.indices < 0, 0)
-        out["gates"] = per_expert
-    return out

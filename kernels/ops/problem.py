@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -42,6 +43,12 @@ def constant(indices: Tensor) -> Tensor:
     if indices.is_cpu and not torch.compiler.is_compiling() and not hasattr(indices, _DERIVED):
         setattr(indices, _DERIVED, {})
     return indices
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """For what is in the dtype of x already; autocast would take float32 sums to half precision as well."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +146,8 @@ class Problem:
         """Least and greatest index; for indices on a CPU."""
         indices = self.indices
         assert indices is not None
-        return self.derived("bounds", lambda: (int(indices.min()), int(indices.max())))
+        least, most = self.derived("bounds", indices.aminmax)
+        return int(least), int(most)
 
     def derived(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` derives from the indices (and from what is in `key`), once where they are `constant`."""

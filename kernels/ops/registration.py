@@ -1,13 +1,12 @@
 """The operation as torch sees it: two operators, opaque to the compiler, and the autograd function over them."""
 
-from contextlib import nullcontext
 from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from mixadapters.kernels import backends
-from mixadapters.kernels.problem import DIFFERENTIABLE, Problem
+from mixadapters.kernels.problem import DIFFERENTIABLE, Problem, without_autocast
 
 _PROBLEM = (
     "Tensor x, Tensor down, Tensor up, int[] ranks, Tensor? b_down, Tensor? b_up, Tensor? gate, Tensor? b_gate, "
@@ -31,7 +30,7 @@ def _forward(*args):
     *given, backend, keep = args
     p = _problem(given)
     p.check_indices()
-    with torch.no_grad(), _without_autocast(p.x):
+    with torch.no_grad(), without_autocast(p.x):
         y, kept = backends.pick(p, backend, p.x.shape[0], training=keep).forward(p, keep)
     return y, list(kept)
 
@@ -40,7 +39,7 @@ def _backward(grad, kept, *args):
     *given, backend, needs = args
     p = _problem(given)
     names = [name for name, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
-    with torch.no_grad(), _without_autocast(p.x):
+    with torch.no_grad(), without_autocast(p.x):
         module = backends.pick(p, backend, p.x.shape[0], training=True)
         gradients = module.backward(p, tuple(kept), grad.contiguous(), frozenset(names))
     return [_laid_out(gradients[name], name, getattr(p, name)) for name in names]
@@ -64,12 +63,6 @@ def _backward_fake(grad, kept, *args):
 def _problem(given: list) -> Problem:
     given[_RANKS] = tuple(given[_RANKS])
     return Problem(*given)
-
-
-def _without_autocast(x):
-    """Everything in here is in the dtype of x already; autocast would change float32 sums as well."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _like(name, field):
@@ -119,7 +112,8 @@ class _Lowrank(torch.autograd.Function):
         if needs[_BASE]:
             out[_BASE] = grad if base_weight is None else grad * base_weight.to(grad.dtype).unsqueeze(1)
         if needs[_BASE_WEIGHT]:
-            out[_BASE_WEIGHT] = (grad * base).sum(1).to(base_weight.dtype)
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            out[_BASE_WEIGHT] = (grad.to(wide) * base).sum(1).to(base_weight.dtype)
         args[_BASE] = args[_BASE_WEIGHT] = None
         asked = [needs[i] for i in _INSIDE]
         if any(asked):

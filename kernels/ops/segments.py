@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixadapters.kernels import products
-from mixadapters.kernels.activations import hidden, hidden_backward
+from mixadapters.kernels import chain, products
 from mixadapters.kernels.problem import Problem
 from mixadapters.kernels.sorting import keeps, sort_slots, sorted_weights
 
@@ -37,12 +36,6 @@ class Plan(NamedTuple):
     order: Tensor | None
     gates: Tensor | None  # (S,) of the slots, in that order
     scale: Tensor | None  # (S,)
-
-    @property
-    def weights(self) -> Tensor | None:
-        if self.gates is None or self.scale is None:
-            return self.scale if self.gates is None else self.gates
-        return self.gates * self.scale
 
     def taken(self, t: Tensor) -> Iterable[Tensor]:
         """The rows of t (N, d), by pieces; gathered one piece after the other where they do not stand together."""
@@ -67,62 +60,146 @@ def refuses(p: Problem) -> str | None:
 
 
 def forward(p: Problem, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    p = p.cast()
-    plan = _plan(p)
-    z = p.x.new_zeros(p.x.shape[0] * p.slots, max(p.ranks, default=0))
-    v = None if p.gate is None else torch.zeros_like(z)
-    _affine(p, plan, z, v)
-    weights = plan.weights
-    h = _weighted(hidden(p.act, z, v), weights)
-    # The base comes in piece by piece, each while it is in the cache.
-    base = p.base if plan.sizes and p.base_weight is None else None
-    if base is not None and base.dtype != h.dtype:
-        base = None
-    y = p.start() if base is None else base.new_empty(base.shape)
-    starts = repeat(None) if base is None else plan.views(base)
-    ups = p.up.t().split(p.ranks)
-    for piece, here, start, part in zip(plan.pieces, plan.views(y), starts, plan.hidden(h, p.ranks), strict=False):
-        shift = None
-        if p.b_up is not None:
-            shift = (p.b_up[piece.expert], None if weights is None else weights[piece.at])
-        _add_product(y, piece.rows, here, part, ups[piece.expert], shift, start)
-    if not keep:
-        return y, ()
-    order = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device) if plan.order is None else plan.order
-    return y, (z, order) if v is None else (z, order, v)
+    return chain.forward(p, keep, Segments)
 
 
 def backward(p: Problem, saved: tuple[Tensor, ...], grad: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
-    p = p.cast()
-    z, order, v = saved[0], saved[1], saved[2] if len(saved) > 2 else None
-    plan = _plan(p, order)
-    grad = grad.to(p.x.dtype)
-    weights = plan.weights
-    h = hidden(p.act, z, v)
-    used = _weighted(h, weights) if "up" in needs else h
-    u = torch.zeros_like(z)  # gradient of the hidden values, before their weight
-    shifts = None if p.b_up is None else p.x.new_zeros(z.shape[0])
-    out = _buffers(p, needs)
-    ups = p.up.t().split(p.ranks)
-    dups = out["up"].t().split(p.ranks) if "up" in needs else ()
-    parts = zip(plan.taken(grad), plan.hidden(u, p.ranks), plan.hidden(used, p.ranks), strict=True)
-    for piece, (g, du, used_part) in zip(plan.pieces, parts, strict=True):
-        e, at = piece.expert, piece.at
-        products.mm(g, ups[e].t(), out=du)
-        if dups:
-            _accumulate(dups[e], used_part, g)
-        if "b_up" in needs:
-            out["b_up"][e] += g.sum(0) if weights is None else torch.mv(g.t(), weights[at])
-        if shifts is not None:
-            assert p.b_up is not None
-            torch.mv(g, p.b_up[e], out=shifts[at])
-    if "gates" in needs or "scale" in needs:
-        per_slot = (u * h).sum(1)
-        out |= _weight_gradients(p, plan, per_slot if shifts is None else per_slot + shifts, needs)
-    if needs & {"x", "down", "b_down", "gate", "b_gate"}:
-        dz, dv = hidden_backward(p.act, _weighted(u, weights), z, v)
-        _input_gradients(p, plan, dz, dv, out, needs)
-    return out
+    return chain.backward(p, saved, grad, needs, Segments)
+
+
+class Segments:
+    """Rows (N, d), hidden values (S, r) with r the widest rank, slots (S,), in the order of the plan."""
+
+    def __init__(self, p: Problem, saved: tuple[Tensor, ...] = ()) -> None:
+        self.p = p
+        self.plan = _plan(p, saved[1] if saved else None)
+        self.gates, self.scale = self.plan.gates, self.plan.scale
+        self.weights = chain.product(self.gates, self.scale)
+
+    def keep(self, z: Tensor, v: Tensor | None) -> tuple[Tensor, ...]:
+        order = self.plan.order
+        if order is None:
+            order = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device)
+        return (z, order) if v is None else (z, order, v)
+
+    def kept(self, saved: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        return saved[0], saved[2] if len(saved) > 2 else None
+
+    def take(self, t: Tensor) -> Tensor:
+        return t  # gathered by pieces, each time
+
+    def empty(self) -> Tensor:
+        """Hidden values of 0, which slots without expert keep."""
+        return self.p.x.new_zeros(self.p.x.shape[0] * self.p.slots, max(self.p.ranks, default=0))
+
+    def affine(self, rows: Tensor, *maps: chain.Affine) -> list[Tensor]:
+        ranks, found = self.p.ranks, [self.empty() for _ in maps]
+        into = [
+            (iter(self.plan.hidden(out, ranks)), weight.split(ranks), None if bias is None else bias.split(ranks))
+            for out, (weight, bias) in zip(found, maps, strict=True)
+        ]
+        for piece, taken in zip(self.plan.pieces, self.plan.taken(rows), strict=True):
+            e = piece.expert
+            for parts, weights, biases in into:
+                products.mm(taken, weights[e].t(), None if biases is None else biases[e], out=next(parts))
+        return found
+
+    def weighted(self, h: Tensor) -> Tensor:
+        return h if self.weights is None else h * self.weights.unsqueeze(1)
+
+    def cleared(self, h: Tensor) -> Tensor:
+        return h  # pieces are all that is read, and they are as wide as their experts
+
+    def add_up(self, h: Tensor) -> Tensor:
+        p, plan = self.p, self.plan
+        # The base comes in piece by piece, each while it is in the cache.
+        base = p.base if plan.sizes and p.base_weight is None else None
+        if base is not None and base.dtype != h.dtype:
+            base = None
+        y = p.start() if base is None else base.new_empty(base.shape)
+        total = y if p.slots == 1 else chain.wide(y)
+        starts = repeat(None) if base is None else plan.views(base)
+        ups = p.up.t().split(p.ranks)
+        for piece, here, start, part in zip(
+            plan.pieces, plan.views(total), starts, plan.hidden(h, p.ranks), strict=False
+        ):
+            shift = None
+            if p.b_up is not None:
+                shift = (p.b_up[piece.expert], None if self.weights is None else self.weights[piece.at])
+            _add_product(total, piece.rows, here, part, ups[piece.expert], shift, start)
+        return total.to(y.dtype)
+
+    def spread(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        p, plan = self.p, self.plan
+        # Where each row stands in one piece, its gradient is written, not added to.
+        dx = p.x.new_empty(p.x.shape) if plan.sizes else p.x.new_zeros(p.x.shape)
+        total = dx if p.slots == 1 else chain.wide(dx)
+        for i, (h, weight) in enumerate(pairs):
+            weights = weight.split(p.ranks)
+            for piece, part, here in zip(plan.pieces, plan.hidden(h, p.ranks), plan.views(total), strict=True):
+                if here is not None and plan.sizes and i == 0 and total is dx:
+                    products.mm(part, weights[piece.expert], out=here)
+                else:
+                    _add_product(total, piece.rows, here, part, weights[piece.expert])
+        return total.to(dx.dtype)
+
+    def outer(self, h: Tensor, rows: Tensor) -> Tensor:
+        total = self._total(rows)
+        totals = total.split(self.p.ranks)
+        for piece, part, taken in zip(
+            self.plan.pieces, self.plan.hidden(h, self.p.ranks), self.plan.taken(rows), strict=True
+        ):
+            _accumulate(totals[piece.expert], part, taken)
+        return total
+
+    def back(self, rows: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """In one pass over the rows, which are gathered once."""
+        if h is None:
+            return self.affine(rows, (self.p.up.t(), None))[0], None
+        ranks, u, total = self.p.ranks, self.empty(), self._total(rows)
+        ups, totals = self.p.up.t().split(ranks), total.split(ranks)
+        parts = zip(self.plan.taken(rows), self.plan.hidden(u, ranks), self.plan.hidden(h, ranks), strict=True)
+        for piece, (taken, into, part) in zip(self.plan.pieces, parts, strict=True):
+            products.mm(taken, ups[piece.expert].t(), out=into)
+            _accumulate(totals[piece.expert], part, taken)
+        return u, total
+
+    def _total(self, rows: Tensor) -> Tensor:
+        return rows.new_zeros(sum(self.p.ranks), rows.shape[1], dtype=chain.wide_dtype(rows))
+
+    def sums(self, h: Tensor) -> Tensor:
+        total = h.new_zeros(sum(self.p.ranks), dtype=chain.wide_dtype(h))
+        totals = total.split(self.p.ranks)
+        for piece, part in zip(self.plan.pieces, self.plan.hidden(h, self.p.ranks), strict=True):
+            totals[piece.expert].add_(part.sum(0, dtype=total.dtype))
+        return total
+
+    def shift_sums(self, rows: Tensor) -> Tensor:
+        total = rows.new_zeros(len(self.p.ranks), rows.shape[1], dtype=chain.wide_dtype(rows))
+        for piece, taken in zip(self.plan.pieces, self.plan.taken(rows), strict=True):
+            if self.weights is None:
+                total[piece.expert] += taken.sum(0, dtype=total.dtype)
+            else:
+                total[piece.expert] += torch.mm(self.weights[None, piece.at], taken)[0]
+        return total
+
+    def dots(self, h: Tensor, rows: Tensor) -> Tensor:
+        dots = h.sum(1)
+        if self.p.b_up is not None:
+            for piece, taken in zip(self.plan.pieces, self.plan.taken(rows), strict=True):
+                dots[piece.at] += torch.mv(taken, self.p.b_up[piece.expert])
+        return dots
+
+    def by_row(self, dots: Tensor) -> Tensor:
+        if self.plan.order is None:
+            return dots.view(self.p.slots, -1).t()
+        return torch.empty_like(dots).index_copy_(0, self.plan.order, dots).view(-1, self.p.slots)
+
+    def by_expert(self, dots: Tensor) -> Tensor:
+        total = dots.new_zeros(len(self.p.ranks))
+        for piece in self.plan.pieces:
+            total[piece.expert] += dots[piece.at].sum()
+        return total
 
 
 def _plan(p: Problem, order: Tensor | None = None) -> Plan:
@@ -139,7 +216,8 @@ def _plan(p: Problem, order: Tensor | None = None) -> Plan:
         if p.indices is None:
             scale = scale.repeat_interleave(p.x.shape[0])
         else:
-            scale = scale.index_select(0, p.indices.t().reshape(-1).clamp_min(0))
+            indices = p.indices.t().reshape(-1)
+            scale = scale.index_select(0, indices.clamp_min(0)).masked_fill_(indices < 0, 1)
     return Plan(pieces, sizes if sum(sizes) == p.x.shape[0] else None, None, gates, scale)
 
 
@@ -176,25 +254,8 @@ def _sorted_pieces(rows: Tensor, counts: list[int]) -> list[Piece]:
     return pieces
 
 
-def _affine(p: Problem, plan: Plan, z: Tensor, v: Tensor | None) -> None:
-    """Write what the down and the gate projections make of x."""
-    into = []
-    for out, weight, bias in ((z, p.down, p.b_down), (v, p.gate, p.b_gate)):
-        if out is not None and weight is not None:
-            biases = None if bias is None else bias.split(p.ranks)
-            into.append((iter(plan.hidden(out, p.ranks)), weight.split(p.ranks), biases))
-    for piece, taken in zip(plan.pieces, plan.taken(p.x), strict=True):
-        e, x = piece.expert, p.dropped(taken, piece.rows)
-        for parts, weights, biases in into:
-            products.mm(x, weights[e].t(), None if biases is None else biases[e], out=next(parts))
-
-
 def _take(t: Tensor, rows: slice | Tensor) -> Tensor:
     return t[rows] if isinstance(rows, slice) else t.index_select(0, rows)
-
-
-def _weighted(h: Tensor, weights: Tensor | None) -> Tensor:
-    return h if weights is None else h * weights.unsqueeze(1)
 
 
 def _add_product(
@@ -226,58 +287,3 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         products.outer(a, b, total)
     else:
         total += torch.mm(a.t(), b)
-
-
-def _buffers(p: Problem, needs: frozenset[str]) -> dict[str, Tensor]:
-    dtype = torch.float32 if p.x.dtype.itemsize < 4 else p.x.dtype
-    return {
-        name: torch.zeros_like(getattr(p, name), dtype=dtype)
-        for name in ("down", "up", "b_down", "b_up", "gate", "b_gate")
-        if name in needs
-    }
-
-
-def _weight_gradients(p: Problem, plan: Plan, per_slot: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
-    out = {}
-    if "scale" in needs:
-        by_gate = per_slot if plan.gates is None else per_slot * plan.gates
-        total = by_gate.new_zeros(len(p.ranks))
-        for piece in plan.pieces:
-            total[piece.expert] += by_gate[piece.at].sum()
-        out["scale"] = total
-    if "gates" in needs:
-        by_scale = per_slot if plan.scale is None else per_slot * plan.scale
-        if plan.order is None:
-            out["gates"] = by_scale.view(p.slots, -1).t()
-        else:
-            out["gates"] = torch.empty_like(by_scale).index_copy_(0, plan.order, by_scale).view(-1, p.slots)
-    return out
-
-
-def _input_gradients(
-    p: Problem, plan: Plan, dz: Tensor, dv: Tensor | None, out: dict[str, Tensor], needs: frozenset[str]
-) -> None:
-    dx = None
-    if "x" in needs:  # where each row stands in one piece, its gradient is written, not added to
-        dx = p.x.new_empty(p.x.shape) if plan.sizes else p.x.new_zeros(p.x.shape)
-    for grads, weight, weight_name, bias_name in ((dz, p.down, "down", "b_down"), (dv, p.gate, "gate", "b_gate")):
-        if grads is None:
-            continue
-        assert weight is not None
-        weights = weight.split(p.ranks)
-        if weight_name in needs:
-            totals = out[weight_name].split(p.ranks)
-            for piece, d, x in zip(plan.pieces, plan.hidden(grads, p.ranks), plan.taken(p.x), strict=True):
-                _accumulate(totals[piece.expert], d, p.dropped(x, piece.rows))
-        if bias_name in needs:
-            shifts = out[bias_name].split(p.ranks)
-            for piece, d in zip(plan.pieces, plan.hidden(grads, p.ranks), strict=True):
-                shifts[piece.expert].add_(d.sum(0))
-        if dx is not None:
-            for piece, d, here in zip(plan.pieces, plan.hidden(grads, p.ranks), plan.views(dx), strict=True):
-                if here is not None and plan.sizes and grads is dz:
-                    products.mm(d, weights[piece.expert], out=here)
-                else:
-                    _add_product(dx, piece.rows, here, d, weights[piece.expert])
-    if dx is not None:
-        out["x"] = p.dropped(dx)

@@ -41,7 +41,9 @@ def _sort_slots(p: Problem, order: Tensor | None) -> Sorted:
 def sorted_weights(p: Problem, by: Sorted) -> tuple[Tensor | None, Tensor | None]:
     """(S,) gate and scale of each slot in sorted order."""
     gates = None if p.gates is None else p.gates.reshape(-1).index_select(0, by.order)
-    scale = None if p.scale is None else p.scale.index_select(0, by.experts.clamp_max(len(p.ranks) - 1))
+    scale = None
+    if p.scale is not None:  # 1 where there is no expert
+        scale = torch.cat([p.scale, p.scale.new_ones(1)]).index_select(0, by.experts)
     return gates, scale
 
 

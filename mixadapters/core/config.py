@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME
 
 from mixadapters.core.card import complete_card
@@ -157,12 +158,14 @@ class MixtureConfig(PeftConfig):
 
     def _note_others(self) -> None:
         """Note adapters of other types that act in the model of this one: without them it would not do the same."""
-        if self._used is not None:
-            model, name, _ = self._used
-            configs = getattr(model(), "peft_config", {})
-            if configs.get(name) is self:
-                kinds = {n: c.peft_type.value for n, c in configs.items()}
-                self.trained_beside = {n: k for n, k in kinds.items() if k != self.peft_type.value} or None
+        user, name, _ = self._used or (lambda: None, "", {})
+        model: Any = user()
+        configs = getattr(model, "peft_config", {})
+        if configs.get(name) is self:
+            layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+            acting = {active for layer in layers for active in layer.active_adapters}
+            kinds = {n: c.peft_type.value for n, c in configs.items() if n in acting}
+            self.trained_beside = {n: k for n, k in kinds.items() if k != self.peft_type.value} or None
 
     def refuse_other(self, saved: SavedAdapter, adapter_name: str) -> None:
         """Refuse files of an adapter that this config does not describe: their weights would mean something else.

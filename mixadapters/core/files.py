@@ -48,6 +48,17 @@ class SavedAdapter:
         return {key.removeprefix(PREFIX): shape for key, shape in self.shapes.items()}
 
 
+class FileWeights(dict[str, Any]):
+    """Weights that know which files they are of, also when PEFT copies them."""
+
+    def __init__(self, weights: Mapping[str, Any], saved: SavedAdapter) -> None:
+        super().__init__(weights)
+        self.saved = saved
+
+    def copy(self) -> FileWeights:
+        return FileWeights(self, self.saved)
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """The JSON object of a file. Raises ValueError, naming the file, where it is none."""
     try:

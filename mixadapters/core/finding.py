@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.config import MixtureConfig
+from mixadapters.core.files import being_loaded
 from mixadapters.core.layer import AdapterHost, HookedLayer, is_pointwise
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import NO_LAYER
@@ -109,6 +110,25 @@ class SiteFinder(BaseTuner):
                 raise ValueError(
                     f"target_modules={sorted(config.target_modules)}: no module of the model is called {target!r}."
                     f"{nearest(target, {name.rpartition('.')[2] for name in names})}"
+                )
+
+    def _refuse_unknown_layers(self, config: MixtureConfig) -> None:
+        """Layers that the model does not have, and saved modules that it does not have, would be passed over."""
+        names = [re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules()]
+        chosen = config.layers_to_transform
+        if chosen is not None:
+            wanted = {chosen} if isinstance(chosen, int) else set(chosen)
+            have = {index for name in names if (index := layer_index(name)) is not None}
+            if unknown := sorted(wanted - have):
+                raise ValueError(
+                    f"layers_to_transform={chosen}: the model has no layers {unknown}; it has {sorted(have)}"
+                )
+        saved_whole = sorted(config.modules_to_save or ())
+        for module in saved_whole:
+            if module not in HEADS and not any(name.endswith(module) for name in names):
+                raise ValueError(
+                    f"modules_to_save={saved_whole}: no module of the model is called {module!r}."
+                    f"{nearest(module, {name.rpartition('.')[2] for name in names})}"
                 )
 
     def matched(self, config: MixtureConfig) -> list[str]:
@@ -212,7 +232,11 @@ class SiteFinder(BaseTuner):
 
     def rank_at(self, config: Any, path: str, default: int) -> int:
         """The rank for a site: `rank_pattern` first."""
-        return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), path), default)
+        rank: int = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), path), default)
+        saved = being_loaded()
+        if saved is not None and saved.shapes and rank > (widest := max(max((0, *s)) for s in saved.shapes.values())):
+            raise ValueError(f"the config asks for rank {rank} at {path!r}, and the file's widest weight has {widest}")
+        return rank
 
 
 def inside_adapters(name: str, prefix: str) -> bool:

@@ -85,6 +85,7 @@ class Injection(SiteFinder):
         adapter = self.build(config, site)
         if adapter is None:
             return
+        self._refuse_offloaded(base, path)
         adapter.bind(site)
         for _role, tapped in site.taps:
             Tap.attach(self._unwrapped(tapped), tapped, self.context)
@@ -97,6 +98,14 @@ class Injection(SiteFinder):
             if isinstance(host, MixtureLayer):
                 setattr(owner, child, host)
         host.add(adapter_name, adapter, inference_mode=config.inference_mode)
+
+    def _refuse_offloaded(self, base: nn.Module, path: str) -> None:
+        rest = (p for module in self._outside() for p in module._parameters.values() if p is not None)
+        if any(p.is_meta for p in base.parameters()) and not all(p.is_meta for p in rest):
+            raise ValueError(
+                f"{path!r} is offloaded: its weights are on the meta device, and so would be the adapter, with "
+                "nothing in it. Load the model without offloading (no disk or cpu in device_map)"
+            )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; and where it fails, the model is as it was before."""
@@ -128,6 +137,7 @@ class Injection(SiteFinder):
         check_fields(peft_config)  # again: they may have been set since
         self.resolve(peft_config, model_config)
         self._refuse_unmatched(peft_config)
+        self._refuse_unknown_layers(peft_config)
         self._refuse_nested(peft_config)
         self.before_injection(peft_config, self._injecting)
         return peft_config

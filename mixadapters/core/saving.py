@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import re
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,8 +11,10 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from mixadapters.core.files import PREFIX, digest_of
+from mixadapters.core.files import PREFIX, FileWeights, digest_of
 from mixadapters.core.layer import AdapterHost
+
+logger = logging.getLogger(__name__)
 
 # What FSDP, torch.compile and activation checkpointing put into names.
 WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
@@ -74,6 +76,8 @@ class SavedForm(BaseTuner):
 
         Beside its own an adapter may bring what PEFT saves with it: its heads and trained tokens, and the embeddings.
         """
+        if isinstance(state_dict, FileWeights):
+            config.refuse_other(state_dict.saved, adapter_name)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         bare = not any(isinstance(module, BaseTuner) for module in model.modules())
         given = {key.removeprefix(PREFIX) if bare else key: tensor for key, tensor in remapped.items()}
@@ -84,7 +88,10 @@ class SavedForm(BaseTuner):
         check_keys(adapter_name, given, own, heads | embeddings)
         check_shapes(adapter_name, given, {key: tuple(here[key].shape) for key in given if key in here})
         if replaced := sorted((embeddings - heads) & given.keys() & here.keys()):
-            warn_of_embeddings(adapter_name, replaced)
+            logger.warning(
+                "the file of adapter %r brings embeddings, which replace those of the base model: %s",
+                adapter_name, replaced,
+            )  # fmt: skip
         # Embeddings that are a saved module too come twice; the other copy has been mapped.
         return {key: tensor for key, tensor in remapped.items() if (key.removeprefix(PREFIX) if bare else key) in here}
 
@@ -163,10 +170,3 @@ def check_shapes(adapter_name: str, given: Any, wanted: dict[str, tuple[int, ...
                 f"adapter {adapter_name!r}: {key!r} is {found} in the file and {shape} in this model. Load it under "
                 "another adapter_name, with its own config, or onto the model that it was trained on"
             )
-
-
-def warn_of_embeddings(adapter_name: str, keys: list[str]) -> None:
-    warnings.warn(
-        f"the file of adapter {adapter_name!r} brings embeddings, which replace those of the base model: {keys}",
-        stacklevel=2,
-    )

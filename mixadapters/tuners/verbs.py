@@ -10,12 +10,15 @@ import functools
 from dataclasses import replace
 from typing import Any
 
+import peft
+import peft.peft_model
+import peft.utils.save_and_load
 from peft import PeftModel
 from transformers.integrations import PeftAdapterMixin
 
 from mixadapters.core.card import complete_card
 from mixadapters.core.config import MixtureConfig
-from mixadapters.core.files import SavedAdapter, being_loaded, loading, read_adapter
+from mixadapters.core.files import FileWeights, SavedAdapter, being_loaded, loading, read_adapter
 from mixadapters.tuners.registration import config_class
 
 MARK = "_mixadapters_verb"  # on a function that has been replaced
@@ -37,10 +40,9 @@ def watch_verbs() -> None:
     @functools.wraps(peft_load_adapter)
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         saved = _saved(model_id, self.get_base_model(), kwargs)
-        if saved is not None and isinstance(config := self.peft_config.get(adapter_name), MixtureConfig):
-            config.refuse_other(saved, adapter_name)
-            if saved.other is not None:
-                raise ValueError(saved.other)
+        config = self.peft_config.get(adapter_name)
+        if saved is not None and saved.other is not None and config is not None:
+            raise ValueError(saved.other)
         with loading(saved):
             return peft_load_adapter(self, model_id, adapter_name, *args, **kwargs)
 
@@ -65,7 +67,17 @@ def watch_verbs() -> None:
                 mapping = kind and {"base_model_class": kind.__name__, "parent_library": kind.__module__}
                 complete_card(output_dir, config, __version__, mapping, "" if name == "default" else name)
 
+    load_weights = peft.load_peft_weights
+
+    @functools.wraps(load_weights)
+    def load_peft_weights(model_id: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        saved = _saved(model_id, None, kwargs)
+        weights = load_weights(model_id, *args, **kwargs)
+        return weights if saved is None else FileWeights(weights, saved)
+
     setattr(peft_from_pretrained, MARK, True)
+    for module in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):
+        module.load_peft_weights = load_peft_weights
     PeftModel.from_pretrained = classmethod(peft_from_pretrained)
     PeftModel.load_adapter = load_adapter
     PeftModel.create_or_update_model_card = create_or_update_model_card

@@ -127,14 +127,36 @@ def test_local_sets_are_read_as_images_of_the_wanted_size(example, files, name, 
         assert set(rows.labels.tolist()) <= set(range(classes))
 
 
-def test_no_class_serves_both_pretraining_and_a_task(example, files) -> None:
-    rows, classes = example.load_pretraining(str(files), size=28)
+def test_no_class_serves_both_pretraining_and_a_task(example, tmp_path) -> None:
+    """Images that show their class by their brightness: what was read is told by what it looks like."""
+    from PIL import Image
+
+    def grey(level: int, size: int) -> bytes:
+        file = io.BytesIO()
+        Image.new("L", (size, size), level).convert("RGB" if size == 32 else "L").save(file, "PNG")
+        return file.getvalue()
+
+    (tmp_path / "omniglot").mkdir()
+    images = [grey(10 * (i % 10), 32) for i in range(40)]
+    part = {"bytes": numpy.frombuffer(b"".join(images), numpy.uint8), "offsets": numpy.cumsum([0, *map(len, images)])}
+    part["labels"] = numpy.arange(40) % 10
+    arrays = {f"{split}_{name}": value for split in ("train", "test") for name, value in part.items()}
+    numpy.savez(tmp_path / "cifar10_jpeg_small.npz", **arrays)
+    with zipfile.ZipFile(tmp_path / "omniglot" / "small.zip", "w") as archive:
+        for number, alphabet in enumerate(("Alef", "Bet", "Gimel", "Dalet")):  # read in the order of their names
+            archive.writestr(f"small/{alphabet}/character01/0001_01.png", grey(150 + 20 * number, 105))
+            archive.writestr(f"small/{alphabet}/character01/0001_11.png", grey(150 + 20 * number, 105))
+
+    def levels(images: torch.Tensor) -> set[int]:
+        return {round(255 * float(level)) for level in images.mean((1, 2, 3))}
+
+    rows, classes = example.load_pretraining(str(tmp_path), size=28)
     assert classes == 5 + 2  # five of CIFAR; two alphabets of one character, since the last two are left out
-    held = example.load_images("cifar", str(files), size=28)[0]
-    tasks = {tuple(image.flatten()[:99].tolist()) for part in (held.train, held.test) for image in part.inputs}
-    # The small set repeats its images over classes, so a look at the labels has to do for CIFAR.
-    assert rows.inputs.shape[0] == 20 + 40
-    assert tasks
+    assert levels(rows.inputs / 2 + 0.5) == {0, 10, 20, 30, 40, 150, 170}
+    readers = sys.modules[example.load_pretraining.__module__]
+    for reader, expected in ((readers.cifar, {50, 60, 70, 80, 90}), (readers.omniglot, {190})):
+        for part in reader(tmp_path, task=True):
+            assert levels(part.inputs) == expected
 
 
 def test_missing_data_is_said_with_the_remedy(example, tmp_path) -> None:

@@ -259,6 +259,31 @@ def test_dpo_trains_the_auxiliary_loss_of_the_policy_once(
         torch.testing.assert_close(grads[name] - without[name], value, atol=1e-5, rtol=1e-3)
 
 
+def test_dpo_weighs_the_auxiliary_loss_as_its_own_under_accumulation(
+    base: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """One step of SGD over two micro-batches is the mean of both, main and auxiliary loss."""
+    ends = []
+    for coefficient in (0.0, 5.0):
+        torch.manual_seed(0)
+        model = stirred(get_peft_model(fresh(base), CONFIGS["mixda"](balance_coef=coefficient, init_weights=False)))
+        given = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+        trainer = dpo(
+            model, tokenizer, tmp_path, callbacks=[StageCallback("task")], gradient_accumulation_steps=2,
+            max_grad_norm=0.0, gradient_checkpointing=False, train_sampling_strategy="sequential", **given,
+        )  # fmt: skip
+        batches = [batch for batch, _ in zip(trainer.get_train_dataloader(), range(2), strict=False)]
+        before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        expected = [balance_gradients(model, batch) for batch in batches] if coefficient else []
+        model.zero_grad()
+        trainer.train()
+        ends.append({n: before[n] - p.detach() for n, p in model.named_parameters() if n in before})
+    assert max(value.abs().max() for value in expected[0].values()) > 1e-2
+    for name in expected[0].keys() & ends[0].keys():
+        mean = (expected[0][name] + expected[1][name]) / 2
+        torch.testing.assert_close(ends[1][name] - ends[0][name], mean, atol=1e-5, rtol=1e-3, msg=name)
+
+
 @pytest.mark.parametrize("copied", [False, True])
 def test_dpo_keeps_the_stage_through_its_reference_pass(
     copied: bool, base: Path, tokenizer: Any, tmp_path: Path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +76,18 @@ def test_a_run_whose_result_was_cut_short_runs_again(data, tmp_path, capsys) -> 
     assert read_result(file)["predictions"] == whole["predictions"]
 
 
-def test_writers_at_the_same_time_never_mix(tmp_path) -> None:
-    texts = [str(i) * 200_000 for i in range(6)]
-    threads = [threading.Thread(target=write_whole, args=(tmp_path / "x", text)) for text in texts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (tmp_path / "x").read_text() in texts
+def test_writers_at_the_same_time_never_mix(tmp_path, monkeypatch) -> None:
+    sync, inner = os.fsync, iter(["inner"])
+
+    def another_writes_meanwhile(file: int) -> None:
+        for text in inner:
+            write_whole(tmp_path / "x", text)
+            assert (tmp_path / "x").read_text() == "inner"
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", another_writes_meanwhile)
+    write_whole(tmp_path / "x", "outer")
+    assert (tmp_path / "x").read_text() == "outer"
     assert [f.name for f in tmp_path.iterdir()] == ["x"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,6 +240,12 @@ def test_loading_the_best_model_is_refused_where_it_reloads_nothing(tiny: Any, t
                 model=model, args=options, train_dataset=data, eval_dataset=data,
                 callbacks=[StageCallback("task", adapter_name=name)],
             )  # fmt: skip
+    second.set_adapter("default")
+    with pytest.raises(ValueError, match=r"'own' trains while 'default' is active first"):
+        Trainer(
+            model=second, args=options, train_dataset=data, eval_dataset=data,
+            callbacks=[StageCallback("task", adapter_name="own")],
+        )  # fmt: skip
 
 
 def test_the_best_model_is_loaded_at_the_end(tiny: Any, tmp_path: Path) -> None:
@@ -379,6 +386,17 @@ def test_the_next_stage_replaces_objectives_and_keeps_those_of_the_user(classifi
     assert context.objectives == [mine]
 
 
+@pytest.mark.parametrize(("scaler", "scale"), [(None, 0.25), (8.0, 2.0)])
+def test_riding_losses_are_scaled_as_float16_scales_its_loss(scaler: Any, scale: float, classifier: nn.Module) -> None:
+    """The optimizer divides all gradients by what the scaler has multiplied the loop's loss with."""
+    callback = StageCallback("task")
+    own = None if scaler is None else torch.amp.GradScaler("cpu", init_scale=scaler)
+    callback.trainer = SimpleNamespace(current_gradient_accumulation_steps=4, accelerator=SimpleNamespace(scaler=own))
+    arguments = SimpleNamespace(device="cpu", gradient_accumulation_steps=4)
+    callback.on_step_begin(arguments, None, None, model=classifier)
+    assert float(classifier.base_model.context.loss_scale) == scale
+
+
 # --- the head of a language model ---------------------------------------------------------------------------------
 
 
@@ -396,6 +414,16 @@ def test_the_head_is_checked_in_the_domain_stage_only_and_on_request(tiny: Any, 
     for callback in (StageCallback("task"), StageCallback("domain", check_head=False)):
         model = get_peft_model(tiny("bert"), mixda())
         Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), callbacks=[callback]).train()
+
+
+def test_the_head_is_checked_before_the_first_step_only(tiny: Any, tmp_path: Path) -> None:
+    model = get_peft_model(tiny("bert"), BottleneckConfig(r=4))
+    for steps, resume in ((1, None), (2, True)):
+        options = arguments(tmp_path, max_steps=steps, save_strategy="steps", save_steps=1)
+        callback = StageCallback("domain", check_head=resume is not None)  # of a head that would be refused
+        trainer = Trainer(model=model, args=options, train_dataset=rows(), callbacks=[callback])
+        trainer.train(resume_from_checkpoint=resume)
+    assert trainer.state.global_step == 2
 
 
 def test_checking_a_trained_head_does_not_change_the_run(
@@ -480,6 +508,7 @@ def test_gate_usage_leaves_the_entries_of_the_trainer_as_they_are(tiny: Any, tmp
     [
         ({"max_steps": 3, "logging_steps": 500}, [3]),
         ({"max_steps": 3, "logging_steps": 2}, [2, 3]),
+        ({"max_steps": 3, "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2}, [3]),
         ({"max_steps": 3, "logging_strategy": "no"}, [3]),
         ({"max_steps": -1, "num_train_epochs": 2, "logging_strategy": "epoch"}, [4, 8]),
     ],

@@ -351,6 +351,11 @@ def test_objects_that_are_no_span_are_named_with_their_row(target) -> None:
         ObjectMaskingCollator(wordpiece())([GOOD, {**GOOD, "object": target}])
 
 
+def test_an_object_that_overlaps_itself_is_not_clear() -> None:
+    with pytest.raises(ValueError, match="'heh' occurs more than once in text='a heheh'"):
+        ObjectMaskingCollator(wordpiece())([{"text": "a heheh", "object": "heh"}])
+
+
 @pytest.mark.parametrize("name", ["text", "positive"])
 @pytest.mark.parametrize("blank", ["", " \n"])
 def test_blank_texts_are_no_pair(name, blank) -> None:

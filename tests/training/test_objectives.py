@@ -276,6 +276,15 @@ def test_a_trained_head_passes() -> None:
     assert require_pretrained_head(model, batch) < 0.8 * log(50)
 
 
+def test_the_head_is_judged_without_dropout() -> None:
+    model, batch = BertForMaskedLM(BertConfig(**TINY, hidden_dropout_prob=0.5)).train(), mlm_batch()
+    seen = []
+    model.bert.register_forward_hook(lambda module, *_: seen.append(module.training))
+    with pytest.raises(ValueError, match="newly initialised"):
+        require_pretrained_head(model, batch)
+    assert seen == [False]
+
+
 def test_a_batch_without_loss_cannot_be_judged() -> None:
     model, batch = BertForMaskedLM(BertConfig(**TINY)), mlm_batch()
     for labels in (None, torch.full_like(batch["labels"], -100)):

@@ -628,6 +628,11 @@ def test_ip_adapter_loads_and_guides_beside_the_adapters(tmp_path) -> None:
     base = draw(pipe, guidance_scale=1.0, ip_adapter_image_embeds=embeds)
     with OnePass(pipe, 4.0):
         both = draw(pipe, ip_adapter_image_embeds=embeds)
+        pipe.set_ip_adapter_scale(0.0)  # no picture: the guidance is what it was
+        torch.testing.assert_close(draw(pipe, ip_adapter_image_embeds=embeds), before, **CLOSE)
+    with OnePass(pipe, 1.0):
+        pipe.set_ip_adapter_scale(0.6)
+        assert torch.equal(draw(pipe, ip_adapter_image_embeds=embeds), base)
     assert (both - base).abs().max() > 1e-4
     assert (both - before).abs().max() > 1e-4
 
@@ -690,7 +695,7 @@ def test_encoders_that_give_something_else_are_refused(tmp_path, monkeypatch) ->
 
 @pytest.mark.parametrize("name", [*PIPELINES, "pixart"])
 def test_record_of_a_pipeline_ends_in_its_own_images(name, tmp_path) -> None:
-    """The last recorded state, and its target, lead to what the pipeline draws at that scale."""
+    """States are those that the pipeline meets at that scale, and targets what it makes of its two predictions."""
     pipe = {**PIPELINES, "pixart": pixart}[name](tmp_path / "words")
     pipe.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"class_labels": [1, 2]} if name == "dit" else {"prompts": ["a cab", "dad"]}
@@ -700,13 +705,12 @@ def test_record_of_a_pipeline_ends_in_its_own_images(name, tmp_path) -> None:
     model = getattr(pipe, "unet", None) or pipe.transformer
     assert data.info["model_class"] == type(model).__name__
     assert len(data) == 2 * 3
-    found: list[Tensor] = []
     inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
     model.register_forward_pre_hook(
         lambda m, a, k: inputs.append((a[0] if a else k["hidden_states"])[:2].clone()), with_kwargs=True
     )
-    plain = pipe.vae.decode
-    pipe.vae.decode = lambda z, *a, **k: found.append(z) or plain(z, *a, **k)
+    model.register_forward_hook(lambda m, a, y: outputs.append((y[0] if isinstance(y, tuple) else y.sample)[:, :4]))
     start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5 << 20))
     if name == "dit":
         pipeline_noise = start
@@ -727,7 +731,12 @@ def test_record_of_a_pipeline_ends_in_its_own_images(name, tmp_path) -> None:
         draw(pipe, guidance_scale=3.0, latents=start, **sizes)
     for step in range(3):
         for row in range(2):
-            torch.testing.assert_close(data[row * 3 + step]["sample"], inputs[step][row], atol=1e-4, rtol=1e-3)
+            state = data[row * 3 + step]
+            torch.testing.assert_close(state["sample"], inputs[step][row], atol=1e-4, rtol=1e-3)
+            halves = outputs[step][row], outputs[step][row + 2]
+            conditional, null = halves if name == "dit" else halves[::-1]
+            target = null + 3.0 * (conditional - null)
+            torch.testing.assert_close(state["target"], target, atol=1e-4, rtol=1e-3)
 
 
 def test_record_needs_prompts_or_classes(tmp_path) -> None:

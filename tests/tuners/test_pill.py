@@ -296,8 +296,10 @@ def test_t09_each_modality_has_its_own_experts_and_text_is_never_gated(tiny, tin
     assert {tuple(p.shape) for gate in gates(one) for p in gate.parameters()} == {(1, 32)}
     values = values_of(one)
     one(**inputs, modality_ids=ids)
-    one(**inputs, modality_ids=mixed(inputs, [1, 1, 0, 0], [0, 0, 1]))
-    assert torch.equal(values[0][ids == 1][:2], values[1][ids == 1][:2])
+    for gate in gates(one):
+        gate.open = True
+    one(**inputs, modality_ids=ids)
+    assert torch.equal(values[0][ids != 2], values[1][ids != 2])  # images are not among the gate's modalities
     assert not torch.equal(values[0][ids == 2], values[1][ids == 2])
 
 
@@ -829,6 +831,20 @@ def test_a_modality_may_be_called_shared(tiny, tiny_inputs) -> None:
     assert not torch.equal(model(**inputs, modality_ids=mixed(inputs, [1], [1])).logits, expected)
 
 
+def test_a_base_that_sees_begins_with_open_gates_also_without_a_token_for_images() -> None:
+    base, _ = llava()
+    base.config.image_token_id = None
+    config = get_peft_model(base, PILLConfig(task_type="CAUSAL_LM")).peft_config["default"]
+    assert (config.gate_init, config.token_ids) == ("one", None)
+
+
+@pytest.mark.parametrize("width", [32, 128])
+def test_down_projections_start_as_strong_at_any_width(tiny, width) -> None:
+    model = pill(tiny("llama", hidden_size=width, head_dim=8), random=False, r=64)
+    weights = torch.stack([p for n, p in model.named_parameters() if ".experts." in n and ".down." in n])
+    assert float(weights.std()) == pytest.approx(1.28 * width**-0.5, rel=0.02)
+
+
 def test_a_token_that_the_base_has_for_images_and_videos_says_nothing() -> None:
     base, inputs = llava()
     base.config.video_token_id = base.config.image_token_id
@@ -844,18 +860,18 @@ def test_a_token_that_the_base_has_for_images_and_videos_says_nothing() -> None:
     [
         ({"modalities": ["image", "text"]}, "must begin with 'text'"),
         ({"modalities": ["text", "image", "image"]}, "name each modality once"),
-        ({"modalities": ["text", "a.b"]}, "no name for a modality"),
-        ({"modalities": ["text", "keys"]}, "no name for a modality"),
+        ({"modalities": ["text", "a.b"]}, "modalities: 'a.b' is no name for this"),
+        ({"modalities": ["text", "keys"]}, "modalities: 'keys' is no name for this"),
         ({"ffn_experts": ["imag"]}, r"ffn_experts='imag' is unknown.*Did you mean 'image'"),
         ({"token_ids": {"audoi": [3]}}, "token_ids='audoi' is unknown.*Did you mean 'audio'"),
         ({"gate_modalities": ["text"]}, "must name modalities other than text"),
         ({"gate_modalities": []}, "for no gate set gate=False"),
-        ({"token_ids": {"image": 90}}, "must give a list of tokens"),
-        ({"token_ids": {"image": []}}, "must give a list of tokens"),
+        ({"token_ids": {"image": 90}}, "token_ids=.* must be a dict of strings to a list of integers"),
+        ({"token_ids": {"image": []}}, "token_ids=.* has no token for 'image'"),
         ({"token_ids": {"image": [90], "audio": [7, 90]}}, "token 90 stands for 'image' and for 'audio'"),
         ({"token_ids": {"image": [90, 90]}}, "token 90 stands for 'image' and for 'image'"),
-        ({"token_ids": {"image": [90.0]}}, r"90\.0 is no token id"),
-        ({"token_ids": {"image": [True]}}, "True is no token id"),
+        ({"token_ids": {"image": [90.0]}}, "token_ids=.* must be a dict of strings to a list of integers"),
+        ({"token_ids": {"image": [True]}}, "token_ids=.* must be a dict of strings to a list of integers"),
         ({"token_ids": {"image": [-1]}}, "-1 is no token id"),
         ({"ffn_experts": ["image", "image"]}, "ffn_experts=.* must name each modality once"),
         ({"gate_modalities": ["image", "image"]}, "gate_modalities=.* must name each modality once"),

@@ -12,7 +12,7 @@ import torch
 import transformers
 from peft import get_peft_model
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
@@ -229,6 +229,21 @@ def test_batch_of_prompts_answers_and_images() -> None:
     assert words(left["input_ids"][2])[-2:] == ["what", "?"]
     assert left["attention_mask"][2].tolist() == [0] * 9 + [1, 1]
     assert "pixel_values" not in collator()(rows[2:])
+
+
+def test_no_row_ends_inside_an_image(tiny) -> None:
+    base, images = attached(tiny, grid=2)
+    ids = torch.full((2, 6), images.token_id)
+    ids[1, 2:] = 7
+    with pytest.raises(ValueError, match=r"rows with \[6, 2\] placeholders .* do not fit 2 images of 4 tokens"):
+        base(input_ids=ids, pixel_values=torch.randn(2, 3, 16, 16))
+
+
+def test_a_row_begins_once_as_its_tokenizer_begins() -> None:
+    begins = tokenizer()
+    begins._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    batch = collator(tokenizer=begins)([{"prompt": "one <image> ?", "answer": "a cat", "images": [picture()]}])
+    assert words(batch["input_ids"][0]) == ["<s>", "one", *"####", "?", "a", "cat", "</s>"]
 
 
 def test_images_are_normalised_as_their_encoder_expects() -> None:

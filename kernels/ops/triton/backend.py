@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import gcd
+from typing import Any
 
 import torch
 import triton
@@ -109,7 +110,9 @@ def _weight_gradients(p: Problem, dgates: Tensor) -> dict[str, Tensor]:
         scaled = dgates
         if p.scale is not None:
             scale = p.scale.float()
-            scaled = dgates * (scale if p.indices is None else scale[p.indices.clamp_min(0).long()])
+            if p.indices is not None:
+                scale = scale[p.indices.clamp_min(0).long()].masked_fill(p.indices < 0, 1)
+            scaled = dgates * scale
         found["gates"] = scaled.to(p.gates.dtype)
     if p.scale is not None:
         values = dgates if p.gates is None else dgates * p.gates.float()
@@ -179,8 +182,32 @@ class _Call:
             "shrink", self.arch, self.programs(self.plan.passes[0], tiles.rows), blocks, self.p.batch_invariant
         )
 
-    def _sizes(self, step: Pass) -> tuple[int, ...]:
-        return self.p.run, 0 if step.tiles is None else step.tiles.shape[1], step.first, step.last
+    def _where(self, step: Pass) -> dict[str, Any]:
+        """Which rows meet which experts."""
+        return {
+            "INDICES": step.indices, "ORDER": step.order, "TILES": step.tiles, "STARTS": self.starts,
+            "RUN": self.p.run, "TILES_MAX": 0 if step.tiles is None else step.tiles.shape[1],
+            "FIRST": step.first, "LAST": step.last, "index_stride": _row_stride(step.indices),
+        }  # fmt: skip
+
+    def _weighing(self, step: Pass) -> dict[str, Any]:
+        """What weighs the experts' outputs."""
+        return {
+            "GATES": step.gates, "SCALE": self.p.scale, "OWNERS": self.owners, "gate_stride": _row_stride(step.gates)
+        }  # fmt: skip
+
+    def _dropping(self, seed: Tensor | None) -> dict[str, Any]:
+        return {
+            "SEED": seed, "THRESHOLD": self.threshold, "keep_factor": self.keep_factor if seed is not None else 1.0
+        }  # fmt: skip
+
+    def _shape(self, tiles: configs.Tiles, parts: int) -> dict[str, Any]:
+        """Constants of the two kernels that expand."""
+        return {
+            **self.common, "ACT": self.p.act, "GATED": self.p.gate is not None, "PARTS": parts, "STAGES": tiles.stages,
+            "BM": tiles.rows, "BR": tiles.hidden, "BE": self.experts, "BN": tiles.width, "num_warps": tiles.warps,
+            "num_stages": tiles.stages,
+        }  # fmt: skip
 
     def shrink(
         self, step: Pass, x: Tensor, w: Tensor, v: Tensor | None, z: Tensor, parts: int,
@@ -188,15 +215,19 @@ class _Call:
     ) -> None:  # fmt: skip
         """z (parts, ..., N, hidden) = x w^T in `parts` parts; w and v are (R, K) of any strides, or w is (E, K)."""
         tiles = self.tiles("shrink", x.shape[1], v is not None, by_expert)
-        starts, common = (self.unit_starts, self.common | {"ALIGN": 1}) if by_expert else (self.starts, self.common)
+        given = {
+            **self._where(step), **self._dropping(seed),
+            "X": x, "W": w, "V": v, "Z": z, "N": x.shape[0], "K": x.shape[1], "HIDDEN": z.shape[-1],
+            "x_stride": x.stride(0), "w_column": w.stride(0), "w_k": w.stride(1),
+            "v_column": v.stride(0) if v is not None else 0, "v_k": v.stride(1) if v is not None else 0,
+            "z_part": z.stride(0) if parts > 1 else 0, "z_gate": x.shape[0] * z.shape[-1],
+        }  # fmt: skip
+        common = self.common
+        if by_expert:
+            given |= {"STARTS": self.unit_starts}
+            common = {**common, "ALIGN": 1}
         launch(
-            kernels.shrink, (self.programs(step, tiles.rows), parts),
-            x, w, v, z, seed, step.indices, step.order, step.tiles, starts,
-            x.shape[0], x.shape[1], z.shape[-1], *self._sizes(step), self.threshold,
-            self.keep_factor if seed is not None else 1.0,
-            x.stride(0), *w.stride(), *(v.stride() if v is not None else (0, 0)),
-            z.stride(0) if parts > 1 else 0, x.shape[0] * z.shape[-1],
-            _row_stride(step.indices),
+            kernels.shrink, (self.programs(step, tiles.rows), parts), given,
             **common, EVEN=x.shape[1] % tiles.width == 0, BM=tiles.rows, BR=tiles.hidden, BK=tiles.width,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
@@ -209,17 +240,16 @@ class _Call:
         p, tiles = self.p, self.tiles("expand", y.shape[1], False)
         programs = self.programs(step, tiles.rows)
         columns = configs.parts("expand", self.arch, programs, triton.cdiv(y.shape[1], tiles.width))
-        launch(
-            kernels.expand, (programs, columns),
-            partial, z, p.b_down, p.b_gate, p.up, p.b_up, step.gates, p.scale, base, base_weight, y,
-            step.indices, step.order, step.tiles, self.starts, self.owners,
-            y.shape[0], y.shape[1], self.plan.hidden, *self._sizes(step),
-            partial.stride(0) if parts > 1 else 0, partial.stride(-3), p.up.stride(1), p.up.stride(0),
-            _row_stride(step.gates), _row_stride(base), _row_stride(step.indices),
-            **self.common, EVEN=y.shape[1] % tiles.width == 0, ACT=p.act, GATED=p.gate is not None, SLOTS=step.slots,
-            PARTS=parts, STAGES=tiles.stages, BM=tiles.rows, BR=tiles.hidden, BE=self.experts, BN=tiles.width,
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+        given = {
+            **self._where(step), **self._weighing(step),
+            "Z": partial, "Z_SUM": z, "B_DOWN": p.b_down, "B_GATE": p.b_gate, "UP": p.up, "B_UP": p.b_up,
+            "BASE": base, "BASE_WEIGHT": base_weight, "Y": y,
+            "N": y.shape[0], "M": y.shape[1], "HIDDEN": self.plan.hidden,
+            "z_part": partial.stride(0) if parts > 1 else 0, "z_gate": partial.stride(-3),
+            "up_column": p.up.stride(1), "up_m": p.up.stride(0), "base_stride": _row_stride(base),
+        }  # fmt: skip
+        even = y.shape[1] % tiles.width == 0
+        launch(kernels.expand, (programs, columns), given, EVEN=even, **self._shape(tiles, parts))
 
     def expand_back(
         self, step: Pass, z: Tensor, dh: Tensor, parts: int, b_up_dot: Tensor | None, before: Tensor | None,
@@ -232,18 +262,19 @@ class _Call:
         columns = 1
         if dx is not None:
             columns = configs.parts("expand_back", self.arch, programs, triton.cdiv(width, tiles.width))
-        launch(
-            kernels.expand_back, (programs, columns),
-            z, dh, p.b_down, p.b_gate, p.down, p.gate, step.gates, p.scale, b_up_dot, self.seed,
-            before, dx, lefts.get("down"), lefts.get("gate"), lefts.get("up"), lefts.get("b_up"), dgates,
-            step.indices, step.order, step.tiles, self.starts, self.owners,
-            z.shape[1], width, self.plan.hidden, *self._sizes(step), self.threshold, self.keep_factor,
-            z.stride(0), dh.stride(0), *p.down.stride(), *(p.gate.stride() if p.gate is not None else (0, 0)),
-            _row_stride(step.gates), _row_stride(dgates), _row_stride(step.indices), self.plan.experts,
-            **self.common, EVEN=width % tiles.width == 0, ACT=p.act, GATED=p.gate is not None, SLOTS=step.slots,
-            PARTS=parts, STAGES=tiles.stages, BM=tiles.rows, BR=tiles.hidden, BE=self.experts, BN=tiles.width,
-            num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+        given = {
+            **self._where(step), **self._weighing(step), **self._dropping(self.seed),
+            "Z": z, "DH": dh, "B_DOWN": p.b_down, "B_GATE": p.b_gate, "DOWN": p.down, "GATE": p.gate,
+            "B_UP_DOT": b_up_dot, "DX_BEFORE": before, "DX": dx, "DZ": lefts.get("down"), "DV": lefts.get("gate"),
+            "HS": lefts.get("up"), "WS": lefts.get("b_up"), "DGATES": dgates,
+            "N": z.shape[1], "K": width, "HIDDEN": self.plan.hidden, "z_gate": z.stride(0), "dh_part": dh.stride(0),
+            "down_column": p.down.stride(0), "down_k": p.down.stride(1),
+            "gate_column": p.gate.stride(0) if p.gate is not None else 0,
+            "gate_k": p.gate.stride(1) if p.gate is not None else 0,
+            "dgate_stride": _row_stride(dgates), "dot_width": self.plan.experts,
+        }  # fmt: skip
+        even = width % tiles.width == 0
+        launch(kernels.expand_back, (programs, columns), given, EVEN=even, **self._shape(tiles, parts))
 
 
 def _row_stride(t: Tensor | None) -> int:
@@ -289,13 +320,18 @@ class _Sum:
         call, p, tiles = self.call, self.call.p, self.tiles
         first_part = 0 if call.plan.mode == "all" else i * self.parts
         seed = call.seed if self.name in _BIAS else None
+        given = {
+            **call._dropping(seed),
+            "L": left, "V": right, "OUT": self.out[first_part:] if self.all_parts > 1 else self.out,
+            "BIAS": None if self.bias is None else self.bias[first_part:],
+            "INDICES": step.indices, "ORDER": step.order, "OFFSETS": step.offsets, "STARTS": self.starts,
+            "N": right.shape[0], "C": right.shape[1], "HIDDEN": self.hidden, "RUN": p.run,
+            "FIRST": step.first, "LAST": step.last, "v_stride": right.stride(0),
+            "out_part": self.strides[0], "out_row": self.strides[1], "out_column": self.strides[2],
+            "bias_part": self.shape[0], "index_stride": _row_stride(step.indices),
+        }  # fmt: skip
         launch(
-            kernels.wgrad, (*self.blocks, self.parts),
-            left, right, seed, self.out[first_part:] if self.all_parts > 1 else self.out,
-            None if self.bias is None else self.bias[first_part:], step.indices, step.order, step.offsets, self.starts,
-            right.shape[0], right.shape[1], self.hidden, p.run, step.first, step.last, call.threshold,
-            call.keep_factor if seed is not None else 1.0,
-            right.stride(0), *self.strides, self.shape[0], _row_stride(step.indices),
+            kernels.wgrad, (*self.blocks, self.parts), given,
             MODE=call.plan.mode, EVEN=right.shape[1] % tiles.width == 0, DTYPE=call.common["DTYPE"],
             PRECISION=call.common["PRECISION"], BLOCKS=self.hidden_blocks,
             BM=tiles.rows, BR=tiles.hidden, BC=tiles.width, num_warps=tiles.warps, num_stages=tiles.stages,

@@ -3,7 +3,7 @@
 A program works on a tile of rows and a window of experts, whose columns lie side by side in the hidden width R.
 MODE says where a tile's rows and window come from:
 
-- "all": consecutive rows, the experts [FIRST, LAST) for each of them; gates of 0 switch off what a row did not choose;
+- "all": consecutive rows, the experts [FIRST, LAST) for each of them: a mixture of all;
 - "runs": consecutive rows of one run, and the one expert that the run has chosen;
 - "sorted": rows with the same expert, by the tables of `plan.py`.
 
@@ -119,27 +119,23 @@ def _owners(OWNERS, columns, there, first, MODE: tl.constexpr):
 
 
 @triton.jit
-def _weights(
-    rows, row_there, experts, INDICES, index_stride, GATES, gate_stride, SCALE, SLOTS: tl.constexpr, BM: tl.constexpr
-):
+def _weights(rows, row_there, experts, INDICES, index_stride, GATES, gate_stride, SCALE, BM: tl.constexpr):
     """gate * scale of each row for each of `experts` (B,), 0 where the row did not choose it: (BM, B) fp32."""
     known = experts >= 0
+    there = row_there[:, None] & known[None, :]
     if INDICES is None:
-        there = row_there[:, None] & known[None, :]
         if GATES is None:
             w = tl.where(there, 1.0, 0.0)
         else:
             w = tl.load(GATES + rows[:, None] * gate_stride + experts[None, :], mask=there, other=0.0).to(tl.float32)
     else:
-        w = tl.zeros((BM, experts.shape[0]), tl.float32)
-        for s in tl.static_range(SLOTS):
-            chosen = tl.load(INDICES + rows * index_stride + s, mask=row_there, other=-1).to(tl.int32)
-            hit = chosen[:, None] == experts[None, :]
-            if GATES is None:
-                w += tl.where(hit, 1.0, 0.0)
-            else:
-                gate = tl.load(GATES + rows * gate_stride + s, mask=row_there, other=0.0).to(tl.float32)
-                w += tl.where(hit, gate[:, None], 0.0)
+        chosen = tl.load(INDICES + rows * index_stride, mask=row_there, other=-1).to(tl.int32)
+        hit = there & (chosen[:, None] == experts[None, :])
+        if GATES is None:
+            w = tl.where(hit, 1.0, 0.0)
+        else:
+            gate = tl.load(GATES + rows * gate_stride, mask=row_there, other=0.0).to(tl.float32)
+            w = tl.where(hit, gate[:, None], 0.0)
     if SCALE is not None:
         w *= tl.load(SCALE + experts, mask=known, other=0.0).to(tl.float32)[None, :]
     return w
@@ -215,7 +211,7 @@ def expand(
     N, M, HIDDEN, RUN, TILES_MAX, FIRST, LAST,
     z_part, z_gate, up_column, up_m, gate_stride, base_stride, index_stride,
     MODE: tl.constexpr, ALIGN: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Y = base_weight * base + (gate * scale * act(z)) up^T + gate * scale * b_up, over this part of the M columns.
@@ -242,14 +238,14 @@ def expand(
         a *= z
     else:
         a, _ = _act(z, ACT)
-    w = _weights(rows, row_there, owners, INDICES, index_stride, GATES, gate_stride, SCALE, SLOTS, BM)
+    w = _weights(rows, row_there, owners, INDICES, index_stride, GATES, gate_stride, SCALE, BM)
     h = tl.where(w != 0.0, a * w, 0.0).to(DTYPE)  # what a row did not choose adds nothing, be it infinite
     if B_UP is not None:
         experts = first + tl.arange(0, BE)
         expert_there = experts < last
         w = _weights(
             rows, row_there, tl.where(expert_there, experts, -2),
-            INDICES, index_stride, GATES, gate_stride, SCALE, SLOTS, BM,
+            INDICES, index_stride, GATES, gate_stride, SCALE, BM,
         )  # fmt: skip
     chosen = tl.max((w != 0.0).to(tl.int32), 1) > 0
     if BASE_WEIGHT is not None:
@@ -286,7 +282,7 @@ def expand_back(
     N, K, HIDDEN, RUN, TILES_MAX, FIRST, LAST, THRESHOLD, keep_factor,
     z_gate, dh_part, down_column, down_k, gate_column, gate_k, gate_stride, dgate_stride, index_stride, dot_width,
     MODE: tl.constexpr, ALIGN: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ACT: tl.constexpr, GATED: tl.constexpr, SLOTS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+    ACT: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The mirror of `expand`: from z and DH = <dy, up> to dx = DX_BEFORE + dz down + dv gate, in parts of K.
@@ -304,7 +300,7 @@ def expand_back(
     at = rows[:, None] * HIDDEN + lane[None, :]
     z = _add_bias(tl.load(Z + at, mask=hidden_mask, other=0.0), B_DOWN, columns, there)
     dh = _sum_parts(DH, dh_part, at, hidden_mask, PARTS)
-    w = _weights(rows, row_there, owners, INDICES, index_stride, GATES, gate_stride, SCALE, SLOTS, BM)
+    w = _weights(rows, row_there, owners, INDICES, index_stride, GATES, gate_stride, SCALE, BM)
     da = tl.where(w != 0.0, dh * w, 0.0)
     if GATED:
         v = _add_bias(tl.load(Z + z_gate + at, mask=hidden_mask, other=0.0), B_GATE, columns, there)
@@ -329,7 +325,7 @@ def expand_back(
             bias_at = rows[:, None] * dot_width + tl.arange(0, BE)[None, :]
             bias_mask = row_there[:, None] & (experts >= 0)[None, :]
         if WS is not None:
-            ws = _weights(rows, row_there, experts, INDICES, index_stride, GATES, gate_stride, SCALE, SLOTS, BM)
+            ws = _weights(rows, row_there, experts, INDICES, index_stride, GATES, gate_stride, SCALE, BM)
             tl.store(WS + bias_at, ws.to(WS.dtype.element_ty), mask=bias_mask)
         if DGATES is not None:
             if B_UP_DOT is not None:
@@ -341,13 +337,12 @@ def expand_back(
                         dgate += tl.sum(tl.where((experts == e)[None, :], b_up_dot, 0.0), 1)
                     tl.store(DGATES + rows * dgate_stride + e, dgate, mask=row_there)
             else:
-                for s in tl.static_range(SLOTS):
-                    chosen = tl.load(INDICES + rows * index_stride + s, mask=row_there, other=-1).to(tl.int32)
-                    dgate = tl.sum(tl.where(chosen[:, None] == owners[None, :], dh * a, 0.0), 1)
-                    if B_UP_DOT is not None:
-                        dgate += tl.sum(tl.where(chosen[:, None] == experts[None, :], b_up_dot, 0.0), 1)
-                    inside = row_there & (chosen >= first) & (chosen < last)
-                    tl.store(DGATES + rows * dgate_stride + s, dgate, mask=inside)
+                chosen = tl.load(INDICES + rows * index_stride, mask=row_there, other=-1).to(tl.int32)
+                dgate = tl.sum(tl.where(chosen[:, None] == owners[None, :], dh * a, 0.0), 1)
+                if B_UP_DOT is not None:
+                    dgate += tl.sum(tl.where(chosen[:, None] == experts[None, :], b_up_dot, 0.0), 1)
+                inside = row_there & (chosen >= first) & (chosen < last)
+                tl.store(DGATES + rows * dgate_stride, dgate, mask=inside)
     if DX is not None:
         dz = dz.to(DTYPE)
         if GATED:

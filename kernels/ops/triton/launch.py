@@ -13,11 +13,11 @@ from mixadapters.kernels.triton import configs
 
 
 class Launch(NamedTuple):
-    """A kernel, its grid and its arguments: positional ones, then constants of the compilation by name."""
+    """A kernel, its grid, and by name its arguments and the constants of the compilation."""
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
+    arguments: dict[str, Any]
     constants: dict[str, Any]
 
 
@@ -56,7 +56,7 @@ def architecture(device: torch.device) -> str:
     return configs.architecture(device) if pretended is None else pretended.arch
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **constants: Any) -> None:
     """Start `kernel` on `grid`, or record that it would have been. Grids without programs are left out."""
     if 0 in grid:
         return
@@ -64,5 +64,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if pretended is not None:
         pretended.launches.append(Launch(kernel, grid, arguments, constants))
     else:
-        with torch.cuda.device_of(arguments[0]):  # a model may be spread over several
-            kernel[grid](*arguments, **constants)
+        tensor = next(value for value in arguments.values() if isinstance(value, torch.Tensor))
+        with torch.cuda.device_of(tensor):  # a model may be spread over several
+            kernel[grid](**arguments, **constants)

@@ -16,14 +16,13 @@ from mixadapters.kernels.triton.launch import recording
 class Pass(NamedTuple):
     """One round of launches: it adds a window of experts for every row, or one slot of every row."""
 
-    first: int  # window of experts, in mode "all"
-    last: int
-    slots: int  # slots that it looks at
-    indices: Tensor | None  # from its first slot on
-    gates: Tensor | None
-    order: Tensor | None  # (N,) rows by expert, in mode "sorted"
-    offsets: Tensor | None  # (E + 2,) where each expert begins in `order`; the last one is "none"
-    tiles: Tensor | None  # (3, tiles) expert, begin and end of every tile
+    first: int = 0  # window of experts, in mode "all"
+    last: int = 0
+    indices: Tensor | None = None  # from its slot on
+    gates: Tensor | None = None
+    order: Tensor | None = None  # (N,) rows by expert, in mode "sorted"
+    offsets: Tensor | None = None  # (E + 2,) where each expert begins in `order`; the last one is "none"
+    tiles: Tensor | None = None  # (3, tiles) expert, begin and end of every tile
 
 
 class Plan(NamedTuple):
@@ -50,30 +49,26 @@ def windows(ranks: tuple[int, ...]) -> list[tuple[int, int]]:
 def plan(p: Problem, training: bool, tables: tuple[Tensor, ...] = ()) -> Plan:
     """How `p` is run; `tables` from the plan of the forward saves the sorting in the backward.
 
-    All experts of a window are one product, at the price of columns that a row did not choose: on a GPU columns are
-    cheap until the product is no longer bound by memory, at 150 to 220 of them. So a mixture takes windows unless its
-    slots are fewer. One expert per row is routed where runs, or few rows, make that free of sorting.
+    A mixture of all experts takes them in windows, each one product. Where rows choose, none is multiplied with the
+    weights of an expert that it has not chosen, be it by 0: these may be infinite. Runs of rows, or few rows, make
+    that free of sorting.
     """
     rows, num = p.x.shape[0], len(p.ranks)
-    around = windows(p.ranks)
-    slots = num if p.indices is None else p.indices.shape[1]
-    # In training nothing may depend on the number of rows: the compiler does not know it.
-    few = not (training or p.batch_invariant) and rows * slots <= configs.FEW_ROWS
-    by_run = p.run >= 16 or few
-    routed = slots == 1 and num > 1 and (by_run or p.batch_invariant)
-    if p.indices is None or slots == 0 or (len(around) <= slots and not routed):
-        passes = [Pass(a, b, slots, p.indices, p.gates, None, None, None) for a, b in around]
+    if p.indices is None:
+        around = windows(p.ranks)
+        passes = [Pass(a, b, gates=p.gates) for a, b in around]
         hidden = max(sum(p.ranks[a:b]) for a, b in around)
         return Plan("all", hidden, max(b - a for a, b in around), passes, ())
+    slots = p.indices.shape[1]
     columns = [(p.indices[:, s:], None if p.gates is None else p.gates[:, s:]) for s in range(slots)]
-    if by_run:
-        passes = [Pass(0, 0, 1, indices, gates, None, None, None) for indices, gates in columns]
+    # In training nothing may depend on the number of rows: the compiler does not know it.
+    few = not (training or p.batch_invariant) and rows * slots <= configs.FEW_ROWS
+    if p.run >= 16 or few:
+        passes = [Pass(indices=indices, gates=gates) for indices, gates in columns]
         return Plan("runs", max(p.ranks), 1, passes, ())
     order, offsets = tables or sort_rows(p.indices, num)
     tiles = tile_table(offsets, rows, configs.sorted_rows(p.x.dtype, max(p.ranks), p.gate is not None))
-    passes = [
-        Pass(0, 0, 1, indices, gates, order[s], offsets[s], tiles[s]) for s, (indices, gates) in enumerate(columns)
-    ]
+    passes = [Pass(0, 0, indices, gates, order[s], offsets[s], tiles[s]) for s, (indices, gates) in enumerate(columns)]
     return Plan("sorted", max(p.ranks), 1, passes, (order, offsets))
 
 

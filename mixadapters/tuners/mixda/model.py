@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixadapters.core.adapter import Adapter, Chain, Site
 from mixadapters.core.bank import AdapterBank
+from mixadapters.core.files import read_adapter
 from mixadapters.core.finding import inside_adapters
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
@@ -162,14 +163,17 @@ class MixDAModel(MixtureModel):
         """
         where = f"domains[{name!r}]: {spec['source']!r}"
         try:
+            found = read_adapter(spec["source"], lambda kind: True, revision=spec.get("revision"))
+            if found is not None and found.other is not None:
+                raise ValueError(found.other)
             saved = PeftConfig.from_pretrained(spec["source"], revision=spec.get("revision"))
             weights = load_peft_weights(spec["source"], device="cpu", revision=spec.get("revision"))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, KeyError, TypeError) as error:  # of PEFT, for what is no adapter of its types
             raise ValueError(f"{where} cannot be read as an adapter folder or hub id: {error}") from error
         expert = self._check_source(config, name, saved, where)
         self._check_base_model(saved, spec, where)
         paths = self._domain_paths(config)
-        found: dict[str, dict[str, Tensor]] = {}
+        by_path: dict[str, dict[str, Tensor]] = {}
         for key, tensor in weights.items():
             path, mark, rest = key.removeprefix("base_model.model.").partition(
                 f".{saved.peft_type.value.lower()}_adapters."
@@ -179,12 +183,21 @@ class MixDAModel(MixtureModel):
             here = [p for p in paths if _same_module(p, path)]
             if len(here) != 1:
                 raise ValueError(f"{where} adapts {path!r}, which is no domain site of this model; those are {paths}")
-            found.setdefault(here[0], {})[rest.removeprefix(expert)] = tensor
-        if not found:
+            by_path.setdefault(here[0], {})[rest.removeprefix(expert)] = tensor
+        if not by_path:
             raise ValueError(f"{where} holds no weights of a domain adapter: none of its {len(weights)} keys fits")
-        for path, tensors in found.items():
+        for path, tensors in by_path.items():
             self._check_tensors(config, path, tensors, where)
-        return found
+        if missing := [p for p in self._paths_of_source(saved, name, paths) if p not in by_path]:
+            raise ValueError(f"{where} lacks the weights of {missing}, which its own config says that it adapts")
+        return by_path
+
+    def _paths_of_source(self, saved: Any, name: str, paths: list[str]) -> list[str]:
+        """Those of our `paths` that a source adapts by its own config."""
+        if saved.peft_type.value == "MIXDA":
+            spec = saved.domains.get(name) or next(iter(saved.domains.values()))
+            return [p for p in paths if _rank(spec.get("ranks", {}), p)]
+        return [p for p in paths if saved.target_modules and self._check_target_module_exists(saved, p)]
 
     def _check_tensors(self, config: MixDAConfig, path: str, tensors: dict[str, Tensor], where: str) -> None:
         """Refuse tensors that are not those of an expert at `path`."""
