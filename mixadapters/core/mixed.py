@@ -84,17 +84,12 @@ class LoneCall:
 
 def rows_of(owner: tuple[int, ...], count: int, device: torch.device, context: ForwardContext) -> Tensor:
     """(count, 1) owner of each row. Layers share it, and the steps of a `generate`."""
-    if count % len(owner):
-        raise ValueError(
-            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(owner)} and {count} "
-            "respectively."
-        )
     record = context.record
     kept = getattr(record.values.get("adapter_names"), "owners", None)
-    made = record.shared.setdefault("owners", {}) if kept is None or torch.compiler.is_compiling() else kept
+    made = record.owners if kept is None or torch.compiler.is_compiling() else kept
     key = (owner, count, device)
     if key not in made:
-        rows = torch.tensor(owner, device=device).repeat_interleave(count // len(owner))
+        rows = context.stream().spread(torch.tensor(owner, device=device), count, "adapter_names")
         made[key] = kernels.constant(rows.unsqueeze(1))
     return made[key]
 

@@ -27,6 +27,7 @@ class Record:
     values: dict[str, Any] = field(default_factory=dict)  # arguments taken off, and pinned ones: rows of the caller's
     pinned: frozenset[str] = frozenset()  # the names of the pinned ones among them
     copies: int = 1  # rows of `inputs` for each row of `values`: what `generate` or an objective repeats
+    passes: int = 1  # how often an objective has put each row into the batch, to compare what comes of it
     streams: dict[str, Stream] = field(default_factory=dict)  # by stack: "", "encoder", "decoder"
     acting: dict[Any, Any] = field(default_factory=dict)  # layer -> what acted there, for when it runs again
     taps: dict[str, Tensor] = field(default_factory=dict)  # by path of the tapped module
@@ -36,6 +37,7 @@ class Record:
     losses: dict[str, Tensor] = field(default_factory=dict)  # weighted, summed by name
     main_loss: Tensor | None = None
     main_scale: float = 1.0
+    owners: dict[object, Tensor] = field(default_factory=dict)  # of rows, where `adapter_names` do not keep them
     own_rows: Tensor | None = None  # (N,) bool: the rows of a mixed batch that name the adapter whose router runs
     observed: list[Tensor] | None = None  # not None: adapters report and change nothing
     parent: Record | None = None

@@ -67,7 +67,7 @@ def parts(model: nn.Module) -> list[SplitLinear]:
 def drawn(model: nn.Module) -> list[Tensor]:
     """The experts of the last forward, (passes, 2) for each bank."""
     shared = model.base_model.context.record.shared
-    return [shared[bank._key] for bank in banks(model)]
+    return [shared[bank] for bank in banks(model)]
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -571,7 +571,7 @@ def train(rows, wrap):
     for step in range(4):
         ids = torch.randint(5, 64, (4, 6), generator=torch.Generator().manual_seed(step))[rows]
         wrapped(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
-        draws.append(torch.stack([model.base_model.context.record.shared[bank._key] for bank in banks]))
+        draws.append(torch.stack([model.base_model.context.record.shared[bank] for bank in banks]))
         optimizer.step()
         optimizer.zero_grad()
     return torch.stack(draws), [p.detach() for p in model.parameters() if p.requires_grad]

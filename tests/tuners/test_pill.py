@@ -303,6 +303,17 @@ def test_t09_each_modality_has_its_own_experts_and_text_is_never_gated(tiny, tin
     assert not torch.equal(values[0][ids == 2], values[1][ids == 2])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_shared_gate_gives_images_and_audio_the_same_factor(tiny, tiny_inputs, shared) -> None:
+    inputs = tiny_inputs("llama")
+    model = pill(tiny("llama"), modalities=THREE, gate_shared=shared, attention_adapter="none", ffn_experts=[])
+    values = values_of(model)
+    for number in (1, 2):
+        model(**inputs, modality_ids=torch.full_like(inputs["input_ids"], number))
+    assert torch.equal(*values) is shared
+
+
 def test_t10_a_batch_without_images_gives_zero_gradients_not_none(tiny, tiny_inputs) -> None:
     inputs = tiny_inputs("llama", labels="tokens")
     for experts in (None, ["image"]):

@@ -111,10 +111,6 @@ class GuidanceAdapter(Adapter):
         if first is None:
             self.trunk = Trunk(config)
 
-    @property
-    def key(self) -> str:
-        return f"guidance {id(self.__dict__['first'])}"
-
     def prepare(self, context: ForwardContext) -> None:
         if self.__dict__["first"] is not self:
             return
@@ -144,11 +140,11 @@ class GuidanceAdapter(Adapter):
             low, high = interval
             scale = torch.where((inputs["timestep"] >= low) & (inputs["timestep"] <= high), scale, 1.0)
         with torch.autocast(device.type, enabled=False):
-            record.shared[self.key] = self.trunk(scale, inputs)
+            record.shared[self] = self.trunk(scale, inputs)
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         """x (B, ..., K), y (B, ..., M) -> (B, ..., M); B may be a multiple of the forward's batch."""
-        features: Features | None = context.record.shared.get(self.key)
+        features: Features | None = context.record.shared.get(self.__dict__["first"])
         if features is None:
             return y
         features = Features._make(None if f is None else _like(f, x, self.path) for f in features)

@@ -13,14 +13,12 @@ from torch.nn import functional as F
 from mixadapters.core.joining import shifts_labels
 from mixadapters.core.sites import has_two_stacks
 from mixadapters.core.streams import read_stream
-from mixadapters.tuners.mosa.split import PASSES
 
 if TYPE_CHECKING:
     from mixadapters.core.context import ForwardContext
     from mixadapters.core.layer import AdapterHost
     from mixadapters.tuners.mosa.config import MoSAConfig
 
-STATE = "mosa objective"  # in `record.shared`, between `before` and `after`
 # Outputs with a distribution in their last axis -> the labels that belong to it.
 DISTRIBUTIONS = {"logits": "labels", "start_logits": "start_positions", "end_logits": "end_positions"}
 # Labels that the losses of transformers and torch leave out; positions are clamped to the length, which is left out.
@@ -64,9 +62,8 @@ class ConsistencyObjective:
         ignored = _ignored(self.model, inputs)
         if decoder_input := self._decoder_input(inputs):
             kwargs |= decoder_input
-        record.shared[PASSES] = 2
-        record.shared[STATE] = config, inputs, batch, ignored
-        record.copies *= 2
+        record.passes, record.copies = 2, 2 * record.copies
+        record.shared[self] = config, inputs, batch, ignored
         names = (*positional, *[""] * (len(args) - len(positional)))
         args = tuple(_doubled(name, value, batch, ignored) for name, value in zip(names, args, strict=True))
         kwargs = {name: _doubled(name, value, batch, ignored) for name, value in kwargs.items()}
@@ -75,9 +72,9 @@ class ConsistencyObjective:
         return args, kwargs
 
     def after(self, context: ForwardContext, module: nn.Module, output: Any) -> Any:
-        if STATE not in context.record.shared:
+        if self not in context.record.shared:
             return output
-        config, inputs, batch, ignored = context.record.shared.pop(STATE)
+        config, inputs, batch, ignored = context.record.shared.pop(self)
         if config.deep_weight:
             context.add_loss("deep_consistency", _deep_distance(context, output, config), config.deep_weight)
             if not inputs.get("output_hidden_states"):

@@ -23,7 +23,6 @@ MERGES = ("mean", "sum")
 HALVES = ("down", "up")
 LAZY_NEEDS = "inactive_update='lazy' needs the optimizer LazyAdamW(parameters, peft_model=model)"
 LAZY_REMEDY = "use it (Trainer: optimizer_cls_and_kwargs), or inactive_update='dense'"
-PASSES = "mosa passes"  # in `record.shared`: how often the batch holds each row
 
 
 def deal(shape: tuple[int, int], num_experts: int, granularity: str, name: str, seed: int) -> Tensor:
@@ -238,18 +237,14 @@ class SplitBank(AdapterBank):
                     part.note(drawn[:, column])
         return drawn
 
-    @property
-    def _key(self) -> str:
-        return f"mosa draw {id(self)}"
-
     def prepare(self, context: ForwardContext) -> None:
         """Draw, once per root forward. Forwards without gradients, or with frozen weights, use the merged weights."""
         record = context.record
         if record.training and record.grad and self.trains:
-            record.shared[self._key] = self.draw(record.shared.get(PASSES, 1))
+            record.shared[self] = self.draw(record.passes)
 
     def weights(self, context: ForwardContext | None) -> list[Weights]:
-        drawn = None if context is None else context.record.shared.get(self._key)
+        drawn = None if context is None else context.record.shared.get(self)
         return [self._weights(None)] if drawn is None else [self._weights(experts) for experts in drawn.unbind()]
 
     def _weights(self, experts: Tensor | None) -> Weights:
@@ -275,7 +270,7 @@ class PassRouter(SingleRouter):
         self.stack = stack
 
     def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
-        drawn = context.record.shared.get(self.__dict__["bank"]._key)
+        drawn = context.record.shared.get(self.__dict__["bank"])
         if drawn is None or drawn.shape[0] == 1:
             return Routing()
         count = tokens.numel() // tokens.shape[-1]
