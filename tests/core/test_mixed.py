@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixadapters import kernels
 from mixadapters.core.adapter import Adapter, Chain
@@ -17,6 +17,17 @@ from mixadapters.core.streams import Stream
 from mixadapters.routers import Router, SingleRouter
 
 BATCH, LENGTH, WIDTH = 3, 4, 6
+
+
+class Scored(Router):
+    """A softmax over experts, with weights of its own."""
+
+    def __init__(self, experts: list[str]) -> None:
+        super().__init__(WIDTH, experts)
+        self.score = nn.Linear(WIDTH, len(experts))
+
+    def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
+        return Routing(weights=self.score(tokens.reshape(-1, WIDTH)).softmax(-1))
 
 
 class Given(Router):
@@ -209,3 +220,46 @@ def test_a_plan_that_is_kept_uses_weights_that_change(context, x, y) -> None:
         torch.testing.assert_close(after[0], adapters[1](x, y, context)[0])
     assert not torch.equal(after[0], before[0])
     assert torch.equal(after[1:], before[1:])
+
+
+def scored(seed: int) -> Mixture:
+    torch.manual_seed(seed)
+    bank = bank_of(3, 2, seed=seed)
+    return Mixture(Scored(bank.names), bank)
+
+
+KINDS = {
+    "each its only expert": lambda: [single(3), single(5, seed=1)],
+    "with routers": lambda: [scored(0), scored(1)],
+    "one alone": lambda: [Negated(SingleRouter(WIDTH, ["expert0"]), bank_of(3)), single(5, seed=1)],
+    "chains": lambda: [Chain(a=scored(0), b=single(2)), Chain(a=scored(1), b=single(4, seed=3))],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("broken", ["adapter", "row", "gradient"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_broken_adapter_leaves_the_rows_and_gradients_of_the_others_alone(
+    context, x, y, kind, broken, value
+) -> None:
+    adapters = KINDS[kind]()
+    plan = MixedBatch(adapters, (0, 1, -1))
+    upstream = torch.randn(BATCH, LENGTH, WIDTH)
+
+    def outcome(x: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+        x, base = x.clone().requires_grad_(), y.clone().requires_grad_()
+        out = plan(x, base, context)
+        wanted = [x, base, *adapters[1].parameters()]
+        found = torch.autograd.grad(out, wanted, upstream, materialize_grads=True)
+        return (out.detach()[1:], *(t[1:] for t in found[:2]), *found[2:])  # all but the row of the first adapter
+
+    sound = outcome(x, upstream)
+    x, upstream = x.clone(), upstream.clone()
+    if broken == "adapter":
+        with torch.no_grad():
+            for parameter in adapters[0].parameters():
+                parameter.fill_(value)
+    else:
+        (x if broken == "row" else upstream)[0] = value
+    for found, expected in zip(outcome(x, upstream), sound, strict=True):
+        torch.testing.assert_close(found, expected)
