@@ -16,6 +16,7 @@ from mixadapters import kernels
 from mixadapters.core.adapter import Adapter, Chain
 from mixadapters.core.bank import KeptExperts
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.losses import real_only
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.routing import Routing
 
@@ -65,8 +66,8 @@ class JointCall:
         """What the mixtures' own routers say, each for its rows."""
         routings = []
         for i, mixture in enumerate(self.mixtures):
-            context.record.own_rows = own = owners[:, 0] == i
-            routings.append(mixture.route(_only(own, source), context))
+            context.record.own_rows = owners[:, 0] == i
+            routings.append(mixture.route(source, context))
         context.record.own_rows = None
         return _join_routings(routings, sizes, owners[:, 0])
 
@@ -79,17 +80,9 @@ class LoneCall:
 
     def __call__(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         own = rows_of(self.owner, y.shape[0], y.device, context)[:, 0] >= 0
-        changed = self.adapter(_only(own, x), _only(own, y), context)
-        return torch.where(own.view(-1, *[1] * (y.dim() - 1)), changed, y)
-
-
-def _only(own: Tensor, t: Tensor) -> Tensor:
-    """t (B, ..., d) or (B * T, d), 0 in rows that are not `own` (N,): what a row holds stays with its adapter.
-
-    A gradient of 0 that comes back through a broken adapter, or through a broken row, is no number.
-    """
-    mask = own[:: own.shape[0] // t.shape[0]] if own.shape[0] != t.shape[0] else own
-    return torch.where(mask.view(-1, *[1] * (t.dim() - 1)), t, 0)
+        mine = (real_only(x, own), real_only(y, own)) if torch.is_grad_enabled() else (x, y)
+        new = self.adapter(*mine, context)  # whose gradients see nothing that is broken in other rows, nor they in it
+        return torch.where(own.view(-1, *[1] * (y.dim() - 1)), new, y)
 
 
 def rows_of(owner: tuple[int, ...], count: int, device: torch.device, context: ForwardContext) -> Tensor:

@@ -14,7 +14,7 @@ from mixadapters.core.record import Record
 from mixadapters.core.routing import Routing
 from mixadapters.core.rows import RowNames
 from mixadapters.core.streams import Stream
-from mixadapters.routers import Router, SingleRouter
+from mixadapters.routers import Router, SingleRouter, SoftmaxGate
 
 BATCH, LENGTH, WIDTH = 3, 4, 6
 
@@ -263,3 +263,51 @@ def test_a_broken_adapter_leaves_the_rows_and_gradients_of_the_others_alone(
         (x if broken == "row" else upstream)[0] = value
     for found, expected in zip(outcome(x, upstream), sound, strict=True):
         torch.testing.assert_close(found, expected)
+
+
+class Scaled(Adapter):
+    """No mixture, with a parameter and a product with what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
+        return y * self.factor(x).tanh()
+
+
+def gated(seed: int) -> Mixture:
+    torch.manual_seed(seed)
+    bank = bank_of(2, 3, seed=seed)
+    router = SoftmaxGate(WIDTH, bank.names, balance_coef=1.0)
+    torch.nn.init.normal_(router.output.weight)
+    return Mixture(router, bank)
+
+
+@pytest.mark.parametrize("make", [lambda: [gated(0), gated(1)], lambda: [Scaled(), Scaled()]], ids=["routed", "lone"])
+@pytest.mark.parametrize("planted", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["weights", "rows"])
+def test_what_is_broken_in_one_adapter_stays_out_of_its_neighbours(context, x, y, make, planted, where) -> None:
+    """Outputs, gradients of rows, of parameters and of auxiliary losses of the others."""
+    found = []
+    for broken in (False, True):
+        torch.manual_seed(2)
+        adapters = make()
+        context.enter(Record(training=True, grad=True, open=True, streams={"": Stream(batch=BATCH, length=LENGTH)}))
+        source, base = x.clone(), y.clone()
+        with torch.no_grad():
+            if broken and where == "weights":
+                for parameter in adapters[1].parameters():
+                    parameter.fill_(planted)
+            if broken and where == "rows":
+                source[1] = base[1] = planted
+        source.requires_grad_(True)
+        base.requires_grad_(True)
+        out = MixedBatch(adapters, (0, 1, 0))(source, base, context)
+        loss = out[[0, 2]].square().sum()
+        parameters = list(adapters[0].parameters())
+        of_rows = torch.autograd.grad(loss, [source, base], retain_graph=True)
+        of_parameters = torch.autograd.grad(loss, parameters)
+        found.append([out[[0, 2]], *(grad[[0, 2]] for grad in of_rows), *of_parameters])
+    for clean, beside in zip(*found, strict=True):
+        torch.testing.assert_close(beside, clean)
