@@ -1,7 +1,7 @@
 """The operation on one CPU thread: ours, each of its backends, and what else one would write, side by side in one run.
 
     python kernels/bench/cpu.py                      all cases, about ten minutes
-    python kernels/bench/cpu.py --only figures       the cases of the README's first table
+    python kernels/bench/cpu.py --only figures       the cases of the first table of docs/kernels-results.md
 
 Every contender computes the adapters' part alone, on the same tensors; their results are compared before any is timed.
 They take turns, and the time is CPU time of the thread, so that a neighbour on the machine disturbs all of them alike.

@@ -301,7 +301,7 @@ def moved(case: Case) -> int:
     used = case.E if case.task == "mixture" else min(case.E, case.sequences or case.T)
     weights = 2 * used * case.r * case.d * size
     forward = 3 * case.T * case.d * size + weights
-    # Backward: dy and x for the weights, dy again and dx, all gradients of the arena.
+    # Backward: dy and x for the weights, dy again and dx, all gradients of the experts.
     return forward + case.training * (4 * case.T * case.d * size + weights + 2 * case.E * case.r * case.d * size)
 
 

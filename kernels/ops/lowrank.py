@@ -83,4 +83,4 @@ def lowrank(
         if not torch.compiler.is_compiling():  # which cannot read values
             p.check_indices()
         return reference.forward(p)
-    return registration.run(p, backend)
+    return registration.call(p, backend)

@@ -1,7 +1,8 @@
 """Products of matrices: large ones of float32 on a CPU by oneDNN where torch's own are slower, all others by torch.
 
-`torch.mm` in float32 calls MKL, which uses AVX-512 on Intel's processors only; oneDNN takes half the time on others,
-and torch reaches it in full precision by one operator alone, which its compiler uses and which is private to torch.
+`torch.mm` in float32 calls MKL. On the one kind of processor that was measured, an AMD EPYC with AVX-512, oneDNN took
+about half its time; the products go to it on AMD's processors with AVX-512 and nowhere else. Torch reaches it in full
+precision by one operator alone, which its compiler uses and which is private to torch.
 Where that operator is missing, or oneDNN is absent or switched off, all of this is `torch.mm` and `torch.addmm`.
 """
 

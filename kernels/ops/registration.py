@@ -124,7 +124,7 @@ class _Lowrank(torch.autograd.Function):
         return tuple(out)
 
 
-def run(p: Problem, backend: str) -> Tensor:
+def call(p: Problem, backend: str) -> Tensor:
     """The operator on a problem, with gradients where any are wanted; backend "" leaves the choice to the rule."""
     args = (*(getattr(p, name) for name in _NAMES), backend)
     if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in _FLOATS):

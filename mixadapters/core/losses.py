@@ -13,8 +13,17 @@ def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over axis 0 of values (N, ...), of the rows where mask (N,) is True; 0 where there is none."""
     if mask is None:
         return values.mean(0)
-    weight = mask.to(values.dtype)
-    return torch.einsum("n,n...->...", weight, values) / weight.sum().clamp_min(1)
+    return real_only(values, mask).sum(0) / mask.sum().clamp_min(1)
+
+
+def real_only(values: Tensor, mask: Tensor) -> Tensor:
+    """values with 0 where mask is False, whatever they hold: 0 * NaN would stay NaN.
+
+    Shapes: values (N, ...) and mask (N,), or values (B, T, d) and mask (B * T,).
+    """
+    if mask.shape[0] == values.shape[0]:
+        return torch.where(mask.view(-1, *[1] * (values.dim() - 1)), values, 0.0)
+    return torch.where(mask.view(*values.shape[:-1], 1), values, 0.0)
 
 
 def load_balance(probs: Tensor, mask: Tensor | None = None) -> Tensor:

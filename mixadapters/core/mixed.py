@@ -16,6 +16,7 @@ from mixadapters import kernels
 from mixadapters.core.adapter import Adapter, Chain
 from mixadapters.core.bank import KeptExperts
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.losses import real_only
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.routing import Routing
 
@@ -79,7 +80,9 @@ class LoneCall:
 
     def __call__(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         own = rows_of(self.owner, y.shape[0], y.device, context)[:, 0] >= 0
-        return torch.where(own.view(-1, *[1] * (y.dim() - 1)), self.adapter(x, y, context), y)
+        mine = (real_only(x, own), real_only(y, own)) if torch.is_grad_enabled() else (x, y)
+        new = self.adapter(*mine, context)  # whose gradients see nothing that is broken in other rows, nor they in it
+        return torch.where(own.view(-1, *[1] * (y.dim() - 1)), new, y)
 
 
 def rows_of(owner: tuple[int, ...], count: int, device: torch.device, context: ForwardContext) -> Tensor:

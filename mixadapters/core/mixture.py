@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.context import ForwardContext, Observer
-from mixadapters.core.losses import entropy, load_balance, router_z
+from mixadapters.core.losses import entropy, load_balance, real_only, router_z
 from mixadapters.core.routes import HardRoutes, pinned_routing, real_rows
 from mixadapters.core.routing import Routing, RoutingKey, with_distribution
 
@@ -95,13 +95,18 @@ class Mixture(Adapter):
 
     def route(self, source: Tensor, context: ForwardContext) -> Routing:
         """The routing of the N rows of source (..., K), published: pinned, by the batch's numbers, or the router's."""
-        if self.always_first and not context.observers:
-            return self.router(source, context)
+        router = self._modules["router"]  # past `nn.Module.__getattr__`: a decoding step comes here in every layer
+        if self.hard_routes is None and not context.observers and getattr(router, "always_first", False):
+            return router(source, context)
         record, rows = context.record, source.numel() // source.shape[-1]
         routing = self._given(rows, source, context)
         trains = routing is None and record.training and record.grad  # not in a reference pass
         if routing is None:
-            routing = self.router(source if self.router_tap is None else context.tap(self.router_tap), context)
+            reads = source if self.router_tap is None else context.tap(self.router_tap)
+            own = context.record.own_rows
+            if own is not None and torch.is_grad_enabled():
+                reads = real_only(reads, own)  # what is broken in other rows must not reach this router's gradients
+            routing = self.router(reads, context)
         routing = _in_dtype(routing, source.dtype)
         if not self.always_first:
             record.routings[self.key] = routing

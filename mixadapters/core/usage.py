@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixadapters.core.losses import entropy
+from mixadapters.core.losses import entropy, real_only
 from mixadapters.core.routing import Routing, RoutingKey
 
 
@@ -26,7 +26,7 @@ class Usage:
         """probs (N, A), mask (N,) bool or None."""
         probs = probs.detach().float()
         rows = probs.new_tensor(float(probs.shape[0])) if mask is None else mask.sum().float()
-        real = probs if mask is None else probs * mask.unsqueeze(-1)
+        real = probs if mask is None else real_only(probs, mask)
         self.weight = self.weight + real.sum(0)
         self.entropy = self.entropy + entropy(probs, mask) * rows
         self.count = self.count + rows

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixadapters import kernels
 from mixadapters.core.adapter import Adapter, Chain
@@ -14,9 +14,20 @@ from mixadapters.core.record import Record
 from mixadapters.core.routing import Routing
 from mixadapters.core.rows import RowNames
 from mixadapters.core.streams import Stream
-from mixadapters.routers import Router, SingleRouter
+from mixadapters.routers import Router, SingleRouter, SoftmaxGate
 
 BATCH, LENGTH, WIDTH = 3, 4, 6
+
+
+class Scored(Router):
+    """A softmax over experts, with weights of its own."""
+
+    def __init__(self, experts: list[str]) -> None:
+        super().__init__(WIDTH, experts)
+        self.score = nn.Linear(WIDTH, len(experts))
+
+    def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
+        return Routing(weights=self.score(tokens.reshape(-1, WIDTH)).softmax(-1))
 
 
 class Given(Router):
@@ -209,3 +220,94 @@ def test_a_plan_that_is_kept_uses_weights_that_change(context, x, y) -> None:
         torch.testing.assert_close(after[0], adapters[1](x, y, context)[0])
     assert not torch.equal(after[0], before[0])
     assert torch.equal(after[1:], before[1:])
+
+
+def scored(seed: int) -> Mixture:
+    torch.manual_seed(seed)
+    bank = bank_of(3, 2, seed=seed)
+    return Mixture(Scored(bank.names), bank)
+
+
+KINDS = {
+    "each its only expert": lambda: [single(3), single(5, seed=1)],
+    "with routers": lambda: [scored(0), scored(1)],
+    "one alone": lambda: [Negated(SingleRouter(WIDTH, ["expert0"]), bank_of(3)), single(5, seed=1)],
+    "chains": lambda: [Chain(a=scored(0), b=single(2)), Chain(a=scored(1), b=single(4, seed=3))],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("broken", ["adapter", "row", "gradient"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_broken_adapter_leaves_the_rows_and_gradients_of_the_others_alone(
+    context, x, y, kind, broken, value
+) -> None:
+    adapters = KINDS[kind]()
+    plan = MixedBatch(adapters, (0, 1, -1))
+    upstream = torch.randn(BATCH, LENGTH, WIDTH)
+
+    def outcome(x: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+        x, base = x.clone().requires_grad_(), y.clone().requires_grad_()
+        out = plan(x, base, context)
+        wanted = [x, base, *adapters[1].parameters()]
+        found = torch.autograd.grad(out, wanted, upstream, materialize_grads=True)
+        return (out.detach()[1:], *(t[1:] for t in found[:2]), *found[2:])  # all but the row of the first adapter
+
+    sound = outcome(x, upstream)
+    x, upstream = x.clone(), upstream.clone()
+    if broken == "adapter":
+        with torch.no_grad():
+            for parameter in adapters[0].parameters():
+                parameter.fill_(value)
+    else:
+        (x if broken == "row" else upstream)[0] = value
+    for found, expected in zip(outcome(x, upstream), sound, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+class Scaled(Adapter):
+    """No mixture, with a parameter and a product with what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
+        return y * self.factor(x).tanh()
+
+
+def gated(seed: int) -> Mixture:
+    torch.manual_seed(seed)
+    bank = bank_of(2, 3, seed=seed)
+    router = SoftmaxGate(WIDTH, bank.names, balance_coef=1.0)
+    torch.nn.init.normal_(router.output.weight)
+    return Mixture(router, bank)
+
+
+@pytest.mark.parametrize("make", [lambda: [gated(0), gated(1)], lambda: [Scaled(), Scaled()]], ids=["routed", "lone"])
+@pytest.mark.parametrize("planted", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["weights", "rows"])
+def test_what_is_broken_in_one_adapter_stays_out_of_its_neighbours(context, x, y, make, planted, where) -> None:
+    """Outputs, gradients of rows, of parameters and of auxiliary losses of the others."""
+    found = []
+    for broken in (False, True):
+        torch.manual_seed(2)
+        adapters = make()
+        context.enter(Record(training=True, grad=True, open=True, streams={"": Stream(batch=BATCH, length=LENGTH)}))
+        source, base = x.clone(), y.clone()
+        with torch.no_grad():
+            if broken and where == "weights":
+                for parameter in adapters[1].parameters():
+                    parameter.fill_(planted)
+            if broken and where == "rows":
+                source[1] = base[1] = planted
+        source.requires_grad_(True)
+        base.requires_grad_(True)
+        out = MixedBatch(adapters, (0, 1, 0))(source, base, context)
+        loss = out[[0, 2]].square().sum()
+        parameters = list(adapters[0].parameters())
+        of_rows = torch.autograd.grad(loss, [source, base], retain_graph=True)
+        of_parameters = torch.autograd.grad(loss, parameters)
+        found.append([out[[0, 2]], *(grad[[0, 2]] for grad in of_rows), *of_parameters])
+    for clean, beside in zip(*found, strict=True):
+        torch.testing.assert_close(beside, clean)

@@ -74,3 +74,25 @@ def test_sum_of_a_power_of_two_is_exact(backend) -> None:
     assert (found["w_up"] == rows / 8).all()
     assert (found["b_down"] == rows / 8 * wide / 8).all()
     assert (found["w_down"] == rows / 8 * wide / 8).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ROUNDING)
+def test_sums_over_many_slots_are_rounded_once(backend, dtype) -> None:
+    """Sixty-four experts for each row: in y and in the gradient of x."""
+    generator = torch.Generator().manual_seed(0)
+    experts, rank, wide, rows = 64, 8, 16, 12
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator).to(dtype)
+
+    given = {
+        "x": leaf(rows, wide), "w_down": leaf(experts * rank, wide) / wide, "w_up": leaf(wide, experts * rank) / rank,
+        "ranks": [rank] * experts, "act": "identity", "base": leaf(rows, wide), "gates": leaf(rows, experts),
+        "indices": torch.rand(rows, experts, generator=generator).argsort(1),
+    }  # fmt: skip
+    exact = {k: v.double() if isinstance(v, Tensor) and k != "indices" else v for k, v in given.items()}
+    expected, found = gradients(exact, "reference"), gradients(given, backend)
+    for name in ("y", "x", "gates", "base"):
+        error = (found[name].double() - expected[name]).norm() / expected[name].norm()
+        assert error < ROUNDING[dtype], (name, error.item())

@@ -23,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig
+from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, MoSAConfig
 from mixadapters.routers import DomainGate
 
 # A mixture in every form of attachment: at linear layers, at whole blocks, before and beside the frozen layer.
@@ -794,3 +794,70 @@ def test_copies_are_independent(kind: str, tiny: Any, ids: Any) -> None:
                 p.zero_()
     equal(logits(twin, ids), expected)
     assert ForwardContext.find(twin.base_model.model) is not ForwardContext.find(model.base_model.model)
+
+
+# --- stages and merges --------------------------------------------------------------------------------------------
+
+
+def staged(tiny: Any) -> Any:
+    """Two mixtures with heads; "default" is in the stage of its domains, "other" in that of the task."""
+    model = get_peft_model(tiny("bert", "sequence_classification"), MixDAConfig(domains=["x"], task_type="SEQ_CLS"))
+    model.add_adapter("other", MixDAConfig(domains=["y"], task_type="SEQ_CLS"))
+    model.base_model.set_stage("domain", "default")
+    model.base_model.set_stage("task", "other")
+    model.set_adapter("default")
+    return model
+
+
+VERBS: dict[str, Any] = {
+    "set_adapter": lambda model: (model.set_adapter("other"), model.set_adapter("default")),
+    "disable and enable": lambda model: (
+        model.base_model.disable_adapter_layers(), model.base_model.enable_adapter_layers(),
+    ),
+    "disable_adapter": lambda model: model.disable_adapter().__enter__() and None,
+    "set_requires_grad": lambda model: model.set_requires_grad(["default", "other"]),
+    "add_adapter": lambda model: model.add_adapter("third", MixDAConfig(domains=["z"], task_type="SEQ_CLS")),
+    "delete_adapter": lambda model: (model.set_adapter("other"), model.delete_adapter("default")),
+    "delete another": lambda model: (model.set_adapter("default"), model.delete_adapter("other")),
+    "of the layers": lambda model: [
+        (layer.set_adapter("other"), layer.enable_adapters(False), layer.enable_adapters(True))
+        for layer in model.base_model.hosts()
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Adapter default was active")
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_keeps_the_stage_of_every_adapter(verb: str, tiny: Any) -> None:
+    model = staged(tiny)
+    VERBS[verb](model)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ".default." in name:
+            assert ".domain.bank." in name
+        if parameter.requires_grad and ".other." in name:
+            assert ".domain.bank." not in name
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("safe", [False, True])
+def test_a_merge_into_a_shared_weight_is_refused_before_any_change(merge: str, safe: bool, tiny: Any) -> None:
+    tied = {"llama": ("lm_head", "model.embed_tokens"), "gpt2": ("lm_head", "transformer.wte")}
+    for kind, (head, embeddings) in tied.items():
+        config = MoSAConfig(base="lora", target_modules=[head], init_weights=False, task_type="CAUSAL_LM")
+        model = get_peft_model(tiny(kind, tie_word_embeddings=True), config)
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match=f"cannot merge at '{head}'.*{embeddings}"):
+            getattr(model.base_model, merge)(safe_merge=safe)
+        assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_a_safe_merge_looks_at_all_layers_first(tiny: Any) -> None:
+    config = MoSAConfig(base="lora", target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny("llama"), config)
+    with torch.no_grad():
+        list(model.base_model.hosts())[-1].adapters["default"].bank.experts["adapter"].up.weight[0, 0] = torch.nan
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items() if "base_layer" in key}
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.base_model.merge_adapter(safe_merge=True)
+    assert all(torch.equal(before[key], model.state_dict()[key]) for key in before)
+    assert not any(host.merged for host in model.base_model.hosts())
