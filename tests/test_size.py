@@ -20,7 +20,6 @@ LARGER = frozenset(
         "kernels/ops/triton/kernels.py:expand",
         "kernels/ops/triton/kernels.py:expand_back",
         "kernels/ops/triton/kernels.py:wgrad",
-        "mixadapters/tuners/mixda/model.py:MixDAModel",
     }
 )
 

@@ -95,8 +95,9 @@ class Mixture(Adapter):
 
     def route(self, source: Tensor, context: ForwardContext) -> Routing:
         """The routing of the N rows of source (..., K), published: pinned, by the batch's numbers, or the router's."""
-        if self.always_first and not context.observers:
-            return self.router(source, context)
+        router = self._modules["router"]  # past `nn.Module.__getattr__`: a decoding step comes here in every layer
+        if self.hard_routes is None and not context.observers and getattr(router, "always_first", False):
+            return router(source, context)
         record, rows = context.record, source.numel() // source.shape[-1]
         routing = self._given(rows, source, context)
         trains = routing is None and record.training and record.grad  # not in a reference pass

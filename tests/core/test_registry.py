@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from mixadapters import ROUTERS, Router
 from mixadapters.core.registry import Registry, nearest
 
 
@@ -42,3 +43,36 @@ def test_nearest_name_or_nothing() -> None:
     assert nearest("softmx", ["softmax", "sigmoid"]) == " Did you mean 'softmax'?"
     assert nearest("xyz", ["softmax", "sigmoid"]) == ""
     assert nearest("3", [3, 4]) == " Did you mean '3'?"
+
+
+def test_what_is_registered_in_a_block_is_forgotten_after_it() -> None:
+    registry: Registry[object] = Registry("shape")
+    registry.register("circle")(int)
+    with registry.temporarily():
+        registry.register("square")(float)
+        assert "square" in registry
+    assert list(registry) == ["circle"]
+
+
+def test_a_class_that_is_defined_again_takes_the_place_of_the_one_before() -> None:
+    registry: Registry[object] = Registry("shape")
+
+    def cell() -> type:
+        @registry.register("mine")
+        class Mine: ...
+
+        return Mine
+
+    first, second = cell(), cell()
+    assert first is not second
+    assert registry["mine"] is second
+
+
+def test_names_of_the_library_are_reserved() -> None:
+    class Mine(Router): ...
+
+    with pytest.raises(ValueError, match=r"router 'softmax' is already SoftmaxGate, the library's own; choose"):
+        ROUTERS.register("softmax")(Mine)
+    for name in ("", 3):
+        with pytest.raises(ValueError, match="is no name for a router"):
+            ROUTERS.register(name)  # type: ignore[arg-type]

@@ -219,6 +219,14 @@ def test_a_key_goes_before_a_pattern_and_a_block_inside_before_one_outside(tiny,
         assert chosen() == [1, 1]
 
 
+def test_pins_of_blocks_outside_hold_where_a_block_inside_says_nothing(tiny, tiny_inputs) -> None:
+    model, inputs = adapted(tiny), tiny_inputs("llama", batch=2)
+    tuner, ones, zeros = model.base_model, torch.tensor([1, 1]), torch.tensor([0, 0])
+    with tuner.pin_routes({"*": ones}), tuner.pin_routes({"ffn/0": zeros}):
+        logits(model, inputs)
+    assert [int(r.indices.max()) for r in tuner.context.record.routings.values()] == [0, 1]
+
+
 def test_pinned_rows_follow_the_beams_of_generate(tiny, tiny_inputs) -> None:
     model, inputs = adapted(tiny), tiny_inputs("llama", batch=2)
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "num_beams": 2}

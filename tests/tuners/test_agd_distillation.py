@@ -384,6 +384,25 @@ def test_language_model_learns_to_generate_in_one_pass_what_guidance_takes_two_f
     assert beams.shape == together.shape
 
 
+def test_language_loss_counts_what_follows_a_prompt_from_its_last_token_on(tiny) -> None:
+    model = get_peft_model(tiny("llama"), AGDConfig(r=4, max_scale=3.0, task_type="CAUSAL_LM")).train()
+    for host in model.base_model.hosts():
+        nn.init.normal_(host.adapters["default"].up.weight, std=0.3)
+    model.base_model.context.objectives.append(LanguageGuidanceDistillation())
+    batch = texts()
+    output = model(**batch, guidance_scale=2.0)
+    student = output.logits.detach().log_softmax(-1)
+    real, prompt = batch["attention_mask"].bool(), batch["prompt_mask"].bool()
+    teacher = guided_log_probabilities(model_without_fields(tiny("llama")), batch["input_ids"], real, prompt, 2.0)
+    distances = []
+    for row in range(4):
+        end = 4 + row % 2  # of the prompt, which its last token belongs to
+        for place in range(end - 1, real.shape[1]):
+            p, q = teacher[row, place], student[row, place]
+            distances.append((p.exp() * (p - q)).sum())
+    torch.testing.assert_close(output.loss.detach(), torch.stack(distances).mean(), atol=1e-5, rtol=1e-4)
+
+
 def test_language_batches_without_prompts_are_refused(tiny) -> None:
     model = get_peft_model(tiny("llama"), AGDConfig(r=4, task_type="CAUSAL_LM")).train()
     model.base_model.context.objectives.append(LanguageGuidanceDistillation())

@@ -431,6 +431,15 @@ def test_states_that_an_earlier_version_recorded_are_refused_when_they_are_read(
         data[12]
 
 
+def test_seeds_side_by_side_share_no_noise() -> None:
+    starts = [
+        tuple(shard["sample"][:, 0].flatten(1)[:, 0].tolist())
+        for seed in range(3)
+        for shard in record(predict, ddim(), LABELS, NULL, plan(seed=seed)).shards
+    ]
+    assert len(set(sum(starts, ()))) == 3 * 6
+
+
 def test_record_in_memory_equals_the_one_on_disk(tmp_path) -> None:
     memory = record(predict, ddim(), LABELS, NULL, plan())
     disk = record(predict, ddim(), LABELS, NULL, plan(), tmp_path / "data")

@@ -623,6 +623,17 @@ def test_m12_ranks_draw_apart_where_told_so(tiny, monkeypatch) -> None:
     assert apart[0] != apart[1]
 
 
+def test_m12_draws_of_passes_and_steps_are_apart(tiny) -> None:
+    """No pass repeats that of a neighbouring step, and halves draw apart; with sampler="batch" passes agree."""
+    model = mosa(tiny("llama"), split="both", num_experts=200, r=16)
+    (bank, *_), steps = banks(model), 12
+    drawn = torch.stack([bank.draw(2) for _ in range(steps)])  # (steps, passes, halves)
+    assert drawn.unique().numel() > 0.85 * drawn.numel()
+    together = banks(mosa(tiny("llama"), split="both", sampler="batch"))[0]
+    assert together.draw(2).shape == (1, 2)
+    assert bank.draw(2).shape == (2, 2)
+
+
 # --- M13: evaluation ---------------------------------------------------------------------------------------------
 
 
@@ -1132,6 +1143,25 @@ def test_outputs_and_labels_without_known_classes_are_refused(name) -> None:
     with pytest.raises(ValueError, match=rf"{message}.*pass consistency=0"):
         model(**inputs)
     model.unload()
+
+
+def test_answers_weigh_their_two_ends_alike() -> None:
+    torch.manual_seed(0)
+    base = without_dropout(transformers.BertForQuestionAnswering(transformers.BertConfig(vocab_size=50, **SMALL)))
+    model = mosa(base, consistency=0.7, scale=1.0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data.mul_(4)
+    ends = {"start_positions": torch.tensor([1, 9]), "end_positions": torch.tensor([2, 3])}  # 9: past the end
+    seen: list[Tensor] = []
+    base.qa_outputs.register_forward_hook(lambda module, given, out: seen.append(out.detach()))
+    output = model(input_ids=torch.randint(0, 50, (2, 7)), **ends)
+    loss, ((first, second),) = 0.0, [(out[0::2], out[1::2]) for out in seen]
+    for column, targets in enumerate(ends.values()):
+        kept = targets < 7
+        distance = symmetric_kl(first[..., column], second[..., column]).mean()
+        loss += (F.cross_entropy(first[kept, :, column], targets[kept]) + 0.7 * distance) / 2
+    torch.testing.assert_close(output.loss.detach(), loss, atol=1e-5, rtol=1e-4)
 
 
 def test_labels_of_tokens_that_a_loss_leaves_out_do_not_count(tiny) -> None:

@@ -1,0 +1,180 @@
+"""Domains that come and go in a mixture that exists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixadapters.core.adapter import Chain, Site
+from mixadapters.core.mixture import Mixture
+from mixadapters.core.model import MixtureModel
+from mixadapters.core.registry import nearest
+from mixadapters.tuners.mixda.config import MixDAConfig
+from mixadapters.tuners.mixda.router import require_surgery
+from mixadapters.tuners.mixda.sources import read_source
+
+NEW_ARM_SHARE = 0.05  # of the frozen arm's mass that a domain added later starts with
+
+
+class DomainVerbs(MixtureModel):
+    """Part of MixDA's tuner. The model says where domains go and what they are made of."""
+
+    def domain_paths(self, config: MixDAConfig) -> list[str]:
+        raise NotImplementedError
+
+    def bank_widths(self, config: MixDAConfig, path: str) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def new_ranks(self, config: MixDAConfig, rank: int | None = None) -> dict[str, int]:
+        raise NotImplementedError
+
+    def mixture(self, config: MixDAConfig, site: Site, ranks: dict[str, int]) -> Mixture:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def fill(self, adapter_name: str, name: str, weights: dict[str, dict[str, Tensor]]) -> None:
+        """Copy the weights of a gathered domain into its experts."""
+        for path, tensors in weights.items():
+            expert = self._host_at(path).adapters[adapter_name].domain.bank.experts[name]
+            for key, parameter in expert.named_parameters():
+                if parameter.is_meta:
+                    raise ValueError("domains with a source need low_cpu_mem_usage=False")
+                parameter.copy_(tensors[key])
+
+    def domain_ids(self, names: list[str], adapter_name: str = "default") -> Tensor:
+        """(B,) numbers for the batch field `domain_ids`, which routes each row to a domain; "__base__" is none."""
+        order = list(self._config(adapter_name).domains)
+        for name in names:
+            if name != "__base__" and name not in order:
+                raise ValueError(f"unknown domain {name!r}; have {order}.{nearest(name, order)}")
+        return torch.tensor([-1 if name == "__base__" else order.index(name) for name in names])
+
+    @torch.no_grad()
+    def add_domain(
+        self,
+        name: str,
+        source: str | dict[str, Any] | None = None,
+        *,
+        r: int | None = None,
+        share: float = NEW_ARM_SHARE,
+        adapter_name: str = "default",
+    ) -> None:
+        """Add a domain, new (zero) or trained, to a mixture. The weights of the other domains do not change.
+
+        Its arm takes `share` of what a softmax gate gives to the frozen layer (for a sigmoid gate, and at layers that
+        had no gate: starts at `share`). So with combine="delta" a new domain leaves the output as it was. Make
+        optimizers anew afterwards.
+
+        Raises:
+            ValueError: the name is taken, the source does not fit, or share is not between 0 and 1.
+        """
+        config = self._config(adapter_name)
+        require_surgery(config, "add_domain")
+        if name in config.domains:
+            raise ValueError(f"domain {name!r} exists already; have {list(config.domains)}")
+        if name in self.peft_config and name != adapter_name:
+            raise ValueError(
+                f"domain {name!r} has the name of another adapter of this model: PEFT would drop its weights when it "
+                "saves. Choose another name"
+            )
+        if not 0 < share < 1:
+            raise ValueError(f"share={share} must lie between 0 and 1")
+        given = MixDAConfig(domains={name: source} if source is not None else [name], r=r)  # checks them
+        spec = dict(given.domains[name])
+        weights = read_source(self, config, name, spec) if "source" in spec else None
+        if weights is None:
+            spec["ranks"] = self.new_ranks(config, r)
+        else:
+            spec["ranks"] = {path: w["down.weight"].shape[0] for path, w in weights.items()}
+        config.domains[name] = spec
+        config.domain_order = list(config.domains)
+        for path, rank in spec["ranks"].items():
+            self._add_expert(adapter_name, path, name, rank, share)
+        if weights is not None:
+            self.fill(adapter_name, name, weights)
+        self._renumber(adapter_name)
+
+    def _add_expert(self, adapter_name: str, path: str, name: str, rank: int, share: float) -> None:
+        config = self._config(adapter_name)
+        own = (p for h in self.hosts() if adapter_name in h.adapters for p in h.adapters[adapter_name].parameters())
+        dtype = next((p.dtype for p in own), None)
+        host = self._host_at(path, missing_ok=True)
+        new: Any
+        if host is None or adapter_name not in host.adapters:
+            self.place(config, adapter_name, path)
+            host = self._host_at(path)
+            new = host.adapters[adapter_name]
+            new.domain.router.start_at(share)
+        elif "domain" in (chain := host.adapters[adapter_name]).steps:
+            chain.domain.bank.add(name, rank, config.init_weights)
+            chain.domain.router.add_expert(name, share)
+            new = chain.domain.bank.experts[name]
+        else:
+            site = self._site(config, adapter_name, host.get_base_layer(), path)
+            new = self.mixture(config, site, {name: rank})
+            new.router.start_at(share)
+            host.adapters[adapter_name] = Chain(domain=new, **chain.steps)
+            host.adapters[adapter_name].bind(site)
+        device, base_dtype = host._get_base_layer_device_and_dtype(host.get_base_layer())
+        new.to(device, dtype or base_dtype)
+
+    def remove_domain(self, name: str, *, renormalize: bool = False, adapter_name: str = "default") -> None:
+        """Remove a domain and its weights. Make optimizers anew afterwards.
+
+        What a softmax gate gave to it goes to the frozen layer, so that the other domains' weights do not change; with
+        `renormalize` it is shared out among all.
+
+        Raises:
+            ValueError: there is no such domain.
+        """
+        config = self._config(adapter_name)
+        if name not in config.domains:
+            raise ValueError(f"unknown domain {name!r}; have {list(config.domains)}.{nearest(name, config.domains)}")
+        require_surgery(config, "remove_domain")
+        for path, mixture in list(self._mixtures(adapter_name)):
+            if name not in mixture.bank.experts:
+                continue
+            mixture.bank.remove(name)
+            mixture.router.remove_expert(name, renormalize)
+            if mixture.bank.names:
+                config.null_arms[path] = getattr(mixture.router, "null_arms", 0)
+            else:
+                chain = self._host_at(path).adapters[adapter_name]
+                del chain.domain
+                config.null_arms.pop(path, None)
+        config.null_arms = {path: count for path, count in config.null_arms.items() if count}
+        del config.domains[name]
+        config.domain_order = list(config.domains)
+        self._renumber(adapter_name)
+
+    def _renumber(self, adapter_name: str) -> None:
+        names = list(self._config(adapter_name).domains)
+        for _, mixture in self._mixtures(adapter_name):
+            assert mixture.hard_routes is not None
+            mixture.hard_routes.number([names.index(name) for name in mixture.bank.names], len(names))
+        stage = self.stage.get(adapter_name)
+        if self._config(adapter_name).inference_mode:
+            for host in self.hosts():
+                if adapter_name in host.adapters:
+                    host.adapters[adapter_name].requires_grad_(False)
+        elif stage is not None and names:
+            self.set_stage(stage, adapter_name)
+
+    def _config(self, adapter_name: str) -> MixDAConfig:
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"adapter_name={adapter_name!r} is unknown; have {list(self.peft_config)}")
+        return self.peft_config[adapter_name]
+
+    def _mixtures(self, adapter_name: str) -> Iterator[tuple[str, Mixture]]:
+        for host in self.hosts():
+            if adapter_name in host.adapters and "domain" in host.adapters[adapter_name].steps:
+                yield host.path, host.adapters[adapter_name].domain
+
+    def _host_at(self, path: str, missing_ok: bool = False) -> Any:
+        host = next((h for h in self.hosts() if h.path == path), None)
+        if host is None and not missing_ok:
+            raise ValueError(f"no adapter sits at {path!r}")
+        return host

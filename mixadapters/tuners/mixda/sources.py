@@ -1,0 +1,137 @@
+"""Domain adapters that have been trained on their own: read from a folder or the hub, or refused with the reason."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from peft.config import PeftConfig
+from peft.utils import load_peft_weights
+from torch import Tensor, nn
+
+from mixadapters.core.bank import AdapterBank
+from mixadapters.core.files import read_adapter
+from mixadapters.core.registry import nearest
+from mixadapters.tuners.bottleneck.model import EXPERT
+from mixadapters.tuners.mixda.config import MixDAConfig
+
+
+class DomainSites(Protocol):
+    """What a tuner knows of the places that can hold domain adapters."""
+
+    model: nn.Module
+
+    def domain_paths(self, config: MixDAConfig) -> list[str]: ...
+
+    def bank_widths(self, config: MixDAConfig, path: str) -> tuple[int, int]: ...
+
+    def _check_target_module_exists(self, config: Any, key: str) -> Any: ...
+
+
+def read_source(
+    tuner: DomainSites, config: MixDAConfig, name: str, spec: dict[str, Any]
+) -> dict[str, dict[str, Tensor]]:
+    """{module of this model: {parameter of an expert: tensor}} of a trained domain adapter.
+
+    Raises:
+        ValueError: not a domain adapter, made for another base model or with other fields, or of other modules.
+    """
+    where = f"domains[{name!r}]: {spec['source']!r}"
+    try:
+        found = read_adapter(spec["source"], lambda kind: True, revision=spec.get("revision"))
+        if found is not None and found.other is not None:
+            raise ValueError(found.other)
+        saved = PeftConfig.from_pretrained(spec["source"], revision=spec.get("revision"))
+        weights = load_peft_weights(spec["source"], device="cpu", revision=spec.get("revision"))
+    except (ValueError, OSError, KeyError, TypeError) as error:  # of PEFT, for what is no adapter of its types
+        raise ValueError(f"{where} cannot be read as an adapter folder or hub id: {error}") from error
+    expert = _check_source(config, name, saved, where)
+    _check_base_model(tuner.model, saved, spec, where)
+    paths = tuner.domain_paths(config)
+    by_path: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        path, mark, rest = key.removeprefix("base_model.model.").partition(
+            f".{saved.peft_type.value.lower()}_adapters."
+        )
+        if not mark or not rest.startswith(expert):
+            continue
+        here = [p for p in paths if same_module(p, path)]
+        if len(here) != 1:
+            raise ValueError(f"{where} adapts {path!r}, which is no domain site of this model; those are {paths}")
+        by_path.setdefault(here[0], {})[rest.removeprefix(expert)] = tensor
+    if not by_path:
+        raise ValueError(f"{where} holds no weights of a domain adapter: none of its {len(weights)} keys fits")
+    for path, tensors in by_path.items():
+        _check_tensors(tuner, config, path, tensors, where)
+    if missing := [p for p in _paths_of_source(tuner, saved, name, paths) if p not in by_path]:
+        raise ValueError(f"{where} lacks the weights of {missing}, which its own config says that it adapts")
+    return by_path
+
+
+def _paths_of_source(tuner: DomainSites, saved: Any, name: str, paths: list[str]) -> list[str]:
+    """Those of our `paths` that a source adapts by its own config."""
+    if saved.peft_type.value == "MIXDA":
+        spec = saved.domains.get(name) or next(iter(saved.domains.values()))
+        return [p for p in paths if rank_of(spec.get("ranks", {}), p)]
+    return [p for p in paths if saved.target_modules and tuner._check_target_module_exists(saved, p)]
+
+
+def _check_tensors(tuner: DomainSites, config: MixDAConfig, path: str, tensors: dict[str, Tensor], where: str) -> None:
+    """Refuse tensors that are not those of an expert at `path`."""
+    with torch.device("meta"):
+        bank = AdapterBank(*tuner.bank_widths(config, path), **config.bank_options())
+        bank.add("like", tensors["down.weight"].shape[0] if "down.weight" in tensors else 1)
+    expected = dict(bank.experts["like"].named_parameters())
+    if expected.keys() != tensors.keys():
+        raise ValueError(f"{where} has {sorted(tensors)} at {path!r}, expected {sorted(expected)}")
+    for key, parameter in expected.items():
+        if parameter.shape != tensors[key].shape:
+            raise ValueError(
+                f"{where}: {key} at {path!r} is {tuple(tensors[key].shape)} in the source, expected "
+                f"{tuple(parameter.shape)}: trained on another base model?"
+            )
+
+
+def _check_source(config: MixDAConfig, name: str, saved: Any, where: str) -> str:
+    """Refuse a source whose fields do not fit; return where its expert's parameters lie in its keys."""
+    kind = getattr(saved.peft_type, "value", saved.peft_type)
+    if kind == "BOTTLENECK":
+        expert = f"bank.experts.{EXPERT}."
+        theirs = {**saved.bank_options(), "adapter_input": saved.adapter_input, "placement": saved.placement}
+        ours = {**config.bank_options(), "bias": True, "placement": "parallel"}
+    elif kind == "MIXDA":
+        one = next(iter(saved.domains)) if len(saved.domains) == 1 else name
+        if one not in saved.domains:
+            raise ValueError(
+                f"{where} has no domain {name!r}; it has {list(saved.domains)}.{nearest(name, saved.domains)}"
+            )
+        expert = f"domain.bank.experts.{one}."
+        theirs = {**saved.bank_options(), "adapter_input": saved.adapter_input, "combine": saved.combine}
+        ours = {**config.bank_options(), "combine": config.combine}
+    else:
+        raise ValueError(f"{where} is a {kind} adapter; domains are gathered from BOTTLENECK or MIXDA adapters")
+    for field_name, value in {**ours, "adapter_input": config.adapter_input}.items():
+        if theirs[field_name] != value:
+            raise ValueError(
+                f"{where} was trained with {field_name}={theirs[field_name]!r}, this mixture has {value!r}"
+            )
+    return expert
+
+
+def _check_base_model(model: nn.Module, saved: Any, spec: dict[str, Any], where: str) -> None:
+    theirs = saved.base_model_name_or_path
+    ours = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
+    if spec.get("check_base_model", True) and theirs and ours and theirs != ours:
+        raise ValueError(
+            f"{where} was trained on {theirs!r}, this model is {ours!r}; if they are the same, say so by "
+            "{'source': ..., 'check_base_model': False}"
+        )
+
+
+def same_module(a: str, b: str) -> bool:
+    """Whether two paths name the same module of a backbone, with or without a head around it."""
+    return a == b or a.endswith(f".{b}") or b.endswith(f".{a}")
+
+
+def rank_of(by_path: dict[str, int], path: str) -> int:
+    return by_path.get(path) or next((n for p, n in by_path.items() if same_module(p, path)), 0)
