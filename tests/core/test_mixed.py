@@ -186,6 +186,10 @@ def test_routers_of_a_mixed_batch_know_their_rows(context, x, y) -> None:
     assert context.record.own_rows is None
     mixtures[0](x, y, context)
     assert seen[-1] is None
+    lone = Negated(Asking(["expert0"], Routing()), bank_of(2))  # with a forward of its own
+    MixedBatch([lone, mixtures[0]], (0, 1, -1))(x, y, context)
+    assert torch.equal(seen[-2], torch.tensor([True, False, False]).repeat_interleave(LENGTH))
+    assert context.record.own_rows is None
 
 
 def test_gradients_of_a_mixed_batch_stay_with_its_rows(context, x, y) -> None:
