@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.model import MixtureModel
-from mixadapters.training.checkpoints import fault, note_stage, stage_of
+from mixadapters.training.checkpoints import fault, lay_out_moments, note_stage, stage_of
 from mixadapters.training.objectives import require_pretrained_head
 
 
@@ -140,6 +140,9 @@ class StageCallback(TrainerCallback):
                 f"the checkpoint {resumed} was made in stage={made!r}, so the state of the optimizer does not belong "
                 f"to what stage={self.stage!r} trains; begin the stage without resume_from_checkpoint"
             )
+        if optimizer is not None:
+            with torch.no_grad():
+                lay_out_moments(optimizer)
         self._attach(tuner.context)
         base = tuner.model
         has_head = "MaskedLM" in type(base).__name__ or "CausalLM" in type(base).__name__

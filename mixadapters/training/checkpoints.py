@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import torch
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 STAGE_FILE = "stage.json"  # {"adapter": name, "stage": name}
@@ -25,6 +28,23 @@ def stage_of(folder: Path, adapter: str) -> str | None:
         return None
     same = isinstance(noted, dict) and noted.get("adapter") == adapter and isinstance(noted.get("stage"), str)
     return noted["stage"] if same else None
+
+
+def lay_out_moments(optimizer: Any) -> None:
+    """Lay out what an optimizer keeps for a parameter as the parameter lies in memory.
+
+    Fused optimizers walk both side by side, and checkpoints of earlier versions hold weights that lay transposed.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            kept = optimizer.state.get(parameter, {})
+            for name, value in kept.items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.shape == parameter.shape
+                    and value.stride() != parameter.stride()
+                ):
+                    kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def fault(folder: Path) -> str:
