@@ -114,20 +114,26 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs):
 
     def _refuse_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Ask every layer before the first is changed: each merge is exact, and touches no other module."""
-        owners: dict[int, list[str]] = {}
+        owners: dict[tuple[bool, int], list[str]] = {}
         for key, parameter in self.model.named_parameters(remove_duplicate=False):
             if not parameter.is_meta and parameter.numel():
                 name = re.sub(r"(^|\.)base_layer(?=\.|$)", "", key).removeprefix(".")
-                owners.setdefault(parameter.data_ptr(), []).append(name)
+                owners.setdefault(_memory_of(parameter), []).append(name)
         for host in self.hosts():
             names = host.to_merge(adapter_names)
             if not names:
                 continue
             host.folded(names, safe_merge)
             for parameter in host.get_base_layer().parameters(recurse=False):
-                others = {n.rpartition(".")[0] for n in owners.get(parameter.data_ptr(), ())} - {host.path}
+                others = {n.rpartition(".")[0] for n in owners.get(_memory_of(parameter), ())} - {host.path}
                 if others:
                     raise ValueError(
                         f"cannot merge at {host.path!r}: its weight is also that of {sorted(others)}, which would "
                         "change too. Untie them first (tie_word_embeddings=False, and a copy of the weight)"
                     )
+
+
+def _memory_of(parameter: nn.Parameter) -> tuple[bool, int]:
+    """The same for parameters that share their memory. Quantized ones have no address of their own: the object."""
+    address = parameter.data_ptr()
+    return bool(address), address or id(parameter)
