@@ -106,7 +106,7 @@ class Mixture(Adapter):
             own = context.record.own_rows
             if own is not None and torch.is_grad_enabled():
                 reads = real_only(reads, own)  # what is broken in other rows must not reach this router's gradients
-            routing = self.router(reads, context)
+            routing = self._checked(self.router(reads, context), rows)
         routing = _in_dtype(routing, source.dtype)
         if not self.always_first:
             record.routings[self.key] = routing
@@ -116,6 +116,19 @@ class Mixture(Adapter):
                 self._add_losses(routing, mask, context)
             if not record.closed:  # checkpointing that runs the layer again tells nothing new
                 self._tell(routing, mask, context, rows, source.device, trains)
+        return routing
+
+    def _checked(self, routing: Any, rows: int) -> Routing:
+        """What a router has returned, if that is a routing of `rows` rows."""
+        whose = f"router {type(self.router).__name__} at {self.key.path!r}"
+        if not isinstance(routing, Routing):
+            raise ValueError(f"{whose} returned {type(routing).__name__}; return a Routing")
+        for name in ("indices", "weights"):
+            given = getattr(routing, name)
+            if given is not None and (given.dim() != 2 or given.shape[0] != rows):
+                raise ValueError(
+                    f"{whose} returned {name} {tuple(given.shape)} for {rows} rows; return (N, k), with N = B * T rows"
+                )
         return routing
 
     def _given(self, rows: int, source: Tensor, context: ForwardContext) -> Routing | None:

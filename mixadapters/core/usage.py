@@ -67,13 +67,20 @@ class UsageRecorder:
         return sums
 
     def report(self, per_layer: bool = False) -> dict[str, float]:
-        """As logged: `gate/mean/<name>` over all routers, and with `per_layer` `gate/<module>/<name>` for each."""
+        """As logged: `gate/mean/<name>` over all routers, and with `per_layer` `gate/<module>/<name>` for each.
+
+        Routers of a single arm, such as that of a task adapter, are reported only where no router has more.
+        """
         report: dict[str, float] = {}
         values: dict[str, list[float]] = {}
-        summaries = self.summaries()
+        decide = {key for key, arms in self.seen if len(arms) > 1}
+        summaries = {key: summary for key, summary in self.summaries().items() if key in decide or not decide}
         paths = Counter(key.path for key in summaries)
+        adapters = Counter((key.path, key.adapter) for key in summaries)
         for key, summary in summaries.items():
             place = key.path if paths[key.path] == 1 else f"{key.path}/{key.adapter}"
+            if adapters[key.path, key.adapter] > 1:
+                place = f"{place}/{key.step}"
             for name, value in summary.items():
                 values.setdefault(name, []).append(value)
                 if per_layer:

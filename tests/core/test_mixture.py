@@ -151,3 +151,17 @@ def test_folded_layer_equals_layer_and_adapter(context, insertion, scale, bias, 
 def test_what_no_single_weight_equals_is_refused(mixture, message) -> None:
     with pytest.raises(ValueError, match=message):
         mixture().fold(torch.eye(WIDTH), None)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "returned NoneType; return a Routing"),
+        ((torch.zeros(4, 1, dtype=torch.long), None), "returned tuple; return a Routing"),
+        (Routing(torch.zeros(1, 1, dtype=torch.long)), r"returned indices \(1, 1\) for \d+ rows; return \(N, k\)"),
+        (Routing(weights=torch.ones(2, 2, 1)), r"returned weights \(2, 2, 1\) for \d+ rows"),
+    ],
+)
+def test_what_a_router_returns_is_checked(context, x, y, returned, message) -> None:
+    with pytest.raises(ValueError, match=f"router Given at '.*' {message}"):
+        routed(returned, 3)(x, y, context)

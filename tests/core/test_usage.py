@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from mixadapters import BottleneckConfig, PILLConfig
+from mixadapters import BottleneckConfig, MixDAConfig, PILLConfig
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixture import Mixture
@@ -153,3 +153,15 @@ def test_usage_of_a_model_is_recorded_inside_the_block(tiny, tiny_inputs) -> Non
     assert report["gate/mean/weight/image"] > 0.5
     single = trained(get_peft_model(tiny("llama"), BottleneckConfig(r=2)), tiny_inputs("llama"))
     assert single["gate/mean/weight/adapter"] == 1
+
+
+def test_routers_with_nothing_to_decide_stay_out_of_the_means(tiny, tiny_inputs) -> None:
+    """A task adapter's single router beside a uniform gate over two domains and the frozen layer."""
+    model = get_peft_model(tiny("llama"), MixDAConfig(domains=["law", "code"], r=2))
+    with model.base_model.record_usage() as usage:
+        model.eval()(**tiny_inputs("llama"))
+    report = usage.report(per_layer=True)
+    entropies = [value for name, value in report.items() if name.endswith("/entropy")]
+    assert len(entropies) > 1
+    assert entropies == pytest.approx([log(3)] * len(entropies))
+    assert not any(name.endswith("weight/adapter") for name in report)

@@ -131,6 +131,9 @@ def test_fields_have_their_values_after_all() -> None:
         ({"router": "single"}, r"one expert, not \['a', 'b'\]"),
         ({"router": "constant", "combine": "convex"}, r"weighs the frozen layer's output.*ConstantRouter"),
         ({"router": {"kind": "constant", "weights": [1.0]}}, "one entry for each expert"),
+        ({"router": {"kind": "softmax", "temperature": torch.tensor(2.0)}}, "temperature=.*Tensor cannot be saved"),
+        ({"domains": ["frozen"]}, "domains: 'frozen' is the name of an arm"),
+        ({"domains": ["a", "null0"]}, "domains: 'null0' is the name of an arm"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_the_config(fields, message) -> None:

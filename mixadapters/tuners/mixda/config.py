@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, ClassVar, Literal
@@ -231,6 +232,8 @@ def _check_domains(domains: Any, from_file: bool) -> dict[str, dict[str, Any]]:
     checked = {}
     for name, spec in domains.items():
         check_name("domains", name, "mixda_")
+        if re.fullmatch(r"frozen|null\d+", name):
+            raise ValueError(f"domains: {name!r} is the name of an arm of every router; choose another")
         if isinstance(spec, os.PathLike):
             spec = str(spec)
         if not isinstance(spec, (str, dict, type(None))):

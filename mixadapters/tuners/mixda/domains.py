@@ -47,6 +47,8 @@ class DomainVerbs(MixtureModel):
     def domain_ids(self, names: list[str], adapter_name: str = "default") -> Tensor:
         """(B,) numbers for the batch field `domain_ids`, which routes each row to a domain; "__base__" is none."""
         order = list(self._config(adapter_name).domains)
+        if isinstance(names, str):
+            raise ValueError(f"names={names!r} must be a list with one name for each row; write [{names!r}]")
         for name in names:
             if name != "__base__" and name not in order:
                 raise ValueError(f"unknown domain {name!r}; have {order}.{nearest(name, order)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -53,6 +54,8 @@ def read_router(config: Any) -> None:
         config.router = {**said, **given}
     if config.router is not None:
         spec = dict(config.router)
+        for option, value in spec.items():
+            _refuse_unsaveable(option, value)
     for name, option in OPTION_OF.items():
         setattr(config, name, deepcopy(spec.get(option)))
     if config.gate_input not in (None, *INPUTS):
@@ -122,3 +125,14 @@ def _has(cls: type[Router], name: str) -> bool:
     method = getattr(cls, name, None)
     abstract = name in ("start_at", "_insert_row") and method is getattr(ArmSurgery, name)
     return method is not None and not abstract
+
+
+def _refuse_unsaveable(option: str, value: Any) -> None:
+    """Refuse what JSON cannot hold when the config is made, not when a trained adapter is saved."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"router: {option}={value!r} of type {type(value).__name__} cannot be saved in a config; use a number, a "
+            "string, a list or a dict of these"
+        ) from None
