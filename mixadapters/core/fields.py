@@ -17,11 +17,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from mixadapters.core.patterns import check_pattern
 from mixadapters.core.registry import nearest
 
+LARGEST = 10**12  # of integers: nothing in a model is as wide or as many; torch takes none beyond 64 bits
+
 
 def check_fields(config: Any) -> None:
     """Refuse values of a dataclass that its annotations and metadata do not allow.
 
-    A bool is a bool, and no number; an integer is an integer; a float is finite. Tuples pass for lists.
+    A bool is a bool, and no number; an integer is an integer of up to 10**12; a float is finite. Tuples pass for
+    lists.
 
     Raises:
         ValueError: which field, its value, and what it takes.
@@ -60,17 +63,25 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(fits(k, inside[0]) and fits(v, inside[1]) for k, v in value.items())
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+        return finite(value)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST
     return isinstance(value, origin or (NoneType if hint is None else hint))
+
+
+def finite(value: Any) -> bool:
+    """Whether `value` is a number, no bool, and finite as a float too, which integers of 309 digits are not."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _check_metadata(field: Field[Any], value: Any, hint: Any) -> None:
     said = field.metadata
     for number in _numbers(value):
-        low = number < said.get("least", number) or number <= said.get("above", number - 1)
-        high = number > said.get("most", number) or number >= said.get("below", number + 1)
+        low = number < said.get("least", number) or ("above" in said and number <= said["above"])
+        high = number > said.get("most", number) or ("below" in said and number >= said["below"])
         if low or high:
             raise ValueError(_message(field, value, hint))
     if isinstance(value, str) and value not in said.get("choices", (value,)):
@@ -91,8 +102,9 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _message(field: Field[Any], value: Any, hint: Any) -> str:
-    said, shown = field.metadata, repr(value)
-    shown = shown if len(shown) <= 200 else f"{shown[:200]}..."
+    said, shown = field.metadata, _shown(value)
+    if _holds_larger(value):
+        return f"{field.name}={shown} must be {_words(hint)}; an integer is {LARGEST} at most"
     if said.get("least") == 1 and "most" not in said and hint in (int, int | None):  # as PEFT's own types say it
         return f"`{field.name}` should be a positive integer value but the value passed is {shown}"
     choices = list(said.get("choices") or _literals(hint))
@@ -100,6 +112,20 @@ def _message(field: Field[Any], value: Any, hint: Any) -> str:
         return f"{field.name}={shown} is unknown; choose one of {choices}.{nearest(value, choices)}"
     limits = [f"{word} {said[key]}" for key, word in RANGE.items() if key in said]
     return ", ".join([f"{field.name}={shown} must be {_words(hint)}", *limits])
+
+
+def _shown(value: Any) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # Python writes no integers of over 4300 digits
+        shown = f"<{type(value).__name__} with an integer of over 4300 digits>"
+    return shown if len(shown) <= 200 else f"{shown[:200]}..."
+
+
+def _holds_larger(value: Any) -> bool:
+    if isinstance(value, (list, tuple, set, dict)):
+        return any(_holds_larger(item) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int) and abs(value) > LARGEST
 
 
 RANGE = {"least": "at least", "above": "above", "most": "at most", "below": "less than"}

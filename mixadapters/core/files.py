@@ -55,6 +55,12 @@ class FileWeights(dict[str, Any]):
         super().__init__(weights)
         self.saved = saved
 
+    def __missing__(self, key: str) -> Any:  # PEFT takes the weights of saved modules by key
+        raise ValueError(
+            f"{self.saved.model_id}: {key!r}, a weight of a saved module, is missing. Was it saved from another base "
+            f"model or with another config? In a PeftModel every key begins with {PREFIX!r}"
+        )
+
     def copy(self) -> FileWeights:
         return FileWeights(self, self.saved)
 
@@ -84,7 +90,13 @@ def weights_of(path: str | Path) -> Iterator[Mapping[str, Any]]:
             with safe_open(str(path), framework="pt") as opened:
                 yield Safetensors(opened)
         else:
-            yield torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            if not isinstance(content, Mapping):
+                raise ValueError(f"{path} holds no weights by name, but a {type(content).__name__}: save it again")
+            for key, tensor in content.items():
+                if not isinstance(key, str) or not isinstance(tensor, Tensor):
+                    raise ValueError(f"{path} holds no weights by name: {key!r:.100} is a {type(tensor).__name__}")
+            yield content
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read as weights: {error}") from error
 
@@ -130,6 +142,12 @@ def read_adapter(
         model_id, WEIGHTS_NAME, subfolder, options
     )
     if weights_path is None:
+        folder = os.path.join(str(model_id), subfolder or "")
+        if os.path.isdir(folder):
+            raise ValueError(
+                f"{folder!r} holds {CONFIG_NAME} but no {SAFETENSORS_WEIGHTS_NAME} and no {WEIGHTS_NAME}: copy the "
+                "weights there, or save the adapter again"
+            )
         return SavedAdapter(str(model_id), config, {})
     with weights_of(weights_path) as weights:
         if isinstance(weights, Safetensors):
@@ -141,9 +159,18 @@ def read_adapter(
 
 
 def _other(weights: Mapping[str, Any], config: dict[str, Any], path: str) -> str | None:
-    found = digest_of(weights, str(config.get("peft_type")), config.get("modules_to_save"))
+    kind, heads = str(config.get("peft_type")), config.get("modules_to_save")
+    found = digest_of(weights, kind, heads)
     if found == config["digest"]:
         return None
+    twin = Path(path).with_name(WEIGHTS_NAME)
+    if twin.is_file() and str(twin) != str(path):
+        with weights_of(twin) as others:
+            if digest_of(others, kind, heads) == config["digest"]:
+                return (
+                    f"{path} is of an earlier save than {CONFIG_NAME} and {twin.name} beside it, and PEFT reads it "
+                    f"first: delete {Path(path).name}"
+                )
     return (
         f"{path} is not what {CONFIG_NAME} was saved with: one of the two is of another save, or was changed (digest "
         f"{str(found)[:20]}, expected {str(config['digest'])[:20]}). If it was changed on purpose, take `digest` out "
@@ -177,7 +204,8 @@ def digest_of(weights: Mapping[str, Any], kind: str, heads: Any) -> str | None:
     total, empty = hashlib.sha256(), True
     for key in sorted(weights, key=_plain):
         name = _plain(key)
-        head = any(f".{head}." in f".{name}" for head in heads or ()) and not BESIDE & set(name.split("."))
+        # PEFT goes by the end of a module's name: "head" saves "lm_head" too.
+        head = any(f"{head}." in name for head in heads or ()) and not BESIDE & set(name.split("."))
         if head or f".{kind.lower()}_adapters." in name or name.endswith(".token_adapter.trainable_tokens_delta"):
             tensor = weights[key].detach().cpu().contiguous()
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -12,6 +12,7 @@ RESERVED = frozenset({
     "__base__", "base_model", "base_layer", "original_module", "modules_to_save", "token_adapter",
     "trainable_tokens_delta", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
 })  # fmt: skip
+LONGEST = 200  # bytes: a name is a folder's too, of which file systems take 255
 TAKEN = frozenset(dir(nn.ModuleDict()))
 
 
@@ -28,6 +29,8 @@ def check_name(what: str, name: Any, prefix: str) -> None:
     reason = None
     if not isinstance(name, str) or not name:
         reason = "use a string that is not empty"
+    elif len(name.encode(errors="replace")) > LONGEST:
+        reason = f"it has over {LONGEST} bytes, and is the name of a folder too; use a shorter one"
     elif set(name) & set("./\\") or not name.isprintable() or name != name.strip():
         reason = "a name is one part of a key and of a path: no dots, slashes, line breaks or blanks at its ends"
     elif name in RESERVED:

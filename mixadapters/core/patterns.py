@@ -79,6 +79,12 @@ def _node(node: Any, follow: frozenset[str]) -> Ways:
         apart = sum(len(part.first) for part in parts) == len(first) and not any(part.empty for part in parts)
         counts = [part.number for part in parts]
         return Ways(max(counts) if apart else sum(counts), first, any(part.empty for part in parts))
+    if kind is constants.GROUPREF_EXISTS:  # the group has matched in some of the ways only
+        parts = [_sequence(list(part or ()), follow) for part in value[1:]]
+        first = parts[0].first | parts[1].first
+        return Ways(sum(part.number for part in parts), first, any(part.empty for part in parts))
+    if kind.name == "ATOMIC_GROUP":  # tries no more than a plain group, and as much before its first match
+        return _sequence(list(value), follow)
     if kind in (constants.MAX_REPEAT, constants.MIN_REPEAT) or kind.name == "POSSESSIVE_REPEAT":
         least, most, body = value
         return _repeat(least, most, body, follow)
@@ -88,7 +94,11 @@ def _node(node: Any, follow: frozenset[str]) -> Ways:
         return Ways(1.0, _characters(node), False)
     if kind in (constants.ASSERT, constants.ASSERT_NOT):
         return Ways(_sequence(list(value[1]), ALPHABET).number, frozenset(), True)
-    return Ways(float(LENGTH), ALPHABET, True)  # references back, conditions, atomic groups
+    if kind is constants.FAILURE:
+        return Ways(1.0, frozenset(), False)
+    if kind is constants.GROUPREF:
+        return Ways(float(LENGTH), ALPHABET, True)
+    return Ways(float(WAYS) ** 2, ALPHABET, True)  # what this module does not know
 
 
 def _repeat(least: int, most: Any, body: Any, follow: frozenset[str]) -> Ways:

@@ -76,10 +76,13 @@ class SavedForm(BaseTuner):
 
         Beside its own an adapter may bring what PEFT saves with it: its heads and trained tokens, and the embeddings.
         """
-        if isinstance(state_dict, FileWeights):
-            config.refuse_other(state_dict.saved, adapter_name)
+        saved = state_dict.saved if isinstance(state_dict, FileWeights) else None
+        if saved is not None:
+            config.refuse_other(saved, adapter_name)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         bare = not any(isinstance(module, BaseTuner) for module in model.modules())
+        if len(remapped) < len(state_dict):
+            _refuse_twice(cls, adapter_name, state_dict)
         given = {key.removeprefix(PREFIX) if bare else key: tensor for key, tensor in remapped.items()}
         here = model.state_dict()
         own = set(own_keys(model, cls.prefix, adapter_name))
@@ -87,6 +90,8 @@ class SavedForm(BaseTuner):
         embeddings = embedding_keys(model)
         check_keys(adapter_name, given, own, heads | embeddings)
         check_shapes(adapter_name, given, {key: tuple(here[key].shape) for key in given if key in here})
+        if saved is not None and saved.other is not None:
+            raise ValueError(saved.other)
         if replaced := sorted((embeddings - heads) & given.keys() & here.keys()):
             logger.warning(
                 "the file of adapter %r brings embeddings, which replace those of the base model: %s",
@@ -94,6 +99,18 @@ class SavedForm(BaseTuner):
             )  # fmt: skip
         # Embeddings that are a saved module too come twice; the other copy has been mapped.
         return {key: tensor for key, tensor in remapped.items() if (key.removeprefix(PREFIX) if bare else key) in here}
+
+
+def _refuse_twice(cls: type[SavedForm], adapter_name: str, given: Iterable[str]) -> None:
+    seen: dict[str, str] = {}
+    for key in given:
+        plain = cls._remove_adapter_name_from_key(key.removeprefix(PREFIX), adapter_name)
+        if plain in seen:
+            raise ValueError(
+                f"adapter {adapter_name!r}: {seen[plain]!r} and {key!r} are two keys of one weight, so one would be "
+                "lost: take out one of them"
+            )
+        seen[plain] = key
 
 
 def own_keys(model: nn.Module, prefix: str, adapter_name: str) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import math
 from typing import Any
 
 from torch import Tensor, nn
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.fields import finite
 from mixadapters.core.registry import Registry, nearest
 from mixadapters.core.routing import Routing
 
@@ -139,4 +139,4 @@ def build_router(spec: str | dict[str, Any], in_features: int, experts: list[str
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return finite(value)

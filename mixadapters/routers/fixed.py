@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
 
 import torch
 from torch import Tensor
 
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.fields import finite
 from mixadapters.core.routing import Routing
 from mixadapters.routers.base import ROUTERS, Router
 
@@ -44,7 +44,7 @@ class ConstantRouter(Router):
         weights = [1 / len(experts)] * len(experts) if weights is None else list(weights)
         if len(weights) != len(experts):
             raise ValueError(f"weights={weights} must have one entry for each expert of {experts}")
-        if not all(isinstance(weight, (int, float)) and isfinite(weight) for weight in weights):
+        if not all(finite(weight) for weight in weights):
             raise ValueError(f"weights={weights} must be finite numbers")
         self.register_buffer("weights", torch.tensor(weights), persistent=False)
 

@@ -6,7 +6,6 @@ causal forms are ours. Logits and weights are computed in float32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.fields import finite
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import FROZEN, Routing
 from mixadapters.routers.arms import ArmSurgery
@@ -133,7 +133,7 @@ DomainGate = LearnedRouter  # its name in MixDA
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return finite(value)
 
 
 def _one_of(name: str, value: object, choices: Sequence[str]) -> None:

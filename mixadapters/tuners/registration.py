@@ -9,6 +9,7 @@ from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
 from mixadapters.core.config import MixtureConfig
+from mixadapters.core.names import check_name
 
 
 def peft_type(name: str) -> PeftType:
@@ -33,6 +34,16 @@ def config_class(kind: Any) -> type[MixtureConfig] | None:
     return found if found is not None and issubclass(found, MixtureConfig) else None
 
 
+class Prefix(str):
+    """The prefix of a type's keys. PEFT asks it whether a new adapter's name is in it, before anything else."""
+
+    __slots__ = ()
+
+    def __contains__(self, name: Any) -> bool:
+        check_name("adapter_name", name, self)
+        return super().__contains__(name)
+
+
 def register(name: str, config_cls: type, model_cls: type) -> None:
     """Make `name` a PEFT type with the prefix `<name>_`. Idempotent, and safe when a module is reloaded.
 
@@ -51,4 +62,4 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
     if taken := [t for t, p in PEFT_TYPE_TO_PREFIX_MAPPING.items() if p == prefix and t != member]:
         raise RuntimeError(f"prefix {prefix!r} is already used by {taken}")
     model_cls.prefix = prefix  # type: ignore[attr-defined]
-    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=prefix)
+    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=Prefix(prefix))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -67,6 +68,15 @@ WRONG: list[tuple[type, dict[str, Any]]] = [
     (AGDConfig, {"min_scale": NAN}),
     (AGDConfig, {"conditions": {"prompt": 1}}),
     (AGDConfig, {"num_classes": 10.0}),
+    (BottleneckConfig, {"scale": 10**400}),
+    (BottleneckConfig, {"reduction_factor": 10**400}),
+    (BottleneckConfig, {"dropout": 10**5000}),
+    (BottleneckConfig, {"r": 10**30}),
+    (BottleneckConfig, {"r": 10**12 + 1}),
+    (MixDAConfig, {"balance_coef": 10**400}),
+    (MixDAConfig, {"gate_hidden": [10**400]}),
+    (MixDAConfig, {"domains": {"a": {"ranks": {"layer": 10**30}}}}),
+    (MoSAConfig, {"consistency": 10**400}),
 ]
 
 
@@ -124,8 +134,15 @@ def test_messages_say_what_a_field_takes() -> None:
     assert message(share=1.0) == "share=1.0 must be a finite number or None, above 0, less than 1"
     assert message(share=0) == "share=0 must be a finite number or None, above 0, less than 1"
     assert message(kind="c") == "kind='c' is unknown; choose one of ['a', 'b']."
+    assert message(width=10**30).endswith("0 must be an integer; an integer is 1000000000000 at most")
+    assert message(share=10**400).endswith("must be a finite number or None; an integer is 1000000000000 at most")
     assert message(names="x") == "names='x' must be a list of strings"
     assert len(message(names="x" * 10**6)) < 300
+
+
+def test_large_floats_are_floats() -> None:
+    assert BottleneckConfig(reduction_factor=1e16).reduction_factor == 1e16
+    assert MixDAConfig(balance_coef=1e300).balance_coef == 1e300
 
 
 # --- patterns -----------------------------------------------------------------------------------------------------
@@ -133,11 +150,18 @@ def test_messages_say_what_a_field_takes() -> None:
 HANG = [
     r"(a+)+$", r"(a|a)*b", r"(a|ab)*c", "a?" * 30 + "a" * 30, ".*" * 6 + "x", r"(.*\.)*mlp", r"(a?){30}a{30}",
     r"(x+x+)+y", r"([a-z]+)*\d", r"(.*a){20}", r"(a*)*", r"(a)\1*", r"(?=(a+)+)b", r"a*A*a*A*a*b(?i:)",
+    r"(m)(?(1)(?:[a-z._0-9]+)+!|x)", r"(m)?(?(1)x|(a+)+b)",
 ]  # fmt: skip
 WORK = [
     r"(?:.*\.)?layers\.\d+\.mlp", r"(.*\.)?transformer_blocks\.\d+\.attn2", r"(\w+\.)*mlp", r".*(q_proj|v_proj)$",
     r"model\.layers\.(0|1|2|3)\.mlp\.(down|up)_proj", r"(?!.*vision).*\.mlp", r"(?:a|b)*c", r".*encoder.*layer.*o",
+    r"(vision\.)?layers\.\d+\.(?(1)fc2|down_proj)", r"(?!)|mlp",
 ]  # fmt: skip
+
+
+if sys.version_info >= (3, 11):
+    HANG += [r"(?>(?:\w+\.?)+!)|x", r"(?:(?:\w+\.?)+!)++|x", r"(?>(a|ab)*)c"]
+    WORK += [r"(?>layers)\.\d++\.mlp", r"(?>.*\.)?mlp"]
 
 
 @pytest.mark.parametrize("pattern", HANG)

@@ -143,6 +143,35 @@ def test_a_config_is_written_in_one_step(tiny: Any, tmp_path: Path, monkeypatch:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", CONFIG, WEIGHTS]
 
 
+def test_a_head_named_by_the_end_of_its_name_is_in_the_digest(tiny: Any, tmp_path: Path) -> None:
+    model = saved(tiny, tmp_path, modules_to_save=["head"])
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path), "mixda"), logits(model, "mixda"))
+    key = "base_model.model.lm_head.weight"
+    change_weights(tmp_path, **{key: load_file(tmp_path / WEIGHTS)[key] + 1})
+    refused(tiny, tmp_path, "is not what adapter_config.json was saved with")
+
+
+def test_weights_that_are_set_by_hand_are_those_of_their_config(tiny: Any, tmp_path: Path) -> None:
+    saved(tiny, tmp_path)
+    key = next(iter(load_file(tmp_path / WEIGHTS)))
+    change_weights(tmp_path, **{key: load_file(tmp_path / WEIGHTS)[key] + 1})
+    model = get_peft_model(tiny("llama"), CONFIGS["mixda"]())
+    before = logits(model, "mixda")
+    with pytest.raises(ValueError, match=r"is not what adapter_config.json was saved with"):
+        set_peft_model_state_dict(model, load_peft_weights(tmp_path))
+    assert torch.equal(logits(model, "mixda"), before)
+
+
+def test_weights_of_an_earlier_save_beside_those_of_the_last_are_named(tiny: Any, tmp_path: Path) -> None:
+    saved(tiny, tmp_path)
+    torch.manual_seed(1)
+    model = get_peft_model(tiny("llama"), CONFIGS["mixda"]())
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    refused(tiny, tmp_path, f"is of an earlier save than .*adapter_model.bin.*: delete {WEIGHTS}")
+    (tmp_path / WEIGHTS).unlink()
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path), "mixda"), logits(model, "mixda"))
+
+
 # --- files of strangers -------------------------------------------------------------------------------------------
 
 
@@ -226,6 +255,48 @@ def test_broken_files_are_named(tiny: Any, tmp_path: Path) -> None:
         PeftModel.from_pretrained(base, tmp_path)
     with pytest.raises(ValueError, match=r"adapter_model.bin"):
         get_peft_model(base, source)
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], {"weight": [1.0]}, {3: torch.ones(2)}, None])
+def test_a_pickle_that_holds_no_weights_by_name_is_named(content: Any, tiny: Any, tmp_path: Path) -> None:
+    saved(tiny, tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    torch.save(content, tmp_path / "adapter_model.bin")
+    refused(tiny, tmp_path, r"adapter_model.bin holds no weights by name")
+
+
+def test_a_folder_without_weights_says_so(tiny: Any, tmp_path: Path) -> None:
+    saved(tiny, tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    refused(tiny, tmp_path, r"holds adapter_config.json but no adapter_model.safetensors")
+
+
+def test_two_keys_of_one_weight_are_refused(tiny: Any, tmp_path: Path) -> None:
+    saved(tiny, tmp_path)
+    change_config(tmp_path, digest=None)
+    key, tensor = next(item for item in load_file(tmp_path / WEIGHTS).items() if "mixda_adapters." in item[0])
+    change_weights(tmp_path, **{key.replace("mixda_adapters.", "mixda_adapters.default."): tensor + 1})
+    model = get_peft_model(tiny("llama"), CONFIGS["mixda"]())
+    before = logits(model, "mixda")
+    for load in (
+        lambda: model.load_adapter(tmp_path, "default"),
+        lambda: set_peft_model_state_dict(model, load_peft_weights(tmp_path)),
+    ):
+        with pytest.raises(ValueError, match="are two keys of one weight"):
+            load()
+    assert torch.equal(logits(model, "mixda"), before)
+
+
+def test_keys_of_a_head_without_the_prefix_are_named(tiny: Any, tmp_path: Path) -> None:
+    saved(tiny, tmp_path, modules_to_save=["lm_head"])
+    change_config(tmp_path, digest=None)
+    state = load_file(tmp_path / WEIGHTS)
+    save_file({key.removeprefix("base_model.model."): tensor for key, tensor in state.items()}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match=r"lm_head.weight'.* is missing.*begins with 'base_model.model.'"):
+        PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    model = get_peft_model(tiny("llama"), CONFIGS["mixda"](modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=r"lm_head.weight'.* is missing.*begins with 'base_model.model.'"):
+        model.load_adapter(tmp_path, "default")
 
 
 def test_a_source_must_have_all_the_layers_of_its_config(tiny: Any, tmp_path: Path) -> None:

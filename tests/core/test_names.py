@@ -13,7 +13,24 @@ from torch import nn
 from mixadapters import BottleneckConfig, MixDAConfig, PILLConfig
 from mixadapters.core.names import RESERVED
 
-NEVER = ["", "a.b", "a/b", "..", "a\\b", "a\nb", " a", "a ", "keys", "items", "pop", "forward", "training"]
+LONG = "n" * 300  # no name for a folder
+NEVER = [
+    LONG,
+    "\u00e9" * 101,
+    "",
+    "a.b",
+    "a/b",
+    "..",
+    "a\\b",
+    "a\nb",
+    " a",
+    "a ",
+    "keys",
+    "items",
+    "pop",
+    "forward",
+    "training",
+]
 NEVER += sorted(RESERVED)
 
 
@@ -44,6 +61,25 @@ def test_names_with_another_meaning_are_refused_everywhere(tiny: Any, name: Any)
         MixDAConfig(domains=[name])
     with pytest.raises(ValueError, match=r"modalities: .* is no name for this"):
         PILLConfig(modalities=["text", name])
+
+
+@pytest.mark.parametrize("name", [3, None, ("a",), b"a", True])
+def test_names_of_another_type_are_refused_by_every_verb(tiny: Any, tmp_path: Path, name: Any) -> None:
+    wrong = r"adapter_name: .* is no name for this: use a string"
+    base = tiny("llama")
+    before = modules(base)
+    with pytest.raises(ValueError, match=wrong):
+        get_peft_model(base, BottleneckConfig(r=2), adapter_name=name)
+    assert modules(base) == before
+    model = get_peft_model(tiny("llama"), BottleneckConfig(r=2, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    before = modules(model)
+    with pytest.raises(ValueError, match=wrong):
+        model.add_adapter(name, BottleneckConfig(r=2))
+    with pytest.raises(ValueError, match=wrong):
+        model.load_adapter(tmp_path, name)
+    assert modules(model) == before
+    assert list(model.peft_config) == ["default"]
 
 
 def test_names_that_begin_like_the_methods_own_parts_are_refused(tiny: Any) -> None:

@@ -893,6 +893,8 @@ def test_registry_names_the_gates_and_suggests() -> None:
         ({"temperature": 0}, "temperature=0 must be a finite number above 0"),
         ({"temperature": math.inf}, "temperature=inf must be"),
         ({"temperature": True}, "temperature=True must be"),
+        ({"temperature": 10**400}, "temperature=10+ must be a finite number"),
+        ({"z_coef": 10**400}, "z_coef=10+ must be a finite number"),
         ({"frozen_bias": math.nan}, "frozen_bias=nan must be a finite number"),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
         ({"hidden": [0]}, r"hidden=\[0\] must be a list of positive widths"),
