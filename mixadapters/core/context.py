@@ -190,6 +190,8 @@ class ForwardContext:
         if value is None:
             return None
         length = stream.length or 0
+        if value.dim() < 2:
+            raise ValueError(f"{name} {tuple(value.shape)} must be (B, T), with one value for each token")
         if name in record.pinned:
             value = nn.functional.pad(value, (0, 1))
         elif value.shape[1] == length:

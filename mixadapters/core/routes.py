@@ -57,7 +57,7 @@ class HardRoutes(nn.Module):
         by_token = whole_numbers(self.field, given).dim() == 2
         numbers = context.token_field(self.field, stack) if by_token else context.rows(self.field, rows, stack)
         assert numbers is not None
-        numbers = numbers.reshape(-1)
+        numbers = numbers.reshape(-1).long()
         if len(numbers) != rows:
             raise ValueError(
                 f"{self.field} must have one number for each of the {rows} rows of this forward, or for those of its "

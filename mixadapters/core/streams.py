@@ -80,14 +80,26 @@ def read_stream(inputs: dict[str, Any], copies: int = 1, mask_name: str = "atten
         first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 0), None)
         batch = 0 if first is None else first.shape[0]
         return Stream(batch, cache=cache, past=past, copies=copies, mask_name=mask_name)
+    tokens, mask, position_ids, choices = _rows_of_choices(tokens, inputs)
     batch, length = tokens.shape[:2]
     if inputs.get("cache") is not None and inputs.get("cu_seq_lens_q") is not None:
-        return Stream(batch, length, None, inputs.get("position_ids"), packed=True)
-    mask = inputs.get("attention_mask")
+        return Stream(batch, length, None, position_ids, packed=True)
     if isinstance(mask, dict):  # one 4D mask per kind of layer
         mask = next((m for m in mask.values() if m is not None), None)
     mask = _current_mask(mask, batch, length, past)
-    return Stream(batch, length, mask, inputs.get("position_ids"), cache, past, copies, mask_name=mask_name)
+    return Stream(batch, length, mask, position_ids, cache, past, copies * choices, mask_name=mask_name)
+
+
+def _rows_of_choices(tokens: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Any, Any, int]:
+    """Tokens, mask and positions as rows, and rows for each of the batch: models of multiple choice read (B, C, T)
+    as B * C rows, the choices of one row next to each other."""
+    mask, position_ids = inputs.get("attention_mask"), inputs.get("position_ids")
+    per_choice = tokens.dim() == (3 if inputs.get("input_ids") is not None else 4)
+    if not per_choice or not isinstance(mask, Tensor) or mask.shape != tokens.shape[:3]:
+        return tokens, mask, position_ids, 1
+    if isinstance(position_ids, Tensor) and position_ids.dim() == 3:
+        position_ids = position_ids.flatten(0, 1)
+    return tokens.flatten(0, 1), mask.flatten(0, 1), position_ids, tokens.shape[1]
 
 
 def refuse_packed(what: str) -> ValueError:
@@ -113,6 +125,8 @@ def _current_mask(mask: Tensor | None, batch: int, length: int, past: Any) -> Te
     columns = torch.arange(length, device=mask.device) + past
     if mask.dim() == 2:
         return mask.index_select(1, columns) != 0
+    if mask.dim() == 3:  # (B, T, S) of zeros and ones
+        mask = (mask != 0).unsqueeze(1)
     # (B, 1, T, S): a token is real where it may look at itself.
     if mask.shape[-1] < length:
         return None

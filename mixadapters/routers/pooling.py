@@ -173,6 +173,8 @@ class RequestPooling(Remembering):
                 raise ValueError(
                     f"prompt_mask {tuple(prompt.shape)} does not fit the tokens of this forward {tuple(real.shape)}"
                 )
+            if not torch.compiler.is_compiling() and bool(((prompt != 0) & (prompt != 1)).any()):
+                raise ValueError("prompt_mask must hold True and False, or 1 and 0")
             return prompt.to(real.device).bool() & real
         if labels is not None and labels.shape[:2] == real.shape:
             return _before_labels(labels, real)

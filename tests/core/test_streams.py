@@ -1,0 +1,62 @@
+"""The sequences of a forward, as models give them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import BertConfig, BertForMultipleChoice
+
+from mixadapters import BottleneckConfig, MixDAConfig
+from mixadapters.core.streams import read_stream
+
+
+def test_choices_of_a_row_are_rows_next_to_each_other() -> None:
+    ids = torch.arange(12).view(2, 3, 2)
+    mask = torch.ones_like(ids)
+    mask[1, 2, 1] = 0
+    stream = read_stream({"input_ids": ids, "attention_mask": mask})
+    assert (stream.batch, stream.length, stream.copies) == (6, 2, 3)
+    assert torch.equal(stream.mask, mask.view(6, 2) == 1)
+    assert stream.spread([5, 7], 6, "field").tolist() == [5, 5, 5, 7, 7, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.float32, torch.bool])
+def test_a_mask_of_pairs_says_which_tokens_are_real(dtype) -> None:
+    mask = torch.ones(2, 3, 3, dtype=dtype)
+    mask[0, :, 2] = 0
+    stream = read_stream({"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": mask})
+    assert stream.mask.tolist() == [[True, True, False], [True] * 3]
+
+
+@pytest.mark.parametrize("granularity", ["token", "sequence"])
+def test_multiple_choice_reads_each_choice_as_alone(granularity) -> None:
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    base = BertForMultipleChoice(BertConfig(**shape, intermediate_size=24))
+    config = MixDAConfig(domains=["a", "b"], r=2, gate_granularity=granularity, init_weights=False)
+    model = get_peft_model(base, config).eval()
+    ids = torch.randint(3, 50, (2, 3, 5))
+    mask = torch.ones_like(ids)
+    mask[0, 1, 3:] = 0
+    whole = model(input_ids=ids, attention_mask=mask).logits
+    for choice in range(3):
+        alone = model(input_ids=ids[:, choice : choice + 1], attention_mask=mask[:, choice : choice + 1]).logits
+        torch.testing.assert_close(whole[:, choice], alone[:, 0])
+    routed = model(input_ids=ids, attention_mask=mask, domain_ids=torch.tensor([0, 1], dtype=torch.int8)).logits
+    torch.testing.assert_close(routed[1:], model(input_ids=ids[1:], attention_mask=mask[1:], domain_ids=[1]).logits)
+    with pytest.raises(ValueError, match="domain_ids"):
+        model(input_ids=ids, attention_mask=mask, domain_ids=[0, 1, 0, 1, 0, 1])
+
+
+def test_multiple_choice_rows_name_their_adapters() -> None:
+    shape = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = BertForMultipleChoice(BertConfig(**shape, intermediate_size=24))
+    model = get_peft_model(base, BottleneckConfig(r=2, init_weights=False), adapter_name="x").eval()
+    model.add_adapter("y", BottleneckConfig(r=2, init_weights=False))
+    ids = torch.randint(3, 50, (2, 3, 5))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    mixed = model(**inputs, adapter_names=["x", "y"]).logits
+    for row, name in enumerate("xy"):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[row], model(**inputs).logits[row])
