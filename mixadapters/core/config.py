@@ -170,7 +170,8 @@ class MixtureConfig(PeftConfig):
     def refuse_other(self, saved: SavedAdapter, adapter_name: str) -> None:
         """Refuse files of an adapter that this config does not describe: their weights would mean something else.
 
-        Fields whose metadata say `free` may differ: what is only for training, and what keys and shapes tell.
+        Fields whose metadata say `free` may differ: what is only for training, and what keys and shapes tell. So may
+        the keys that the metadata of a field name as `free_keys`.
 
         Raises:
             ValueError: the first field that differs, and its two values.
@@ -182,12 +183,16 @@ class MixtureConfig(PeftConfig):
             raise ValueError(f"{where}: it is a {type(theirs).__name__}. Load it under another adapter_name")
         for f in fields(self):
             if f.name not in PeftConfig.__dataclass_fields__ and not f.metadata.get("free"):
-                value = theirs.to_dict()[f.name]
-                if value != mine[f.name]:
+                value, free = theirs.to_dict()[f.name], f.metadata.get("free_keys", ())
+                if _without(value, free) != _without(mine[f.name], free):
                     raise ValueError(
                         f"{where}: {f.name}={value!r} in the file, {mine[f.name]!r} here. Load it under another "
                         "adapter_name, or into a model made with the file's config"
                     )
+
+
+def _without(value: Any, keys: tuple[str, ...]) -> Any:
+    return {k: v for k, v in value.items() if k not in keys} if isinstance(value, dict) else value
 
 
 def refuse_unknown(cls: type, given: dict[str, Any]) -> None:

@@ -234,6 +234,10 @@ class SiteFinder(BaseTuner):
         """The rank for a site: `rank_pattern` first."""
         rank: int = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), path), default)
         saved = being_loaded()
+        if saved is not None and saved.shapes and not any(self.prefix in key for key in saved.shapes):
+            raise ValueError(
+                f"{saved.model_id}: the file holds 0 weights of this adapter; it has {min(saved.shapes)!r}"
+            )
         if saved is not None and saved.shapes and rank > (widest := max(max((0, *s)) for s in saved.shapes.values())):
             raise ValueError(f"the config asks for rank {rank} at {path!r}, and the file's widest weight has {widest}")
         return rank

@@ -350,8 +350,18 @@ def test_weights_saved_in_another_order_of_domains_are_refused(tiny: Any, tmp_pa
     with pytest.raises(ValueError, match=r"domain_order=\['b', 'a'\] in the file, \['a', 'b'\] here"):
         set_peft_model_state_dict(other, peft.load_peft_weights(tmp_path))
     assert torch.equal(logits(other, "mixda"), before)
-    same = get_peft_model(tiny("llama"), CONFIGS["mixda"](balance_coef=0.1))  # what is for training may differ
+    for training in ({"balance_coef": 0.1, "gate_dropout": 0.1}, {"z_coef": 0.1, "entropy_coef": 0.1}):  # may differ
+        get_peft_model(tiny("llama"), CONFIGS["mixda"](**training)).load_adapter(tmp_path, "default")
+
+
+def test_options_of_a_router_that_are_for_training_may_differ(tiny: Any, tmp_path: Path) -> None:
+    router = {"kind": "softmax", "temperature": 2.0}
+    get_peft_model(tiny("llama"), CONFIGS["mixda"](router=router)).save_pretrained(tmp_path)
+    same = get_peft_model(tiny("llama"), CONFIGS["mixda"](router={**router, "balance_coef": 0.1}))
     same.load_adapter(tmp_path, "default")
+    other = get_peft_model(tiny("llama"), CONFIGS["mixda"](router={**router, "temperature": 1.0}))
+    with pytest.raises(ValueError, match=r"router=.*'temperature': 2.0.* in the file"):
+        other.load_adapter(tmp_path, "default")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, PILLConfig
 
@@ -18,6 +19,20 @@ transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 PROMPTS = [[8, 6, 9], [6, 5, 14, 7, 11], [10], [7, 12, 6, 13, 7, 13, 6]]
 SETTINGS = GenerationConfig(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+# Unless told, the cache takes nine tenths of the machine's memory: several workers would be killed for it.
+SMALL = {
+    "generation_config": SETTINGS,
+    "continuous_batching_config": ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    for thread in {t for t in threading.enumerate() if not t.daemon} - before:
+        thread.join(60)  # generate_batch itself waits five seconds for its own
+        assert not thread.is_alive(), thread
 
 
 def adapt(base: nn.Module, config: Any) -> PeftModel:
@@ -49,7 +64,7 @@ RIGHT = {
 @pytest.mark.parametrize("config", RIGHT)
 def test_packed_requests_equal_each_alone(tiny, config) -> None:
     model = adapt(tiny("llama"), RIGHT[config]())
-    packed = model.generate_batch(inputs=PROMPTS, generation_config=SETTINGS)
+    packed = model.generate_batch(inputs=PROMPTS, **SMALL)
     alone = [model.generate(input_ids=torch.tensor([p]), generation_config=SETTINGS)[0, len(p) :] for p in PROMPTS]
     assert [one.generated_tokens for one in packed.values()] == [one.tolist() for one in alone]
     with model.disable_adapter():
@@ -60,11 +75,11 @@ def test_packed_requests_equal_each_alone(tiny, config) -> None:
 def calls(model: PeftModel) -> Iterator[Any]:
     """The ways into continuous batching."""
     for root in (model, model.base_model, model.get_base_model()):
-        yield lambda root=root, **more: root.generate_batch(inputs=PROMPTS, generation_config=SETTINGS, **more)
+        yield lambda root=root, **more: root.generate_batch(inputs=PROMPTS, **SMALL, **more)
     yield lambda **more: model.generate(
         torch.tensor(PROMPTS[1]), generation_config=SETTINGS, cache_implementation="paged", **more
     )
-    yield lambda **more: model.get_base_model().init_continuous_batching(generation_config=SETTINGS, **more)
+    yield lambda **more: model.get_base_model().init_continuous_batching(**SMALL, **more)
 
 
 @pytest.mark.parametrize("granularity", ["causal_prefix", "request"])
@@ -74,14 +89,14 @@ def test_gates_that_would_mix_requests_are_refused(tiny, granularity) -> None:
         with pytest.raises(ValueError, match=f"gate_granularity='{granularity}'.*one row.*use generate"):
             call()
     with model.disable_adapter():
-        assert len(model.generate_batch(inputs=PROMPTS, generation_config=SETTINGS)) == len(PROMPTS)
+        assert len(model.generate_batch(inputs=PROMPTS, **SMALL)) == len(PROMPTS)
 
 
 def test_adapter_that_would_mix_requests_may_be_there_if_another_acts(tiny) -> None:
     model = adapt(tiny("llama"), mixda(gate_granularity="causal_prefix"))
     model.add_adapter("other", mixda())
     model.set_adapter("other")
-    assert len(model.generate_batch(inputs=PROMPTS, generation_config=SETTINGS)) == len(PROMPTS)
+    assert len(model.generate_batch(inputs=PROMPTS, **SMALL)) == len(PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +127,7 @@ def test_modalities_that_rows_say_are_refused(tiny) -> None:
     model = adapt(tiny("llama"), RIGHT["tokens that name their modality"]())
     ids = torch.zeros(4, 7, dtype=torch.long)
     with pytest.raises(ValueError, match=r"'modality_ids'.*one row"):
-        model.generate_batch(inputs=PROMPTS, generation_config=SETTINGS, modality_ids=ids)
+        model.generate_batch(inputs=PROMPTS, **SMALL, modality_ids=ids)
 
 
 @pytest.mark.parametrize("granularity", ["token", "causal_prefix"])

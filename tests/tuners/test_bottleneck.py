@@ -330,7 +330,7 @@ def test_unmatched_targets_are_an_error(tiny) -> None:
         get_peft_model(tiny("llama"), BottleneckConfig(target_modules=["nowhere"]))
     with pytest.raises(ValueError, match=r"no module of the model is called 'down_prj'. Did you mean 'down_proj'"):
         get_peft_model(tiny("llama"), BottleneckConfig(target_modules=["up_proj", "down_prj"]))
-    with pytest.raises(ValueError, match=r"not found|No modules|no modules"):
+    with pytest.raises(ValueError, match=r"layers_to_transform=\[17\]: the model has no layers \[17\]"):
         get_peft_model(tiny("llama"), BottleneckConfig(layers_to_transform=[17]))
     with pytest.raises(ValueError, match=r"exclude|excluded"):
         get_peft_model(tiny("llama"), BottleneckConfig(exclude_modules=".*"))
@@ -447,7 +447,7 @@ def test_config_survives_json(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"r": 5}, r"size mismatch"),
+        ({"r": 5}, r"is \(4, 32\) in the file and \(5, 32\) in this model"),
         ({"layer_norm": True}, "holds 16 of 24 weights.*is missing"),
         ({"use_bias": False}, "holds 8 weights that adapter 'default' has no place for"),
         ({"layers_to_transform": [0, 1]}, "no place for"),
@@ -462,7 +462,7 @@ def test_weights_that_do_not_fit_the_config_are_an_error(tiny, tmp_path, changes
 
 def test_weights_of_another_base_model_are_an_error(tiny, tmp_path) -> None:
     get_peft_model(tiny("bert"), BottleneckConfig(r=4)).save_pretrained(tmp_path)
-    with pytest.raises((ValueError, RuntimeError), match="size mismatch"):
+    with pytest.raises((ValueError, RuntimeError), match=r"is \(4, 32\) in the file and \(4, 16\) in this"):
         PeftModel.from_pretrained(tiny("bert", hidden_size=16), tmp_path)
     with pytest.raises(ValueError, match=r"Was it saved from another base model|not found|missing"):
         PeftModel.from_pretrained(tiny("bert", num_hidden_layers=2), tmp_path)

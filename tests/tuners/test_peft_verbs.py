@@ -477,7 +477,9 @@ def rewrite(folder: Path, change: Any) -> None:
 
 def test_a_file_without_any_weight_is_an_error(folder: Path, tiny: Any) -> None:
     rewrite(folder, lambda state: {"something.else": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"holds 0 of \d+ weights of adapter 'default'"):
+    with pytest.raises(
+        ValueError, match=r"holds 0 weights of this adapter; it has 'something.else'|holds 0 of \d+ weights"
+    ):
         PeftModel.from_pretrained(tiny("llama"), folder)
 
 

@@ -83,7 +83,10 @@ class MixDAConfig(MixtureConfig):
     combine: Literal["delta", "convex"] = field(default="delta", metadata={"help": "See the class."})
     router: str | dict[str, Any] | None = field(
         default=None,
-        metadata={"help": "A router by name, or {'kind': name, option: value}. None: softmax, and the fields below."},
+        metadata={
+            "help": "A router by name, or {'kind': name, option: value}. None: softmax, and the fields below.",
+            "free_keys": ("dropout", "balance_coef", "z_coef", "entropy_coef"),  # only for training
+        },
     )
     gate: str | None = field(default=None, metadata={"help": "Short for router['kind']. None: 'softmax'."})
     gate_granularity: str | None = field(
@@ -96,7 +99,7 @@ class MixDAConfig(MixtureConfig):
         default=None, metadata={"help": "Hidden widths. None: [], which is linear (appendix A).", "least": 1}
     )
     gate_dropout: float | None = field(
-        default=None, metadata={"help": "Before each linear layer. None: 0.", "least": 0, "below": 1}
+        default=None, metadata={"help": "Before each linear layer. None: 0.", "least": 0, "below": 1, "free": True}
     )
     gate_pool: str | None = field(
         default=None,
@@ -107,18 +110,27 @@ class MixDAConfig(MixtureConfig):
     )
     gate_frozen_bias: float | None = field(
         default=None,
-        metadata={"help": "Initial logit of the frozen layer. None: 0 for delta, weight 0.99 for convex."},
+        metadata={
+            "help": "Initial logit of the frozen layer. None: 0 for delta, weight 0.99 for convex.",
+            "free": True,
+        },
     )
     temperature: float | None = field(
         default=None, metadata={"help": "Divides the router's logits. None: 1.", "above": 0}
     )
     balance_coef: float | None = field(
-        default=None, metadata={"help": "Weight of the load-balance loss. None: 0 (paper: none).", "least": 0}
+        default=None,
+        metadata={"help": "Weight of the load-balance loss. None: 0 (paper: none).", "least": 0, "free": True},
     )
-    z_coef: float | None = field(default=None, metadata={"help": "Weight of the router z-loss. None: 0.", "least": 0})
+    z_coef: float | None = field(
+        default=None, metadata={"help": "Weight of the router z-loss. None: 0.", "least": 0, "free": True}
+    )
     entropy_coef: float | None = field(
         default=None,
-        metadata={"help": "Weight of the weights' entropy as a loss; below 0: of its negative. None: 0."},
+        metadata={
+            "help": "Weight of the weights' entropy as a loss; below 0: of its negative. None: 0.",
+            "free": True,
+        },
     )
     task_adapter: Literal["pfeiffer", "houlsby", "parallel"] | None = field(
         default="pfeiffer", metadata={"help": "Task adapter on top, in all layers (paper: pfeiffer). None: none."}
