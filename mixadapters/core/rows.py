@@ -114,9 +114,11 @@ class SavedModule:
         if len(kinds) == 1:
             return _run(module, kinds.pop(), x, *args, **kwargs)
         if not isinstance(module.original_module, MIXABLE):
-            raise ValueError(
-                f"{self.path!r} cannot serve rows of several adapters in one batch: {type(module.original_module)} "
-                f"is none of {[kind.__name__ for kind in MIXABLE]}; give rows {sorted(kinds)} in batches of their own"
+            raise TypeError(  # as PEFT says it
+                "Mixed batching is only supported for the following modules: "
+                f"{', '.join(kind.__name__ for kind in MIXABLE)}. {self.path!r} cannot serve rows of several adapters "
+                f"in one batch: it is a {type(module.original_module).__name__}; give rows {sorted(kinds)} in batches "
+                "of their own"
             )
         place = {name: i for i, name in enumerate(dict.fromkeys(wanted))}
         owner = self.context.stream().spread([place[name] for name in wanted], x.shape[0], "adapter_names")

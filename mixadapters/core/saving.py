@@ -59,11 +59,13 @@ class SavedForm(BaseTuner):
                 "load its weights first, without offloading"
             )
         saved = {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in found.items()}
+        unwrapped = {WRAPPERS.sub("", key): tensor for key, tensor in state_dict.items()}
         for name, module in model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
-                inside = {k.removeprefix(f"{name}."): v for k, v in state_dict.items() if k.startswith(f"{name}.")}
+                place = WRAPPERS.sub("", f"{name}.")
+                inside = {k.removeprefix(place): v for k, v in unwrapped.items() if k.startswith(place)}
                 heads = module.adapter_state_dict(adapter_name, inside)
-                saved |= {f"{name}.{key}": tensor for key, tensor in heads.items()}
+                saved |= {f"{place}{key}": tensor for key, tensor in heads.items()}
         plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in saved.values())  # none is sharded
         config.digest = digest_of(saved, config.peft_type.value, config.modules_to_save) if plain else None
         return found

@@ -136,7 +136,7 @@ def test_saved_modules_follow_the_beams(tiny) -> None:
 
 def test_saved_modules_that_cannot_be_mixed_are_refused_by_name(tiny) -> None:
     model = adapt(tiny("llama"), first={"modules_to_save": ["norm"]}, second=None)
-    with pytest.raises(ValueError, match=r"'model\..*norm' cannot serve rows of several.*'__base__', 'first'"):
+    with pytest.raises(TypeError, match=r"'model\..*norm' cannot serve rows of several.*'__base__', 'first'"):
         model(input_ids=IDS, adapter_names=["first", "second", "first"])
     for name in ("first", "second"):  # one alone is no mixture
         model.set_adapter(name)
