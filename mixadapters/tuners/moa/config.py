@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from peft.utils.other import get_pattern_key
@@ -13,22 +13,13 @@ from mixadapters.core.fields import fits
 from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 from mixadapters.kernels import ACTIVATIONS
-from mixadapters.routers.base import Router, options_of, read_spec
 from mixadapters.routers.pooling import GRANULARITIES
 from mixadapters.tuners.bottleneck.config import PLACEMENTS
+from mixadapters.tuners.moa.router import default_of, router_spec
 from mixadapters.tuners.registration import peft_type
 from mixadapters.tuners.sources import public_origin, refuse_unsaveable
 
 SCOPES = ("module", "block", "model")
-OPTION_OF = {  # field -> the option of the router that it stands for
-    "num_experts_per_tok": "k", "granularity": "granularity", "norm_topk_prob": "norm_topk_prob",
-    "routed_scaling_factor": "routed_scaling_factor", "scoring_func": "scoring_func",
-    "router_temperature": "temperature", "router_hidden": "hidden", "router_jitter_noise": "jitter",
-    "router_init_range": "init_range", "router_aux_loss_coef": "balance_coef", "router_z_loss_coef": "z_coef",
-    "router_entropy_coef": "entropy_coef", "router_importance_coef": "importance_coef",
-    "router_bias_update_rate": "bias_update_rate", "num_null_experts": "null_arms",
-    "capacity_factor": "capacity_factor", "batch_prioritized": "batch_prioritized",
-}  # fmt: skip
 ENTRIES: dict[str, Any] = {  # of an expert -> what they hold
     "source": str, "revision": str, "check_base_model": bool, "scale": float, "ignore_modules_to_save": bool,
     "ranks": dict[str, int], "scales": dict[str, float], "biases": list[str], "origin": str,
@@ -41,7 +32,7 @@ ARMS = r"frozen|null\d+|shared\d+"  # names that arms and shared experts have
 class MoAConfig(MixtureConfig):
     """A mixture of adapters: experts of one kind at linear layers, FFNs or MoE blocks, and any router over them.
 
-    y = base(x) + sum_k w_k E_k(x). `experts` gathers trained adapters by name, {"law": "user/law-lora", "code": folder},
+    y = base(x) + sum_k w_k E_k(x). `experts` gathers trained adapters, {"law": "user/law-lora", "code": folder},
     each with its own rank, targets and layers; a list names new ones; without it there are `num_experts` new ones. A
     saved config holds what it needs of the sources, so the folder stands on its own.
 
@@ -92,7 +83,7 @@ class MoAConfig(MixtureConfig):
     router: str | dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "A router by name, or {'kind': name, option: value}. None: 'arrow' for gathered LoRA, else 'top_k'.",
+            "help": "A router by name, or {'kind': name, option: value}. None: 'arrow' for gathered LoRA, or 'top_k'.",
             "free_keys": ("dropout", "jitter", "noise", "balance_coef", "z_coef", "entropy_coef", "importance_coef"),
         },
     )
@@ -192,7 +183,7 @@ class MoAConfig(MixtureConfig):
             self.router = {"kind": self.router}
         for option, value in self.router.items() if isinstance(self.router, dict) else ():
             refuse_unsaveable(f"router: {option}", value)
-        cls, _ = self.router_spec()
+        cls, _ = router_spec(self)
         if self.router_scope not in cls.scopes:
             raise ValueError(
                 f"router_scope={self.router_scope!r} does not go with router {self.router['kind']!r}, which decides "
@@ -202,10 +193,14 @@ class MoAConfig(MixtureConfig):
     def _check_kind(self) -> None:
         """Refuse what the experts' kind would pass over."""
         if self.expert_type == "lora":
-            wrong = [n for n in ("activation", "placement", "adapter_input") if getattr(self, n) != _default(self, n)]
+            wrong = [
+                n for n in ("activation", "placement", "adapter_input") if getattr(self, n) != default_of(self, n)
+            ]
             where = "expert_type='bottleneck' or 'glu'"
         else:
-            wrong = [n for n in ("lora_alpha", "use_rslora", "alpha_pattern") if getattr(self, n) != _default(self, n)]
+            wrong = [
+                n for n in ("lora_alpha", "use_rslora", "alpha_pattern") if getattr(self, n) != default_of(self, n)
+            ]
             where = "expert_type='lora'"
             if self.adapter_input != "ffn_input" and self.placement != "parallel":
                 raise ValueError(f"adapter_input={self.adapter_input!r} needs placement='parallel'")
@@ -281,39 +276,6 @@ class MoAConfig(MixtureConfig):
             return {"activation": "identity", "bias": False}
         return {"activation": self.activation, "glu": self.expert_type == "glu", "bias": True}
 
-    # --- the router -------------------------------------------------------------------------------
-
-    def router_spec(self) -> tuple[type[Router], dict[str, Any]]:
-        """Its class, and its options: those of `router`, and the fields that it takes.
-
-        Raises:
-            ValueError: a field that has been set, and that this router does not take; or that `router` gives too.
-        """
-        spec: Any = self.router
-        cls, given = read_spec(spec)
-        takes = options_of(cls)
-        options = dict(given)
-        for name, option in OPTION_OF.items():
-            value = getattr(self, name)
-            if value == _default(self, name):
-                if option in takes and option not in given and (cls.learns or not option.endswith("_coef")):
-                    options[option] = value
-            elif option not in takes:
-                raise ValueError(
-                    f"{name}={value!r}: router {spec['kind']!r} has no option {option!r}; leave the field out, or "
-                    "choose another router"
-                )
-            elif option in given and given[option] != value:
-                raise ValueError(f"router says {option}={given[option]!r} and {name} says {value!r}; say it once")
-            else:
-                options[option] = value
-        return cls, options
-
-
-def _default(config: Any, name: str) -> Any:
-    own = next(f for f in fields(config) if f.name == name)
-    return own.default if own.default_factory is MISSING else own.default_factory()
-
 
 def layer_range(layers: str) -> range:
     """The layers that "3" or "0-5" means. Raises ValueError for other forms."""
@@ -361,8 +323,8 @@ def _check_expert(name: Any, given: Any, from_file: bool) -> dict[str, Any]:
     if from_file and "source" in spec:
         raise ValueError(
             f"experts[{name!r}]: the saved config names a source, {spec['source']!r}, which is not followed: a file "
-            "could have any folder or repository read. Make the mixture in Python, experts={name: source}, or take the "
-            "entry out of adapter_config.json"
+            "could have any folder or repository read. Make the mixture in Python, experts={name: source}, or take "
+            "the entry out of adapter_config.json"
         )
     if not spec.keys() & {"source", "origin"} and spec.keys() & set(GIVEN):
         raise ValueError(f"experts[{name!r}]={spec} has no source: {sorted(spec.keys() & set(GIVEN))} is of a source")

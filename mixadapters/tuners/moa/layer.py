@@ -31,7 +31,7 @@ class FollowRouter(Router):
         self.key, self.layer = key, NO_LAYER
 
     @property
-    def experts(self) -> list[str]:  # type: ignore[override]
+    def experts(self) -> list[str]:
         return self.__dict__["leader"].experts
 
     @experts.setter
@@ -51,8 +51,8 @@ class FollowRouter(Router):
         routing = context.record.routings.get(self.key)
         if routing is None:
             raise RuntimeError(
-                f"{self.path!r} runs before {self.key.path!r}, whose router it shares: use router_scope='module', or "
-                "leave one of the two out (exclude_modules)"
+                f"{self.path!r} runs before {self.key.path!r}, whose router it shares: use router_scope='module', "
+                "or leave one of the two out (exclude_modules)"
             )
         rows = tokens.numel() // tokens.shape[-1]
         given = next((t for t in (routing.indices, routing.weights, routing.probs) if t is not None), None)
@@ -79,7 +79,9 @@ class FollowRouter(Router):
 
 def _moved(routing: Routing, device: torch.device) -> Routing:
     """On another device, for models that lie on several."""
-    tensors = {name: value.to(device) for name, value in routing._asdict().items() if isinstance(value, Tensor)}
+    tensors: dict[str, Any] = {
+        name: value.to(device) for name, value in routing._asdict().items() if isinstance(value, Tensor)
+    }
     return routing._replace(**tensors)
 
 
@@ -88,8 +90,8 @@ class ExpertMixture(Mixture):
 
         y <- c_0 y + sum_k w_k E_k(source) + c_1 sum_s S_s(source)
 
-    c_0 and c_1 are 1 without `residual`, which makes them 2 softmax(W source): 1 and 1 at the start (Rajbhandari et al.
-    2022, arXiv 2201.05596, section 4.2; the factor 2 keeps the base as it is at the start).
+    c_0 and c_1 are 1 without `residual`, which makes them 2 softmax(W source), 1 and 1 at the start (Rajbhandari et
+    al. 2022, arXiv 2201.05596; the factor 2 leaves the base as it is then).
 
     Args:
         bank: the router's experts that have something here, in the router's order, then the shared ones.

@@ -1,8 +1,8 @@
 """Trained LoRA adapters of PEFT as experts: read exactly, or refused with the field and the remedy.
 
 What a stock LoRA adds to a linear layer is `scale * (B (A x) + b)`, with `scale` alpha / r, or alpha / sqrt(r) with
-rsLoRA. That is an expert of the kind "lora": down = A, up = B, b_up = b, no activation. The scale stays a factor of the
-expert, since folded into B it would round in half precision.
+rsLoRA. That is an expert of the kind "lora": down = A, up = B, b_up = b, no activation. The scale stays a factor of
+the expert, since folded into B it would round in half precision.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from mixadapters.routers.base import Router, build_router
 from mixadapters.tuners.bottleneck.config import placement_roles, placement_taps
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
+from mixadapters.tuners.moa.router import router_spec
 from mixadapters.tuners.moa.sources import Gathered, gather
 from mixadapters.tuners.moa.verbs import ExpertVerbs
 from mixadapters.tuners.sources import rank_of, same_module
@@ -71,8 +72,8 @@ class MoAModel(ExpertVerbs):
                 kind = model_config.get("model_type", "custom")
                 if kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
                     raise ValueError(
-                        f"target_modules=None: PEFT has no default modules for model_type={kind!r}; name them, such as "
-                        "target_modules=['q_proj', 'v_proj'], or 'all-linear'"
+                        f"target_modules=None: PEFT has no default modules for model_type={kind!r}; name them, such "
+                        "as target_modules=['q_proj', 'v_proj'], or 'all-linear'"
                     )
                 config.target_modules = set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind])
             _maybe_include_all_linear_layers(config, self.model)
@@ -106,7 +107,7 @@ class MoAModel(ExpertVerbs):
             if outside:
                 raise ValueError(
                     f"experts[{name!r}] adapts {outside[0]!r}, which is not among the modules that target_modules, "
-                    "exclude_modules and layers_to_transform leave; leave these fields out, or give them all of its modules"
+                    "exclude_modules and layers_to_transform leave; leave these out, or give them all its modules"
                 )
         if not paths:
             raise ValueError(f"Target modules {config.target_modules} not found in the base model: nothing to adapt")
@@ -115,12 +116,13 @@ class MoAModel(ExpertVerbs):
         """Refuse what the router or `num_experts` say and no layer can have."""
         count = len([piece for name in config.all_names() for piece in config.pieces(name)])
         arms = count + config.num_null_experts
-        chosen = config.router_spec()[1].get("k")
+        chosen = router_spec(config)[1].get("k")
         if chosen is not None and chosen > arms and config.num_experts_per_tok != 2:
             raise ValueError(f"num_experts_per_tok={chosen}: there are {arms} experts to choose from")
 
     def _make_plan(self, config: MoAConfig, adapter_name: str, paths: list[str]) -> Plan:
-        plan, first = Plan(), {}
+        plan = Plan()
+        first: dict[tuple[str, ...], str] = {}
         have: dict[str, set[str]] = {}
         for path in paths:
             names = self._experts_at(config, path)
@@ -146,7 +148,7 @@ class MoAModel(ExpertVerbs):
 
     def _numbered_at(self, config: MoAConfig, path: str) -> dict[str, int]:
         """{expert: rank} of the experts that have something at `path`, in the order of the config."""
-        ranks = {}
+        ranks: dict[str, int] = {}
         for name in config.names_at(layer_index(path)):
             spec = (config.experts or {}).get(name, {})
             rank = rank_of(spec["ranks"], path) if "ranks" in spec else self.rank_at(config, path, config.r)
@@ -155,7 +157,7 @@ class MoAModel(ExpertVerbs):
 
     def _experts_at(self, config: MoAConfig, path: str) -> dict[str, int]:
         """As `_numbered_at`, of what the router chooses among: experts, or their segments."""
-        ranks = {}
+        ranks: dict[str, int] = {}
         for name, rank in self._numbered_at(config, path).items():
             pieces = config.pieces(name)
             if rank % len(pieces):
@@ -179,9 +181,9 @@ class MoAModel(ExpertVerbs):
         self.context.fields.update(router.fields)
         parallel = config.expert_type == "lora" or config.placement == "parallel"
         return ExpertMixture(
-            router, bank, "parallel" if parallel else "sequential", tap=tap, dropout=config.lora_dropout, observes=True,
+            router, bank, "parallel" if parallel else "sequential", tap=tap, dropout=config.lora_dropout,
             hard_routes=HardRoutes("expert_ids", [order.index(n) for n in router.experts], len(order)),
-            shared=config.n_shared_experts, residual=config.residual,
+            shared=config.n_shared_experts, residual=config.residual, observes=True,
         )  # fmt: skip
 
     def _expert_options(self, config: MoAConfig, path: str, piece: str, rank: int) -> dict[str, Any]:
@@ -212,10 +214,11 @@ class MoAModel(ExpertVerbs):
 
         nulls: arms without expert. first: the model's first router, with which others may share a part.
         """
-        cls, options = config.router_spec()
+        cls, options = router_spec(config)
         options |= {"null_arms": nulls} if nulls else {}
-        if options.get("k") is not None:
-            options["k"] = min(options["k"], len(experts) + nulls)
+        if "k" in options:
+            arms = len(experts) + nulls
+            options["k"] = arms if options["k"] is None else min(options["k"], arms)
         defaults: dict[str, Any] = {"first": first} if first is not None and getattr(cls, "shares", False) else {}
         vocabulary = getattr(getattr(self.model, "config", None), "vocab_size", None)
         defaults |= {} if vocabulary is None else {"vocab_size": vocabulary}
