@@ -20,7 +20,7 @@ Insertion = Literal["parallel", "sequential"]
 class Mixture(Adapter):
     """Adds to a layer's output what routed experts make of the layer's input, or of the output itself.
 
-        y <- keep * y + sum_k w_k E_k(source),   source = x (parallel), y (sequential) or a tapped input
+        y <- base_weight * y + sum_k w_k E_k(source),   source = x (parallel), y (sequential) or a tapped input
 
     Args:
         router: tokens, context -> Routing.
@@ -81,9 +81,18 @@ class Mixture(Adapter):
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         source = self.source(x, y, context).to(y.dtype)
-        routing = self.route(source, context)
+        routing = self.dispatch(source, context)
         tokens, base = source.reshape(-1, source.shape[-1]), y.reshape(-1, y.shape[-1])
-        return self.bank(tokens, routing, context, base, routing.keep, self.rate).view_as(y)
+        return self.bank(tokens, routing, context, base, routing.base_weight, self.rate).view_as(y)
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of the experts that the router numbers."""
+        return self.bank.names
+
+    def dispatch(self, source: Tensor, context: ForwardContext) -> Routing:
+        """As `route`, with the experts numbered as in the bank."""
+        return self.route(source, context)
 
     def route(self, source: Tensor, context: ForwardContext) -> Routing:
         """The routing of the N rows of source (..., K), published: pinned, by the batch's numbers, or the router's."""
@@ -92,7 +101,8 @@ class Mixture(Adapter):
             return router(source, context)
         record, rows = context.record, source.numel() // source.shape[-1]
         routing = self._given(rows, source, context)
-        trains = routing is None and record.training and record.grad  # not in a reference pass
+        decides = routing is None and not getattr(router, "follows", False)
+        trains = decides and record.training and record.grad  # not in a reference pass
         if routing is None:
             reads = source if self.router_tap is None else context.tap(self.router_tap)
             own = context.record.own_rows
@@ -128,8 +138,8 @@ class Mixture(Adapter):
         routing = pinned_routing(self.key, rows, context, self.stack, source.device)
         if routing is None and self.hard_routes is not None:
             routing = self.hard_routes(context, rows, self.key, self.stack)
-        if routing is not None and routing.indices is not None and routing.keep is None and self.replaces:
-            return routing._replace(keep=(routing.indices < 0).all(1).to(source.dtype))
+        if routing is not None and routing.indices is not None and routing.base_weight is None and self.replaces:
+            return routing._replace(base_weight=(routing.indices < 0).all(1).to(source.dtype))
         return routing
 
     def _add_losses(self, routing: Routing, mask: Tensor | None, context: ForwardContext) -> None:
@@ -143,7 +153,7 @@ class Mixture(Adapter):
         """Tell observers; usage in training is one, of the routers that have a distribution."""
         counts = trains and routing.probs is not None
         if counts or context.observers:
-            names = self.bank.names
+            names = self.expert_names
             routing = with_distribution(routing, names, getattr(self.router, "arms", names), rows, device)
             observers: list[Observer] = [context.usage, *context.observers] if counts else context.observers
             for observer in observers:
@@ -165,7 +175,7 @@ class Mixture(Adapter):
         """Exact where experts are linear and the routing is a constant: W + sum s w U D, or (1 + sum s w U D) W."""
         weights = getattr(self.router, "constant", lambda: None)()
         if weights is None:
-            raise ValueError("its gate depends on the input, so no single weight equals it")
+            raise ValueError("its router depends on the input, so no single weight equals it")
         bank = self.bank
         if bank.activation != "identity" or bank.glu or bank.layer_norm:
             what = "LayerNorm" if bank.layer_norm else "activation"
@@ -178,8 +188,10 @@ class Mixture(Adapter):
             factor = w * (expert.scale.to(weight.dtype) if isinstance(expert.scale, Tensor) else expert.scale)
             up = expert.up.to(weight.dtype)
             delta = delta + factor * (up @ expert.down.to(weight.dtype))
-            if expert.b_down is not None and expert.b_up is not None:
-                shift = shift + factor * (up @ expert.b_down.to(weight.dtype) + expert.b_up.to(weight.dtype))
+            if expert.b_down is not None:
+                shift = shift + factor * (up @ expert.b_down.to(weight.dtype))
+            if expert.b_up is not None:
+                shift = shift + factor * expert.b_up.to(weight.dtype)
         old = weight.new_zeros(bank.out_features) if bias is None else bias
         if self.insertion == "parallel":
             weight, new = weight + delta, old + shift
@@ -189,10 +201,11 @@ class Mixture(Adapter):
 
 
 def _in_dtype(routing: Routing, dtype: torch.dtype) -> Routing:
-    """With weights and keep in the dtype of what the experts read."""
-    weights, keep = routing.weights, routing.keep
-    if (weights is None or weights.dtype == dtype) and (keep is None or keep.dtype == dtype):
+    """With weights and base_weight in the dtype of what the experts read."""
+    weights, base_weight = routing.weights, routing.base_weight
+    if (weights is None or weights.dtype == dtype) and (base_weight is None or base_weight.dtype == dtype):
         return routing
     return routing._replace(
-        weights=None if weights is None else weights.to(dtype), keep=None if keep is None else keep.to(dtype)
+        weights=None if weights is None else weights.to(dtype),
+        base_weight=None if base_weight is None else base_weight.to(dtype),
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.context import ROUTES, ForwardContext
+from mixadapters.core.registry import nearest
 from mixadapters.core.routing import Routing, RoutingKey
 
 
@@ -73,10 +74,10 @@ class HardRoutes(nn.Module):
 
     def _check(self, numbers: Tensor, context: ForwardContext, adapter: str) -> None:
         """Refuse numbers out of range, once per forward and adapter: it waits for the device."""
-        record, once = context.record, f"{self.field} of {adapter!r}, {self.total}"
-        if torch.compiler.is_compiling() or once in record.shared:
+        record, check = context.record, (adapter, self.field, self.total)
+        if torch.compiler.is_compiling() or check in record.checked:
             return
-        record.shared[once] = True
+        record.checked.add(check)
         own = numbers if record.own_rows is None else numbers[record.own_rows.to(numbers.device)]
         if bool(((own >= self.total) | (own < -1)).any()):
             raise ValueError(f"{self.field}={own.unique().tolist()} must lie between -1 (none) and {self.total - 1}")
@@ -91,6 +92,16 @@ def whole_numbers(name: str, values: Any) -> Tensor:
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise ValueError(f"{name} must be whole numbers, not {numbers.dtype}")
     return numbers
+
+
+def row_numbers(names: Sequence[str], order: Sequence[str], noun: str) -> Tensor:
+    """(B,) the number of each name in `order`, -1 for "__base__". Raises ValueError for other names."""
+    if isinstance(names, str):
+        raise ValueError(f"names={names!r} must be a list with one name for each row; write [{names!r}]")
+    for name in names:
+        if name != "__base__" and name not in order:
+            raise ValueError(f"unknown {noun} {name!r}; have {list(order)}.{nearest(name, order)}")
+    return torch.tensor([-1 if name == "__base__" else order.index(name) for name in names])
 
 
 def spread_pins(

@@ -16,7 +16,6 @@ from mixadapters.core.registry import Registry, nearest
 from mixadapters.core.routing import Routing
 from mixadapters.routers.options import check_options
 
-
 # Auxiliary losses, and the part of a routing of which each is made.
 LOSSES = {"balance": "probs", "z": "logits", "entropy": "probs", "importance": "probs", "load": "chances"}
 COEFFICIENTS: tuple[str, ...] = tuple(f"{name}_coef" for name in LOSSES)
@@ -39,6 +38,7 @@ class Router(nn.Module):
     """
 
     refuses_packed: str | None = None  # why it cannot route requests that are packed into one row; None: it can
+    learns = False  # whether its weights are made by training
     always_first = False  # every row uses expert 0 with weight 1: lets mixed batches skip the routing
     fields: tuple[str, ...] = ()  # batch fields that it reads
     scopes: frozenset[str] = frozenset({"module", "block", "model"})  # for how many layers one routing may be made

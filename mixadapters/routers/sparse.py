@@ -84,11 +84,11 @@ class SparseRouter(LearnedRouter):
         if self.norm_topk_prob:
             weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         weights = weights * self.routed_scaling_factor
-        keep = 1 - weights.sum(1) if self.convex else None
+        base_weight = 1 - weights.sum(1) if self.convex else None
         last = torch.where(arms >= 0, arms, count)
         selected = arms.new_zeros(len(arms), count + 1, dtype=torch.bool).scatter(1, last, True)[:, :count]
         probs = scores if self.scoring_func == "softmax" else scores / scores.sum(1, keepdim=True)
-        return Routing(indices, weights, keep, probs, selected=selected)
+        return Routing(indices, weights, base_weight, probs, selected=selected)
 
     def completed(self, routing: Routing, noisy: Tensor, context: ForwardContext) -> Routing:
         if not (self.training and self.capacity_factor):
@@ -100,7 +100,9 @@ class SparseRouter(LearnedRouter):
         order = routing.probs.detach().amax(1) if self.batch_prioritized else None
         indices = within_capacity(routing.indices, len(self.experts), self.capacity_factor, mask, order)
         weights = torch.where(indices >= 0, routing.weights, 0.0)
-        return routing._replace(indices=indices, weights=weights, keep=1 - weights.sum(1) if self.convex else None)
+        return routing._replace(
+            indices=indices, weights=weights, base_weight=1 - weights.sum(1) if self.convex else None
+        )
 
     def _insert_row(self, place: int, share: float) -> None:
         weight, bias = self.output.weight, self.output.bias

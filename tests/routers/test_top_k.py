@@ -75,10 +75,10 @@ def test_a_new_router_does_not_send_all_rows_to_the_first_experts() -> None:
 def test_convex_weights_leave_the_rest_to_the_frozen_layer() -> None:
     routing = run(make(k=2, convex=True, frozen_bias=1.0), TOKENS)
     assert routing.probs.shape == (15, 5)
-    torch.testing.assert_close(routing.keep + routing.weights.sum(1), torch.ones(15))
+    torch.testing.assert_close(routing.base_weight + routing.weights.sum(1), torch.ones(15))
     frozen = ~routing.selected[:, :4].any(1)
     assert (routing.indices[routing.selected[:, 4]] < 0).any(1).all()
-    assert (routing.keep[frozen] == 1).all()
+    assert (routing.base_weight[frozen] == 1).all()
     with pytest.raises(ValueError, match=r"convex weights sum to 1.*norm_topk_prob=True"):
         make(convex=True, norm_topk_prob=True)
 
