@@ -33,6 +33,7 @@ class Record:
     taps: dict[str, Tensor] = field(default_factory=dict)  # by path of the tapped module
     shared: dict[Any, Any] = field(default_factory=dict)  # what an adapter, router or objective keeps, by its owner
     routings: dict[RoutingKey, Routing] = field(default_factory=dict)  # what routers have decided
+    gates: dict[str, Tensor] = field(default_factory=dict)  # logits of routers that decide for all layers, by router
     state: dict[str, Tensor] = field(default_factory=dict)  # gate state until the model has made a cache
     losses: dict[str, Tensor] = field(default_factory=dict)  # weighted, summed by name
     main_loss: Tensor | None = None

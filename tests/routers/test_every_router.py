@@ -16,10 +16,10 @@ from mixadapters.core.mixture import Mixture
 from mixadapters.core.record import Record
 from mixadapters.core.routing import Routing
 from mixadapters.core.streams import Stream
-from mixadapters.routers import ConstantRouter, LearnedRouter, SingleRouter, build_router
+from mixadapters.routers import ConstantRouter, CountsRouter, LearnedRouter, SingleRouter, build_router
 
 NAMES = sorted(name for name in ROUTERS if not name.startswith("toy_"))
-READS_THE_BATCH_ALONE = ("modality",)
+READS_THE_BATCH_ALONE = ("counts", "modality")
 EXPERTS = {"single": ["a"]}  # the others take any number
 BATCH, LENGTH, WIDTH = 2, 3, 8
 every_router = pytest.mark.parametrize("name", NAMES)
@@ -31,7 +31,7 @@ def experts_of(name: str) -> list[str]:
 
 def made(name: str, **arguments) -> Router:
     """With weights that make a difference."""
-    router = build_router({"kind": name, **arguments}, WIDTH, experts_of(name))
+    router = prepared(build_router({"kind": name, **arguments}, WIDTH, experts_of(name)))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in router.parameters():
@@ -39,10 +39,19 @@ def made(name: str, **arguments) -> Router:
     return router.eval()
 
 
+def prepared(router: Router) -> Router:
+    """With what a tuner does before the first forward."""
+    if isinstance(router, CountsRouter):
+        router.lead(router.experts, 5)
+        counts = {arm: torch.arange(5) + i for i, arm in enumerate(router.arms, 1)}
+        router.table.fit(counts)
+    return router
+
+
 def context_of(training: bool = False, **values) -> ForwardContext:
     context = ForwardContext()
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    streams = {"": Stream(BATCH, LENGTH, mask)}
+    streams = {"": Stream(BATCH, LENGTH, mask, input_ids=torch.tensor([[1, 0, 2], [3, 4, 0]]))}
     values = {"modality_ids": torch.tensor([[0, 1, 2], [1, 0, -1]]), **values}
     context.enter(Record(training=training, grad=True, open=True, streams=streams, values=values))
     return context
@@ -151,7 +160,7 @@ def test_router_is_built_from_its_name_copied_and_saved(name) -> None:
     assert isinstance(router, Router)
     assert (router.in_features, router.experts) == (WIDTH, experts_of(name))
     one, count = made(name), len(experts_of(name))
-    other = build_router({"kind": name}, WIDTH, experts_of(name)).eval()
+    other = prepared(build_router({"kind": name}, WIDTH, experts_of(name))).eval()
     other.load_state_dict(one.state_dict())
     for twin in (other, copy.deepcopy(one)):
         weights = [dense(r(tokens_of(), context_of()), 6, count) for r in (one, twin)]
