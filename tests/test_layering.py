@@ -16,7 +16,7 @@ FOLDERS = {"mixadapters.kernels": "kernels/ops", "mixadapters.tasks": "tasks", "
 # low to high; `kernels` is mixadapters.kernels, and so on
 FLOORS = ("kernels", "core", "routers", "surgery", "tuners", "training", "tasks", "examples")
 # The one method that others may build on.
-SHARED_METHODS = frozenset({"bottleneck"})
+SHARED_METHODS = frozenset({"bottleneck", "gates"})
 # The files of core that meet PEFT: what is said, and the parts of the tuner. The rest knows torch only.
 CORE_FILES_WITH_PEFT = frozenset({"config", "finding", "files", "injection", "layer", "model", "rows", "saving"})
 HUGGING_FACE = frozenset({"peft", "transformers", "accelerate", "datasets", "evaluate", "diffusers", "trl"})

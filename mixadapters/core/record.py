@@ -32,9 +32,11 @@ class Record:
     acting: dict[Any, Any] = field(default_factory=dict)  # layer -> what acted there, for when it runs again
     taps: dict[str, Tensor] = field(default_factory=dict)  # by path of the tapped module
     shared: dict[Any, Any] = field(default_factory=dict)  # what an adapter, router or objective keeps, by its owner
+    runs: dict[str, int] = field(default_factory=dict)  # of a router with memory in this forward, by its mark
+    checked: set[tuple[str, str, int]] = field(default_factory=set)  # (adapter, field, total) of hard routes in range
     routings: dict[RoutingKey, Routing] = field(default_factory=dict)  # what routers have decided
-    gates: dict[str, Tensor] = field(default_factory=dict)  # logits of routers that decide for all layers, by router
-    state: dict[str, Tensor] = field(default_factory=dict)  # gate state until the model has made a cache
+    decided: dict[str, Tensor] = field(default_factory=dict)  # logits of routers that decide for all layers, by router
+    router_state: dict[str, Tensor] = field(default_factory=dict)  # until the model has made a cache
     losses: dict[str, Tensor] = field(default_factory=dict)  # weighted, summed by name
     main_loss: Tensor | None = None
     main_scale: float = 1.0

@@ -141,7 +141,7 @@ class CountsRouter(Router):
         granularity: one of GRANULARITIES, over which the evidence adds up. None: "causal_prefix" where a position must
             not see later ones, else "sequence".
         smoothing: added to each count.
-        convex: return what is left to the frozen layer as `keep`.
+        convex: return what is left to the frozen layer as `base_weight`.
         null_arms: arms that removed domains have left.
 
     Raises:
@@ -264,17 +264,17 @@ class CountsRouter(Router):
         logits = logits.to(tokens.device)
         probs = (logits / self.temperature).softmax(-1)
         weights = torch.cat([probs[:, i : i + 1] for i in map(table.domains.index, self.experts)], 1)
-        keep = 1 - weights.sum(1) if self.convex else None
-        return Routing(weights=weights, keep=keep, probs=probs, logits=logits)
+        base_weight = 1 - weights.sum(1) if self.convex else None
+        return Routing(weights=weights, base_weight=base_weight, probs=probs, logits=logits)
 
     def _logits(self, table: TokenCounts, context: ForwardContext) -> Tensor:
         """(N, A) evidence of each token's text, computed by the first layer of the stack that runs."""
-        gates, key = context.record.gates, f"{self.first.mark}/{self.stack}"
-        if key not in gates:
+        decided, key = context.record.decided, f"{self.first.mark}/{self.stack}"
+        if key not in decided:
             stream = context.stream(self.stack)
             ids = self._ids(stream, table.vocab_size)
-            gates[key] = self.pooling(_as_they_are, table.evidence(ids, self.smoothing), context)
-        return gates[key]
+            decided[key] = self.pooling(_as_they_are, table.evidence(ids, self.smoothing), context)
+        return decided[key]
 
     def _ids(self, stream: Stream, vocab_size: int) -> Tensor:
         ids = stream.input_ids

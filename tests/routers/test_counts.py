@@ -72,7 +72,7 @@ def test_weights_are_naive_bayes_of_the_prefix(options) -> None:
             torch.testing.assert_close(row[t], by_hand(ids[: t + 1], ARMS, **options))
     routing = router(torch.zeros(2, 4, D), context_of(IDS))
     assert torch.equal(routing.weights, routing.probs[:, :2])
-    assert routing.keep is None
+    assert routing.base_weight is None
 
 
 def test_encoders_read_the_whole_sequence() -> None:
@@ -123,7 +123,7 @@ def test_a_cache_carries_the_evidence_on() -> None:
         context = context_of(ids, cache=cache, past=past)
         found = router(torch.zeros(*ids.shape, D), context).probs.unflatten(0, (2, 1))
         cache.update(torch.zeros(2, 1, 1, 2), torch.zeros(2, 1, 1, 2), 0)
-        settle(cache, context.record.state)
+        settle(cache, context.record.router_state)
         torch.testing.assert_close(found[:, 0], whole[:, past])
 
 
@@ -134,7 +134,7 @@ def test_layers_share_one_decision_and_one_table() -> None:
     context = context_of(IDS)
     one, two = (router(torch.zeros(2, 4, D), context) for router in (first, later))
     assert torch.equal(one.logits, two.logits)
-    assert one.logits is context.record.gates[f"{first.mark}/"]
+    assert one.logits is context.record.decided[f"{first.mark}/"]
     assert torch.equal(two.weights, one.weights[:, 1:])
     assert later.arms == ARMS
     assert not later.state_dict()
@@ -145,7 +145,7 @@ def test_convex_leaves_the_rest_to_the_frozen_layer() -> None:
     router = fitted(convex=True)
     router.remove_expert("law", renormalize=False)
     routing = router(torch.zeros(2, 4, D), context_of(IDS))
-    torch.testing.assert_close(routing.keep, 1 - routing.probs[:, 0])
+    torch.testing.assert_close(routing.base_weight, 1 - routing.probs[:, 0])
 
 
 # --- arms --------------------------------------------------------------------------------------------------------
