@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"mixadapters.kernels": "kernels/ops", "mixadapters.tasks": "tasks", "mixadapters": "mixadapters"}
 # low to high; `kernels` is mixadapters.kernels, and so on
 FLOORS = ("kernels", "core", "routers", "surgery", "tuners", "training", "tasks", "examples")
-# The one method that others may build on.
+# What several methods build on: a method, and the verbs of those with routers.
 SHARED_METHODS = frozenset({"bottleneck", "gates"})
 # The files of core that meet PEFT: what is said, and the parts of the tuner. The rest knows torch only.
 CORE_FILES_WITH_PEFT = frozenset({"config", "finding", "files", "injection", "layer", "model", "rows", "saving"})
