@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"mixadapters.kernels": "kernels/ops", "mixadapters.tasks": "tasks", "mixadapters": "mixadapters"}
 # low to high; `kernels` is mixadapters.kernels, and so on
 FLOORS = ("kernels", "core", "routers", "surgery", "tuners", "training", "tasks", "examples")
-# What several methods build on: a method, and the verbs of those with routers.
-SHARED_METHODS = frozenset({"bottleneck", "gates"})
+# The one method that others may build on.
+SHARED_METHODS = frozenset({"bottleneck"})
 # The files of core that meet PEFT: what is said, and the parts of the tuner. The rest knows torch only.
 CORE_FILES_WITH_PEFT = frozenset({"config", "finding", "files", "injection", "layer", "model", "rows", "saving"})
 HUGGING_FACE = frozenset({"peft", "transformers", "accelerate", "datasets", "evaluate", "diffusers", "trl"})
@@ -64,10 +64,13 @@ def floor(module: str) -> str | None:
     return parts[1] if parts[0] == "mixadapters" and len(parts) > 1 else None
 
 
+GROUND = ([], ["registration"], ["sources"], ["gates"])  # modules of tuners/ that belong to no method
+
+
 def method(module: str) -> str | None:
-    """The method (tuner) that a module belongs to; None for tuners/__init__.py and registration.py."""
+    """The method (tuner) that a module belongs to; None for tuners/__init__.py and what all tuners stand on."""
     parts = module.split(".")
-    return parts[2] if parts[:2] == ["mixadapters", "tuners"] and parts[2:] not in ([], ["registration"]) else None
+    return parts[2] if parts[:2] == ["mixadapters", "tuners"] and parts[2:] not in GROUND else None
 
 
 def complaint(module: str, imported: str) -> str | None:
@@ -92,7 +95,7 @@ def complaint(module: str, imported: str) -> str | None:
         return f"{here} is below {there}"
     if here == there == "tuners" and module != "mixadapters.tuners":
         mine, other = method(module), method(imported)
-        # registration.py is the ground floor of the tuners: it knows PEFT's tables and no method.
+        # registration.py, sources.py and gates.py are the ground floor of the tuners: they know no method.
         if other not in (None, mine) and (mine in SHARED_METHODS or other not in SHARED_METHODS or mine is None):
             return f"{mine or module} may not import its sibling {other}"
     return None

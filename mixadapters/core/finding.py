@@ -77,6 +77,13 @@ class SiteFinder(BaseTuner):
         """The layers of this model that hold adapters."""
         return (module for module in self._outside() if isinstance(module, AdapterHost))
 
+    def host_at(self, path: str, missing_ok: bool = False) -> Any:
+        """The host at the module `path`. Raises ValueError where there is none, unless `missing_ok`: then None."""
+        host = next((h for h in self.hosts() if h.path == path), None)
+        if host is None and not missing_ok:
+            raise ValueError(f"no adapter sits at {path!r}")
+        return host
+
     def _outside(self) -> Iterator[nn.Module]:
         """The modules of this model, as `modules()` gives them, without those inside adapters: there may be many."""
         seen: set[nn.Module] = set()

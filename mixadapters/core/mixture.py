@@ -89,9 +89,18 @@ class Mixture(Adapter):
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         source = self.source(x, y, context).to(y.dtype)
-        routing = self.route(source, context)
+        routing = self.dispatch(source, context)
         tokens, base = source.reshape(-1, source.shape[-1]), y.reshape(-1, y.shape[-1])
         return self.bank(tokens, routing, context, base, routing.base_weight, self.rate).view_as(y)
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of the experts that the router numbers."""
+        return self.bank.names
+
+    def dispatch(self, source: Tensor, context: ForwardContext) -> Routing:
+        """As `route`, with the experts numbered as in the bank."""
+        return self.route(source, context)
 
     def route(self, source: Tensor, context: ForwardContext) -> Routing:
         """The routing of the N rows of source (..., K), published: pinned, by the batch's numbers, or the router's."""
@@ -100,7 +109,8 @@ class Mixture(Adapter):
             return router(source, context)
         record, rows = context.record, source.numel() // source.shape[-1]
         routing = self._given(rows, source, context)
-        trains = routing is None and record.training and record.grad  # not in a reference pass
+        decides = routing is None and not getattr(router, "follows", False)
+        trains = decides and record.training and record.grad  # not in a reference pass
         if routing is None:
             reads = source if self.router_tap is None else context.tap(self.router_tap)
             own = context.record.own_rows
@@ -154,7 +164,7 @@ class Mixture(Adapter):
         """Tell observers; usage in training is one, of the routers that have a distribution."""
         counts = trains and routing.probs is not None
         if counts or context.observers:
-            names = self.bank.names
+            names = self.expert_names
             routing = with_distribution(routing, names, getattr(self.router, "arms", names), rows, device)
             observers: list[Observer] = [context.usage, *context.observers] if counts else context.observers
             for observer in observers:
@@ -189,8 +199,10 @@ class Mixture(Adapter):
             factor = w * (expert.scale.to(weight.dtype) if isinstance(expert.scale, Tensor) else expert.scale)
             up = expert.up.to(weight.dtype)
             delta = delta + factor * (up @ expert.down.to(weight.dtype))
-            if expert.b_down is not None and expert.b_up is not None:
-                shift = shift + factor * (up @ expert.b_down.to(weight.dtype) + expert.b_up.to(weight.dtype))
+            if expert.b_down is not None:
+                shift = shift + factor * (up @ expert.b_down.to(weight.dtype))
+            if expert.b_up is not None:
+                shift = shift + factor * expert.b_up.to(weight.dtype)
         old = weight.new_zeros(bank.out_features) if bias is None else bias
         if self.insertion == "parallel":
             weight, new = weight + delta, old + shift

@@ -30,6 +30,10 @@ class Router(nn.Module):
     """
 
     refuses_packed: str | None = None  # why it cannot route requests that are packed into one row; None: it can
+    learns = False  # whether its weights are made by training
+    needs_fit = False  # whether `fit(weights)` makes it from the experts' weights
+    shares = False  # whether routers of one model share a part: an option `first`
+    scopes = frozenset({"module", "block", "model"})  # of how many layers it may be the router
     always_first = False  # every row uses expert 0 with weight 1: lets mixed batches skip the routing
     fields: tuple[str, ...] = ()  # batch fields that it reads
 

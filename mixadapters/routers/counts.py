@@ -143,10 +143,15 @@ class CountsRouter(Router):
         smoothing: added to each count.
         convex: return what is left to the frozen layer as `base_weight`.
         null_arms: arms that removed domains have left.
+        vocab_size: hold counts of so many token ids, of text of all `experts`. None: `lead` or `follow` comes.
+        first: the router of the model that holds the counts, if there is one.
 
     Raises:
         ValueError: a value out of range, or an unknown granularity.
     """
+
+    scopes = frozenset({"model"})
+    shares = True
 
     def __init__(
         self,
@@ -158,6 +163,8 @@ class CountsRouter(Router):
         smoothing: float = 0.3,
         convex: bool = False,
         null_arms: int = 0,
+        vocab_size: int | None = None,
+        first: CountsRouter | None = None,
     ) -> None:
         super().__init__(in_features, experts)
         for name, value in (("temperature", temperature), ("smoothing", smoothing)):
@@ -174,7 +181,9 @@ class CountsRouter(Router):
         self.pooling = self._pooling(causal=True)
         self.table: TokenCounts | None = None
         self.mark = uuid4().hex  # of what it decides, in the record
-        self.follow(self)
+        self.follow(first or self)
+        if first is None and vocab_size is not None:
+            self.lead(self.experts, vocab_size)
 
     def _pooling(self, causal: bool) -> Pooling:
         return POOLINGS[self.chosen_granularity or ("causal_prefix" if causal else "sequence")](total=True)

@@ -48,6 +48,7 @@ class LearnedRouter(ArmSurgery):
     """
 
     frozen_arm = True
+    learns = True
 
     def __init__(
         self,

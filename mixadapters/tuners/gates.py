@@ -66,7 +66,7 @@ class GateVerbs(RoutingVerbs):
             ValueError: an unknown domain or method, text that holds no tokens of the model, or no router to fit.
         """
         mixtures = [mixture for key, mixture in self.mixtures().items() if key.adapter == adapter_name]
-        names = list(dict.fromkeys(name for mixture in mixtures for name in mixture.bank.names))
+        names = list(dict.fromkeys(name for mixture in mixtures for name in mixture.expert_names))
         if adapter_name not in self.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r} is unknown; have {list(self.peft_config)}")
         if not isinstance(texts, Mapping) or not (texts or general is not None):
@@ -89,7 +89,11 @@ class GateVerbs(RoutingVerbs):
             self._fit_counts(counting[0].first, rows)
             self.gates_changed(adapter_name)
         else:
-            if lacking := [name for name in (*names, FROZEN) if name not in rows]:
+            leaves = any(FROZEN in router.arms or isinstance(router, SigmoidGate) for router in learned)
+            if general is not None and not leaves:
+                raise ValueError("general: these routers have no arm that leaves text to the frozen model; give none")
+            wanted_arms = [*names, FROZEN] if leaves else names
+            if lacking := [name for name in wanted_arms if name not in rows]:
                 raise ValueError(f"method='features' fits all arms together; give the text of {lacking} too")
             self._fit_features(learned, rows, max_length, batch_size)
         return {arm: sum(map(len, found)) for arm, found in rows.items()}

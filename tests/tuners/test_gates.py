@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mixadapters import MixDAConfig
-from mixadapters.routers import CountsRouter
+from mixadapters import ROUTERS, MixDAConfig, MoAConfig
+from mixadapters.routers import CountsRouter, SoftmaxGate
 
 FIELDS: dict[str, Any] = {"domains": ["a", "b"], "r": 3, "domain_layers": [0, 2], "init_weights": False}
 
@@ -275,3 +275,62 @@ def test_regression_refuses_what_it_cannot_fit(tiny) -> None:
     model.base_model.disable_adapter_layers()
     with pytest.raises(ValueError, match=r"did not run; set_adapter to theirs first"):
         model.base_model.fit_gate(TEXTS, GENERAL)
+
+
+# --- MoA ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def loras(tiny, tmp_path) -> dict[str, str]:
+    """Trained LoRA folders of different ranks and targets."""
+    targets = {"a": ["q_proj", "down_proj"], "b": ["q_proj", "v_proj", "up_proj"], "c": ["down_proj"]}
+    for rank, (name, modules) in enumerate(targets.items(), 2):
+        torch.manual_seed(rank)
+        lora = LoraConfig(r=rank, init_lora_weights=False, target_modules=modules)
+        get_peft_model(tiny("llama"), lora).save_pretrained(tmp_path / name)
+    return {name: str(tmp_path / name) for name in targets}
+
+
+def test_lora_experts_under_counted_tokens(tiny, tiny_inputs, tmp_path, loras) -> None:
+    two = {name: loras[name] for name in "ab"}
+    model = get_peft_model(tiny("llama"), MoAConfig(experts=two, router="counts", router_scope="model")).eval()
+    tuner, inputs = model.base_model, tiny_inputs("llama", padding="left")
+    tuner.fit_gate(TEXTS, GENERAL)
+    assert len(tables(model)) == 1
+    before = shares(model, ids(5, 30, seed=1))
+    assert before["a"] > 0.8
+    tuner.add_expert("c", loras["c"])
+    tuner.fit_gate({"c": ids(80, 96)})
+    assert shares(model, ids(5, 30, seed=1))["a"] == pytest.approx(before["a"], abs=0.02)
+    tuner.remove_expert("b")
+    assert shares(model, ids(40, 60, seed=1))["null0"] > 0.8
+    model.save_pretrained(tmp_path / "moa")
+    other = PeftModel.from_pretrained(tiny("llama"), tmp_path / "moa").eval()
+    assert torch.equal(logits(other, inputs), logits(model, inputs))
+    made = [m.generate(**inputs, max_new_tokens=4, num_beams=2, do_sample=False, use_cache=c) for m in (model, other)
+            for c in (True, False)]  # fmt: skip
+    assert all(torch.equal(one, made[0]) for one in made)
+    tuner.add_expert("b", loras["b"])
+    tuner.fit_gate({"b": TEXTS["b"]})
+    assert tuner.peft_config["default"].null_arms == {}
+
+
+def test_a_counts_router_of_each_module_is_refused(loras) -> None:
+    with pytest.raises(ValueError, match="use router_scope='model'"):
+        MoAConfig(experts=loras, router="counts")
+
+
+def test_general_text_needs_an_arm_that_takes_it(tiny) -> None:
+    with ROUTERS.temporarily():
+
+        @ROUTERS.register("toy_all_in")
+        class AllIn(SoftmaxGate):
+            """Domains alone."""
+
+            frozen_arm = False
+
+        model = mixture(tiny, router="toy_all_in", fit=False)
+        with pytest.raises(ValueError, match="no arm that leaves text to the frozen model"):
+            model.base_model.fit_gate(TEXTS, GENERAL)
+        model.base_model.fit_gate(TEXTS)
+        assert shares(model, ids(5, 30, seed=1))["a"] > 0.5

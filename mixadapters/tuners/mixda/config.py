@@ -4,7 +4,6 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Any, ClassVar, Literal
 
 from mixadapters.core.config import MixtureConfig, one_of
@@ -16,6 +15,7 @@ from mixadapters.routers.pooling import GRANULARITIES, POOLS
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
 from mixadapters.tuners.mixda.router import competes, read_router
 from mixadapters.tuners.registration import peft_type
+from mixadapters.tuners.sources import public_origin
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Section 3.3 and appendix A: sigmoid gate on the attention output, one linear layer.
@@ -180,7 +180,7 @@ class MixDAConfig(MixtureConfig):
             if "source" in spec and "ranks" in spec:
                 spec["origin"] = spec.pop("source")
             if "origin" in spec:
-                spec["origin"] = _public(spec["origin"])
+                spec["origin"] = public_origin(spec["origin"])
         return saved
 
     @classmethod
@@ -274,9 +274,3 @@ def _check_spec(name: str, spec: dict[str, Any], from_file: bool) -> None:
         )
     if not spec.keys() & {"source", "origin"} and spec.keys() & {"revision", "check_base_model"}:
         raise ValueError(f"domains[{name!r}]={spec} has no source: a revision or a check alone says nothing")
-
-
-def _public(origin: str) -> str:
-    """Where a domain came from, for others: a hub id as it is, of a local path the last part."""
-    local = os.path.exists(origin) or "\\" in origin or origin.count("/") != 1 or origin.startswith((".", "/", "~"))
-    return PurePath(origin.replace("\\", "/")).name if local else origin

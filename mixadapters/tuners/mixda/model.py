@@ -18,7 +18,8 @@ from mixadapters.tuners.bottleneck.model import bottleneck
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.domains import DomainVerbs
 from mixadapters.tuners.mixda.router import mixture_router, trial_router
-from mixadapters.tuners.mixda.sources import rank_of, read_source
+from mixadapters.tuners.mixda.sources import read_source
+from mixadapters.tuners.sources import rank_of
 
 
 class MixDAModel(DomainVerbs):
