@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.fields import finite
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import FROZEN, Routing
 from mixadapters.core.streams import Stream
 from mixadapters.routers.base import ROUTERS, Router
-from mixadapters.routers.pooling import GRANULARITIES, POOLINGS, Pooling
+from mixadapters.routers.options import check_options
+from mixadapters.routers.pooling import POOLINGS, Pooling
 
 MOST = torch.iinfo(torch.int32).max
 
@@ -151,6 +151,7 @@ class CountsRouter(Router):
     """
 
     scopes = frozenset({"model"})
+    scheduled = ("temperature",)
     shares = True
 
     def __init__(
@@ -167,15 +168,11 @@ class CountsRouter(Router):
         first: CountsRouter | None = None,
     ) -> None:
         super().__init__(in_features, experts)
-        for name, value in (("temperature", temperature), ("smoothing", smoothing)):
-            if not finite(value) or value <= 0:
-                raise ValueError(f"{name}={value!r} must be a finite number above 0")
-        if granularity is not None and granularity not in GRANULARITIES:
-            raise ValueError(f"granularity={granularity!r} is unknown; choose one of {[None, *GRANULARITIES]}")
-        if type(null_arms) is not int or null_arms < 0:
-            raise ValueError(f"null_arms={null_arms!r} must be a number of arms")
-        if not isinstance(convex, bool):
-            raise ValueError(f"convex={convex!r} must be True or False")
+        check_options(temperature=temperature, smoothing=smoothing, convex=convex, null_arms=null_arms)
+        given = {"granularity": granularity, "vocab_size": vocab_size}
+        check_options(**{name: value for name, value in given.items() if value is not None})
+        if first is not None and first.table is not None and set(experts) - set(first.table.domains):
+            raise ValueError(f"experts={experts} are not all among {first.table.domains}, of which the counts are")
         self.temperature, self.smoothing, self.convex = temperature, smoothing, convex
         self.chosen_granularity, self._null_arms = granularity, null_arms
         self.pooling = self._pooling(causal=True)
@@ -244,7 +241,13 @@ class CountsRouter(Router):
     # --- domains that come and go -----------------------------------------------------------------------------
 
     def add_expert(self, name: str, share: float) -> None:
-        """A new arm; it has to be counted before the next forward (`share` is for learned gates)."""
+        """A new arm; it has to be counted before the next forward (`share` is for learned gates).
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if name in self.experts:
+            raise ValueError(f"expert {name!r} exists already; have {self.experts}")
         self.experts.append(name)
         table = self.first.table
         if table is not None and name not in table.domains:  # the first layer that gets it does so for all
@@ -259,6 +262,12 @@ class CountsRouter(Router):
         table = self.first.table
         if table is not None and name in table.domains:
             table.remove(name, renormalize)
+
+    def reorder(self, names: list[str]) -> None:
+        """Put the experts into the order of `names`. Raises ValueError for other names than theirs."""
+        if sorted(names) != sorted(self.experts):
+            raise ValueError(f"names={list(names)} must be the experts {self.experts}, in any order")
+        self.experts = list(names)
 
     # --- routing ----------------------------------------------------------------------------------------------
 

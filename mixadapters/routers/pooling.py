@@ -29,6 +29,7 @@ class Pooling:
     """
 
     granularity = ""
+    by_row = False  # whether all tokens of a row share one decision
 
     def __init__(self, pool: str = "masked_mean", *, total: bool = False) -> None:
         self.pool, self.total = pool, total
@@ -61,6 +62,7 @@ class SequencePooling(Pooling):
     """All tokens of a row, pooled before they are scored. Sees the future, so it is for encoders."""
 
     granularity = "sequence"
+    by_row = True
 
     def pooled(
         self, score: Score, sequences: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext
@@ -148,6 +150,7 @@ class RequestPooling(Remembering):
     """The mean (or the total) of the logits of the prompt's tokens, taken once and then kept."""
 
     granularity = "request"
+    by_row = True
 
     def pooled(
         self, score: Score, sequences: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext

@@ -17,7 +17,7 @@ from mixadapters.core.routing import FROZEN
 from mixadapters.core.sites import has_two_stacks
 from mixadapters.routers.counts import CountsRouter, count_tokens
 from mixadapters.routers.learned import LearnedRouter
-from mixadapters.routers.sigmoid import SigmoidGate
+from mixadapters.routers.score import exact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +89,7 @@ class GateVerbs(RoutingVerbs):
             self._fit_counts(counting[0].first, rows)
             self.gates_changed(adapter_name)
         else:
-            leaves = any(FROZEN in router.arms or isinstance(router, SigmoidGate) for router in learned)
+            leaves = any(FROZEN in router.arms or not router.competes for router in learned)
             if general is not None and not leaves:
                 raise ValueError("general: these routers have no arm that leaves text to the frozen model; give none")
             wanted_arms = [*names, FROZEN] if leaves else names
@@ -158,8 +158,10 @@ class GateVerbs(RoutingVerbs):
             raise ValueError("method='features' reads text through one stack, and this model has an encoder and a "
                              "decoder; use router='counts', or train the gate")  # fmt: skip
         for router in routers:
-            if len(router.hidden) > 1:
-                raise ValueError(f"method='features' fits linear gates; that at {router.path!r} has hidden layers")
+            if len(router.hidden) > 1 or router.activation is not None:
+                raise ValueError(
+                    f"method='features' fits linear gates; that at {router.path!r} has hidden layers or an activation"
+                )
         reader = _Reader(self.context)
         hooks = [router.register_forward_pre_hook(reader) for router in routers]
         training = self.model.training
@@ -189,11 +191,7 @@ class _Reader:
         self.seen: dict[nn.Module, list[tuple[str, Tensor]]] = {}
 
     def __call__(self, router: Any, args: tuple) -> None:
-        def features(read: Tensor) -> Tensor:
-            read = read.to(torch.promote_types(read.dtype, torch.float32))
-            return F.rms_norm(read, (read.shape[-1],)) if router.normalize else read
-
-        read = router.pooling(features, args[0], self.context)  # (N, d)
+        read = router.pooling(lambda read: exact(read, router.normalize), args[0], self.context)  # (N, d)
         mask = self.context.stream(router.stack).mask
         assert mask is not None
         for row, real in zip(read.unflatten(0, mask.shape), mask, strict=True):
@@ -225,7 +223,7 @@ def _regression(router: LearnedRouter, seen: list[tuple[str, Tensor]]) -> tuple[
     def loss() -> Tensor:
         optimizer.zero_grad()
         logits = x @ weight.T + bias
-        if isinstance(router, SigmoidGate):
+        if not router.competes:
             losses = F.binary_cross_entropy_with_logits(logits, y, reduction="none").sum(-1)
         else:
             losses = -(y * logits.log_softmax(-1)).sum(-1)
