@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,18 +10,11 @@ from torch import Tensor, nn
 from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.context import ForwardContext, Observer
-from mixadapters.core.losses import entropy, load_balance, real_only, router_z
+from mixadapters.core.losses import real_only
 from mixadapters.core.routes import HardRoutes, pinned_routing, real_rows
 from mixadapters.core.routing import Routing, RoutingKey, with_distribution
 
 Insertion = Literal["parallel", "sequential"]
-AUXILIARY: dict[
-    str, tuple[Callable[..., Tensor], str]
-] = {  # loss of a router -> how it is computed, and of which part of its routing
-    "balance": (load_balance, "probs"),
-    "entropy": (entropy, "probs"),
-    "z": (router_z, "logits"),
-}
 
 
 class Mixture(Adapter):
@@ -151,12 +143,9 @@ class Mixture(Adapter):
         return routing
 
     def _add_losses(self, routing: Routing, mask: Tensor | None, context: ForwardContext) -> None:
-        for name, (loss, reads) in AUXILIARY.items():
-            if coefficient := getattr(self.router, f"{name}_coef", 0.0):
-                if (given := getattr(routing, reads)) is None:
-                    router = type(self.router).__name__
-                    raise ValueError(f"{name}_coef={coefficient} needs Routing.{reads}, which {router} does not give")
-                context.add_loss(name, loss(given, mask), coefficient)
+        losses = getattr(self.router, "losses", None)
+        for name, (value, weight) in {} if losses is None else losses(routing, mask).items():
+            context.add_loss(name, value, weight)
 
     def _tell(
         self, routing: Routing, mask: Tensor | None, context: ForwardContext, rows: int, device: Any, trains: bool

@@ -11,6 +11,7 @@ from mixadapters.core.fields import fits
 from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 from mixadapters.kernels import ACTIVATIONS
+from mixadapters.routers.base import COEFFICIENTS
 from mixadapters.routers.pooling import GRANULARITIES, POOLS
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
 from mixadapters.tuners.mixda.router import competes, read_router
@@ -85,7 +86,7 @@ class MixDAConfig(MixtureConfig):
         default=None,
         metadata={
             "help": "A router by name, or {'kind': name, option: value}. None: softmax, and the fields below.",
-            "free_keys": ("dropout", "balance_coef", "z_coef", "entropy_coef"),  # only for training
+            "free_keys": ("dropout", "jitter", "noise", *COEFFICIENTS),  # only for training
         },
     )
     gate: str | None = field(default=None, metadata={"help": "Short for router['kind']. None: 'softmax'."})

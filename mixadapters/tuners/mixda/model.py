@@ -110,7 +110,7 @@ class MixDAModel(DomainVerbs):
 
     def _refuse_causal(self, paths: list[str]) -> None:
         for path in paths:
-            if self._is_causal(stack_of(path, self.model)):
+            if self._is_causal(path):
                 raise ValueError(
                     f"gate_granularity='sequence' at {path!r}: the gate of a causal decoder would see the future; "
                     "use 'token', 'causal_prefix' or 'request'"
