@@ -223,11 +223,6 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                     "the mixture anew from all experts, or use router_scope='module'"
                 )
 
-    def _leaders(self, adapter_name: str) -> dict[str, Any]:
-        """path -> router, of the layers that decide for themselves."""
-        mixtures = self._mixtures(adapter_name)
-        return {path: m.router for path, m in mixtures if not isinstance(m.router, FollowRouter)}
-
     def _require(self, adapter_name: str, verb: str) -> None:
         router = next(iter(self._leaders(adapter_name).values()))
         if not hasattr(router, verb):
@@ -263,21 +258,3 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
 
     def chosen(self, config: MoAConfig, arms: int) -> int:
         raise NotImplementedError
-
-    def set_trainable(self, adapter_name: str) -> None:
-        """Train what the config and the stage say."""
-        config = self._moa(adapter_name)
-        if config.inference_mode:
-            for _, mixture in self._mixtures(adapter_name):
-                mixture.requires_grad_(False)
-            return
-        if adapter_name in self.stage:
-            self.set_stage(self.stage[adapter_name], adapter_name)
-        elif config.frozen_experts():
-            patterns = config.trained_in("task")
-            for host in self.hosts():
-                if adapter_name in host.adapters:
-                    host.stages[adapter_name] = patterns
-            for parameter, matches in self._stage_parameters(patterns, adapter_name):
-                if not matches:
-                    parameter.requires_grad_(False)
