@@ -37,8 +37,7 @@ class Pooling:
     def __call__(self, score: Score, tokens: Tensor, context: ForwardContext) -> Tensor:
         sequences = context.as_sequences(tokens, self.stack)
         stream = context.stream(self.stack)
-        mask = stream.mask if stream.mask is not None and stream.mask.shape[1] == sequences.shape[1] else None
-        logits = self.pooled(score, sequences, mask, stream, context)
+        logits = self.pooled(score, sequences, mask_of(sequences, stream), stream, context)
         return logits.expand(-1, sequences.shape[1], -1).flatten(0, 1)
 
     def pooled(
@@ -66,13 +65,10 @@ class SequencePooling(Pooling):
     def pooled(
         self, score: Score, sequences: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext
     ) -> Tensor:
-        _refuse_packed(stream, self.granularity)
+        refuse_documents(stream, self.granularity)
         if self.pool == "last":
             return score(sequences[:, -1]).unsqueeze(1)
-        if mask is None:
-            if stream.length is not None and sequences.shape[0] > 1:
-                raise _missing_mask(self.granularity, stream)
-            mask = torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
+        mask = known_mask(sequences, mask, stream, self.granularity)
         if self.pool == "masked_mean":
             exact = sequences.to(
                 torch.promote_types(sequences.dtype, torch.float32)
@@ -157,7 +153,7 @@ class RequestPooling(Remembering):
         frozen = None if state is None else state.get(key)
         if frozen is not None:
             return frozen.unsqueeze(1)
-        _refuse_packed(stream, self.granularity)
+        refuse_documents(stream, self.granularity)
         weight = self.prompt(logits, mask, context).to(logits.dtype).unsqueeze(-1)
         mean = (logits * weight).sum(1) / weight.sum(1).clamp_min(1)
         if state is not None:
@@ -209,6 +205,20 @@ def _before_labels(labels: Tensor, real: Tensor) -> Tensor:
     return prompt
 
 
+def known_mask(sequences: Tensor, mask: Tensor | None, stream: Stream, granularity: str) -> Tensor:
+    """(B, T) bool mask of sequences (B, T, ...). Raises ValueError where several rows have none."""
+    if mask is not None:
+        return mask
+    if stream.length is not None and sequences.shape[0] > 1:
+        raise _missing_mask(granularity, stream)
+    return torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
+
+
+def mask_of(sequences: Tensor, stream: Stream) -> Tensor | None:
+    """(B, T) bool, the mask of the stream where it is that of these sequences (B, T, ...)."""
+    return stream.mask if stream.mask is not None and stream.mask.shape[1] == sequences.shape[1] else None
+
+
 def _missing_mask(granularity: str, stream: Stream) -> ValueError:
     ids = stream.mask_name.replace("attention_mask", "input_ids")
     return ValueError(
@@ -217,7 +227,8 @@ def _missing_mask(granularity: str, stream: Stream) -> ValueError:
     )
 
 
-def _refuse_packed(stream: Stream, granularity: str) -> None:
+def refuse_documents(stream: Stream, granularity: str) -> None:
+    """Raise ValueError where the rows of a forward hold several documents, one after the other."""
     positions = stream.position_ids
     if positions is None or torch.compiler.is_compiling() or positions.dim() != 2 or positions.shape[1] < 2:
         return

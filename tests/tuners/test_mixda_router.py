@@ -181,7 +181,7 @@ def test_a_process_that_has_not_imported_the_router_says_so(own, tiny, tmp_path)
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
     last = found.stderr.strip().splitlines()[-1]
     assert found.returncode != 0
-    assert last.startswith("ValueError: unknown router 'mine_top_k'; have ['constant',")
+    assert last.startswith("ValueError: unknown router 'mine_top_k'; have ['arrow', 'constant',")
     assert last.endswith("A router of your own is known once the module that registers it has been imported.")
 
 
