@@ -3,6 +3,7 @@
 from mixadapters.routers.arrow import ArrowRouter
 from mixadapters.routers.base import ROUTERS, Router, build_router
 from mixadapters.routers.cosine import CosineRouter
+from mixadapters.routers.counts import CountsRouter
 from mixadapters.routers.dense_to_sparse import DenseToSparseRouter
 from mixadapters.routers.expert_choice import ExpertChoiceRouter
 from mixadapters.routers.fixed import ConstantRouter, SingleRouter
@@ -27,6 +28,7 @@ __all__ = [
     "ArrowRouter",
     "ConstantRouter",
     "CosineRouter",
+    "CountsRouter",
     "DenseToSparseRouter",
     "DomainGate",
     "ExpertChoiceRouter",

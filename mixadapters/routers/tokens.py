@@ -13,17 +13,15 @@ def token_ids(context: ForwardContext, stack: str, rows: int, who: str) -> Tenso
     Raises:
         ValueError: the forward has no ids, or others.
     """
-    inputs = context.record.inputs
-    name = "decoder_input_ids" if stack == "decoder" and "decoder_input_ids" in inputs else "input_ids"
-    ids = inputs.get(name)
+    ids = context.stream(stack).input_ids
     if ids is None:
         raise ValueError(
-            f"{who} routes by the ids of tokens, and this forward has no {name} (inputs_embeds or labels alone do not "
-            "say them): pass them, or choose a router that reads hidden states"
+            f"{who} routes by the ids of tokens, and this forward has none (inputs_embeds or labels alone do not say "
+            "them): pass input_ids, or choose a router that reads hidden states"
         )
     if ids.numel() != rows:
         raise ValueError(
-            f"{who} routes by the ids of tokens: this layer reads {rows} rows, but {name} {tuple(ids.shape)} has "
-            f"{ids.numel()} ids; use it at layers that read the tokens themselves"
+            f"{who} routes by the ids of tokens: this layer reads {rows} rows, but the forward has {ids.numel()} ids; "
+            "use it at layers that read the tokens themselves"
         )
-    return ids.reshape(-1, ids.shape[-1])
+    return ids

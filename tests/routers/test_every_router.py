@@ -21,18 +21,19 @@ from mixadapters.core.record import Record
 from mixadapters.core.routing import Routing, RoutingKey
 from mixadapters.core.streams import Stream
 from mixadapters.core.usage import UsageRecorder
-from mixadapters.routers import ConstantRouter, LearnedRouter, SingleRouter, build_router
+from mixadapters.routers import ConstantRouter, CountsRouter, LearnedRouter, SingleRouter, build_router
 from mixadapters.routers.base import options_of
 
 NAMES = sorted(name for name in ROUTERS if not name.startswith("toy_"))
 BATCH, LENGTH, WIDTH, VOCABULARY = 2, 3, 8, 11
 EXPERTS = {"single": ["a"]}  # the others take any number
 OPTIONS: dict[str, dict[str, Any]] = {  # what a router needs to be told, to be as soft as others
+    "counts": {"vocab_size": VOCABULARY},
     "pregate": {"vocab_size": VOCABULARY},
     "tree": {"gamma": 10.0},
 }
 BY_BATCH = ("modality", "task")  # the batch says where rows go, and not the tokens
-BY_IDS = ("hash", "pregate")  # ids of tokens, and not hidden states
+BY_IDS = ("counts", "hash", "pregate")  # ids of tokens, and not hidden states
 SEES_THE_SEQUENCE = ("expert_choice",)  # refused on causal models
 ONE_LAYER = LlamaConfig(hidden_size=2, num_hidden_layers=1, num_attention_heads=1)
 every_router = pytest.mark.parametrize("name", NAMES)
@@ -58,6 +59,8 @@ def made(name: str, experts: list[str] | None = None, **arguments: Any) -> Route
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     if router.needs_fit:
         router.fit(expert_weights(experts))
+    if isinstance(router, CountsRouter):
+        router.table.fit({arm: torch.arange(VOCABULARY) * (i + 1) % 7 for i, arm in enumerate(router.arms, 1)})
     return router.eval()
 
 
@@ -75,7 +78,7 @@ class Batch:
         context = ForwardContext()
         values = {"modality_ids": self.modality_ids, "expert_ids": self.expert_ids, **about.pop("values", {})}
         record = Record(training, True, open=True, inputs={"input_ids": self.ids}, values=values)
-        record.streams[""] = Stream(*self.ids.shape, self.mask, None, cache, past, **about)
+        record.streams[""] = Stream(*self.ids.shape, self.mask, None, cache, past, input_ids=self.ids, **about)
         context.enter(record)
         return context
 
@@ -400,7 +403,7 @@ def test_experts_come_and_go_or_the_reason_is_said(name) -> None:
     router.reorder(["a", "b", "c"])
     router.add_expert("d", 1e-9)
     assert router.experts == ["a", "b", "c", "d"]
-    if name not in SEES_THE_SEQUENCE:  # there more experts take fewer tokens each
+    if name not in ("counts", *SEES_THE_SEQUENCE):  # it asks for its text first; more experts take fewer tokens each
         torch.testing.assert_close(run(router, batch)[..., :3], before)
     router.remove_expert("d", True)
     torch.testing.assert_close(run(router, batch), before)
@@ -427,7 +430,8 @@ def test_what_may_change_in_training_is_set_by_name_and_checked(name) -> None:
 
 @every_router
 def test_router_says_for_how_many_layers_it_may_decide(name) -> None:
-    assert "module" in ROUTERS[name].scopes
+    assert "module" in ROUTERS[name].scopes or name == "counts"
+    assert ROUTERS[name].scopes
     assert ROUTERS[name].scopes <= {"module", "block", "model"}
 
 
