@@ -112,6 +112,7 @@ class Mixture(Adapter):
             mask = real_rows(context, self.stack, rows)
             if trains:
                 self._add_losses(routing, mask, context)
+                context.steps.look(self.key, router, self.parameters())
             if not record.closed:  # checkpointing that runs the layer again tells nothing new
                 self._tell(routing, mask, context, rows, source.device, trains)
         return routing
