@@ -89,7 +89,7 @@ class MixtureConfig(PeftConfig):
         default=None, metadata={"help": "Not supported: adapters sit on modules. Wrap the whole MoE block instead."}
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Embedding rows trained beside the adapter, as in PEFT."}
+        default=None, metadata={"help": "Embedding rows trained beside the adapter, as in PEFT.", "least": 0}
     )
     format_version: int = field(
         default=FORMAT_VERSION, metadata={"help": "Format of the saved files.", "least": 1, "free": True}

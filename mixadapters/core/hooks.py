@@ -165,6 +165,7 @@ class Checkpointed:
             return self.function(layer, *args, **kwargs)
         records: Records = self.context.records
         record = records.current
+        record.checkpointed = True
 
         def run(*inner: Any, **keywords: Any) -> Any:
             with records.using(record):

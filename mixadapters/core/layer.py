@@ -128,10 +128,30 @@ class AdapterHost(BaseTunerLayer):
         Convolutions of kernel 1 have their channels second: (B, K, ...) and (B, M, ...).
         """
         base = self.get_base_layer()
+        run = self._run_as_before if self.context.record.checkpointed else self._run_adapters
         if not is_pointwise(base):
-            return self._run_adapters(x, y, names)
+            return run(x, y, names)
         places: Any = (..., *(slice(None, None, step) for step in base.stride))
-        return self._run_adapters(x[places].movedim(1, -1), y.movedim(1, -1), names).movedim(-1, 1)
+        return run(x[places].movedim(1, -1), y.movedim(1, -1), names).movedim(-1, 1)
+
+    def _run_as_before(self, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
+        """Under activation checkpointing: when the layer runs again, parameters train if they did in its first run.
+
+        What is saved for the backward depends on that, and PEFT's verbs freeze what they switch off.
+        """
+        record = self.context.record
+        if not self.context.records.again:
+            named = record.values.get("adapter_names")
+            acting = (self.adapters[name] for name in dict.fromkeys(named or names) if name in self.adapters)
+            record.trained[self] = [(p, p.requires_grad) for adapter in acting for p in adapter.parameters()]
+        changed = [(p, trained) for p, trained in record.trained.get(self, ()) if p.requires_grad != trained]
+        try:
+            for parameter, trained in changed:
+                parameter.requires_grad_(trained)
+            return self._run_adapters(x, y, names)
+        finally:
+            for parameter, trained in changed:
+                parameter.requires_grad_(not trained)
 
     def _run_adapters(self, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
         record = self.context.record

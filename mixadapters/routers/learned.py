@@ -71,7 +71,7 @@ class LearnedRouter(ArmSurgery):
         if isinstance(hidden, str) or not all(type(width) is int and width > 0 for width in hidden):
             raise ValueError(f"hidden={hidden!r} must be a list of positive widths, such as [768]")
         if not _finite(temperature) or temperature <= 0:
-            raise ValueError(f"temperature={temperature!r} must be a finite number above 0")
+            raise ValueError(f"temperature={temperature!r} must be a finite number above 0, from 1e-30 to 1e30")
         if not _finite(dropout) or not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout!r} must be at least 0 and below 1")
         if not _finite(frozen_bias):

@@ -58,7 +58,7 @@ class MixDAConfig(MixtureConfig):
         metadata={"help": "Width of new domain adapters. None: by reduction_factor.", "least": 1, "free": True},
     )
     reduction_factor: float = field(
-        default=16, metadata={"help": "Input width / adapter width (paper: 16).", "above": 0, "free": True}
+        default=16, metadata={"help": "Input width / adapter width (paper: 16).", "least": 1e-3, "free": True}
     )
     domain_layers: list[int | float] | None = field(
         default=None,
@@ -139,7 +139,7 @@ class MixDAConfig(MixtureConfig):
         default=None, metadata={"help": "Its width. None: by task_reduction_factor.", "least": 1, "free": True}
     )
     task_reduction_factor: float = field(
-        default=16, metadata={"help": "Hidden width / its width (paper: 16).", "above": 0, "free": True}
+        default=16, metadata={"help": "Hidden width / its width (paper: 16).", "least": 1e-3, "free": True}
     )
     task_activation: str = field(
         default="relu",
