@@ -56,14 +56,14 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 def problem(
     rank: int, experts: int = 8, *, rows: int = 8192, wide: int = 4096, slots: int | None = 1, run: int = 1,
-    dtype: torch.dtype = torch.bfloat16, weights: torch.dtype | None = None, bias: bool = False, glu: bool = False,
-    gates: bool = False, base: bool = True, base_weight: bool = False, act: str = "identity", dropout: float = 0.0,
-    batch_invariant: bool = False,
+    dtype: torch.dtype = torch.bfloat16, weight_dtype: torch.dtype | None = None, bias: bool = False,
+    glu: bool = False, weights: bool = False, base: bool = True, base_weight: bool = False, act: str = "identity",
+    dropout: float = 0.0, batch_invariant: bool = False,
 ) -> Problem:  # fmt: skip
     """A problem on "meta": shapes and dtypes, and no data."""
-    weights = weights or dtype
+    weight_dtype = weight_dtype or dtype
 
-    def make(*shape: int, dtype: torch.dtype = weights) -> torch.Tensor:
+    def make(*shape: int, dtype: torch.dtype = weight_dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     total = rank * experts
@@ -72,7 +72,7 @@ def problem(
         make(total) if bias else None, make(experts, wide) if bias else None,
         make(total, wide) if glu else None, make(total) if glu and bias else None,
         None if slots is None else make(rows, slots, dtype=torch.int64),
-        make(rows, slots or experts, dtype=torch.float32) if gates else None, make(experts, dtype=torch.float32),
+        make(rows, slots or experts, dtype=torch.float32) if weights else None, make(experts, dtype=torch.float32),
         make(rows, wide, dtype=dtype) if base else None,
         make(rows, dtype=torch.float32) if base_weight else None,
         act, dropout, make(dtype=torch.int64) if dropout else None, run, batch_invariant,
@@ -80,10 +80,10 @@ def problem(
 
 
 FP32, FP16 = torch.float32, torch.float16
-MIXED = {"bias": True, "gates": True, "act": "gelu"}
+MIXED = {"bias": True, "weights": True, "act": "gelu"}
 PROBLEMS = {
     **{f"lora r{r}, one per sequence": problem(r, run=1024) for r in (8, 16, 32, 64, 128, 256)},
-    "lora r16, fp32 weights, dropout": problem(16, run=1024, weights=FP32, dropout=0.1),
+    "lora r16, fp32 weights, dropout": problem(16, run=1024, weight_dtype=FP32, dropout=0.1),
     "lora r64, fp32": problem(64, run=1024, dtype=FP32),
     "lora r128, fp32": problem(128, run=1024, dtype=FP32),
     "lora r16, fp16": problem(16, run=1024, dtype=FP16),

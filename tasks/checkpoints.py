@@ -31,12 +31,12 @@ class MarkCheckpoints(TrainerCallback):
 def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint of a training that is whole, and the others that are not, each with the reason."""
     found = [f for f in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if f.name.rpartition("-")[2].isdigit()]
-    broken = {f: reason for f in found if (reason := fault(f))}
+    broken = {f: reason for f in found if (reason := not_whole(f))}
     whole = [f for f in found if f not in broken]
     return max(whole, key=lambda f: int(f.name.rpartition("-")[2]), default=None), broken
 
 
-def fault(checkpoint: Path) -> str:
+def not_whole(checkpoint: Path) -> str:
     """Why a checkpoint is not whole; empty where it is."""
     try:
         sizes = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))

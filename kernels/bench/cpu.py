@@ -103,18 +103,18 @@ class Setting:
         self.scale = torch.full((E,), 2.0, device=device)
         n = case.sequences or T
         self.run = T // n
-        self.gates = None
+        self.weights = None
         if case.task == "lora":
             self.owners = torch.randperm(max(n, E), generator=g, device=device)[:n] % E
             self.indices = self.owners.repeat_interleave(self.run).unsqueeze(1)
         else:
-            gates, self.indices = torch.rand(T, E, generator=g, device=device).topk(case.k, 1)
+            weights, self.indices = torch.rand(T, E, generator=g, device=device).topk(case.k, 1)
             if case.k == E:
                 self.indices = torch.arange(E, device=device).expand(T, -1)
-            self.gates = gates.softmax(1).to(dtype)
+            self.weights = weights.softmax(1).to(dtype)
         self.leaves = [self.x, self.base, self.down, self.up]
         if case.task == "mixture":
-            self.leaves += [self.bias, self.gates]
+            self.leaves += [self.bias, self.weights]
         # Loops elsewhere hold a module per adapter, and lists of the sequences that name it.
         self.apart = [list(self.down.clone()), [u.t().contiguous() for u in self.up], list(self.bias.clone())]
         if case.task == "lora":
@@ -131,7 +131,7 @@ class Setting:
         lora = case.task == "lora"
         stacked = self.leaves
         downs, ups, biases = self.apart
-        apart = [self.x, self.base, *downs, *ups] + ([] if lora else [*biases, self.gates])
+        apart = [self.x, self.base, *downs, *ups] + ([] if lora else [*biases, self.weights])
         found = {"ours": (self.ours, stacked)}
         for name in OURS:
             if self.pays(name):
@@ -155,11 +155,11 @@ class Setting:
         return True
 
     def ours(self, backend: str | None = None) -> Tensor:
-        case, mixture = self.case, self.gates is not None
+        case, mixture = self.case, self.weights is not None
         with kernels.adapter_backend(backend):
             return kernels.lowrank(
                 self.x, self.down.flatten(0, 1), self.up.flatten(0, 1).t(), (case.r,) * case.E,
-                b_down=self.bias.flatten() if mixture else None, gates=self.gates,
+                b_down=self.bias.flatten() if mixture else None, weights=self.weights,
                 indices=None if mixture and case.k == case.E else self.indices, base=self.base, run=self.run,
                 scale=None if mixture else self.scale, act="gelu" if mixture else "identity",
             )  # fmt: skip
@@ -187,19 +187,19 @@ class Setting:
             rows, slots = (self.indices == e).nonzero(as_tuple=True)
             if len(rows):
                 y = F.linear(F.gelu(F.linear(self.x[rows], down, bias)), up)
-                out = out.index_add(0, rows, y * self.gates[rows, slots].unsqueeze(1))
+                out = out.index_add(0, rows, y * self.weights[rows, slots].unsqueeze(1))
         return out
 
     def loop_all(self) -> Tensor:
         """Every expert on every row."""
         out = self.base
-        weights = self.all_gates()
+        weights = self.all_weights()
         for e, (down, up, bias) in enumerate(zip(*self.apart, strict=True)):
             out = out + F.linear(F.gelu(F.linear(self.x, down, bias)), up) * weights[:, e : e + 1]
         return out
 
-    def all_gates(self) -> Tensor:
-        return self.x.new_zeros(self.case.T, self.case.E).scatter(1, self.indices, self.gates)
+    def all_weights(self) -> Tensor:
+        return self.x.new_zeros(self.case.T, self.case.E).scatter(1, self.indices, self.weights)
 
     def grouped_mm(self) -> Tensor:
         """Rows sorted by expert, two grouped products."""
@@ -208,21 +208,21 @@ class Setting:
         ends = torch.bincount(experts, minlength=self.case.E).cumsum(0).to(torch.int32)
         rows = order // self.indices.shape[1]
         h = F.grouped_mm(self.x.index_select(0, rows), self.down.transpose(1, 2), offs=ends)
-        if self.gates is None:
+        if self.weights is None:
             y = F.grouped_mm(h, self.up, offs=ends) * 2.0
         else:
             h = F.gelu(h + self.bias.index_select(0, experts.index_select(0, order)))
-            y = F.grouped_mm(h * self.gates.reshape(-1).index_select(0, order).unsqueeze(1), self.up, offs=ends)
+            y = F.grouped_mm(h * self.weights.reshape(-1).index_select(0, order).unsqueeze(1), self.up, offs=ends)
         return self.base.index_add(0, rows, y)
 
     def chain(self) -> Tensor:
         """One wide product, masked, another: plain operations under autograd."""
         E, r = self.case.E, self.case.r
         h = F.linear(self.x, self.down.flatten(0, 1))
-        if self.gates is None:
+        if self.weights is None:
             weights = F.one_hot(self.indices.squeeze(1), E).to(h.dtype) * 2.0
         else:
-            h, weights = F.gelu(h + self.bias.flatten()), self.all_gates()
+            h, weights = F.gelu(h + self.bias.flatten()), self.all_weights()
         h = (h.view(-1, E, r) * weights.unsqueeze(2)).flatten(1)
         return torch.addmm(self.base, h, self.up.flatten(0, 1))
 

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 
 from mixadapters import kernels
 from mixadapters.kernels import triton as backend
-from mixadapters.kernels.problem import WEIGHTS, Problem
+from mixadapters.kernels.problem import PARAMETERS, Problem
 from mixadapters.kernels.triton import configs
 from mixadapters.kernels.triton import plan as planning
 
@@ -80,7 +80,7 @@ def on_meta(case: Case) -> SimpleNamespace:
     mixture = case.task == "mixture"
     return SimpleNamespace(
         case=case, x=rows, base=rows, down=experts, up=experts, bias=make(case.E, case.r),
-        scale=make(case.E, dtype=torch.float32), gates=make(case.T, case.k) if mixture else None,
+        scale=make(case.E, dtype=torch.float32), weights=make(case.T, case.k) if mixture else None,
         indices=make(case.T, case.k, dtype=torch.int64), run=case.T // (case.sequences or case.T),
     )  # fmt: skip
 
@@ -176,13 +176,13 @@ def milliseconds(run: Callable[[], object], graph: bool = False) -> float:
 
 def problem(setting: Setting | SimpleNamespace, **changes: Any) -> Problem:
     """What the operation is given in a case, without autograd."""
-    case, mixture = setting.case, setting.gates is not None
-    down, up, bias, gates = (
-        None if t is None else t.detach() for t in (setting.down, setting.up, setting.bias, setting.gates)
+    case, mixture = setting.case, setting.weights is not None
+    down, up, bias, weights = (
+        None if t is None else t.detach() for t in (setting.down, setting.up, setting.bias, setting.weights)
     )
     p = Problem(
         setting.x.detach(), down.flatten(0, 1), up.flatten(0, 1).t(), (case.r,) * case.E,
-        b_down=bias.flatten() if mixture else None, gates=gates, scale=None if mixture else setting.scale,
+        b_down=bias.flatten() if mixture else None, weights=weights, scale=None if mixture else setting.scale,
         indices=None if mixture and case.k == case.E else setting.indices, base=setting.base.detach(),
         act="gelu" if mixture else "identity", run=setting.run,
     )  # fmt: skip
@@ -191,12 +191,12 @@ def problem(setting: Setting | SimpleNamespace, **changes: Any) -> Problem:
 
 def everything(p: Problem, grad: Tensor) -> dict[str, Tensor]:
     y, kept = backend.forward(p, True)
-    asked = ("x", *(name for name in WEIGHTS if getattr(p, name) is not None))
+    asked = ("x", *(name for name in PARAMETERS if getattr(p, name) is not None))
     return {"y": y, **backend.backward(p, kept, grad, frozenset(asked))}
 
 
 def in_fp64(p: Problem, grad: Tensor) -> dict[str, Tensor]:
-    fields = ("x", *WEIGHTS, "base")
+    fields = ("x", *PARAMETERS, "base")
     leaves = {n: getattr(p, n).double().requires_grad_() for n in fields if getattr(p, n) is not None}
     fields = {n: t for n, t in leaves.items() if n not in ("x", "down", "up", "gate")}
     with kernels.adapter_backend("reference"):

@@ -27,7 +27,7 @@ class Layout(Protocol):
     read.
     """
 
-    gates: Tensor | None  # slots; None: all 1
+    weights: Tensor | None  # slots; None: all 1
     scale: Tensor | None  # slots
 
     def __init__(self, p: Problem, saved: Saved = ()) -> None:
@@ -43,7 +43,7 @@ class Layout(Protocol):
         """rows @ weight^T + bias, with the weights of each row's experts: hidden, for each map."""
 
     def weighted(self, h: Tensor) -> Tensor:
-        """Hidden times gate and scale of its slot; 0 where there is nothing. A new tensor, unless all are 1."""
+        """Hidden times weight and scale of its slot; 0 where there is nothing. A new tensor, unless all are 1."""
 
     def cleared(self, h: Tensor) -> Tensor:
         """0 where there is nothing, in place."""
@@ -64,7 +64,7 @@ class Layout(Protocol):
         """(R,): sum over the rows of each expert."""
 
     def shift_sums(self, rows: Tensor) -> Tensor:
-        """(E, M): sum of rows times gate and scale, over the rows of each expert."""
+        """(E, M): sum of rows times weight and scale, over the rows of each expert."""
 
     def dots(self, h: Tensor, rows: Tensor) -> Tensor:
         """Slots: sum over the hidden columns of h, plus the product of rows with `b_up` where there is one."""
@@ -96,12 +96,12 @@ def backward(p: Problem, saved: Saved, grad: Tensor, needs: frozenset[str], layo
     out: dict[str, Tensor] = {} if up is None else {"up": up.t()}
     if "b_up" in needs:
         out["b_up"] = by.shift_sums(rows)
-    if needs & {"gates", "scale"}:
+    if needs & {"weights", "scale"}:
         dots = by.dots(wide(u) * h, rows)
         if "scale" in needs:
-            out["scale"] = by.by_expert(dots if by.gates is None else dots * by.gates)
-        if "gates" in needs:
-            out["gates"] = by.by_row(dots if by.scale is None else dots * by.scale)
+            out["scale"] = by.by_expert(dots if by.weights is None else dots * by.weights)
+        if "weights" in needs:
+            out["weights"] = by.by_row(dots if by.scale is None else dots * by.scale)
     if needs & {"x", "down", "b_down", "gate", "b_gate"}:
         out |= _of_the_input(p, by, hidden_backward(p.act, by.weighted(u), z, v), needs)
     return out

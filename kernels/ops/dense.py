@@ -34,7 +34,7 @@ def forward(p: Problem, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
 def backward(p: Problem, saved: tuple[Tensor, ...], grad: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
     out = chain.backward(p, saved, grad, needs, Dense)
     if p.indices is not None:
-        results = [gradient for name, gradient in out.items() if name not in ("x", "gates")]
+        results = [gradient for name, gradient in out.items() if name not in ("x", "weights")]
         if "x" in out:
             results += _smaller(p, out["x"], p.down, p.gate)
         if not _finite(*results):
@@ -59,10 +59,10 @@ class Dense:
 
     def __init__(self, p: Problem, saved: tuple[Tensor, ...] = ()) -> None:
         self.p, self.scale = p, p.scale
-        self.gates, self.chosen = _table(p)
-        self.weights = chain.product(self.gates, p.scale)  # (N, E), (E,) or None
-        if self.weights is not None and self.chosen is not None and p.scale is not None:
-            self.weights = torch.where(self.chosen, self.weights, 0)
+        self.weights, self.chosen = _table(p)
+        self.factors = chain.product(self.weights, p.scale)  # (N, E), (E,) or None
+        if self.factors is not None and self.chosen is not None and p.scale is not None:
+            self.factors = torch.where(self.chosen, self.factors, 0)
 
     def keep(self, z: Tensor, v: Tensor | None) -> tuple[Tensor, ...]:
         return (z,) if v is None else (z, v)
@@ -77,9 +77,9 @@ class Dense:
         return [products.mm(rows, weight.t(), bias) for weight, bias in maps]
 
     def weighted(self, h: Tensor) -> Tensor:
-        if self.weights is None:
+        if self.factors is None:
             return h
-        return self.cleared(_by_expert(h, self.p.ranks, self.weights))
+        return self.cleared(_by_expert(h, self.p.ranks, self.factors))
 
     def cleared(self, h: Tensor) -> Tensor:
         return h if self.chosen is None else _mask(h, self.chosen, self.p.ranks)
@@ -96,7 +96,7 @@ class Dense:
                 y += products.mm(h, p.up.t())
         if p.b_up is not None:
             # The experts' own biases, one for each row that chose them.
-            y += p.b_up.sum(0) if self.weights is None else self.weights.to(p.b_up.dtype) @ p.b_up
+            y += p.b_up.sum(0) if self.factors is None else self.factors.to(p.b_up.dtype) @ p.b_up
         if p.indices is not None and p.base is not None:
             none = (p.indices < 0).all(1, keepdim=True)
             # Adding a zero turns -0.0 into 0.0.
@@ -121,10 +121,10 @@ class Dense:
         return h.sum(0, dtype=chain.wide_dtype(h))
 
     def shift_sums(self, rows: Tensor) -> Tensor:
-        if self.weights is not None and self.weights.dim() == 2:
-            return self.weights.to(rows.dtype).t() @ rows
+        if self.factors is not None and self.factors.dim() == 2:
+            return self.factors.to(rows.dtype).t() @ rows
         total = self.sums(rows).expand(len(self.p.ranks), -1)
-        return total if self.weights is None else total * self.weights.unsqueeze(1)
+        return total if self.factors is None else total * self.factors.unsqueeze(1)
 
     def dots(self, h: Tensor, rows: Tensor) -> Tensor:
         if _same(self.p.ranks):
@@ -146,28 +146,28 @@ class Dense:
 
 
 def _table(p: Problem) -> tuple[Tensor | None, Tensor | None]:
-    """Gates (N, E) of each expert for each row, and which experts a row chose (N, E)."""
+    """Weights (N, E) of each expert for each row, and which experts a row chose (N, E)."""
     if p.indices is None:
-        return p.gates, None
+        return p.weights, None
     experts = len(p.ranks)
     if p.slots == 1:
         chosen = p.indices == torch.arange(experts, device=p.x.device)
-        return chosen.to(p.x.dtype) if p.gates is None else torch.where(chosen, p.gates, 0), chosen
+        return chosen.to(p.x.dtype) if p.weights is None else torch.where(chosen, p.weights, 0), chosen
     columns = p.indices.where(p.indices >= 0, experts).long()  # "none" has a column of its own, cut off later
-    ones = torch.ones_like(columns, dtype=p.x.dtype) if p.gates is None else p.gates
+    ones = torch.ones_like(columns, dtype=p.x.dtype) if p.weights is None else p.weights
     table = ones.new_zeros(columns.shape[0], experts + 1, dtype=chain.wide_dtype(ones))
-    gates = table.scatter_add_(1, columns, ones.to(table.dtype))[:, :experts].to(p.x.dtype)
+    weights = table.scatter_add_(1, columns, ones.to(table.dtype))[:, :experts].to(p.x.dtype)
     chosen = table.new_zeros(table.shape, dtype=torch.bool).scatter_(1, columns, True)[:, :experts]
-    return gates, chosen
+    return weights, chosen
 
 
-def _by_expert(h: Tensor, ranks: Sequence[int], weights: Tensor) -> Tensor:
-    """h (N, R) times the weight of the expert that each column belongs to."""
+def _by_expert(h: Tensor, ranks: Sequence[int], factors: Tensor) -> Tensor:
+    """h (N, R) times the factor of the expert that each column belongs to."""
     if len(ranks) == 1:
-        return h * weights
+        return h * factors
     if _same(ranks):
-        return (h.view(-1, len(ranks), ranks[0]) * weights.unsqueeze(-1)).view_as(h)
-    return h * weights.index_select(-1, _owners(ranks, h.device))
+        return (h.view(-1, len(ranks), ranks[0]) * factors.unsqueeze(-1)).view_as(h)
+    return h * factors.index_select(-1, _owners(ranks, h.device))
 
 
 def _mask(h: Tensor, chosen: Tensor, ranks: Sequence[int]) -> Tensor:

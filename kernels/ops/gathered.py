@@ -76,15 +76,15 @@ class Gathered:
         self.p, run = p, 1 if p.batch_invariant else p.run
         choice: Choice = p.derived(("gathered", p.ranks, run), lambda: _choose(p, run))
         self.run, self.rank, self.experts, self.none, self.in_order, self.table, self.lacking = choice
-        self.gates = None if p.gates is None else p.gates.view(-1, run, p.slots)
+        self.weights = None if p.weights is None else p.weights.view(-1, run, p.slots)
         self.scale = None
         if p.scale is not None:
             scale = p.scale.unsqueeze(1) if self.in_order else p.scale[self.experts]
             self.scale = (scale if self.none is None else scale.masked_fill(self.none, 1)).unsqueeze(1)
-        self.weights = chain.product(self.gates, self.scale)  # (B, run or 1, k), or None
+        self.factors = chain.product(self.weights, self.scale)  # (B, run or 1, k), or None
         if self.none is not None:
             none = self.none.unsqueeze(1)
-            self.weights = (~none).to(p.x.dtype) if self.weights is None else self.weights.masked_fill(none, 0)
+            self.factors = (~none).to(p.x.dtype) if self.factors is None else self.factors.masked_fill(none, 0)
 
     def keep(self, z: Tensor, v: Tensor | None) -> tuple[Tensor, ...]:
         order = torch.zeros(self.p.x.shape[0] * self.p.slots, dtype=torch.int64)  # nothing is sorted
@@ -112,9 +112,9 @@ class Gathered:
         return product if bias is None else product + self._rows_of(bias.unsqueeze(1)).transpose(1, 2)
 
     def weighted(self, h: Tensor) -> Tensor:
-        if self.weights is None:
+        if self.factors is None:
             return h if self.lacking is None else h.masked_fill(self.lacking, 0)
-        return self.cleared((h.view(*h.shape[:2], self.p.slots, self.rank) * self.weights.unsqueeze(3)).flatten(2))
+        return self.cleared((h.view(*h.shape[:2], self.p.slots, self.rank) * self.factors.unsqueeze(3)).flatten(2))
 
     def cleared(self, h: Tensor) -> Tensor:
         if self.none is not None:
@@ -130,7 +130,7 @@ class Gathered:
         else:
             rows += torch.bmm(h, up)
         if p.b_up is not None:
-            rows += torch.bmm(self._all_weights(), self._biases_of(p.b_up))
+            rows += torch.bmm(self._all_factors(), self._biases_of(p.b_up))
         if p.base is not None and self.none is not None:
             # Adding a zero turns -0.0 into 0.0.
             y = torch.where(self.none.all(1).view(-1, 1, 1), self.take(p.start()), rows).view_as(y)
@@ -154,7 +154,7 @@ class Gathered:
         return self._collected(h.sum(1, dtype=chain.wide_dtype(h)))
 
     def shift_sums(self, rows: Tensor) -> Tensor:
-        parts = torch.bmm(self._all_weights().transpose(1, 2), rows).flatten(0, 1)
+        parts = torch.bmm(self._all_factors().transpose(1, 2), rows).flatten(0, 1)
         return self._by_number(parts)
 
     def dots(self, h: Tensor, rows: Tensor) -> Tensor:
@@ -194,10 +194,10 @@ class Gathered:
             parts.view(self.none.numel(), -1)[self.none.reshape(-1)] = 0
         return parts
 
-    def _all_weights(self) -> Tensor:
+    def _all_factors(self) -> Tensor:
         """(B, run, k)"""
-        weights = self.p.x.new_ones(1, 1, 1) if self.weights is None else self.weights
-        return weights.expand(self.experts.shape[0], self.run, self.p.slots)
+        factors = self.p.x.new_ones(1, 1, 1) if self.factors is None else self.factors
+        return factors.expand(self.experts.shape[0], self.run, self.p.slots)
 
     def _collected(self, parts: Tensor) -> Tensor:
         """(B, k * r, ...) -> (R, ...): summed over all that have read a row of the weight."""

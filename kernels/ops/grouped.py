@@ -47,10 +47,10 @@ class Grouped:
         self.count = count = sum(self.sizes)
         self.rows, self.experts = by.rows[:count], by.experts[:count]
         self.ends = by.counts.cumsum(0).to(torch.int32)
-        gates, scale = sorted_weights(p, by)
-        self.gates = None if gates is None else gates[:count]
+        weights, scale = sorted_weights(p, by)
+        self.weights = None if weights is None else weights[:count]
         self.scale = None if scale is None else scale[:count]
-        self.weights = chain.product(self.gates, self.scale)
+        self.factors = chain.product(self.weights, self.scale)
 
     def keep(self, z: Tensor, v: Tensor | None) -> tuple[Tensor, ...]:
         missing = self.by.order.shape[0] - self.count  # slots without expert
@@ -73,7 +73,7 @@ class Grouped:
         return found
 
     def weighted(self, h: Tensor) -> Tensor:
-        return h if self.weights is None else h * self.weights.unsqueeze(1)
+        return h if self.factors is None else h * self.factors.unsqueeze(1)
 
     def cleared(self, h: Tensor) -> Tensor:
         return h  # slots without expert are left out
@@ -83,7 +83,7 @@ class Grouped:
         delta = grouped_mm(h, self._stacked(p.up.t()), offs=self.ends)
         if p.b_up is not None:
             shift = p.b_up.index_select(0, self.experts)
-            delta += shift if self.weights is None else shift * self.weights.unsqueeze(1)
+            delta += shift if self.factors is None else shift * self.factors.unsqueeze(1)
         return self._added(p.start(), delta)
 
     def spread(self, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -110,7 +110,7 @@ class Grouped:
         return self._sums(h).reshape(-1)
 
     def shift_sums(self, rows: Tensor) -> Tensor:
-        return self._sums(rows if self.weights is None else rows * self.weights.unsqueeze(1))
+        return self._sums(rows if self.factors is None else rows * self.factors.unsqueeze(1))
 
     def dots(self, h: Tensor, rows: Tensor) -> Tensor:
         dots = h.sum(1)

@@ -26,7 +26,7 @@ def lowrank(
     w_gate: Tensor | None = None,
     b_gate: Tensor | None = None,
     indices: Tensor | None = None,
-    gates: Tensor | None = None,
+    weights: Tensor | None = None,
     scale: Tensor | None = None,
     base: Tensor | None = None,
     base_weight: Tensor | None = None,
@@ -35,7 +35,7 @@ def lowrank(
     seed: Tensor | None = None,
     run: int = 1,
 ) -> Tensor:
-    """y = base_weight * base + sum_s gate_s * scale_e * (up_e(act(down_e x)) + b_up_e), with e = indices_s.
+    """y = base_weight * base + sum_s weight_s * scale_e * (up_e(act(down_e x)) + b_up_e), with e = indices_s.
 
     With `w_gate` the experts are gated: `act(gate_e x) * down_e x` takes the place of `act(down_e x)`.
     Every float tensor may require a gradient, once; twice under `adapter_backend("reference")`. Computed in the
@@ -49,7 +49,7 @@ def lowrank(
         ranks: E ranks, in the order of the rows of `w_down`; they sum to R.
         b_down, b_gate: (R,). b_up: (E, M). w_gate: (R, K).
         indices: (N, k) int, -1 for "no expert": such a slot adds nothing. None: every expert for every row.
-        gates: (N, k), or (N, E) where indices is None; differentiable. None means 1.
+        weights: (N, k), or (N, E) where indices is None; differentiable. None means 1.
         scale: (E,) factor per expert. None means 1.
         base: (N, M) the frozen layer's output. None means 0.
         base_weight: (N,) its weight. None means 1. A row without expert then equals its base, bit for bit.
@@ -75,7 +75,7 @@ def lowrank(
         x = x.contiguous()
     backend, batch_invariant = backends.settings()
     p = Problem(
-        x, w_down, w_up, ranks, b_down, b_up, w_gate, b_gate, indices, gates, scale, base, base_weight, act, dropout,
+        x, w_down, w_up, ranks, b_down, b_up, w_gate, b_gate, indices, weights, scale, base, base_weight, act, dropout,
         seed, run, batch_invariant,
     )  # fmt: skip
     p.check()

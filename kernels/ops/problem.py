@@ -13,13 +13,13 @@ from torch import Tensor
 
 from mixadapters.kernels import hashing
 
-WEIGHTS = ("down", "up", "b_down", "b_up", "gate", "b_gate", "gates", "scale")
+PARAMETERS = ("down", "up", "b_down", "b_up", "gate", "b_gate", "weights", "scale")
 # The fields whose gradients a backend computes, in the order of the operators; those of `base` and its weight are
 # the same for all.
-DIFFERENTIABLE = ("x", *WEIGHTS)
+DIFFERENTIABLE = ("x", *PARAMETERS)
 
 _SHAPES = {
-    "gates": "one for each row and slot",
+    "weights": "one for each row and slot",
     "scale": "one for each expert",
     "base": "(N, M)",
     "base_weight": "one for each row",
@@ -53,7 +53,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """y = base_weight * base + sum_s gates_s * scale_e * (up_e h_e(x') + b_up_e), with e = indices_s.
+    """y = base_weight * base + sum_s weights_s * scale_e * (up_e h_e(x') + b_up_e), with e = indices_s.
 
     h_e(x') = act(down_e x' + b_down_e), or act(gate_e x' + b_gate_e) * (down_e x' + b_down_e) with `gate`; x' is x
     after dropout. Computed in the dtype of x, whatever the dtypes of the weights; y has the dtype of `base` (of x
@@ -69,7 +69,7 @@ class Problem:
     gate: Tensor | None = None  # (R, K)
     b_gate: Tensor | None = None  # (R,)
     indices: Tensor | None = None  # (N, k) int, -1 none; None: every expert for every row
-    gates: Tensor | None = None  # (N, k), or (N, E) where indices is None
+    weights: Tensor | None = None  # (N, k), or (N, E) where indices is None
     scale: Tensor | None = None  # (E,)
     base: Tensor | None = None  # (N, M)
     base_weight: Tensor | None = None  # (N,)
@@ -107,7 +107,7 @@ class Problem:
             raise ValueError(f"x must be (N, K) and indices (N, k), got {tuple(x.shape)} and {given}")
         rows, width, experts = x.shape[0], up.shape[0], len(self.ranks)
         for name, tensor, shape in (
-            ("gates", self.gates, (rows, self.slots)),
+            ("weights", self.weights, (rows, self.slots)),
             ("scale", self.scale, (experts,)),
             ("base", self.base, (rows, width)),
             ("base_weight", self.base_weight, (rows,)),
@@ -161,7 +161,7 @@ class Problem:
     def cast(self) -> Problem:
         """All weights in the dtype of x."""
         wrong = {}
-        for name in WEIGHTS:
+        for name in PARAMETERS:
             tensor = getattr(self, name)
             if tensor is not None and tensor.dtype != self.x.dtype:
                 wrong[name] = tensor.to(self.x.dtype)

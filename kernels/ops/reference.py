@@ -52,8 +52,8 @@ def _expert(p: Problem, x: Tensor, e: int, part: slice) -> Tensor:
     if p.scale is not None:
         y = own(y * p.scale[e])
     if hits is None:
-        return y if p.gates is None else y * p.gates[:, e : e + 1]
-    weight = hits.to(x.dtype) if p.gates is None else torch.where(hits, p.gates, 0)
+        return y if p.weights is None else y * p.weights[:, e : e + 1]
+    weight = hits.to(x.dtype) if p.weights is None else torch.where(hits, p.weights, 0)
     return own(y * weight.sum(1, keepdim=True))
 
 

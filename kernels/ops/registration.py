@@ -10,7 +10,7 @@ from mixadapters.kernels.problem import DIFFERENTIABLE, Problem, without_autocas
 
 _PROBLEM = (
     "Tensor x, Tensor down, Tensor up, int[] ranks, Tensor? b_down, Tensor? b_up, Tensor? gate, Tensor? b_gate, "
-    "Tensor? indices, Tensor? gates, Tensor? scale, Tensor? base, Tensor? base_weight, str act, float dropout, "
+    "Tensor? indices, Tensor? weights, Tensor? scale, Tensor? base, Tensor? base_weight, str act, float dropout, "
     "Tensor? seed, SymInt run, bool batch_invariant, str backend"
 )
 _NAMES = tuple(field.name for field in fields(Problem))

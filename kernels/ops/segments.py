@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     pieces: list[Piece]
     sizes: list[int] | None  # of the pieces, where these are all rows, once and in order
     order: Tensor | None
-    gates: Tensor | None  # (S,) of the slots, in that order
+    weights: Tensor | None  # (S,) of the slots, in that order
     scale: Tensor | None  # (S,)
 
     def taken(self, t: Tensor) -> Iterable[Tensor]:
@@ -73,8 +73,8 @@ class Segments:
     def __init__(self, p: Problem, saved: tuple[Tensor, ...] = ()) -> None:
         self.p = p
         self.plan = _plan(p, saved[1] if saved else None)
-        self.gates, self.scale = self.plan.gates, self.plan.scale
-        self.weights = chain.product(self.gates, self.scale)
+        self.weights, self.scale = self.plan.weights, self.plan.scale
+        self.factors = chain.product(self.weights, self.scale)
 
     def keep(self, z: Tensor, v: Tensor | None) -> tuple[Tensor, ...]:
         order = self.plan.order
@@ -100,12 +100,12 @@ class Segments:
         ]
         for piece, taken in zip(self.plan.pieces, self.plan.taken(rows), strict=True):
             e = piece.expert
-            for parts, weights, biases in into:
-                products.mm(taken, weights[e].t(), None if biases is None else biases[e], out=next(parts))
+            for parts, matrices, biases in into:
+                products.mm(taken, matrices[e].t(), None if biases is None else biases[e], out=next(parts))
         return found
 
     def weighted(self, h: Tensor) -> Tensor:
-        return h if self.weights is None else h * self.weights.unsqueeze(1)
+        return h if self.factors is None else h * self.factors.unsqueeze(1)
 
     def cleared(self, h: Tensor) -> Tensor:
         return h  # pieces are all that is read, and they are as wide as their experts
@@ -125,7 +125,7 @@ class Segments:
         ):
             shift = None
             if p.b_up is not None:
-                shift = (p.b_up[piece.expert], None if self.weights is None else self.weights[piece.at])
+                shift = (p.b_up[piece.expert], None if self.factors is None else self.factors[piece.at])
             _add_product(total, piece.rows, here, part, ups[piece.expert], shift, start)
         return total.to(y.dtype)
 
@@ -135,12 +135,12 @@ class Segments:
         dx = p.x.new_empty(p.x.shape) if plan.sizes else p.x.new_zeros(p.x.shape)
         total = dx if p.slots == 1 else chain.wide(dx)
         for i, (h, weight) in enumerate(pairs):
-            weights = weight.split(p.ranks)
+            matrices = weight.split(p.ranks)
             for piece, part, here in zip(plan.pieces, plan.hidden(h, p.ranks), plan.views(total), strict=True):
                 if here is not None and plan.sizes and i == 0 and total is dx:
-                    products.mm(part, weights[piece.expert], out=here)
+                    products.mm(part, matrices[piece.expert], out=here)
                 else:
-                    _add_product(total, piece.rows, here, part, weights[piece.expert])
+                    _add_product(total, piece.rows, here, part, matrices[piece.expert])
         return total.to(dx.dtype)
 
     def outer(self, h: Tensor, rows: Tensor) -> Tensor:
@@ -177,10 +177,10 @@ class Segments:
     def shift_sums(self, rows: Tensor) -> Tensor:
         total = rows.new_zeros(len(self.p.ranks), rows.shape[1], dtype=chain.wide_dtype(rows))
         for piece, taken in zip(self.plan.pieces, self.plan.taken(rows), strict=True):
-            if self.weights is None:
+            if self.factors is None:
                 total[piece.expert] += taken.sum(0, dtype=total.dtype)
             else:
-                total[piece.expert] += torch.mm(self.weights[None, piece.at], taken)[0]
+                total[piece.expert] += torch.mm(self.factors[None, piece.at], taken)[0]
         return total
 
     def dots(self, h: Tensor, rows: Tensor) -> Tensor:
@@ -210,7 +210,7 @@ def _plan(p: Problem, order: Tensor | None = None) -> Plan:
         pieces = p.derived(("sorted pieces", number), lambda: _sorted_pieces(by.rows, by.counts.tolist()))
         return Plan(pieces, None, by.order, *sorted_weights(p, by))
     sizes = [piece.at.stop - piece.at.start for piece in pieces] if p.slots == 1 else []
-    gates = None if p.gates is None else p.gates.t().reshape(-1)
+    weights = None if p.weights is None else p.weights.t().reshape(-1)
     scale = p.scale
     if scale is not None:
         if p.indices is None:
@@ -218,7 +218,7 @@ def _plan(p: Problem, order: Tensor | None = None) -> Plan:
         else:
             indices = p.indices.t().reshape(-1)
             scale = scale.index_select(0, indices.clamp_min(0)).masked_fill_(indices < 0, 1)
-    return Plan(pieces, sizes if sum(sizes) == p.x.shape[0] else None, None, gates, scale)
+    return Plan(pieces, sizes if sum(sizes) == p.x.shape[0] else None, None, weights, scale)
 
 
 def _pieces_in_place(p: Problem) -> list[Piece] | None:

@@ -39,12 +39,12 @@ def _sort_slots(p: Problem, order: Tensor | None) -> Sorted:
 
 
 def sorted_weights(p: Problem, by: Sorted) -> tuple[Tensor | None, Tensor | None]:
-    """(S,) gate and scale of each slot in sorted order."""
-    gates = None if p.gates is None else p.gates.reshape(-1).index_select(0, by.order)
+    """(S,) weight and scale of each slot in sorted order."""
+    weights = None if p.weights is None else p.weights.reshape(-1).index_select(0, by.order)
     scale = None
     if p.scale is not None:  # 1 where there is no expert
         scale = torch.cat([p.scale, p.scale.new_ones(1)]).index_select(0, by.experts)
-    return gates, scale
+    return weights, scale
 
 
 def keeps(p: Problem) -> tuple[Tensor, ...]:

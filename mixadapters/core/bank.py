@@ -142,14 +142,14 @@ class AdapterBank(nn.Module):
         routing: Routing,
         context: ForwardContext | None,
         base: Tensor | None = None,
-        keep: Tensor | None = None,
+        base_weight: Tensor | None = None,
         dropout: float = 0.0,
     ) -> Tensor:
-        """tokens (N, K) -> (N, M): keep * base plus what the routing makes of the experts.
+        """tokens (N, K) -> (N, M): base_weight * base plus what the routing makes of the experts.
 
         dropout: probability that they read an element of `tokens` as 0.
         """
-        return pack([self], context)(tokens, routing, base, keep, dropout)
+        return pack([self], context)(tokens, routing, base, base_weight, dropout)
 
 
 class PackedExperts(NamedTuple):
@@ -164,7 +164,7 @@ class PackedExperts(NamedTuple):
         tokens: Tensor,
         routing: Routing,
         base: Tensor | None = None,
-        keep: Tensor | None = None,
+        base_weight: Tensor | None = None,
         dropout: float = 0.0,
     ) -> Tensor:
         """As `AdapterBank.forward`."""
@@ -175,7 +175,7 @@ class PackedExperts(NamedTuple):
         elif dropout:
             seed = torch.randint(2**63 - 1, (), device=tokens.device)
         return kernels.lowrank(
-            tokens, indices=routing.indices, gates=routing.weights, base=base, base_weight=keep,
+            tokens, indices=routing.indices, weights=routing.weights, base=base, base_weight=base_weight,
             act=self.kind.activation, dropout=dropout, seed=seed, run=routing.run, **self.arguments,
         )  # fmt: skip
 

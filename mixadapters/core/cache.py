@@ -1,4 +1,4 @@
-"""State of a gate that must live and move with a key-value cache: reordered by beams, cropped, repeated, reset."""
+"""State of a router that must live and move with a key-value cache: reordered by beams, cropped, repeated, reset."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import cache_utils
 _Layer: Any = getattr(cache_utils, "DummyLayer", cache_utils.CacheLayerMixin)
 
 
-class GateStateLayer(_Layer):
-    """The last layer of a cache: tensors of gates by name, with the batch in axis 0.
+class RouterStateLayer(_Layer):
+    """The last layer of a cache: tensors of routers by name, with the batch in axis 0.
 
     Tensors of three axes hold the history of the sequence in axis 1, so that they can be cropped with it.
 
@@ -70,11 +70,11 @@ class GateStateLayer(_Layer):
     def prefetch(self) -> None: ...
 
 
-def gate_state(cache: Any) -> dict[str, Tensor] | None:
-    """The tensors that gates keep with `cache`; None while it still makes its layers, which happens in one forward."""
+def router_state(cache: Any) -> dict[str, Tensor] | None:
+    """The tensors that routers keep with `cache`; None while it still makes its layers, in its first forward."""
     cache = getattr(cache, "self_attention_cache", cache)
     layers = cache.layers
-    if layers and isinstance(layers[-1], GateStateLayer):
+    if layers and isinstance(layers[-1], RouterStateLayer):
         return layers[-1].state
     if not layers or cache.layer_class_to_replicate is not None:
         return None
@@ -82,16 +82,16 @@ def gate_state(cache: Any) -> dict[str, Tensor] | None:
 
 
 def settle(cache: Any, state: dict[str, Tensor]) -> None:
-    """Leave with `cache`, now that a forward has filled it, what gates have kept in this forward."""
+    """Leave with `cache`, now that a forward has filled it, what routers have kept in this forward."""
     if state:
-        known = gate_state(cache)
+        known = router_state(cache)
         if known is None:
             known = _append(getattr(cache, "self_attention_cache", cache)).state
         known.update(state)
 
 
-def _append(cache: Any) -> GateStateLayer:
-    cache.layers.append(GateStateLayer(cache.layers[0]))
+def _append(cache: Any) -> RouterStateLayer:
+    cache.layers.append(RouterStateLayer(cache.layers[0]))
     return cache.layers[-1]
 
 

@@ -154,11 +154,11 @@ class ForwardContext:
         if tokens.dim() == 3:
             return tokens
         if self.stream(stack).packed:
-            raise refuse_packed("a gate over sequences")
+            raise refuse_packed("a router over sequences")
         batch = self.stream(stack).batch
         if tokens.dim() != 2 or batch == 0 or tokens.shape[0] % batch:
             raise ValueError(
-                f"a gate over sequences needs hidden states (B, T, d) or (B*T, d) with B={batch}, got "
+                f"a router over sequences needs hidden states (B, T, d) or (B*T, d) with B={batch}, got "
                 f"{tuple(tokens.shape)}; use gate_granularity='token' here"
             )
         return tokens.unflatten(0, (batch, -1))

@@ -98,7 +98,7 @@ class RootHooks:
         cache = getattr(output, "past_key_values", None)
         kept_in = record.streams[""].cache if cache is None else cache
         if kept_in is not None:
-            settle(kept_in, record.state)
+            settle(kept_in, record.router_state)
         if cache is not record.streams[""].cache and hasattr(cache, "get_seq_length"):
             self._claim_cache(record, cache)
         return output
@@ -151,7 +151,7 @@ class StackHook:
         record = self.context.record
         cache = getattr(output, "past_key_values", None)
         if not record.open and cache is not None:  # no root will do it
-            settle(cache, record.state)
+            settle(cache, record.router_state)
 
 
 class Checkpointed:

@@ -1,4 +1,4 @@
-"""Auxiliary losses of a gate: scalars, padding left out.
+"""Auxiliary losses of a router: scalars, padding left out.
 
 Shapes: probs (N, A) over A arms, logits (N, A), mask (N,) bool or None.
 """
@@ -42,5 +42,5 @@ def router_z(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def entropy(probs: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean entropy of the rows, in nats. As a loss with a positive weight it makes the gate decide."""
+    """Mean entropy of the rows, in nats. As a loss with a positive weight it makes the router decide."""
     return masked_mean(-(probs * probs.clamp_min(1e-9).log()).sum(-1), mask)

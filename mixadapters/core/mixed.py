@@ -60,7 +60,7 @@ class JointCall:
             routing = Routing(owners, run=len(tokens) // len(self.owner))  # each mixture is its only expert
         else:
             routing = self._route(packed.sizes, owners, source, context)
-        return packed(tokens, routing, base, routing.keep, first.rate).view_as(y)
+        return packed(tokens, routing, base, routing.base_weight, first.rate).view_as(y)
 
     def _route(self, sizes: list[int], owners: Tensor, source: Tensor, context: ForwardContext) -> Routing:
         """What the mixtures' own routers say, each for its rows."""
@@ -137,7 +137,7 @@ def _join_routings(routings: list[Routing], sizes: list[int], owners: Tensor) ->
     slots = max(size if r.indices is None else r.indices.shape[1] for r, size in zip(routings, sizes, strict=True))
     indices = torch.full((owners.shape[0], slots), -1, device=owners.device, dtype=torch.long)
     weights: Tensor | None = None
-    keep: Tensor | None = None
+    base_weight: Tensor | None = None
     start = 0
     for i, (routing, size) in enumerate(zip(routings, sizes, strict=True)):
         mine = (owners == i).unsqueeze(1)
@@ -150,8 +150,8 @@ def _join_routings(routings: list[Routing], sizes: list[int], owners: Tensor) ->
         if routing.weights is not None:
             weights = torch.ones_like(indices, dtype=routing.weights.dtype) if weights is None else weights
             weights = torch.where(mine, nn.functional.pad(routing.weights, (0, extra)), weights)
-        if routing.keep is not None:
-            keep = torch.ones_like(routing.keep) if keep is None else keep
-            keep = torch.where(mine.squeeze(1), routing.keep, keep)
+        if routing.base_weight is not None:
+            base_weight = torch.ones_like(routing.base_weight) if base_weight is None else base_weight
+            base_weight = torch.where(mine.squeeze(1), routing.base_weight, base_weight)
         start += size
-    return Routing(indices, weights, keep)
+    return Routing(indices, weights, base_weight)

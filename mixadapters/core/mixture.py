@@ -28,7 +28,7 @@ AUXILIARY: dict[
 class Mixture(Adapter):
     """Adds to a layer's output what routed experts make of the layer's input, or of the output itself.
 
-        y <- keep * y + sum_k w_k E_k(source),   source = x (parallel), y (sequential) or a tapped input
+        y <- base_weight * y + sum_k w_k E_k(source),   source = x (parallel), y (sequential) or a tapped input
 
     Args:
         router: tokens, context -> Routing.
@@ -91,7 +91,7 @@ class Mixture(Adapter):
         source = self.source(x, y, context).to(y.dtype)
         routing = self.route(source, context)
         tokens, base = source.reshape(-1, source.shape[-1]), y.reshape(-1, y.shape[-1])
-        return self.bank(tokens, routing, context, base, routing.keep, self.rate).view_as(y)
+        return self.bank(tokens, routing, context, base, routing.base_weight, self.rate).view_as(y)
 
     def route(self, source: Tensor, context: ForwardContext) -> Routing:
         """The routing of the N rows of source (..., K), published: pinned, by the batch's numbers, or the router's."""
@@ -136,8 +136,8 @@ class Mixture(Adapter):
         routing = pinned_routing(self.key, rows, context, self.stack, source.device)
         if routing is None and self.hard_routes is not None:
             routing = self.hard_routes(context, rows, self.key, self.stack)
-        if routing is not None and routing.indices is not None and routing.keep is None and self.replaces:
-            return routing._replace(keep=(routing.indices < 0).all(1).to(source.dtype))
+        if routing is not None and routing.indices is not None and routing.base_weight is None and self.replaces:
+            return routing._replace(base_weight=(routing.indices < 0).all(1).to(source.dtype))
         return routing
 
     def _add_losses(self, routing: Routing, mask: Tensor | None, context: ForwardContext) -> None:
@@ -176,7 +176,7 @@ class Mixture(Adapter):
         """Exact where experts are linear and the routing is a constant: W + sum s w U D, or (1 + sum s w U D) W."""
         weights = getattr(self.router, "constant", lambda: None)()
         if weights is None:
-            raise ValueError("its gate depends on the input, so no single weight equals it")
+            raise ValueError("its router depends on the input, so no single weight equals it")
         bank = self.bank
         if bank.activation != "identity" or bank.glu or bank.layer_norm:
             what = "LayerNorm" if bank.layer_norm else "activation"
@@ -200,10 +200,11 @@ class Mixture(Adapter):
 
 
 def _in_dtype(routing: Routing, dtype: torch.dtype) -> Routing:
-    """With weights and keep in the dtype of what the experts read."""
-    weights, keep = routing.weights, routing.keep
-    if (weights is None or weights.dtype == dtype) and (keep is None or keep.dtype == dtype):
+    """With weights and base_weight in the dtype of what the experts read."""
+    weights, base_weight = routing.weights, routing.base_weight
+    if (weights is None or weights.dtype == dtype) and (base_weight is None or base_weight.dtype == dtype):
         return routing
     return routing._replace(
-        weights=None if weights is None else weights.to(dtype), keep=None if keep is None else keep.to(dtype)
+        weights=None if weights is None else weights.to(dtype),
+        base_weight=None if base_weight is None else base_weight.to(dtype),
     )

@@ -34,8 +34,10 @@ class Record:
     trained: dict[Any, Any] = field(default_factory=dict)  # layer -> its parameters, and whether they trained there
     taps: dict[str, Tensor] = field(default_factory=dict)  # by path of the tapped module
     shared: dict[Any, Any] = field(default_factory=dict)  # what an adapter, router or objective keeps, by its owner
+    runs: dict[str, int] = field(default_factory=dict)  # of a router with memory in this forward, by its mark
+    checked: set[tuple[str, str, int]] = field(default_factory=set)  # (adapter, field, total) of hard routes in range
     routings: dict[RoutingKey, Routing] = field(default_factory=dict)  # what routers have decided
-    state: dict[str, Tensor] = field(default_factory=dict)  # gate state until the model has made a cache
+    router_state: dict[str, Tensor] = field(default_factory=dict)  # until the model has made a cache
     losses: dict[str, Tensor] = field(default_factory=dict)  # weighted, summed by name
     main_loss: Tensor | None = None
     main_scale: float = 1.0

@@ -73,10 +73,10 @@ class HardRoutes(nn.Module):
 
     def _check(self, numbers: Tensor, context: ForwardContext, adapter: str) -> None:
         """Refuse numbers out of range, once per forward and adapter: it waits for the device."""
-        record, once = context.record, f"{self.field} of {adapter!r}, {self.total}"
-        if torch.compiler.is_compiling() or once in record.shared:
+        record, check = context.record, (adapter, self.field, self.total)
+        if torch.compiler.is_compiling() or check in record.checked:
             return
-        record.shared[once] = True
+        record.checked.add(check)
         own = numbers if record.own_rows is None else numbers[record.own_rows.to(numbers.device)]
         if bool(((own >= self.total) | (own < -1)).any()):
             raise ValueError(f"{self.field}={own.unique().tolist()} must lie between -1 (none) and {self.total - 1}")

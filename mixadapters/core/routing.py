@@ -17,8 +17,8 @@ class Routing(NamedTuple):
 
     indices: Tensor | None = None  # (N, k) int, -1 selects nothing; None: every expert, in order
     weights: Tensor | None = None  # (N, k), or (N, E) where indices is None; differentiable; None: 1
-    keep: Tensor | None = None  # (N,) weight of the frozen layer's own output; None: 1
-    probs: Tensor | None = None  # (N, A) the gate's distribution over its arms, for losses and usage only
+    base_weight: Tensor | None = None  # (N,) weight of the frozen layer's own output; None: 1
+    probs: Tensor | None = None  # (N, A) the router's distribution over its arms, for losses and usage only
     run: int = 1  # `indices` are constant over every so many consecutive rows
     logits: Tensor | None = None  # (N, A) what the distribution was made of, for the router z-loss
     arms: tuple[str, ...] = ()  # names of the columns of probs; filled in for observers
@@ -53,14 +53,14 @@ def with_distribution(
         count = routing.probs.shape[-1]
         names = [*arms, *(f"arm{i}" for i in range(len(arms), count))]
         return routing._replace(arms=tuple(names[:count]))
-    indices, weights, keep = routing.indices, routing.weights, routing.keep
+    indices, weights, base_weight = routing.indices, routing.weights, routing.base_weight
     if indices is None:
         probs = torch.ones(rows, len(experts), device=device) if weights is None else weights
         return routing._replace(probs=probs, arms=tuple(experts))
     chosen = indices >= 0
     weights = chosen.float() if weights is None else weights.float() * chosen
     probs = weights.new_zeros(rows, len(experts)).scatter_add(1, indices.clamp_min(0).long(), weights)
-    frozen = (~chosen.any(1)).float() if keep is None else keep.float()
+    frozen = (~chosen.any(1)).float() if base_weight is None else base_weight.float()
     return routing._replace(probs=torch.cat([probs, frozen.unsqueeze(1)], 1), arms=(*experts, FROZEN))
 
 

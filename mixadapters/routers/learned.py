@@ -28,8 +28,8 @@ class LearnedRouter(ArmSurgery):
     `score`. Its constructor passes on what it does not name: `def __init__(self, *args, k=1, **options)`.
 
     Arms are the experts in order, then arms without expert ("null": what a removed domain leaves behind), then the
-    frozen layer if `frozen_arm`. In a convex mixture that arm's weight is `Routing.keep`; otherwise it only takes
-    mass from the experts.
+    frozen layer if `frozen_arm`. In a convex mixture that arm's weight is `Routing.base_weight`; otherwise it only
+    takes mass from the experts.
 
     Args:
         hidden: widths of ReLU layers before the output; [] is a linear gate.
@@ -39,7 +39,7 @@ class LearnedRouter(ArmSurgery):
         dropout: before each linear layer, in training.
         frozen_bias: initial logit of the frozen arm; a large one starts near the frozen model.
         normalize: scale the input to unit root mean square (gated FFNs have large outliers).
-        convex: return the frozen arm's weight as `keep`.
+        convex: return the frozen arm's weight as `base_weight`.
         temperature: divides the logits.
         null_arms: how many arms without expert there are.
 
@@ -125,8 +125,8 @@ class LearnedRouter(ArmSurgery):
         weights = self.weigh(logits)
         count = len(self.experts)
         # What removed domains leave behind goes to the frozen layer, so that a softmax still sums to 1.
-        keep = weights[:, count:].sum(1) if self.convex else None
-        return Routing(weights=weights[:, :count], keep=keep, probs=weights)
+        base_weight = weights[:, count:].sum(1) if self.convex else None
+        return Routing(weights=weights[:, :count], base_weight=base_weight, probs=weights)
 
 
 DomainGate = LearnedRouter  # its name in MixDA

@@ -38,8 +38,8 @@ class Modalities:
         Raises:
             ValueError: nothing says what the tokens are, or they are of a modality that is not among `names`.
         """
-        shared, key = context.record.shared, f"modalities {self}"
-        if key not in shared:
+        shared = context.record.shared
+        if self not in shared:
             found = self._given(context)
             if torch.compiler.is_compiling():
                 return found
@@ -50,8 +50,8 @@ class Modalities:
                     f"the batch has tokens of a modality (number {wrong}, {UNKNOWN}: one without a number) that is "
                     f"not among modalities={known}; add it to the config, or leave such tokens out"
                 )
-            shared[key] = found
-        return shared[key]
+            shared[self] = found
+        return shared[self]
 
     def _given(self, context: ForwardContext) -> Tensor:
         given = context.token_field("modality_ids")

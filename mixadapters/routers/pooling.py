@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixadapters.core.cache import gate_state
+from mixadapters.core.cache import router_state
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.streams import Stream
 
@@ -98,7 +98,7 @@ class Remembering(Pooling):
 
         Layers that share their weights share their gate, which then runs several times in a forward.
         """
-        runs = context.record.shared
+        runs = context.record.runs
         runs[self.mark] = runs.get(self.mark, 0) + 1
         key = f"{self.path}/{self.mark}/{runs[self.mark]}"
         if context.record.training:
@@ -108,9 +108,9 @@ class Remembering(Pooling):
                 )
             return None, key
         if stream.cache is None:
-            return context.record.state, key
-        state = gate_state(stream.cache)
-        state = context.record.state if state is None else state
+            return context.record.router_state, key
+        state = router_state(stream.cache)
+        state = context.record.router_state if state is None else state
         if key not in state and stream.cached:  # in this order: to look into a static cache breaks a compiled graph
             raise ValueError(
                 f"the key-value cache holds tokens that the gate at {self.path!r} has not seen (gate_granularity="

@@ -47,11 +47,13 @@ def alone(bank: AdapterBank, name: str, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("form", FORMS)
 def test_bank_is_the_weighted_sum_of_its_experts(form) -> None:
     bank = bank_of(3, 1, 4, **FORMS[form])
-    x, base, keep = torch.randn(7, WIDTH_IN), torch.randn(7, WIDTH_OUT), torch.rand(7)
+    x, base, base_weight = torch.randn(7, WIDTH_IN), torch.randn(7, WIDTH_OUT), torch.rand(7)
     experts = torch.stack([alone(bank, name, x) for name in bank.names], dim=1)  # (N, E, M)
     weights = torch.rand(7, 3, requires_grad=True)
     torch.testing.assert_close(bank(x, Routing(weights=weights), None), (experts * weights.unsqueeze(-1)).sum(1))
-    torch.testing.assert_close(bank(x, Routing(), None, base, keep), keep.unsqueeze(1) * base + experts.sum(1))
+    torch.testing.assert_close(
+        bank(x, Routing(), None, base, base_weight), base_weight.unsqueeze(1) * base + experts.sum(1)
+    )
     indices = torch.tensor([[0, 2], [1, -1], [-1, -1], [2, 2], [1, 0], [0, -1], [2, 1]])
     picked = torch.zeros(7, WIDTH_OUT)
     for n, row in enumerate(indices.tolist()):

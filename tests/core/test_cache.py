@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from mixadapters.core.cache import GateStateLayer, gate_state, settle
+from mixadapters.core.cache import RouterStateLayer, router_state, settle
 
 CONFIG = LlamaConfig(
     vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
@@ -21,32 +21,32 @@ def filled(cache, batch: int = 3, length: int = 5):
     for layer in range(2):
         getattr(cache, "self_attention_cache", cache).update(keys, keys, layer)
     settle(cache, {"vector": torch.arange(batch * 2.0).view(batch, 2)})
-    state = gate_state(cache)
+    state = router_state(cache)
     state["history"] = torch.arange(batch * length * 2.0).view(batch, length, 2)
     return cache, state["history"].clone(), state["vector"].clone()
 
 
 def test_state_is_made_once_and_the_cache_stays_what_it_was() -> None:
     cache = DynamicCache(config=CONFIG)
-    state = gate_state(cache)
+    state = router_state(cache)
     assert state == {}
-    assert gate_state(cache) is state
+    assert router_state(cache) is state
     assert type(cache) is DynamicCache
-    assert gate_state(DynamicCache(config=CONFIG)) is not state
-    assert [type(layer) for layer in cache.layers] == [DynamicLayer, DynamicLayer, GateStateLayer]
+    assert router_state(DynamicCache(config=CONFIG)) is not state
+    assert [type(layer) for layer in cache.layers] == [DynamicLayer, DynamicLayer, RouterStateLayer]
 
 
 def test_cache_that_still_makes_its_layers_has_a_state_once_they_are_there() -> None:
     cache = DynamicCache()
-    assert gate_state(cache) is None
+    assert router_state(cache) is None
     keys = torch.zeros(1, 2, 3, 4)
     for layer in range(2):
         cache.update(keys, keys, layer)
-        assert gate_state(cache) is None
+        assert router_state(cache) is None
     settle(cache, {})
     assert len(cache.layers) == 2  # nothing to keep
     settle(cache, {"a": torch.ones(1, 2)})
-    assert gate_state(cache)["a"].tolist() == [[1, 1]]
+    assert router_state(cache)["a"].tolist() == [[1, 1]]
     cache.update(keys, keys, 1)
     assert cache.layers[1].get_seq_length() == 6
     assert len(cache.layers) == 3
@@ -62,7 +62,7 @@ def make(kind: str):
 @pytest.mark.parametrize("kind", ["dynamic", "static", "sliding dynamic", "sliding static"])
 def test_what_asks_a_cache_gets_the_same_answers_with_and_without_state(kind) -> None:
     plain, kept = make(kind), make(kind)
-    gate_state(kept)["vector"] = torch.ones(2, 2)
+    router_state(kept)["vector"] = torch.ones(2, 2)
     keys = torch.zeros(2, 2, 3, 4)
     for cache in (plain, kept):
         for layer in range(2):
@@ -83,19 +83,19 @@ def test_what_asks_a_cache_gets_the_same_answers_with_and_without_state(kind) ->
 def test_state_moves_with_the_rows() -> None:
     cache, history, vector = filled(DynamicCache())
     cache.reorder_cache(torch.tensor([2, 0, 0]))
-    assert torch.equal(gate_state(cache)["history"], history[[2, 0, 0]])
-    assert torch.equal(gate_state(cache)["vector"], vector[[2, 0, 0]])
+    assert torch.equal(router_state(cache)["history"], history[[2, 0, 0]])
+    assert torch.equal(router_state(cache)["vector"], vector[[2, 0, 0]])
     assert cache.layers[1].keys[:, 0, 0, 0].tolist() == [2, 0, 0]
 
     cache, history, vector = filled(DynamicCache())
     cache.batch_repeat_interleave(2)
-    assert torch.equal(gate_state(cache)["history"], history.repeat_interleave(2, 0))
-    assert torch.equal(gate_state(cache)["vector"], vector.repeat_interleave(2, 0))
+    assert torch.equal(router_state(cache)["history"], history.repeat_interleave(2, 0))
+    assert torch.equal(router_state(cache)["vector"], vector.repeat_interleave(2, 0))
     assert cache.layers[0].keys.shape[0] == 6
 
     cache, history, vector = filled(DynamicCache())
     cache.batch_select_indices(torch.tensor([1]))
-    assert torch.equal(gate_state(cache)["history"], history[[1]])
+    assert torch.equal(router_state(cache)["history"], history[[1]])
     assert cache.layers[0].keys.shape[0] == 1
 
 
@@ -103,16 +103,16 @@ def test_history_is_cropped_with_the_tokens() -> None:
     cache, history, vector = filled(DynamicCache())
     cache.crop(-2)
     assert cache.get_seq_length() == 3
-    assert torch.equal(gate_state(cache)["history"], history[:, :3])
-    assert torch.equal(gate_state(cache)["vector"], vector)
+    assert torch.equal(router_state(cache)["history"], history[:, :3])
+    assert torch.equal(router_state(cache)["vector"], vector)
     cache.crop(-3)
-    assert gate_state(cache) == {}
+    assert router_state(cache) == {}
 
 
 def test_reset_forgets() -> None:
     cache, _, _ = filled(StaticCache(config=CONFIG, max_cache_len=8))
     cache.reset()
-    assert gate_state(cache) == {}
+    assert router_state(cache) == {}
     assert int(cache.get_seq_length()) == 0
 
 
@@ -120,13 +120,13 @@ def test_copies_keep_a_state_of_their_own() -> None:
     cache, history, _ = filled(DynamicCache())
     twin = copy.deepcopy(cache)
     twin.crop(-4)
-    assert torch.equal(gate_state(cache)["history"], history)
-    assert gate_state(twin)["history"].shape == (3, 1, 2)
+    assert torch.equal(router_state(cache)["history"], history)
+    assert router_state(twin)["history"].shape == (3, 1, 2)
 
 
 @pytest.mark.parametrize("verb", ["reorder_cache", "batch_select_indices"])
 def test_caches_of_both_stacks_take_the_state_along(verb) -> None:
     cache, history, _ = filled(EncoderDecoderCache(DynamicCache(), DynamicCache()))
     getattr(cache, verb)(torch.tensor([1, 2]))
-    assert torch.equal(gate_state(cache)["history"], history[[1, 2]])
+    assert torch.equal(router_state(cache)["history"], history[[1, 2]])
     assert cache.self_attention_cache.layers[0].keys.shape[0] == 2

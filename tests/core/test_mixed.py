@@ -108,12 +108,14 @@ GROUPS = {
     "routed": (
         lambda: [
             routed(Routing(torch.stack([ALL % 2, -1 - 0 * ALL], 1), torch.rand(12, 2)), 3, 2),
-            routed(Routing(weights=torch.rand(12, 3), keep=torch.rand(12)), 2, 4, 1, seed=1),
+            routed(Routing(weights=torch.rand(12, 3), base_weight=torch.rand(12)), 2, 4, 1, seed=1),
         ],
         [5],
     ),
     "routed beside single": (lambda: [single(3), routed(Routing((ALL % 2).unsqueeze(1)), 3, 2, seed=1)], [3]),
-    "keep of one alone": (lambda: [routed(Routing(keep=torch.rand(12)), 2), routed(Routing(), 3, 1, seed=1)], [3]),
+    "base_weight of one alone": (
+        lambda: [routed(Routing(base_weight=torch.rand(12)), 2), routed(Routing(), 3, 1, seed=1)], [3],
+    ),
     "no mixture": (lambda: [single(3), Doubling()], [1]),
     "chains": (
         lambda: [Chain(a=single(3), b=single(2, seed=2)), Chain(a=single(5, seed=1), b=single(4, seed=3))],

@@ -81,10 +81,10 @@ def test_parallel_reads_the_input_sequential_the_output_and_a_tap_what_it_is_tol
 
 
 def test_keep_weighs_the_frozen_output(context, x, y) -> None:
-    weights, keep = torch.rand(BATCH * LENGTH, 2), torch.rand(BATCH * LENGTH)
-    mixture = routed(Routing(weights=weights, keep=keep), 3, 2)
+    weights, base_weight = torch.rand(BATCH * LENGTH, 2), torch.rand(BATCH * LENGTH)
+    mixture = routed(Routing(weights=weights, base_weight=base_weight), 3, 2)
     w = weights.view(BATCH, LENGTH, 2, 1)
-    expected = keep.view(BATCH, LENGTH, 1) * y
+    expected = base_weight.view(BATCH, LENGTH, 1) * y
     expected = expected + w[:, :, 0] * expert(mixture, "expert0", x) + w[:, :, 1] * expert(mixture, "expert1", x)
     torch.testing.assert_close(mixture(x, y, context), expected)
     flat = mixture(x.flatten(0, 1), y.flatten(0, 1), context)
@@ -140,7 +140,7 @@ def test_folded_layer_equals_layer_and_adapter(context, insertion, scale, bias, 
         (lambda: single(3), "its own activation is not linear"),
         (lambda: single(3, activation="identity", layer_norm=True), "its own LayerNorm is not linear"),
         (lambda: single(3, activation="identity", glu=True), "its own activation is not linear"),
-        (lambda: routed(Routing(), 3), "its gate depends on the input"),
+        (lambda: routed(Routing(), 3), "its router depends on the input"),
         (lambda: Mixture(SingleRouter(9, ["expert0"]), bank_of(3, width_in=9, activation="identity")), "its input is"),
         (
             lambda: Mixture(SingleRouter(6, ["expert0"]), bank_of(3, activation="identity"), tap="elsewhere"),

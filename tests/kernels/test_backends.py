@@ -20,7 +20,7 @@ def arguments(rows=64, experts=8, rank=8, width=32, slots=1, dtype=torch.float32
 
     return {
         "x": make(rows, width), "w_down": make(experts * rank, width), "w_up": make(width, experts * rank),
-        "ranks": (rank,) * experts, "base": make(rows, width), "gates": make(rows, slots),
+        "ranks": (rank,) * experts, "base": make(rows, width), "weights": make(rows, slots),
         "indices": torch.randint(0, experts, (rows, slots), generator=generator),
     }  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_choice_is_logged_once(caplog, monkeypatch) -> None:
     monkeypatch.setattr(backends, "_announced", set())
     with caplog.at_level(logging.INFO, logger=backends.logger.name):
         for _ in range(3):
-            lowrank(**{**arguments(), "indices": None, "gates": None})
+            lowrank(**{**arguments(), "indices": None, "weights": None})
     assert [r.getMessage().split(" (")[0] for r in caplog.records] == ["adapters run by the dense backend"]
     assert "adapter_backend" in caplog.records[0].getMessage()
 
@@ -158,7 +158,7 @@ def test_batch_invariant_rows_are_the_same_alone_and_in_any_batch(dtype, slots, 
     with adapter_backend(batch_invariant=True), torch.no_grad():
         together = lowrank(**given, run=run)
         for part in (slice(0, 1), slice(3, 5), slice(7, 70), slice(100, 130)):
-            fields = {name: given[name][part] for name in ("x", "base", "gates", "indices")}
+            fields = {name: given[name][part] for name in ("x", "base", "weights", "indices")}
             assert torch.equal(lowrank(**{**given, **fields}), together[part])
     with adapter_backend("reference"):
         expected = lowrank(**given)

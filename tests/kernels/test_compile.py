@@ -25,7 +25,7 @@ def arguments(rows=12, slots=1, glu=False, experts=3, seed=0, rank=8, width=16):
         given |= {"w_gate": leaf(experts * rank, width)}
     if slots is not None:
         given["indices"] = torch.randint(-1, experts, (rows, slots), generator=generator)
-    given["gates"] = leaf(rows, experts if slots is None else slots)
+    given["weights"] = leaf(rows, experts if slots is None else slots)
     return {**given, "ranks": (rank,) * experts}
 
 
@@ -45,7 +45,7 @@ def test_operators_pass_opcheck(backend, slots) -> None:
     given = arguments(slots=slots, glu=glu)
     positional = (
         given["x"], given["w_down"], given["w_up"], given["ranks"], given["b_down"], given["b_up"],
-        given.get("w_gate"), None, given.get("indices"), given["gates"], given["scale"], given["base"],
+        given.get("w_gate"), None, given.get("indices"), given["weights"], given["scale"], given["base"],
         given["base_weight"], "silu", 0.25, torch.tensor(3), 1, False, backend,
     )  # fmt: skip
     op = torch.ops.mixadapters.lowrank.default

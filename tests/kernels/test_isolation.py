@@ -13,7 +13,7 @@ from mixadapters.kernels import adapter_backend, lowrank
 BACKENDS = ("segments", "gathered", "dense", "grouped", "reference")
 BROKEN = (float("inf"), float("-inf"), float("nan"), 3e38)
 BY_EXPERT = ("w_down", "w_up", "b_down", "b_up", "w_gate", "b_gate", "scale")
-BY_ROW = ("x", "base", "gates", "base_weight")
+BY_ROW = ("x", "base", "weights", "base_weight")
 
 
 def draw(seed: int, *, equal: bool) -> tuple[dict, random.Random]:
@@ -35,7 +35,7 @@ def draw(seed: int, *, equal: bool) -> tuple[dict, random.Random]:
     }  # fmt: skip
     optional = {
         "b_down": (total,), "b_up": (experts, wide[1]), "w_gate": (total, wide[0]), "scale": (experts,),
-        "gates": (rows, slots), "base": (rows, wide[1]),
+        "weights": (rows, slots), "base": (rows, wide[1]),
     }  # fmt: skip
     for name, shape in optional.items():
         if chance.random() < 0.6:
@@ -80,7 +80,7 @@ def assert_clean(
         if name in BY_EXPERT:
             pairs = [(part_of(name, t, e, given["ranks"]) for t in (found[name], expected)) for e in experts]
             compared = [(a, b) for a, b in pairs]
-        elif name == "gates":
+        elif name == "weights":
             compared = [(found[name].where(slots, 0), expected.where(slots, 0))]
         else:
             compared = [(found[name][rows], expected[rows])]
@@ -130,7 +130,7 @@ def test_what_is_broken_shows_where_it_was_chosen(backend) -> None:
     """Nothing is hidden: the rows of a broken expert are no numbers, nor are the gradients of what it shares."""
     given, _ = draw(1, equal=True)
     given = {**given, "indices": torch.arange(len(given["x"])).remainder(2).unsqueeze(1), "run": 1, "act": "gelu"}
-    given.pop("gates", None)
+    given.pop("weights", None)
     given["w_up"] = given["w_up"].clone()
     given["w_up"][:, : given["ranks"][0]] = float("nan")
     found = outcome(given, backend, torch.ones(len(given["x"]), 12))

@@ -17,8 +17,8 @@ WEIGHTS = ("w_down", "w_up", "b_down", "b_up", "w_gate", "b_gate", "scale")
 
 
 def row_by_row(
-    x, w_down, w_up, ranks, indices=None, gates=None, base=None, base_weight=None, act="gelu", dropout=0.0, seed=None,
-    run=1, **optional,
+    x, w_down, w_up, ranks, indices=None, weights=None, base=None, base_weight=None, act="gelu", dropout=0.0,
+    seed=None, run=1, **optional,
 ):  # fmt: skip
     """The formula of `lowrank`'s docstring, one row and one slot at a time."""
     if dropout:
@@ -43,14 +43,14 @@ def row_by_row(
                 h = ACTIVATIONS[act](w_gate[part] @ x[n] + (0 if b_gate is None else b_gate[part])) * h
             out = w_up[:, part] @ h + (0 if b_up is None else b_up[e])
             out = out * (1 if scale is None else scale[e])
-            y = y + out * (1 if gates is None else gates[n, slot])
+            y = y + out * (1 if weights is None else weights[n, slot])
         rows.append(y)
     return torch.stack(rows) if rows else x.new_zeros(0, w_up.shape[0])
 
 
 def problem(
     seed=0, rows=5, width_in=4, width_out=3, ranks=(2, 3), slots=2, glu=False, bias=True, scale=True, base=True,
-    base_weight=False, gates=True, act="gelu", routing="random", dtype=torch.float64, run=1, dropout=0.0,
+    base_weight=False, weights=True, act="gelu", routing="random", dtype=torch.float64, run=1, dropout=0.0,
 ):  # fmt: skip
     """Arguments of `lowrank`; every float tensor is a leaf that wants a gradient. slots None: no indices."""
     generator = torch.Generator().manual_seed(seed)
@@ -82,8 +82,8 @@ def problem(
         elif routing == "sorted":
             indices = indices.sort(0).values
         given["indices"] = indices.repeat_interleave(run, 0)
-    if gates:
-        given["gates"] = leaf(rows, experts if slots is None else given["indices"].shape[1])
+    if weights:
+        given["weights"] = leaf(rows, experts if slots is None else given["indices"].shape[1])
     if dropout:
         given |= {"dropout": dropout, "seed": torch.tensor(seed)}
     return {**given, "ranks": list(ranks), "act": act, "run": run}
@@ -132,7 +132,7 @@ def problems(draw, widths=None, ranks=None):
         act=draw(st.sampled_from(sorted(ACTIVATIONS))),
         run=draw(st.sampled_from([1, 1, 2, 5])),
         dropout=draw(st.sampled_from([0.0, 0.0, 0.3])),
-        **{name: draw(st.booleans()) for name in ("glu", "bias", "scale", "base", "base_weight", "gates")},
+        **{name: draw(st.booleans()) for name in ("glu", "bias", "scale", "base", "base_weight", "weights")},
     )
 
 
@@ -163,7 +163,7 @@ def test_grouped_products_equal_the_reference(given) -> None:
 def test_gradients_are_those_of_finite_differences(backend, glu, slots) -> None:
     given = problem(glu=glu, slots=slots, base_weight=True, ranks=(1, 2), rows=3, act="silu")
     names = [k for k, v in given.items() if isinstance(v, Tensor) and v.requires_grad]
-    assert {*WEIGHTS, "x", "gates", "base", "base_weight"} - {*names} == (set() if glu else {"w_gate", "b_gate"})
+    assert {*WEIGHTS, "x", "weights", "base", "base_weight"} - {*names} == (set() if glu else {"w_gate", "b_gate"})
     with adapter_backend(backend):
         assert torch.autograd.gradcheck(
             lambda *tensors: lowrank(**{**given, **dict(zip(names, tensors, strict=True))}),
@@ -241,7 +241,7 @@ def test_two_runs_agree_in_every_bit(backend, slots) -> None:
 
 
 @pytest.mark.parametrize("backend", [*FAST, "grouped"])
-@pytest.mark.parametrize("wanted", [("w_up",), ("x",), ("gates",), ("base", "b_down"), ("scale",), ("base_weight",)])
+@pytest.mark.parametrize("wanted", [("w_up",), ("x",), ("weights",), ("base", "b_down"), ("scale",), ("base_weight",)])
 def test_only_what_wants_a_gradient_gets_one(backend, wanted) -> None:
     given = problem(rows=8, width_in=8, width_out=8, ranks=(4, 4), base_weight=True, dtype=torch.float32)
     full = run(given, "reference")[1]
@@ -282,7 +282,7 @@ def test_weights_follow_the_dtype_of_the_rows_and_the_result_that_of_the_base(ba
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_backend_runs_under_autocast(backend, weighted) -> None:
-    given = problem(rows=6, slots=1, dtype=torch.float32, gates=weighted, scale=weighted)
+    given = problem(rows=6, slots=1, dtype=torch.float32, weights=weighted, scale=weighted)
     with adapter_backend(backend), torch.autocast("cpu", torch.bfloat16):
         y = lowrank(**given)
     assert y.dtype == torch.float32
@@ -338,7 +338,7 @@ def test_constant_indices_change_no_bit_whatever_the_experts(backend) -> None:
 
 @pytest.mark.parametrize("backend", ["segments", "gathered"])
 def test_what_is_derived_from_constant_indices_is_derived_once(backend) -> None:
-    given = problem(rows=12, slots=2, gates=False, scale=False)
+    given = problem(rows=12, slots=2, weights=False, scale=False)
     promised = kernels.constant(given["indices"])
     with adapter_backend(backend), torch.no_grad():
         y = lowrank(**given)
@@ -369,9 +369,9 @@ def test_weights_may_be_computed(backend) -> None:
         (lambda g: {"x": g["x"][:, 1:]}, r"x \(5, 3\)"),
         (lambda g: {"x": g["x"].unsqueeze(0)}, r"x must be \(N, K\).*\(1, 5, 4\) and \(5, 2\)"),
         (lambda g: {"indices": g["indices"][1:]}, r"indices \(N, k\).*\(5, 4\) and \(4, 2\)"),
-        (lambda g: {"gates": g["gates"][:, :1]}, r"gates must be \(5, 2\).*got \(5, 1\)"),
-        (lambda g: {"gates": g["gates"][:, 0]}, r"gates must be \(5, 2\).*got \(5,\)"),
-        (lambda g: {"indices": None, "gates": g["gates"][:, :1]}, r"gates must be \(5, 2\)"),
+        (lambda g: {"weights": g["weights"][:, :1]}, r"weights must be \(5, 2\).*got \(5, 1\)"),
+        (lambda g: {"weights": g["weights"][:, 0]}, r"weights must be \(5, 2\).*got \(5,\)"),
+        (lambda g: {"indices": None, "weights": g["weights"][:, :1]}, r"weights must be \(5, 2\)"),
         (lambda g: {"scale": g["scale"][:1]}, r"scale must be \(2,\).*got \(1,\)"),
         (lambda g: {"base": g["base"][:1]}, r"base must be \(5, 3\).*got \(1, 3\)"),
         (lambda g: {"b_up": g["b_up"][0]}, r"b_up must be \(2, 3\).*got \(3,\)"),

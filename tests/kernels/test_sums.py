@@ -24,7 +24,7 @@ def many_rows(routing: str, dtype: torch.dtype, *, rows: int = 8192, wide: int =
         "x": leaf(rows, wide), "w_down": leaf(experts * rank, wide, factor=1 / wide),
         "w_up": leaf(wide, experts * rank, factor=1 / rank), "ranks": [rank] * experts, "act": "identity",
         "b_down": leaf(experts * rank), "b_up": leaf(experts, wide), "scale": leaf(experts) + 0.5,
-        "gates": leaf(rows, slots), "base": leaf(rows, wide), "base_weight": leaf(rows),
+        "weights": leaf(rows, slots), "base": leaf(rows, wide), "base_weight": leaf(rows),
     }  # fmt: skip
     if routing == "runs":
         given |= {"indices": torch.arange(rows).unsqueeze(1) * experts // rows, "run": rows // experts}
@@ -88,11 +88,11 @@ def test_sums_over_many_slots_are_rounded_once(backend, dtype) -> None:
 
     given = {
         "x": leaf(rows, wide), "w_down": leaf(experts * rank, wide) / wide, "w_up": leaf(wide, experts * rank) / rank,
-        "ranks": [rank] * experts, "act": "identity", "base": leaf(rows, wide), "gates": leaf(rows, experts),
+        "ranks": [rank] * experts, "act": "identity", "base": leaf(rows, wide), "weights": leaf(rows, experts),
         "indices": torch.rand(rows, experts, generator=generator).argsort(1),
     }  # fmt: skip
     exact = {k: v.double() if isinstance(v, Tensor) and k != "indices" else v for k, v in given.items()}
     expected, found = gradients(exact, "reference"), gradients(given, backend)
-    for name in ("y", "x", "gates", "base"):
+    for name in ("y", "x", "weights", "base"):
         error = (found[name].double() - expected[name]).norm() / expected[name].norm()
         assert error < ROUNDING[dtype], (name, error.item())

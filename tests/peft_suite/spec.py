@@ -233,7 +233,7 @@ def why_not_mergeable(model_id: str, config: type, arguments: Arguments) -> str 
     if issubclass(config, MixDAConfig):
         return "a gate weighs the domains by the input"
     if issubclass(config, PILLConfig):
-        return "its experts are not linear, and its gate depends on the input"
+        return "its experts are not linear, and its router depends on the input"
     if issubclass(config, MoSAConfig):
         return None if arguments.get("base") == "lora" else "the adapter is not linear"
     if arguments.get("glu") or arguments.get("layer_norm") or arguments.get("activation") != "identity":

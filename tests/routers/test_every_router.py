@@ -75,8 +75,8 @@ def test_routing_fits_the_rows_and_the_experts(name) -> None:
         assert routing.weights.shape == (rows, count if routing.indices is None else routing.indices.shape[1])
         assert routing.weights.isfinite().all()
         assert (routing.weights >= 0).all()
-    if routing.keep is not None:
-        assert routing.keep.shape == (rows,)
+    if routing.base_weight is not None:
+        assert routing.base_weight.shape == (rows,)
     if routing.probs is not None:
         assert routing.probs.shape[0] == rows
         assert routing.probs.shape[1] >= count
@@ -99,7 +99,7 @@ def test_weights_come_in_the_dtype_of_the_tokens(name, dtype) -> None:
         bank.add(expert, 1)
     routing = Mixture(made(name), bank).route(tokens_of(dtype=dtype), context_of())
     assert routing.weights is None or routing.weights.dtype == dtype
-    assert routing.keep is None or routing.keep.dtype == dtype
+    assert routing.base_weight is None or routing.base_weight.dtype == dtype
 
 
 @every_router

@@ -132,9 +132,9 @@ def test_weights_equal_a_loop(gate, granularity, convex, side) -> None:
     torch.testing.assert_close(routing.probs, expected)
     torch.testing.assert_close(routing.weights, expected[:, :3])
     if convex:
-        torch.testing.assert_close(routing.keep, expected[:, -1])
+        torch.testing.assert_close(routing.base_weight, expected[:, -1])
     else:
-        assert routing.keep is None
+        assert routing.base_weight is None
     arms = 3 + (gate == "softmax" or convex)
     assert routing.probs.shape == (15, arms)
     if gate == "softmax":
@@ -216,7 +216,7 @@ def test_flattened_tokens_give_the_same(granularity) -> None:
 def test_tokens_that_are_no_sequences_are_refused_except_by_a_token_gate() -> None:
     tokens, mask = tokens_and_mask()
     odd = torch.randn(14, D)
-    with pytest.raises(ValueError, match=r"a gate over sequences needs hidden states.*gate_granularity='token'"):
+    with pytest.raises(ValueError, match=r"a router over sequences needs hidden states.*gate_granularity='token'"):
         make(granularity="sequence")(odd, context_of(tokens, mask))
     assert make()(odd, context_of(tokens, mask)).probs.shape == (14, 4)
 
@@ -520,9 +520,9 @@ def test_domain_ids_replace_the_gate(gate, convex) -> None:
     assert torch.equal(routing.indices, torch.tensor([[2], [-1], [0]]).repeat_interleave(5, 0))
     assert routing.weights is None
     if convex:
-        assert torch.equal(routing.keep, torch.tensor([0.0, 1, 0]).repeat_interleave(5))
+        assert torch.equal(routing.base_weight, torch.tensor([0.0, 1, 0]).repeat_interleave(5))
     else:
-        assert routing.keep is None
+        assert routing.base_weight is None
 
 
 def test_domain_ids_may_be_those_of_tokens() -> None:
@@ -537,7 +537,7 @@ def test_domain_without_expert_here_leaves_the_frozen_layer() -> None:
     context = context_of(tokens, mask, domain_ids=torch.tensor([0, 1, 2]))
     routing = hard(make(names=["b"], convex=True), tokens, context, numbers=[1], total=3)
     assert routing.indices.view(3, 5)[:, 0].tolist() == [-1, 0, -1]
-    assert routing.keep.view(3, 5)[:, 0].tolist() == [1, 0, 1]
+    assert routing.base_weight.view(3, 5)[:, 0].tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("bad", [3, -2, 100])
@@ -820,7 +820,7 @@ def test_removed_softmax_arm_gives_its_mass_to_the_frozen_layer(name, convex) ->
     torch.testing.assert_close(routing.weights, before[:, kept])
     assert router.arms == [NAMES[i] for i in kept] + ["null0", "frozen"]
     if convex:  # the mixture still sums to one
-        torch.testing.assert_close(routing.keep, before[:, 3] + before[:, NAMES.index(name)])
+        torch.testing.assert_close(routing.base_weight, before[:, 3] + before[:, NAMES.index(name)])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -854,7 +854,7 @@ def test_arms_come_and_go_in_any_order() -> None:
     routing = router(tokens, context_of(tokens, mask))
     assert router.arms == ["b", "d", "null0", "null1", "frozen"]
     torch.testing.assert_close(routing.weights, torch.stack([before[:, 1], 0.1 * before[:, 3]], 1))
-    torch.testing.assert_close(routing.keep, before[:, 0] + before[:, 2] + 0.9 * before[:, 3])
+    torch.testing.assert_close(routing.base_weight, before[:, 0] + before[:, 2] + 0.9 * before[:, 3])
 
 
 @pytest.mark.parametrize("trainable", [False, True])

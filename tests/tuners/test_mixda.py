@@ -66,9 +66,9 @@ def expert_output(expert: nn.Module, x: Tensor, act: Any = F.gelu) -> Tensor:
     return act(x @ expert.down.weight.T + expert.down.bias) @ expert.up.weight.T + expert.up.bias
 
 
-def plain_mixture(mixture: Mixture, x: Tensor, y: Tensor, weights: Tensor, keep: Tensor | None) -> Tensor:
-    """o = keep * F + sum_k w_k K_k(x) by a loop: x (N, I), y (N, H), weights (N, K)."""
-    out = y if keep is None else keep.unsqueeze(1) * y
+def plain_mixture(mixture: Mixture, x: Tensor, y: Tensor, weights: Tensor, base_weight: Tensor | None) -> Tensor:
+    """o = base_weight * F + sum_k w_k K_k(x) by a loop: x (N, I), y (N, H), weights (N, K)."""
+    out = y if base_weight is None else base_weight.unsqueeze(1) * y
     for k, expert in enumerate(mixture.bank.experts.values()):
         out = out + weights[:, k : k + 1] * expert_output(expert, x)
     return out
@@ -236,8 +236,8 @@ def test_acceptance_05_fused_equals_a_loop_with_gradients(gate, convex, backend)
     rms = x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float64).eps).sqrt()
     scores = rms @ mixture.router.output.weight.T + mixture.router.output.bias
     w = (scores.sigmoid() if gate == "sigmoid" else scores.softmax(-1)).flatten(0, 1)
-    keep = w[:, -1] if convex else None
-    loop = plain_mixture(mixture, x.flatten(0, 1), y.flatten(0, 1), w[:, :3], keep)
+    base_weight = w[:, -1] if convex else None
+    loop = plain_mixture(mixture, x.flatten(0, 1), y.flatten(0, 1), w[:, :3], base_weight)
     torch.testing.assert_close(fused.flatten(0, 1), loop, atol=1e-12, rtol=1e-12)
     for one, other in zip(found, grads(loop), strict=True):
         torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
@@ -1120,7 +1120,7 @@ def test_encoder_decoder_generates_as_its_full_forward(tiny, tiny_inputs, granul
 
 def test_input_dependent_mixture_refuses_to_merge_with_the_reason(tiny) -> None:
     model = mixda(tiny, task_adapter=None)
-    with pytest.raises(ValueError, match="cannot be merged: its gate depends on the input"):
+    with pytest.raises(ValueError, match="cannot be merged: its router depends on the input"):
         model.merge_and_unload()
 
 

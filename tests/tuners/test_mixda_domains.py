@@ -409,7 +409,7 @@ def weights_by_arm(model: nn.Module, inputs: dict[str, Tensor]) -> list[dict[str
 
         def note(module: nn.Module, args: tuple, routing: Any) -> None:
             seen = dict(zip(module.experts, routing.weights.unbind(1), strict=True))
-            found.append(seen if routing.keep is None else {**seen, "kept": routing.keep})
+            found.append(seen if routing.base_weight is None else {**seen, "kept": routing.base_weight})
 
         handles.append(mixture.router.register_forward_hook(note))
     logits(model, inputs)

@@ -240,7 +240,7 @@ def test_merge_with_a_bias_needs_a_layer_with_one(tiny: Any, tiny_inputs: Any) -
         ("bottleneck", "its own activation is not linear"),
         ("parallel", "is not a linear layer"),
         ("houlsby", "its own LayerNorm is not linear"),
-        ("mixda", "its gate depends on the input"),
+        ("mixda", "its router depends on the input"),
     ],
 )
 def test_merge_is_refused_before_any_change(kind: str, reason: str, tiny: Any, ids: Any) -> None:

@@ -72,8 +72,8 @@ def backward(p: Problem, kept: tuple[Tensor, ...], grad: Tensor, needs: frozense
     p, todo = call.p, call.plan
     rows = p.x.shape[0]
     sums = {name: _Sum(call, name) for name in ("down", "gate", "up", "b_up") if needs & {name, _BIAS.get(name)}}
-    weigh = bool(needs & {"gates", "scale"})
-    dgates = p.x.new_zeros(rows, p.slots, dtype=torch.float32) if weigh else None
+    weigh = bool(needs & {"weights", "scale"})
+    dweights = p.x.new_zeros(rows, p.slots, dtype=torch.float32) if weigh else None
     dx = None
     for i, step in enumerate(todo.passes):
         parts = call.shrink_parts(p.up.shape[0], False)
@@ -89,7 +89,7 @@ def backward(p: Problem, kept: tuple[Tensor, ...], grad: Tensor, needs: frozense
         lefts = {name: p.x.new_empty(rows, total.hidden) for name, total in sums.items()}
         slot = 0 if todo.mode == "all" else i
         call.expand_back(
-            step, z[i], dh, parts, b_up_dot, before, dx, lefts, None if dgates is None else dgates[:, slot:]
+            step, z[i], dh, parts, b_up_dot, before, dx, lefts, None if dweights is None else dweights[:, slot:]
         )
         for name, total in sums.items():
             total.add(step, i, lefts[name], p.x if name in _BIAS else grad)
@@ -98,24 +98,24 @@ def backward(p: Problem, kept: tuple[Tensor, ...], grad: Tensor, needs: frozense
         found[name], bias = total.finish()
         if bias is not None:
             found[_BIAS[name]] = bias
-    if dgates is not None:
-        found |= _weight_gradients(p, dgates)
+    if dweights is not None:
+        found |= _weight_gradients(p, dweights)
     return {name: gradient for name, gradient in found.items() if name in needs}
 
 
-def _weight_gradients(p: Problem, dgates: Tensor) -> dict[str, Tensor]:
-    """Of gates and scale, from `dgates` (N, k), which has neither factor."""
+def _weight_gradients(p: Problem, dweights: Tensor) -> dict[str, Tensor]:
+    """Of weights and scale, from `dweights` (N, k), which has neither factor."""
     found = {}
-    if p.gates is not None:
-        scaled = dgates
+    if p.weights is not None:
+        scaled = dweights
         if p.scale is not None:
             scale = p.scale.float()
             if p.indices is not None:
                 scale = scale[p.indices.clamp_min(0).long()].masked_fill(p.indices < 0, 1)
-            scaled = dgates * scale
-        found["gates"] = scaled.to(p.gates.dtype)
+            scaled = dweights * scale
+        found["weights"] = scaled.to(p.weights.dtype)
     if p.scale is not None:
-        values = dgates if p.gates is None else dgates * p.gates.float()
+        values = dweights if p.weights is None else dweights * p.weights.float()
         if p.indices is None:
             by_expert = values.sum(0)
         else:
@@ -138,7 +138,7 @@ class _Call:
     def __init__(self, p: Problem, training: bool, tables: tuple[Tensor, ...] = ()) -> None:
         self.p = p = replace(
             p, b_down=_dense(p.b_down), b_up=_dense(p.b_up), b_gate=_dense(p.b_gate), indices=_dense(p.indices),
-            gates=_dense(p.gates), scale=_dense(p.scale), base=_dense(p.base), base_weight=_dense(p.base_weight),
+            weights=_dense(p.weights), scale=_dense(p.scale), base=_dense(p.base), base_weight=_dense(p.base_weight),
         )  # fmt: skip
         self.plan: Plan = plan(p, training, tables)
         self.arch = architecture(p.x.device)
@@ -193,7 +193,8 @@ class _Call:
     def _weighing(self, step: Pass) -> dict[str, Any]:
         """What weighs the experts' outputs."""
         return {
-            "GATES": step.gates, "SCALE": self.p.scale, "OWNERS": self.owners, "gate_stride": _row_stride(step.gates)
+            "WEIGHTS": step.weights, "SCALE": self.p.scale, "OWNERS": self.owners,
+            "weight_stride": _row_stride(step.weights),
         }  # fmt: skip
 
     def _dropping(self, seed: Tensor | None) -> dict[str, Any]:
@@ -253,9 +254,9 @@ class _Call:
 
     def expand_back(
         self, step: Pass, z: Tensor, dh: Tensor, parts: int, b_up_dot: Tensor | None, before: Tensor | None,
-        dx: Tensor | None, lefts: dict[str, Tensor], dgates: Tensor | None,
+        dx: Tensor | None, lefts: dict[str, Tensor], dweights: Tensor | None,
     ) -> None:  # fmt: skip
-        """dx (N, K) from the parts of dh, and what the gradients of weights and gates are made of."""
+        """dx (N, K) from the parts of dh, and what the gradients of all weights are made of."""
         p, width = self.p, self.p.x.shape[1]
         tiles = self.tiles("expand_back", width, p.gate is not None)
         programs = self.programs(step, tiles.rows)
@@ -266,12 +267,12 @@ class _Call:
             **self._where(step), **self._weighing(step), **self._dropping(self.seed),
             "Z": z, "DH": dh, "B_DOWN": p.b_down, "B_GATE": p.b_gate, "DOWN": p.down, "GATE": p.gate,
             "B_UP_DOT": b_up_dot, "DX_BEFORE": before, "DX": dx, "DZ": lefts.get("down"), "DV": lefts.get("gate"),
-            "HS": lefts.get("up"), "WS": lefts.get("b_up"), "DGATES": dgates,
+            "HS": lefts.get("up"), "WS": lefts.get("b_up"), "DWEIGHTS": dweights,
             "N": z.shape[1], "K": width, "HIDDEN": self.plan.hidden, "z_gate": z.stride(0), "dh_part": dh.stride(0),
             "down_column": p.down.stride(0), "down_k": p.down.stride(1),
             "gate_column": p.gate.stride(0) if p.gate is not None else 0,
             "gate_k": p.gate.stride(1) if p.gate is not None else 0,
-            "dgate_stride": _row_stride(dgates), "dot_width": self.plan.experts,
+            "dweight_stride": _row_stride(dweights), "dot_width": self.plan.experts,
         }  # fmt: skip
         even = width % tiles.width == 0
         launch(kernels.expand_back, (programs, columns), given, EVEN=even, **self._shape(tiles, parts))

@@ -119,23 +119,25 @@ def _owners(OWNERS, columns, there, first, MODE: tl.constexpr):
 
 
 @triton.jit
-def _weights(rows, row_there, experts, INDICES, index_stride, GATES, gate_stride, SCALE, BM: tl.constexpr):
-    """gate * scale of each row for each of `experts` (B,), 0 where the row did not choose it: (BM, B) fp32."""
+def _weights(rows, row_there, experts, INDICES, index_stride, WEIGHTS, weight_stride, SCALE, BM: tl.constexpr):
+    """weight * scale of each row for each of `experts` (B,), 0 where the row did not choose it: (BM, B) fp32."""
     known = experts >= 0
     there = row_there[:, None] & known[None, :]
     if INDICES is None:
-        if GATES is None:
+        if WEIGHTS is None:
             w = tl.where(there, 1.0, 0.0)
         else:
-            w = tl.load(GATES + rows[:, None] * gate_stride + experts[None, :], mask=there, other=0.0).to(tl.float32)
+            w = tl.load(WEIGHTS + rows[:, None] * weight_stride + experts[None, :], mask=there, other=0.0).to(
+                tl.float32
+            )
     else:
         chosen = tl.load(INDICES + rows * index_stride, mask=row_there, other=-1).to(tl.int32)
         hit = there & (chosen[:, None] == experts[None, :])
-        if GATES is None:
+        if WEIGHTS is None:
             w = tl.where(hit, 1.0, 0.0)
         else:
-            gate = tl.load(GATES + rows * gate_stride, mask=row_there, other=0.0).to(tl.float32)
-            w = tl.where(hit, gate[:, None], 0.0)
+            weight = tl.load(WEIGHTS + rows * weight_stride, mask=row_there, other=0.0).to(tl.float32)
+            w = tl.where(hit, weight[:, None], 0.0)
     if SCALE is not None:
         w *= tl.load(SCALE + experts, mask=known, other=0.0).to(tl.float32)[None, :]
     return w
@@ -207,14 +209,14 @@ def shrink(
 
 @triton.jit(do_not_specialize=VARYING)
 def expand(
-    Z, Z_SUM, B_DOWN, B_GATE, UP, B_UP, GATES, SCALE, BASE, BASE_WEIGHT, Y, INDICES, ORDER, TILES, STARTS, OWNERS,
+    Z, Z_SUM, B_DOWN, B_GATE, UP, B_UP, WEIGHTS, SCALE, BASE, BASE_WEIGHT, Y, INDICES, ORDER, TILES, STARTS, OWNERS,
     N, M, HIDDEN, RUN, TILES_MAX, FIRST, LAST,
-    z_part, z_gate, up_column, up_m, gate_stride, base_stride, index_stride,
+    z_part, z_gate, up_column, up_m, weight_stride, base_stride, index_stride,
     MODE: tl.constexpr, ALIGN: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     ACT: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Y = base_weight * base + (gate * scale * act(z)) up^T + gate * scale * b_up, over this part of the M columns.
+    """Y = base_weight * base + (weight * scale * act(z)) up^T + weight * scale * b_up, in parts of the M columns.
 
     Rows that chose no expert of the window get their base unchanged. Z_SUM keeps z for the backward, if Z is in parts.
     """
@@ -238,18 +240,18 @@ def expand(
         a *= z
     else:
         a, _ = _act(z, ACT)
-    w = _weights(rows, row_there, owners, INDICES, index_stride, GATES, gate_stride, SCALE, BM)
+    w = _weights(rows, row_there, owners, INDICES, index_stride, WEIGHTS, weight_stride, SCALE, BM)
     h = tl.where(w != 0.0, a * w, 0.0).to(DTYPE)  # what a row did not choose adds nothing, be it infinite
     if B_UP is not None:
         experts = first + tl.arange(0, BE)
         expert_there = experts < last
         w = _weights(
             rows, row_there, tl.where(expert_there, experts, -2),
-            INDICES, index_stride, GATES, gate_stride, SCALE, BM,
+            INDICES, index_stride, WEIGHTS, weight_stride, SCALE, BM,
         )  # fmt: skip
     chosen = tl.max((w != 0.0).to(tl.int32), 1) > 0
     if BASE_WEIGHT is not None:
-        keep = tl.load(BASE_WEIGHT + rows, mask=row_there, other=0.0).to(tl.float32)
+        base_weight = tl.load(BASE_WEIGHT + rows, mask=row_there, other=0.0).to(tl.float32)
     per_part = tl.cdiv(tl.cdiv(M, BN), tl.num_programs(1)) * BN
     low = tl.program_id(1) * per_part
     # The attribute has the compiler fetch the base ahead too, although it feeds no product.
@@ -270,25 +272,25 @@ def expand(
         if BASE is not None:
             base = tl.load(BASE + rows[:, None] * base_stride + m[None, :], mask=y_mask, other=0.0).to(tl.float32)
             if BASE_WEIGHT is not None:
-                base *= keep[:, None]
+                base *= base_weight[:, None]
             y = tl.where(chosen[:, None], y + base, base)
         tl.store(Y + rows[:, None] * M + m[None, :], y.to(Y.dtype.element_ty), mask=y_mask)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def expand_back(
-    Z, DH, B_DOWN, B_GATE, DOWN, GATE, GATES, SCALE, B_UP_DOT, SEED,
-    DX_BEFORE, DX, DZ, DV, HS, WS, DGATES, INDICES, ORDER, TILES, STARTS, OWNERS,
+    Z, DH, B_DOWN, B_GATE, DOWN, GATE, WEIGHTS, SCALE, B_UP_DOT, SEED,
+    DX_BEFORE, DX, DZ, DV, HS, WS, DWEIGHTS, INDICES, ORDER, TILES, STARTS, OWNERS,
     N, K, HIDDEN, RUN, TILES_MAX, FIRST, LAST, THRESHOLD, keep_factor,
-    z_gate, dh_part, down_column, down_k, gate_column, gate_k, gate_stride, dgate_stride, index_stride, dot_width,
+    z_gate, dh_part, down_column, down_k, gate_column, gate_k, weight_stride, dweight_stride, index_stride, dot_width,
     MODE: tl.constexpr, ALIGN: tl.constexpr, EVEN: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     ACT: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The mirror of `expand`: from z and DH = <dy, up> to dx = DX_BEFORE + dz down + dv gate, in parts of K.
 
-    Beside it, for the gradients of the weights: DZ and DV (of z, and of the gate's), HS = gate * scale * act(z) and
-    WS = gate * scale; and DGATES, which lacks the factor `scale`.
+    Beside it, for the gradients of the weights: DZ and DV (of z, and of the gate's), HS = weight * scale * act(z)
+    and WS = weight * scale; and DWEIGHTS, which lacks the factor `scale`.
     """
     rows, row_there, first, last = _tile(
         tl.program_id(0), INDICES, index_stride, ORDER, TILES, TILES_MAX, N, RUN, FIRST, LAST, MODE, BM
@@ -300,7 +302,7 @@ def expand_back(
     at = rows[:, None] * HIDDEN + lane[None, :]
     z = _add_bias(tl.load(Z + at, mask=hidden_mask, other=0.0), B_DOWN, columns, there)
     dh = _sum_parts(DH, dh_part, at, hidden_mask, PARTS)
-    w = _weights(rows, row_there, owners, INDICES, index_stride, GATES, gate_stride, SCALE, BM)
+    w = _weights(rows, row_there, owners, INDICES, index_stride, WEIGHTS, weight_stride, SCALE, BM)
     da = tl.where(w != 0.0, dh * w, 0.0)
     if GATED:
         v = _add_bias(tl.load(Z + z_gate + at, mask=hidden_mask, other=0.0), B_GATE, columns, there)
@@ -325,24 +327,24 @@ def expand_back(
             bias_at = rows[:, None] * dot_width + tl.arange(0, BE)[None, :]
             bias_mask = row_there[:, None] & (experts >= 0)[None, :]
         if WS is not None:
-            ws = _weights(rows, row_there, experts, INDICES, index_stride, GATES, gate_stride, SCALE, BM)
+            ws = _weights(rows, row_there, experts, INDICES, index_stride, WEIGHTS, weight_stride, SCALE, BM)
             tl.store(WS + bias_at, ws.to(WS.dtype.element_ty), mask=bias_mask)
-        if DGATES is not None:
+        if DWEIGHTS is not None:
             if B_UP_DOT is not None:
                 b_up_dot = tl.load(B_UP_DOT + bias_at, mask=bias_mask, other=0.0)
             if INDICES is None:
                 for e in range(first, last):
-                    dgate = tl.sum(tl.where((owners == e)[None, :], dh * a, 0.0), 1)
+                    dweight = tl.sum(tl.where((owners == e)[None, :], dh * a, 0.0), 1)
                     if B_UP_DOT is not None:
-                        dgate += tl.sum(tl.where((experts == e)[None, :], b_up_dot, 0.0), 1)
-                    tl.store(DGATES + rows * dgate_stride + e, dgate, mask=row_there)
+                        dweight += tl.sum(tl.where((experts == e)[None, :], b_up_dot, 0.0), 1)
+                    tl.store(DWEIGHTS + rows * dweight_stride + e, dweight, mask=row_there)
             else:
                 chosen = tl.load(INDICES + rows * index_stride, mask=row_there, other=-1).to(tl.int32)
-                dgate = tl.sum(tl.where(chosen[:, None] == owners[None, :], dh * a, 0.0), 1)
+                dweight = tl.sum(tl.where(chosen[:, None] == owners[None, :], dh * a, 0.0), 1)
                 if B_UP_DOT is not None:
-                    dgate += tl.sum(tl.where(chosen[:, None] == experts[None, :], b_up_dot, 0.0), 1)
+                    dweight += tl.sum(tl.where(chosen[:, None] == experts[None, :], b_up_dot, 0.0), 1)
                 inside = row_there & (chosen >= first) & (chosen < last)
-                tl.store(DGATES + rows * dgate_stride, dgate, mask=inside)
+                tl.store(DWEIGHTS + rows * dweight_stride, dweight, mask=inside)
     if DX is not None:
         dz = dz.to(DTYPE)
         if GATED:

@@ -19,7 +19,7 @@ class Pass(NamedTuple):
     first: int = 0  # window of experts, in mode "all"
     last: int = 0
     indices: Tensor | None = None  # from its slot on
-    gates: Tensor | None = None
+    weights: Tensor | None = None
     order: Tensor | None = None  # (N,) rows by expert, in mode "sorted"
     offsets: Tensor | None = None  # (E + 2,) where each expert begins in `order`; the last one is "none"
     tiles: Tensor | None = None  # (3, tiles) expert, begin and end of every tile
@@ -56,19 +56,21 @@ def plan(p: Problem, training: bool, tables: tuple[Tensor, ...] = ()) -> Plan:
     rows, num = p.x.shape[0], len(p.ranks)
     if p.indices is None:
         around = windows(p.ranks)
-        passes = [Pass(a, b, gates=p.gates) for a, b in around]
+        passes = [Pass(a, b, weights=p.weights) for a, b in around]
         hidden = max(sum(p.ranks[a:b]) for a, b in around)
         return Plan("all", hidden, max(b - a for a, b in around), passes, ())
     slots = p.indices.shape[1]
-    columns = [(p.indices[:, s:], None if p.gates is None else p.gates[:, s:]) for s in range(slots)]
+    columns = [(p.indices[:, s:], None if p.weights is None else p.weights[:, s:]) for s in range(slots)]
     # In training nothing may depend on the number of rows: the compiler does not know it.
     few = not (training or p.batch_invariant) and rows * slots <= configs.FEW_ROWS
     if p.run >= 16 or few:
-        passes = [Pass(indices=indices, gates=gates) for indices, gates in columns]
+        passes = [Pass(indices=indices, weights=weights) for indices, weights in columns]
         return Plan("runs", max(p.ranks), 1, passes, ())
     order, offsets = tables or sort_rows(p.indices, num)
     tiles = tile_table(offsets, rows, configs.sorted_rows(p.x.dtype, max(p.ranks), p.gate is not None))
-    passes = [Pass(0, 0, indices, gates, order[s], offsets[s], tiles[s]) for s, (indices, gates) in enumerate(columns)]
+    passes = [
+        Pass(0, 0, indices, weights, order[s], offsets[s], tiles[s]) for s, (indices, weights) in enumerate(columns)
+    ]
     return Plan("sorted", max(p.ranks), 1, passes, (order, offsets))
 
 

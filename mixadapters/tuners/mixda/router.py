@@ -63,8 +63,8 @@ def read_router(config: Any) -> None:
     cls, _ = read_spec(router_spec(config))
     if config.combine == "convex" and "convex" not in options_of(cls):
         raise ValueError(
-            f"combine='convex' needs a router that weighs the frozen layer's output (Routing.keep), by an option "
-            f"`convex`, which {cls.__name__} does not take; use combine='delta'"
+            f"combine='convex' needs a router that weighs the frozen layer's output (Routing.base_weight), by an "
+            f"option `convex`, which {cls.__name__} does not take; use combine='delta'"
         )
     if config.domains:
         trial_router(config, list(config.domains))

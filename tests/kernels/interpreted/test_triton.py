@@ -17,7 +17,7 @@ from mixadapters.kernels.triton import backward, configs, forward, keeps, kernel
 from mixadapters.kernels.triton.launch import record
 from mixadapters.kernels.triton.plan import plan
 
-FIELDS = ("x", "down", "up", "b_down", "b_up", "gate", "b_gate", "gates", "scale")
+FIELDS = ("x", "down", "up", "b_down", "b_up", "gate", "b_gate", "weights", "scale")
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -40,7 +40,7 @@ def problem(
         "b_up": randn(num, m),
         "gate": randn(total, k) / k**0.5,
         "b_gate": randn(total),
-        "gates": torch.rand(rows, num if slots is None else slots, generator=g),
+        "weights": torch.rand(rows, num if slots is None else slots, generator=g),
         "scale": torch.rand(num, generator=g) + 0.5,
         "base": randn(rows, m).to(dtype),
         "base_weight": torch.rand(rows, generator=g),
@@ -67,10 +67,10 @@ def by_loop(p: Problem) -> Tensor:
             h = ACTIVATIONS[p.act](x @ p.gate[part].T + (0 if p.b_gate is None else p.b_gate[part])) * h
         out = h @ p.up[:, part].T + (0 if p.b_up is None else p.b_up[e])
         if p.indices is None:
-            weight = x.new_ones(len(x)) if p.gates is None else p.gates[:, e]
+            weight = x.new_ones(len(x)) if p.weights is None else p.weights[:, e]
         else:
             hit = (p.indices == e).to(x.dtype)
-            weight = (hit if p.gates is None else hit * p.gates).sum(1)
+            weight = (hit if p.weights is None else hit * p.weights).sum(1)
         y = y + out * weight[:, None] * (1 if p.scale is None else p.scale[e])
     return y
 
@@ -109,11 +109,11 @@ def assert_close(p: Problem, tolerance: float | None = None) -> None:
 
 
 WIDE = (128, 100, 90, 60)  # ranks that no single program holds
-PLAIN = ("gate", "b_gate", "b_down", "b_up", "gates", "base_weight")
+PLAIN = ("gate", "b_gate", "b_down", "b_up", "weights", "base_weight")
 CASES = {
     "all": {},
     "all, gated": {"without": ()},
-    "all, without gates": {"without": ("gate", "b_gate", "gates", "scale", "base")},
+    "all, without weights": {"without": ("gate", "b_gate", "weights", "scale", "base")},
     "all, two windows": {"ranks": WIDE, "rows": 40},
     "all, two windows, gated": {"ranks": WIDE, "rows": 33, "without": ()},
     "runs": {"slots": 1, "run": 32, "rows": 160},
@@ -249,7 +249,7 @@ def assert_untouched(p: Problem, clean: dict[str, Tensor], found: dict[str, Tens
     for name, value in clean.items():
         if name in ("y", "x"):
             assert torch.equal(found[name][rows], value[rows]), name
-        elif name == "gates":
+        elif name == "weights":
             own = rows.unsqueeze(1).expand_as(value)
             assert torch.equal(found[name][own], value[own]), name
         else:
@@ -276,7 +276,7 @@ def test_a_broken_expert_touches_only_the_rows_that_chose_it(case, name):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("case", ROUTED)
-@pytest.mark.parametrize("name", ["x", "gradient", "base", "gates"])
+@pytest.mark.parametrize("name", ["x", "gradient", "base", "weights"])
 def test_a_broken_row_touches_only_the_experts_that_it_chose(case, name):
     p = problem(**{**CASES[case], "without": ("gate", "b_gate")})
     grad = output_gradient(p)
@@ -314,7 +314,7 @@ def test_layouts():
     stacked = torch.stack([p.down, p.down], dim=2)
     q = replace(
         p, x=wide[:, 5:77], up=arena[:32].t(), down=stacked[..., 0], base=p.base.t().contiguous().t(),
-        gates=p.gates.t().contiguous().t(), indices=p.indices.to(torch.int32).t().contiguous().t(),
+        weights=p.weights.t().contiguous().t(), indices=p.indices.to(torch.int32).t().contiguous().t(),
     )  # fmt: skip
     grad = output_gradient(p)
     expected, found = by_kernels(p, grad), by_kernels(q, grad)
@@ -357,7 +357,7 @@ def test_batch_invariant_rows_do_not_depend_on_the_others(slots, ranks, rowwise)
     p = problem(rows=70, slots=slots, ranks=ranks, wide=(300, 70), batch_invariant=True)
     y = forward(p, False)[0]
     for rows in (slice(0, 1), slice(3, 40)):
-        q = replace(p, **{n: getattr(p, n)[rows] for n in ("x", "gates", "base", "base_weight")})
+        q = replace(p, **{n: getattr(p, n)[rows] for n in ("x", "weights", "base", "base_weight")})
         q = q if slots is None else replace(q, indices=p.indices[rows])
         assert torch.equal(forward(q, False)[0], y[rows])
 
