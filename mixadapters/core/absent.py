@@ -137,7 +137,7 @@ def _rows_of(name: str | None, model: nn.Module) -> list[int]:
         found = [module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")]
     else:
         try:
-            found = [model.get_input_embeddings()]  # type: ignore[operator]
+            found = [model.get_input_embeddings()]
         except (AttributeError, NotImplementedError):
             found = []
     weights = (getattr(getattr(module, "original_module", module), "weight", None) for module in found)

@@ -66,9 +66,8 @@ def row_names(value: Any, context: Any, model: nn.Module) -> RowNames:
 def _chosen_by(unknown: set[str], model: nn.Module) -> str:
     """How to choose what is no adapter, but an expert of one, such as a domain; "" where none of the names is."""
     for module in model.modules():
-        routes = getattr(module, "hard_routes", None)
-        mine = sorted(unknown.intersection(module.bank.names)) if routes is not None else []
-        if mine:
+        routes: Any = getattr(module, "hard_routes", None)
+        if routes is not None and (mine := sorted(unknown.intersection(module.bank.names))):
             return (
                 f". {mine[0]!r} is an expert of adapter {module.key.adapter!r}: name that, and choose its experts by "
                 f"{routes.field}, one number for each row"

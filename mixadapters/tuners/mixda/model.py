@@ -107,7 +107,8 @@ class MixDAModel(DomainVerbs):
 
     def _refuse_absent_modules(self, config: MixDAConfig) -> None:
         """Refuse ranks of modules that take no domain adapter, and null arms of modules that have no gate."""
-        paths, gated = self.domain_paths(config), set()
+        paths = self.domain_paths(config)
+        gated: set[str] = set()
         for name, spec in config.domains.items():
             here = {module: [path for path in paths if same_module(module, path)] for module in spec["ranks"]}
             if absent := [module for module, found in here.items() if not found]:
