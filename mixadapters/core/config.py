@@ -156,6 +156,10 @@ class MixtureConfig(PeftConfig):
         """As PEFT's, of values that JSON takes: sets are sorted lists."""
         return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
 
+    def registered_by(self) -> dict[str, str]:
+        """What a process must import before it loads this adapter: module -> what that registers. Said in the card."""
+        return {}
+
     def _note_others(self) -> None:
         """Note adapters of other types that act in the model of this one: without them it would not do the same."""
         user, name, _ = self._used or (lambda: None, "", {})

@@ -79,7 +79,7 @@ class Router(nn.Module):
 
 
 ROUTERS: Registry[Router] = Registry(
-    "router", hint="A router of your own is known once the module that registers it has been imported."
+    "router", hint="A router of your own is known once the module that registers it has been imported.", base=Router
 )
 COEFFICIENTS = ("balance_coef", "z_coef", "entropy_coef")
 
@@ -126,16 +126,29 @@ def build_router(spec: str | dict[str, Any], in_features: int, experts: list[str
     """A router from its name, or from {"kind": name, option: value}. `defaults` fill options that it takes.
 
     Raises:
-        ValueError: unknown router, or an option that it does not take.
+        ValueError: unknown router, an option that it does not take, or one that it needs and is not given.
     """
     cls, options = read_spec(spec)
     takes = options_of(cls)
     given = {**{name: value for name, value in defaults.items() if name in takes}, **options}
     weights = {name: given.pop(name) for name in COEFFICIENTS if name in given}
+    _check_call(spec if isinstance(spec, str) else spec["kind"], cls, in_features, experts, given)
     router = cls(in_features, experts, **given)
     if weights:
         router.weigh_losses(**{name: getattr(router, name) for name in COEFFICIENTS} | weights)
     return router
+
+
+def _check_call(kind: str, cls: type[Router], in_features: int, experts: list[str], given: dict[str, Any]) -> None:
+    """Raise ValueError where the constructor of a router cannot be called like this."""
+    signature = inspect.signature(cls)
+    try:
+        signature.bind(in_features, experts, **given)
+    except TypeError as error:
+        raise ValueError(
+            f"router {kind!r}: {cls.__name__}{signature} is called with in_features, experts and {given}: {error}. "
+            f"Give it in router={{'kind': {kind!r}, ...}}, or a default in the constructor"
+        ) from None
 
 
 def _is_number(value: object) -> bool:

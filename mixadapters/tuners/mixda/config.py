@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 from mixadapters.core.config import MixtureConfig, one_of
 from mixadapters.core.fields import fits
 from mixadapters.core.names import check_name
-from mixadapters.core.registry import nearest
+from mixadapters.core.registry import LIBRARY, nearest
 from mixadapters.kernels import ACTIVATIONS
+from mixadapters.routers import ROUTERS
 from mixadapters.routers.pooling import GRANULARITIES, POOLS
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
 from mixadapters.tuners.mixda.router import competes, read_router
@@ -182,6 +183,10 @@ class MixDAConfig(MixtureConfig):
             if "origin" in spec:
                 spec["origin"] = _public(spec["origin"])
         return saved
+
+    def registered_by(self) -> dict[str, str]:
+        module = ROUTERS[str(self.gate)].__module__ if self.gate is not None else LIBRARY
+        return {} if module.partition(".")[0] == LIBRARY else {module: f"the router {self.gate!r}"}
 
     @classmethod
     def preset(cls, name: Literal["paper", "released"], **overrides: Any) -> MixDAConfig:
