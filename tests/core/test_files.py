@@ -158,7 +158,7 @@ def test_weights_that_are_set_by_hand_are_those_of_their_config(tiny: Any, tmp_p
     model = get_peft_model(tiny("llama"), CONFIGS["mixda"]())
     before = logits(model, "mixda")
     with pytest.raises(ValueError, match=r"is not what adapter_config.json was saved with"):
-        set_peft_model_state_dict(model, load_peft_weights(tmp_path))
+        set_peft_model_state_dict(model, peft.load_peft_weights(tmp_path))
     assert torch.equal(logits(model, "mixda"), before)
 
 
@@ -352,6 +352,27 @@ def test_weights_saved_in_another_order_of_domains_are_refused(tiny: Any, tmp_pa
     assert torch.equal(logits(other, "mixda"), before)
     for training in ({"balance_coef": 0.1, "gate_dropout": 0.1}, {"z_coef": 0.1, "entropy_coef": 0.1}):  # may differ
         get_peft_model(tiny("llama"), CONFIGS["mixda"](**training)).load_adapter(tmp_path, "default")
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "field", "order"),
+    [
+        ("mixda", {}, "domain_order", ["a", "b"]),
+        ("mixda", {}, "domain_order", None),
+        ("pill", {"modalities": ["text", "image", "audio"]}, "modalities", ["text", "audio", "image"]),
+    ],
+)
+def test_an_order_that_was_changed_in_a_file_is_refused(kind, given, field, order, tiny: Any, tmp_path: Path) -> None:
+    model = saved(tiny, tmp_path, kind, **given)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    change_config(tmp_path, **{field: order})
+    refused(tiny, tmp_path, rf"{field}=.* is not what the weights were saved with.*take `digest` out")
+    same = get_peft_model(tiny("llama"), CONFIGS[kind](**given))
+    with pytest.raises(ValueError, match=f"{field}="):
+        set_peft_model_state_dict(same, peft.load_peft_weights(tmp_path))
+    # As earlier versions saved it, whose digest is that of the weights alone.
+    change_config(tmp_path, **{field: config[field], "digest": config["digest"].split()[0]})
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny("llama"), tmp_path), kind), logits(model, kind))
 
 
 def test_options_of_a_router_that_are_for_training_may_differ(tiny: Any, tmp_path: Path) -> None:

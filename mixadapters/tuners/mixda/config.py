@@ -147,7 +147,8 @@ class MixDAConfig(MixtureConfig):
         metadata={"help": "Of the task adapter (released code: relu).", "choices": tuple(ACTIVATIONS)},
     )
     domain_order: list[str] | None = field(
-        default=None, metadata={"help": "Names in the order of the gate's arms and of `domain_ids`; filled in."}
+        default=None,
+        metadata={"help": "Names in the order of the gate's arms and of `domain_ids`; filled in.", "order": True},
     )
     null_arms: dict[str, int] = field(
         default_factory=dict,
