@@ -11,7 +11,7 @@ from mixadapters.core import checkout as _checkout  # noqa: F401  # says where k
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.model import MixtureModel
 from mixadapters.routers import ROUTERS, Router
-from mixadapters.tuners import AGDConfig, BottleneckConfig, LazyAdamW, MixDAConfig, MoSAConfig, PILLConfig
+from mixadapters.tuners import AGDConfig, BottleneckConfig, LazyAdamW, MixDAConfig, MoAConfig, MoSAConfig, PILLConfig
 from mixadapters.tuners.registration import register
 
 __version__ = "0.1.0.dev0"
@@ -30,6 +30,7 @@ __all__ = [
     "LazyAdamW",
     "MixDAConfig",
     "MixtureModel",
+    "MoAConfig",
     "MoSAConfig",
     "PILLConfig",
     "Router",

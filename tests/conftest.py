@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import sys
 import warnings
@@ -21,6 +22,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 
 import pytest
+
+# A virtual environment of another checkout would have the tests say nothing of this one.
+_package = importlib.util.find_spec("mixadapters")
+if _package is None or Path(_package.origin or "").resolve().parents[1] != ROOT:
+    _found = "is not installed" if _package is None else f"is that of {_package.origin}"
+    raise pytest.UsageError(f"mixadapters {_found}, but these tests are those of {ROOT}: pip install -e {ROOT}")
+
 import torch
 import transformers
 from torch import Tensor, nn

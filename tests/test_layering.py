@@ -64,10 +64,13 @@ def floor(module: str) -> str | None:
     return parts[1] if parts[0] == "mixadapters" and len(parts) > 1 else None
 
 
+GROUND = ([], ["registration"], ["sources"])  # modules of tuners/ that belong to no method
+
+
 def method(module: str) -> str | None:
-    """The method (tuner) that a module belongs to; None for tuners/__init__.py and registration.py."""
+    """The method (tuner) that a module belongs to; None for tuners/__init__.py and what all tuners stand on."""
     parts = module.split(".")
-    return parts[2] if parts[:2] == ["mixadapters", "tuners"] and parts[2:] not in ([], ["registration"]) else None
+    return parts[2] if parts[:2] == ["mixadapters", "tuners"] and parts[2:] not in GROUND else None
 
 
 def complaint(module: str, imported: str) -> str | None:
@@ -92,7 +95,7 @@ def complaint(module: str, imported: str) -> str | None:
         return f"{here} is below {there}"
     if here == there == "tuners" and module != "mixadapters.tuners":
         mine, other = method(module), method(imported)
-        # registration.py is the ground floor of the tuners: it knows PEFT's tables and no method.
+        # registration.py and sources.py are the ground floor of the tuners: they know PEFT and no method.
         if other not in (None, mine) and (mine in SHARED_METHODS or other not in SHARED_METHODS or mine is None):
             return f"{mine or module} may not import its sibling {other}"
     return None

@@ -205,5 +205,15 @@ def test_version_is_the_installed_one() -> None:
     assert distribution("mixadapters").version == mixadapters.__version__
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_tests_refuse_the_package_of_another_tree(tmp_path: Path, installed: bool) -> None:
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path / "tests")
+    code = ("" if installed else NOT_INSTALLED) + f"import pytest; pytest.main([{str(tmp_path / 'tests')!r}])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    found = f"is that of {ROOT / 'mixadapters' / '__init__.py'}" if installed else "is not installed"
+    assert f"mixadapters {found}, but these tests are those of {tmp_path}: pip install -e" in done.stderr
+
+
 def test_tests_do_not_see_the_checkout() -> None:
     assert ROOT not in {Path(entry or os.curdir).resolve() for entry in sys.path}

@@ -43,12 +43,12 @@ class Expert(nn.Module):
     Starts as zero (`up` is 0) unless `init_weights` is False.
     """
 
-    def __init__(self, bank: AdapterBank, rank: int, init_weights: bool) -> None:
+    def __init__(self, bank: AdapterBank, rank: int, init_weights: bool, up_bias: bool = False) -> None:
         super().__init__()
         self.rank = rank
         self.down = nn.Linear(bank.in_features, rank, bias=bank.bias)
         self.gate = nn.Linear(bank.in_features, rank, bias=bank.bias) if bank.glu else None
-        self.up = nn.Linear(rank, bank.out_features, bias=bank.bias)
+        self.up = nn.Linear(rank, bank.out_features, bias=bank.bias or up_bias)
         self.norm = nn.LayerNorm(bank.in_features) if bank.layer_norm else None
         self.scale = Scale(1.0) if bank.scale is None else None
         if init_weights:
@@ -113,17 +113,41 @@ class AdapterBank(nn.Module):
         self.layer_norm, self.scale = layer_norm, scale
         self.kind = Kind(in_features, out_features, activation, glu, bias, layer_norm)
         self.experts = nn.ModuleDict()
+        self.scales: dict[str, float] = {}  # factors of experts that do not go by `scale`
 
-    def add(self, name: str, rank: int, init_weights: bool = True) -> None:
-        """Append an expert. Raises ValueError where the name is taken or the rank is not positive."""
+    def add(
+        self,
+        name: str,
+        rank: int,
+        init_weights: bool = True,
+        *,
+        scale: float | None = None,
+        up_bias: bool = False,
+        place: int | None = None,
+    ) -> None:
+        """Append an expert.
+
+        Args:
+            scale: factor on its output, in place of the bank's.
+            up_bias: a bias on its output, in a bank without biases.
+            place: its number; None: after the others.
+
+        Raises:
+            ValueError: the name is taken or the rank is not positive.
+        """
         if name in self.experts:
             raise ValueError(f"expert {name!r} exists already; have {self.names}")
         if rank <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {rank}")
-        self.experts[name] = Expert(self, rank, init_weights)
+        after = {} if place is None else {n: self.experts.pop(n) for n in self.names[place:]}
+        self.experts[name] = Expert(self, rank, init_weights, up_bias)
+        self.experts.update(after)
+        if scale is not None:
+            self.scales[name] = scale
 
     def remove(self, name: str) -> None:
         del self.experts[name]
+        self.scales.pop(name, None)
 
     @property
     def names(self) -> list[str]:
@@ -134,7 +158,9 @@ class AdapterBank(nn.Module):
 
         context: None stands for an evaluation outside a forward, such as a merge.
         """
-        return [expert.weights(self.scale) for expert in self.experts.values()]
+        if not self.scales:
+            return [expert.weights(self.scale) for expert in self.experts.values()]
+        return [expert.weights(self.scales.get(name, self.scale)) for name, expert in self.experts.items()]
 
     def forward(
         self,
@@ -195,7 +221,7 @@ def pack(banks: Sequence[AdapterBank], context: ForwardContext | None) -> Packed
         "w_down": _cat(downs),
         "b_down": _cat(down_biases),
         "w_up": ups[0] if len(ups) == 1 else torch.cat([up.t() for up in ups]).t(),
-        "b_up": None if weights[0].b_up is None else torch.stack([w.b_up for w in weights if w.b_up is not None]),
+        "b_up": _up_biases(weights),
         "scale": _scales(weights),
     }
     if weights[0].gate is not None:
@@ -231,6 +257,13 @@ def _scales(weights: Sequence[Weights]) -> Tensor | None:
     if len(numbers) == len(scales):
         return None if all(number == 1.0 for number in numbers) else like.new_tensor(numbers)
     return torch.cat([s if isinstance(s, Tensor) else like.new_full((1,), s) for s in scales])
+
+
+def _up_biases(weights: Sequence[Weights]) -> Tensor | None:
+    """(E, M) biases of the experts' outputs, 0 for those without; None where none has one."""
+    if all(w.b_up is None for w in weights):
+        return None
+    return torch.stack([w.up.new_zeros(w.up.shape[0]) if w.b_up is None else w.b_up for w in weights])
 
 
 def _folded(weight: Any, bias: Tensor | None, norm: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:

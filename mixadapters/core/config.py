@@ -135,6 +135,10 @@ class MixtureConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
 
+    def trained_in(self, stage: str) -> tuple[str, ...]:
+        """Patterns of the parameters that train in a stage of `stages`."""
+        return type(self).stages[stage]
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_used"}  # not in copies
 

@@ -195,7 +195,7 @@ def _reordered(config: dict[str, Any], kind: str, expected: list[str]) -> str | 
 
 def orders_of(kind: str, config: Mapping[str, Any]) -> dict[str, str]:
     """The fields of a config of this type that are orders (`order` in their metadata) -> a digest of their values."""
-    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)  # type: ignore[call-overload]
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
     names = [f.name for f in dataclasses.fields(cls) if f.metadata.get("order")] if cls is not None else []
     return {name: hashlib.sha256(json.dumps(config.get(name)).encode()).hexdigest()[:16] for name in names}
 

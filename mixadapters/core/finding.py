@@ -23,9 +23,11 @@ from mixadapters.core.sites import (
     find_architecture,
     group_of,
     hidden_size_of,
+    is_causal,
     layer_index,
     stack_of,
     sublayer_of,
+    unwrapped,
 )
 
 TARGET = "target"  # role of modules that the user names by target_modules
@@ -74,6 +76,13 @@ class SiteFinder(BaseTuner):
     def hosts(self) -> Iterator[AdapterHost]:
         """The layers of this model that hold adapters."""
         return (module for module in self._outside() if isinstance(module, AdapterHost))
+
+    def host_at(self, path: str, missing_ok: bool = False) -> Any:
+        """The host at the module `path`. Raises ValueError where there is none, unless `missing_ok`: then None."""
+        host = next((h for h in self.hosts() if h.path == path), None)
+        if host is None and not missing_ok:
+            raise ValueError(f"no adapter sits at {path!r}")
+        return host
 
     def _outside(self) -> Iterator[nn.Module]:
         """The modules of this model, as `modules()` gives them, without those inside adapters: there may be many."""
@@ -130,9 +139,7 @@ class SiteFinder(BaseTuner):
     def _unwrapped(self, path: str) -> nn.Module:
         module = self.model
         for part in path.split("."):
-            module = getattr(module, part)
-            while hasattr(module, "base_layer"):
-                module = module.base_layer
+            module = unwrapped(getattr(module, part))
         return module
 
     def _site(self, config: MixtureConfig, adapter_name: str, base: nn.Module, path: str) -> Site:
@@ -144,7 +151,7 @@ class SiteFinder(BaseTuner):
         taps = tuple((r, self._nearest_tap(config.sites[r], path)) for r in self.taps(config)) if config.sites else ()
         layer = layer_index(path)
         return Site(
-            role, path, width_in, width_out, stack, self._is_causal(stack), taps,
+            role, path, width_in, width_out, stack, self._is_causal(path), taps,
             adapter=adapter_name, group=self._group(role, path), layer=NO_LAYER if layer is None else layer,
         )  # fmt: skip
 
@@ -177,15 +184,9 @@ class SiteFinder(BaseTuner):
             raise ValueError(f"cannot tell the width of {path!r} ({type(base).__name__}); pass hidden_size")
         return width, width
 
-    def _is_causal(self, stack: str) -> bool:
-        if stack:
-            return stack == "decoder"
-        model_config = self.get_model_config(self.model)
-        try:
-            causal = find_architecture(model_config.get("model_type", "custom")).causal
-        except ValueError:
-            causal = False
-        return causal or bool(model_config.get("is_decoder")) or "CausalLM" in type(self.model).__name__
+    def _is_causal(self, path: str) -> bool:
+        """Whether positions at this module must not see later ones."""
+        return is_causal(path, self.model, self.get_model_config(self.model))
 
     def _nearest_tap(self, pattern: str, path: str) -> str:
         """The module that matches `pattern` and shares the longest path with `path`."""

@@ -139,12 +139,12 @@ class Injection(SiteFinder):
         peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
         named = peft_config.sites
         self.resolve(peft_config, model_config)
-        self._refuse_absent(peft_config, named)
+        self._refuse_what_is_not_there(peft_config, named)
         self._refuse_nested(peft_config)
         self.before_injection(peft_config, self._injecting)
         return peft_config
 
-    def _refuse_absent(self, config: MixtureConfig, named: dict[str, str] | None) -> None:
+    def _refuse_what_is_not_there(self, config: MixtureConfig, named: dict[str, str] | None) -> None:
         """Refuse what the config names and the model does not have; named: the `sites` that its user has given.
 
         A saved adapter may name more than it uses: its keys and shapes say what it is.

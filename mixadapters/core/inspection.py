@@ -41,7 +41,7 @@ class RoutingVerbs:
         Raises:
             ValueError: a key that no router has, or a value that is no routing of its experts.
         """
-        pins = spread_pins(routes, {key: mixture.bank.names for key, mixture in self.mixtures().items()})
+        pins = spread_pins(routes, {key: mixture.expert_names for key, mixture in self.mixtures().items()})
         with self.context.pin(**{ROUTES: {**self.context.held.get(ROUTES, {}), **pins}}):
             yield
 

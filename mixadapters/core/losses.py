@@ -1,9 +1,11 @@
 """Auxiliary losses of a router: scalars, padding left out.
 
-Shapes: probs (N, A) over A arms, logits (N, A), mask (N,) bool or None.
+Shapes: probs (N, A) over A arms, logits (N, A), selected (N, A) bool, mask (N,) bool or None.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,14 +28,67 @@ def real_only(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.view(*values.shape[:-1], 1), values, 0.0)
 
 
-def load_balance(probs: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A * sum_a f_a p_a, with p the mean probability and f the share of rows whose largest is a.
+def _shares(probs: Tensor, mask: Tensor | None, selected: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(A,) share of rows that select each arm, and its mean probability; selected None: each row its largest."""
+    if selected is None:
+        selected = torch.nn.functional.one_hot(probs.argmax(-1), probs.shape[-1])
+    return masked_mean(selected.to(probs.dtype), mask), masked_mean(probs, mask)
 
-    1 when balanced, A when all rows agree on one arm (Fedus et al. 2021, eq. 4).
+
+def load_balance(probs: Tensor, mask: Tensor | None = None, selected: Tensor | None = None) -> Tensor:
+    """A * sum_a f_a p_a, with p the mean probability and f the share of rows that select a.
+
+    k when balanced, for rows that select k arms (Fedus et al. 2021, eq. 4, where k is 1; Transformers' form).
     """
-    arms = probs.shape[-1]
-    first = torch.nn.functional.one_hot(probs.argmax(-1), arms).to(probs.dtype)
-    return arms * (masked_mean(first, mask) * masked_mean(probs, mask)).sum()
+    f, p = _shares(probs, mask, selected)
+    return probs.shape[-1] * (f * p).sum()
+
+
+def null_balance(probs: Tensor, mask: Tensor | None, selected: Tensor | None, nulls: slice) -> Tensor:
+    """As `load_balance`, where all null arms have the mean of their shares: which of them is chosen is the same.
+
+    Source: Zeng et al. 2024 (AdaMoE), eq. 6.
+    """
+    f, p = _shares(probs, mask, selected)
+    if f[nulls].numel():
+        f = torch.cat([f[: nulls.start], f[nulls].mean().expand(f[nulls].numel()), f[nulls.stop :]])
+    return probs.shape[-1] * (f * p).sum()
+
+
+def group_balance(
+    probs: Tensor, mask: Tensor | None, selected: Tensor | None, groups: Sequence[Sequence[int]]
+) -> Tensor:
+    """As `load_balance`, between groups of arms: A * sum_g mean_{a in g} f_a * sum_{a in g} p_a.
+
+    Source: Dai et al. 2024 (DeepSeekMoE), eqs. 15-17, whose f is ours * A / k.
+    """
+    f, p = _shares(probs, mask, selected)
+    return probs.shape[-1] * torch.stack([f[list(g)].mean() * p[list(g)].sum() for g in groups]).sum()
+
+
+def squared_variation(totals: Tensor) -> Tensor:
+    """Squared coefficient of variation of totals (A,): 0 if and only if they are equal, A - 1 if all is of one arm."""
+    mean = totals.mean()
+    return (totals - mean).square().mean() / mean.square().clamp_min(1e-20)
+
+
+def importance(probs: Tensor, mask: Tensor | None = None) -> Tensor:
+    """CV^2 of the probability that arms get in sum (Shazeer et al. 2017, eq. 7)."""
+    return squared_variation(masked_mean(probs, mask))
+
+
+def load(chances: Tensor, mask: Tensor | None = None) -> Tensor:
+    """CV^2 of the number of rows that arms are expected to get; chances (N, A) as of `win_chances`."""
+    return squared_variation(masked_mean(chances, mask))
+
+
+def win_chances(logits: Tensor, noisy: Tensor, k: int, deviation: float) -> Tensor:
+    """(N, A): the probability that an arm is among the k largest when its noise alone is drawn again.
+
+    Logits and threshold are both logits, without and with the noise (Riquelme et al. 2021, section A.2).
+    """
+    threshold = noisy.topk(k).values[:, -1:]
+    return torch.special.ndtr((logits - threshold) / deviation)
 
 
 def router_z(logits: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -67,7 +67,7 @@ class JointCall:
         routings = []
         for i, mixture in enumerate(self.mixtures):
             context.record.own_rows = owners[:, 0] == i
-            routings.append(mixture.route(source, context))
+            routings.append(mixture.dispatch(source, context))
         context.record.own_rows = None
         return _join_routings(routings, sizes, owners[:, 0])
 

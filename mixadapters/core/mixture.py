@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,18 +10,11 @@ from torch import Tensor, nn
 from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.context import ForwardContext, Observer
-from mixadapters.core.losses import entropy, load_balance, real_only, router_z
+from mixadapters.core.losses import real_only
 from mixadapters.core.routes import HardRoutes, pinned_routing, real_rows
 from mixadapters.core.routing import Routing, RoutingKey, with_distribution
 
 Insertion = Literal["parallel", "sequential"]
-AUXILIARY: dict[
-    str, tuple[Callable[..., Tensor], str]
-] = {  # loss of a router -> how it is computed, and of which part of its routing
-    "balance": (load_balance, "probs"),
-    "entropy": (entropy, "probs"),
-    "z": (router_z, "logits"),
-}
 
 
 class Mixture(Adapter):
@@ -89,9 +81,18 @@ class Mixture(Adapter):
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         source = self.source(x, y, context).to(y.dtype)
-        routing = self.route(source, context)
+        routing = self.dispatch(source, context)
         tokens, base = source.reshape(-1, source.shape[-1]), y.reshape(-1, y.shape[-1])
         return self.bank(tokens, routing, context, base, routing.base_weight, self.rate).view_as(y)
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of the experts that the router numbers."""
+        return self.bank.names
+
+    def dispatch(self, source: Tensor, context: ForwardContext) -> Routing:
+        """As `route`, with the experts numbered as in the bank."""
+        return self.route(source, context)
 
     def route(self, source: Tensor, context: ForwardContext) -> Routing:
         """The routing of the N rows of source (..., K), published: pinned, by the batch's numbers, or the router's."""
@@ -100,7 +101,8 @@ class Mixture(Adapter):
             return router(source, context)
         record, rows = context.record, source.numel() // source.shape[-1]
         routing = self._given(rows, source, context)
-        trains = routing is None and record.training and record.grad  # not in a reference pass
+        decides = routing is None and not getattr(router, "follows", False)
+        trains = decides and record.training and record.grad  # not in a reference pass
         if routing is None:
             reads = source if self.router_tap is None else context.tap(self.router_tap)
             own = context.record.own_rows
@@ -141,12 +143,9 @@ class Mixture(Adapter):
         return routing
 
     def _add_losses(self, routing: Routing, mask: Tensor | None, context: ForwardContext) -> None:
-        for name, (loss, reads) in AUXILIARY.items():
-            if coefficient := getattr(self.router, f"{name}_coef", 0.0):
-                if (given := getattr(routing, reads)) is None:
-                    router = type(self.router).__name__
-                    raise ValueError(f"{name}_coef={coefficient} needs Routing.{reads}, which {router} does not give")
-                context.add_loss(name, loss(given, mask), coefficient)
+        losses = getattr(self.router, "losses", None)
+        for name, (value, weight) in {} if losses is None else losses(routing, mask).items():
+            context.add_loss(name, value, weight)
 
     def _tell(
         self, routing: Routing, mask: Tensor | None, context: ForwardContext, rows: int, device: Any, trains: bool
@@ -154,7 +153,7 @@ class Mixture(Adapter):
         """Tell observers; usage in training is one, of the routers that have a distribution."""
         counts = trains and routing.probs is not None
         if counts or context.observers:
-            names = self.bank.names
+            names = self.expert_names
             routing = with_distribution(routing, names, getattr(self.router, "arms", names), rows, device)
             observers: list[Observer] = [context.usage, *context.observers] if counts else context.observers
             for observer in observers:
@@ -189,8 +188,10 @@ class Mixture(Adapter):
             factor = w * (expert.scale.to(weight.dtype) if isinstance(expert.scale, Tensor) else expert.scale)
             up = expert.up.to(weight.dtype)
             delta = delta + factor * (up @ expert.down.to(weight.dtype))
-            if expert.b_down is not None and expert.b_up is not None:
-                shift = shift + factor * (up @ expert.b_down.to(weight.dtype) + expert.b_up.to(weight.dtype))
+            if expert.b_down is not None:
+                shift = shift + factor * (up @ expert.b_down.to(weight.dtype))
+            if expert.b_up is not None:
+                shift = shift + factor * expert.b_up.to(weight.dtype)
         old = weight.new_zeros(bank.out_features) if bias is None else bias
         if self.insertion == "parallel":
             weight, new = weight + delta, old + shift

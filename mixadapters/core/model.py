@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -33,25 +33,30 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs):
         """Adapter name -> the stage that it was set to. The others train as a whole."""
         return self.__dict__.setdefault("_stage", {})
 
+    def config_of(self, adapter_name: str) -> Any:
+        """The config of an adapter. Raises ValueError where there is none of the name."""
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"adapter_name={adapter_name!r} is unknown; have {list(self.peft_config)}")
+        return self.peft_config[adapter_name]
+
     def set_stage(self, stage: str, adapter_name: str = "default") -> None:
         """Train the parameters of one stage of a method, freeze the rest of the adapter and its saved modules.
 
         Raises:
             ValueError: unknown adapter or stage, or a stage without a parameter in this model.
         """
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"adapter_name={adapter_name!r} is unknown; have {list(self.peft_config)}")
-        stages = type(self.peft_config[adapter_name]).stages
+        stages = type(self.config_of(adapter_name)).stages
         if stage not in stages:
             raise ValueError(f"stage={stage!r} is unknown; have {list(stages)}.{nearest(stage, stages)}")
-        chosen = list(self._stage_parameters(stages[stage], adapter_name))
+        patterns = self.peft_config[adapter_name].trained_in(stage)
+        chosen = list(self._stage_parameters(patterns, adapter_name))
         if not any(matches for _, matches in chosen):
-            raise ValueError(f"stage={stage!r} trains nothing: no parameter of {adapter_name!r} is in {stages[stage]}")
+            raise ValueError(f"stage={stage!r} trains nothing: no parameter of {adapter_name!r} is in {patterns}")
         for parameter, matches in chosen:
             parameter.requires_grad_(matches)
         self.stage[adapter_name] = stage
         for host in self.hosts():
-            host.stages[adapter_name] = stages[stage]
+            host.stages[adapter_name] = patterns
 
     def _stage_parameters(self, patterns: tuple[str, ...], adapter_name: str) -> Iterator[tuple[nn.Parameter, bool]]:
         for host in self.hosts():
@@ -85,7 +90,7 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs):
     def _keep_stages(self) -> None:
         """PEFT's verbs make adapters trainable as a whole, their heads included: freeze what stages do not train."""
         for name, stage in self.stage.items():
-            for parameter, matches in self._stage_parameters(type(self.peft_config[name]).stages[stage], name):
+            for parameter, matches in self._stage_parameters(self.peft_config[name].trained_in(stage), name):
                 if not matches:
                     parameter.requires_grad_(False)
 

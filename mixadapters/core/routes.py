@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.context import ROUTES, ForwardContext
+from mixadapters.core.registry import nearest
 from mixadapters.core.routing import Routing, RoutingKey
 
 
@@ -91,6 +92,16 @@ def whole_numbers(name: str, values: Any) -> Tensor:
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise ValueError(f"{name} must be whole numbers, not {numbers.dtype}")
     return numbers
+
+
+def row_numbers(names: Sequence[str], order: Sequence[str], noun: str) -> Tensor:
+    """(B,) the number of each name in `order`, -1 for "__base__". Raises ValueError for other names."""
+    if isinstance(names, str):
+        raise ValueError(f"names={names!r} must be a list with one name for each row; write [{names!r}]")
+    for name in names:
+        if name != "__base__" and name not in order:
+            raise ValueError(f"unknown {noun} {name!r}; have {list(order)}.{nearest(name, order)}")
+    return torch.tensor([-1 if name == "__base__" else order.index(name) for name in names])
 
 
 def spread_pins(

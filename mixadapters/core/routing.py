@@ -22,6 +22,8 @@ class Routing(NamedTuple):
     run: int = 1  # `indices` are constant over every so many consecutive rows
     logits: Tensor | None = None  # (N, A) what the distribution was made of, for the router z-loss
     arms: tuple[str, ...] = ()  # names of the columns of probs; filled in for observers
+    selected: Tensor | None = None  # (N, A) bool: the arms that were chosen; None: the router chooses none
+    chances: Tensor | None = None  # (N, A) how probable each arm's choice was, where noise is drawn; for the load loss
 
 
 class RoutingKey(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -35,7 +36,9 @@ class Architecture:
     ffn_input: str | None = None  # a module that takes the FFN's input
     ffn_output: str | None = None  # the down projection, whose input is the FFN's intermediate
     ffn_activation: str | None = None  # the config's attribute; None where it has none
-    causal: bool = False  # False for encoder-decoder models, where only the decoder is causal
+    # Whether positions see no later ones, where attention does not say so itself; a string is the pattern of the
+    # layers that a mask makes causal, whatever attention says. Of two stacks only the decoder is causal.
+    causal: bool | str = False
     gated: bool | str = False  # intermediate = act(gate) * up; a string is the config's attribute that decides
 
 
@@ -195,9 +198,11 @@ ROWS: tuple[tuple[str, Architecture, str], ...] = (
     ("stages.#.layers.#", CONVNEXT, "convnext convnextv2"),
     ("layer.#", DINOV2, "dinov2 dinov2_with_registers"),
     ("layer.#", DINOV3, "dinov3_vit"),
-    ("encoder.layers.#", replace(CLIP, ffn=None), "clip siglip"),  # text and images differ in width, so no `ffn`
+    # Text and images differ in width, so no `ffn`.
+    ("encoder.layers.#", replace(CLIP, ffn=None, causal=r"(?:.*\.)?text_model\..*"), "clip"),
+    ("encoder.layers.#", replace(CLIP, ffn=None), "siglip"),
     ("encoder.layers.#", CLIP, "clip_vision_model siglip_vision_model"),
-    ("encoder.layers.#", replace(CLIP, causal=True), "clip_text_model"),
+    ("encoder.layers.#", replace(CLIP, causal=".*"), "clip_text_model"),
     ("encoder.layers.#", WAV2VEC2, "wav2vec2 hubert"),
 )
 # fmt: on
@@ -272,6 +277,32 @@ def stack_of(path: str, model: nn.Module) -> str:
     if not has_two_stacks(model):
         return ""
     return next((part for part in path.split(".") if part in ("encoder", "decoder")), "")
+
+
+def is_causal(path: str, model: nn.Module, model_config: Mapping[str, Any]) -> bool:
+    """Whether positions at this module must not see later ones: what the attention next to it says, or its row."""
+    if stack := stack_of(path, model):
+        return stack == "decoder"
+    if model_config.get("is_decoder") or "CausalLM" in type(model).__name__:
+        return True
+    row = ARCHITECTURES.get(model_config.get("model_type", "custom"), Architecture())
+    if isinstance(row.causal, str):
+        return re.fullmatch(row.causal, path) is not None
+    around = [model]
+    for part in path.split("."):
+        around.append(unwrapped(getattr(around[-1], part)))
+    for module in reversed(around):  # its layer holds the attention that is next to it; of cross-attention False
+        flags = [flag for m in module.modules() if isinstance(flag := getattr(m, "is_causal", None), bool)]
+        if flags:
+            return any(flags)
+    return row.causal
+
+
+def unwrapped(module: Any) -> Any:
+    """The base model's own module inside the layers that tuners have put around it."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
 
 
 def _setting(config: Any, *names: str) -> Any:

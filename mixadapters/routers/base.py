@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from mixadapters.core.adapter import Site
+from mixadapters.core.bank import Weights
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.fields import finite
-from mixadapters.core.registry import Registry, nearest
+from mixadapters.core.losses import entropy, group_balance, importance, load, load_balance, router_z
+from mixadapters.core.registry import LIBRARY, Registry, nearest
 from mixadapters.core.routing import Routing
+from mixadapters.routers.options import check_options
+
+# Auxiliary losses, and the part of a routing of which each is made.
+LOSSES = {"balance": "probs", "z": "logits", "entropy": "probs", "importance": "probs", "load": "chances"}
+COEFFICIENTS: tuple[str, ...] = tuple(f"{name}_coef" for name in LOSSES)
 
 
 class Router(nn.Module):
@@ -21,17 +28,25 @@ class Router(nn.Module):
 
     Args:
         in_features: width d of the hidden states that it reads.
-        experts: names of the bank's experts, in order.
-        balance_coef, z_coef, entropy_coef: weights of the auxiliary losses. `build_router` sets them for routers whose
-            constructors do not pass them on.
+        experts: names of the experts, in order. `Routing.indices` number these.
+        balance_coef, z_coef, entropy_coef, importance_coef, load_coef: weights of the auxiliary losses.
+        balance_groups: lists of experts between which the balance loss balances, in place of single ones.
+            `build_router` sets these for routers whose constructors do not pass them on.
 
     Raises:
         ValueError: names that are no different words, a width below 1, or a weight that is not finite.
     """
 
     refuses_packed: str | None = None  # why it cannot route requests that are packed into one row; None: it can
+    learns = False  # whether its weights are made by training
     always_first = False  # every row uses expert 0 with weight 1: lets mixed batches skip the routing
     fields: tuple[str, ...] = ()  # batch fields that it reads
+    scopes: frozenset[str] = frozenset({"module", "block", "model"})  # for how many layers one routing may be made
+    scheduled: tuple[str, ...] = ()  # options that may change while it trains, by `set_option`
+    without: frozenset[str] = frozenset()  # options of its bases that mean nothing here
+    needs_fit = False  # whether `fit` makes it from the experts' weights
+    shares = False  # whether it takes `first`, the router of the adapter's first layer
+    fixed_experts: str | None = None  # why its experts cannot come or go; None: they can
 
     def __init__(
         self,
@@ -41,6 +56,9 @@ class Router(nn.Module):
         balance_coef: float = 0.0,
         z_coef: float = 0.0,
         entropy_coef: float = 0.0,
+        importance_coef: float = 0.0,
+        load_coef: float = 0.0,
+        balance_groups: Sequence[Sequence[str]] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(in_features, int) or isinstance(in_features, bool) or in_features < 1:
@@ -51,14 +69,25 @@ class Router(nn.Module):
             raise ValueError(f"experts={list(experts)} names an expert twice")
         self.in_features, self.experts = in_features, list(experts)
         self.path = self.stack = ""  # where it sits: the adapted module; "encoder" or "decoder" in models with both
-        self.weigh_losses(balance_coef=balance_coef, z_coef=z_coef, entropy_coef=entropy_coef)
+        self.weigh_losses(
+            balance_coef=balance_coef,
+            z_coef=z_coef,
+            entropy_coef=entropy_coef,
+            importance_coef=importance_coef,
+            load_coef=load_coef,
+            balance_groups=balance_groups,
+        )
 
-    def weigh_losses(self, *, balance_coef: float = 0.0, z_coef: float = 0.0, entropy_coef: float = 0.0) -> None:
-        """Set the weights of the auxiliary losses; 0 is none."""
-        for name, weight in (("balance_coef", balance_coef), ("z_coef", z_coef), ("entropy_coef", entropy_coef)):
-            if not _is_number(weight) or (weight < 0 and name != "entropy_coef"):
-                raise ValueError(f"{name}={weight!r} must be a finite number, not below 0")
-        self.balance_coef, self.z_coef, self.entropy_coef = balance_coef, z_coef, entropy_coef
+    def weigh_losses(self, *, balance_groups: Sequence[Sequence[str]] | None = None, **weights: float) -> None:
+        """Set the weights of the auxiliary losses, 0 (none) where left out; and the groups of the balance loss."""
+        weights = {name: weights.get(name, 0.0) for name in COEFFICIENTS}
+        check_options(**weights)
+        for name, weight in weights.items():
+            setattr(self, name, weight)
+        named = [name for group in balance_groups or () for name in group]
+        if balance_groups is not None and (sorted(named) != sorted(self.experts) or not all(balance_groups)):
+            raise ValueError(f"balance_groups={balance_groups!r} must hold each expert of {self.experts} once")
+        self.balance_groups = None if balance_groups is None else [list(group) for group in balance_groups]
 
     def bind(self, site: Site) -> None:
         """Called once the router has its place."""
@@ -73,32 +102,89 @@ class Router(nn.Module):
         """tokens (B, T, d) or (N, d) -> Routing over N = B * T rows. Its weights may have any floating dtype."""
         raise NotImplementedError
 
+    def losses(self, routing: Routing, mask: Tensor | None) -> dict[str, tuple[Tensor, float]]:
+        """Name -> (auxiliary loss of a routing that it has made in training, weight). One with losses of its own adds
+        them to these.
+
+        mask: (N,) bool, the rows that count; None: all.
+        """
+        weights = {name: getattr(self, f"{name}_coef") for name in LOSSES}
+        return {name: (self.loss(name, routing, mask), weight) for name, weight in weights.items() if weight}
+
+    def loss(self, name: str, routing: Routing, mask: Tensor | None) -> Tensor:
+        """One of LOSSES.
+
+        Raises:
+            ValueError: the routing has not what it is computed from.
+        """
+        part = LOSSES[name]
+        if (given := getattr(routing, part)) is None:
+            coefficient = f"{name}_coef={getattr(self, f'{name}_coef')}"
+            raise ValueError(f"{coefficient} needs Routing.{part}, which {type(self).__name__} does not give")
+        if name == "balance":
+            return self.balance(given, mask, routing.selected)
+        if name == "importance":
+            return importance(given[:, : len(self.experts)], mask)
+        if name == "load":
+            return load(given[:, : len(self.experts)], mask)
+        return router_z(given, mask) if name == "z" else entropy(given, mask)
+
+    def balance(self, probs: Tensor, mask: Tensor | None, selected: Tensor | None) -> Tensor:
+        """The balance loss. Arms in none of `balance_groups` are groups of their own."""
+        if self.balance_groups is None:
+            return load_balance(probs, mask, selected)
+        grouped = {name for group in self.balance_groups for name in group}
+        groups = [*self.balance_groups, *([name] for name in self.arms if name not in grouped)]
+        return group_balance(probs, mask, selected, [[self.arms.index(name) for name in group] for group in groups])
+
+    def set_option(self, name: str, value: Any) -> None:
+        """Change an option while the router trains.
+
+        Raises:
+            ValueError: it is none of `scheduled`, or the value is not one that it takes.
+        """
+        if name not in self.scheduled:
+            raise ValueError(
+                f"{type(self).__name__} has no option {name!r} that may change in training."
+                f"{nearest(name, self.scheduled)} It has {sorted(self.scheduled)}"
+            )
+        check_options(**{name: value})
+        setattr(self, name, value)
+
+    def at_progress(self, progress: float) -> None:
+        """Called before each training step with the share of the training that is done, for schedules of its own."""
+
+    def fit(self, weights: Mapping[str, Weights | None]) -> None:
+        """Make the router from the weights of its experts; None: the expert has nothing at this place."""
+        raise ValueError(f"{type(self).__name__} is not made from the experts' weights, so there is nothing to fit")
+
     def constant(self) -> list[float] | None:
         """The weight of each expert where it is the same for every input; None where it depends on it."""
         return None
+
+    @classmethod
+    def takes(cls, options: Mapping[str, Any]) -> set[str]:
+        """Names of the options that it takes beside `options`: those of its constructor, and what that passes on."""
+        names = {*COEFFICIENTS, "balance_groups"}
+        for base in cls.__mro__:
+            if "__init__" not in base.__dict__:
+                continue
+            parameters = list(inspect.signature(base.__dict__["__init__"]).parameters.values())
+            kinds = {parameter.kind for parameter in parameters}
+            names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+            if inspect.Parameter.VAR_KEYWORD not in kinds:
+                break
+        return names - {"self", "in_features", "experts", "first"} - cls.without
 
 
 ROUTERS: Registry[Router] = Registry(
     "router", hint="A router of your own is known once the module that registers it has been imported.", base=Router
 )
-COEFFICIENTS = ("balance_coef", "z_coef", "entropy_coef")
 
 
-def options_of(cls: type[Router]) -> set[str]:
-    """Names of the options that a router takes: those of its constructor, and what that passes on to its bases'.
-
-    The weights of the auxiliary losses are among them for every router.
-    """
-    names = set(COEFFICIENTS)
-    for base in cls.__mro__:
-        if "__init__" not in base.__dict__:
-            continue
-        parameters = list(inspect.signature(base.__dict__["__init__"]).parameters.values())
-        kinds = {parameter.kind for parameter in parameters}
-        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-        if inspect.Parameter.VAR_KEYWORD not in kinds:
-            break
-    return names - {"self", "in_features", "experts"}
+def options_of(cls: type[Router], options: Mapping[str, Any] | None = None) -> set[str]:
+    """Names of the options that a router takes; `options` are those that it is given."""
+    return cls.takes(options or {})
 
 
 def read_spec(spec: Any) -> tuple[type[Router], dict[str, Any]]:
@@ -112,7 +198,7 @@ def read_spec(spec: Any) -> tuple[type[Router], dict[str, Any]]:
         raise ValueError(f"router={spec!r} is no name, and needs a 'kind'; have {sorted(ROUTERS)}")
     cls = ROUTERS[given["kind"]]
     options = {name: value for name, value in given.items() if name != "kind"}
-    takes = options_of(cls)
+    takes = options_of(cls, options)
     for name in options:
         if name not in takes:
             raise ValueError(
@@ -122,21 +208,35 @@ def read_spec(spec: Any) -> tuple[type[Router], dict[str, Any]]:
     return cls, options
 
 
-def build_router(spec: str | dict[str, Any], in_features: int, experts: list[str], **defaults: Any) -> Router:
+def build_router(
+    spec: str | dict[str, Any], in_features: int, experts: list[str], *, first: Router | None = None, **defaults: Any
+) -> Router:
     """A router from its name, or from {"kind": name, option: value}. `defaults` fill options that it takes.
+
+    first: the router of the adapter's first layer, for those that share something with it.
 
     Raises:
         ValueError: unknown router, an option that it does not take, or one that it needs and is not given.
     """
     cls, options = read_spec(spec)
-    takes = options_of(cls)
+    takes = options_of(cls, options)
     given = {**{name: value for name, value in defaults.items() if name in takes}, **options}
-    weights = {name: given.pop(name) for name in COEFFICIENTS if name in given}
+    weights = {name: given.pop(name) for name in (*COEFFICIENTS, "balance_groups") if name in given}
+    if cls.shares:
+        given["first"] = first
     _check_call(spec if isinstance(spec, str) else spec["kind"], cls, in_features, experts, given)
     router = cls(in_features, experts, **given)
     if weights:
-        router.weigh_losses(**{name: getattr(router, name) for name in COEFFICIENTS} | weights)
+        now = {name: getattr(router, name) for name in (*COEFFICIENTS, "balance_groups")}
+        router.weigh_losses(**now | weights)
     return router
+
+
+def registered_by(spec: str | dict[str, Any] | None) -> dict[str, str]:
+    """The module that registers the router of a config's field, and what it registers; {} for the library's own."""
+    kind = spec["kind"] if isinstance(spec, dict) else spec
+    module = LIBRARY if kind is None else ROUTERS[kind].__module__
+    return {} if module.partition(".")[0] == LIBRARY else {module: f"the router {kind!r}"}
 
 
 def _check_call(kind: str, cls: type[Router], in_features: int, experts: list[str], given: dict[str, Any]) -> None:
@@ -149,7 +249,3 @@ def _check_call(kind: str, cls: type[Router], in_features: int, experts: list[st
             f"router {kind!r}: {cls.__name__}{signature} is called with in_features, experts and {given}: {error}. "
             f"Give it in router={{'kind': {kind!r}, ...}}, or a default in the constructor"
         ) from None
-
-
-def _is_number(value: object) -> bool:
-    return finite(value)

@@ -6,19 +6,22 @@ causal forms are ours. Logits and weights are computed in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mixadapters.core.adapter import Site
+from mixadapters.core.bank import Scale
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.fields import finite
-from mixadapters.core.registry import nearest
 from mixadapters.core.routing import FROZEN, Routing
 from mixadapters.routers.arms import ArmSurgery
-from mixadapters.routers.pooling import GRANULARITIES, POOLINGS, POOLS
-from mixadapters.routers.score import score, score_layers
+from mixadapters.routers.base import COEFFICIENTS
+from mixadapters.routers.options import check_options
+from mixadapters.routers.pooling import POOLINGS
+from mixadapters.routers.score import ACTIVATIONS, HOMOGENEOUS, exact, features, linear, score_layers
 
 
 class LearnedRouter(ArmSurgery):
@@ -42,12 +45,21 @@ class LearnedRouter(ArmSurgery):
         convex: return the frozen arm's weight as `base_weight`.
         temperature: divides the logits.
         null_arms: how many arms without expert there are.
+        init_range: standard deviation of the output layer's weights at the start.
+        jitter: in training, multiplies what the gate reads by numbers between 1 - jitter and 1 + jitter (Fedus et al.
+            2021, section 2.4).
+        noise: in training, adds Gaussian noise of the standard deviation noise / A to A logits (Riquelme et al. 2021).
+        activation: of the output layer: act(W x) / temperature + b (Nguyen et al. 2024, arXiv 2401.13875). None:
+            (W x + b) / temperature.
+        learnable_temperature: train the temperature; for an activation with which it is no scale of W.
 
     Raises:
-        ValueError: a value out of range, or an unknown granularity or pool.
+        ValueError: a value out of range, or an unknown granularity, pool or activation.
     """
 
     frozen_arm = True
+    scheduled: tuple[str, ...] = (*COEFFICIENTS, "temperature", "jitter", "noise")
+    learns = True
 
     def __init__(
         self,
@@ -63,27 +75,29 @@ class LearnedRouter(ArmSurgery):
         convex: bool = False,
         temperature: float = 1.0,
         null_arms: int = 0,
-        **coefficients: float,
+        init_range: float = 0.0,
+        jitter: float = 0.0,
+        noise: float = 0.0,
+        activation: str | None = None,
+        learnable_temperature: bool = False,
+        **coefficients: Any,
     ) -> None:
         super().__init__(in_features, experts, **coefficients)
-        _one_of("granularity", granularity, GRANULARITIES)
-        _one_of("pool", pool, POOLS)
-        if isinstance(hidden, str) or not all(type(width) is int and width > 0 for width in hidden):
-            raise ValueError(f"hidden={hidden!r} must be a list of positive widths, such as [768]")
-        if not _finite(temperature) or temperature <= 0:
-            raise ValueError(f"temperature={temperature!r} must be a finite number above 0, from 1e-30 to 1e30")
-        if not _finite(dropout) or not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout!r} must be at least 0 and below 1")
-        if not _finite(frozen_bias):
-            raise ValueError(f"frozen_bias={frozen_bias!r} must be a finite number")
-        if type(null_arms) is not int or null_arms < 0:
-            raise ValueError(f"null_arms={null_arms!r} must be a number of arms")
-        for name, value in (("normalize", normalize), ("convex", convex)):
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r} must be True or False")
+        check_options(
+            granularity=granularity, pool=pool, hidden=hidden, temperature=temperature, dropout=dropout,
+            frozen_bias=frozen_bias, null_arms=null_arms, normalize=normalize, convex=convex, init_range=init_range,
+            jitter=jitter, noise=noise, activation=activation, learnable_temperature=learnable_temperature,
+        )  # fmt: skip
+        if learnable_temperature and activation in HOMOGENEOUS:
+            raise ValueError(
+                f"learnable_temperature=True with activation={activation!r}: the temperature would be one more scale "
+                f"of the weights; choose one of {sorted(set(ACTIVATIONS).difference(HOMOGENEOUS))}"
+            )
         self.normalize, self.convex, self.temperature, self.null_arms = normalize, convex, temperature, null_arms
+        self.jitter, self.noise, self.activation = jitter, noise, activation
+        self.log_temperature = Scale(math.log(temperature)) if learnable_temperature else None
         self.pooling = POOLINGS[granularity](pool)
-        self.hidden, self.output = score_layers(in_features, hidden, len(self.arms), dropout)
+        self.hidden, self.output = score_layers(in_features, hidden, len(self.arms), dropout, init_range)
         if self.has_frozen_arm:
             nn.init.constant_(self.output.bias[-1:], frozen_bias)
 
@@ -108,13 +122,56 @@ class LearnedRouter(ArmSurgery):
         null = [f"null{i}" for i in range(self.null_arms)]
         return [*self.experts, *null, *([FROZEN] if self.has_frozen_arm else [])]
 
+    def set_option(self, name: str, value: Any) -> None:
+        if name == "temperature" and self.log_temperature is not None:
+            raise ValueError(f"temperature={value!r} cannot be set: learnable_temperature=True trains it")
+        super().set_option(name, value)
+
     def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
         logits = self.pooling(self.score, tokens, context)  # (N, A)
-        return self.choose(logits / self.temperature)._replace(logits=logits)
+        noisy = self.disturbed(logits, context)
+        routing = self.choose(self.tempered(noisy))._replace(logits=logits)
+        return self.completed(routing, noisy, context)
 
     def score(self, tokens: Tensor) -> Tensor:
         """tokens (..., d) -> logits (..., A), in float32 at least."""
-        return score(tokens, self.hidden, self.output, self.normalize)
+        read = exact(tokens, self.normalize)
+        if self.training and self.jitter:
+            read = read * torch.empty_like(read).uniform_(1 - self.jitter, 1 + self.jitter)
+        output = self.output
+        learned = None if self.log_temperature is None else self.log_temperature.weight
+        return self.logits(features(read, self.hidden), output.weight, output.bias, learned)
+
+    def logits(
+        self, read: Tensor, weight: Tensor, bias: Tensor | None, log_temperature: Tensor | None = None
+    ) -> Tensor:
+        """read (..., h) -> (..., A) by the weight (A, h) and the bias (A,) of the output layer.
+
+        With an activation the temperature is in them; log_temperature (1,) is a learned one.
+        """
+        if self.activation is None:
+            return self.project(read, weight, bias)
+        scores = ACTIVATIONS[self.activation](self.project(read, weight, None))
+        scores = scores / (self.temperature if log_temperature is None else log_temperature.to(scores.dtype).exp())
+        return scores if bias is None else scores + bias.to(scores.dtype)
+
+    def project(self, read: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The output layer without its activation."""
+        return linear(read, weight, bias)
+
+    def disturbed(self, logits: Tensor, context: ForwardContext) -> Tensor:
+        """logits (N, A) with noise in training: the same for all tokens that decide together."""
+        if not (self.training and self.noise):
+            return logits
+        return logits + self.noise / logits.shape[1] * self.drawn_for(logits, context)
+
+    def drawn_for(self, logits: Tensor, context: ForwardContext, draw: Any = Tensor.normal_) -> Tensor:
+        """Random numbers (N, A), with one row for all tokens that decide together."""
+        count = context.stream(self.stack).batch if self.pooling.by_row else len(logits)
+        return draw(logits.new_empty(count, logits.shape[1])).repeat_interleave(len(logits) // count, dim=0)
+
+    def tempered(self, logits: Tensor) -> Tensor:
+        return logits / self.temperature if self.activation is None else logits
 
     def weigh(self, logits: Tensor) -> Tensor:
         """logits (N, A) -> weights (N, A)."""
@@ -128,14 +185,9 @@ class LearnedRouter(ArmSurgery):
         base_weight = weights[:, count:].sum(1) if self.convex else None
         return Routing(weights=weights[:, :count], base_weight=base_weight, probs=weights)
 
+    def completed(self, routing: Routing, noisy: Tensor, context: ForwardContext) -> Routing:
+        """What `choose` has made of the logits `noisy`, where more than logits decides."""
+        return routing
+
 
 DomainGate = LearnedRouter  # its name in MixDA
-
-
-def _finite(value: Any) -> bool:
-    return finite(value)
-
-
-def _one_of(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {list(choices)}.{nearest(str(value), choices)}")

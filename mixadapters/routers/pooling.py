@@ -28,6 +28,7 @@ class Pooling:
     """
 
     granularity = ""
+    by_row = False  # whether all tokens of a row share one decision
 
     def __init__(self, pool: str = "masked_mean") -> None:
         self.pool = pool
@@ -60,6 +61,7 @@ class SequencePooling(Pooling):
     """All tokens of a row, pooled before they are scored. Sees the future, so it is for encoders."""
 
     granularity = "sequence"
+    by_row = True
 
     def pooled(
         self, score: Score, sequences: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext
@@ -145,6 +147,7 @@ class RequestPooling(Remembering):
     """The mean of the logits of the prompt's tokens, taken once and then kept."""
 
     granularity = "request"
+    by_row = True
 
     def pooled(
         self, score: Score, sequences: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext

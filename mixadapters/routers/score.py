@@ -1,19 +1,30 @@
-"""What learned routers make of a hidden state: logits, in float32 whatever the model's dtype is."""
+"""What learned routers make of a hidden state: features and logits, in float32 whatever the model's dtype is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "square": torch.square,
+    "tanh": torch.tanh,
+}
+# f(c z) = c^n f(z): dividing by a temperature is then the same as other weights.
+HOMOGENEOUS = (None, "relu", "square")
+
 
 def score_layers(
-    in_features: int, hidden: Sequence[int], arms: int, dropout: float
+    in_features: int, hidden: Sequence[int], arms: int, dropout: float, init_range: float = 0.0
 ) -> tuple[nn.Sequential, nn.Linear]:
-    """Hidden ReLU layers of these widths, and the output layer, which starts at zero."""
+    """Hidden ReLU layers of these widths; and the output layer: weights N(0, init_range^2), biases 0."""
     widths = [in_features, *hidden]
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
@@ -21,20 +32,25 @@ def score_layers(
     output = nn.Linear(widths[-1], arms)
     nn.init.zeros_(output.weight)
     nn.init.zeros_(output.bias)
+    if init_range:
+        nn.init.normal_(output.weight, std=init_range)
     return nn.Sequential(*layers, nn.Dropout(dropout)), output
 
 
-def score(read: Tensor, hidden: nn.Sequential, output: nn.Linear, normalize: bool) -> Tensor:
-    """read (..., d) -> logits (..., A), in float32 at least. `normalize`: of vectors of unit root mean square."""
-    kind = torch.promote_types(read.dtype, torch.float32)
-    read = read.to(kind)
-    if normalize:
-        read = F.rms_norm(read, (read.shape[-1],))
+def exact(read: Tensor, normalize: bool) -> Tensor:
+    """read (..., d) in float32 at least. `normalize`: as vectors of unit root mean square."""
+    read = read.to(torch.promote_types(read.dtype, torch.float32))
+    return F.rms_norm(read, (read.shape[-1],)) if normalize else read
+
+
+def linear(read: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As F.linear, in the dtype of `read`, under autocast too."""
     with torch.autocast(read.device.type, enabled=False):
-        for layer in hidden:
-            read = (
-                F.linear(read, layer.weight.to(kind), layer.bias.to(kind))
-                if isinstance(layer, nn.Linear)
-                else layer(read)
-            )
-        return F.linear(read, output.weight.to(kind), output.bias.to(kind))
+        return F.linear(read, weight.to(read.dtype), None if bias is None else bias.to(read.dtype))
+
+
+def features(read: Tensor, hidden: nn.Sequential) -> Tensor:
+    """read (..., d) -> what the output layer reads (..., h)."""
+    for layer in hidden:
+        read = linear(read, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(read)
+    return read

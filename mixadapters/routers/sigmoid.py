@@ -13,18 +13,14 @@ from mixadapters.routers.learned import LearnedRouter
 class SigmoidGate(LearnedRouter):
     """Each weight on its own, between 0 and 1 (the paper's formula). Without `convex` there is no frozen arm."""
 
-    frozen_arm = False
+    frozen_arm = competes = False
 
     def weigh(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
 
     def _insert_row(self, place: int, share: float) -> None:
         weight, bias = self.output.weight, self.output.bias
-        new_bias = torch.logit(bias.new_tensor([share]))
-        self._set_rows(
-            torch.cat([weight[:place], torch.zeros_like(weight[:1]), weight[place:]]),
-            torch.cat([bias[:place], new_bias, bias[place:]]),
-        )
+        self._insert(place, torch.zeros_like(weight[:1]), torch.logit(bias.new_tensor([share])))
 
     @torch.no_grad()
     def start_at(self, share: float) -> None:

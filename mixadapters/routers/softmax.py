@@ -18,12 +18,9 @@ class SoftmaxGate(LearnedRouter):
 
     def _insert_row(self, place: int, share: float) -> None:
         # The new arm takes its mass from the frozen arm alone: exp(l) is split into share and 1 - share of it.
-        weight, bias = self.output.weight, self.output.bias.clone()
-        new_bias = bias[-1:] + torch.log(bias.new_tensor([share]))
-        bias[-1] += torch.log1p(bias.new_tensor(-share))
-        self._set_rows(
-            torch.cat([weight[:place], weight[-1:], weight[place:]]), torch.cat([bias[:place], new_bias, bias[place:]])
-        )
+        frozen = self.output.bias[-1:].clone()
+        self.output.bias[-1] += torch.log1p(frozen.new_tensor(-share))
+        self._insert(place, self.output.weight[-1:], frozen + torch.log(frozen.new_tensor([share])))
 
     @torch.no_grad()
     def start_at(self, share: float) -> None:

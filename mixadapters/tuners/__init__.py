@@ -3,6 +3,7 @@
 from mixadapters.tuners.agd import AGDConfig, AGDModel
 from mixadapters.tuners.bottleneck import BottleneckConfig, BottleneckModel
 from mixadapters.tuners.mixda import MixDAConfig, MixDAModel
+from mixadapters.tuners.moa import MoAConfig, MoAModel
 from mixadapters.tuners.mosa import LazyAdamW, MoSAConfig, MoSAModel
 from mixadapters.tuners.pill import PILLConfig, PILLModel
 from mixadapters.tuners.registration import register
@@ -12,6 +13,7 @@ watch_verbs()
 register("agd", AGDConfig, AGDModel)
 register("bottleneck", BottleneckConfig, BottleneckModel)
 register("mixda", MixDAConfig, MixDAModel)
+register("moa", MoAConfig, MoAModel)
 register("mosa", MoSAConfig, MoSAModel)
 register("pill", PILLConfig, PILLModel)
 
@@ -23,6 +25,8 @@ __all__ = [
     "LazyAdamW",
     "MixDAConfig",
     "MixDAModel",
+    "MoAConfig",
+    "MoAModel",
     "MoSAConfig",
     "MoSAModel",
     "PILLConfig",

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
+import banks
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from mixadapters.core.routing import Routing
 from mixadapters.kernels import ACTIVATIONS
 
 WIDTH_IN, WIDTH_OUT = 6, 5
+bank_of = partial(banks.bank_of, width_in=WIDTH_IN, width_out=WIDTH_OUT)
 FORMS = {
     "plain": {},
     "gated": {"glu": True, "activation": "silu"},
@@ -22,18 +25,6 @@ FORMS = {
     "learnable scale": {"scale": None, "activation": "tanh"},
     "linear": {"activation": "identity", "layer_norm": True},
 }
-
-
-def bank_of(*ranks: int, seed: int = 0, **form) -> AdapterBank:
-    """Experts named by place, with weights in every part."""
-    bank = AdapterBank(WIDTH_IN, WIDTH_OUT, **form)
-    for i, rank in enumerate(ranks):
-        bank.add(f"expert{i}", rank, init_weights=False)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in bank.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
-    return bank
 
 
 def alone(bank: AdapterBank, name: str, x: Tensor) -> Tensor:

@@ -1,65 +1,91 @@
+"""Auxiliary losses by hand, and what each of them is for."""
+
 from __future__ import annotations
 
-from math import log
+import math
 
 import pytest
 import torch
 
-from mixadapters.core.losses import entropy, load_balance, masked_mean, router_z
+from mixadapters.core.losses import (
+    group_balance,
+    importance,
+    load,
+    load_balance,
+    null_balance,
+    squared_variation,
+    win_chances,
+)
 
-MASK = torch.tensor([True, False, True, True, False])
-LOSSES = {
-    "balance": load_balance,
-    "z": router_z,
-    "entropy": entropy,
-    "mean": lambda p, m=None: masked_mean(p, m).sum(),
-}
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_padding_is_left_out_of_value_and_gradient(name) -> None:
-    probs = torch.rand(5, 3).softmax(-1).requires_grad_()
-    masked = LOSSES[name](probs, MASK)
-    torch.testing.assert_close(masked, LOSSES[name](probs[MASK]))
-    masked.backward()
-    assert (probs.grad[~MASK] == 0).all()
-    assert probs.grad[MASK].abs().max() > 0
-    torch.testing.assert_close(LOSSES[name](probs, torch.ones(5, dtype=torch.bool)), LOSSES[name](probs))
+PROBS = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]])
+SELECTED = torch.tensor([[True, True, False], [False, True, True]])
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_rows_of_padding_alone_are_finite(name) -> None:
-    probs = torch.rand(5, 3).softmax(-1).requires_grad_()
-    loss = LOSSES[name](probs, torch.zeros(5, dtype=torch.bool))
-    assert loss == 0
-    loss.backward()
-    assert (probs.grad == 0).all()
+def test_balance_counts_what_has_been_selected() -> None:
+    # f = (.5, 1, .5), p = (.3, .45, .25): 3 (.15 + .45 + .125)
+    assert float(load_balance(PROBS, None, SELECTED)) == pytest.approx(2.175)
+    assert float(load_balance(PROBS)) == pytest.approx(3 * (0.5 * 0.3 + 0.5 * 0.45))  # the largest alone
 
 
-def test_balance_is_one_when_balanced_and_the_number_of_arms_when_not() -> None:
-    assert load_balance(torch.eye(4).repeat(3, 1)) == pytest.approx(1)
-    assert load_balance(torch.eye(4)[:1].repeat(7, 1)) == pytest.approx(4)
-    generator = torch.Generator().manual_seed(0)
-    probs = torch.rand(50, 4, generator=generator).softmax(-1)
-    by_hand = 4 * sum((probs.argmax(-1) == a).float().mean() * probs[:, a].mean() for a in range(4))
-    torch.testing.assert_close(load_balance(probs), by_hand)
+def test_balance_is_k_for_balanced_rows_of_k_arms() -> None:
+    selected = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]]).bool()
+    assert float(load_balance(torch.full((2, 4), 0.25), None, selected)) == pytest.approx(2)
 
 
-def test_balance_pushes_the_crowded_arm_down() -> None:
-    probs = torch.tensor([[0.6, 0.4], [0.7, 0.3]], requires_grad=True)
-    load_balance(probs).backward()
-    assert (probs.grad[:, 0] > probs.grad[:, 1]).all()
+def test_balance_equals_that_of_transformers() -> None:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    logits = torch.randn(7, 5)
+    selected = torch.zeros(7, 5).scatter(1, logits.topk(2).indices, 1).bool()
+    theirs = load_balancing_loss_func((logits,), 5, 2)
+    torch.testing.assert_close(load_balance(logits.softmax(-1), None, selected), theirs)
 
 
-def test_z_is_the_squared_log_of_the_sum() -> None:
-    logits = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
-    expected = (log(2) ** 2 + torch.tensor([1.0, 2.0]).exp().sum().log().item() ** 2) / 2
-    assert float(router_z(logits)) == pytest.approx(expected, rel=1e-5)
+def test_null_arms_share_their_load() -> None:
+    # A = 3, of which two are null: f = (.5, 1, .5) -> (.5, .75, .75)
+    expected = 3 * (0.5 * 0.3 + 0.75 * (0.45 + 0.25))
+    assert float(null_balance(PROBS, None, SELECTED, slice(1, 3))) == pytest.approx(expected)
+    swapped = null_balance(PROBS[:, [0, 2, 1]], None, SELECTED[:, [0, 2, 1]], slice(1, 3))
+    assert float(swapped) == pytest.approx(expected)
+    assert torch.equal(null_balance(PROBS, None, SELECTED, slice(3, 3)), load_balance(PROBS, None, SELECTED))
 
 
-def test_entropy_is_in_nats_and_finite_at_certainty() -> None:
-    assert float(entropy(torch.full((3, 4), 0.25))) == pytest.approx(log(4))
-    certain = torch.eye(3).requires_grad_()
-    assert float(entropy(certain).detach()) == pytest.approx(0, abs=1e-6)
-    entropy(certain).backward()
-    assert certain.grad.isfinite().all()
+def test_groups_balance_their_sums() -> None:
+    # groups {0, 1}, {2}: mean f (.75, .5), sum p (.75, .25)
+    assert float(group_balance(PROBS, None, SELECTED, [[0, 1], [2]])) == pytest.approx(3 * (0.5625 + 0.125))
+    single = group_balance(PROBS, None, SELECTED, [[2], [0], [1]])
+    torch.testing.assert_close(single, load_balance(PROBS, None, SELECTED))
+
+
+def test_variation_is_0_for_equal_totals_alone() -> None:
+    assert float(squared_variation(torch.full((5,), 3.0))) == 0
+    assert float(squared_variation(torch.tensor([1.0, 0, 0, 0]))) == pytest.approx(3)
+    assert float(squared_variation(torch.tensor([1.0, 3]))) == pytest.approx(0.25)  # variance 1, mean 2
+
+
+def test_importance_is_the_variation_of_the_sums() -> None:
+    # sums (.6, .9, .5): mean 2/3
+    sums = [0.6, 0.9, 0.5]
+    expected = sum((s - 2 / 3) ** 2 for s in sums) / 3 / (2 / 3) ** 2
+    assert float(importance(PROBS)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_chance_to_be_chosen_is_that_of_the_noise() -> None:
+    logits = torch.tensor([[1.0, 0.5, -2.0]])
+    noisy = torch.tensor([[1.1, 0.2, -1.9]])
+    phi = lambda z: 0.5 * (1 + math.erf(z / math.sqrt(2)))  # noqa: E731
+    expected = [phi((v - 0.2) / 0.5) for v in (1.0, 0.5, -2.0)]
+    chances = win_chances(logits, noisy, 2, 0.5)
+    assert chances[0].tolist() == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(load(chances), squared_variation(chances[0]))
+
+
+@pytest.mark.parametrize("loss", [importance, load, load_balance])
+def test_rows_that_do_not_count_do_not(loss) -> None:
+    mask = torch.tensor([True, False, True])
+    broken = torch.stack([PROBS[0], torch.full((3,), torch.nan), PROBS[1]]).requires_grad_()
+    found = loss(broken, mask)
+    torch.testing.assert_close(found, loss(PROBS))
+    found.backward()
+    assert broken.grad[mask].isfinite().all()
+    assert (broken.grad[1] == 0).all()

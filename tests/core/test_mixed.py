@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from banks import WIDTH, Given, bank_of, routed, single
 from torch import Tensor, nn
 
 from mixadapters import kernels
 from mixadapters.core.adapter import Adapter, Chain
-from mixadapters.core.bank import AdapterBank
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixed import MixedBatch
 from mixadapters.core.mixture import Mixture
@@ -16,7 +16,7 @@ from mixadapters.core.rows import RowNames
 from mixadapters.core.streams import Stream
 from mixadapters.routers import Router, SingleRouter, SoftmaxGate
 
-BATCH, LENGTH, WIDTH = 3, 4, 6
+BATCH, LENGTH = 3, 4
 
 
 class Scored(Router):
@@ -28,37 +28,6 @@ class Scored(Router):
 
     def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
         return Routing(weights=self.score(tokens.reshape(-1, WIDTH)).softmax(-1))
-
-
-class Given(Router):
-    """Routes as it was told."""
-
-    def __init__(self, experts: list[str], routing: Routing) -> None:
-        super().__init__(WIDTH, experts)
-        self.routing = routing
-
-    def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
-        return self.routing
-
-
-def bank_of(*ranks: int, seed: int = 0, width_in: int = WIDTH, **form) -> AdapterBank:
-    bank = AdapterBank(width_in, WIDTH, **form)
-    for i, rank in enumerate(ranks):
-        bank.add(f"expert{i}", rank, init_weights=False)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in bank.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
-    return bank
-
-
-def single(rank: int, seed: int = 0, insertion: str = "parallel", **form) -> Mixture:
-    return Mixture(SingleRouter(WIDTH, ["expert0"]), bank_of(rank, seed=seed, **form), insertion)
-
-
-def routed(routing: Routing, *ranks: int, seed: int = 0) -> Mixture:
-    bank = bank_of(*ranks, seed=seed)
-    return Mixture(Given(bank.names, routing), bank)
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ import gc
 import pickle
 import threading
 import weakref
+from functools import partial
 
+import banks
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -20,6 +22,7 @@ from mixadapters.core.routing import Routing
 from mixadapters.kernels import ACTIVATIONS
 
 WIDTH_IN, WIDTH_OUT = 6, 5
+bank_of = partial(banks.bank_of, width_in=WIDTH_IN, width_out=WIDTH_OUT)
 FORMS = {
     "low rank": {"bias": False, "activation": "identity"},
     "bottleneck": {},
@@ -29,17 +32,6 @@ FORMS = {
     "own norm": {"layer_norm": True},
 }
 ROUTES = torch.tensor([[0], [2], [-1], [1], [0]])
-
-
-def bank_of(*ranks: int, seed: int = 0, **form) -> AdapterBank:
-    bank = AdapterBank(WIDTH_IN, WIDTH_OUT, **form)
-    for i, rank in enumerate(ranks):
-        bank.add(f"expert{i}", rank, init_weights=False)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in bank.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
-    return bank
 
 
 def adapters(*ranks: int, **form) -> list[AdapterBank]:

@@ -24,6 +24,7 @@ from mixadapters.core.sites import (
     activation_of,
     find_architecture,
     hidden_size_of,
+    is_causal,
     layer_index,
     number_of_layers,
     stack_of,
@@ -108,6 +109,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dinov3_vit gated": {"use_gated_mlp": True},
     "falcon 40b": {"new_decoder_architecture": True},
     "falcon 1b": {"parallel_attn": False},
+    "gemma3_text bidirectional": {"use_bidirectional_attention": True},
     "gpt2 decoder": {"add_cross_attention": True},
     "gpt_neox sequential": {"use_parallel_residual": False},
     "llama4_text dense": {"interleave_moe_layer_step": 2},
@@ -318,6 +320,36 @@ def test_attention_takes_its_input_and_gives_its_output(case):
     assert not (trial.found.get("value") and trial.found.get("qkv"))
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_site_is_causal_where_a_later_token_changes_nothing(case):
+    trial = run(case)
+    model, inputs = trial.model, inputs_of(trial.model)
+    role = "attention_output" if "attention_output" in trial.found else "ffn_input"
+    for path in {path.rpartition("layers")[0]: path for path in trial.found[role]}.values():  # last of each tower
+        tokens = "decoder_input_ids" if stack_of(path, model) == "decoder" else "input_ids"
+        other = dict(inputs)
+        if tokens in inputs:
+            other[tokens] = torch.cat([inputs[tokens][:, :-1], 92 - inputs[tokens][:, -1:]], 1)
+        one, two = read_at(model, path, inputs), read_at(model, path, other)
+        sees_tokens = not same(one, two)  # and no image
+        if sees_tokens:
+            one, two = (t.reshape(*other[tokens].shape, -1)[:, :-1] for t in (one, two))
+        assert is_causal(path, model, model.config.to_dict()) == (sees_tokens and same(one, two)), path
+
+
+def read_at(model: nn.Module, path: str, inputs: dict[str, Tensor]) -> Tensor:
+    """What the module reads last in a forward."""
+    seen = []
+    handle = model.get_submodule(path).register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    torch.manual_seed(0)  # some models draw which patches they see
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    return seen[-1]
+
+
 @pytest.mark.parametrize(
     ("model_type", "head"),
     [
@@ -362,6 +394,14 @@ def test_t5_sites_are_in_both_stacks():
     assert [stack_of(path, trial.model) for path in trial.found["cross_attention_output"]] == [
         "decoder"
     ] * DECODER_LAYERS
+
+
+@pytest.mark.parametrize("case", ["llama", "bert", "bert decoder"])
+def test_attention_says_whether_a_layer_of_an_unknown_model_is_causal(case):
+    trial = run(case)
+    path = trial.found["ffn_output"][-1]
+    for place in (path, path.rpartition(".")[0], path.split(".")[0]):
+        assert is_causal(place, trial.model, {"model_type": "own"}) == (case != "bert")
 
 
 def test_unknown_architecture_names_the_nearest_and_the_remedy():

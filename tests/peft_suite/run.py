@@ -59,6 +59,10 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[argparse.Namesp
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         parser.error(f"PEFT's test files need packages that are not installed: pip install {' '.join(missing)}")
+    package = importlib.util.find_spec("mixadapters")
+    if package is None or Path(package.origin or "").resolve().parents[1] != HERE.parents[1]:
+        found = "is not installed" if package is None else f"is that of {package.origin}"
+        parser.error(f"mixadapters {found}, but this suite is that of {HERE.parents[1]}: pip install -e .")
     return options, rest
 
 

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import copy
 import inspect
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache, LlamaConfig
 
 from mixadapters import ROUTERS, Router
-from mixadapters.core.bank import AdapterBank
+from mixadapters.core.adapter import Site
+from mixadapters.core.bank import AdapterBank, Weights
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.record import Record
-from mixadapters.core.routing import Routing
+from mixadapters.core.routing import Routing, RoutingKey
 from mixadapters.core.streams import Stream
+from mixadapters.core.usage import UsageRecorder
 from mixadapters.routers import ConstantRouter, LearnedRouter, SingleRouter, build_router
+from mixadapters.routers.base import options_of
 
 NAMES = sorted(name for name in ROUTERS if not name.startswith("toy_"))
-READS_THE_BATCH_ALONE = ("modality",)
+BATCH, LENGTH, WIDTH, VOCABULARY = 2, 3, 8, 11
 EXPERTS = {"single": ["a"]}  # the others take any number
-BATCH, LENGTH, WIDTH = 2, 3, 8
+OPTIONS: dict[str, dict[str, Any]] = {}  # what a router needs to be told
+BY_BATCH = ("modality",)  # the batch says where rows go, and not the tokens
+SEES_THE_SEQUENCE: tuple[str, ...] = ()  # refused on causal models
+ONE_LAYER = LlamaConfig(hidden_size=2, num_hidden_layers=1, num_attention_heads=1)
 every_router = pytest.mark.parametrize("name", NAMES)
 
 
@@ -29,27 +38,77 @@ def experts_of(name: str) -> list[str]:
     return EXPERTS.get(name, ["a", "b", "c"])
 
 
-def made(name: str, **arguments) -> Router:
+def expert_weights(names: list[str], width: int = WIDTH) -> dict[str, Weights | None]:
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return {name: Weights(draw(rank, width), draw(5, rank)) for rank, name in enumerate(names, 2)}
+
+
+def made(name: str, experts: list[str] | None = None, **arguments: Any) -> Router:
     """With weights that make a difference."""
-    router = build_router({"kind": name, **arguments}, WIDTH, experts_of(name))
+    experts = experts_of(name) if experts is None else experts
+    router = build_router({"kind": name, **OPTIONS.get(name, {}), **arguments}, WIDTH, experts)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in router.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    if router.needs_fit:
+        router.fit(expert_weights(experts))
     return router.eval()
 
 
-def context_of(training: bool = False, **values) -> ForwardContext:
-    context = ForwardContext()
-    mask = torch.tensor([[True, True, True], [True, True, False]])
-    streams = {"": Stream(BATCH, LENGTH, mask)}
-    values = {"modality_ids": torch.tensor([[0, 1, 2], [1, 0, -1]]), **values}
-    context.enter(Record(training=training, grad=True, open=True, streams=streams, values=values))
-    return context
+@dataclass
+class Batch:
+    """Sequences as a model gives them to a router."""
+
+    tokens: Tensor  # (B, T, d)
+    ids: Tensor  # (B, T)
+    mask: Tensor  # (B, T) bool
+    modality_ids: Tensor  # (B, T)
+    expert_ids: Tensor  # (B,)
+
+    def context(self, training: bool = False, cache: Any = None, past: int = 0, **about: Any) -> ForwardContext:
+        context = ForwardContext()
+        values = {"modality_ids": self.modality_ids, "expert_ids": self.expert_ids, **about.pop("values", {})}
+        record = Record(training, True, open=True, inputs={"input_ids": self.ids}, values=values)
+        record.streams[""] = Stream(*self.ids.shape, self.mask, None, cache, past, **about)
+        context.enter(record)
+        return context
+
+    def rows(self, rows: list[int]) -> Batch:
+        return Batch(*(value[rows] for value in vars(self).values()))
+
+    def columns(self, columns: slice | list[int]) -> Batch:
+        """Some of the tokens of each row."""
+        by_token = {n: v[:, columns] for n, v in vars(self).items() if n != "expert_ids"}
+        return Batch(**by_token, expert_ids=self.expert_ids)
+
+    def changed(self, where: Tensor, seed: int = 5) -> Batch:
+        """With other contents at the tokens (B, T) of `where`."""
+        other = batch_of(*self.ids.shape, seed=seed)
+        tokens = torch.where(where.unsqueeze(-1), other.tokens * 9, self.tokens)
+        ids = torch.where(where, other.ids, self.ids)
+        return replace(self, tokens=tokens, ids=ids)
+
+
+def batch_of(rows: int = BATCH, length: int = LENGTH, seed: int = 0, padding: tuple[int, ...] = ()) -> Batch:
+    """padding: how many tokens of each row are, on the right; on the left where negative."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda high: torch.randint(high, (rows, length), generator=generator)  # noqa: E731
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    for row, count in enumerate(padding):
+        mask[row, length - count :] = count <= 0
+        mask[row, : max(-count, 0)] = False
+    tokens = torch.randn(rows, length, WIDTH, generator=generator)
+    return Batch(tokens, draw(VOCABULARY), mask, draw(3), draw(3)[:, 0])
+
+
+def context_of(training: bool = False, **values: Any) -> ForwardContext:
+    return batch_of(padding=(0, 1)).context(training, values=values)
 
 
 def tokens_of(seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(BATCH, LENGTH, WIDTH, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return batch_of(seed=seed).tokens.to(dtype)
 
 
 def dense(routing: Routing, rows: int, experts: int) -> Tensor:
@@ -60,6 +119,12 @@ def dense(routing: Routing, rows: int, experts: int) -> Tensor:
     weights = torch.ones(routing.indices.shape) if weights is None else weights
     chosen = routing.indices >= 0
     return torch.zeros(rows, experts).scatter_add(1, routing.indices.clamp_min(0), weights * chosen)
+
+
+def run(router: Router, batch: Batch, **about: Any) -> Tensor:
+    """(B, T, E) weights."""
+    routing = router(batch.tokens, batch.context(**about))
+    return dense(routing, batch.ids.numel(), len(router.experts)).view(*batch.ids.shape, -1)
 
 
 @every_router
@@ -135,7 +200,7 @@ def test_constant_weights_are_those_of_every_input(name) -> None:
     constant = router.constant()
     weights = [dense(router(tokens_of(seed), context_of()), 6, count) for seed in (0, 1)]
     if constant is None:
-        assert torch.equal(*weights) is (name in READS_THE_BATCH_ALONE)
+        assert torch.equal(*weights) is (name in BY_BATCH)
     else:
         assert len(constant) == count
         for seen in weights:
@@ -146,12 +211,12 @@ def test_constant_weights_are_those_of_every_input(name) -> None:
 
 @every_router
 def test_router_is_built_from_its_name_copied_and_saved(name) -> None:
-    router = build_router(name, WIDTH, experts_of(name))
+    router = build_router({"kind": name, **OPTIONS.get(name, {})}, WIDTH, experts_of(name))
     assert type(router) is ROUTERS[name]
     assert isinstance(router, Router)
     assert (router.in_features, router.experts) == (WIDTH, experts_of(name))
     one, count = made(name), len(experts_of(name))
-    other = build_router({"kind": name}, WIDTH, experts_of(name)).eval()
+    other = build_router({"kind": name, **OPTIONS.get(name, {})}, WIDTH, experts_of(name)).eval()
     other.load_state_dict(one.state_dict())
     for twin in (other, copy.deepcopy(one)):
         weights = [dense(r(tokens_of(), context_of()), 6, count) for r in (one, twin)]
@@ -179,7 +244,179 @@ def test_router_runs_a_bank_in_a_mixture_and_under_the_compiler(name) -> None:
 def test_wrong_arguments_are_named(name) -> None:
     with pytest.raises(ValueError, match=rf"{ROUTERS[name].__name__} takes no argument 'hiden'"):
         build_router({"kind": name, "hiden": 3}, WIDTH, experts_of(name))
-    build_router(name, WIDTH, experts_of(name), hiden=3)  # defaults are for those that take them
+    build_router(
+        {"kind": name, **OPTIONS.get(name, {})}, WIDTH, experts_of(name), hiden=3
+    )  # defaults are for those that take them
+
+
+GRANULARITIES = [
+    (name, granularity)
+    for name in NAMES
+    for granularity in ("token", "causal_prefix", "request", "sequence")
+    if "granularity" in options_of(ROUTERS[name]) or granularity == "token"
+]
+every_granularity = pytest.mark.parametrize(("name", "granularity"), GRANULARITIES)
+
+
+def grained(name: str, granularity: str, **options: Any) -> Router:
+    """A router of this granularity, where it has one."""
+    has = "granularity" in options_of(ROUTERS[name])
+    return made(name, **({"granularity": granularity} if has else {}), **options)
+
+
+@pytest.mark.parametrize("side", [1, -1], ids=["right", "left"])
+@every_granularity
+def test_what_is_in_padding_and_how_much_there_is_never_matters(name, granularity, side) -> None:
+    router = grained(name, granularity)
+    batch = batch_of(3, 6, padding=(0, side * 2, side * 4))
+    weights = run(router, batch)
+    others = run(router, batch.changed(~batch.mask))
+    torch.testing.assert_close(others[batch.mask], weights[batch.mask])
+    for row in range(3):
+        alone = batch.rows([row])
+        alone = alone.columns(alone.mask[0].nonzero().flatten().tolist())
+        torch.testing.assert_close(run(router, alone)[0], weights[row][batch.mask[row]])
+
+
+@every_granularity
+def test_the_other_rows_of_a_batch_and_their_order_never_matter(name, granularity) -> None:
+    router, batch = grained(name, granularity), batch_of(4, 5, padding=(0, 1, 2, 0))
+    weights = run(router, batch)
+    order = [2, 0, 3]
+    torch.testing.assert_close(run(router, batch.rows(order)), weights[order])
+
+
+@every_granularity
+def test_no_token_sees_a_later_one_where_a_model_is_causal(name, granularity) -> None:
+    site = Site("ffn_output", "site", WIDTH, WIDTH, causal=True)
+    if name in SEES_THE_SEQUENCE:
+        with pytest.raises(ValueError, match="see"):
+            made(name).bind(site)
+        return
+    if granularity in ("sequence", "request"):  # refused or pooled by the model and the prompt: tests of the gate
+        return
+    router, batch = grained(name, granularity), batch_of(2, 6)
+    router.bind(site)
+    weights = run(router, batch)
+    for t in range(1, 6):
+        later = torch.arange(6).expand(2, -1) >= t
+        assert torch.equal(run(router, batch.changed(later))[:, :t], weights[:, :t])
+
+
+@pytest.mark.parametrize("split", [[3, 1, 1, 1], [1] * 6, [4, 2]])
+@every_granularity
+def test_decoding_with_a_cache_equals_the_whole(name, granularity, split) -> None:
+    if name in SEES_THE_SEQUENCE or granularity in ("sequence", "request"):
+        return
+    router, batch, cache, past = grained(name, granularity), batch_of(2, 6, padding=(0, -2)), None, 0
+    cache = DynamicCache(config=ONE_LAYER)
+    whole, pieces = run(router, batch), []
+    for length in split:
+        columns = slice(past, past + length)
+        pieces.append(run(router, batch.columns(columns), cache=cache, past=past))
+        cache.update(torch.zeros(2, 1, length, 2), torch.zeros(2, 1, length, 2), 0)
+        past += length
+    torch.testing.assert_close(torch.cat(pieces, 1)[batch.mask], whole[batch.mask])
+
+
+@every_router
+def test_requests_packed_into_one_row_are_routed_alike_or_refused(name) -> None:
+    router, batch = made(name), batch_of(2, 5)
+    if router.refuses_packed is not None or name in BY_BATCH:  # fields of a batch are refused by the model
+        return
+    packed = Batch(*(v.reshape(1, 10, *v.shape[2:]) if v.dim() > 1 else v[:1] for v in vars(batch).values()))
+    torch.testing.assert_close(run(router, packed, packed=True).view(2, 5, -1), run(router, batch))
+
+
+@every_granularity
+def test_losses_are_finite_positive_and_never_of_padding(name, granularity) -> None:
+    coefficients = {"balance_coef": 2.0, "z_coef": 3.0, "entropy_coef": 5.0, "importance_coef": 7.0}
+    if not made(name).arms or not list(made(name).parameters()):
+        return
+    router = grained(name, granularity, **coefficients).train()
+    batch = batch_of(3, 4, padding=(0, 1, 2))
+    found = []
+    for one in (batch, batch.changed(~batch.mask)):
+        context = one.context(training=True, values={"prompt_mask": batch.mask})
+        mixture(router).route(one.tokens, context)
+        found.append(context.record.losses)
+    assert set(found[0]) == {"balance", "z", "entropy", "importance"}
+    assert all(loss.isfinite() and loss > 0 for loss in found[0].values())
+    torch.testing.assert_close(found[0], found[1])
+    sum(found[0].values()).backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in router.parameters())
+
+
+def mixture(router: Router, width: int = WIDTH) -> Mixture:
+    bank = AdapterBank(width, width)
+    for expert in router.experts:
+        bank.add(expert, 2, init_weights=False)
+    made = Mixture(router, bank)
+    made.key = RoutingKey("default", "ffn", 0, "site")
+    return made
+
+
+@every_router
+def test_observers_and_usage_know_the_arms_by_name(name) -> None:
+    router, batch, usage = made(name), batch_of(padding=(0, 1)), UsageRecorder()
+    context = batch.context()
+    context.observers.append(usage)
+    mixture(router).route(batch.tokens, context)
+    ((_, arms),) = usage.seen
+    assert arms in (tuple(router.arms), (*router.experts, "frozen"))
+    summary = usage.summaries()[RoutingKey("default", "ffn", 0, "site")]
+    weights = run(router, batch)[batch.mask]
+    for i, expert in enumerate(router.experts):
+        if router(batch.tokens, batch.context()).probs is None:
+            assert summary[f"weight/{expert}"] == pytest.approx(float(weights[:, i].mean()), abs=1e-6)
+    assert usage.count(RoutingKey("default", "ffn", 0, "site")) == int(batch.mask.sum())
+
+
+@every_router
+def test_experts_come_and_go_or_the_reason_is_said(name) -> None:
+    router, batch = made(name), batch_of(3, 4)
+    if router.fixed_experts is not None:
+        for verb in (lambda: router.add_expert("d", 0.1), lambda: router.remove_expert("a", False)):
+            with pytest.raises(ValueError, match=ROUTERS[name].__name__):
+                verb()
+        return
+    if not hasattr(router, "add_expert"):
+        assert name in ("single", "constant", "modality")
+        return
+    before = run(router, batch)
+    router.reorder(["c", "a", "b"])
+    assert router.experts == ["c", "a", "b"]
+    torch.testing.assert_close(run(router, batch), before[..., [2, 0, 1]])
+    router.reorder(["a", "b", "c"])
+    router.add_expert("d", 1e-9)
+    assert router.experts == ["a", "b", "c", "d"]
+    torch.testing.assert_close(run(router, batch)[..., :3], before)
+    router.remove_expert("d", True)
+    torch.testing.assert_close(run(router, batch), before)
+    with pytest.raises(ValueError, match="'a'"):
+        router.add_expert("a", 0.1)
+    router.remove_expert("b", False)
+    assert router.experts == ["a", "c"]
+    torch.testing.assert_close(run(router, batch), before[..., [0, 2]])
+
+
+@every_router
+def test_what_may_change_in_training_is_set_by_name_and_checked(name) -> None:
+    router = made(name)
+    for option in router.scheduled:
+        assert option in options_of(type(router)), option
+        with pytest.raises(ValueError, match=option):
+            router.set_option(option, "much")
+        with pytest.raises(ValueError, match=option):
+            router.set_option(option, float("nan"))
+    with pytest.raises(ValueError, match=rf"{type(router).__name__} has no option 'hiden'"):
+        router.set_option("hiden", 3)
+
+
+@every_router
+def test_router_says_for_how_many_layers_it_may_decide(name) -> None:
+    assert "module" in ROUTERS[name].scopes
+    assert ROUTERS[name].scopes <= {"module", "block", "model"}
 
 
 @pytest.mark.parametrize("spec", ["sotfmax", {"kind": "sotfmax"}])

@@ -224,7 +224,7 @@ def test_one_config_gathers_for_several_models(tiny, tmp_path) -> None:
 
 
 def test_revision_of_a_source_reaches_the_hub(tiny, tmp_path, monkeypatch) -> None:
-    from mixadapters.tuners.mixda import sources as module
+    from mixadapters.tuners import sources as module
 
     save_mixda(tiny, tmp_path, "a")
     asked = []

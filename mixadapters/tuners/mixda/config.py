@@ -4,19 +4,19 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Any, ClassVar, Literal
 
 from mixadapters.core.config import MixtureConfig, one_of
 from mixadapters.core.fields import fits
 from mixadapters.core.names import check_name
-from mixadapters.core.registry import LIBRARY, nearest
+from mixadapters.core.registry import nearest
 from mixadapters.kernels import ACTIVATIONS
-from mixadapters.routers import ROUTERS
+from mixadapters.routers.base import COEFFICIENTS, registered_by
 from mixadapters.routers.pooling import GRANULARITIES, POOLS
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
 from mixadapters.tuners.mixda.router import competes, read_router
 from mixadapters.tuners.registration import peft_type
+from mixadapters.tuners.sources import public_origin
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Section 3.3 and appendix A: sigmoid gate on the attention output, one linear layer.
@@ -86,7 +86,7 @@ class MixDAConfig(MixtureConfig):
         default=None,
         metadata={
             "help": "A router by name, or {'kind': name, option: value}. None: softmax, and the fields below.",
-            "free_keys": ("dropout", "balance_coef", "z_coef", "entropy_coef"),  # only for training
+            "free_keys": ("dropout", "jitter", "noise", *COEFFICIENTS),  # only for training
         },
     )
     gate: str | None = field(default=None, metadata={"help": "Short for router['kind']. None: 'softmax'."})
@@ -182,12 +182,11 @@ class MixDAConfig(MixtureConfig):
             if "source" in spec and "ranks" in spec:
                 spec["origin"] = spec.pop("source")
             if "origin" in spec:
-                spec["origin"] = _public(spec["origin"])
+                spec["origin"] = public_origin(spec["origin"])
         return saved
 
     def registered_by(self) -> dict[str, str]:
-        module = ROUTERS[str(self.gate)].__module__ if self.gate is not None else LIBRARY
-        return {} if module.partition(".")[0] == LIBRARY else {module: f"the router {self.gate!r}"}
+        return registered_by(self.router)
 
     @classmethod
     def preset(cls, name: Literal["paper", "released"], **overrides: Any) -> MixDAConfig:
@@ -280,9 +279,3 @@ def _check_spec(name: str, spec: dict[str, Any], from_file: bool) -> None:
         )
     if not spec.keys() & {"source", "origin"} and spec.keys() & {"revision", "check_base_model"}:
         raise ValueError(f"domains[{name!r}]={spec} has no source: a revision or a check alone says nothing")
-
-
-def _public(origin: str) -> str:
-    """Where a domain came from, for others: a hub id as it is, of a local path the last part."""
-    local = os.path.exists(origin) or "\\" in origin or origin.count("/") != 1 or origin.startswith((".", "/", "~"))
-    return PurePath(origin.replace("\\", "/")).name if local else origin

@@ -12,6 +12,7 @@ from mixadapters.core.adapter import Chain, Site
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.registry import nearest
+from mixadapters.core.routes import row_numbers
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.router import require_surgery
 from mixadapters.tuners.mixda.sources import read_source
@@ -38,7 +39,7 @@ class DomainVerbs(MixtureModel):
     def fill(self, adapter_name: str, name: str, weights: dict[str, dict[str, Tensor]]) -> None:
         """Copy the weights of a gathered domain into its experts."""
         for path, tensors in weights.items():
-            expert = self._host_at(path).adapters[adapter_name].domain.bank.experts[name]
+            expert = self.host_at(path).adapters[adapter_name].domain.bank.experts[name]
             for key, parameter in expert.named_parameters():
                 if parameter.is_meta:
                     raise ValueError("domains with a source need low_cpu_mem_usage=False")
@@ -46,13 +47,7 @@ class DomainVerbs(MixtureModel):
 
     def domain_ids(self, names: list[str], adapter_name: str = "default") -> Tensor:
         """(B,) numbers for the batch field `domain_ids`, which routes each row to a domain; "__base__" is none."""
-        order = list(self._config(adapter_name).domains)
-        if isinstance(names, str):
-            raise ValueError(f"names={names!r} must be a list with one name for each row; write [{names!r}]")
-        for name in names:
-            if name != "__base__" and name not in order:
-                raise ValueError(f"unknown domain {name!r}; have {order}.{nearest(name, order)}")
-        return torch.tensor([-1 if name == "__base__" else order.index(name) for name in names])
+        return row_numbers(names, list(self.config_of(adapter_name).domains), "domain")
 
     @torch.no_grad()
     def add_domain(
@@ -73,7 +68,7 @@ class DomainVerbs(MixtureModel):
         Raises:
             ValueError: the name is taken, the source does not fit, or share is not between 0 and 1.
         """
-        config = self._config(adapter_name)
+        config = self.config_of(adapter_name)
         require_surgery(config, "add_domain")
         if name in config.domains:
             raise ValueError(f"domain {name!r} exists already; have {list(config.domains)}")
@@ -100,14 +95,14 @@ class DomainVerbs(MixtureModel):
         self._renumber(adapter_name)
 
     def _add_expert(self, adapter_name: str, path: str, name: str, rank: int, share: float) -> None:
-        config = self._config(adapter_name)
+        config = self.config_of(adapter_name)
         own = (p for h in self.hosts() if adapter_name in h.adapters for p in h.adapters[adapter_name].parameters())
         dtype = next((p.dtype for p in own), None)
-        host = self._host_at(path, missing_ok=True)
+        host = self.host_at(path, missing_ok=True)
         new: Any
         if host is None or adapter_name not in host.adapters:
             self.place(config, adapter_name, path)
-            host = self._host_at(path)
+            host = self.host_at(path)
             new = host.adapters[adapter_name]
             new.domain.router.start_at(share)
         elif "domain" in (chain := host.adapters[adapter_name]).steps:
@@ -132,7 +127,7 @@ class DomainVerbs(MixtureModel):
         Raises:
             ValueError: there is no such domain.
         """
-        config = self._config(adapter_name)
+        config = self.config_of(adapter_name)
         if name not in config.domains:
             raise ValueError(f"unknown domain {name!r}; have {list(config.domains)}.{nearest(name, config.domains)}")
         require_surgery(config, "remove_domain")
@@ -144,7 +139,7 @@ class DomainVerbs(MixtureModel):
             if mixture.bank.names:
                 config.null_arms[path] = getattr(mixture.router, "null_arms", 0)
             else:
-                chain = self._host_at(path).adapters[adapter_name]
+                chain = self.host_at(path).adapters[adapter_name]
                 del chain.domain
                 config.null_arms.pop(path, None)
         config.null_arms = {path: count for path, count in config.null_arms.items() if count}
@@ -153,30 +148,19 @@ class DomainVerbs(MixtureModel):
         self._renumber(adapter_name)
 
     def _renumber(self, adapter_name: str) -> None:
-        names = list(self._config(adapter_name).domains)
+        names = list(self.config_of(adapter_name).domains)
         for _, mixture in self._mixtures(adapter_name):
             assert mixture.hard_routes is not None
             mixture.hard_routes.number([names.index(name) for name in mixture.bank.names], len(names))
         stage = self.stage.get(adapter_name)
-        if self._config(adapter_name).inference_mode:
+        if self.config_of(adapter_name).inference_mode:
             for host in self.hosts():
                 if adapter_name in host.adapters:
                     host.adapters[adapter_name].requires_grad_(False)
         elif stage is not None and names:
             self.set_stage(stage, adapter_name)
 
-    def _config(self, adapter_name: str) -> MixDAConfig:
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"adapter_name={adapter_name!r} is unknown; have {list(self.peft_config)}")
-        return self.peft_config[adapter_name]
-
     def _mixtures(self, adapter_name: str) -> Iterator[tuple[str, Mixture]]:
         for host in self.hosts():
             if adapter_name in host.adapters and "domain" in host.adapters[adapter_name].steps:
                 yield host.path, host.adapters[adapter_name].domain
-
-    def _host_at(self, path: str, missing_ok: bool = False) -> Any:
-        host = next((h for h in self.hosts() if h.path == path), None)
-        if host is None and not missing_ok:
-            raise ValueError(f"no adapter sits at {path!r}")
-        return host

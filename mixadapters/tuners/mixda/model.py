@@ -17,7 +17,8 @@ from mixadapters.tuners.bottleneck.model import bottleneck
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.domains import DomainVerbs
 from mixadapters.tuners.mixda.router import mixture_router, trial_router
-from mixadapters.tuners.mixda.sources import rank_of, read_source, same_module
+from mixadapters.tuners.mixda.sources import read_source
+from mixadapters.tuners.sources import rank_of, same_module
 
 
 class MixDAModel(DomainVerbs):
@@ -130,7 +131,7 @@ class MixDAModel(DomainVerbs):
 
     def _refuse_causal(self, paths: list[str]) -> None:
         for path in paths:
-            if self._is_causal(stack_of(path, self.model)):
+            if self._is_causal(path):
                 raise ValueError(
                     f"gate_granularity='sequence' at {path!r}: the gate of a causal decoder would see the future; "
                     "use 'token', 'causal_prefix' or 'request'"

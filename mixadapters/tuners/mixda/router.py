@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -14,6 +13,7 @@ from mixadapters.routers import ROUTERS, Router, SoftmaxGate, build_router
 from mixadapters.routers.arms import ArmSurgery
 from mixadapters.routers.base import options_of, read_spec
 from mixadapters.tuners.bottleneck.config import INPUTS
+from mixadapters.tuners.sources import refuse_unsaveable
 
 OPTION_OF = {  # field -> the option of `router` that it stands for
     "gate": "kind", "gate_granularity": "granularity", "gate_input": "input", "gate_hidden": "hidden",
@@ -55,7 +55,7 @@ def read_router(config: Any) -> None:
     if config.router is not None:
         spec = dict(config.router)
         for option, value in spec.items():
-            _refuse_unsaveable(option, value)
+            refuse_unsaveable(f"router: {option}", value)
     for name, option in OPTION_OF.items():
         setattr(config, name, deepcopy(spec.get(option)))
     if config.gate_input not in (None, *INPUTS):
@@ -125,14 +125,3 @@ def _has(cls: type[Router], name: str) -> bool:
     method = getattr(cls, name, None)
     abstract = name in ("start_at", "_insert_row") and method is getattr(ArmSurgery, name)
     return method is not None and not abstract
-
-
-def _refuse_unsaveable(option: str, value: Any) -> None:
-    """Refuse what JSON cannot hold when the config is made, not when a trained adapter is saved."""
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"router: {option}={value!r} of type {type(value).__name__} cannot be saved in a config; use a number, a "
-            "string, a list or a dict of these"
-        ) from None

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from peft.config import PeftConfig
-from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.files import read_adapter
 from mixadapters.core.registry import nearest
 from mixadapters.tuners.bottleneck.model import EXPERT
 from mixadapters.tuners.mixda.config import MixDAConfig
+from mixadapters.tuners.sources import check_base_model, rank_of, read_folder, same_module
 
 
 class DomainSites(Protocol):
@@ -37,16 +35,9 @@ def read_source(
         ValueError: not a domain adapter, made for another base model or with other fields, or of other modules.
     """
     where = f"domains[{name!r}]: {spec['source']!r}"
-    try:
-        found = read_adapter(spec["source"], lambda kind: True, revision=spec.get("revision"))
-        if found is not None and found.other is not None:
-            raise ValueError(found.other)
-        saved = PeftConfig.from_pretrained(spec["source"], revision=spec.get("revision"))
-        weights = load_peft_weights(spec["source"], device="cpu", revision=spec.get("revision"))
-    except (ValueError, OSError, KeyError, TypeError) as error:  # of PEFT, for what is no adapter of its types
-        raise ValueError(f"{where} cannot be read as an adapter folder or hub id: {error}") from error
+    saved, weights = read_folder(where, spec)
     expert = _check_source(config, name, saved, where)
-    _check_base_model(tuner.model, saved, spec, where)
+    check_base_model(tuner.model, saved, spec, where)
     paths = tuner.domain_paths(config)
     by_path: dict[str, dict[str, Tensor]] = {}
     for key, tensor in weights.items():
@@ -116,22 +107,3 @@ def _check_source(config: MixDAConfig, name: str, saved: Any, where: str) -> str
                 f"{where} was trained with {field_name}={theirs[field_name]!r}, this mixture has {value!r}"
             )
     return expert
-
-
-def _check_base_model(model: nn.Module, saved: Any, spec: dict[str, Any], where: str) -> None:
-    theirs = saved.base_model_name_or_path
-    ours = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
-    if spec.get("check_base_model", True) and theirs and ours and theirs != ours:
-        raise ValueError(
-            f"{where} was trained on {theirs!r}, this model is {ours!r}; if they are the same, say so by "
-            "{'source': ..., 'check_base_model': False}"
-        )
-
-
-def same_module(a: str, b: str) -> bool:
-    """Whether two paths name the same module of a backbone, with or without a head around it."""
-    return a == b or a.endswith(f".{b}") or b.endswith(f".{a}")
-
-
-def rank_of(by_path: dict[str, int], path: str) -> int:
-    return by_path.get(path) or next((n for p, n in by_path.items() if same_module(p, path)), 0)

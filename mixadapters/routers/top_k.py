@@ -1,0 +1,93 @@
+"""The k experts of the largest scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mixadapters.core.context import ForwardContext
+from mixadapters.core.losses import win_chances
+from mixadapters.core.routes import real_rows
+from mixadapters.core.routing import Routing
+from mixadapters.routers.balancing import ChoiceBias
+from mixadapters.routers.base import ROUTERS
+from mixadapters.routers.options import check_options
+from mixadapters.routers.sparse import SparseRouter
+
+
+@ROUTERS.register("top_k")
+class TopKRouter(SparseRouter):
+    """The k arms of the largest scores, weighed by them (Shazeer et al. 2017; Fedus et al. 2021).
+
+    Args:
+        k: arms per row; None: all.
+        bias_update_rate: above 0: balance by a bias of each expert that is added for choosing and not for weighing,
+            and which `update_bias` moves by this much (Wang et al. 2024). It is to be small beside the differences
+            between scores: those of a softmax over many experts are small.
+
+    Raises:
+        ValueError: more than there are arms.
+    """
+
+    scheduled: tuple[str, ...] = (*SparseRouter.scheduled, "k", "bias_update_rate")
+
+    def __init__(
+        self, in_features: int, experts: list[str], *, k: int | None = 2, bias_update_rate: float = 0.0, **options: Any
+    ) -> None:
+        super().__init__(in_features, experts, **options)
+        check_options(k=k, bias_update_rate=bias_update_rate)
+        self._check_k(k, len(self.arms))
+        self.k, self.bias_update_rate = k, bias_update_rate
+        self.balancing = ChoiceBias(len(self.arms)) if bias_update_rate else None
+
+    def select(self, scores: Tensor) -> Tensor:
+        k = scores.shape[1] if self.k is None else self.k
+        return (scores if self.balancing is None else scores + self.balancing.bias.to(scores)).topk(k).indices
+
+    def completed(self, routing: Routing, noisy: Tensor, context: ForwardContext) -> Routing:
+        record = context.record
+        if self.balancing is not None and record.training and record.grad and not record.closed:
+            assert routing.selected is not None
+            self.balancing.count(routing.selected, real_rows(context, self.stack, len(noisy)))
+        if self.training and self.load_coef and self.noise:
+            assert routing.logits is not None
+            k, deviation = self.k or noisy.shape[1], self.noise / noisy.shape[1]
+            routing = routing._replace(chances=win_chances(routing.logits, noisy, k, deviation))
+        return super().completed(routing, noisy, context)
+
+    def loss(self, name: str, routing: Routing, mask: Tensor | None) -> Tensor:
+        if name == "load" and not self.noise:
+            raise ValueError(
+                f"load_coef={self.load_coef} needs noise above 0: it counts what rows may choose by noise"
+            )
+        return super().loss(name, routing, mask)
+
+    def update_bias(self) -> None:
+        """After an optimizer step, once `balancing.counts` have been summed over the processes."""
+        if self.balancing is None:
+            raise ValueError("bias_update_rate=0 when this router was made: it has no bias to move; set it from there")
+        self.balancing.update(self.bias_update_rate, len(self.experts))
+
+    def set_option(self, name: str, value: Any) -> None:
+        if name == "k":
+            check_options(k=value)
+            self._check_k(value, len(self.arms))
+        if name == "bias_update_rate" and self.balancing is None:
+            raise ValueError(f"bias_update_rate={value!r}: this router was made without a bias; make it with a rate")
+        super().set_option(name, value)
+
+    def remove_expert(self, name: str, renormalize: bool) -> None:
+        if renormalize:
+            self._check_k(self.k, len(self.arms) - 1)
+        super().remove_expert(name, renormalize)
+
+    def _set_rows(self, weight: Tensor, bias: Tensor | None, order: list[int]) -> None:
+        super()._set_rows(weight, bias, order)
+        if self.balancing is not None:
+            self.balancing.follow(order)
+
+    @staticmethod
+    def _check_k(k: int | None, arms: int) -> None:
+        if k is not None and k > arms:
+            raise ValueError(f"k={k} is more than the {arms} arms; choose one of 1 to {arms}, or None for all")

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from peft.utils.other import get_pattern_key
+
+from mixadapters.core.config import MixtureConfig
+from mixadapters.core.fields import fits
+from mixadapters.core.names import check_name
+from mixadapters.core.registry import nearest
+from mixadapters.kernels import ACTIVATIONS
+from mixadapters.routers.base import registered_by
+from mixadapters.routers.pooling import GRANULARITIES
+from mixadapters.tuners.bottleneck.config import PLACEMENTS
+from mixadapters.tuners.moa.router import default_of, router_spec
+from mixadapters.tuners.registration import peft_type
+from mixadapters.tuners.sources import public_origin, refuse_unsaveable
+
+SCOPES = ("module", "block", "model")
+ENTRIES: dict[str, Any] = {  # of an expert -> what they hold
+    "source": str, "revision": str, "check_base_model": bool, "scale": float, "ignore_modules_to_save": bool,
+    "ranks": dict[str, int], "scales": dict[str, float], "biases": list[str], "origin": str,
+}  # fmt: skip
+GIVEN = ("source", "revision", "check_base_model", "scale", "ignore_modules_to_save")  # those that a user writes
+ARMS = r"frozen|null\d+|shared\d+"  # names that arms and shared experts have
+
+
+@dataclass
+class MoAConfig(MixtureConfig):
+    """A mixture of adapters: experts of one kind at linear layers, FFNs or MoE blocks, and any router over them.
+
+    y = base(x) + sum_k w_k E_k(x). `experts` gathers trained adapters, {"law": "user/law-lora", "code": folder},
+    each with its own rank, targets and layers; a list names new ones; without it there are `num_experts` new ones. A
+    saved config holds what it needs of the sources, so the folder stands on its own.
+
+    Fields of the router are named as in configs of MoE models, and stand for options of `router`.
+    """
+
+    stages: ClassVar[dict[str, tuple[str, ...]]] = {
+        "experts": ("bank.*",),
+        "router": ("router.*", "residual.*"),
+        "all": ("*",),
+        "task": ("*", "modules_to_save"),
+    }
+
+    experts: Any = field(
+        default=None,
+        metadata={
+            "help": "New experts by name, or trained ones by source. None: `num_experts` new ones.",
+            "free": True,
+        },
+    )
+    num_experts: int | dict[str, int] = field(
+        default=8,
+        metadata={"help": "New experts where `experts` names none; {'0-5': 4, '6-11': 8} by layers.", "least": 1},
+    )
+    expert_type: Literal["lora", "bottleneck", "glu"] = field(
+        default="lora", metadata={"help": "What experts are: low-rank factors, or small FFNs, gated or not."}
+    )
+    r: int = field(default=8, metadata={"help": "Rank, or width, of new experts.", "least": 1, "free": True})
+    lora_alpha: float = field(default=8, metadata={"help": "As in LoRA: the factor is lora_alpha / r.", "above": 0})
+    use_rslora: bool = field(default=False, metadata={"help": "The factor is lora_alpha / sqrt(r)."})
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "On the experts' input, in training.", "least": 0, "below": 1, "free": True}
+    )
+    alpha_pattern: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "Module name or regular expression -> alpha, where not `lora_alpha`.", "pattern": True},
+    )
+    activation: str = field(
+        default="gelu", metadata={"help": "Of bottleneck and glu experts.", "choices": tuple(ACTIVATIONS)}
+    )
+    placement: str = field(
+        default="parallel",
+        metadata={"help": "Of bottleneck and glu experts, as in BottleneckConfig.", "choices": PLACEMENTS},
+    )
+    adapter_input: Literal["ffn_input", "ffn_intermediate", "residual"] = field(
+        default="ffn_input", metadata={"help": "What parallel bottleneck and glu experts read."}
+    )
+    router: str | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "A router by name, or {'kind': name, option: value}. None: 'arrow' for gathered LoRA, or 'top_k'.",
+            "free_keys": ("dropout", "jitter", "noise", "balance_coef", "z_coef", "entropy_coef", "importance_coef"),
+        },
+    )
+    num_experts_per_tok: int | None = field(
+        default=2, metadata={"help": "k: experts that a token uses. None: all.", "least": 1}
+    )
+    router_scope: Literal["module", "block", "model"] = field(
+        default="module",
+        metadata={"help": "A router for each adapted layer, for those of one attention or FFN, or one for all."},
+    )
+    granularity: str = field(
+        default="token", metadata={"help": "Which tokens are routed together.", "choices": GRANULARITIES}
+    )
+    norm_topk_prob: bool = field(default=False, metadata={"help": "Weights of the chosen experts sum to 1."})
+    routed_scaling_factor: float = field(default=1.0, metadata={"help": "Factor on the weights.", "above": 0})
+    scoring_func: Literal["softmax", "sigmoid"] = field(
+        default="softmax", metadata={"help": "From logits to scores of the experts."}
+    )
+    router_temperature: float = field(default=1.0, metadata={"help": "Divides the logits.", "above": 0})
+    router_hidden: list[int] = field(
+        default_factory=list, metadata={"help": "Hidden widths of the router; [] is linear.", "least": 1}
+    )
+    router_jitter_noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Factors of 1 - e to 1 + e on its input, in training.",
+            "least": 0,
+            "below": 1,
+            "free": True,
+        },
+    )
+    router_init_range: float = field(
+        default=0.02, metadata={"help": "Deviation of its first weights.", "least": 0, "free": True}
+    )
+    router_aux_loss_coef: float = field(
+        default=0.001, metadata={"help": "Weight of the load-balance loss.", "least": 0, "free": True}
+    )
+    router_z_loss_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the z-loss.", "least": 0, "free": True}
+    )
+    router_entropy_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the entropy; below 0: of its negative.", "free": True}
+    )
+    router_importance_coef: float = field(
+        default=0.0, metadata={"help": "Weight of CV^2 of the experts' importance.", "least": 0, "free": True}
+    )
+    router_bias_update_rate: float = field(
+        default=0.0, metadata={"help": "Above 0: balance by a bias for choosing, without a loss.", "least": 0}
+    )
+    n_shared_experts: int = field(
+        default=0, metadata={"help": "Experts beside the router's, always on with weight 1.", "least": 0}
+    )
+    num_null_experts: int = field(default=0, metadata={"help": "Arms of the router without an expert.", "least": 0})
+    segments: int = field(
+        default=1, metadata={"help": "Each expert is cut into as many, which are routed by themselves.", "least": 1}
+    )
+    capacity_factor: float = field(
+        default=0.0, metadata={"help": "Above 0: experts drop tokens beyond it. 0: none is dropped.", "free": True}
+    )
+    batch_prioritized: bool = field(default=False, metadata={"help": "Drop the tokens of lowest score.", "free": True})
+    residual: bool = field(
+        default=False, metadata={"help": "Base and shared experts under a learned weight of two, from 1 and 1."}
+    )
+    train_experts: bool | None = field(
+        default=None,
+        metadata={"help": "Whether experts train. None: new ones do, gathered ones do not.", "free": True},
+    )
+    schedules: dict[str, list[list[float]]] = field(
+        default_factory=dict,
+        metadata={"help": "Option of the router -> [[progress from 0 to 1, value], ...].", "free": True},
+    )
+    null_arms: dict[str, int] = field(
+        default_factory=dict,
+        metadata={"help": "Arms without expert that removed ones left, by module.", "least": 0},
+    )
+    expert_order: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names in the order of arms and of `expert_ids`; filled in.", "order": True},
+    )
+
+    def __post_init__(self) -> None:
+        from_file = type(self.__dict__["peft_type"]) is str  # as JSON has it; in Python: None, or of PEFT's enum
+        super().__post_init__()
+        self.peft_type = peft_type("MOA")
+        self._check_kind()
+        if self.experts is not None:
+            self.experts = check_experts(self.experts, from_file)
+            self._order_experts()
+        if isinstance(self.num_experts, dict):
+            for layers in self.num_experts:
+                layer_range(layers)
+        if self.residual and not self.n_shared_experts:
+            raise ValueError("residual=True weighs the base against shared experts; set n_shared_experts=1 or more")
+        if self.router is None:
+            gathered = any(spec.keys() & {"source", "origin"} for spec in (self.experts or {}).values())
+            self.router = {"kind": "arrow" if gathered and self.expert_type == "lora" else "top_k"}
+        elif isinstance(self.router, str):
+            self.router = {"kind": self.router}
+        for option, value in self.router.items() if isinstance(self.router, dict) else ():
+            refuse_unsaveable(f"router: {option}", value)
+        cls, _ = router_spec(self)
+        if self.router_scope not in cls.scopes:
+            raise ValueError(
+                f"router_scope={self.router_scope!r} does not go with router {self.router['kind']!r}, which decides "
+                f"by what each layer's experts hold; use router_scope={sorted(cls.scopes)[0]!r}"
+            )
+
+    def _check_kind(self) -> None:
+        """Refuse what the experts' kind would pass over."""
+        if self.expert_type == "lora":
+            wrong = [
+                n for n in ("activation", "placement", "adapter_input") if getattr(self, n) != default_of(self, n)
+            ]
+            where = "expert_type='bottleneck' or 'glu'"
+        else:
+            wrong = [
+                n for n in ("lora_alpha", "use_rslora", "alpha_pattern") if getattr(self, n) != default_of(self, n)
+            ]
+            where = "expert_type='lora'"
+            if self.adapter_input != "ffn_input" and self.placement != "parallel":
+                raise ValueError(f"adapter_input={self.adapter_input!r} needs placement='parallel'")
+        for name in wrong:
+            value = getattr(self, name)
+            raise ValueError(f"{name}={value!r} means nothing for {self.expert_type!r} experts; it is for {where}")
+
+    def _order_experts(self) -> None:
+        if self.expert_order is not None:  # JSON files are sorted by key
+            if sorted(self.expert_order) != sorted(self.experts):
+                raise ValueError(f"expert_order={self.expert_order} must name the experts {sorted(self.experts)}")
+            self.experts = {name: self.experts[name] for name in self.expert_order}
+        self.expert_order = list(self.experts)
+        if self.num_experts != 8:
+            raise ValueError(f"num_experts={self.num_experts} and experts={list(self.experts)}: give one of the two")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's; in files a source that has been gathered is its expert's `origin`: loading reads it no more."""
+        saved = super().to_dict()
+        for spec in (saved["experts"] or {}).values():
+            if "source" in spec and "ranks" in spec:
+                spec["origin"] = spec.pop("source")
+            if "origin" in spec:
+                spec["origin"] = public_origin(spec["origin"])
+        return saved
+
+    def registered_by(self) -> dict[str, str]:
+        return registered_by(self.router)
+
+    def trained_in(self, stage: str) -> tuple[str, ...]:
+        """As the class's `stages`; experts that do not train are left out, except in the stage that is for them."""
+        frozen = self.frozen_experts() if stage != "experts" else []
+        return (*type(self).stages[stage], *(f"!bank.experts.{name}.*" for name in frozen))
+
+    def frozen_experts(self) -> list[str]:
+        """Names of the experts that do not train; a `*` for all."""
+        if self.train_experts is not None:
+            return [] if self.train_experts else ["*"]
+        gathered = [name for name, spec in (self.experts or {}).items() if spec.keys() & {"source", "origin"}]
+        return [piece for name in gathered for piece in self.pieces(name)]
+
+    # --- experts ---------------------------------------------------------------------------------
+
+    def pieces(self, name: str) -> list[str]:
+        """Names of what the router chooses among of one expert: itself, or its segments."""
+        return [name] if self.segments == 1 else [f"{name}_{i}" for i in range(self.segments)]
+
+    def names_at(self, layer: int | None) -> list[str]:
+        """Names of the experts that a layer may have. Raises ValueError for layers that `num_experts` leaves out."""
+        if self.experts is not None:
+            return list(self.experts)
+        count = self.num_experts
+        if isinstance(count, dict):
+            index = -1 if layer is None else layer
+            count = next((n for layers, n in count.items() if index in layer_range(layers)), 0)
+        return [f"expert{i}" for i in range(count)]
+
+    def all_names(self) -> list[str]:
+        """Names of all experts, in the order of `expert_ids`."""
+        if self.experts is not None:
+            return list(self.experts)
+        counts = self.num_experts.values() if isinstance(self.num_experts, dict) else [self.num_experts]
+        return [f"expert{i}" for i in range(max(counts))]
+
+    def scale_at(self, path: str, rank: int) -> float:
+        """The factor of a new expert at a module."""
+        if self.expert_type != "lora":
+            return 1.0
+        key = get_pattern_key(list(self.alpha_pattern), path)
+        alpha = self.alpha_pattern.get(key, self.lora_alpha)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def bank_options(self) -> dict[str, Any]:
+        """Arguments of `AdapterBank` for the experts."""
+        if self.expert_type == "lora":
+            return {"activation": "identity", "bias": False}
+        return {"activation": self.activation, "glu": self.expert_type == "glu", "bias": True}
+
+
+def layer_range(layers: str) -> range:
+    """The layers that "3" or "0-5" means. Raises ValueError for other forms."""
+    found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", layers)
+    if found is None or int(found[2] or found[1]) < int(found[1]):
+        raise ValueError(f"num_experts: {layers!r} names no layers; write '3', or '0-5' for 0 to 5")
+    return range(int(found[1]), int(found[2] or found[1]) + 1)
+
+
+def check_experts(experts: Any, from_file: bool) -> dict[str, dict[str, Any]]:
+    """Any accepted form -> {name: {"source": ..., "ranks": {module: rank}, ...}}, empty for new ones."""
+    if isinstance(experts, str):
+        raise ValueError(f"experts={experts!r} must be a list of names or a dict of sources; write [{experts!r}]")
+    if isinstance(experts, (list, tuple)):
+        for name in experts:
+            check_name("experts", name, "moa_")
+        if len(set(experts)) != len(experts):
+            raise ValueError(f"experts={list(experts)} names an expert twice")
+        experts = dict.fromkeys(experts)
+    if not isinstance(experts, dict) or not experts:
+        raise ValueError(f"experts={experts!r} must be a list of names or a dict of sources, with at least one")
+    return {name: _check_expert(name, spec, from_file) for name, spec in experts.items()}
+
+
+def _check_expert(name: Any, given: Any, from_file: bool) -> dict[str, Any]:
+    check_name("experts", name, "moa_")
+    if re.fullmatch(ARMS, name):
+        raise ValueError(f"experts: {name!r} is the name of an arm or of a shared expert; choose another")
+    if isinstance(given, (str, os.PathLike)):
+        given = {"source": given}
+    if not isinstance(given, (dict, type(None))):
+        raise ValueError(f"experts[{name!r}]={given!r} must be a folder or hub id, or a dict of {list(GIVEN)}")
+    spec = dict(given or {})
+    for key, value in spec.items():
+        if key not in ENTRIES:
+            raise ValueError(f"experts[{name!r}] has no entry {key!r}; known are {list(GIVEN)}.{nearest(key, GIVEN)}")
+        if key == "source" and isinstance(value, os.PathLike):
+            spec[key] = value = str(value)
+        if key == "revision" and value is None:
+            continue
+        wrong_rank = key == "ranks" and fits(value, ENTRIES[key]) and min(value.values(), default=1) < 1
+        if not fits(value, ENTRIES[key]) or wrong_rank:
+            kind = {"ranks": "a dict of modules to positive ranks", "scale": "a finite number"}
+            raise ValueError(f"experts[{name!r}]: {key}={value!r:.200} must be {kind.get(key, _kind(ENTRIES[key]))}")
+    if from_file and "source" in spec:
+        raise ValueError(
+            f"experts[{name!r}]: the saved config names a source, {spec['source']!r}, which is not followed: a file "
+            "could have any folder or repository read. Make the mixture in Python, experts={name: source}, or take "
+            "the entry out of adapter_config.json"
+        )
+    if not spec.keys() & {"source", "origin"} and spec.keys() & set(GIVEN):
+        raise ValueError(f"experts[{name!r}]={spec} has no source: {sorted(spec.keys() & set(GIVEN))} is of a source")
+    if ("scales" in spec) != ("ranks" in spec) or spec.get("scales", {}).keys() != spec.get("ranks", {}).keys():
+        raise ValueError(f"experts[{name!r}]: `ranks` and `scales` must name the same modules")
+    return spec
+
+
+def _kind(hint: Any) -> str:
+    return {str: "a string", bool: "True or False"}.get(hint, "a dict or list of modules")

@@ -1,0 +1,175 @@
+"""Trained LoRA adapters of PEFT as experts: read exactly, or refused with the field and the remedy.
+
+What a stock LoRA adds to a linear layer is `scale * (B (A x) + b)`, with `scale` alpha / r, or alpha / sqrt(r) with
+rsLoRA. That is an expert of the kind "lora": down = A, up = B, b_up = b, no activation. The scale stays a factor of
+the expert, since folded into B it would round in half precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mixadapters.core.files import written_aside
+
+EXACT_INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base model's weights alone
+# Fields that say how the adapter was trained or where it lay, and nothing of what its weights compute.
+SILENT = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "use_rslora",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "loftq_config", "eva_config",
+    "runtime_config", "lora_bias", "megatron_core", "qalora_group_size",
+}  # fmt: skip
+# What the other fields do that no expert can, and what helps.
+REMEDIES = {
+    "use_dora": "DoRA scales the frozen weight itself; merge it into a base of its own, or train plain LoRA",
+    "layer_replication": "it changes the layers of the base model",
+    "target_parameters": "it adapts parameters, not modules; train with target_modules",
+    "trainable_token_indices": "it changes embeddings, which all experts share; train without it",
+    "alora_invocation_tokens": "an aLoRA acts from its invocation tokens on only",
+    "arrow_config": "it is a router over other adapters; gather those",
+    "corda_config": "convert it with path_initial_model_for_weight_conversion when saving",
+    "lora_ga_config": "convert it with path_initial_model_for_weight_conversion when saving",
+}
+
+
+class Factors(NamedTuple):
+    """What one LoRA adds at one linear layer: scale * (up (down x) + b_up)."""
+
+    down: Tensor  # (r, K)
+    up: Tensor  # (M, r)
+    scale: float
+    b_up: Tensor | None = None  # (M,)
+
+
+def refuse_inexact(config: LoraConfig, where: str, ignore_modules_to_save: bool = False) -> None:
+    """Raise ValueError where a saved LoRA is more, or other, than what its A and B add.
+
+    where: names the field and the source at the beginning of the message.
+    """
+    default = LoraConfig()
+    init = config.init_lora_weights
+    if init not in EXACT_INITS:
+        raise ValueError(
+            f"{where} has init_lora_weights={init!r}, which changed the base model's weights; save it with "
+            "path_initial_model_for_weight_conversion, which turns it into plain LoRA"
+        )
+    if config.bias == "all":
+        raise ValueError(f"{where} has bias='all': biases outside of its targets changed too; train with bias='none'")
+    if config.modules_to_save and not ignore_modules_to_save:
+        raise ValueError(
+            f"{where} has modules_to_save={config.modules_to_save}, of which a mixture can hold one version only; "
+            "gather it without them by {'source': ..., 'ignore_modules_to_save': True}"
+        )
+    for name, value in config.to_dict().items():
+        if name in SILENT | {"bias", "modules_to_save", "init_lora_weights"}:
+            continue
+        if value != getattr(default, name, None):
+            remedy = REMEDIES.get(name, "train plain LoRA, or merge the adapter")
+            raise ValueError(f"{where} has {name}={value!r}, which no expert of a mixture can do: {remedy}")
+
+
+def scale_at(config: LoraConfig, path: str, rank: int) -> float:
+    """The factor of a LoRA at the module `path`."""
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), path), config.lora_alpha)
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def read_factors(
+    config: LoraConfig, weights: dict[str, Tensor], where: str
+) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """{module path: what the LoRA adds there}, and {module path: its absolute bias} with bias="lora_only".
+
+    Raises:
+        ValueError: keys that are no linear LoRA's, factors that do not fit each other, or a rank that the config does
+            not give.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    biases: dict[str, Tensor] = {}
+    for key, tensor in weights.items():
+        path, name = _parted(key)
+        if tensor.dim() > 2 and tensor.shape[2:].numel() == 1:  # of a convolution of kernel 1
+            tensor = tensor.flatten(1)
+        if any(f".{module}." in f".{key}" for module in config.modules_to_save or ()):
+            continue  # waived
+        if name is None and key.endswith(".bias") and config.bias == "lora_only":
+            biases[path] = tensor
+        elif name is None or tensor.dim() > 2:
+            raise ValueError(
+                f"{where}: {key!r} is no weight of a LoRA on a linear layer; gather LoRA of linear layers"
+            )
+        else:
+            parts.setdefault(path, {})[name] = tensor
+    found = {}
+    for path, tensors in parts.items():
+        if not {"lora_A.weight", "lora_B.weight"} <= tensors.keys():
+            raise ValueError(
+                f"{where} holds {sorted(tensors)} at {path!r}; a LoRA has lora_A.weight and lora_B.weight"
+            )
+        down, up, b_up = tensors["lora_A.weight"], tensors["lora_B.weight"], tensors.get("lora_B.bias")
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), path), config.r)
+        if down.shape[0] != rank or up.shape[1] != rank:
+            raise ValueError(
+                f"{where}: at {path!r} the config gives rank {rank}, the file {down.shape[0]} and {up.shape[1]}"
+            )
+        found[path] = Factors(down, up, scale_at(config, path, rank), b_up)
+    return found, biases
+
+
+def _parted(key: str) -> tuple[str, Any]:
+    """The module and the part of the LoRA that a key of a saved file names; (module, None) for others."""
+    key = key.removeprefix("base_model.model.")
+    for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias"):
+        if key.endswith(f".{part}"):
+            return key[: -len(part) - 1], part
+    return key.removesuffix(".bias").removesuffix(".weight"), None
+
+
+def save_lora(factors: Mapping[str, Factors], folder: str | Path, config: Any, pad_ranks: bool = False) -> None:
+    """Write {module: what is added there} as an adapter folder of PEFT's LoRA.
+
+    config: of the mixture; its base model and task are the LoRA's too.
+    """
+    ranks = {path: factor.down.shape[0] for path, factor in factors.items()}
+    if pad_ranks:
+        ranks = dict.fromkeys(ranks, max(ranks.values()))
+    alphas = {path: _alpha(factor.scale, ranks[path]) for path, factor in factors.items()}
+    rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    with_bias = any(factor.b_up is not None for factor in factors.values())
+    lora = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=sorted(factors), task_type=config.task_type, lora_bias=with_bias,
+        rank_pattern={path: r for path, r in ranks.items() if r != rank},
+        alpha_pattern={path: a for path, a in alphas.items() if a != alpha},
+        base_model_name_or_path=config.base_model_name_or_path, revision=config.revision, inference_mode=True,
+    )  # fmt: skip
+    tensors = {}
+    for path, (down, up, _, b_up) in factors.items():
+        extra = ranks[path] - down.shape[0]
+        key = f"base_model.model.{path}"
+        tensors[f"{key}.lora_A.weight"] = torch.nn.functional.pad(down, (0, 0, 0, extra)).cpu().contiguous()
+        tensors[f"{key}.lora_B.weight"] = torch.nn.functional.pad(up, (0, extra)).cpu().contiguous()
+        if with_bias:
+            tensors[f"{key}.lora_B.bias"] = (up.new_zeros(up.shape[0]) if b_up is None else b_up).cpu().contiguous()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lora.save_pretrained(str(folder))
+    with written_aside(Path(folder) / SAFETENSORS_WEIGHTS_NAME) as aside:
+        save_file(tensors, aside, metadata={"format": "pt"})
+
+
+def _alpha(scale: float, rank: int) -> float:
+    """The alpha whose quotient by `rank` is `scale`, to the last bit where there is one."""
+    near = scale * rank
+    for alpha in (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)):
+        if alpha / rank == scale:
+            return int(alpha) if alpha == int(alpha) else alpha
+    return near

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+from mixadapters.core.adapter import Site
+from mixadapters.core.bank import AdapterBank
+from mixadapters.core.finding import inside_adapters
+from mixadapters.core.routes import HardRoutes
+from mixadapters.core.routing import RoutingKey
+from mixadapters.core.sites import layer_index
+from mixadapters.routers.base import Router, build_router
+from mixadapters.tuners.bottleneck.config import placement_roles, placement_taps
+from mixadapters.tuners.moa.config import MoAConfig
+from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
+from mixadapters.tuners.moa.router import router_spec
+from mixadapters.tuners.moa.sources import Gathered, gather
+from mixadapters.tuners.moa.verbs import ExpertVerbs
+from mixadapters.tuners.sources import rank_of, same_module
+
+# Of cross-attention, these read the encoder's tokens, the others the decoder's.
+MEMORY = frozenset({"k", "key", "k_proj", "v", "value", "v_proj"})
+
+
+@dataclass
+class Plan:
+    """Which modules an adapter sits at, and whose router each of them goes by."""
+
+    leader: dict[str, str] = field(default_factory=dict)  # path -> the first path of its scope
+    experts: dict[str, list[str]] = field(default_factory=dict)  # leader -> the experts of its scope, in order
+    routers: dict[str, Router] = field(default_factory=dict)  # leader -> its router, once it is there
+
+
+class MoAModel(ExpertVerbs):
+    fields = ("expert_ids", "prompt_mask")
+
+    # --- sites -----------------------------------------------------------------------------------
+
+    def roles(self, config: MoAConfig) -> tuple[str, ...]:
+        return placement_roles(config.placement, config.adapter_input, self.known_roles(config))
+
+    def taps(self, config: MoAConfig) -> tuple[str, ...]:
+        if config.expert_type == "lora":
+            return ()
+        return placement_taps(config.placement, config.adapter_input, self.known_roles(config))
+
+    def places(self) -> list[str]:
+        """All modules that are there without adapters, by name."""
+        names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules())
+        return [name for name in dict.fromkeys(names) if name and not inside_adapters(name, self.prefix)]
+
+    def expert_widths(self, config: MoAConfig, path: str) -> tuple[int, int]:
+        """Widths in and out of an expert at `path`."""
+        width_in, width_out = self._widths(config, self._unwrapped(path), path)
+        reads_output = config.expert_type != "lora" and (config.placement != "parallel" or self._tapped(config))
+        return (width_out if reads_output else width_in), width_out
+
+    def _tapped(self, config: MoAConfig) -> bool:
+        return config.sites is not None and bool(self.taps(config))
+
+    def resolve(self, config: MoAConfig, model_config: dict[str, Any]) -> None:
+        self._gathered: dict[str, Gathered] = {}
+        if config.expert_type == "lora" and config.sites is None:
+            self._gather(config)
+            if config.target_modules is None and self._gathered:
+                config.target_modules = {path for found in self._gathered.values() for path in found.weights}
+            elif config.target_modules is None:
+                kind = model_config.get("model_type", "custom")
+                if kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+                    raise ValueError(
+                        f"target_modules=None: PEFT has no default modules for model_type={kind!r}; name them, such "
+                        "as target_modules=['q_proj', 'v_proj'], or 'all-linear'"
+                    )
+                config.target_modules = set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind])
+            _maybe_include_all_linear_layers(config, self.model)
+            return
+        super().resolve(config, model_config)
+        self._gather(config)
+
+    def _gather(self, config: MoAConfig) -> None:
+        for name, spec in (config.experts or {}).items():
+            if "source" in spec:
+                self._gathered[name] = found = gather(self, config, name, spec)
+                spec |= {"ranks": found.ranks, "scales": found.scales}
+                spec |= {"biases": found.biases} if config.expert_type == "lora" and found.biases else {}
+
+    # --- injection -------------------------------------------------------------------------------
+
+    def before_injection(self, config: MoAConfig, adapter_name: str) -> None:
+        paths = self.matched(config)
+        self._refuse_left_out(config, paths)
+        self._refuse_absent(config)
+        self._plan = self._make_plan(config, adapter_name, paths)
+        super().before_injection(config, adapter_name)  # builds every layer on the meta device
+        self._plan.routers.clear()
+
+    def _refuse_left_out(self, config: MoAConfig, paths: list[str]) -> None:
+        """Experts have weights at modules of their own, which the config must not leave out."""
+        known = set(paths)
+        for name, spec in (config.experts or {}).items():
+            outside = [p for p in spec.get("ranks", {}) if p not in known and not any(p.endswith(f".{k}") or
+                       k.endswith(f".{p}") for k in known)]  # fmt: skip
+            if outside:
+                raise ValueError(
+                    f"experts[{name!r}] adapts {outside[0]!r}, which is not among the modules that target_modules, "
+                    "exclude_modules and layers_to_transform leave; leave these out, or give them all its modules"
+                )
+        if not paths:
+            raise ValueError(f"Target modules {config.target_modules} not found in the base model: nothing to adapt")
+
+    def _refuse_absent(self, config: MoAConfig) -> None:
+        """Refuse what the router or `num_experts` say and no layer can have."""
+        count = len([piece for name in config.all_names() for piece in config.pieces(name)])
+        arms = count + config.num_null_experts
+        chosen = router_spec(config)[1].get("k")
+        if chosen is not None and chosen > arms and config.num_experts_per_tok != 2:
+            raise ValueError(f"num_experts_per_tok={chosen}: there are {arms} experts to choose from")
+
+    def _make_plan(self, config: MoAConfig, adapter_name: str, paths: list[str]) -> Plan:
+        plan = Plan()
+        first: dict[tuple[str, ...], str] = {}
+        have: dict[str, set[str]] = {}
+        for path in paths:
+            names = self._experts_at(config, path)
+            if names:
+                scope = self._scope(config, adapter_name, path)
+                leader = plan.leader[path] = first.setdefault(scope, path)
+                have.setdefault(leader, set()).update(names)
+        pieces = [piece for name in config.all_names() for piece in config.pieces(name)]
+        plan.experts = {leader: [n for n in pieces if n in names] for leader, names in have.items()}
+        return plan
+
+    def _scope(self, config: MoAConfig, adapter_name: str, path: str) -> tuple[str, ...]:
+        """What modules under one router have in common."""
+        site = self._site(config, adapter_name, self._unwrapped(path), path)
+        memory = site.group == "cross_attention" and path.rpartition(".")[2] in MEMORY
+        side = "encoder" if memory else site.stack
+        if config.router_scope == "model":
+            return (side,)
+        layer = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", path)
+        if config.router_scope == "module" or not site.group or layer is None:
+            return (path,)
+        return (layer[0], site.group, side)
+
+    def _numbered_at(self, config: MoAConfig, path: str) -> dict[str, int]:
+        """{expert: rank} of the experts that have something at `path`, in the order of the config."""
+        ranks: dict[str, int] = {}
+        for name in config.names_at(layer_index(path)):
+            spec = (config.experts or {}).get(name, {})
+            rank = rank_of(spec["ranks"], path) if "ranks" in spec else self.rank_at(config, path, config.r)
+            ranks |= {name: rank} if rank else {}
+        return ranks
+
+    def _experts_at(self, config: MoAConfig, path: str) -> dict[str, int]:
+        """As `_numbered_at`, of what the router chooses among: experts, or their segments."""
+        ranks: dict[str, int] = {}
+        for name, rank in self._numbered_at(config, path).items():
+            pieces = config.pieces(name)
+            if rank % len(pieces):
+                raise ValueError(f"segments={config.segments} does not divide the rank {rank} of {name!r} at {path!r}")
+            ranks |= dict.fromkeys(pieces, rank // len(pieces))
+        return ranks
+
+    def build(self, config: MoAConfig, site: Site) -> ExpertMixture | None:
+        if site.path not in self._plan.leader:
+            return None
+        tap = site.tap("ffn_norm") or site.tap("ffn_input")
+        width, _ = self.expert_widths(config, site.path)
+        bank = AdapterBank(width, site.out_features, **config.bank_options())
+        for piece, rank in self._experts_at(config, site.path).items():
+            bank.add(piece, rank, config.init_weights, **self._expert_options(config, site.path, piece, rank))
+        for i in range(config.n_shared_experts):
+            rank = self.rank_at(config, site.path, config.r)
+            bank.add(f"shared{i}", rank, config.init_weights, scale=config.scale_at(site.path, rank))
+        router = self._router(config, site, width)
+        order = [piece for name in config.all_names() for piece in config.pieces(name)]
+        self.context.fields.update(router.fields)
+        parallel = config.expert_type == "lora" or config.placement == "parallel"
+        return ExpertMixture(
+            router, bank, "parallel" if parallel else "sequential", tap=tap, dropout=config.lora_dropout,
+            hard_routes=HardRoutes("expert_ids", [order.index(n) for n in router.experts], len(order)),
+            shared=config.n_shared_experts, residual=config.residual, observes=True,
+        )  # fmt: skip
+
+    def _expert_options(self, config: MoAConfig, path: str, piece: str, rank: int) -> dict[str, Any]:
+        """Arguments of `AdapterBank.add` for an expert, or a segment of one."""
+        name = next(n for n in config.all_names() if piece in config.pieces(n))
+        spec = (config.experts or {}).get(name, {})
+        if "scales" not in spec:
+            return {"scale": config.scale_at(path, rank * config.segments)}
+        scales, biased = spec["scales"], spec.get("biases", ())
+        key = path if path in scales else next(p for p in scales if same_module(p, path))
+        return {"scale": scales[key], "up_bias": key in biased}
+
+    def _router(self, config: MoAConfig, site: Site, width: int) -> Router:
+        leader = self._plan.leader[site.path]
+        if leader != site.path:
+            at = self._site(config, site.adapter, self._unwrapped(leader), leader)
+            return FollowRouter(width, self._plan.routers[leader], RoutingKey(at.adapter, at.group, at.layer, at.path))
+        first = next(iter(self._plan.routers.values()), None)
+        nulls = config.num_null_experts + rank_of(config.null_arms, leader)
+        router = self.make_router(config, width, self._plan.experts[leader], nulls, first)
+        self._plan.routers[leader] = router
+        return router
+
+    def make_router(
+        self, config: MoAConfig, width: int, experts: list[str], nulls: int = 0, first: Router | None = None
+    ) -> Router:
+        """The router of one scope.
+
+        nulls: arms without expert. first: the model's first router, with which others may share a part.
+        """
+        cls, options = router_spec(config)
+        options |= {"null_arms": nulls} if nulls else {}
+        if "k" in options:
+            arms = len(experts) + nulls
+            options["k"] = arms if options["k"] is None else min(options["k"], arms)
+        defaults: dict[str, Any] = {"first": first} if first is not None and getattr(cls, "shares", False) else {}
+        vocabulary = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        defaults |= {} if vocabulary is None else {"vocab_size": vocabulary}
+        assert isinstance(config.router, dict)
+        return build_router({"kind": config.router["kind"], **options}, width, experts, **defaults)
+
+    def after_injection(self, config: MoAConfig, adapter_name: str) -> None:
+        super().after_injection(config, adapter_name)
+        for name, found in self._gathered.items():
+            self.fill(adapter_name, name, found)
+        self.fit_router(adapter_name, missing_ok=True)
+        self.set_trainable(adapter_name)
+        self._gathered = {}

@@ -1,0 +1,246 @@
+"""Experts that come and go in a mixture that exists, and those that leave as adapters of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixadapters.core.registry import nearest
+from mixadapters.core.routes import row_numbers
+from mixadapters.tuners.moa.config import MoAConfig, check_experts
+from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
+from mixadapters.tuners.moa.sources import Gathered, gather
+from mixadapters.tuners.moa.weights import ExpertWeights
+
+NEW_ARM_SHARE = 0.05  # of the weight that an expert added later starts with
+
+
+class ExpertVerbs(ExpertWeights):
+    """Part of MoA's tuner. The model says where experts go and what they are made of."""
+
+    _plan: Any
+    _gathered: dict[str, Gathered]
+
+    def places(self) -> list[str]:
+        raise NotImplementedError
+
+    def expert_widths(self, config: MoAConfig, path: str) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def _make_plan(self, config: MoAConfig, adapter_name: str, paths: list[str]) -> Any:
+        raise NotImplementedError
+
+    def _experts_at(self, config: MoAConfig, path: str) -> dict[str, int]:
+        raise NotImplementedError
+
+    def _expert_options(self, config: MoAConfig, path: str, piece: str, rank: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def expert_ids(self, names: list[str], adapter_name: str = "default") -> Tensor:
+        """(B,) numbers for the batch field `expert_ids`, which routes each row to an expert; "__base__" is none."""
+        config = self._moa(adapter_name)
+        return row_numbers(names, [piece for name in config.all_names() for piece in config.pieces(name)], "expert")
+
+    # --- coming and going ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def add_expert(
+        self,
+        name: str,
+        source: str | dict[str, Any] | None = None,
+        *,
+        r: int | None = None,
+        share: float = NEW_ARM_SHARE,
+        adapter_name: str = "default",
+    ) -> None:
+        """Add an expert, new (zero) or trained, to a mixture. The other experts and their logits do not change.
+
+        Its arm starts with about `share` of the weight in a learned router. Make optimizers anew afterwards.
+
+        Raises:
+            ValueError: the name is taken, the source does not fit, the router cannot gain an arm, or share is not
+                between 0 and 1.
+        """
+        config = self._moa(adapter_name)
+        self._check_new(config, name, share, adapter_name)
+        self._require(adapter_name, "add_expert")
+        spec = check_experts({name: source}, from_file=False)[name]
+        found = gather(self, config, name, spec) if "source" in spec else None
+        paths = [path for path, _ in self._mixtures(adapter_name)]
+        if found is not None:
+            spec |= {"ranks": found.ranks, "scales": found.scales}
+            spec |= {"biases": found.biases} if config.expert_type == "lora" and found.biases else {}
+        elif r is not None or isinstance(config.num_experts, dict):
+            ranks = {path: r or self.rank_at(config, path, config.r) for path in paths}
+            spec |= {"ranks": ranks, "scales": {path: config.scale_at(path, rank) for path, rank in ranks.items()}}
+        self._name_experts(config, paths)
+        before = self._leaders(adapter_name)
+        config.experts[name] = spec
+        try:
+            where = dict.fromkeys([*paths, *spec.get("ranks", ())])
+            plan = self._make_plan(config, adapter_name, [p for p in self.places() if p in where])
+            self._refuse_other_leaders(plan, before)
+        except ValueError:
+            del config.experts[name]
+            raise
+        config.expert_order = list(config.experts)
+        self._insert(config, adapter_name, name, plan, before, share)
+        if found is not None:
+            self.fill(adapter_name, name, found)
+        self._settle(adapter_name)
+
+    def _check_new(self, config: MoAConfig, name: str, share: float, adapter_name: str) -> None:
+        if name in config.all_names():
+            raise ValueError(f"expert {name!r} exists already; have {config.all_names()}")
+        if name in self.peft_config and name != adapter_name:
+            raise ValueError(
+                f"expert {name!r} has the name of another adapter of this model: PEFT would drop its weights when it "
+                "saves. Choose another name"
+            )
+        if not 0 < share < 1:
+            raise ValueError(f"share={share} must lie between 0 and 1")
+
+    def _insert(
+        self, config: MoAConfig, adapter_name: str, name: str, plan: Any, before: dict[str, Any], share: float
+    ) -> None:
+        """Its arm in every router of its scopes, and its weights at every module where it has some."""
+        pieces = config.pieces(name)
+        for leader, router in before.items():
+            for piece in pieces:
+                if piece in plan.experts[leader]:
+                    router.add_expert(piece, share / len(pieces))
+        self._plan, plan.routers = plan, dict(before)
+        for path in plan.leader:
+            ranks = {piece: rank for piece, rank in self._experts_at(config, path).items() if piece in pieces}
+            host = self.host_at(path, missing_ok=True)
+            if not ranks:
+                continue
+            if host is None or adapter_name not in host.adapters:
+                self.place(config, adapter_name, path)
+                continue
+            mixture: ExpertMixture = host.adapters[adapter_name]
+            like = next(mixture.bank.parameters())
+            for piece, rank in ranks.items():
+                place = len(mixture.bank.names) - mixture.shared
+                options = self._expert_options(config, path, piece, rank)
+                mixture.bank.add(piece, rank, config.init_weights, place=place, **options)
+                mixture.bank.experts[piece].to(like.device, like.dtype)
+
+    def remove_expert(self, name: str, *, renormalize: bool = False, adapter_name: str = "default") -> None:
+        """Remove an expert and its weights. Make optimizers anew afterwards.
+
+        Where the router's weights compete, what it gave to this expert goes to a null arm, so that those of the others
+        do not change; with `renormalize` it is shared out among them.
+
+        Raises:
+            ValueError: there is no such expert, it is the last, the router cannot lose an arm, or other layers share
+                the router of a layer that has no other expert.
+        """
+        config = self._moa(adapter_name)
+        names = config.all_names()
+        if name not in names:
+            raise ValueError(f"unknown expert {name!r}; have {names}.{nearest(name, names)}")
+        if len(names) == 1:
+            raise ValueError(f"expert {name!r} is the only one; delete the adapter instead")
+        self._require(adapter_name, "remove_expert")
+        paths = [path for path, _ in self._mixtures(adapter_name)]
+        pieces = config.pieces(name)
+        followed = {m.router.key.path for _, m in self._mixtures(adapter_name) if isinstance(m.router, FollowRouter)}
+        for path, mixture in self._mixtures(adapter_name):
+            if path in followed and set(mixture.bank.names) <= set(pieces):
+                raise ValueError(
+                    f"expert {name!r} is the only one at {path!r}, whose router other layers share; make a mixture of "
+                    "the other experts instead"
+                )
+        self._name_experts(config, paths)
+        for path, mixture in list(self._mixtures(adapter_name)):
+            for piece in pieces:
+                if not isinstance(mixture.router, FollowRouter) and piece in mixture.router.experts:
+                    mixture.router.remove_expert(piece, renormalize)
+                if piece in mixture.bank.experts:
+                    mixture.bank.remove(piece)
+            if nulls := getattr(mixture.router, "null_arms", 0) - config.num_null_experts:
+                config.null_arms[path] = nulls
+            if len(mixture.bank.names) == mixture.shared:
+                self._take_out(adapter_name, path)
+                config.null_arms.pop(path, None)
+        del config.experts[name]
+        config.expert_order = list(config.experts)
+        self._settle(adapter_name)
+
+    def _take_out(self, adapter_name: str, path: str) -> None:
+        host = self.host_at(path)
+        del host.adapters[adapter_name]
+        if not host.adapters:
+            parent, _, child = path.rpartition(".")
+            self._replace_module(self.model.get_submodule(parent), child, host.get_base_layer(), host)
+
+    def _name_experts(self, config: MoAConfig, paths: list[str]) -> None:
+        """Experts that were numbered have names of their own from now on."""
+        if config.experts is not None:
+            return
+        config.experts = {name: {} for name in config.all_names()}
+        if isinstance(config.num_experts, dict):
+            for path in paths:
+                for name, rank in self._numbered_at(config, path).items():
+                    spec = config.experts[name]
+                    spec.setdefault("ranks", {})[path] = rank
+                    spec.setdefault("scales", {})[path] = config.scale_at(path, rank)
+        config.num_experts = 8
+        config.expert_order = list(config.experts)
+
+    def _numbered_at(self, config: MoAConfig, path: str) -> dict[str, int]:
+        raise NotImplementedError
+
+    def _refuse_other_leaders(self, plan: Any, before: dict[str, Any]) -> None:
+        """A router stays at the first layer of its scope, also when the mixture is loaded again."""
+        for path, leader in plan.leader.items():
+            if leader not in before and any(plan.leader.get(old) == leader for old in before):
+                raise ValueError(
+                    f"the new expert adapts {path!r}, which runs before the layer whose router it would share; make "
+                    "the mixture anew from all experts, or use router_scope='module'"
+                )
+
+    def _leaders(self, adapter_name: str) -> dict[str, Any]:
+        """path -> router, of the layers that decide for themselves."""
+        mixtures = self._mixtures(adapter_name)
+        return {path: m.router for path, m in mixtures if not isinstance(m.router, FollowRouter)}
+
+    def _require(self, adapter_name: str, verb: str) -> None:
+        router = next(iter(self._leaders(adapter_name).values()))
+        if not hasattr(router, verb):
+            raise ValueError(
+                f"{verb} needs a router that can change its arms, and {type(router).__name__} has no {verb}; make a "
+                "new mixture"
+            )
+
+    def _settle(self, adapter_name: str) -> None:
+        """Number everything anew, fit routers that read the experts' weights, and train what the stage trains."""
+        config = self._moa(adapter_name)
+        order = [piece for name in config.all_names() for piece in config.pieces(name)]
+        for _, mixture in self._mixtures(adapter_name):
+            mixture.number()
+            assert mixture.hard_routes is not None
+            mixture.hard_routes.number([order.index(name) for name in mixture.expert_names], len(order))
+        self.fit_router(adapter_name, missing_ok=True)
+        self.set_trainable(adapter_name)
+
+    def set_trainable(self, adapter_name: str) -> None:
+        """Train what the config and the stage say."""
+        config = self._moa(adapter_name)
+        if config.inference_mode:
+            for _, mixture in self._mixtures(adapter_name):
+                mixture.requires_grad_(False)
+            return
+        if adapter_name in self.stage:
+            self.set_stage(self.stage[adapter_name], adapter_name)
+        elif config.frozen_experts():
+            patterns = config.trained_in("task")
+            for host in self.hosts():
+                if adapter_name in host.adapters:
+                    host.stages[adapter_name] = patterns
+            for parameter, matches in self._stage_parameters(patterns, adapter_name):
+                if not matches:
+                    parameter.requires_grad_(False)

@@ -1,0 +1,102 @@
+"""The weights of experts: from the adapters that they were, and as adapters of their own again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mixadapters.core.files import being_loaded
+from mixadapters.core.model import MixtureModel
+from mixadapters.core.registry import nearest
+from mixadapters.tuners.moa.config import MoAConfig
+from mixadapters.tuners.moa.layer import ExpertMixture
+from mixadapters.tuners.moa.lora import Factors, save_lora
+from mixadapters.tuners.moa.sources import Gathered
+
+
+class ExpertWeights(MixtureModel):
+    """Part of MoA's tuner."""
+
+    @torch.no_grad()
+    def fill(self, adapter_name: str, name: str, found: Gathered) -> None:
+        """Copy the weights of a gathered expert into its places, in segments where the mixture has them."""
+        pieces = self._moa(adapter_name).pieces(name)
+        for path, tensors in found.weights.items():
+            bank = self.host_at(path).adapters[adapter_name].bank
+            for i, piece in enumerate(pieces):
+                for key, parameter in bank.experts[piece].named_parameters():
+                    if parameter.is_meta:
+                        raise ValueError("experts with a source need low_cpu_mem_usage=False")
+                    parameter.copy_(segment(key, tensors[key], i, len(pieces)))
+
+    @torch.no_grad()
+    def fit_router(self, adapter_name: str = "default", missing_ok: bool = False) -> None:
+        """Make routers that read the experts' weights, such as "arrow", from the weights as they are now.
+
+        Raises:
+            ValueError: the router is none of these, unless `missing_ok`.
+        """
+        fitted = False
+        for _, mixture in self._mixtures(adapter_name):
+            router, bank = mixture.router, mixture.bank
+            if getattr(router, "needs_fit", False):
+                empty = any(p.is_meta for p in bank.parameters())
+                trained = any(bool(bank.experts[n].up.weight.any()) for n in bank.names if not empty)
+                if not empty and trained and (not missing_ok or being_loaded() is None):
+                    weights = dict(zip(bank.names, bank.weights(None), strict=True))
+                    router.fit({name: weights.get(name) for name in router.experts})
+                fitted = True
+        if not fitted and not missing_ok:
+            raise ValueError(
+                "the router of this mixture is not made from its experts' weights: there is nothing to fit"
+            )
+
+    def export_expert(
+        self, name: str, folder: str | Path, *, pad_ranks: bool = False, adapter_name: str = "default"
+    ) -> None:
+        """Write a LoRA expert as an adapter folder of PEFT's LoRA, which loads without this library.
+
+        pad_ranks: one rank at all modules, filled up with zeros, for servers that need that.
+
+        Raises:
+            ValueError: there is no such expert, or it is no LoRA.
+        """
+        config = self._moa(adapter_name)
+        if name not in config.all_names():
+            raise ValueError(f"unknown expert {name!r}; have {config.all_names()}.{nearest(name, config.all_names())}")
+        if config.expert_type != "lora":
+            raise ValueError(f"export_expert writes LoRA, and expert_type={config.expert_type!r}")
+        factors = {}
+        for path, mixture in self._mixtures(adapter_name):
+            by_name = dict(zip(mixture.bank.names, mixture.bank.weights(None), strict=True))
+            parts = [by_name[piece] for piece in config.pieces(name) if piece in by_name]
+            if parts:
+                biases = [w.b_up for w in parts if w.b_up is not None]
+                factors[path] = Factors(
+                    torch.cat([w.down for w in parts]).detach(), torch.cat([w.up for w in parts], 1).detach(),
+                    float(parts[0].scale), sum(biases[1:], biases[0]).detach() if biases else None,
+                )  # fmt: skip
+        save_lora(factors, folder, config, pad_ranks)
+
+    def _moa(self, adapter_name: str) -> MoAConfig:
+        config = self.config_of(adapter_name)
+        if not isinstance(config, MoAConfig):
+            raise ValueError(f"adapter {adapter_name!r} is a {config.peft_type.value} adapter, not MOA")
+        return config
+
+    def _mixtures(self, adapter_name: str) -> Iterator[tuple[str, ExpertMixture]]:
+        for host in self.hosts():
+            if adapter_name in host.adapters:
+                yield host.path, host.adapters[adapter_name]
+
+
+def segment(key: str, tensor: Tensor, i: int, count: int) -> Tensor:
+    """The i-th of `count` slices of an expert's parameter: all of them together are the expert, exactly."""
+    if count == 1:
+        return tensor
+    if key == "up.weight":
+        return tensor.chunk(count, 1)[i]
+    return tensor / count if key == "up.bias" else tensor.chunk(count, 0)[i]
