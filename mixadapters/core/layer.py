@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
 from typing import Any
 
@@ -128,30 +129,10 @@ class AdapterHost(BaseTunerLayer):
         Convolutions of kernel 1 have their channels second: (B, K, ...) and (B, M, ...).
         """
         base = self.get_base_layer()
-        run = self._run_as_before if self.context.record.checkpointed else self._run_adapters
         if not is_pointwise(base):
-            return run(x, y, names)
-        places: Any = (..., *(slice(None, None, step) for step in base.stride))
-        return run(x[places].movedim(1, -1), y.movedim(1, -1), names).movedim(-1, 1)
-
-    def _run_as_before(self, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
-        """Under activation checkpointing: when the layer runs again, parameters train if they did in its first run.
-
-        What is saved for the backward depends on that, and PEFT's verbs freeze what they switch off.
-        """
-        record = self.context.record
-        if not self.context.records.again:
-            named = record.values.get("adapter_names")
-            acting = (self.adapters[name] for name in dict.fromkeys(named or names) if name in self.adapters)
-            record.trained[self] = [(p, p.requires_grad) for adapter in acting for p in adapter.parameters()]
-        changed = [(p, trained) for p, trained in record.trained.get(self, ()) if p.requires_grad != trained]
-        try:
-            for parameter, trained in changed:
-                parameter.requires_grad_(trained)
             return self._run_adapters(x, y, names)
-        finally:
-            for parameter, trained in changed:
-                parameter.requires_grad_(not trained)
+        places: Any = (..., *(slice(None, None, step) for step in base.stride))
+        return self._run_adapters(x[places].movedim(1, -1), y.movedim(1, -1), names).movedim(-1, 1)
 
     def _run_adapters(self, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
         record = self.context.record
@@ -293,7 +274,7 @@ class MixtureLayer(nn.Module, AdapterHost):
         output = self.base_layer(*args, **kwargs)
         if names is None:
             return output
-        return _on_first(output, lambda y: self.apply_adapters(_first_input(args, kwargs), y, names))
+        return _adapted(self, _first_input(args, kwargs), output, names)
 
     def __getattr__(self, name: str) -> Any:
         # The base model reads attributes of a wrapped block (layer_idx, attention_type ...).
@@ -331,7 +312,7 @@ class HookedLayer(nn.Module, AdapterHost):
         names = self.acting()
         if names is None:
             return output
-        return _on_first(output, lambda y: self.apply_adapters(_first_input(args, kwargs), y, names))
+        return _adapted(self, _first_input(args, kwargs), output, names)
 
     def forward(self, x: Tensor) -> Tensor:
         # A container that runs its children in turn comes by here.
@@ -390,8 +371,33 @@ def _first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
 
 
-def _on_first(output: Any, change: Any) -> Any:
-    """`change` applied to a tensor, or to the first of a tuple (attention weights, router logits ... follow it)."""
-    if isinstance(output, tuple):
-        return (change(output[0]), *output[1:])
-    return change(output)
+def _adapted(host: AdapterHost, x: Tensor, output: Any, names: list[str]) -> Any:
+    """The output of a module with its adapters applied; to the first of a tuple (attention weights ... follow it)."""
+    y = output[0] if isinstance(output, tuple) else output
+    with _trained_as_before(host, names) if host.context.record.checkpointed else NOTHING:
+        y = host.apply_adapters(x, y, names)
+    return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+NOTHING = nullcontext()
+
+
+@contextmanager
+def _trained_as_before(host: AdapterHost, names: list[str]) -> Iterator[None]:
+    """Under activation checkpointing: when a layer runs again, parameters train that trained in its first run.
+
+    What a run saves for the backward depends on that, and PEFT's verbs freeze what they switch off.
+    """
+    record = host.context.record
+    if not host.context.records.again:
+        named = record.values.get("adapter_names")
+        acting = (host.adapters[name] for name in dict.fromkeys(named or names) if name in host.adapters)
+        record.trained[host] = [(p, p.requires_grad) for adapter in acting for p in adapter.parameters()]
+    changed = [(p, trained) for p, trained in record.trained.get(host, ()) if p.requires_grad != trained]
+    try:
+        for parameter, trained in changed:
+            parameter.requires_grad_(trained)
+        yield
+    finally:
+        for parameter, trained in changed:
+            parameter.requires_grad_(not trained)
