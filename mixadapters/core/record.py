@@ -37,6 +37,7 @@ class Record:
     runs: dict[str, int] = field(default_factory=dict)  # of a router with memory in this forward, by its mark
     checked: set[tuple[str, str, int]] = field(default_factory=set)  # (adapter, field, total) of hard routes in range
     routings: dict[RoutingKey, Routing] = field(default_factory=dict)  # what routers have decided
+    decided: dict[str, Tensor] = field(default_factory=dict)  # logits of routers that decide for all layers, by router
     router_state: dict[str, Tensor] = field(default_factory=dict)  # until the model has made a cache
     losses: dict[str, Tensor] = field(default_factory=dict)  # weighted, summed by name
     main_loss: Tensor | None = None

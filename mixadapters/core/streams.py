@@ -22,6 +22,7 @@ class Stream:
     copies: int = 1  # rows of this forward for each row of the caller's batch, next to each other
     packed: bool = False  # the rows of several requests lie in one, one after the other (continuous batching)
     mask_name: str = "attention_mask"  # the argument of the root's forward that says where this stream has padding
+    input_ids: Tensor | None = None  # (B, length) the tokens of this forward; None: the caller gave embeddings
 
     @property
     def cached(self) -> bool:
@@ -82,12 +83,15 @@ def read_stream(inputs: dict[str, Any], copies: int = 1, mask_name: str = "atten
         return Stream(batch, cache=cache, past=past, copies=copies, mask_name=mask_name)
     tokens, mask, position_ids, choices = _rows_of_choices(tokens, inputs)
     batch, length = tokens.shape[:2]
+    input_ids = tokens if inputs.get("input_ids") is not None else None
     if inputs.get("cache") is not None and inputs.get("cu_seq_lens_q") is not None:
-        return Stream(batch, length, None, position_ids, packed=True)
+        return Stream(batch, length, None, position_ids, packed=True, input_ids=input_ids)
     if isinstance(mask, dict):  # one 4D mask per kind of layer
         mask = next((m for m in mask.values() if m is not None), None)
     mask = _current_mask(mask, batch, length, past)
-    return Stream(batch, length, mask, position_ids, cache, past, copies * choices, mask_name=mask_name)
+    return Stream(
+        batch, length, mask, position_ids, cache, past, copies * choices, mask_name=mask_name, input_ids=input_ids
+    )
 
 
 def _rows_of_choices(tokens: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Any, Any, int]:

@@ -1,6 +1,7 @@
 """Routers by name. A new one is one file with a class under `@ROUTERS.register("name")`, imported here."""
 
 from mixadapters.routers.base import ROUTERS, Router, build_router
+from mixadapters.routers.counts import CountsRouter
 from mixadapters.routers.fixed import ConstantRouter, SingleRouter
 from mixadapters.routers.learned import DomainGate, LearnedRouter
 from mixadapters.routers.modality import Modalities, ModalityRouter
@@ -14,6 +15,7 @@ from mixadapters.routers.top_p import TopPRouter
 __all__ = [
     "ROUTERS",
     "ConstantRouter",
+    "CountsRouter",
     "DomainGate",
     "LearnedRouter",
     "Modalities",

@@ -28,7 +28,8 @@ WIDTHS: Check = (
     "a list of positive widths, such as [768]",
 )
 CHECKS: dict[str, Check] = {
-    "temperature": POSITIVE, "temperature_min": POSITIVE, "gamma": POSITIVE, "routed_scaling_factor": POSITIVE,
+    "temperature": POSITIVE, "temperature_min": POSITIVE, "gamma": POSITIVE, "smoothing": POSITIVE,
+    "routed_scaling_factor": POSITIVE,
     "noise": NOT_NEGATIVE, "init_range": NOT_NEGATIVE, "capacity_factor": NOT_NEGATIVE,
     "bias_update_rate": NOT_NEGATIVE, "balance_coef": NOT_NEGATIVE, "z_coef": NOT_NEGATIVE, "entropy_coef": NUMBER,
     "importance_coef": NOT_NEGATIVE, "load_coef": NOT_NEGATIVE, "frozen_bias": NUMBER, "dropout": SHARE,

@@ -25,13 +25,14 @@ class Pooling:
 
     Args:
         pool: one of POOLS, for "sequence". "last" reads the last position, padding or not.
+        total: add the logits of the tokens up, as evidence that grows with them, where else their mean is taken.
     """
 
     granularity = ""
     by_row = False  # whether all tokens of a row share one decision
 
-    def __init__(self, pool: str = "masked_mean") -> None:
-        self.pool = pool
+    def __init__(self, pool: str = "masked_mean", *, total: bool = False) -> None:
+        self.pool, self.total = pool, total
         self.path = self.stack = ""  # where the router sits
 
     def __call__(self, score: Score, tokens: Tensor, context: ForwardContext) -> Tensor:
@@ -73,6 +74,8 @@ class SequencePooling(Pooling):
             if stream.length is not None and sequences.shape[0] > 1:
                 raise _missing_mask(self.granularity, stream)
             mask = torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
+        if self.total:
+            return (score(sequences) * mask.unsqueeze(-1)).sum(1, keepdim=True)
         if self.pool == "masked_mean":
             exact = sequences.to(
                 torch.promote_types(sequences.dtype, torch.float32)
@@ -91,8 +94,8 @@ class SequencePooling(Pooling):
 class Remembering(Pooling):
     """A pooling with a memory of earlier tokens."""
 
-    def __init__(self, pool: str = "masked_mean") -> None:
-        super().__init__(pool)
+    def __init__(self, pool: str = "masked_mean", *, total: bool = False) -> None:
+        super().__init__(pool, total=total)
         self.mark = uuid4().hex  # tells the gates of several adapters at one site apart
 
     def memory(self, stream: Stream, context: ForwardContext) -> tuple[dict[str, Tensor] | None, str]:
@@ -122,7 +125,7 @@ class Remembering(Pooling):
 
 
 class PrefixPooling(Remembering):
-    """The mean of the logits of the real tokens up to each one. Packed sequences start anew."""
+    """The mean (or the total) of the logits of the real tokens up to each one. Packed sequences start anew."""
 
     granularity = "causal_prefix"
 
@@ -140,11 +143,11 @@ class PrefixPooling(Remembering):
             sums = sums - _before_document(sums, stream.position_ids, mask)
         if state is not None:
             state[key] = sums if past is None else torch.cat([past, sums], dim=1)
-        return sums[..., :-1] / sums[..., -1:].clamp_min(1)
+        return sums[..., :-1] if self.total else sums[..., :-1] / sums[..., -1:].clamp_min(1)
 
 
 class RequestPooling(Remembering):
-    """The mean of the logits of the prompt's tokens, taken once and then kept."""
+    """The mean (or the total) of the logits of the prompt's tokens, taken once and then kept."""
 
     granularity = "request"
     by_row = True
@@ -159,10 +162,12 @@ class RequestPooling(Remembering):
             return frozen.unsqueeze(1)
         _refuse_packed(stream, self.granularity)
         weight = self.prompt(logits, mask, context).to(logits.dtype).unsqueeze(-1)
-        mean = (logits * weight).sum(1) / weight.sum(1).clamp_min(1)
+        pooled = (logits * weight).sum(1)
+        if not self.total:
+            pooled = pooled / weight.sum(1).clamp_min(1)
         if state is not None:
-            state[key] = mean
-        return mean.unsqueeze(1)
+            state[key] = pooled
+        return pooled.unsqueeze(1)
 
     def prompt(self, logits: Tensor, mask: Tensor | None, context: ForwardContext) -> Tensor:
         """(B, T) bool: the tokens of the request. All that an encoder of two stacks reads; else those of

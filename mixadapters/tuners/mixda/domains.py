@@ -13,6 +13,7 @@ from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import row_numbers
+from mixadapters.tuners.gates import GateVerbs
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.router import require_surgery
 from mixadapters.tuners.mixda.sources import read_source
@@ -20,7 +21,7 @@ from mixadapters.tuners.mixda.sources import read_source
 NEW_ARM_SHARE = 0.05  # of the frozen arm's mass that a domain added later starts with
 
 
-class DomainVerbs(MixtureModel):
+class DomainVerbs(GateVerbs, MixtureModel):
     """Part of MixDA's tuner. The model says where domains go and what they are made of."""
 
     def domain_paths(self, config: MixDAConfig) -> list[str]:
@@ -92,6 +93,7 @@ class DomainVerbs(MixtureModel):
             self._add_expert(adapter_name, path, name, rank, share)
         if weights is not None:
             self.fill(adapter_name, name, weights)
+        self.gates_changed(adapter_name)
         self._renumber(adapter_name)
 
     def _add_expert(self, adapter_name: str, path: str, name: str, rank: int, share: float) -> None:
@@ -145,7 +147,14 @@ class DomainVerbs(MixtureModel):
         config.null_arms = {path: count for path, count in config.null_arms.items() if count}
         del config.domains[name]
         config.domain_order = list(config.domains)
+        self.gates_changed(adapter_name)
         self._renumber(adapter_name)
+
+    def gates_changed(self, adapter_name: str) -> None:
+        config = self.config_of(adapter_name)
+        null_arms = self.settle_counts(adapter_name, config.domains)
+        if null_arms is not None:
+            config.null_arms = null_arms
 
     def _renumber(self, adapter_name: str) -> None:
         names = list(self.config_of(adapter_name).domains)

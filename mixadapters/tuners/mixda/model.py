@@ -12,6 +12,7 @@ from mixadapters.core.finding import inside_adapters
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.sites import layer_index, stack_of
+from mixadapters.routers import CountsRouter
 from mixadapters.tuners.bottleneck.config import placement_roles
 from mixadapters.tuners.bottleneck.model import bottleneck
 from mixadapters.tuners.mixda.config import MixDAConfig
@@ -82,6 +83,11 @@ class MixDAModel(DomainVerbs):
         tapped = config.sites is not None and config.adapter_input == "ffn_input" and bool(self.taps(config))
         return (width_out if tapped else width_in), width_out
 
+    def _first_path(self, config: MixDAConfig) -> str | None:
+        """The first module that has domain adapters: its router holds what serves those of all."""
+        ranks = [spec["ranks"] for spec in config.domains.values()]
+        return next((p for p in self.domain_paths(config) if any(rank_of(r, p) for r in ranks)), None)
+
     # --- injection --------------------------------------------------------------------------------------------
 
     def resolve(self, config: MixDAConfig, model_config: dict[str, Any]) -> None:
@@ -128,6 +134,7 @@ class MixDAModel(DomainVerbs):
         for name, weights in self._gathered.items():
             self.fill(adapter_name, name, weights)
         self._gathered = {}
+        self.gates_changed(adapter_name)
 
     def _refuse_causal(self, paths: list[str]) -> None:
         for path in paths:
@@ -162,6 +169,8 @@ class MixDAModel(DomainVerbs):
             config, site.out_features if gate_tap else width, list(ranks), rank_of(config.null_arms, site.path)
         )
         self.context.fields.update(router.fields)
+        if isinstance(router, CountsRouter) and site.path == self._first_path(config):
+            router.lead(names, self.vocab_size())
         return Mixture(
             router, bank, "parallel", tap=reads, router_tap=gate_tap, dropout=config.adapter_dropout, observes=True,
             hard_routes=HardRoutes("domain_ids", [names.index(name) for name in ranks], len(names)),

@@ -43,7 +43,8 @@ def read_router(config: Any) -> None:
                 f"{ROUTERS.hint}"
             )
         if spec["kind"] not in ("softmax", "sigmoid"):
-            config.router = {"kind": spec["kind"], **{o: v for o, v in said.items() if v != DEFAULTS[o]}}
+            takes = options_of(ROUTERS[spec["kind"]])  # older files have every field, at its default
+            config.router = {"kind": spec["kind"], **{o: v for o, v in said.items() if v != DEFAULTS[o] or o in takes}}
     else:
         given = {"kind": config.router} if isinstance(config.router, str) else dict(config.router)
         for name, option in OPTION_OF.items():

@@ -187,9 +187,10 @@ class MoAConfig(MixtureConfig):
             refuse_unsaveable(f"router: {option}", value)
         cls, _ = router_spec(self)
         if self.router_scope not in cls.scopes:
+            by = "by what each layer's experts hold" if "module" in cls.scopes else "once for all layers"
             raise ValueError(
                 f"router_scope={self.router_scope!r} does not go with router {self.router['kind']!r}, which decides "
-                f"by what each layer's experts hold; use router_scope={sorted(cls.scopes)[0]!r}"
+                f"{by}; use router_scope={sorted(cls.scopes)[0]!r}"
             )
 
     def _check_kind(self) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import row_numbers
+from mixadapters.tuners.gates import GateVerbs
 from mixadapters.tuners.moa.config import MoAConfig, check_experts
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.sources import Gathered, gather
@@ -17,7 +18,7 @@ from mixadapters.tuners.moa.weights import ExpertWeights
 NEW_ARM_SHARE = 0.05  # of the weight that an expert added later starts with
 
 
-class ExpertVerbs(ExpertWeights):
+class ExpertVerbs(GateVerbs, ExpertWeights):
     """Part of MoA's tuner. The model says where experts go and what they are made of."""
 
     _plan: Any
@@ -215,6 +216,13 @@ class ExpertVerbs(ExpertWeights):
                 f"{verb} needs a router that can change its arms, and {type(router).__name__} has no {verb}; make a "
                 "new mixture"
             )
+
+    def gates_changed(self, adapter_name: str) -> None:
+        config = self._moa(adapter_name)
+        for path, router in self._leaders(adapter_name).items():
+            config.null_arms.pop(path, None)
+            if nulls := getattr(router, "null_arms", 0) - config.num_null_experts:
+                config.null_arms[path] = nulls
 
     def _settle(self, adapter_name: str) -> None:
         """Number everything anew, fit routers that read the experts' weights, and train what the stage trains."""
