@@ -81,7 +81,9 @@ class Injection(SiteFinder):
         owner = self.model.get_submodule(parent)
         target = getattr(owner, child)
         host = target if isinstance(target, MixtureLayer) else getattr(target, HookedLayer.attribute, None)
-        base = host.get_base_layer() if isinstance(host, AdapterHost) else target
+        if isinstance(host, MixtureLayer) and host.prefix != self.prefix:
+            host = None  # of another type: wrapped as it is
+        base = host.get_base_layer() if isinstance(host, AdapterHost) else self._unwrapped(path)
         site = self._site(config, adapter_name, base, path)
         adapter = self.build(config, site)
         if adapter is None:

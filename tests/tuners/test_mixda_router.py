@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from processes import Process
 from torch import Tensor, nn
 
 from mixadapters import ROUTERS, MixDAConfig, Router
@@ -177,10 +175,9 @@ def test_own_router_trains_saves_and_loads_by_name(own, tiny, tiny_inputs, tmp_p
 def test_a_process_that_has_not_imported_the_router_says_so(own, tiny, tmp_path) -> None:
     adapted(tiny, router={"kind": "mine_top_k", "k": 1}).save_pretrained(tmp_path)
     code = f"import mixadapters, peft\npeft.PeftConfig.from_pretrained({str(tmp_path)!r})"
-    root = Path(__file__).resolve().parents[2]
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
-    last = found.stderr.strip().splitlines()[-1]
-    assert found.returncode != 0
+    with pytest.raises(RuntimeError) as failed:
+        Process(code).finish()
+    last = str(failed.value).strip().splitlines()[-1]
     assert last.startswith("ValueError: unknown router 'mine_top_k'; have ['constant',")
     assert last.endswith("A router of your own is known once the module that registers it has been imported.")
 
