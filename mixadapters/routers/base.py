@@ -78,6 +78,11 @@ class Router(nn.Module):
             balance_groups=balance_groups,
         )
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if isinstance(cls.scheduled, tuple):
+            cls.scheduled = tuple(name for name in cls.scheduled if name not in cls.without)
+
     def weigh_losses(self, *, balance_groups: Sequence[Sequence[str]] | None = None, **weights: float) -> None:
         """Set the weights of the auxiliary losses, 0 (none) where left out; and the groups of the balance loss."""
         weights = {name: weights.get(name, 0.0) for name in COEFFICIENTS}
@@ -101,6 +106,10 @@ class Router(nn.Module):
     def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
         """tokens (B, T, d) or (N, d) -> Routing over N = B * T rows. Its weights may have any floating dtype."""
         raise NotImplementedError
+
+    def weigh_given(self, routing: Routing, tokens: Tensor) -> Routing:
+        """What becomes of a routing that the batch has given by number, where the router has weights for it."""
+        return routing
 
     def losses(self, routing: Routing, mask: Tensor | None) -> dict[str, tuple[Tensor, float]]:
         """Name -> (auxiliary loss of a routing that it has made in training, weight). One with losses of its own adds

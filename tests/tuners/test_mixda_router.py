@@ -178,7 +178,7 @@ def test_a_process_that_has_not_imported_the_router_says_so(own, tiny, tmp_path)
     with pytest.raises(RuntimeError) as failed:
         Process(code).finish()
     last = str(failed.value).strip().splitlines()[-1]
-    assert last.startswith("ValueError: unknown router 'mine_top_k'; have ['constant',")
+    assert last.startswith("ValueError: unknown router 'mine_top_k'; have ['arrow', 'constant',")
     assert last.endswith("A router of your own is known once the module that registers it has been imported.")
 
 
