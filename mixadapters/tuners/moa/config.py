@@ -14,6 +14,7 @@ from mixadapters.core.fields import fits
 from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 from mixadapters.kernels import ACTIVATIONS
+from mixadapters.routers.base import registered_by
 from mixadapters.routers.pooling import GRANULARITIES
 from mixadapters.routers.schedules import check_schedules, value_at
 from mixadapters.tuners.bottleneck.config import PLACEMENTS
@@ -162,7 +163,8 @@ class MoAConfig(MixtureConfig):
         metadata={"help": "Arms without expert that removed ones left, by module.", "least": 0},
     )
     expert_order: list[str] | None = field(
-        default=None, metadata={"help": "Names in the order of arms and of `expert_ids`; filled in."}
+        default=None,
+        metadata={"help": "Names in the order of arms and of `expert_ids`; filled in.", "order": True},
     )
 
     def __post_init__(self) -> None:
@@ -230,6 +232,9 @@ class MoAConfig(MixtureConfig):
             if "origin" in spec:
                 spec["origin"] = public_origin(spec["origin"])
         return saved
+
+    def registered_by(self) -> dict[str, str]:
+        return registered_by(self.router)
 
     def trained_in(self, stage: str) -> tuple[str, ...]:
         """As the class's `stages`; experts that do not train are left out, except in the stage that is for them."""
