@@ -200,7 +200,7 @@ class MixtureConfig(PeftConfig):
                     )
 
     def compared(self, other: Any) -> dict[str, Any]:
-        """Its fields, as they are compared with those of a file's config, or of the one that the file is loaded into."""
+        """Its fields as they are compared with those of `other`, of which one is a file's."""
         return self.to_dict()
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mixadapters.core.routing import RoutingKey
 
@@ -40,15 +39,15 @@ class Steps:
 
     def __init__(self) -> None:
         self.told: set[tuple[str, str]] = set()
-        self.versions: dict[RoutingKey, int] = {}  # of the parameters at the first training forward
+        self.began: dict[RoutingKey, int] = {}  # steps that optimizers had made at the first training forward
 
-    def look(self, key: RoutingKey, router: Any, parameters: Iterable[Tensor]) -> None:
+    def look(self, key: RoutingKey, router: Any) -> None:
         """Called in each training forward of a router; warns where one comes after a step, and nobody moves it."""
         missing = [verb for verb in getattr(router, "moved_by", ()) if (key.adapter, verb) not in self.told]
         if not missing or torch.compiler.is_compiling():
             return
-        version = sum(parameter._version for parameter in parameters)  # counts up as an optimizer writes
-        if self.versions.setdefault(key, version) == version:
+        made = OPTIMIZERS.steps_made()
+        if self.began.setdefault(key, made) == made:
             return
         self.told.update((key.adapter, verb) for verb in missing)
         for verb in missing:
@@ -62,4 +61,24 @@ class Steps:
     def ended(self, adapter: str) -> None:
         """The training of an adapter has ended: the next one is warned again."""
         self.told -= {(adapter, verb) for verb in CALLED}
-        self.versions = {key: version for key, version in self.versions.items() if key.adapter != adapter}
+        self.began = {key: made for key, made in self.began.items() if key.adapter != adapter}
+
+
+class OptimizerSteps:
+    """Counts the steps of all optimizers of torch, from when it is first asked."""
+
+    def __init__(self) -> None:
+        self._steps: int | None = None
+
+    def steps_made(self) -> int:
+        if self._steps is None:
+            self._steps = 0
+            # Fused optimizers change weights without a trace in their version counter.
+            register_optimizer_step_post_hook(self._count)
+        return self._steps
+
+    def _count(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._steps = (self._steps or 0) + 1
+
+
+OPTIMIZERS = OptimizerSteps()

@@ -3,22 +3,20 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from peft.utils.other import get_pattern_key
 
-from mixadapters.core.config import MixtureConfig
 from mixadapters.core.fields import fits
 from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.routers.base import registered_by
 from mixadapters.routers.pooling import GRANULARITIES
-from mixadapters.routers.schedules import check_schedules, value_at
 from mixadapters.tuners.bottleneck.config import PLACEMENTS
-from mixadapters.tuners.moa.router import OPTION_OF, default_of, router_spec
+from mixadapters.tuners.moa.router import default_of, router_spec
+from mixadapters.tuners.moa.schedules import ScheduledConfig
 from mixadapters.tuners.registration import peft_type
 from mixadapters.tuners.sources import public_origin, refuse_unsaveable
 
@@ -32,7 +30,7 @@ ARMS = r"frozen|null\d+|shared\d+"  # names that arms and shared experts have
 
 
 @dataclass
-class MoAConfig(MixtureConfig):
+class MoAConfig(ScheduledConfig):
     """A mixture of adapters: experts of one kind at linear layers, FFNs or MoE blocks, and any router over them.
 
     y = base(x) + sum_k w_k E_k(x). `experts` gathers trained adapters, {"law": "user/law-lora", "code": folder},
@@ -248,45 +246,6 @@ class MoAConfig(MixtureConfig):
         gathered = [name for name, spec in (self.experts or {}).items() if spec.keys() & {"source", "origin"}]
         return [piece for name in gathered for piece in self.pieces(name)]
 
-    # --- the router ------------------------------------------------------------------------------
-
-    def check_schedules(self, schedules: Any) -> None:
-        """Raise ValueError if these are no schedules of options that the router may change in training."""
-        scheduled: Any = router_spec(self)[0].scheduled
-        check_schedules(schedules, scheduled if isinstance(scheduled, tuple) else None)  # else it depends on its base
-
-    def note_progress(self, done: float) -> None:
-        """Say what options with a schedule are at this share of the training: a saved adapter is made with these."""
-        for option, points in self.schedules.items():
-            self.note_option(option, value_at(option, points, done))
-
-    def note_option(self, option: str, value: Any) -> None:
-        """Say what an option of the router is now, in `router`."""
-        for name, stands_for in OPTION_OF.items():
-            if stands_for == option:
-                setattr(self, name, default_of(self, name))
-        assert isinstance(self.router, dict)
-        base = self.router.get("base")
-        if isinstance(base, dict) and option in base:
-            self.router = {**self.router, "base": {**base, option: value}}
-        else:
-            self.router = {**self.router, option: value}
-
-    def option_now(self, option: str) -> Any:
-        """What `router` says that an option is; None where it says nothing."""
-        assert isinstance(self.router, dict)
-        base = self.router.get("base")
-        return base[option] if isinstance(base, dict) and option in base else self.router.get(option)
-
-    def compared(self, other: MixtureConfig) -> dict[str, Any]:
-        """As every config's, without the options that both have on a schedule: loading takes over the file's."""
-        said = super().compared(other)
-        moving = self.schedules.keys() & getattr(other, "schedules", {}).keys()
-        router = _without(said["router"], moving)
-        if "base" in router:
-            router["base"] = _without(router["base"], moving)
-        return said | {name: None for name, option in OPTION_OF.items() if option in moving} | {"router": router}
-
     # --- experts ---------------------------------------------------------------------------------
 
     def pieces(self, name: str) -> list[str]:
@@ -323,10 +282,6 @@ class MoAConfig(MixtureConfig):
         if self.expert_type == "lora":
             return {"activation": "identity", "bias": False}
         return {"activation": self.activation, "glu": self.expert_type == "glu", "bias": True}
-
-
-def _without(value: Any, keys: Collection[str]) -> Any:
-    return {k: v for k, v in value.items() if k not in keys} if isinstance(value, dict) else value
 
 
 def layer_range(layers: str) -> range:
