@@ -259,3 +259,38 @@ def test_a_config_with_an_own_router_is_read_from_json(own, tmp_path) -> None:
     MixDAConfig(**FIELDS, router={"kind": "mine_top_k", "k": 2}).save_pretrained(tmp_path)
     again = PeftConfig.from_pretrained(tmp_path)
     assert (again.router, again.gate, again.temperature) == ({"kind": "mine_top_k", "k": 2}, "mine_top_k", None)
+
+
+def test_an_argument_that_an_own_router_lacks_is_named() -> None:
+    class Needs(Router):
+        def __init__(self, in_features: int, experts: list[str], depth: int) -> None:
+            super().__init__(in_features, experts)
+
+    class Nothing(Router):
+        def __init__(self) -> None: ...
+
+    with ROUTERS.temporarily():
+        ROUTERS.register("needs")(Needs)
+        ROUTERS.register("nothing")(Nothing)
+        with pytest.raises(ValueError, match=r"router 'needs': Needs\(in_features.*missing .*'depth'.*a default in"):
+            MixDAConfig(**FIELDS, router="needs")
+        with pytest.raises(ValueError, match=r"router 'nothing': Nothing\(\) .* too many positional arguments"):
+            MixDAConfig(**FIELDS, router={"kind": "nothing"})
+        assert MixDAConfig(**FIELDS, router={"kind": "needs", "depth": 3}).router == {"kind": "needs", "depth": 3}
+
+
+@pytest.mark.parametrize("module", ["__main__", "our.routers"])
+def test_the_card_says_what_registers_an_own_router(own, tiny, tmp_path, module) -> None:
+    own["MineTopK"].__module__ = module
+    adapted(tiny, router={"kind": "mine_top_k", "k": 1}).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    said = {
+        "our.routers": "import mixadapters\nimport our.routers  # registers the router 'mine_top_k'\nfrom peft import",
+        "__main__": "import mixadapters\n...  # run the code that registers the router 'mine_top_k', from the script",
+    }
+    assert said[module] in card
+    assert (
+        """- Needs the router 'mine_top_k', which is none of mixadapters': `{"k": 1, "kind": "mine_top_k"}`""" in card
+    )
+    adapted(tiny).save_pretrained(tmp_path)
+    assert "registers" not in (tmp_path / "README.md").read_text()

@@ -1230,6 +1230,14 @@ def test_wrong_fields_are_refused_by_name(fields, message) -> None:
         MoSAConfig(**fields)
 
 
+@pytest.mark.parametrize("fields", [{"deep_layers": 99}, {"deep_layers": 5, "deep_weight": 0.1}, {"deep_weight": 0.1}])
+def test_more_hidden_states_than_the_model_has_are_refused(tiny, fields) -> None:
+    with pytest.raises(ValueError, match=r"deep_layers=\d+: the model has 4 layers.* set deep_layers from 1 to 4"):
+        mosa(tiny("vit"), **fields)
+    mosa(tiny("vit"), **{**fields, "deep_layers": 4})
+    mosa(tiny("vit"))  # the paper's 6 are not used
+
+
 def test_defaults_follow_the_base_and_the_style() -> None:
     assert (MoSAConfig().r, MoSAConfig().scale, MoSAConfig().activation) == (64, 0.1, "gelu")
     assert (MoSAConfig(style="pfeiffer").activation, MoSAConfig(style="houlsby").activation) == ("relu", "silu")

@@ -896,6 +896,12 @@ def test_bad_fields_are_refused(fields, message) -> None:
         PILLConfig(**fields)
 
 
+def test_tokens_beyond_the_vocabulary_need_something_in_their_place(tiny) -> None:
+    with pytest.raises(ValueError, match=r"token_ids=.*\[96\] for 'image' lie beyond the vocabulary of 96 tokens"):
+        pill(tiny("llama"), token_ids={"image": [95, 96]})
+    pill(tiny("llama"), token_ids={"image": [95]})
+
+
 def test_method_is_small() -> None:
     files = [Path(inspect.getfile(module)) for module in (folder.config, folder.model, folder)]
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
