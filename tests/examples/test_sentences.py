@@ -1,4 +1,4 @@
-"""The demo, whole, on a tiny encoder and a tiny folder of data."""
+"""The study of sentences, whole, on a tiny encoder and a tiny folder of data."""
 
 from __future__ import annotations
 
@@ -59,19 +59,19 @@ def data(tmp_path):
 
 
 def test_demo_runs_both_stages_and_reloads_equal_predictions(tmp_path, encoder, data, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    sys.modules.pop("demo", None)
-    import demo
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
+    sys.modules.pop("sentences", None)
+    import sentences
 
     out = tmp_path / "out"
     sizes = "--train_rows 16 --epochs 1 --batch_size 8 --stage1_steps 2 --stage1_batch 4 --layers 2 --parameters 900"
-    demo.main(
+    sentences.main(
         ["--data_dir", str(data), "--task", "chemprot", "--model", str(encoder), "--out", str(out), "--seeds", "0",
          "--methods", "head", "lora", "bottleneck", "mixda_untuned", "mixda_one", "mixda", *sizes.split()]
     )  # fmt: skip
     report = json.loads((out / "report.json").read_text())
     assert report["reload_in_fresh_process_equal"] is True
-    assert [run["method"] for run in report["runs"]] == list(demo.METHODS)
+    assert [run["method"] for run in report["runs"]] == list(sentences.METHODS)
     for run in report["runs"]:
         assert {"method", "seed", "accuracy", "macro_f1", "trainable_parameters", "seconds"} <= run.keys()
         assert 0 <= run["accuracy"] <= 1
@@ -81,8 +81,8 @@ def test_demo_runs_both_stages_and_reloads_equal_predictions(tmp_path, encoder, 
 
 
 def test_unknown_method_is_refused(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import demo
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
+    import sentences
 
     with pytest.raises(SystemExit, match="mixture"):
-        demo.main(["--methods", "mixture"])
+        sentences.main(["--methods", "mixture"])
