@@ -1,6 +1,6 @@
 """Questions about images for a model of text: PILL beside its ablations and LoRA.
 
-    python examples/studies/pill_vqa.py --data_dir DATA                                      # small pieces, pretrained here
+    python examples/studies/pill_vqa.py --data_dir DATA  # small pieces, pretrained here
     python examples/studies/pill_vqa.py --data_dir DATA --task scienceqa --model Qwen/Qwen3-0.6B \\
         --encoder google/siglip-base-patch16-224 --grid 7 --max_length 512
     python examples/studies/pill_vqa.py --task derek-thomas/ScienceQA --model ... --encoder ...

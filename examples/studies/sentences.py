@@ -1,7 +1,7 @@
 """MixDA end to end on real text: domain adapters from unlabelled text, then a gate and a task adapter on labels.
 
-    python examples/studies/sentences.py                                                    # text of the Python installation
-    python examples/studies/sentences.py --data_dir data --task chemprot --methods head lora mixda   # published sets, as JSON lines
+    python examples/studies/sentences.py  # text of the Python installation
+    python examples/studies/sentences.py --data_dir data --task chemprot --methods head lora mixda  # JSON lines
 
 Compares, at equal trainable size and over several seeds, a frozen encoder with a linear head, PEFT's LoRA, one
 bottleneck adapter, and MixDA. Writes report.json, a table, a plot of the gates, and the adapters; reloads them in a
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentences_corpus import SentenceData, load_installation, load_folder, minilm_path
 from peft import LoraConfig, PeftModel, get_peft_model
+from sentences_corpus import SentenceData, load_folder, load_installation, minilm_path
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed

@@ -1,7 +1,7 @@
 """Real text for the study of sentences: what a Python installation carries, or the task files of a folder.
 
-`load_installation` downloads nothing and reads no file outside the installation. It parses docstrings out of source files
-(nothing is imported) and builds from them
+`load_installation` downloads nothing and reads no file outside the installation. It parses docstrings out of source
+files (nothing is imported) and builds from them
 
 * two unlabelled domains for stage 1: `science` (SciPy, scikit-learn, SymPy, NetworkX) and `software` (the standard
   library, and the reference topics of Python's `help()`);
@@ -164,7 +164,7 @@ def task_splits(texts: dict[Path, list[str]], rng: random.Random) -> tuple[dict[
             if len(chosen) < quota // 2:
                 raise ValueError(
                     f"area {label!r}: only {len(chosen)} {split} passages in the source files of {areas[label]}; "
-                    "install the packages with their sources: pip install 'mixadapters[demo]'"
+                    "install the packages with their sources: pip install 'mixadapters[tasks]'"
                 )
             splits[split] += [(t, number) for t in chosen[:quota]]
         rng.shuffle(splits[split])
@@ -173,7 +173,7 @@ def task_splits(texts: dict[Path, list[str]], rng: random.Random) -> tuple[dict[
 
 
 def load_installation(seed: int = 13) -> SentenceData:
-    """Build the demo's data from the installation: always the same for a seed, a Python and its packages.
+    """Build the data from the installation: always the same for a seed, a Python and its packages.
 
     Raises:
         ValueError: a package is missing, or carries too little text.

@@ -1,4 +1,4 @@
-"""The texts of the study of sentences: clean sentences, splits that share nothing, and errors that say where the fault is."""
+"""The texts of the study of sentences: clean, splits that share nothing, and errors that say where the fault is."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "studies"
 sys.path.insert(0, str(EXAMPLES))  # as `python examples/studies/sentences.py` has it
 
 sentences_corpus = importlib.import_module("sentences_corpus")
-sentences_text = importlib.import_module("sentences_text")
+text_module = importlib.import_module("sentences_text")
 load_installation, load_folder = sentences_corpus.load_installation, sentences_corpus.load_folder
-runs, sentences = sentences_text.runs, sentences_text.sentences
+runs, sentences = text_module.runs, text_module.sentences
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +77,16 @@ def test_indented_paragraphs_count_only_when_asked_for() -> None:
 
 
 def test_source_files_finds_modules_packages_and_nothing() -> None:
-    assert [f.name for f in sentences_text.source_files("json.decoder")] == [f.name for f in sentences_text.source_files("json")]
-    assert [f.name for f in sentences_text.source_files("bisect")] == ["bisect.py"]
-    assert all("tests" not in f.parts for f in sentences_text.source_files("peft"))
-    assert sentences_text.source_files("no_such_package.part") == []
+    assert [f.name for f in text_module.source_files("json.decoder")] == [
+        f.name for f in text_module.source_files("json")
+    ]
+    assert [f.name for f in text_module.source_files("bisect")] == ["bisect.py"]
+    assert all("tests" not in f.parts for f in text_module.source_files("peft"))
+    assert text_module.source_files("no_such_package.part") == []
 
 
 def test_unique_sets_case_digits_and_punctuation_aside() -> None:
-    assert sentences_text.unique(["Return item 1.", "return item 2", "Return all."]) == ["Return item 1.", "Return all."]
+    assert text_module.unique(["Return item 1.", "return item 2", "Return all."]) == ["Return item 1.", "Return all."]
 
 
 # --- The task, on a package made for the test -----------------------------------------------------------------------
