@@ -15,6 +15,7 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from processes import Process
 
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = configparser.ConfigParser()
@@ -32,25 +33,17 @@ sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in 
 HEAVY = ("triton", "datasets", "evaluate", "diffusers", "matplotlib")
 
 
+def on_the_path(folder: Path) -> str:
+    """In front of code: as PYTHONPATH does it."""
+    return f"import sys; sys.path.insert(0, {str(folder)!r})\n"
+
+
 def packages_in_folders() -> set[str]:
     found = set()
     for package, folder in PACKAGE_DIR.items():
         for init in (ROOT / folder).rglob("__init__.py"):
             found.add(".".join((package, *init.parent.relative_to(ROOT / folder).parts)))
     return found
-
-
-def run(code: str, cwd: Path, **environment: str) -> str:
-    """Standard output of a fresh interpreter; of one that fails, the last line of its error."""
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-    )
-    return done.stdout if done.returncode == 0 else done.stderr.splitlines()[-1]
 
 
 def test_packages_are_those_in_the_folders() -> None:
@@ -76,32 +69,28 @@ def test_constraints_pin_exactly_and_requirements_do_not() -> None:
         assert not re.search(r"==|<|~=|!=", requirement.split(";")[0]), requirement
 
 
-def test_importing_loads_nothing_heavy(tmp_path: Path) -> None:
-    code = f"""
-import json, sys
-import peft
-before = set(sys.modules)
-import mixadapters
-added = set(sys.modules) - before
-print(json.dumps([name for name in {HEAVY} if name in added]))
-"""
-    # transformers and peft may load some of these themselves, depending on what is installed.
-    assert json.loads(run(code, tmp_path)) == []
-
-
-def test_importing_costs_little_over_peft(tmp_path: Path) -> None:
-    code = """
-import time
+IMPORTS = f"""
+import json, sys, time
 start = time.perf_counter()
 import peft
-middle = time.perf_counter()
+middle, before = time.perf_counter(), set(sys.modules)
 import mixadapters
-print((time.perf_counter() - middle) / (middle - start))
+share = (time.perf_counter() - middle) / (middle - start)
+added = set(sys.modules) - before
+print(json.dumps({{"share": share, "heavy": [name for name in {HEAVY} if name in added]}}))
 """
+
+
+def test_importing_costs_little_over_peft_and_loads_nothing_heavy(tmp_path: Path) -> None:
     # The machine may be busy: the best of a few.
     shares = []
     for _ in range(4):
-        shares.append(float(run(code, tmp_path)))
+        command = [sys.executable, "-c", IMPORTS]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout)
+        # transformers and peft may load some of these themselves, depending on what is installed.
+        assert found["heavy"] == []
+        shares.append(found["share"])
         if shares[-1] <= 0.05:
             return
     pytest.fail(f"import mixadapters takes {min(shares):.1%} of what import peft takes, at most 5 % are allowed")
@@ -155,13 +144,12 @@ def test_wheel_works_where_it_is_installed(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     code = f"""
-import sys
-sys.path.insert(0, {str(tmp_path / "site")!r})
+{on_the_path(tmp_path / "site")}
 {NOT_INSTALLED}
 import mixadapters, mixadapters.kernels, mixadapters.tasks
 print(mixadapters.__file__, mixadapters.kernels.__file__, mixadapters.tasks.__file__, sep="\\n")
 """
-    files = [Path(line) for line in run(code, tmp_path).splitlines()]
+    files = [Path(line) for line in Process(code, cwd=tmp_path).finish().splitlines()]
     assert [file.is_relative_to(tmp_path / "site") for file in files] == [True] * 3, files
 
 
@@ -182,8 +170,8 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("installed", [True, False], ids=["beside an installed one", "without an installed one"])
 def test_a_checkout_on_the_path_takes_all_of_its_packages_from_itself(checkout, tmp_path, installed) -> None:
-    code = ("" if installed else NOT_INSTALLED) + WHERE
-    files = [Path(line) for line in run(code, tmp_path, PYTHONPATH=str(checkout)).splitlines()]
+    code = on_the_path(checkout) + ("" if installed else NOT_INSTALLED) + WHERE
+    files = [Path(line) for line in Process(code, cwd=tmp_path).finish().splitlines()]
     assert len(files) == 4
     assert all(file.is_relative_to(checkout) for file in files), files
 
@@ -191,7 +179,9 @@ def test_a_checkout_on_the_path_takes_all_of_its_packages_from_itself(checkout, 
 @pytest.mark.parametrize("missing", ["kernels", "tasks"])
 def test_a_part_of_a_checkout_says_what_is_missing_and_what_to_do(checkout, tmp_path, missing) -> None:
     shutil.rmtree(checkout / missing)
-    error = run("import mixadapters", tmp_path, PYTHONPATH=str(checkout))
+    with pytest.raises(RuntimeError) as failed:
+        Process(on_the_path(checkout) + "import mixadapters", cwd=tmp_path).finish()
+    error = str(failed.value).splitlines()[-1]
     assert error.startswith(
         f"ImportError: mixadapters is imported from {checkout / 'mixadapters'}, a part of a checkout"
     )

@@ -65,6 +65,7 @@ CALLABLES: list[tuple[Any, str, type, list[str]]] = [
     (BaseTunerLayer, "merge", type(lambda: 0), ["self", "safe_merge", "adapter_names"]),
     (BaseTunerLayer, "unmerge", type(lambda: 0), ["self"]),
     (tuners_utils, "check_adapters_to_merge", type(lambda: 0), ["module", "adapter_names"]),
+    (tuners_utils, "_maybe_include_all_linear_layers", type(lambda: 0), ["peft_config", "model"]),
     (tuners_utils, "check_target_module_exists", type(lambda: 0), ["config", "key"]),
     (peft_other, "get_pattern_key", type(lambda: 0), ["pattern_keys", "key_to_match"]),
     (quantization, "resolve_quantization_backend", type(lambda: 0), ["base_layer", "kwargs"]),
@@ -72,6 +73,13 @@ CALLABLES: list[tuple[Any, str, type, list[str]]] = [
     (AuxiliaryTrainingWrapper, "_get_available_adapters", type(lambda: 0), ["self"]),
     (PeftConfig, "check_kwargs", classmethod, ["kwargs"]),
     (PeftConfig, "save_pretrained", type(lambda: 0), ["self", "save_directory", "kwargs"]),
+    (
+        peft.peft_model,
+        "get_alora_offsets_for_forward",
+        type(lambda: 0),
+        ["model", "input_ids", "inputs_embeds", "kwargs"],
+    ),
+    (peft.peft_model, "get_alora_offsets_for_generate", type(lambda: 0), ["model", "args", "kwargs"]),
     (peft.PeftModel, "_enable_peft_forward_hooks", type(lambda: 0), ["self", "args", "kwargs"]),
 ]
 

@@ -78,6 +78,7 @@ def _how_to_load(config: Any, base: str | None, below: str, auto_mapping: dict[s
         "",
         "```python",
         "import mixadapters",
+        *(_import_line(module, what) for module, what in config.registered_by().items()),
         "from peft import PeftModel",
         *([f"from {source} import {name}"] if base else []),
         "",
@@ -87,6 +88,13 @@ def _how_to_load(config: Any, base: str | None, below: str, auto_mapping: dict[s
     ]
 
 
+def _import_line(module: str, what: str) -> str:
+    """Of a module that registers what the adapter needs; a script has no name by which others could import it."""
+    if module == "__main__" or not all(part.isidentifier() for part in module.split(".")):
+        return f"...  # run the code that registers {what}, from the script that trained this adapter"
+    return f"import {module}  # registers {what}"
+
+
 def _what_it_is(config: Any, base: str | None, licence: str | None, version: str) -> list[str]:
     lines = [f"- Type: `{config.peft_type.value}`, saved by mixadapters {version}"]
     if base:
@@ -94,6 +102,9 @@ def _what_it_is(config: Any, base: str | None, licence: str | None, version: str
         lines.append(f"- Base model: {_code(base)}{revision}{f', licence {_code(licence)}' if licence else ''}")
     for stage, patterns in type(config).stages.items():
         lines.append(f"- Stage `{stage}` trains {', '.join(f'`{p}`' for p in patterns)}")
+    router = getattr(config, "router", None)
+    for what in config.registered_by().values():
+        lines.append(f"- Needs {what}, which is none of mixadapters': {_code(json.dumps(router, sort_keys=True))}")
     if changed := _changed(config):
         lines.append(f"- Settings other than the defaults: {', '.join(changed)}")
     return lines

@@ -89,7 +89,7 @@ class MixtureConfig(PeftConfig):
         default=None, metadata={"help": "Not supported: adapters sit on modules. Wrap the whole MoE block instead."}
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Embedding rows trained beside the adapter, as in PEFT."}
+        default=None, metadata={"help": "Embedding rows trained beside the adapter, as in PEFT.", "least": 0}
     )
     format_version: int = field(
         default=FORMAT_VERSION, metadata={"help": "Format of the saved files.", "least": 1, "free": True}
@@ -159,6 +159,10 @@ class MixtureConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, of values that JSON takes: sets are sorted lists."""
         return {name: sorted(value) if isinstance(value, set) else value for name, value in super().to_dict().items()}
+
+    def registered_by(self) -> dict[str, str]:
+        """What a process must import before it loads this adapter: module -> what that registers. Said in the card."""
+        return {}
 
     def _note_others(self) -> None:
         """Note adapters of other types that act in the model of this one: without them it would not do the same."""

@@ -2,7 +2,8 @@
 
 Metadata beside `help`: `least`, `above`, `most`, `below` (a number's range), `choices` (of a string), `pattern` (a
 string, a list's strings or a dict's keys are regular expressions), `patterns` (a dict's values are). `free` fields may
-differ between a file and the adapter that it is loaded into (`MixtureConfig.refuse_other`).
+differ between a file and the adapter that it is loaded into (`MixtureConfig.refuse_other`). An `order` gives numbers
+or weights their meaning: a saved config holds a digest of it.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from mixadapters.core.patterns import check_pattern
 from mixadapters.core.registry import nearest
 
 LARGEST = 10**12  # of integers: nothing in a model is as wide or as many; torch takes none beyond 64 bits
+# Of numbers other than 0, in size: in the 32 bits of tensors what is beyond is 0 or infinite, or what it divides is.
+LEAST_SIZE, MOST_SIZE = 1e-30, 1e30
 
 
 def check_fields(config: Any) -> None:
     """Refuse values of a dataclass that its annotations and metadata do not allow.
 
-    A bool is a bool, and no number; an integer is an integer of up to 10**12; a float is finite. Tuples pass for
-    lists.
+    A bool is a bool, and no number; an integer is an integer of up to 10**12; a float is finite, and 0 or 1e-30 to
+    1e30 in size. Tuples pass for lists. Patterns and names of modules are not empty.
 
     Raises:
         ValueError: which field, its value, and what it takes.
@@ -70,11 +73,10 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def finite(value: Any) -> bool:
-    """Whether `value` is a number, no bool, and finite as a float too, which integers of 309 digits are not."""
-    try:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-    except OverflowError:
+    """Whether `value` is a number, no bool, and finite in tensors of 32 bits: 0, or 1e-30 to 1e30 in size."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
+    return value == 0 or LEAST_SIZE <= abs(value) <= MOST_SIZE
 
 
 def _check_metadata(field: Field[Any], value: Any, hint: Any) -> None:
@@ -86,15 +88,23 @@ def _check_metadata(field: Field[Any], value: Any, hint: Any) -> None:
             raise ValueError(_message(field, value, hint))
     if isinstance(value, str) and value not in said.get("choices", (value,)):
         raise ValueError(_message(field, value, hint))
-    for pattern in _strings(value) if said.get("pattern") else ():
-        check_pattern(field.name, pattern)
-    for pattern in (value or {}).values() if said.get("patterns") else ():
+    patterns = list(_strings(value)) if said.get("pattern") else []
+    patterns += (value or {}).values() if said.get("patterns") else []
+    for pattern in patterns:
+        if not pattern:
+            raise ValueError(f"{field.name}={value!r} holds an empty string, which names nothing; leave it out")
         check_pattern(field.name, pattern)
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
-    return (n for n in inside if isinstance(n, (int, float)) and not isinstance(n, bool))
+    """The numbers in a value, however deep."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _numbers(item)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -105,6 +115,8 @@ def _message(field: Field[Any], value: Any, hint: Any) -> str:
     said, shown = field.metadata, _shown(value)
     if _holds_larger(value):
         return f"{field.name}={shown} must be {_words(hint)}; an integer is {LARGEST} at most"
+    if any(isfinite(number) and not finite(number) for number in _numbers(value)):
+        return f"{field.name}={shown} must be {_words(hint)}; a number is 0, or {LEAST_SIZE} to {MOST_SIZE} in size"
     if said.get("least") == 1 and "most" not in said and hint in (int, int | None):  # as PEFT's own types say it
         return f"`{field.name}` should be a positive integer value but the value passed is {shown}"
     choices = list(said.get("choices") or _literals(hint))

@@ -6,6 +6,7 @@ or followed, and no memory is taken for what they claim.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -160,22 +162,42 @@ def read_adapter(
 
 def _other(weights: Mapping[str, Any], config: dict[str, Any], path: str) -> str | None:
     kind, heads = str(config.get("peft_type")), config.get("modules_to_save")
-    found = digest_of(weights, kind, heads)
-    if found == config["digest"]:
-        return None
+    found, expected = digest_of(weights, kind, heads), str(config["digest"]).split()
+    if [found] == expected[:1]:
+        return _reordered(config, kind, expected[1:])
     twin = Path(path).with_name(WEIGHTS_NAME)
     if twin.is_file() and str(twin) != str(path):
         with weights_of(twin) as others:
-            if digest_of(others, kind, heads) == config["digest"]:
+            if [digest_of(others, kind, heads)] == expected[:1]:
                 return (
                     f"{path} is of an earlier save than {CONFIG_NAME} and {twin.name} beside it, and PEFT reads it "
                     f"first: delete {Path(path).name}"
                 )
     return (
         f"{path} is not what {CONFIG_NAME} was saved with: one of the two is of another save, or was changed (digest "
-        f"{str(found)[:20]}, expected {str(config['digest'])[:20]}). If it was changed on purpose, take `digest` out "
+        f"{str(found)[:20]}, expected {''.join(expected)[:20]}). If it was changed on purpose, take `digest` out "
         f"of {CONFIG_NAME}"
     )
+
+
+def _reordered(config: dict[str, Any], kind: str, expected: list[str]) -> str | None:
+    """Which order has been changed in a config since it was saved; files of earlier versions do not say theirs."""
+    now = orders_of(kind, config)
+    changed = sorted(name for name, digest in now.items() if expected and f"{name}={digest}" not in expected)
+    if not changed:
+        return None
+    return (
+        f"{changed[0]}={config.get(changed[0])} of {CONFIG_NAME} is not what the weights were saved with: in another "
+        "order, numbers and weights would mean others. Put it back, or if it was changed on purpose, take `digest` "
+        f"out of {CONFIG_NAME}"
+    )
+
+
+def orders_of(kind: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """The fields of a config of this type that are orders (`order` in their metadata) -> a digest of their values."""
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
+    names = [f.name for f in dataclasses.fields(cls) if f.metadata.get("order")] if cls is not None else []
+    return {name: hashlib.sha256(json.dumps(config.get(name)).encode()).hexdigest()[:16] for name in names}
 
 
 def _find(model_id: Any, name: str, subfolder: str | None, options: dict[str, Any]) -> str | None:

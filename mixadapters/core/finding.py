@@ -12,11 +12,11 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mixadapters.core.absent import module_names
 from mixadapters.core.adapter import Site
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.files import being_loaded
 from mixadapters.core.layer import AdapterHost, HookedLayer, is_pointwise
-from mixadapters.core.registry import nearest
 from mixadapters.core.routing import NO_LAYER
 from mixadapters.core.sites import (
     ROLES,
@@ -31,8 +31,6 @@ from mixadapters.core.sites import (
 )
 
 TARGET = "target"  # role of modules that the user names by target_modules
-# Heads that PEFT adds to modules_to_save by the task, whether or not the model has one of this name.
-HEADS = frozenset({"classifier", "score", "qa_outputs"})
 
 
 class SiteFinder(BaseTuner):
@@ -109,36 +107,9 @@ class SiteFinder(BaseTuner):
             return layer_index(key) in ([layers] if isinstance(layers, int) else layers)
         return found
 
-    def _refuse_unmatched(self, config: MixtureConfig) -> None:
-        """PEFT passes over a suffix that matches nothing as long as another one matches."""
-        if isinstance(config.target_modules, str) or config.target_modules is None:
-            return
-        names = [re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules()]
-        for target in sorted(config.target_modules):
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                raise ValueError(
-                    f"target_modules={sorted(config.target_modules)}: no module of the model is called {target!r}."
-                    f"{nearest(target, {name.rpartition('.')[2] for name in names})}"
-                )
-
-    def _refuse_unknown_layers(self, config: MixtureConfig) -> None:
-        """Layers that the model does not have, and saved modules that it does not have, would be passed over."""
-        names = [re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules()]
-        chosen = config.layers_to_transform
-        if chosen is not None:
-            wanted = {chosen} if isinstance(chosen, int) else set(chosen)
-            have = {index for name in names if (index := layer_index(name)) is not None}
-            if unknown := sorted(wanted - have):
-                raise ValueError(
-                    f"layers_to_transform={chosen}: the model has no layers {unknown}; it has {sorted(have)}"
-                )
-        saved_whole = sorted(config.modules_to_save or ())
-        for module in saved_whole:
-            if module not in HEADS and not any(name.endswith(module) for name in names):
-                raise ValueError(
-                    f"modules_to_save={saved_whole}: no module of the model is called {module!r}."
-                    f"{nearest(module, {name.rpartition('.')[2] for name in names})}"
-                )
+    def ranked(self, config: Any) -> list[str]:
+        """Paths of the modules whose adapters `rank_pattern` gives a rank to."""
+        return self.matched(config)
 
     def matched(self, config: MixtureConfig) -> list[str]:
         """Paths of the modules that take an adapter by this config; those inside other adapters' layers do not."""
@@ -152,10 +123,9 @@ class SiteFinder(BaseTuner):
     def _refuse_nested(self, config: MixtureConfig) -> None:
         """Sites inside sites would be lost on unload and skipped by later adapters."""
         existing = {host.path for host in self.hosts()}
-        names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules())
         wanted = {
             n
-            for n in names
+            for n in module_names(self.model)
             if n and self._check_target_module_exists(config, n) and not inside_adapters(n, self.prefix)
         }
         places = sorted(existing | wanted)
@@ -220,8 +190,7 @@ class SiteFinder(BaseTuner):
 
     def _nearest_tap(self, pattern: str, path: str) -> str:
         """The module that matches `pattern` and shares the longest path with `path`."""
-        names = (re.sub(r"\.base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules())
-        matching = [name for name in names if re.fullmatch(pattern, name)]
+        matching = [name for name in module_names(self.model) if re.fullmatch(pattern, name)]
         if not matching:
             raise ValueError(f"no module matches {pattern!r}, whose input the adapter at {path!r} reads")
 

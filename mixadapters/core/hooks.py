@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from mixadapters.core.rows import row_names
 from mixadapters.core.sites import has_two_stacks, layer_index
 from mixadapters.core.streams import read_stream, refuse_packed
 
+MISSPELT = 0.92  # likeness of two words: one letter or two; token_type_ids are not mm_token_type_ids
+
 
 class RootHooks:
     """Opens a record before each forward of the root and closes it afterwards, also after an error."""
@@ -29,6 +32,7 @@ class RootHooks:
     def __init__(self, context: Any) -> None:
         self.context = context
         self._layers: list[nn.Module] | None = None  # those that activation checkpointing may run again
+        self._not_ours: set[tuple[str, int]] = set()  # arguments that are none of so many fields misspelt
 
     def open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         context, records = self.context, self.context.records
@@ -45,6 +49,7 @@ class RootHooks:
             parent=records.running,
         )
         records.enter(record)
+        self._refuse_misspelt(kwargs)
         for objective in self._active(record):
             args, kwargs = objective.before(context, args, kwargs)
         kwargs = countable(kwargs) if record.grad else kwargs
@@ -64,6 +69,20 @@ class RootHooks:
         self.carry_into_checkpoints(module)
         context.prepare()
         return args, kwargs
+
+    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
+        """Raises ValueError for an argument that is nearly a field of adapters: models with **kwargs swallow it."""
+        if torch.compiler.is_compiling():
+            return
+        fields = self.context.fields
+        for name in kwargs:
+            if name not in self.context.argument_names and (name, len(fields)) not in self._not_ours:
+                if meant := get_close_matches(name, sorted(fields), n=1, cutoff=MISSPELT):
+                    raise ValueError(
+                        f"{name} is no argument of the model and no field that its adapters read, so nothing would "
+                        f"come of it. Did you mean {meant[0]!r}?"
+                    )
+                self._not_ours.add((name, len(fields)))
 
     def refuse_packing(self, module: nn.Module, values: dict[str, Any]) -> None:
         """Raises ValueError where requests that are packed into one row would get something else than alone."""
@@ -165,6 +184,7 @@ class Checkpointed:
             return self.function(layer, *args, **kwargs)
         records: Records = self.context.records
         record = records.current
+        record.checkpointed = True
 
         def run(*inner: Any, **keywords: Any) -> Any:
             with records.using(record):

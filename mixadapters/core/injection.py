@@ -8,11 +8,12 @@ import weakref
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
+from mixadapters.core.absent import refuse_exceptions, refuse_layers, refuse_sites, refuse_targets, refuse_tokens
 from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.context import ForwardContext
@@ -80,7 +81,9 @@ class Injection(SiteFinder):
         owner = self.model.get_submodule(parent)
         target = getattr(owner, child)
         host = target if isinstance(target, MixtureLayer) else getattr(target, HookedLayer.attribute, None)
-        base = host.get_base_layer() if isinstance(host, AdapterHost) else target
+        if isinstance(host, MixtureLayer) and host.prefix != self.prefix:
+            host = None  # of another type: wrapped as it is
+        base = host.get_base_layer() if isinstance(host, AdapterHost) else self._unwrapped(path)
         site = self._site(config, adapter_name, base, path)
         adapter = self.build(config, site)
         if adapter is None:
@@ -135,12 +138,28 @@ class Injection(SiteFinder):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         check_fields(peft_config)  # again: they may have been set since
+        peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
+        named = peft_config.sites
         self.resolve(peft_config, model_config)
-        self._refuse_unmatched(peft_config)
-        self._refuse_unknown_layers(peft_config)
+        self._refuse_what_is_not_there(peft_config, named)
         self._refuse_nested(peft_config)
         self.before_injection(peft_config, self._injecting)
         return peft_config
+
+    def _refuse_what_is_not_there(self, config: MixtureConfig, named: dict[str, str] | None) -> None:
+        """Refuse what the config names and the model does not have; named: the `sites` that its user has given.
+
+        A saved adapter may name more than it uses: its keys and shapes say what it is.
+        """
+        made_here = being_loaded() is None
+        if named is not None and made_here:
+            refuse_sites(named, (*self.roles(config), *self.taps(config)), self.model)
+        if config.sites is None:
+            refuse_targets(config.target_modules, self.model)
+        refuse_layers(config, self.model)
+        refuse_tokens(config.trainable_token_indices, self.model, strict=made_here)
+        if made_here:
+            refuse_exceptions(config, self.model, self.ranked(config))
 
     def _create_and_replace(
         self, peft_config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module,

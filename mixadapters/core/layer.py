@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
 from typing import Any
 
@@ -273,7 +274,7 @@ class MixtureLayer(nn.Module, AdapterHost):
         output = self.base_layer(*args, **kwargs)
         if names is None:
             return output
-        return _on_first(output, lambda y: self.apply_adapters(_first_input(args, kwargs), y, names))
+        return _adapted(self, _first_input(args, kwargs), output, names)
 
     def __getattr__(self, name: str) -> Any:
         # The base model reads attributes of a wrapped block (layer_idx, attention_type ...).
@@ -311,7 +312,7 @@ class HookedLayer(nn.Module, AdapterHost):
         names = self.acting()
         if names is None:
             return output
-        return _on_first(output, lambda y: self.apply_adapters(_first_input(args, kwargs), y, names))
+        return _adapted(self, _first_input(args, kwargs), output, names)
 
     def forward(self, x: Tensor) -> Tensor:
         # A container that runs its children in turn comes by here.
@@ -370,8 +371,33 @@ def _first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
 
 
-def _on_first(output: Any, change: Any) -> Any:
-    """`change` applied to a tensor, or to the first of a tuple (attention weights, router logits ... follow it)."""
-    if isinstance(output, tuple):
-        return (change(output[0]), *output[1:])
-    return change(output)
+def _adapted(host: AdapterHost, x: Tensor, output: Any, names: list[str]) -> Any:
+    """The output of a module with its adapters applied; to the first of a tuple (attention weights ... follow it)."""
+    y = output[0] if isinstance(output, tuple) else output
+    with _trained_as_before(host, names) if host.context.record.checkpointed else NOTHING:
+        y = host.apply_adapters(x, y, names)
+    return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+NOTHING = nullcontext()
+
+
+@contextmanager
+def _trained_as_before(host: AdapterHost, names: list[str]) -> Iterator[None]:
+    """Under activation checkpointing: when a layer runs again, parameters train that trained in its first run.
+
+    What a run saves for the backward depends on that, and PEFT's verbs freeze what they switch off.
+    """
+    record = host.context.record
+    if not host.context.records.again:
+        named = record.values.get("adapter_names")
+        acting = (host.adapters[name] for name in dict.fromkeys(named or names) if name in host.adapters)
+        record.trained[host] = [(p, p.requires_grad) for adapter in acting for p in adapter.parameters()]
+    changed = [(p, trained) for p, trained in record.trained.get(host, ()) if p.requires_grad != trained]
+    try:
+        for parameter, trained in changed:
+            parameter.requires_grad_(trained)
+        yield
+    finally:
+        for parameter, trained in changed:
+            parameter.requires_grad_(not trained)

@@ -104,11 +104,7 @@ class Mixture(Adapter):
         decides = routing is None and not getattr(router, "follows", False)
         trains = decides and record.training and record.grad  # not in a reference pass
         if routing is None:
-            reads = source if self.router_tap is None else context.tap(self.router_tap)
-            own = context.record.own_rows
-            if own is not None and torch.is_grad_enabled():
-                reads = real_only(reads, own)  # what is broken in other rows must not reach this router's gradients
-            routing = self._checked(self.router(reads, context), rows)
+            routing = self._checked(self.router(self._read(source, context), context), rows)
         routing = _in_dtype(routing, source.dtype)
         if not self.always_first:
             record.routings[self.key] = routing
@@ -119,6 +115,12 @@ class Mixture(Adapter):
             if not record.closed:  # checkpointing that runs the layer again tells nothing new
                 self._tell(routing, mask, context, rows, source.device, trains)
         return routing
+
+    def _read(self, source: Tensor, context: ForwardContext) -> Tensor:
+        """What the router reads: (..., d)."""
+        reads, own = source if self.router_tap is None else context.tap(self.router_tap), context.record.own_rows
+        # What is broken in other rows must not reach this router's gradients.
+        return reads if own is None or not torch.is_grad_enabled() else real_only(reads, own)
 
     def _checked(self, routing: Any, rows: int) -> Routing:
         """What a router has returned, if that is a routing of `rows` rows."""
@@ -138,6 +140,8 @@ class Mixture(Adapter):
         routing = pinned_routing(self.key, rows, context, self.stack, source.device)
         if routing is None and self.hard_routes is not None:
             routing = self.hard_routes(context, rows, self.key, self.stack)
+            if routing is not None and hasattr(self.router, "weigh_given"):
+                routing = self.router.weigh_given(routing, self._read(source, context))
         if routing is not None and routing.indices is not None and routing.base_weight is None and self.replaces:
             return routing._replace(base_weight=(routing.indices < 0).all(1).to(source.dtype))
         return routing

@@ -30,6 +30,8 @@ class Record:
     passes: int = 1  # how often an objective has put each row into the batch, to compare what comes of it
     streams: dict[str, Stream] = field(default_factory=dict)  # by stack: "", "encoder", "decoder"
     acting: dict[Any, Any] = field(default_factory=dict)  # layer -> what acted there, for when it runs again
+    checkpointed: bool = False  # whether activation checkpointing will run layers again
+    trained: dict[Any, Any] = field(default_factory=dict)  # layer -> its parameters, and whether they trained there
     taps: dict[str, Tensor] = field(default_factory=dict)  # by path of the tapped module
     shared: dict[Any, Any] = field(default_factory=dict)  # what an adapter, router or objective keeps, by its owner
     runs: dict[str, int] = field(default_factory=dict)  # of a router with memory in this forward, by its mark

@@ -23,22 +23,26 @@ class Registry(Generic[T]):
     Args:
         noun: what the classes are, for messages.
         hint: a sentence to end the message about an unknown name.
+        base: what every class derives from. None: nothing in particular.
     """
 
-    def __init__(self, noun: str, hint: str = "") -> None:
-        self.noun, self.hint = noun, hint
+    def __init__(self, noun: str, hint: str = "", base: type | None = None) -> None:
+        self.noun, self.hint, self.base = noun, hint, base
         self._entries: dict[str, type[T]] = {}
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """Class decorator. A class that is defined again, as in a notebook, takes the place of the one before.
 
         Raises:
-            ValueError: no name, or another class has it.
+            ValueError: no name, or another class has it; what is registered is no class, or not derived from `base`.
         """
         if not isinstance(name, str) or not name:
             raise ValueError(f"{name!r} is no name for a {self.noun}")
 
         def add(cls: type[T]) -> type[T]:
+            if not isinstance(cls, type) or (self.base is not None and not issubclass(cls, self.base)):
+                wanted = "a class" if self.base is None else f"a class derived from {self.base.__name__}"
+                raise ValueError(f"{self.noun} {name!r}: {cls!r} is no {self.noun}; register {wanted}")
             old = self._entries.get(name, cls)
             if (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
                 whose = "the library's own" if old.__module__.startswith(f"{LIBRARY}.") else f"{old.__module__}'s"

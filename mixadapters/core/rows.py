@@ -30,7 +30,7 @@ class RowNames(list[str]):
         Raises:
             ValueError: `value` is one name, or holds something else than names.
         """
-        if isinstance(value, str):
+        if isinstance(value, (str, bytes)):
             raise ValueError(f"adapter_names={value!r} is one name; give one for each row of the batch, in a list")
         names = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(names, Sequence):
@@ -57,8 +57,22 @@ def row_names(value: Any, context: Any, model: nn.Module) -> RowNames:
         unknown -= wrapper._get_available_adapters()
         SavedModule.attach(wrapper, path, context)
     if unknown:
-        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}{_chosen_by(unknown, model)}"
+        )
     return names
+
+
+def _chosen_by(unknown: set[str], model: nn.Module) -> str:
+    """How to choose what is no adapter, but an expert of one, such as a domain; "" where none of the names is."""
+    for module in model.modules():
+        routes: Any = getattr(module, "hard_routes", None)
+        if routes is not None and (mine := sorted(unknown.intersection(module.bank.names))):
+            return (
+                f". {mine[0]!r} is an expert of adapter {module.key.adapter!r}: name that, and choose its experts by "
+                f"{routes.field}, one number for each row"
+            )
+    return ""
 
 
 def _saved_modules(model: nn.Module) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]]:

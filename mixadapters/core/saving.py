@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from mixadapters.core.files import PREFIX, FileWeights, digest_of
+from mixadapters.core.files import PREFIX, FileWeights, digest_of, orders_of
 from mixadapters.core.layer import AdapterHost
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,10 @@ class SavedForm(BaseTuner):
                 heads = module.adapter_state_dict(adapter_name, inside)
                 saved |= {f"{place}{key}": tensor for key, tensor in heads.items()}
         plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in saved.values())  # none is sharded
-        config.digest = digest_of(saved, config.peft_type.value, config.modules_to_save) if plain else None
+        kind = config.peft_type.value
+        digest = digest_of(saved, kind, config.modules_to_save) if plain else None
+        orders = (f"{name}={of_it}" for name, of_it in orders_of(kind, vars(config)).items())
+        config.digest = None if digest is None else " ".join([digest, *orders])
         return found
 
     @classmethod

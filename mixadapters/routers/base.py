@@ -12,7 +12,7 @@ from mixadapters.core.adapter import Site
 from mixadapters.core.bank import Weights
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.losses import entropy, group_balance, importance, load, load_balance, router_z
-from mixadapters.core.registry import Registry, nearest
+from mixadapters.core.registry import LIBRARY, Registry, nearest
 from mixadapters.core.routing import Routing
 from mixadapters.routers.options import check_options
 
@@ -78,6 +78,11 @@ class Router(nn.Module):
             balance_groups=balance_groups,
         )
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if isinstance(cls.scheduled, tuple):
+            cls.scheduled = tuple(name for name in cls.scheduled if name not in cls.without)
+
     def weigh_losses(self, *, balance_groups: Sequence[Sequence[str]] | None = None, **weights: float) -> None:
         """Set the weights of the auxiliary losses, 0 (none) where left out; and the groups of the balance loss."""
         weights = {name: weights.get(name, 0.0) for name in COEFFICIENTS}
@@ -101,6 +106,10 @@ class Router(nn.Module):
     def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
         """tokens (B, T, d) or (N, d) -> Routing over N = B * T rows. Its weights may have any floating dtype."""
         raise NotImplementedError
+
+    def weigh_given(self, routing: Routing, tokens: Tensor) -> Routing:
+        """What becomes of a routing that the batch has given by number, where the router has weights for it."""
+        return routing
 
     def losses(self, routing: Routing, mask: Tensor | None) -> dict[str, tuple[Tensor, float]]:
         """Name -> (auxiliary loss of a routing that it has made in training, weight). One with losses of its own adds
@@ -178,7 +187,7 @@ class Router(nn.Module):
 
 
 ROUTERS: Registry[Router] = Registry(
-    "router", hint="A router of your own is known once the module that registers it has been imported."
+    "router", hint="A router of your own is known once the module that registers it has been imported.", base=Router
 )
 
 
@@ -216,7 +225,7 @@ def build_router(
     first: the router of the adapter's first layer, for those that share something with it.
 
     Raises:
-        ValueError: unknown router, or an option that it does not take.
+        ValueError: unknown router, an option that it does not take, or one that it needs and is not given.
     """
     cls, options = read_spec(spec)
     takes = options_of(cls, options)
@@ -224,8 +233,28 @@ def build_router(
     weights = {name: given.pop(name) for name in (*COEFFICIENTS, "balance_groups") if name in given}
     if cls.shares:
         given["first"] = first
+    _check_call(spec if isinstance(spec, str) else spec["kind"], cls, in_features, experts, given)
     router = cls(in_features, experts, **given)
     if weights:
         now = {name: getattr(router, name) for name in (*COEFFICIENTS, "balance_groups")}
         router.weigh_losses(**now | weights)
     return router
+
+
+def registered_by(spec: str | dict[str, Any] | None) -> dict[str, str]:
+    """The module that registers the router of a config's field, and what it registers; {} for the library's own."""
+    kind = spec["kind"] if isinstance(spec, dict) else spec
+    module = LIBRARY if kind is None else ROUTERS[kind].__module__
+    return {} if module.partition(".")[0] == LIBRARY else {module: f"the router {kind!r}"}
+
+
+def _check_call(kind: str, cls: type[Router], in_features: int, experts: list[str], given: dict[str, Any]) -> None:
+    """Raise ValueError where the constructor of a router cannot be called like this."""
+    signature = inspect.signature(cls)
+    try:
+        signature.bind(in_features, experts, **given)
+    except TypeError as error:
+        raise ValueError(
+            f"router {kind!r}: {cls.__name__}{signature} is called with in_features, experts and {given}: {error}. "
+            f"Give it in router={{'kind': {kind!r}, ...}}, or a default in the constructor"
+        ) from None

@@ -152,7 +152,9 @@ class LearnedRouter(ArmSurgery):
         if self.activation is None:
             return self.project(read, weight, bias)
         scores = ACTIVATIONS[self.activation](self.project(read, weight, None))
-        scores = scores / (self.temperature if log_temperature is None else log_temperature.to(scores.dtype).exp())
+        scores = scores / (
+            self.current_temperature if log_temperature is None else log_temperature.to(scores.dtype).exp()
+        )
         return scores if bias is None else scores + bias.to(scores.dtype)
 
     def project(self, read: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -170,8 +172,13 @@ class LearnedRouter(ArmSurgery):
         count = context.stream(self.stack).batch if self.pooling.by_row else len(logits)
         return draw(logits.new_empty(count, logits.shape[1])).repeat_interleave(len(logits) // count, dim=0)
 
+    @property
+    def current_temperature(self) -> float:
+        """What divides the logits now, where the temperature is not learned."""
+        return self.temperature
+
     def tempered(self, logits: Tensor) -> Tensor:
-        return logits / self.temperature if self.activation is None else logits
+        return logits / self.current_temperature if self.activation is None else logits
 
     def weigh(self, logits: Tensor) -> Tensor:
         """logits (N, A) -> weights (N, A)."""

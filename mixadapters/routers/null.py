@@ -23,6 +23,8 @@ class NullRouter(TopKRouter):
         null_arms: how many there are.
     """
 
+    norm_of_experts = True
+
     def __init__(self, in_features: int, experts: list[str], *, null_arms: int = 8, **options: Any) -> None:
         super().__init__(in_features, experts, null_arms=null_arms, **options)
 

@@ -17,7 +17,7 @@ def _whole(value: Any) -> bool:
     return type(value) is int
 
 
-POSITIVE: Check = (lambda v: finite(v) and v > 0, "a finite number above 0")
+POSITIVE: Check = (lambda v: finite(v) and v > 0, "a finite number above 0, from 1e-30 to 1e30")
 NOT_NEGATIVE: Check = (lambda v: finite(v) and v >= 0, "a finite number, not below 0")
 NUMBER: Check = (finite, "a finite number")
 SHARE: Check = (lambda v: finite(v) and 0 <= v < 1, "at least 0 and below 1")

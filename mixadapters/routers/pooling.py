@@ -38,8 +38,7 @@ class Pooling:
     def __call__(self, score: Score, tokens: Tensor, context: ForwardContext) -> Tensor:
         sequences = context.as_sequences(tokens, self.stack)
         stream = context.stream(self.stack)
-        mask = stream.mask if stream.mask is not None and stream.mask.shape[1] == sequences.shape[1] else None
-        logits = self.pooled(score, sequences, mask, stream, context)
+        logits = self.pooled(score, sequences, mask_of(sequences, stream), stream, context)
         return logits.expand(-1, sequences.shape[1], -1).flatten(0, 1)
 
     def pooled(
@@ -67,13 +66,10 @@ class SequencePooling(Pooling):
     def pooled(
         self, score: Score, sequences: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext
     ) -> Tensor:
-        _refuse_packed(stream, self.granularity)
+        refuse_documents(stream, self.granularity)
         if self.pool == "last":
             return score(sequences[:, -1]).unsqueeze(1)
-        if mask is None:
-            if stream.length is not None and sequences.shape[0] > 1:
-                raise _missing_mask(self.granularity, stream)
-            mask = torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
+        mask = known_mask(sequences, mask, stream, self.granularity)
         if self.total:
             return (score(sequences) * mask.unsqueeze(-1)).sum(1, keepdim=True)
         if self.pool == "masked_mean":
@@ -160,7 +156,7 @@ class RequestPooling(Remembering):
         frozen = None if state is None else state.get(key)
         if frozen is not None:
             return frozen.unsqueeze(1)
-        _refuse_packed(stream, self.granularity)
+        refuse_documents(stream, self.granularity)
         weight = self.prompt(logits, mask, context).to(logits.dtype).unsqueeze(-1)
         pooled = (logits * weight).sum(1)
         if not self.total:
@@ -214,6 +210,20 @@ def _before_labels(labels: Tensor, real: Tensor) -> Tensor:
     return prompt
 
 
+def known_mask(sequences: Tensor, mask: Tensor | None, stream: Stream, granularity: str) -> Tensor:
+    """(B, T) bool mask of sequences (B, T, ...). Raises ValueError where several rows have none."""
+    if mask is not None:
+        return mask
+    if stream.length is not None and sequences.shape[0] > 1:
+        raise _missing_mask(granularity, stream)
+    return torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
+
+
+def mask_of(sequences: Tensor, stream: Stream) -> Tensor | None:
+    """(B, T) bool, the mask of the stream where it is that of these sequences (B, T, ...)."""
+    return stream.mask if stream.mask is not None and stream.mask.shape[1] == sequences.shape[1] else None
+
+
 def _missing_mask(granularity: str, stream: Stream) -> ValueError:
     ids = stream.mask_name.replace("attention_mask", "input_ids")
     return ValueError(
@@ -222,7 +232,8 @@ def _missing_mask(granularity: str, stream: Stream) -> ValueError:
     )
 
 
-def _refuse_packed(stream: Stream, granularity: str) -> None:
+def refuse_documents(stream: Stream, granularity: str) -> None:
+    """Raise ValueError where the rows of a forward hold several documents, one after the other."""
     positions = stream.position_ids
     if positions is None or torch.compiler.is_compiling() or positions.dim() != 2 or positions.shape[1] < 2:
         return

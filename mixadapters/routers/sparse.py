@@ -22,7 +22,7 @@ class SparseRouter(LearnedRouter):
 
     Args:
         scoring_func: what weighs the arms: "softmax" over them, or "sigmoid" of each.
-        norm_topk_prob: make the weights of the chosen experts of each row sum to 1. False: where a gate is undecided
+        norm_topk_prob: make the weights of the chosen arms of each row sum to 1. False: where a gate is undecided
             less is added to the frozen layer.
         routed_scaling_factor: multiplies the weights.
         capacity_factor: in training, an expert takes at most capacity_factor * k * N / E of the N rows; others are
@@ -36,6 +36,7 @@ class SparseRouter(LearnedRouter):
     """
 
     frozen_arm = False
+    norm_of_experts = False  # whether `norm_topk_prob` leaves out arms without expert
 
     def __init__(
         self,
@@ -80,9 +81,11 @@ class SparseRouter(LearnedRouter):
         """The routing to the arms (N, k), -1 for none, weighed by scores (N, A)."""
         count = scores.shape[1]
         indices = torch.where(arms < len(self.experts), arms, -1)
-        weights = torch.where(indices >= 0, scores.gather(1, arms.clamp_min(0)), 0.0)
+        chosen = torch.where(arms >= 0, scores.gather(1, arms.clamp_min(0)), 0.0)
+        weights = torch.where(indices >= 0, chosen, 0.0)
         if self.norm_topk_prob:
-            weights = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+            whole = (weights if self.norm_of_experts else chosen).sum(1, keepdim=True)
+            weights = weights / whole.clamp_min(torch.finfo(weights.dtype).tiny)
         weights = weights * self.routed_scaling_factor
         base_weight = 1 - weights.sum(1) if self.convex else None
         last = torch.where(arms >= 0, arms, count)

@@ -1,7 +1,8 @@
-"""PEFT's and transformers' verbs that read a folder, for adapters of our types: the files are looked at first.
+"""PEFT's and transformers' verbs, for adapters of our types: what they are given is looked at first.
 
 They have no seam for that: PEFT injects an adapter before it looks at its weights, goes by the config in memory where
-an adapter of the name is there, and transformers asks no tuner at all. Types other than ours pass as they are.
+an adapter of the name is there, and transformers asks no tuner at all. A causal PeftModel looks for aLoRA among
+`adapter_names` before its tuner sees them. Types other than ours pass as they are.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from transformers.integrations import PeftAdapterMixin
 from mixadapters.core.card import complete_card
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.files import FileWeights, SavedAdapter, being_loaded, loading, read_adapter
+from mixadapters.core.model import MixtureModel
+from mixadapters.core.rows import RowNames
 from mixadapters.tuners.registration import config_class
 
 MARK = "_mixadapters_verb"  # on a function that has been replaced
@@ -75,6 +78,8 @@ def watch_verbs() -> None:
         weights = load_weights(model_id, *args, **kwargs)
         return weights if saved is None else FileWeights(weights, saved)
 
+    for name in ("get_alora_offsets_for_forward", "get_alora_offsets_for_generate"):
+        setattr(peft.peft_model, name, _with_read_names(getattr(peft.peft_model, name)))
     setattr(peft_from_pretrained, MARK, True)
     for module in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):
         module.load_peft_weights = load_peft_weights
@@ -82,6 +87,18 @@ def watch_verbs() -> None:
     PeftModel.load_adapter = load_adapter
     PeftModel.create_or_update_model_card = create_or_update_model_card
     PeftAdapterMixin.load_adapter = transformers_load_adapter
+
+
+def _with_read_names(look_up: Any) -> Any:
+    """PEFT's look-up of aLoRA, with `adapter_names` read before it: arrays are taken, what is no names is refused."""
+
+    @functools.wraps(look_up)
+    def with_read_names(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None and isinstance(model.base_model, MixtureModel):
+            kwargs["adapter_names"] = list(RowNames.read(kwargs["adapter_names"]))
+        return look_up(model, *args, **kwargs)
+
+    return with_read_names
 
 
 def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache, StaticCache
 
-from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig
+from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, PILLConfig
 from mixadapters.core.record import Record
 from mixadapters.core.streams import Stream, read_stream
 
@@ -453,6 +453,26 @@ def test_pin_refuses_fields_that_nothing_reads(tiny) -> None:
     context = context_of(adapt(tiny("llama"), MixDAConfig(**MIXDA)))
     with pytest.raises(ValueError, match=r"\['domain_id'\].*'domain_ids'"), context.pin(domain_id=torch.tensor([0])):
         pass
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("domain_id", "domain_ids"), ("domains_ids", "domain_ids"), ("domainids", "domain_ids"),
+        ("promt_mask", "prompt_mask"), ("adapter_name", "adapter_names"), ("modality_id", "modality_ids"),
+    ],
+)  # fmt: skip
+def test_misspelt_fields_that_a_model_would_swallow_are_refused(tiny, tiny_inputs, wrong, right) -> None:
+    config = PILLConfig(r=3, token_ids={"image": [90]}) if right == "modality_ids" else MixDAConfig(**MIXDA)
+    model, inputs = adapt(tiny("llama"), config), tiny_inputs("llama")
+    expected = model(**inputs).logits
+    for call in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match=rf"{wrong} is no argument of the model.*Did you mean '{right}'"):
+            call(**inputs, **{wrong: torch.zeros(2, dtype=torch.long)})
+        # What others pass to models with **kwargs is let be, also where it is like a field.
+        others = {"token_type_ids": None, "num_items_in_batch": 3, "output_router_logits": None}
+        assert torch.equal(call(**inputs, **others).logits, expected)
+    assert context_of(model).running is None
 
 
 def test_fields_are_taken_off_the_forward_of_the_base(tiny, tiny_inputs) -> None:

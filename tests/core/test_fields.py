@@ -77,6 +77,24 @@ WRONG: list[tuple[type, dict[str, Any]]] = [
     (MixDAConfig, {"gate_hidden": [10**400]}),
     (MixDAConfig, {"domains": {"a": {"ranks": {"layer": 10**30}}}}),
     (MoSAConfig, {"consistency": 10**400}),
+    (MixDAConfig, {"temperature": 1e-320}),
+    (MixDAConfig, {"temperature": 1e-38}),
+    (MixDAConfig, {"gate_frozen_bias": 1e300}),
+    (MixDAConfig, {"balance_coef": 1e300}),
+    (MixDAConfig, {"reduction_factor": 1e-9}),
+    (BottleneckConfig, {"scale": 1e-320}),
+    (BottleneckConfig, {"reduction_factor": 1e-320}),
+    (BottleneckConfig, {"exclude_modules": ""}),
+    (BottleneckConfig, {"exclude_modules": ["x", ""]}),
+    (BottleneckConfig, {"target_modules": [""]}),
+    (BottleneckConfig, {"modules_to_save": [""]}),
+    (BottleneckConfig, {"rank_pattern": {"": 3}}),
+    (BottleneckConfig, {"sites": {"ffn": ""}}),
+    (BottleneckConfig, {"trainable_token_indices": [-1]}),
+    (BottleneckConfig, {"trainable_token_indices": {"wte": [3, -1]}}),
+    (AGDConfig, {"timestep_scale": 0}),
+    (AGDConfig, {"timestep_scale": -1.0}),
+    (AGDConfig, {"min_scale": -1.0}),
 ]
 
 
@@ -142,7 +160,11 @@ def test_messages_say_what_a_field_takes() -> None:
 
 def test_large_floats_are_floats() -> None:
     assert BottleneckConfig(reduction_factor=1e16).reduction_factor == 1e16
-    assert MixDAConfig(balance_coef=1e300).balance_coef == 1e300
+    assert MixDAConfig(balance_coef=1e29, temperature=1e-29).balance_coef == 1e29
+    with pytest.raises(ValueError, match=r"scale=1e-31 .*a number is 0, or 1e-30 to 1e\+30 in size"):
+        BottleneckConfig(scale=1e-31)
+    with pytest.raises(ValueError, match=r"modules_to_save=\[''\] holds an empty string"):
+        BottleneckConfig(modules_to_save=[""])
 
 
 # --- patterns -----------------------------------------------------------------------------------------------------

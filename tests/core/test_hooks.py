@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from mixadapters import BottleneckConfig, ForwardContext
+from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, MoSAConfig, PILLConfig
 from mixadapters.core import hooks
 from mixadapters.core.hooks import RootHooks
 
@@ -151,6 +151,51 @@ def test_layer_that_runs_again_sees_the_adapters_of_its_first_run(tiny, tiny_inp
     assert got
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient)
+
+
+KINDS = {
+    "bottleneck": lambda: BottleneckConfig(r=3, layer_norm=True, scale="learnable", init_weights=False),
+    "mixda": lambda: MixDAConfig(**MIXDA),
+    "mosa": lambda: MoSAConfig(r=4, consistency=0.0, init_weights=False),
+    "pill": lambda: PILLConfig(r=3, token_ids={"image": [90]}, init_weights=False),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("verb", ["set_adapter", "disable_adapter_layers", "rows"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_adapters_that_are_frozen_before_the_backward_run_again_as_they_ran(
+    tiny, tiny_inputs, kind, verb, use_reentrant
+) -> None:
+    """PEFT freezes what it switches off, which changes what a layer saves for the backward."""
+    inputs = tiny_inputs("llama", labels="tokens")
+    got = []
+    for checkpointing in (False, True):
+        model = get_peft_model(tiny("llama", num_hidden_layers=2), KINDS[kind](), adapter_name="first").train()
+        model.add_adapter("second", KINDS[kind]())
+        base = model.get_base_model()
+        if checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        embeds = base.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+        rows = {"adapter_names": ["first", "second"]} if verb == "rows" else {}
+        kinds = {"modality_ids": inputs["input_ids"] % 2} if kind == "pill" else {}
+        torch.manual_seed(0)
+        others = {name: value for name, value in inputs.items() if name != "input_ids"}
+        loss = model(inputs_embeds=embeds, **others, **rows, **kinds).loss
+        if verb == "disable_adapter_layers":
+            model.base_model.disable_adapter_layers()
+        else:
+            model.set_adapter("second")
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        loss.backward()
+        assert frozen == {name for name, p in model.named_parameters() if not p.requires_grad}
+        trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        got.append({"inputs": embeds.grad, **trained})
+    expected, checkpointed = got
+    assert expected.keys() == checkpointed.keys()
+    assert expected["inputs"].any()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(checkpointed[name], gradient)
 
 
 def test_first_run_counts_where_a_checkpoint_function_is_not_wrapped(tiny, tiny_inputs, monkeypatch) -> None:

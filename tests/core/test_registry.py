@@ -76,3 +76,12 @@ def test_names_of_the_library_are_reserved() -> None:
     for name in ("", 3):
         with pytest.raises(ValueError, match="is no name for a router"):
             ROUTERS.register(name)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [int, lambda in_features, experts: None, "softmax", None])
+def test_what_is_no_router_is_refused_when_it_is_registered(wrong) -> None:
+    with pytest.raises(ValueError, match=r"router 'mine': .* is no router; register a class derived from Router"):
+        ROUTERS.register("mine")(wrong)
+    assert "mine" not in ROUTERS
+    with pytest.raises(ValueError, match=r"shape 'mine': .* register a class$"):
+        Registry("shape").register("mine")("circle")

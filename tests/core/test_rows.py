@@ -17,11 +17,11 @@ CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 IDS = torch.tensor([[8, 6, 9, 6], [10, 14, 7, 11], [12, 7, 13, 8]])
 
 
-def adapt(base: nn.Module, **configs: Any) -> PeftModel:
+def adapt(base: nn.Module, task_type: str | None = None, **configs: Any) -> PeftModel:
     """A model with an adapter of each name; `None` is one without saved modules."""
     model: PeftModel | None = None
     for name, fields in configs.items():
-        config = BottleneckConfig(r=3, init_weights=False, **(fields or {}))
+        config = BottleneckConfig(r=3, init_weights=False, task_type=task_type, **(fields or {}))
         if model is None:
             model = get_peft_model(base, config, adapter_name=name)
         else:
@@ -60,8 +60,9 @@ def assert_rows_are_their_own(model: PeftModel, *names: str) -> None:
 
 @pytest.mark.parametrize("through", ["peft", "base", "pin", "generate"])
 @pytest.mark.parametrize("form", [list, tuple, np.array])
-def test_names_may_be_any_sequence(tiny, through, form) -> None:
-    model = adapt(tiny("llama"), first=None, second=None)
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_names_may_be_any_sequence(tiny, through, form, task_type) -> None:
+    model = adapt(tiny("llama", num_hidden_layers=1), task_type, first=None, second=None)
     names, base = form(["second", "__base__", "first"]), model.get_base_model()
     greedy = {"input_ids": IDS, "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     if through == "generate":
@@ -85,6 +86,9 @@ def test_names_may_be_any_sequence(tiny, through, form) -> None:
         (["first", None, "second"], r"adapter_names\[1\]=None is no name.*'__base__'"),
         (["first", 3, "second"], r"adapter_names\[1\]=3 is no name"),
         (np.array([["first"], ["first"], ["first"]]), r"adapter_names\[0\]=\['first'\] is no name"),
+        ([["first"], ["first"], ["second"]], r"adapter_names\[0\]=\['first'\] is no name"),
+        (torch.tensor([0, 1, 0]), r"adapter_names\[0\]=0 is no name"),
+        (b"first", r"adapter_names=b'first' is one name"),
         (3, r"adapter_names=3 must be a list of names"),
         ({"first", "second"}, r"must be a list of names"),
         (["first", "thrid", "second"], r"non-existing adapter\(s\): thrid"),
@@ -93,13 +97,24 @@ def test_names_may_be_any_sequence(tiny, through, form) -> None:
         (["first"] * 6, r"same as the number of inputs, but got 6 and 3"),
     ],
 )
-def test_names_that_are_none_are_refused_and_leave_nothing_behind(tiny, names, message) -> None:
-    model = adapt(tiny("llama"), first=None, second=None)
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_names_that_are_none_are_refused_and_leave_nothing_behind(tiny, names, message, task_type) -> None:
+    """PEFT's model of a causal task looks for adapters of its own kinds among them before its tuner sees them."""
+    model = adapt(tiny("llama", num_hidden_layers=1), task_type, first=None, second=None)
     expected = model(input_ids=IDS).logits
-    for call in (model, model.get_base_model(), model.base_model.generate):
+    for call in (model, model.get_base_model(), model.generate, model.base_model.generate):
         with pytest.raises(ValueError, match=message):
             call(input_ids=IDS, adapter_names=names)
         assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+def test_a_domain_in_place_of_an_adapter_is_told_how_it_is_chosen(tiny) -> None:
+    config = MixDAConfig(domains=["law", "code"], r=3, init_weights=False)
+    model = get_peft_model(tiny("llama"), config, adapter_name="mixture").eval()
+    message = r"non-existing adapter\(s\): law. 'law' is an expert of adapter 'mixture': name that.*by domain_ids"
+    for call in (model, model.get_base_model(), model.generate):
+        with pytest.raises(ValueError, match=message):
+            call(input_ids=IDS, adapter_names=["mixture", "law", "mixture"])
 
 
 def test_names_that_were_read_are_not_read_again() -> None:

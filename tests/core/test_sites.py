@@ -118,6 +118,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "t5 gated": {"feed_forward_proj": "gated-gelu"},
 }
 CASES = [*ARCHITECTURES, *VARIANTS]
+# By the module: all tests of a case run one after the other, in the one process that has made its model.
+every_case = pytest.mark.parametrize("case", CASES, scope="module")
 # Modules per role where they are not one per layer.
 SITES = {"albert": 1, "clip": 2 * LAYERS, "siglip": 2 * LAYERS, "swin": 3, "swinv2": 3, "convnext": 3, "convnextv2": 3}
 FFN_WIDTHS = {"dinov2 gated": 88}
@@ -238,7 +240,7 @@ def expected_sites(case: str, role: str) -> int:
     return layers
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_every_layer_has_its_sites_and_runs_them(case):
     trial = run(case)
     for role, paths in trial.found.items():
@@ -249,7 +251,7 @@ def test_every_layer_has_its_sites_and_runs_them(case):
             assert (stack_of(path, trial.model) != "") == trial.model.config.is_encoder_decoder
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_patterns_take_full_paths_at_any_depth(case):
     trial = run(case)
     for role, paths in trial.found.items():
@@ -259,7 +261,7 @@ def test_patterns_take_full_paths_at_any_depth(case):
             assert not re.fullmatch(pattern, f"{path}.base_layer")
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_ffn_block_takes_the_input_and_gives_the_output(case):
     trial = run(case)
     blocks = trial.pairs("ffn", "ffn_input")
@@ -273,7 +275,7 @@ def test_ffn_block_takes_the_input_and_gives_the_output(case):
     assert trial.pairs("ffn_input", "ffn_output") or trial.pairs("ffn", "ffn_input")
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if find_architecture(case.split()[0]).ffn_output])
+@every_case
 def test_ffn_output_takes_the_intermediate(case):
     trial = run(case)
     config = trial.model.config
@@ -282,7 +284,7 @@ def test_ffn_output_takes_the_intermediate(case):
     if isinstance(gated, str):
         gated = getattr(config, gated)
     assert activation is None or activation in ACT2FN
-    for path in trial.found["ffn_output"]:
+    for path in trial.found.get("ffn_output", []):
         width = trial.calls[path][0].input.shape[-1]
         sizes = FFN_WIDTHS.get(case) or (
             DECODER_FFN if path.startswith("decoder") and hasattr(config, "decoder_ffn_dim") else FFN
@@ -293,7 +295,7 @@ def test_ffn_output_takes_the_intermediate(case):
             assert same(ACT2FN[activation](up.output), down.input) != bool(gated)
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_norms_give_what_the_sublayers_take(case):
     trial = run(case)
     for norm, reader in (("ffn_norm", "ffn_input"), ("attention_norm", "attention")):
@@ -309,7 +311,7 @@ def test_norms_give_what_the_sublayers_take(case):
         assert all(same(norm.output, leaf.input) for norm, leaf in shared)
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_attention_takes_its_input_and_gives_its_output(case):
     trial = run(case)
     for block, leaf in trial.pairs("attention", "attention_output"):
@@ -320,7 +322,7 @@ def test_attention_takes_its_input_and_gives_its_output(case):
     assert not (trial.found.get("value") and trial.found.get("qkv"))
 
 
-@pytest.mark.parametrize("case", CASES)
+@every_case
 def test_a_site_is_causal_where_a_later_token_changes_nothing(case):
     trial = run(case)
     model, inputs = trial.model, inputs_of(trial.model)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Process
 
 WORKER = """
 import os, sys, tempfile
@@ -79,19 +77,15 @@ torch.save(found, f"{folder}/{rank}")
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("processes")
-    (folder / "worker.py").write_text(WORKER)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     running = []
     for rank in range(2):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in own.items()}}
-        command = [sys.executable, str(folder / "worker.py"), str(folder)]
-        running.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        running.append(Process(WORKER, [str(folder)], **own))
     for process in running:
-        _, errors = process.communicate(timeout=400)
-        assert process.returncode == 0, errors[-3000:]
+        process.finish(timeout=400)
     both = [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(2)]
     for name, case in both[0].items():
         for one, other in zip(case["got"], both[1][name]["got"], strict=True):

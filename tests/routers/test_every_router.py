@@ -27,9 +27,14 @@ from mixadapters.routers.base import options_of
 NAMES = sorted(name for name in ROUTERS if not name.startswith("toy_"))
 BATCH, LENGTH, WIDTH, VOCABULARY = 2, 3, 8, 11
 EXPERTS = {"single": ["a"]}  # the others take any number
-OPTIONS: dict[str, dict[str, Any]] = {"counts": {"vocab_size": VOCABULARY}}  # what a router needs to be told
-BY_BATCH = ("counts", "modality")  # the batch says where rows go, and not the hidden states
-SEES_THE_SEQUENCE: tuple[str, ...] = ()  # refused on causal models
+OPTIONS: dict[str, dict[str, Any]] = {  # what a router needs to be told, to be as soft as others
+    "counts": {"vocab_size": VOCABULARY},
+    "pregate": {"vocab_size": VOCABULARY},
+    "tree": {"gamma": 10.0},
+}
+BY_BATCH = ("modality", "task")  # the batch says where rows go, and not the tokens
+BY_IDS = ("counts", "hash", "pregate")  # ids of tokens, and not hidden states
+SEES_THE_SEQUENCE = ("expert_choice",)  # refused on causal models
 ONE_LAYER = LlamaConfig(hidden_size=2, num_hidden_layers=1, num_attention_heads=1)
 every_router = pytest.mark.parametrize("name", NAMES)
 
@@ -173,7 +178,7 @@ def test_weights_come_in_the_dtype_of_the_tokens(name, dtype) -> None:
 def test_evaluation_is_deterministic_and_leaves_no_trace(name) -> None:
     router, context = made(name), context_of()
     before = {k: v.clone() for k, v in router.state_dict().items()}
-    one, other = router(tokens_of(), context), router(tokens_of(), context)
+    one, other = router(tokens_of(), context), router(tokens_of(), context_of())
     for a, b in zip(one, other, strict=True):
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
     assert not context.record.losses
@@ -186,14 +191,16 @@ def test_weights_carry_gradients_to_all_parameters(name) -> None:
     tokens = tokens_of().requires_grad_()
     context = context_of(training=True, prompt_mask=torch.ones(BATCH, LENGTH))
     count = len(experts_of(name))
+    if router.shares:  # what it has from an earlier layer
+        router(tokens, context)
     weights = dense(router(tokens, context), 6, count)
     parameters = list(router.parameters())
     if not parameters:
-        assert not weights.requires_grad
+        assert weights.requires_grad == (name == "arrow")  # to the tokens
         return
     (weights * torch.randn(6, count)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in parameters)
-    assert tokens.grad.abs().max() > 0
+    assert name in BY_IDS or tokens.grad.abs().max() > 0
 
 
 @every_router
@@ -202,7 +209,7 @@ def test_constant_weights_are_those_of_every_input(name) -> None:
     constant = router.constant()
     weights = [dense(router(tokens_of(seed), context_of()), 6, count) for seed in (0, 1)]
     if constant is None:
-        assert torch.equal(*weights) is (name in BY_BATCH)
+        assert torch.equal(*weights) is (name in (*BY_BATCH, *BY_IDS))
     else:
         assert len(constant) == count
         for seen in weights:
@@ -340,6 +347,7 @@ def test_losses_are_finite_positive_and_never_of_padding(name, granularity) -> N
     found = []
     for one in (batch, batch.changed(~batch.mask)):
         context = one.context(training=True, values={"prompt_mask": batch.mask})
+        torch.manual_seed(0)  # of noise
         mixture(router).route(one.tokens, context)
         found.append(context.record.losses)
     assert set(found[0]) == {"balance", "z", "entropy", "importance"}
@@ -376,7 +384,8 @@ def test_observers_and_usage_know_the_arms_by_name(name) -> None:
 
 @every_router
 def test_experts_come_and_go_or_the_reason_is_said(name) -> None:
-    router, batch = made(name), batch_of(3, 4)
+    options = {"threshold": 0.1} if name == "dense_to_sparse" else {}  # which else depends on how many there are
+    router, batch = made(name, **options), batch_of(3, 4)
     if router.fixed_experts is not None:
         for verb in (lambda: router.add_expert("d", 0.1), lambda: router.remove_expert("a", False)):
             with pytest.raises(ValueError, match=ROUTERS[name].__name__):
@@ -385,6 +394,8 @@ def test_experts_come_and_go_or_the_reason_is_said(name) -> None:
     if not hasattr(router, "add_expert"):
         assert name in ("single", "constant", "modality")
         return
+    if name == "task":  # numbers are those of places: a test of its own
+        return
     before = run(router, batch)
     router.reorder(["c", "a", "b"])
     assert router.experts == ["c", "a", "b"]
@@ -392,7 +403,7 @@ def test_experts_come_and_go_or_the_reason_is_said(name) -> None:
     router.reorder(["a", "b", "c"])
     router.add_expert("d", 1e-9)
     assert router.experts == ["a", "b", "c", "d"]
-    if name != "counts":  # it asks for text of the new expert first: see its own tests
+    if name not in ("counts", *SEES_THE_SEQUENCE):  # it asks for its text first; more experts take fewer tokens each
         torch.testing.assert_close(run(router, batch)[..., :3], before)
     router.remove_expert("d", True)
     torch.testing.assert_close(run(router, batch), before)
@@ -400,7 +411,8 @@ def test_experts_come_and_go_or_the_reason_is_said(name) -> None:
         router.add_expert("a", 0.1)
     router.remove_expert("b", False)
     assert router.experts == ["a", "c"]
-    torch.testing.assert_close(run(router, batch), before[..., [0, 2]])
+    if name not in SEES_THE_SEQUENCE:
+        torch.testing.assert_close(run(router, batch), before[..., [0, 2]])
 
 
 @every_router
@@ -412,7 +424,7 @@ def test_what_may_change_in_training_is_set_by_name_and_checked(name) -> None:
             router.set_option(option, "much")
         with pytest.raises(ValueError, match=option):
             router.set_option(option, float("nan"))
-    with pytest.raises(ValueError, match=rf"{type(router).__name__} has no option 'hiden'"):
+    with pytest.raises(ValueError, match="has no option 'hiden'"):
         router.set_option("hiden", 3)
 
 
@@ -430,7 +442,7 @@ def test_unknown_router_is_told_the_nearest(spec) -> None:
 
 
 def test_specification_needs_a_kind() -> None:
-    with pytest.raises(ValueError, match=r"needs a 'kind'; have \['constant'"):
+    with pytest.raises(ValueError, match=r"needs a 'kind'; have \['arrow'"):
         build_router({"k": 2}, WIDTH, ["a"])
     spec = {"kind": "constant", "weights": [2.0]}
     assert build_router(spec, WIDTH, ["a"]).constant() == [2.0]

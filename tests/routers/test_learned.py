@@ -893,6 +893,8 @@ def test_registry_names_the_gates_and_suggests() -> None:
         ({"temperature": 0}, "temperature=0 must be a finite number above 0"),
         ({"temperature": math.inf}, "temperature=inf must be"),
         ({"temperature": True}, "temperature=True must be"),
+        ({"temperature": 1e-320}, "temperature=1e-320 must be a finite number above 0, from 1e-30 to 1e30"),
+        ({"frozen_bias": 1e300}, "frozen_bias=1e\\+300 must be a finite number"),
         ({"temperature": 10**400}, "temperature=10+ must be a finite number"),
         ({"z_coef": 10**400}, "z_coef=10+ must be a finite number"),
         ({"frozen_bias": math.nan}, "frozen_bias=nan must be a finite number"),

@@ -56,6 +56,16 @@ def test_the_k_largest_are_chosen_and_weighed_by_their_scores(scoring, k) -> Non
     torch.testing.assert_close(routing.probs.sum(1), torch.ones(15))
 
 
+def test_a_removed_expert_leaves_normalised_weights_as_they_were() -> None:
+    router = make(k=3, norm_topk_prob=True)
+    before = run(router, TOKENS)
+    router.remove_expert("b", renormalize=False)
+    after = run(router, TOKENS)
+    gone = before.indices == 1
+    torch.testing.assert_close(after.weights, before.weights.masked_fill(gone, 0.0))
+    assert torch.equal(after.indices < 0, gone)
+
+
 def test_weights_sum_to_one_where_that_is_asked_for() -> None:
     routing = run(make(norm_topk_prob=True), TOKENS)
     torch.testing.assert_close(routing.weights.sum(1), torch.ones(15))

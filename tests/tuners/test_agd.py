@@ -405,12 +405,21 @@ def test_missing_conditions_are_refused(made) -> None:
         ({"max_scale": 1.0}, "a range that ends above 1"),
         ({"min_scale": 7.0, "max_scale": 6.0}, "a range that ends above 1"),
         ({"default_scale": float("inf")}, "default_scale=inf must be a finite number"),
+        ({"default_scale": 50.0}, "default_scale=50.0 was not trained: it must be 1, .* between min_scale=1.0 and"),
+        ({"min_scale": 3.0, "default_scale": 2.0}, "default_scale=2.0 was not trained"),
         ({"r": 4, "width": 3}, "AGDConfig has no field 'width'"),
     ],
 )
 def test_bad_fields_are_refused(fields, message) -> None:
     with pytest.raises(ValueError, match=message):
         AGDConfig(**fields)
+
+
+def test_default_scale_is_one_or_was_trained() -> None:
+    for fields in ({"min_scale": 3.0}, {"min_scale": 3.0, "default_scale": 12.0}, {"default_scale": 4.5}):
+        assert AGDConfig(**fields).max_scale == 12.0
+    # Earlier versions saved others, and warned in each forward.
+    assert AGDConfig(peft_type="AGD", default_scale=50.0).default_scale == 50.0
 
 
 @pytest.mark.parametrize("timestep", [37, 37.0, torch.tensor(37), torch.tensor([37]), torch.full((3,), 37.0)])

@@ -390,7 +390,7 @@ def test_sites_must_hold_the_roles_that_are_needed(tiny) -> None:
         ({"activation": "gellu"}, "activation='gellu' is unknown.*Did you mean 'gelu'"),
         ({"r": 0}, "`r` should be a positive integer value but the value passed is 0"),
         ({"r": -3}, "`r` should be a positive integer"),
-        ({"reduction_factor": 0}, "reduction_factor=0 must be a finite number, above 0"),
+        ({"reduction_factor": 0}, "reduction_factor=0 must be a finite number, at least 0.001"),
         ({"dropout": 1.0}, "dropout=1.0 must be a finite number, at least 0, less than 1"),
         ({"dropout": -0.1}, "dropout=-0.1"),
         ({"scale": "learned"}, "scale='learned' must be a finite number or 'learnable'"),

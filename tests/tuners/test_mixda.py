@@ -600,6 +600,31 @@ def test_new_domains_without_a_place_are_an_error(tiny, fields) -> None:
         get_peft_model(tiny("llama"), MixDAConfig(domains=["a"], **fields))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"domains": {"a": {"ranks": {"model.layers.9.mlp.down_proj": 2}}}},
+            r"ranks=.* name \['model.layers.9.*those",
+        ),
+        ({"domains": {"a": {"ranks": {"lm_head": 2}}}}, r"domains\['a'\]: ranks=.* name \['lm_head'\], which take no"),
+        (
+            {"null_arms": {"model.layers.9.mlp.down_proj": 2}},
+            r"null_arms=.* name \['model.layers.9.*have no gate; those",
+        ),
+        (
+            {"null_arms": {"model.layers.0.mlp.down_proj": 2}},
+            r"null_arms=.* name \['model.layers.0.*have no gate; those",
+        ),
+    ],
+)
+def test_ranks_and_null_arms_of_modules_without_a_gate_are_refused(tiny, fields, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(tiny("llama"), MixDAConfig(**{"domains": ["a"], **fields}))
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(tiny("llama"), MixDAConfig(**{"domains": ["a"], **fields}, task_adapter=None))
+
+
 # --- mixed batches -----------------------------------------------------------------------------------------------
 
 
@@ -1143,8 +1168,8 @@ def test_one_dominant_domain_is_the_same_as_routing_to_it(tiny, tiny_inputs, siz
         ({"task_adapter": "lora"}, "task_adapter='lora' is unknown"),
         ({"r": 0}, "`r` should be a positive integer"),
         ({"task_r": -1}, "`task_r` should be a positive integer"),
-        ({"reduction_factor": 0}, "reduction_factor=0 must be a finite number, above 0"),
-        ({"task_reduction_factor": -2}, "task_reduction_factor=-2 must be a finite number, above 0"),
+        ({"reduction_factor": 0}, "reduction_factor=0 must be a finite number, at least 0.001"),
+        ({"task_reduction_factor": -2}, "task_reduction_factor=-2 must be a finite number, at least 0.001"),
         ({"adapter_dropout": 1.5}, "adapter_dropout=1.5 must be"),
         ({"gate_dropout": -0.5}, "gate_dropout=-0.5 must be"),
         ({"temperature": 0.0}, "temperature=0.0 must be a finite number or None, above 0"),

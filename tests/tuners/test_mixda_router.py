@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from processes import Process
 from torch import Tensor, nn
 
 from mixadapters import ROUTERS, MixDAConfig, Router
@@ -177,11 +175,10 @@ def test_own_router_trains_saves_and_loads_by_name(own, tiny, tiny_inputs, tmp_p
 def test_a_process_that_has_not_imported_the_router_says_so(own, tiny, tmp_path) -> None:
     adapted(tiny, router={"kind": "mine_top_k", "k": 1}).save_pretrained(tmp_path)
     code = f"import mixadapters, peft\npeft.PeftConfig.from_pretrained({str(tmp_path)!r})"
-    root = Path(__file__).resolve().parents[2]
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
-    last = found.stderr.strip().splitlines()[-1]
-    assert found.returncode != 0
-    assert last.startswith("ValueError: unknown router 'mine_top_k'; have ['constant',")
+    with pytest.raises(RuntimeError) as failed:
+        Process(code).finish()
+    last = str(failed.value).strip().splitlines()[-1]
+    assert last.startswith("ValueError: unknown router 'mine_top_k'; have ['arrow', 'constant',")
     assert last.endswith("A router of your own is known once the module that registers it has been imported.")
 
 
@@ -262,3 +259,38 @@ def test_a_config_with_an_own_router_is_read_from_json(own, tmp_path) -> None:
     MixDAConfig(**FIELDS, router={"kind": "mine_top_k", "k": 2}).save_pretrained(tmp_path)
     again = PeftConfig.from_pretrained(tmp_path)
     assert (again.router, again.gate, again.temperature) == ({"kind": "mine_top_k", "k": 2}, "mine_top_k", None)
+
+
+def test_an_argument_that_an_own_router_lacks_is_named() -> None:
+    class Needs(Router):
+        def __init__(self, in_features: int, experts: list[str], depth: int) -> None:
+            super().__init__(in_features, experts)
+
+    class Nothing(Router):
+        def __init__(self) -> None: ...
+
+    with ROUTERS.temporarily():
+        ROUTERS.register("needs")(Needs)
+        ROUTERS.register("nothing")(Nothing)
+        with pytest.raises(ValueError, match=r"router 'needs': Needs\(in_features.*missing .*'depth'.*a default in"):
+            MixDAConfig(**FIELDS, router="needs")
+        with pytest.raises(ValueError, match=r"router 'nothing': Nothing\(\) .* too many positional arguments"):
+            MixDAConfig(**FIELDS, router={"kind": "nothing"})
+        assert MixDAConfig(**FIELDS, router={"kind": "needs", "depth": 3}).router == {"kind": "needs", "depth": 3}
+
+
+@pytest.mark.parametrize("module", ["__main__", "our.routers"])
+def test_the_card_says_what_registers_an_own_router(own, tiny, tmp_path, module) -> None:
+    own["MineTopK"].__module__ = module
+    adapted(tiny, router={"kind": "mine_top_k", "k": 1}).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    said = {
+        "our.routers": "import mixadapters\nimport our.routers  # registers the router 'mine_top_k'\nfrom peft import",
+        "__main__": "import mixadapters\n...  # run the code that registers the router 'mine_top_k', from the script",
+    }
+    assert said[module] in card
+    assert (
+        """- Needs the router 'mine_top_k', which is none of mixadapters': `{"k": 1, "kind": "mine_top_k"}`""" in card
+    )
+    adapted(tiny).save_pretrained(tmp_path)
+    assert "registers" not in (tmp_path / "README.md").read_text()

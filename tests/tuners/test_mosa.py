@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from processes import Process
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
@@ -586,18 +584,9 @@ if rank == 0:
 
 
 def test_m12_two_ranks_draw_alike_and_equal_one_process(tmp_path) -> None:
-    (tmp_path / "worker.py").write_text(WORKER)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "worker.py"), str(rank), str(tmp_path)],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    running = [Process(WORKER, [str(rank), str(tmp_path)]) for rank in range(2)]
     for process in running:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors[-2000:]
+        process.finish()
     (draws0, weights0), (draws1, weights1), (_, alone) = (torch.load(tmp_path / name) for name in ("0", "1", "alone"))
     assert torch.equal(draws0, draws1)
     assert len({tuple(step.flatten().tolist()) for step in draws0}) > 1
@@ -1239,6 +1228,14 @@ def test_vision_models_take_adapters_by_the_table(name, style) -> None:
 def test_wrong_fields_are_refused_by_name(fields, message) -> None:
     with pytest.raises(ValueError, match=message):
         MoSAConfig(**fields)
+
+
+@pytest.mark.parametrize("fields", [{"deep_layers": 99}, {"deep_layers": 5, "deep_weight": 0.1}, {"deep_weight": 0.1}])
+def test_more_hidden_states_than_the_model_has_are_refused(tiny, fields) -> None:
+    with pytest.raises(ValueError, match=r"deep_layers=\d+: the model has 4 layers.* set deep_layers from 1 to 4"):
+        mosa(tiny("vit"), **fields)
+    mosa(tiny("vit"), **{**fields, "deep_layers": 4})
+    mosa(tiny("vit"))  # the paper's 6 are not used
 
 
 def test_defaults_follow_the_base_and_the_style() -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
+from processes import Process
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -361,10 +359,9 @@ def test_t10_ranks_with_other_modalities_train_together(tiny, tiny_inputs, tmp_p
     expected = copy.deepcopy(model)
     (sum(expected(**batch).loss for batch in batches) / 2).backward()
     torch.save((model, batches), tmp_path / "given")
-    command = [sys.executable, "-W", "ignore", "-c", RANK, str(tmp_path)]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [subprocess.Popen([*command, str(rank)], env=environment, cwd=tmp_path) for rank in (0, 1)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    running = [Process(RANK, [str(tmp_path), str(rank)], GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)]
+    for process in running:
+        process.finish()
     ranks = [torch.load(tmp_path / str(rank)) for rank in (0, 1)]
     for name, parameter in expected.named_parameters():
         if parameter.requires_grad:
@@ -897,6 +894,12 @@ def test_a_token_that_the_base_has_for_images_and_videos_says_nothing() -> None:
 def test_bad_fields_are_refused(fields, message) -> None:
     with pytest.raises(ValueError, match=message):
         PILLConfig(**fields)
+
+
+def test_tokens_beyond_the_vocabulary_need_something_in_their_place(tiny) -> None:
+    with pytest.raises(ValueError, match=r"token_ids=.*\[96\] for 'image' lie beyond the vocabulary of 96 tokens"):
+        pill(tiny("llama"), token_ids={"image": [95, 96]})
+    pill(tiny("llama"), token_ids={"image": [95]})
 
 
 def test_method_is_small() -> None:

@@ -144,8 +144,15 @@ def test_batches_that_do_not_fit_are_refused(tiny) -> None:
         ImageInputs.attach(base, encoder())
     with pytest.raises(ValueError, match="is no vision encoder"):
         ImageInputs.attach(tiny("llama"), tiny("bert"))
-    with pytest.raises(ValueError, match="grid=5 must be from 1 to 4"):
-        ImageInputs.attach(tiny("llama"), encoder(), grid=5)
+    for options, message in (
+        ({"grid": 5}, "grid=5 must be an integer from 1 to 4"),
+        ({"grid": 1.5}, "grid=1.5 must be"),
+        ({"token_id": -1}, "token_id=-1 must be an integer from 0"),
+        ({"token_id": True}, "token_id=True must be"),
+        ({"layer": 9}, "layer=9 must be an integer from -"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ImageInputs.attach(tiny("llama"), encoder(), **options)
 
 
 @torch.no_grad()

@@ -36,7 +36,9 @@ class AGDConfig(MixtureConfig):
         default=True,
         metadata={"help": "The factor phi, zero at w = 1. False: as in the paper, and not the base there."},
     )
-    min_scale: float = field(default=1.0, metadata={"help": "The least guidance scale of the training data."})
+    min_scale: float = field(
+        default=1.0, metadata={"help": "The least guidance scale of the training data.", "least": 0}
+    )
     max_scale: float = field(default=12.0, metadata={"help": "The largest; phi is 2 there."})
     default_scale: float = field(
         default=1.0, metadata={"help": "Guidance scale of a forward that is given none; 1: the base model."}
@@ -56,7 +58,10 @@ class AGDConfig(MixtureConfig):
     )
     timestep_scale: float = field(
         default=1.0,
-        metadata={"help": "Factor that brings timesteps to 0 ... 1000 (for models that take 0 ... 1: 1000)."},
+        metadata={
+            "help": "Factor that brings timesteps to 0 ... 1000 (for models that take 0 ... 1: 1000).",
+            "above": 0,
+        },
     )
     base_class: str | None = field(
         default=None, metadata={"help": "Class of the base model; filled in, and checked when loading."}
@@ -67,6 +72,7 @@ class AGDConfig(MixtureConfig):
     )
 
     def __post_init__(self) -> None:
+        from_file = type(self.__dict__["peft_type"]) is str  # as JSON has it; in Python: None, or of PEFT's enum
         super().__post_init__()
         self.peft_type = peft_type("AGD")
         for name in self.conditions or {}:
@@ -77,4 +83,10 @@ class AGDConfig(MixtureConfig):
         if self.max_scale <= max(1, self.min_scale):
             raise ValueError(
                 f"min_scale={self.min_scale}, max_scale={self.max_scale}: scales are a range that ends above 1"
+            )
+        trained = self.default_scale == 1 or self.min_scale <= self.default_scale <= self.max_scale
+        if not trained and not from_file:  # earlier versions saved others
+            raise ValueError(
+                f"default_scale={self.default_scale} was not trained: it must be 1, for the base model, or between "
+                f"min_scale={self.min_scale} and max_scale={self.max_scale}"
             )

@@ -31,7 +31,7 @@ class BottleneckConfig(MixtureConfig):
         metadata={"help": "Bottleneck width. None: input width / reduction_factor.", "least": 1, "free": True},
     )
     reduction_factor: float = field(
-        default=16, metadata={"help": "Input width / bottleneck width (MixDA: 16).", "above": 0, "free": True}
+        default=16, metadata={"help": "Input width / bottleneck width (MixDA: 16).", "least": 1e-3, "free": True}
     )
     placement: Literal["pfeiffer", "houlsby", "parallel"] = field(
         default="pfeiffer", metadata={"help": "Where adapters sit (default: Pfeiffer et al. 2021)."}

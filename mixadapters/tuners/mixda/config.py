@@ -11,7 +11,7 @@ from mixadapters.core.fields import fits
 from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 from mixadapters.kernels import ACTIVATIONS
-from mixadapters.routers.base import COEFFICIENTS
+from mixadapters.routers.base import COEFFICIENTS, registered_by
 from mixadapters.routers.pooling import GRANULARITIES, POOLS
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
 from mixadapters.tuners.mixda.router import competes, read_router
@@ -59,7 +59,7 @@ class MixDAConfig(MixtureConfig):
         metadata={"help": "Width of new domain adapters. None: by reduction_factor.", "least": 1, "free": True},
     )
     reduction_factor: float = field(
-        default=16, metadata={"help": "Input width / adapter width (paper: 16).", "above": 0, "free": True}
+        default=16, metadata={"help": "Input width / adapter width (paper: 16).", "least": 1e-3, "free": True}
     )
     domain_layers: list[int | float] | None = field(
         default=None,
@@ -140,14 +140,15 @@ class MixDAConfig(MixtureConfig):
         default=None, metadata={"help": "Its width. None: by task_reduction_factor.", "least": 1, "free": True}
     )
     task_reduction_factor: float = field(
-        default=16, metadata={"help": "Hidden width / its width (paper: 16).", "above": 0, "free": True}
+        default=16, metadata={"help": "Hidden width / its width (paper: 16).", "least": 1e-3, "free": True}
     )
     task_activation: str = field(
         default="relu",
         metadata={"help": "Of the task adapter (released code: relu).", "choices": tuple(ACTIVATIONS)},
     )
     domain_order: list[str] | None = field(
-        default=None, metadata={"help": "Names in the order of the gate's arms and of `domain_ids`; filled in."}
+        default=None,
+        metadata={"help": "Names in the order of the gate's arms and of `domain_ids`; filled in.", "order": True},
     )
     null_arms: dict[str, int] = field(
         default_factory=dict,
@@ -183,6 +184,9 @@ class MixDAConfig(MixtureConfig):
             if "origin" in spec:
                 spec["origin"] = public_origin(spec["origin"])
         return saved
+
+    def registered_by(self) -> dict[str, str]:
+        return registered_by(self.router)
 
     @classmethod
     def preset(cls, name: Literal["paper", "released"], **overrides: Any) -> MixDAConfig:

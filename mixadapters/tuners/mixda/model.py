@@ -19,7 +19,7 @@ from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.domains import DomainVerbs
 from mixadapters.tuners.mixda.router import mixture_router, trial_router
 from mixadapters.tuners.mixda.sources import read_source
-from mixadapters.tuners.sources import rank_of
+from mixadapters.tuners.sources import rank_of, same_module
 
 
 class MixDAModel(DomainVerbs):
@@ -51,6 +51,9 @@ class MixDAModel(DomainVerbs):
         if config.sites is None:
             return chosen
         return [n for n in chosen if re.fullmatch(config.sites[self.domain_role(config)], n)]
+
+    def ranked(self, config: MixDAConfig) -> list[str]:
+        return self.domain_paths(config)
 
     def new_ranks(self, config: MixDAConfig, rank: int | None = None) -> dict[str, int]:
         """{module: rank} of a new domain."""
@@ -106,7 +109,25 @@ class MixDAModel(DomainVerbs):
                 spec["ranks"] = self.new_ranks(config)
             if getattr(trial, "granularity", None) == "sequence":
                 self._refuse_causal(list(spec["ranks"]))
+        self._refuse_absent_modules(config)
         super().before_injection(config, adapter_name)
+
+    def _refuse_absent_modules(self, config: MixDAConfig) -> None:
+        """Refuse ranks of modules that take no domain adapter, and null arms of modules that have no gate."""
+        paths = self.domain_paths(config)
+        gated: set[str] = set()
+        for name, spec in config.domains.items():
+            here = {module: [path for path in paths if same_module(module, path)] for module in spec["ranks"]}
+            if absent := [module for module, found in here.items() if not found]:
+                raise ValueError(
+                    f"domains[{name!r}]: ranks={spec['ranks']} name {absent}, which take no domain adapters; those "
+                    f"that do are {paths}"
+                )
+            gated.update(path for found in here.values() for path in found)
+        if absent := [m for m in config.null_arms if not any(same_module(m, path) for path in gated)]:
+            raise ValueError(
+                f"null_arms={config.null_arms} name {absent}, which have no gate; those that have are {sorted(gated)}"
+            )
 
     def after_injection(self, config: MixDAConfig, adapter_name: str) -> None:
         super().after_injection(config, adapter_name)

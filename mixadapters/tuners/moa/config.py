@@ -13,6 +13,7 @@ from mixadapters.core.fields import fits
 from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 from mixadapters.kernels import ACTIVATIONS
+from mixadapters.routers.base import registered_by
 from mixadapters.routers.pooling import GRANULARITIES
 from mixadapters.tuners.bottleneck.config import PLACEMENTS
 from mixadapters.tuners.moa.router import default_of, router_spec
@@ -160,7 +161,8 @@ class MoAConfig(MixtureConfig):
         metadata={"help": "Arms without expert that removed ones left, by module.", "least": 0},
     )
     expert_order: list[str] | None = field(
-        default=None, metadata={"help": "Names in the order of arms and of `expert_ids`; filled in."}
+        default=None,
+        metadata={"help": "Names in the order of arms and of `expert_ids`; filled in.", "order": True},
     )
 
     def __post_init__(self) -> None:
@@ -227,6 +229,9 @@ class MoAConfig(MixtureConfig):
             if "origin" in spec:
                 spec["origin"] = public_origin(spec["origin"])
         return saved
+
+    def registered_by(self) -> dict[str, str]:
+        return registered_by(self.router)
 
     def trained_in(self, stage: str) -> tuple[str, ...]:
         """As the class's `stages`; experts that do not train are left out, except in the stage that is for them."""

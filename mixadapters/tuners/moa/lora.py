@@ -74,7 +74,7 @@ def refuse_inexact(config: LoraConfig, where: str, ignore_modules_to_save: bool 
     for name, value in config.to_dict().items():
         if name in SILENT | {"bias", "modules_to_save", "init_lora_weights"}:
             continue
-        if value != getattr(default, name, None):
+        if value != getattr(default, name, None) and value not in (None, [], {}, False):
             remedy = REMEDIES.get(name, "train plain LoRA, or merge the adapter")
             raise ValueError(f"{where} has {name}={value!r}, which no expert of a mixture can do: {remedy}")
 
@@ -100,8 +100,6 @@ def read_factors(
         path, name = _parted(key)
         if tensor.dim() > 2 and tensor.shape[2:].numel() == 1:  # of a convolution of kernel 1
             tensor = tensor.flatten(1)
-        if any(f".{module}." in f".{key}" for module in config.modules_to_save or ()):
-            continue  # waived
         if name is None and key.endswith(".bias") and config.bias == "lora_only":
             biases[path] = tensor
         elif name is None or tensor.dim() > 2:
@@ -132,7 +130,7 @@ def _parted(key: str) -> tuple[str, Any]:
     for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias"):
         if key.endswith(f".{part}"):
             return key[: -len(part) - 1], part
-    return key.removesuffix(".bias").removesuffix(".weight"), None
+    return key.removesuffix(".bias").removesuffix(".weight").removesuffix(".base_layer"), None
 
 
 def save_lora(factors: Mapping[str, Factors], folder: str | Path, config: Any, pad_ranks: bool = False) -> None:

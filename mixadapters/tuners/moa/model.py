@@ -22,6 +22,7 @@ from mixadapters.tuners.moa.sources import Gathered, gather
 from mixadapters.tuners.moa.verbs import ExpertVerbs
 from mixadapters.tuners.sources import rank_of, same_module
 
+QUERY = frozenset({"q", "query", "q_proj", "q_lin", "query_proj"})  # what runs first in an attention
 # Of cross-attention, these read the encoder's tokens, the others the decoder's.
 MEMORY = frozenset({"k", "key", "k_proj", "v", "value", "v_proj"})
 
@@ -124,7 +125,7 @@ class MoAModel(ExpertVerbs):
         plan = Plan()
         first: dict[tuple[str, ...], str] = {}
         have: dict[str, set[str]] = {}
-        for path in paths:
+        for path in _in_running_order(paths):
             names = self._experts_at(config, path)
             if names:
                 scope = self._scope(config, adapter_name, path)
@@ -139,12 +140,12 @@ class MoAModel(ExpertVerbs):
         site = self._site(config, adapter_name, self._unwrapped(path), path)
         memory = site.group == "cross_attention" and path.rpartition(".")[2] in MEMORY
         side = "encoder" if memory else site.stack
+        layer = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", path)
+        if config.router_scope == "module" or layer is None:  # a head reads other rows than the layers
+            return (path,)
         if config.router_scope == "model":
             return (side,)
-        layer = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", path)
-        if config.router_scope == "module" or not site.group or layer is None:
-            return (path,)
-        return (layer[0], site.group, side)
+        return (layer[0], site.group, side) if site.group else (path,)
 
     def _numbered_at(self, config: MoAConfig, path: str) -> dict[str, int]:
         """{expert: rank} of the experts that have something at `path`, in the order of the config."""
@@ -198,14 +199,16 @@ class MoAModel(ExpertVerbs):
 
     def _router(self, config: MoAConfig, site: Site, width: int) -> Router:
         leader = self._plan.leader[site.path]
-        if leader != site.path:
-            at = self._site(config, site.adapter, self._unwrapped(leader), leader)
-            return FollowRouter(width, self._plan.routers[leader], RoutingKey(at.adapter, at.group, at.layer, at.path))
-        first = next(iter(self._plan.routers.values()), None)
-        nulls = config.num_null_experts + rank_of(config.null_arms, leader)
-        router = self.make_router(config, width, self._plan.experts[leader], nulls, first)
-        self._plan.routers[leader] = router
-        return router
+        if leader not in self._plan.routers:  # the leader of an attention may be defined after others
+            at, _ = self.expert_widths(config, leader)
+            nulls = config.num_null_experts + rank_of(config.null_arms, leader)
+            first = next(iter(self._plan.routers.values()), None)
+            self._plan.routers[leader] = self.make_router(config, at, self._plan.experts[leader], nulls, first)
+        router = self._plan.routers[leader]
+        if leader == site.path:
+            return router
+        key = self._site(config, site.adapter, self._unwrapped(leader), leader)
+        return FollowRouter(width, router, RoutingKey(key.adapter, key.group, key.layer, key.path))
 
     def make_router(
         self, config: MoAConfig, width: int, experts: list[str], nulls: int = 0, first: Router | None = None
@@ -217,13 +220,17 @@ class MoAModel(ExpertVerbs):
         cls, options = router_spec(config)
         options |= {"null_arms": nulls} if nulls else {}
         if "k" in options:
-            arms = len(experts) + nulls
-            options["k"] = arms if options["k"] is None else min(options["k"], arms)
+            options["k"] = self.chosen(config, len(experts) + nulls)
         defaults: dict[str, Any] = {"first": first} if first is not None and getattr(cls, "shares", False) else {}
         vocabulary = getattr(getattr(self.model, "config", None), "vocab_size", None)
         defaults |= {} if vocabulary is None else {"vocab_size": vocabulary}
         assert isinstance(config.router, dict)
         return build_router({"kind": config.router["kind"], **options}, width, experts, **defaults)
+
+    def chosen(self, config: MoAConfig, arms: int) -> int:
+        """How many of `arms` a token uses: layers may have fewer experts than the config asks for."""
+        k = router_spec(config)[1]["k"]
+        return arms if k is None else min(k, arms)
 
     def after_injection(self, config: MoAConfig, adapter_name: str) -> None:
         super().after_injection(config, adapter_name)
@@ -232,3 +239,16 @@ class MoAModel(ExpertVerbs):
         self.fit_router(adapter_name, missing_ok=True)
         self.set_trainable(adapter_name)
         self._gathered = {}
+
+
+def _in_running_order(paths: list[str]) -> list[str]:
+    """Modules in the order of the model, and of one attention the query first, which some models define last."""
+    first: dict[str, int] = {}
+    for i, path in enumerate(paths):
+        first.setdefault(path.rpartition(".")[0], i)
+
+    def place(path: str) -> tuple[int, bool]:
+        parent, _, name = path.rpartition(".")
+        return first[parent], name not in QUERY
+
+    return sorted(paths, key=place)

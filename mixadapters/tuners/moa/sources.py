@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
@@ -73,7 +74,7 @@ def _lora(
     tuner: ExpertSites, saved: Any, weights: dict[str, Tensor], spec: dict[str, Any], where: str
 ) -> tuple[dict[str, float], dict[str, dict[str, Tensor]]]:
     refuse_inexact(saved, where, spec.get("ignore_modules_to_save", False))
-    factors, biases = read_factors(saved, weights, where)
+    factors, biases = read_factors(saved, _without_base(tuner, saved, weights, where), where)
     found = {}
     for path, (down, up, scale, b_up) in factors.items():
         found[path] = {"down.weight": down, "up.weight": up} | ({} if b_up is None else {"up.bias": b_up})
@@ -87,6 +88,29 @@ def _lora(
             difference = (biases[path].float() - bias.detach().float().cpu()) / scale
             found[path]["up.bias"] = difference + (0 if b_up is None else b_up.float())
     return {path: factor.scale for path, factor in factors.items()}, found
+
+
+def _without_base(tuner: ExpertSites, saved: Any, weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Without embeddings and heads of the base model, which PEFT may save beside: waived ones, or those unchanged."""
+    kept = {}
+    waived = tuple(f".{module}." for module in saved.modules_to_save or ())
+    for key, tensor in weights.items():
+        if any(module in f".{key}" for module in waived):
+            continue
+        path = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
+        if not key.endswith(".weight") or ".lora_" in key:
+            kept[key] = tensor
+            continue
+        places = places_of([path], tuner.places())[path]
+        own = getattr(tuner._unwrapped(places[0]), "weight", None) if len(places) == 1 else None
+        if own is None:
+            kept[key] = tensor
+        elif own.shape != tensor.shape or not torch.equal(own.detach().cpu().to(tensor.dtype), tensor):
+            raise ValueError(
+                f"{where} holds a changed {path!r} of the base model, of which a mixture can hold one version only; "
+                "train without it, or load that base model"
+            )
+    return kept
 
 
 def _bottleneck(

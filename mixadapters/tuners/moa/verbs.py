@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -78,19 +79,35 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
             spec |= {"ranks": ranks, "scales": {path: config.scale_at(path, rank) for path, rank in ranks.items()}}
         self._name_experts(config, paths)
         before = self._leaders(adapter_name)
+        targets = config.target_modules
         config.experts[name] = spec
         try:
-            where = dict.fromkeys([*paths, *spec.get("ranks", ())])
+            self._widen(config, name, [path for path in spec.get("ranks", ()) if path not in paths])
+            where = {*paths, *spec.get("ranks", ())}
             plan = self._make_plan(config, adapter_name, [p for p in self.places() if p in where])
             self._refuse_other_leaders(plan, before)
         except ValueError:
             del config.experts[name]
+            config.target_modules = targets
             raise
         config.expert_order = list(config.experts)
         self._insert(config, adapter_name, name, plan, before, share)
         if found is not None:
             self.fill(adapter_name, name, found)
         self._settle(adapter_name)
+
+    def _widen(self, config: MoAConfig, name: str, paths: list[str]) -> None:
+        """Add modules to those that the config adapts. Raises ValueError where it leaves them out on purpose."""
+        if paths:
+            old = config.target_modules
+            exact = "|".join(re.escape(path) for path in paths)
+            config.target_modules = f"(?:{old})|{exact}" if isinstance(old, str) else {*(old or ()), *paths}
+        for path in paths:
+            if not self._check_target_module_exists(config, path):
+                raise ValueError(
+                    f"expert {name!r} adapts {path!r}, which exclude_modules or layers_to_transform leave out; make a "
+                    "mixture without these fields"
+                )
 
     def _check_new(self, config: MoAConfig, name: str, share: float, adapter_name: str) -> None:
         if name in config.all_names():
@@ -159,6 +176,8 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         for path, mixture in list(self._mixtures(adapter_name)):
             for piece in pieces:
                 if not isinstance(mixture.router, FollowRouter) and piece in mixture.router.experts:
+                    if renormalize:
+                        self._choose_among(config, mixture.router, len(mixture.router.arms) - 1)
                     mixture.router.remove_expert(piece, renormalize)
                 if piece in mixture.bank.experts:
                     mixture.bank.remove(piece)
@@ -204,11 +223,6 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                     "the mixture anew from all experts, or use router_scope='module'"
                 )
 
-    def _leaders(self, adapter_name: str) -> dict[str, Any]:
-        """path -> router, of the layers that decide for themselves."""
-        mixtures = self._mixtures(adapter_name)
-        return {path: m.router for path, m in mixtures if not isinstance(m.router, FollowRouter)}
-
     def _require(self, adapter_name: str, verb: str) -> None:
         router = next(iter(self._leaders(adapter_name).values()))
         if not hasattr(router, verb):
@@ -228,6 +242,8 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         """Number everything anew, fit routers that read the experts' weights, and train what the stage trains."""
         config = self._moa(adapter_name)
         order = [piece for name in config.all_names() for piece in config.pieces(name)]
+        for router in self._leaders(adapter_name).values():
+            self._choose_among(config, router, len(router.arms))
         for _, mixture in self._mixtures(adapter_name):
             mixture.number()
             assert mixture.hard_routes is not None
@@ -235,20 +251,10 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         self.fit_router(adapter_name, missing_ok=True)
         self.set_trainable(adapter_name)
 
-    def set_trainable(self, adapter_name: str) -> None:
-        """Train what the config and the stage say."""
-        config = self._moa(adapter_name)
-        if config.inference_mode:
-            for _, mixture in self._mixtures(adapter_name):
-                mixture.requires_grad_(False)
-            return
-        if adapter_name in self.stage:
-            self.set_stage(self.stage[adapter_name], adapter_name)
-        elif config.frozen_experts():
-            patterns = config.trained_in("task")
-            for host in self.hosts():
-                if adapter_name in host.adapters:
-                    host.stages[adapter_name] = patterns
-            for parameter, matches in self._stage_parameters(patterns, adapter_name):
-                if not matches:
-                    parameter.requires_grad_(False)
+    def _choose_among(self, config: MoAConfig, router: Any, arms: int) -> None:
+        """As many experts per token as a router with so many arms has when it is loaded."""
+        if getattr(router, "k", None) is not None:
+            router.set_option("k", self.chosen(config, arms))
+
+    def chosen(self, config: MoAConfig, arms: int) -> int:
+        raise NotImplementedError

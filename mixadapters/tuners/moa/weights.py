@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from mixadapters.core.files import being_loaded
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.registry import nearest
 from mixadapters.tuners.moa.config import MoAConfig
-from mixadapters.tuners.moa.layer import ExpertMixture
+from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.lora import Factors, save_lora
 from mixadapters.tuners.moa.sources import Gathered
 
@@ -80,6 +81,29 @@ class ExpertWeights(MixtureModel):
                     float(parts[0].scale), sum(biases[1:], biases[0]).detach() if biases else None,
                 )  # fmt: skip
         save_lora(factors, folder, config, pad_ranks)
+
+    def set_trainable(self, adapter_name: str) -> None:
+        """Train what the config and the stage say."""
+        config = self._moa(adapter_name)
+        if config.inference_mode:
+            for _, mixture in self._mixtures(adapter_name):
+                mixture.requires_grad_(False)
+            return
+        if adapter_name in self.stage:
+            self.set_stage(self.stage[adapter_name], adapter_name)
+        elif config.frozen_experts():
+            patterns = config.trained_in("task")
+            for host in self.hosts():
+                if adapter_name in host.adapters:
+                    host.stages[adapter_name] = patterns
+            for parameter, matches in self._stage_parameters(patterns, adapter_name):
+                if not matches:
+                    parameter.requires_grad_(False)
+
+    def _leaders(self, adapter_name: str) -> dict[str, Any]:
+        """path -> router, of the layers that decide for themselves."""
+        mixtures = self._mixtures(adapter_name)
+        return {path: m.router for path, m in mixtures if not isinstance(m.router, FollowRouter)}
 
     def _moa(self, adapter_name: str) -> MoAConfig:
         config = self.config_of(adapter_name)

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.bank import AdapterBank
+from mixadapters.core.files import being_loaded
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.routers import SingleRouter
@@ -44,6 +45,13 @@ class MoSAModel(MixtureModel):
             whole = by_table and {"ffn", "ffn_norm"} <= self.known_roles(config)
             config.adapter_input = "residual" if whole else "ffn_input"
         super().resolve(config, model_config)
+        depth = model_config.get("num_hidden_layers")
+        used = config.deep_weight or config.deep_layers != MoSAConfig.deep_layers
+        if used and isinstance(depth, int) and config.deep_layers > depth and being_loaded() is None:
+            raise ValueError(
+                f"deep_layers={config.deep_layers}: the model has {depth} layers, whose hidden states deep_weight "
+                f"compares; set deep_layers from 1 to {depth}"
+            )
 
     def after_injection(self, config: MoSAConfig, adapter_name: str) -> None:
         objectives = self.context.objectives

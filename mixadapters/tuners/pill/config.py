@@ -53,7 +53,8 @@ class PILLConfig(MixtureConfig):
 
     r: int = field(default=32, metadata={"help": "Width of an expert (paper: 32).", "least": 1, "free": True})
     modalities: list[str] = field(
-        default_factory=lambda: ["text", "image"], metadata={"help": "In the order of their ids; the first is text."}
+        default_factory=lambda: ["text", "image"],
+        metadata={"help": "In the order of their ids; the first is text.", "order": True},
     )
     token_ids: dict[str, list[int]] | None = field(
         default=None,

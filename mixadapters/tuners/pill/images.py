@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixadapters.core.fields import LARGEST, fits
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -50,8 +52,13 @@ class ImageInputs(nn.Module):
                 "vision part of a model of two, such as model.vision_model"
             )
         self.side = config.image_size // config.patch_size
-        if grid is not None and not 0 < grid <= self.side:
-            raise ValueError(f"grid={grid} must be from 1 to {self.side}, the patches along a side")
+        layers = getattr(config, "num_hidden_layers", None)
+        depth = layers if isinstance(layers, int) else LARGEST
+        for name, value, least, most in (
+            ("grid", grid, 1, self.side), ("token_id", token_id, 0, LARGEST), ("layer", layer, -1 - depth, depth),
+        ):  # fmt: skip
+            if value is not None and not (fits(value, int) and least <= value <= most):
+                raise ValueError(f"{name}={value!r} must be an integer from {least} to {most}")
         self.grid, self.layer = grid or self.side, layer
         table = model.get_input_embeddings()
         self.token_id = table.num_embeddings if token_id is None else token_id

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from mixadapters.core.adapter import Adapter, Chain, Site
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.files import being_loaded
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.sites import has_two_stacks, layer_index
 from mixadapters.routers import ModalityRouter, SingleRouter
 from mixadapters.routers.modality import TOKEN_TYPES
 from mixadapters.tuners.pill.config import PILLConfig
+from mixadapters.tuners.pill.images import ImageInputs
 
 # How one linear for query, key and value orders its outputs: all values last, or the values last in each head.
 QKV_LAYOUTS = {"gpt2": "blocks", "phi3": "blocks", "gpt_neox": "heads", "bloom": "heads"}
@@ -77,8 +79,23 @@ class PILLModel(MixtureModel):
             config.token_ids = known
         if config.gate_init is None:
             config.gate_init = "one" if known or model_config.get("vision_config") else "zero"
+        if being_loaded() is None:
+            self._refuse_unknown_tokens(config, known)
         super().resolve(config, model_config)
         self._refuse_uneven(config)
+
+    def _refuse_unknown_tokens(self, config: PILLConfig, known: dict[str, list[int]]) -> None:
+        """Refuse token ids that no input can hold: behind the vocabulary are only those that the model replaces."""
+        size = self.model.config.get_text_config().vocab_size
+        replaced = {token for tokens in known.values() for token in tokens}
+        replaced.update(module.token_id for module in self.model.modules() if isinstance(module, ImageInputs))
+        for modality, tokens in (config.token_ids or {}).items():
+            if wrong := [token for token in tokens if token >= size and token not in replaced]:
+                raise ValueError(
+                    f"token_ids={config.token_ids}: {wrong} for {modality!r} lie beyond the vocabulary of {size} "
+                    "tokens, and nothing in the model puts something in their place; attach ImageInputs before, or "
+                    "name tokens of the vocabulary"
+                )
 
     def _refuse_uneven(self, config: PILLConfig) -> None:
         """A layer that lacks one of the roles: it runs in parallel on one norm, or has no attention values."""

@@ -1,0 +1,388 @@
+"""Mixtures of adapters: what the config says is what is built, trained, saved and loaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from torch import Tensor, nn
+
+from mixadapters import MixDAConfig, MoAConfig
+from mixadapters.core.routing import RoutingKey
+
+SCOPES = ("module", "block", "model")
+
+
+def build(base: nn.Module, **fields: Any) -> nn.Module:
+    return get_peft_model(base, MoAConfig(**{"num_experts": 4, "r": 3, **fields}))
+
+
+def randomize(model: nn.Module, seed: int = 1) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def logits(model: nn.Module, inputs: dict[str, Tensor], **fields: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs, **fields).logits
+
+
+def mixtures(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:
+    return dict(model.base_model._mixtures(adapter_name))
+
+
+def saved(model: nn.Module, folder: Any) -> dict[str, Tensor]:
+    model.save_pretrained(folder)
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "attention": ("llama", {"target_modules": ["q_proj", "o_proj"]}),
+    "default targets": ("llama", {}),
+    "all linears": ("qwen3", {"target_modules": "all-linear"}),
+    "Conv1D": ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"]}),
+    "both stacks": ("t5", {"target_modules": ["q", "k", "v", "wo"]}),
+    "BART": ("bart", {"target_modules": ["q_proj", "v_proj", "fc1"]}),
+    "encoder": ("bert", {"target_modules": ["query", "value"]}),
+    "images": ("vit", {"target_modules": "all-linear"}),
+    "FFN": ("llama", {"expert_type": "bottleneck"}),
+    "FFN, gated": ("bert", {"expert_type": "glu", "activation": "silu"}),
+    "whole MoE block": ("mixtral", {"expert_type": "bottleneck"}),
+    "whole MoE block, LoRA": ("qwen3_moe", {"target_modules": ["mlp"]}),
+    "after the FFN": ("llama", {"expert_type": "bottleneck", "placement": "pfeiffer"}),
+    "shared and null": ("llama", {"n_shared_experts": 2, "num_null_experts": 3}),
+    "residual": ("llama", {"n_shared_experts": 1, "residual": True}),
+    "pyramid": ("llama", {"num_experts": {"0-1": 2, "2": 3, "3": 5}}),
+    "segments": ("llama", {"r": 4, "segments": 2}),
+    "dense": ("llama", {"num_experts_per_tok": None, "router": "top_k"}),
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_new_experts_start_as_the_base_model_and_come_back_from_a_file(
+    form, scope, tiny, tiny_inputs, tmp_path
+) -> None:
+    kind, fields = FORMS[form]
+    inputs = tiny_inputs(kind)
+    model = build(tiny(kind), router_scope=scope, **fields).eval()
+    plain = logits(tiny(kind), inputs)
+    torch.testing.assert_close(logits(model, inputs), plain, rtol=0, atol=1e-6)
+    randomize(model)
+    changed = logits(model, inputs)
+    assert (changed - plain).abs().max() > 0.01
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny(kind), tmp_path).eval()
+    torch.testing.assert_close(logits(again, inputs), changed, rtol=0, atol=0)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model, inputs), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_scope_has_one_router_and_one_routing(scope, tiny, tiny_inputs, tmp_path) -> None:
+    targets = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
+    model = randomize(build(tiny("llama"), router_scope=scope, target_modules=targets))
+    routers = {key.partition(".router.")[0] for key in saved(model, tmp_path) if ".router." in key}
+    assert len(routers) == {"module": 20, "block": 8, "model": 1}[scope]
+    seen: dict[RoutingKey, Tensor] = {}
+    model.base_model.context.observers.append(lambda key, routing, mask: seen.update({key: routing.indices}))
+    logits(model, tiny_inputs("llama"))
+    by_scope: dict[Any, list[Tensor]] = {}
+    for key, indices in seen.items():
+        by_scope.setdefault({"module": key, "block": (key.layer, key.group), "model": ""}[scope], []).append(indices)
+    assert len(seen) == 20
+    assert len(by_scope) == len(routers)
+    for same in by_scope.values():
+        assert all(torch.equal(one, same[0]) for one in same)
+    assert len({tuple(indices.flatten().tolist()) for indices in seen.values()}) == len(routers)
+
+
+def test_memory_of_cross_attention_is_routed_by_itself(tiny, tiny_inputs) -> None:
+    """Its keys and values are those of the encoder's tokens, of which there may be others."""
+    model = randomize(build(tiny("t5"), router_scope="block", target_modules=["q", "k", "v", "o"]))
+    inputs = tiny_inputs("t5")
+    inputs["decoder_input_ids"] = inputs["decoder_input_ids"][:, :3]
+    assert logits(model, inputs).shape[1] == 3
+    leaders = {path for path, m in mixtures(model).items() if not getattr(m.router, "follows", False)}
+    assert sum("EncDecAttention" in path for path in leaders) == 2 * 4
+
+
+def test_followers_learn_and_teach_the_router_they_share(tiny, tiny_inputs) -> None:
+    """The gradient of one router is the sum over its layers, with recomputation too."""
+    grads = []
+    for checkpointing in (False, True):
+        model = build(tiny("llama"), router_scope="model", target_modules=["q_proj", "down_proj"])
+        randomize(model).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+        model(**tiny_inputs("llama", labels="tokens")).loss.backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    assert grads[0].keys() == grads[1].keys()
+    for name in grads[0]:
+        torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-6)
+    assert any("router" in name and bool(grad.any()) for name, grad in grads[0].items())
+
+
+def test_reentrant_recomputation_with_a_router_for_all_layers_is_refused(tiny, tiny_inputs) -> None:
+    model = randomize(build(tiny("llama"), router_scope="model", router_aux_loss_coef=0.0)).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    loss = model(**tiny_inputs("llama", labels="tokens")).logits.square().mean()
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        loss.backward()
+
+
+def test_shared_experts_are_always_on_and_never_routed(tiny, tiny_inputs) -> None:
+    """With the routed experts at zero, what is left is each token's sum over the shared ones."""
+    inputs = tiny_inputs("llama")
+    model = randomize(build(tiny("llama"), n_shared_experts=1, target_modules=["up_proj"]))
+    lone = build(tiny("llama"), num_experts=1, target_modules=["up_proj"], router="single")
+    with torch.no_grad():
+        for (_, mixture), (_, one) in zip(mixtures(model).items(), mixtures(lone).items(), strict=True):
+            for name in mixture.expert_names:
+                mixture.bank.experts[name].up.weight.zero_()
+            one.bank.experts["expert0"].load_state_dict(mixture.bank.experts["shared0"].state_dict())
+    torch.testing.assert_close(logits(model, inputs), logits(lone.eval(), inputs), rtol=1e-5, atol=1e-5)
+    with model.base_model.record_usage() as usage:
+        logits(model, inputs)
+    assert not any("shared" in name for name in usage.report())
+
+
+def test_a_token_on_null_experts_is_the_base_model_bit_for_bit(tiny, tiny_inputs) -> None:
+    inputs = tiny_inputs("llama")
+    model = randomize(build(tiny("llama"), num_null_experts=2, router="null"))
+    with torch.no_grad():
+        for mixture in mixtures(model).values():
+            mixture.router.output.weight.zero_()
+            mixture.router.output.bias.copy_(torch.tensor([0.0] * 4 + [50.0, 50.0]))
+    torch.testing.assert_close(logits(model, inputs), logits(tiny("llama"), inputs), rtol=0, atol=0)
+
+
+def test_rows_do_not_depend_on_padding_batch_or_cache(tiny, tiny_inputs) -> None:
+    model = randomize(build(tiny("llama"), router_scope="block", n_shared_experts=1))
+    inputs = tiny_inputs("llama", batch=3, padding="left")
+    whole = logits(model, inputs)
+    for row in range(3):
+        kept = inputs["attention_mask"][row].bool()
+        alone = logits(model, {name: value[row : row + 1, kept] for name, value in inputs.items()})
+        torch.testing.assert_close(alone[0], whole[row, kept], rtol=1e-4, atol=1e-4)
+    one = model.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=True)
+    other = model.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=False)
+    assert torch.equal(one, other)
+
+
+def test_rows_of_a_batch_name_adapters_of_all_kinds(tiny, tiny_inputs) -> None:
+    inputs = tiny_inputs("llama", batch=4)
+    fields = {"target_modules": ["down_proj"], "init_weights": False}
+    configs = {
+        "a": MoAConfig(num_experts=3, r=2, router_scope="block", n_shared_experts=1, **fields),
+        "b": MoAConfig(num_experts=5, r=4, router="softmax", **fields),
+        "c": MixDAConfig(domains=["x", "y"], r=3, task_adapter=None, **fields),
+    }
+    base = tiny("llama")
+    inject_adapter_in_model(configs["c"], base, "c")
+    model = get_peft_model(base, configs["a"], adapter_name="a")
+    model.add_adapter("b", configs["b"])
+    model.eval()
+    names = ["b", "__base__", "a", "c"]
+    with torch.no_grad():
+        for parameter in (p for n, p in model.named_parameters() if ".router." in n):
+            parameter.normal_()
+        mixed = model(**inputs, adapter_names=names).logits
+    for row, name in enumerate(names):
+        if name == "__base__":
+            expected = logits(tiny("llama"), inputs)
+        else:
+            expected = logits(model, inputs, adapter_names=[name] * 4)
+        torch.testing.assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_those_of_a_plain_loop(tiny, tiny_inputs) -> None:
+    """In float64, against experts run one by one on all tokens."""
+    model = randomize(build(tiny("llama"), target_modules=["up_proj"], n_shared_experts=1)).double()
+    mixture = next(iter(mixtures(model).values()))
+    x = torch.randn(6, 32, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(6, 48, dtype=torch.float64, requires_grad=True)
+    wanted = [x, y, *mixture.parameters()]
+    routing = mixture.router(x, model.base_model.context)
+    got = torch.autograd.grad(mixture(x, y, model.base_model.context).square().sum(), wanted, allow_unused=True)
+    total = y
+    for i, name in enumerate([*mixture.expert_names, "shared0"]):
+        expert = mixture.bank.experts[name]
+        if name == "shared0":
+            weight = torch.ones(6, 1, dtype=torch.float64)
+        else:
+            weight = (routing.weights.double() * (routing.indices == i)).sum(1, keepdim=True)
+        total = total + weight * mixture.bank.scales[name] * (x @ expert.down.weight.T @ expert.up.weight.T)
+    expected = torch.autograd.grad(total.square().sum(), wanted, allow_unused=True)
+    for one, other in zip(got, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+def test_stages_train_what_they_say_and_gathered_experts_stay(tiny, tmp_path) -> None:
+    build(tiny("llama"), num_experts=1, target_modules=["q_proj"]).base_model.export_expert("expert0", tmp_path)
+    model = build(tiny("llama"), num_experts=8, experts={"old": str(tmp_path), "new": None}, router="top_k")
+
+    def trained() -> set[str]:
+        names = (n for n, p in model.named_parameters() if p.requires_grad)
+        return {"router" if ".router." in n else n.split(".experts.")[1].split(".")[0] for n in names}
+
+    assert trained() == {"router", "new"}
+    model.set_adapter("default")
+    assert trained() == {"router", "new"}
+    for stage, parts in {"router": {"router"}, "experts": {"old", "new"}, "all": {"router", "new"}}.items():
+        model.base_model.set_stage(stage)
+        assert trained() == parts, stage
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no such router": ({"router": "topk"}, "top_k"),
+    "no such option": ({"router": {"kind": "top_k", "kk": 2}}, "kk"),
+    "twice": ({"router": {"kind": "top_k", "k": 1}, "num_experts_per_tok": 3}, "say it once"),
+    "not taken": ({"router": "softmax", "num_experts_per_tok": 3}, "no option 'k'"),
+    "scope": ({"router_scope": "layer"}, "block"),
+    "two counts": ({"experts": ["a"], "num_experts": 4}, "one of the two"),
+    "name twice": ({"experts": ["a", "a"]}, "twice"),
+    "name of an arm": ({"experts": ["null0"]}, "arm"),
+    "dots": ({"experts": ["a.b"]}, "a.b"),
+    "one string": ({"experts": "a"}, "['a']"),
+    "none": ({"experts": []}, "at least one"),
+    "entry": ({"experts": {"a": {"sauce": "x"}}}, "source"),
+    "check alone": ({"experts": {"a": {"revision": "x"}}}, "no source"),
+    "layers": ({"num_experts": {"3-1": 4}}, "3-1"),
+    "activation of LoRA": ({"activation": "relu"}, "activation"),
+    "alpha of bottlenecks": ({"expert_type": "glu", "lora_alpha": 3}, "lora_alpha"),
+    "residual alone": ({"residual": True}, "n_shared_experts"),
+    "zero experts": ({"num_experts": 0}, "num_experts"),
+    "bool": ({"norm_topk_prob": 1}, "norm_topk_prob"),
+    "coefficient": ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef"),
+}
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_bad_values_are_refused_by_name(form) -> None:
+    fields, message = REFUSED[form]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MoAConfig(**fields)
+
+
+def test_too_many_experts_per_token_is_an_error_of_the_model(tiny) -> None:
+    with pytest.raises(ValueError, match="num_experts_per_tok=9"):
+        build(tiny("llama"), num_experts=4, num_experts_per_tok=9)
+
+
+def test_a_source_in_a_file_is_not_followed(tiny, tmp_path) -> None:
+    build(tiny("llama"), num_experts=8, experts=["a", "b"]).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["experts"]["a"]["source"] = "somewhere/else"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="not followed"):
+        PeftModel.from_pretrained(tiny("llama"), tmp_path)
+
+
+def test_order_of_experts_survives_json(tiny, tmp_path) -> None:
+    model = randomize(build(tiny("llama"), num_experts=8, experts=["zebra", "ape", "cat"]))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    assert list(again.peft_config["default"].experts) == ["zebra", "ape", "cat"]
+    assert next(iter(mixtures(again).values())).expert_names == ["zebra", "ape", "cat"]
+
+
+# --- experts that come and go ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("router", ["softmax", "sigmoid", "top_k"])
+def test_added_expert_leaves_the_others_logits_and_survives_a_file(router, scope, tiny, tiny_inputs, tmp_path) -> None:
+    inputs = tiny_inputs("llama")
+    model = randomize(build(tiny("llama"), num_experts=3, router=router, router_scope=scope))
+    before = copy.deepcopy({k: v.clone() for k, v in model.state_dict().items() if ".bank." in k})
+    by_name = {
+        n: logits(model, inputs, expert_ids=model.base_model.expert_ids([n] * 2)) for n in ("expert0", "expert2")
+    }
+    model.base_model.add_expert("new", r=5)
+    for key, value in before.items():
+        assert torch.equal(model.state_dict()[key], value)
+    for name, expected in by_name.items():
+        again = logits(model, inputs, expert_ids=model.base_model.expert_ids([name] * 2))
+        torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
+    randomize(model, seed=5)
+    for m in mixtures(model).values():
+        assert m.expert_names == ["expert0", "expert1", "expert2", "new"]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, inputs), logits(model, inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("router", ["softmax", "top_k"])
+def test_removed_expert_leaves_the_weights_of_the_others(router, scope, tiny, tiny_inputs, tmp_path) -> None:
+    """As if it added nothing."""
+    inputs = tiny_inputs("llama")
+    model = randomize(build(tiny("llama"), num_experts=4, router=router, router_scope=scope, n_shared_experts=1))
+    silent = copy.deepcopy(model)
+    with torch.no_grad():
+        for mixture in mixtures(silent).values():
+            mixture.bank.experts["expert1"].up.weight.zero_()
+    model.base_model.remove_expert("expert1")
+    torch.testing.assert_close(logits(model, inputs), logits(silent, inputs), rtol=1e-5, atol=1e-5)
+    assert not any("expert1" in key for key in model.state_dict())
+    assert model.base_model.expert_ids(["expert2", "__base__"]).tolist() == [1, -1]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    torch.testing.assert_close(logits(loaded, inputs), logits(model, inputs), rtol=0, atol=0)
+
+
+def test_expert_gathered_later_is_the_adapter_that_it_was(tiny, tiny_inputs, tmp_path) -> None:
+    inputs = tiny_inputs("llama")
+    other = randomize(build(tiny("llama"), num_experts=1, r=6, target_modules=["q_proj", "down_proj"]))
+    other.base_model.export_expert("expert0", tmp_path / "one")
+    expected = logits(PeftModel.from_pretrained(tiny("llama"), tmp_path / "one").eval(), inputs)
+    model = randomize(build(tiny("llama"), target_modules=["q_proj", "v_proj"], router="softmax"))
+    model.base_model.add_expert("one", str(tmp_path / "one"))
+    got = logits(model, inputs, expert_ids=model.base_model.expert_ids(["one"] * 2))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    model.save_pretrained(tmp_path / "all")
+    again = PeftModel.from_pretrained(tiny("llama"), tmp_path / "all").eval()
+    torch.testing.assert_close(logits(again, inputs), logits(model, inputs), rtol=0, atol=0)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".experts.one." in n)
+
+
+def test_verbs_refuse_what_they_cannot_do_and_change_nothing(tiny, tiny_inputs) -> None:
+    inputs = tiny_inputs("llama")
+    model = randomize(build(tiny("llama"), num_experts=2))
+    before, config = logits(model, inputs), copy.deepcopy(model.peft_config["default"].to_dict())
+    tuner = model.base_model
+    for act, message in (
+        (lambda: tuner.add_expert("expert1"), "exists already"),
+        (lambda: tuner.add_expert("a.b"), "a.b"),
+        (lambda: tuner.add_expert("new", share=1.5), "share"),
+        (lambda: tuner.add_expert("new", "/nowhere"), "cannot be read"),
+        (lambda: tuner.remove_expert("expert7"), "unknown expert"),
+        (lambda: tuner.expert_ids("expert0"), "list"),
+        (lambda: tuner.expert_ids(["expert9"]), "Did you mean"),
+        (lambda: tuner.export_expert("expert9", "/tmp/never"), "unknown expert"),
+        (lambda: tuner.fit_router(), "nothing to fit"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            act()
+    torch.testing.assert_close(logits(model, inputs), before, rtol=0, atol=0)
+    assert model.peft_config["default"].to_dict() == config
+    tuner.remove_expert("expert0", renormalize=True)
+    with pytest.raises(ValueError, match="only one"):
+        tuner.remove_expert("expert1")

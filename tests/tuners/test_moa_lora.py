@@ -1,0 +1,264 @@
+"""LoRA folders as experts: each is what PEFT makes of it, to rounding, or is refused with the field and the remedy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mixadapters import BottleneckConfig, MoAConfig
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def save_lora(base: nn.Module, folder: Path, **fields: Any) -> nn.Module:
+    """A trained LoRA of PEFT in `folder`, and the model that it is in."""
+    model = get_peft_model(base, LoraConfig(**fields))
+    generator = torch.Generator().manual_seed(sum(map(ord, folder.name)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def gather(base: nn.Module, experts: dict[str, Any], **fields: Any) -> nn.Module:
+    return get_peft_model(base, MoAConfig(experts=experts, router="softmax", **fields)).eval()
+
+
+def logits(model: nn.Module, inputs: dict[str, Tensor], **fields: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs, **fields).logits
+
+
+def by_expert(model: nn.Module, name: str, inputs: dict[str, Tensor]) -> Tensor:
+    rows = len(next(iter(inputs.values())))
+    return logits(model, inputs, expert_ids=model.base_model.expert_ids([name] * rows))
+
+
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "attention": ("llama", {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}),
+    "all linears, rsLoRA, patterns": (
+        "llama",
+        {"r": 8, "use_rslora": True, "target_modules": "all-linear", "rank_pattern": {"up_proj": 3},
+         "alpha_pattern": {"layers.1.self_attn.q_proj": 5}},
+    ),
+    "some layers, bias of its own": (
+        "llama", {"r": 16, "target_modules": ["down_proj"], "layers_to_transform": [1, 3], "lora_bias": True},
+    ),
+    "biases of the base": ("opt", {"r": 4, "lora_alpha": 6, "target_modules": ["fc1", "q_proj"], "bias": "lora_only"}),
+    "Conv1D": ("gpt2", {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "both stacks": ("t5", {"r": 4, "target_modules": ["q", "v", "wo"]}),
+    "encoder": ("bert", {"r": 4, "target_modules": ["query", "dense"]}),
+    "MoE": ("qwen3_moe", {"r": 4, "target_modules": ["q_proj", "o_proj"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_routed_to_one_expert_the_mixture_is_pefts_lora(form, tiny, tiny_inputs, tmp_path) -> None:
+    kind, fields = FORMS[form]
+    inputs = tiny_inputs(kind)
+    plain = logits(tiny(kind), inputs)
+    expected = logits(save_lora(tiny(kind), tmp_path / "one", **fields), inputs)
+    other = {"r": 2, "target_modules": fields["target_modules"]}
+    alone = logits(save_lora(tiny(kind), tmp_path / "two", **other), inputs)
+    model = gather(tiny(kind), {"one": tmp_path / "one", "two": str(tmp_path / "two")})
+    torch.testing.assert_close(by_expert(model, "one", inputs), expected, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(by_expert(model, "two", inputs), alone, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(by_expert(model, "__base__", inputs), plain, rtol=0, atol=0)
+    assert (expected - plain).abs().max() > 0.05
+
+
+def test_pointwise_convolution_is_a_linear_layer(tmp_path) -> None:
+    torch.manual_seed(0)
+
+    def base() -> nn.Module:
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Conv1d(6, 5, 1), nn.Conv1d(5, 4, 1))
+
+    lora = save_lora(base(), tmp_path / "one", r=2, target_modules=["0", "1"])
+    model = get_peft_model(base(), MoAConfig(experts={"one": tmp_path / "one"}, router="constant")).eval()
+    x = torch.randn(2, 6, 7)
+    torch.testing.assert_close(model(x), lora(x), rtol=1e-5, atol=1e-5)
+
+
+def test_folder_of_another_head_fits_the_backbone(tiny, tiny_inputs, tmp_path) -> None:
+    save_lora(tiny("llama"), tmp_path / "one", r=4, target_modules=["q_proj"])
+    inputs = tiny_inputs("llama")
+    backbone = get_peft_model(tiny("llama", "base"), MoAConfig(experts={"one": tmp_path / "one"}, router="softmax"))
+    with torch.no_grad():
+        plain = tiny("llama", "base")(**inputs).last_hidden_state
+        got = backbone.eval()(**inputs, expert_ids=torch.zeros(2, dtype=torch.long)).last_hidden_state
+    assert (got - plain).abs().max() > 0.05
+
+
+def test_factor_of_the_user_scales_one_expert(tiny, tiny_inputs, tmp_path) -> None:
+    base = tiny("llama")
+    save_lora(tiny("llama"), tmp_path / "one", r=4, lora_alpha=8, target_modules=["lm_head"])
+    inputs = tiny_inputs("llama")
+    plain = logits(base, inputs)
+    whole = by_expert(gather(tiny("llama"), {"one": tmp_path / "one"}), "one", inputs) - plain
+    half = gather(tiny("llama"), {"one": {"source": str(tmp_path / "one"), "scale": 0.5}})
+    torch.testing.assert_close(by_expert(half, "one", inputs) - plain, whole / 2, rtol=1e-4, atol=1e-5)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({"use_dora": True}, "use_dora=True"),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    "all biases": ({"bias": "all"}, "bias='all'"),
+    "heads": ({"modules_to_save": ["lm_head"]}, "ignore_modules_to_save"),
+    "tokens": ({"trainable_token_indices": [3]}, "trainable_token_indices"),
+    "aLoRA": ({"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
+    "embeddings": ({"target_modules": ["embed_tokens"]}, "linear"),
+}
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_what_no_expert_can_do_is_refused_before_anything_changes(form, tiny, tmp_path) -> None:
+    fields, message = REFUSED[form]
+    save_lora(tiny("llama"), tmp_path / "one", **{"r": 4, "target_modules": ["q_proj"], **fields})
+    base = tiny("llama")
+    names = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=r"experts\['one'\].*") as caught:
+        gather(base, {"one": tmp_path / "one"})
+    assert message in str(caught.value)
+    assert [name for name, _ in base.named_modules()] == names
+
+
+def test_heads_may_be_waived_by_name(tiny, tiny_inputs, tmp_path) -> None:
+    save_lora(tiny("llama"), tmp_path / "one", r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    spec = {"source": str(tmp_path / "one"), "ignore_modules_to_save": True}
+    inputs = tiny_inputs("llama")
+    model = gather(tiny("llama"), {"one": spec})
+    assert (by_expert(model, "one", inputs) - logits(tiny("llama"), inputs)).abs().max() > 0.01
+
+
+def change(folder: Path, what: str) -> None:
+    weights, config = load_file(folder / WEIGHTS), json.loads((folder / "adapter_config.json").read_text())
+    first = next(key for key in sorted(weights) if "lora_A" in key)
+    if what == "rank":
+        config["r"] = 5
+    elif what == "half":
+        del weights[first]
+    elif what == "module":
+        weights = {k: v for k, v in weights.items() if not k.startswith(first.removesuffix("lora_A.weight"))}
+    elif what == "shape":
+        weights[first] = torch.zeros(weights[first].shape[0], 7)
+    elif what == "nan":
+        weights[first][0, 0] = float("nan")
+    elif what == "type":
+        config["peft_type"] = "IA3"
+        config = {"peft_type": "IA3", "target_modules": ["q_proj"], "feedforward_modules": []}
+    elif what == "base":
+        config["base_model_name_or_path"] = "org/other"
+    elif what == "architecture":
+        weights = {key.replace("self_attn", "attention"): tensor for key, tensor in weights.items()}
+    save_file(weights, folder / WEIGHTS)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+CHANGED = {
+    "rank": "rank 5", "half": "lora_A.weight", "module": "lacks the weights", "shape": "expected (4, 32)",
+    "nan": "not finite", "type": "IA3", "base": "org/other", "architecture": "no module",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_files_that_are_not_whole_are_refused(what, tiny, tmp_path) -> None:
+    save_lora(tiny("llama"), tmp_path / "one", r=4, target_modules=["q_proj", "v_proj"])
+    change(tmp_path / "one", what)
+    base = tiny("llama")
+    base.config._name_or_path = "org/this"
+    with pytest.raises(ValueError, match=r"experts\['one'\]") as caught:
+        gather(base, {"one": str(tmp_path / "one")})
+    assert CHANGED[what] in str(caught.value)
+
+
+def test_modules_that_the_config_leaves_out_are_an_error(tiny, tmp_path) -> None:
+    save_lora(tiny("llama"), tmp_path / "one", r=4, target_modules=["q_proj", "v_proj"])
+    with pytest.raises(ValueError, match="v_proj"):
+        gather(tiny("llama"), {"one": tmp_path / "one"}, target_modules=["q_proj"])
+
+
+def test_kinds_are_not_mixed(tiny, tmp_path) -> None:
+    get_peft_model(tiny("llama"), BottleneckConfig(placement="parallel")).save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match="BOTTLENECK adapter; expert_type='lora'"):
+        gather(tiny("llama"), {"one": tmp_path / "one"})
+
+
+@pytest.mark.parametrize("glu", [False, True])
+def test_bottleneck_adapters_are_gathered_too(glu, tiny, tiny_inputs, tmp_path) -> None:
+    inputs = tiny_inputs("llama")
+    lone = get_peft_model(tiny("llama"), BottleneckConfig(r=3, placement="parallel", glu=glu, init_weights=False))
+    lone.save_pretrained(tmp_path / "one")
+    model = gather(tiny("llama"), {"one": tmp_path / "one"}, expert_type="glu" if glu else "bottleneck")
+    torch.testing.assert_close(by_expert(model, "one", inputs), logits(lone.eval(), inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_may_be_cut_into_segments(tiny, tiny_inputs, tmp_path) -> None:
+    inputs = tiny_inputs("llama")
+    fields = {"r": 8, "target_modules": ["q_proj", "up_proj"], "lora_bias": True}
+    expected = logits(save_lora(tiny("llama"), tmp_path / "one", **fields), inputs)
+    config = {"segments": 4, "router": {"kind": "constant", "weights": [1.0] * 4}}
+    model = get_peft_model(tiny("llama"), MoAConfig(experts={"one": tmp_path / "one"}, **config)).eval()
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-5, atol=2e-5)
+    with pytest.raises(ValueError, match="segments=3"):
+        get_peft_model(tiny("llama"), MoAConfig(experts={"one": tmp_path / "one"}, segments=3, router="softmax"))
+
+
+# --- back -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_exported_expert_is_stock_lora(pad, tiny, tiny_inputs, tmp_path) -> None:
+    inputs = tiny_inputs("llama")
+    fields = {"r": 8, "use_rslora": True, "target_modules": "all-linear", "rank_pattern": {"up_proj": 3}}
+    lora = save_lora(tiny("llama"), tmp_path / "one", **fields)
+    save_lora(tiny("llama"), tmp_path / "two", r=2, target_modules=["q_proj"], lora_bias=True)
+    model = gather(tiny("llama"), {"one": tmp_path / "one", "two": tmp_path / "two"})
+    for name in ("one", "two"):
+        model.base_model.export_expert(name, tmp_path / f"{name}-back", pad_ranks=pad)
+    back = PeftModel.from_pretrained(tiny("llama"), tmp_path / "one-back").eval()
+    torch.testing.assert_close(logits(back, inputs), logits(lora, inputs), rtol=1e-5, atol=1e-5)
+    assert json.loads((tmp_path / "one-back" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    again = gather(tiny("llama"), {"one": tmp_path / "one-back", "two": tmp_path / "two-back"})
+    for name in ("one", "two"):
+        # With padding the sums run over more terms, of zeros.
+        close = 1e-5 if pad else 0
+        torch.testing.assert_close(
+            by_expert(again, name, inputs), by_expert(model, name, inputs), rtol=close, atol=close
+        )
+    if pad:
+        ranks = {t.shape[0] for k, t in load_file(tmp_path / "one-back" / WEIGHTS).items() if "lora_A" in k}
+        assert ranks == {8}
+
+
+SCRIPT = """
+import sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+folder, ids = sys.argv[1], torch.arange(5, 12).unsqueeze(0)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder + "/base"), folder + "/back")
+torch.save(model.eval()(ids).logits.detach(), folder + "/logits.pt")
+assert not [name for name in sys.modules if name.startswith("mixadapters")]
+"""
+
+
+@pytest.mark.slow
+def test_exported_expert_loads_where_this_library_is_not(tiny, tmp_path) -> None:
+    base = tiny("llama")
+    base.save_pretrained(tmp_path / "base")
+    lora = save_lora(tiny("llama"), tmp_path / "one", r=4, target_modules=["q_proj", "up_proj"])
+    gather(base, {"one": tmp_path / "one"}).base_model.export_expert("one", tmp_path / "back")
+    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], check=True)
+    expected = logits(lora, {"input_ids": torch.arange(5, 12).unsqueeze(0)})
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
