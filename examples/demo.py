@@ -47,13 +47,13 @@ class Arguments:
     general: str | None = field(default=None, metadata={"help": "FILE of general text. None: the installation's."})
     later: str | None = field(default=None, metadata={"help": "name=FILE of a domain that is added later."})
     out: str = field(default="runs/demo", metadata={"help": "Where everything goes."})
-    tokens: int = field(default=48_000, metadata={"help": "Tokens of training text per domain, read once."})
-    test_tokens: int = field(default=10_000, metadata={"help": "Tokens of test text per kind, from other documents."})
+    tokens: int = field(default=40_000, metadata={"help": "Tokens of training text per domain, read once."})
+    test_tokens: int = field(default=8_000, metadata={"help": "Tokens of test text per kind, from other documents."})
     length: int = field(default=128, metadata={"help": "Tokens of a row."})
     rank: int = field(default=8, metadata={"help": "Of a domain's LoRA; the joint one has as many times more."})
     rate: float = field(default=5e-3, metadata={"help": "Learning rate of adapters; 2e-4 suits large models."})
     batch: int = 4
-    base_tokens: int = field(default=1_500_000, metadata={"help": "Tokens that the new base model is trained on."})
+    base_tokens: int = field(default=800_000, metadata={"help": "Tokens that the new base model is trained on."})
     base_rate: float = 3e-3
     vocabulary: int = 3000
     width: int = 160
