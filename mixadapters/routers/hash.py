@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from zlib import crc32
+
 from torch import Tensor
 
 from mixadapters.core.context import ForwardContext
@@ -26,11 +28,11 @@ class HashRouter(Router):
     def __init__(self, in_features: int, experts: list[str], *, seed: int = 0) -> None:
         super().__init__(in_features, experts)
         check_options(seed=seed)
-        self.seed = seed
+        self.seed, self.salt = seed, crc32(str(seed).encode())
 
     def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
         ids = token_ids(context, self.stack, tokens.numel() // tokens.shape[-1], "router 'hash'").to(tokens.device)
-        code = (ids.long().reshape(-1, 1) + (self.seed % 2**16) * 65_537) & 0xFFFFFFFF
+        code = (ids.long().reshape(-1, 1) ^ self.salt) & 0xFFFFFFFF
         for _ in range(2):  # the finalizer of MurmurHash3 in 32 bits, of which 64 hold the products
             code = ((code ^ (code >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
         return Routing((code ^ (code >> 16)) % len(self.experts))
