@@ -295,13 +295,13 @@ COMMANDS = sorted(
     {
         (page, example, argument)
         for page, text in PAGES.items()
-        for example, command in re.findall(r"python examples/(\w+)\.py (.*)", text.replace("\\\n", " "))
+        for example, command in re.findall(r"python examples/([\w/]+)\.py (.*)", text.replace("\\\n", " "))
         for argument in re.findall(r"--(\w+)", command)
     }
 )
 
 
-@pytest.mark.parametrize("example", ["demo", "mosa_vision", "pill_vqa"])
+@pytest.mark.parametrize("example", ["studies/sentences", "studies/mosa_vision", "studies/pill_vqa"])
 def test_commands_pass_arguments_that_the_example_takes(example) -> None:
     tree = ast.parse((ROOT / "examples" / f"{example}.py").read_text(encoding="utf-8"))
     (arguments,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Arguments")
