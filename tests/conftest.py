@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import os
 import sys
@@ -274,6 +275,13 @@ def tiny_inputs():
         return inputs
 
     return make
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _imports_are_no_garbage() -> None:
+    """Each `Trainer.train` collects, which takes a second where it looks at every module of transformers."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -175,7 +175,18 @@ class AdapterBank(nn.Module):
 
         dropout: probability that they read an element of `tokens` as 0.
         """
-        return pack([self], context)(tokens, routing, base, base_weight, dropout)
+        return self._pack(context)(tokens, routing, base, base_weight, dropout)
+
+    def _pack(self, context: ForwardContext | None) -> PackedExperts:
+        """Packed in every forward; once for the steps of a `generate`, which runs with the weights of its first."""
+        if context is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not keeps(self):
+            return pack([self], context)
+        thread = context.records.thread
+        if not thread.generates:
+            return pack([self], context)
+        if self not in thread.packed:
+            thread.packed[self] = pack([self], context)
+        return thread.packed[self]
 
 
 class PackedExperts(NamedTuple):
@@ -230,6 +241,11 @@ def pack(banks: Sequence[AdapterBank], context: ForwardContext | None) -> Packed
     return PackedExperts(banks[0].kind, [len(some) for some in by_bank], arguments)
 
 
+def keeps(bank: AdapterBank) -> bool:
+    """Whether its experts are parameters, and not computed, which may be others each time."""
+    return type(bank).weights is AdapterBank.weights
+
+
 class KeptExperts:
     """The packed experts of banks of one kind, for the steps of one `generate`: it runs with the weights of its first.
 
@@ -239,7 +255,7 @@ class KeptExperts:
 
     def __init__(self, banks: Sequence[AdapterBank]) -> None:
         self.banks = banks
-        self._keeps = all(type(bank).weights is AdapterBank.weights for bank in banks)
+        self._keeps = all(keeps(bank) for bank in banks)
         self._kept: PackedExperts | None = None
 
     def pack(self, context: ForwardContext | None) -> PackedExperts:

@@ -94,6 +94,7 @@ class _Thread:
         self.pins = Pins()
         self.again = False  # whether activation checkpointing runs a layer again
         self.generates = False  # whether a `generate` runs
+        self.packed: dict[Any, Any] = {}  # bank -> its packed experts, for the steps of a `generate`
         self.copies = 1  # how often it has repeated each row of its batch
 
 
@@ -164,9 +165,9 @@ class Records:
     def generating(self) -> Iterator[None]:
         """A `generate` of this thread: none of its rows is repeated yet."""
         thread = self.thread
-        before = thread.generates, thread.copies
-        thread.generates, thread.copies = True, 1
+        before = thread.generates, thread.copies, thread.packed
+        thread.generates, thread.copies, thread.packed = True, 1, {}
         try:
             yield
         finally:
-            thread.generates, thread.copies = before
+            thread.generates, thread.copies, thread.packed = before

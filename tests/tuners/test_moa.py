@@ -386,3 +386,22 @@ def test_verbs_refuse_what_they_cannot_do_and_change_nothing(tiny, tiny_inputs) 
     tuner.remove_expert("expert0", renormalize=True)
     with pytest.raises(ValueError, match="only one"):
         tuner.remove_expert("expert1")
+
+
+def test_experts_are_packed_once_for_the_steps_of_a_generate(tiny, tiny_inputs, monkeypatch) -> None:
+    from mixadapters.core import bank as module
+
+    packed = []
+    real = module.pack
+    monkeypatch.setattr(module, "pack", lambda banks, context: packed.append(banks) or real(banks, context))
+    model = randomize(build(tiny("llama"), target_modules=["q_proj"]))
+    inputs = tiny_inputs("llama")
+    first = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert len(packed) == 4  # layers
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    again = model.generate(**inputs, max_new_tokens=6, do_sample=False)  # with the weights of now
+    assert len(packed) == 8
+    assert torch.equal(again, model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False))
+    assert not torch.equal(first, again)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from processes import Process
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -259,6 +258,6 @@ def test_exported_expert_loads_where_this_library_is_not(tiny, tmp_path) -> None
     base.save_pretrained(tmp_path / "base")
     lora = save_lora(tiny("llama"), tmp_path / "one", r=4, target_modules=["q_proj", "up_proj"])
     gather(base, {"one": tmp_path / "one"}).base_model.export_expert("one", tmp_path / "back")
-    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], check=True)
+    Process(SCRIPT, [str(tmp_path)]).finish()
     expected = logits(lora, {"input_ids": torch.arange(5, 12).unsqueeze(0)})
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
