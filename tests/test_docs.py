@@ -68,12 +68,14 @@ GIVEN = {
     "biomed": [f"the cell number {i} grows" for i in range(9)],
     "reviews": [f"the film number {i} is dull" for i in range(9)],
     "general": [f"there are {i} rivers" for i in range(12)],
+    "mixed": [{"input_ids": [5 + i, 6, 7], "labels": [5 + i, 6, 7]} for i in range(8)],
     "labelled": [(f"the cell number {i} grows", i % 2) for i in range(8)],
 }
 
 
 def tiny_tokenizer(first: tuple[str, ...], **options: Any) -> PreTrainedTokenizerFast:
-    words = sorted({w for texts in GIVEN.values() for t in texts for w in (t if isinstance(t, str) else t[0]).split()})
+    texts = [GIVEN[name] for name in ("biomed", "reviews", "general", "labelled")]
+    words = sorted({w for texts in texts for t in texts for w in (t if isinstance(t, str) else t[0]).split()})
     vocabulary = {token: i for i, token in enumerate([*first, *words])}
     assert len(vocabulary) <= 96
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -107,6 +109,10 @@ def offline(tiny, tmp_path, monkeypatch) -> Iterator[None]:
             monkeypatch.setitem(whole, name, None)
             del whole[name]
     monkeypatch.chdir(tmp_path)
+    for folder in ("runs/law", "runs/code", "user/chat"):
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(load(transformers.AutoModelForCausalLM, "Qwen/Qwen3-0.6B"), lora)
+        model.save_pretrained(folder)
     with ROUTERS.temporarily():
         yield
 

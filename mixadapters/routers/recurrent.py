@@ -123,6 +123,10 @@ class RecurrentRouter(Router):
         return self.base.arms
 
     @property
+    def k(self) -> int | None:
+        return getattr(self.base, "k", None)
+
+    @property
     def null_arms(self) -> int:
         return self.base.null_arms
 

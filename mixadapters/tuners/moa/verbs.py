@@ -225,6 +225,8 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
 
     def _require(self, adapter_name: str, verb: str) -> None:
         router = next(iter(self._leaders(adapter_name).values()))
+        if router.fixed_experts is not None:
+            raise ValueError(f"{verb}: {type(router).__name__} cannot: {router.fixed_experts}")
         if not hasattr(router, verb):
             raise ValueError(
                 f"{verb} needs a router that can change its arms, and {type(router).__name__} has no {verb}; make a "
