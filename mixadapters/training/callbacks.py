@@ -199,8 +199,8 @@ class GateUsageCallback(TrainerCallback):
     follows one of `gate/<layer>/<name>`, their means over layers `gate/mean/<name>`, and `loss/<name>`, each a mean
     since the last report, of the training batches of this process. Names are `weight/<arm>`, `entropy` (nats) and
     `dead` (arms with less than 1 % of the weight). Of routers that choose also `load/<arm>` (its share of choices),
-    `max_over_mean` (the largest load of an expert over their mean), `active` (experts that a token uses), `null` (share
-    of the choices without an expert); `dead` are then experts with less than 1 % of the mean load.
+    `max_over_mean` (the largest load of an expert over their mean), `active` (experts that a token uses), `null`
+    (share of choices without an expert); `dead` are then experts with less than 1 % of the mean load.
 
     Args:
         trainer: as in `trainer.add_callback(GateUsageCallback(trainer))`; its `log` takes the report.
