@@ -68,6 +68,8 @@ class Demo:
         self.args, self.out = args, Path(args.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.systems: list[dict[str, Any]] = []
+        self.own: dict[str, float] = {}  # domain -> perplexity of its own adapter
+        self.weights: dict[str, dict[str, float]] = {}  # kind of text -> arm -> mean weight
         self.started = time.perf_counter()
         own = not args.domains
         if not own and args.base is None:
@@ -147,7 +149,7 @@ class Demo:
         total = 2 * joint_reads - count["general"] + (0 if self.base_rows is None else args.base_tokens)
         if self.later:
             total += 2 * count[self.later] + joint_reads + count[self.later]
-        self.progress, self.own = Progress(total), {}
+        self.progress = Progress(total)
         self.train_base()
         base = self.measure("base model", self.base(), 0)
         mixed = mixture(self.base(), {name: self.domain(name) for name in old})
@@ -194,7 +196,6 @@ class Demo:
     ) -> None:  # fmt: skip
         """Three pictures, and the page."""
         texts: dict[str, tuple[Tensor, Tensor]] = {}
-        self.weights: dict[str, dict[str, float]] = {}
         for kind, rows in self.tests.items():
             arms, weights = routing(mixed, rows)
             texts[kind] = rows[:3], weights[:3]

@@ -76,9 +76,8 @@ class Advance(TrainerCallback):
 
 def train(
     model: nn.Module, rows: Rows, progress: Progress, *, rate: float, batch: int, epochs: float, out: str,
-    seconds: float = math.inf,
 ) -> None:  # fmt: skip
-    """One run of transformers' Trainer over the rows; it ends early after `seconds`."""
+    """One run of transformers' Trainer over the rows, without its logs."""
     arguments = TrainingArguments(
         out, per_device_train_batch_size=batch, num_train_epochs=epochs, learning_rate=rate, warmup_steps=0.06,
         lr_scheduler_type="cosine", adam_beta2=0.98, bf16=has_bfloat16(), save_strategy="no", logging_strategy="no",
@@ -111,23 +110,13 @@ def perplexities(model: nn.Module, tests: dict[str, Rows]) -> dict[str, float]:
 
 @torch.no_grad()
 def routing(model: Any, rows: Rows) -> tuple[list[str], Tensor]:
-    """Names of the arms, and their weights at each token: (n, T, A)."""
-    seen: list[Tensor] = []
-    arms: list[str] = []
-
-    def look(_key: Any, routed: Any, _mask: Any) -> None:
-        if not arms or len(seen) < calls:
-            arms[:] = routed.arms
-            seen.append(routed.probs.float().cpu())
-
-    tuner, calls = model.base_model, 0
-    tuner.context.observers.append(look)
-    try:
-        for part in rows.to(next(model.parameters()).device).split(16):
-            calls += 1  # one routing serves all layers: the first is enough
-            model(input_ids=part, attention_mask=torch.ones_like(part))
-    finally:
-        tuner.context.observers.remove(look)
+    """Names of the gate's arms, and their weights at each token: (n, T, A)."""
+    tuner, seen = model.base_model, []
+    for part in rows.to(next(model.parameters()).device).split(16):
+        model(input_ids=part, attention_mask=torch.ones_like(part))
+        decided = next(iter(tuner.context.record.routings.values()))  # one serves all layers
+        seen.append(decided.probs.float().cpu())
+    arms = next(iter(tuner.mixtures().values())).router.arms
     return arms, torch.cat(seen).view(*rows.shape, -1)
 
 
