@@ -192,12 +192,15 @@ class StageCallback(TrainerCallback):
 
 
 class GateUsageCallback(TrainerCallback):
-    """Reports through the Trainer's own loggers how each gate spread its weight, and the auxiliary losses by name.
+    """Reports through the Trainer's own loggers (TensorBoard, W&B and the rest) how each router spread its weight and
+    what it chose, and the auxiliary losses by name.
 
     After every entry of the Trainer with a training loss (each `logging_steps`, or epoch) and at the end of the run
-    follows one of `gate/<layer>/weight/<arm>`, `gate/<layer>/entropy` (nats), `gate/<layer>/dead` (arms with less than
-    1 % of the weight), their means over layers under `gate/mean/...`, and `loss/<name>`, each a mean since the last
-    report. Gates see training batches only.
+    follows one of `gate/<layer>/<name>`, their means over layers `gate/mean/<name>`, and `loss/<name>`, each a mean
+    since the last report, of the training batches of this process. Names are `weight/<arm>`, `entropy` (nats) and
+    `dead` (arms with less than 1 % of the weight). Of routers that choose also `load/<arm>` (its share of choices),
+    `max_over_mean` (the largest load of an expert over their mean), `active` (experts that a token uses), `null`
+    (share of choices without an expert); `dead` are then experts with less than 1 % of the mean load.
 
     Args:
         trainer: as in `trainer.add_callback(GateUsageCallback(trainer))`; its `log` takes the report.

@@ -22,7 +22,7 @@ from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.router import OPTION_OF, router_spec
 from mixadapters.tuners.moa.sources import Gathered, gather
-from mixadapters.tuners.moa.verbs import ExpertVerbs
+from mixadapters.tuners.moa.spawning import ExpertSpawning
 from mixadapters.tuners.sources import rank_of, same_module
 
 QUERY = frozenset({"q", "query", "q_proj", "q_lin", "query_proj"})  # what runs first in an attention
@@ -39,7 +39,7 @@ class Plan:
     routers: dict[str, Router] = field(default_factory=dict)  # leader -> its router, once it is there
 
 
-class MoAModel(ExpertVerbs):
+class MoAModel(ExpertSpawning):
     fields = ("expert_ids", "prompt_mask")
     moving = ("router", "schedules", *OPTION_OF)
 
@@ -77,8 +77,8 @@ class MoAModel(ExpertVerbs):
                 kind = model_config.get("model_type", "custom")
                 if kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
                     raise ValueError(
-                        f"target_modules=None: PEFT has no default modules for model_type={kind!r}; name them, such "
-                        "as target_modules=['q_proj', 'v_proj'], or 'all-linear'"
+                        f"Please specify `target_modules`: PEFT has no default for model_type={kind!r}; such as "
+                        "target_modules=['q_proj', 'v_proj'], or 'all-linear'"
                     )
                 config.target_modules = set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind])
             _maybe_include_all_linear_layers(config, self.model)
