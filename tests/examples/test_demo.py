@@ -17,7 +17,7 @@ WORDS = {
     "licences": "shall hereby grant", "readmes": "install badge star", "headers": "include inline const",
 }  # fmt: skip
 SIZES = "--tokens 1000 --test_tokens 200 --base_tokens 1200 --length 20 --vocabulary 300 --width 32 --layers 1"
-SIZES += " --rank 2 --batch 8"
+SIZES += " --rank 2 --batch 16 --rate 1e-2"
 
 
 def documents(kind: str, count: int = 40) -> list[str]:
