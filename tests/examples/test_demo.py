@@ -102,14 +102,13 @@ def test_the_verdict_names_whoever_is_ahead(demo) -> None:
     report = {
         "kinds": ["code", "general"], "domains": ["code"], "later": None,
         "systems": [system(text.MIXTURE, (11, 20)), system(text.JOINT, (10, 40)),
-                    system(text.SHARED, (10, 20), (10, 20)), system(text.TWICE, (12, 20), (9, 20))],
+                    system(text.SHARED, *[(10, 20)] * 3), system(text.TWICE, (12, 20), (9, 20), (11, 20))],
     }  # fmt: skip
     found = text.verdict(report)
     assert "On the domains the joint adapter is ahead: 11.0 (mixture), 10.0 (joint), 10.0 %." in found
     assert "With general text the mixture is ahead" in found
-    # Paired by seed: 20 % behind and 10 % ahead; the mean is of the logarithms.
-    assert "shared adapter: on the domains the mixture is ahead: 10.0 (mixture), 10.4 (joint), 3.9 %; " in found
-    assert "paired by seed +5.0 ± 21.2 %, ahead in 1 of 2." in found
+    assert "shared adapter: on the domains the mixture is ahead: 10.0 (mixture), 10.6 (joint), 5.9 %; " in found
+    assert "paired by seed +6.7 ± 15.3 %, ahead in 2 of 3." in found  # by +20, -10 and +10 %
 
 
 def test_seeds_are_paired_and_averaged(demo) -> None:
