@@ -320,9 +320,10 @@ COMMANDS = sorted(
 )
 
 
-@pytest.mark.parametrize("example", ["studies/sentences", "studies/mosa_vision", "studies/pill_vqa"])
+@pytest.mark.parametrize("example", ["demo", "studies/sentences", "studies/mosa_vision", "studies/pill_vqa"])
 def test_commands_pass_arguments_that_the_example_takes(example) -> None:
-    tree = ast.parse((ROOT / "examples" / f"{example}.py").read_text(encoding="utf-8"))
+    file = {"demo": "demo_setup"}.get(example, example)
+    tree = ast.parse((ROOT / "examples" / f"{file}.py").read_text(encoding="utf-8"))
     (arguments,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Arguments")
     known = {n.target.id for n in arguments.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
     passed = [(page, argument) for page, of, argument in COMMANDS if of == example]
