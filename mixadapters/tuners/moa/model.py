@@ -18,6 +18,7 @@ from mixadapters.core.routing import RoutingKey
 from mixadapters.core.sites import layer_index
 from mixadapters.routers.base import Router, build_router
 from mixadapters.tuners.bottleneck.config import placement_roles, placement_taps
+from mixadapters.tuners.moa.absent import refuse_absent
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.router import OPTION_OF, router_spec
@@ -98,7 +99,7 @@ class MoAModel(ExpertSpawning):
     def before_injection(self, config: MoAConfig, adapter_name: str) -> None:
         paths = self.matched(config)
         self._refuse_left_out(config, paths)
-        self._refuse_absent(config)
+        refuse_absent(config, paths, self.places())
         self._plan = self._make_plan(config, adapter_name, paths)
         super().before_injection(config, adapter_name)  # builds every layer on the meta device
         self._plan.routers.clear()
@@ -116,14 +117,6 @@ class MoAModel(ExpertSpawning):
                 )
         if not paths:
             raise ValueError(f"Target modules {config.target_modules} not found in the base model: nothing to adapt")
-
-    def _refuse_absent(self, config: MoAConfig) -> None:
-        """Refuse what the router or `num_experts` say and no layer can have."""
-        count = len([piece for name in config.all_names() for piece in config.pieces(name)])
-        arms = count + config.num_null_experts
-        chosen = router_spec(config)[1].get("k")
-        if chosen is not None and chosen > arms and config.num_experts_per_tok != 2:
-            raise ValueError(f"num_experts_per_tok={chosen}: there are {arms} experts to choose from")
 
     def _make_plan(self, config: MoAConfig, adapter_name: str, paths: list[str]) -> Plan:
         plan = Plan()
