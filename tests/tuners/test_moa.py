@@ -278,6 +278,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "order of nothing": ({"expert_order": ["a"]}, "expert_order"),
     "pattern": ({"experts": ["*"]}, "'*'"),
     "biases": ({"experts": {"a": {"ranks": {"q": 1}, "scales": {"q": 1.0}, "biases": ["v"]}}}, "biases=['v']"),
+    "null arms of counts": ({"router": "counts", "router_scope": "model", "num_null_experts": 2}, "num_null_experts"),
+    "null arms as an option": ({"router": {"kind": "counts", "null_arms": 2}, "router_scope": "model"}, "'counts'"),
     "coefficient": ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef"),
 }
 

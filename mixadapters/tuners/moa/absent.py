@@ -20,6 +20,7 @@ def refuse_absent(config: MoAConfig, adapted: Sequence[str], modules: Sequence[s
     """
     arms = len([piece for name in config.all_names() for piece in config.pieces(name)]) + config.num_null_experts
     chosen = router_spec(config)[1].get("k")
+    assert isinstance(config.router, dict)
     given = "k" in config.router or config.num_experts_per_tok != 2  # 2 is as many as there are
     if chosen is not None and chosen > arms and given:
         raise ValueError(f"num_experts_per_tok={chosen}: there are {arms} experts to choose from")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,8 +57,16 @@ class MoAModel(ExpertSpawning):
 
     def places(self) -> list[str]:
         """All modules that are there without adapters, by name."""
-        names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules())
-        return [name for name in dict.fromkeys(names) if name and not inside_adapters(name, self.prefix)]
+        names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name in self._outside_adapters(self.model))
+        return [name for name in dict.fromkeys(names) if name]
+
+    def _outside_adapters(self, module: nn.Module, path: str = "") -> Iterator[str]:
+        """Names of the modules in `module`, in order, without a look at those of adapters: there may be many."""
+        for name, child in module.named_children():
+            at = f"{path}.{name}" if path else name
+            if not inside_adapters(at, self.prefix):
+                yield at
+                yield from self._outside_adapters(child, at)
 
     def expert_widths(self, config: MoAConfig, path: str) -> tuple[int, int]:
         """Widths in and out of an expert at `path`."""
@@ -147,9 +156,10 @@ class MoAModel(ExpertSpawning):
     def _numbered_at(self, config: MoAConfig, path: str) -> dict[str, int]:
         """{expert: rank} of the experts that have something at `path`, in the order of the config."""
         ranks: dict[str, int] = {}
+        new = self.rank_at(config, path, config.r)
         for name in config.names_at(layer_index(path)):
             spec = (config.experts or {}).get(name, {})
-            rank = rank_of(spec["ranks"], path) if "ranks" in spec else self.rank_at(config, path, config.r)
+            rank = rank_of(spec["ranks"], path) if "ranks" in spec else new
             ranks |= {name: rank} if rank else {}
         return ranks
 

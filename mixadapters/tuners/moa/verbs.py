@@ -254,13 +254,13 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
     def _settle(self, adapter_name: str) -> None:
         """Number everything anew, fit routers that read the experts' weights, and train what the stage trains."""
         config = self._moa(adapter_name)
-        order = [piece for name in config.all_names() for piece in config.pieces(name)]
+        order = {piece: i for i, piece in enumerate(p for name in config.all_names() for p in config.pieces(name))}
         for router in self._leaders(adapter_name).values():
             self._choose_among(config, router, len(router.arms))
         for _, mixture in self._mixtures(adapter_name):
             mixture.number()
             assert mixture.hard_routes is not None
-            mixture.hard_routes.number([order.index(name) for name in mixture.expert_names], len(order))
+            mixture.hard_routes.number([order[name] for name in mixture.expert_names], len(order))
         self.fit_router(adapter_name, missing_ok=True)
         self.set_trainable(adapter_name)
 
