@@ -170,7 +170,7 @@ def test_sft_trains_the_auxiliary_loss_once(
 
 
 def test_sft_logs_what_sums_to_the_loss_by_hand(base: Path, tokenizer: Any, tmp_path: Path) -> None:
-    """SFT logs the loss that it makes of the outputs, and the callback beside it the mean over routers, without coefficient."""
+    """SFT logs the loss that it makes of the outputs, and the callback the mean over routers, unweighted."""
     trainer = sft(base, tokenizer, tmp_path, balanced("moa", 5.0), max_steps=1, gradient_checkpointing=False)
     stirred(trainer.model)
     trainer.add_callback(GateUsageCallback(trainer))

@@ -58,11 +58,7 @@ class MoAConfig(ScheduledConfig):
     )
     num_experts: int | dict[str, int] = field(
         default=8,
-        metadata={
-            "help": "New experts where `experts` names none; {'0-5': 4, '6-11': 8} by layers.",
-            "least": 1,
-            "most": MOST,
-        },
+        metadata={"help": "New experts where there are none by name; by layers {'0-5': 4}.", "least": 1, "most": MOST},
     )
     expert_type: Literal["lora", "bottleneck", "glu"] = field(
         default="lora", metadata={"help": "What experts are: low-rank factors, or small FFNs, gated or not."}
@@ -184,7 +180,7 @@ class MoAConfig(ScheduledConfig):
             self._order_experts()
         elif self.expert_order is not None:
             raise ValueError(f"expert_order={self.expert_order} orders `experts`, and there are none by name")
-        self._check_layers()
+        check_layers(self.num_experts)
         if self.residual and not self.n_shared_experts:
             raise ValueError("residual=True weighs the base against shared experts; set n_shared_experts=1 or more")
         if self.router is None:
@@ -203,14 +199,6 @@ class MoAConfig(ScheduledConfig):
                 f"router_scope={self.router_scope!r} does not go with router {self.router['kind']!r}, which decides "
                 f"{by}; use router_scope={sorted(cls.scopes)[0]!r}"
             )
-
-    def _check_layers(self) -> None:
-        """Refuse layers that `num_experts` gives two numbers for."""
-        seen: set[int] = set()
-        for layers in self.num_experts if isinstance(self.num_experts, dict) else ():
-            if twice := seen.intersection(layer_range(layers)):
-                raise ValueError(f"num_experts={self.num_experts} has two numbers for layers {sorted(twice)}")
-            seen.update(layer_range(layers))
 
     def _check_kind(self) -> None:
         """Refuse what the experts' kind would pass over."""
@@ -308,6 +296,15 @@ def layer_range(layers: str) -> range:
     if found is None or int(found[2] or found[1]) < int(found[1]) or int(found[2] or found[1]) > MOST:
         raise ValueError(f"num_experts: {layers!r} names no layers; write '3', or '0-5' for 0 to 5")
     return range(int(found[1]), int(found[2] or found[1]) + 1)
+
+
+def check_layers(num_experts: int | dict[str, int]) -> None:
+    """Refuse layers that `num_experts` gives two numbers for."""
+    seen: set[int] = set()
+    for layers in num_experts if isinstance(num_experts, dict) else ():
+        if twice := seen.intersection(layer_range(layers)):
+            raise ValueError(f"num_experts={num_experts} has two numbers for layers {sorted(twice)}")
+        seen.update(layer_range(layers))
 
 
 def check_experts(experts: Any, from_file: bool) -> dict[str, dict[str, Any]]:
