@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-from processes import Process
+from processes import run_together
 
 WORKER = """
 import os, sys, tempfile
@@ -120,7 +119,9 @@ dist.destroy_process_group()
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
-    return run_two(EXPERTS, tmp_path_factory.mktemp("experts"))
+    folder = tmp_path_factory.mktemp("experts")
+    run_together(EXPERTS, folder)
+    return [torch.load(folder / str(rank), weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.slow
@@ -138,25 +139,13 @@ def test_experts_that_no_token_of_a_process_uses_train_by_the_mean(kind: str, sc
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    both = run_two(WORKER, tmp_path_factory.mktemp("processes"))
+    folder = tmp_path_factory.mktemp("processes")
+    run_together(WORKER, folder)
+    both = [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(2)]
     for name, case in both[0].items():
         for one, other in zip(case["got"], both[1][name]["got"], strict=True):
             assert all(torch.equal(value, other[key]) for key, value in one.items())
     return both[0]
-
-
-def run_two(worker: str, folder: Path) -> list[dict[str, dict]]:
-    """What each of two processes has found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
-    for rank in range(2):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        running.append(Process(worker, [str(folder)], **own))
-    for process in running:
-        process.finish(timeout=400)
-    return [torch.load(folder / str(rank), weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.slow

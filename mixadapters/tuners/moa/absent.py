@@ -18,8 +18,9 @@ def refuse_absent(config: MoAConfig, adapted: Sequence[str], modules: Sequence[s
         adapted: modules that take experts.
         modules: all of the model.
     """
-    arms = len([piece for name in config.all_names() for piece in config.pieces(name)]) + config.num_null_experts
-    chosen = router_spec(config)[1].get("k")
+    cls, options = router_spec(config)
+    count = len([piece for name in config.all_names() for piece in config.pieces(name)])
+    arms, chosen = count + options.get("null_arms", cls.usual_null_arms), options.get("k")
     assert isinstance(config.router, dict)
     given = "k" in config.router or config.num_experts_per_tok != 2  # 2 is as many as there are
     if chosen is not None and chosen > arms and given:

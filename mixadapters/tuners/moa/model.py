@@ -227,7 +227,7 @@ class MoAModel(ExpertSpawning):
         cls, options = router_spec(config)
         options |= {"null_arms": nulls} if nulls else {}
         if "k" in options:
-            options["k"] = self.chosen(config, len(experts) + nulls)
+            options["k"] = self.chosen(config, len(experts) + options.get("null_arms", cls.usual_null_arms))
         defaults: dict[str, Any] = {"first": first} if first is not None and getattr(cls, "shares", False) else {}
         vocabulary = getattr(getattr(self.model, "config", None), "vocab_size", None)
         defaults |= {} if vocabulary is None else {"vocab_size": vocabulary}
