@@ -269,6 +269,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "residual alone": ({"residual": True}, "n_shared_experts"),
     "zero experts": ({"num_experts": 0}, "num_experts"),
     "bool": ({"norm_topk_prob": 1}, "norm_topk_prob"),
+    "null arms of counts": ({"router": "counts", "router_scope": "model", "num_null_experts": 2}, "num_null_experts"),
+    "null arms as an option": ({"router": {"kind": "counts", "null_arms": 2}, "router_scope": "model"}, "'counts'"),
     "coefficient": ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef"),
 }
 
