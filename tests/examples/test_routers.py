@@ -14,7 +14,7 @@ from mixadapters import ROUTERS
 
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = ["top_1", "null", "recurrent", "shuffled_search"]
-SIZES: dict[str, Any] = {"seeds": [0, 1], "steps": 12, "rows": 64, "test_rows": 200}
+SIZES: dict[str, Any] = {"seeds": [0, 1], "steps": 8, "rows": 64, "test_rows": 200}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def test_what_is_there_is_not_run_again_and_other_settings_are_refused(made, stu
     monkeypatch.setattr(study, "PARTS", {})
     given = {"out": str(made["out"]), "arms": ARMS, **SIZES}
     assert study.main(study.Arguments(**given))["runs"] == made["runs"]
-    with pytest.raises(ValueError, match=r"'steps': 12.*choose another out"):
-        study.main(study.Arguments(**{**given, "steps": 13}))
+    with pytest.raises(ValueError, match=r"'steps': 8.*choose another out"):
+        study.main(study.Arguments(**{**given, "steps": 9}))
 
 
 def test_no_run_begins_after_its_time(study, tmp_path) -> None:
@@ -76,10 +76,11 @@ def test_first_layer_of_memory_routes_and_its_experts_add_nothing(study, monkeyp
     seen: list[Any] = []
     monkeypatch.setattr(study, "train", lambda model, *_: seen.append(model))
     study.memory("recurrent", 0, study.Arguments(**SIZES))
-    first = seen[0].model.first
-    x = torch.randn(3, 1, study.WIDTH)
-    assert torch.equal(first(x), x)
-    trains = {name for name, parameter in first.named_parameters() if parameter.requires_grad}
+    first = dict(seen[0].model.first.named_parameters())
+    ups = [parameter for name, parameter in first.items() if ".up." in name]
+    assert len(ups) == study.EXPERTS
+    assert not any(parameter.any() for parameter in ups)
+    trains = {name for name, parameter in first.items() if parameter.requires_grad}
     assert trains
     assert all(".router." in name for name in trains)
 

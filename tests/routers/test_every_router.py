@@ -523,10 +523,10 @@ def test_page_says_what_a_router_is_made_of(name) -> None:
     own = inspect.signature(cls.__init__).parameters if "__init__" in cls.__dict__ else ()
     tests = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.stem == f"test_{file.stem}"]
     assert rows_of("file")[name] == [
-        f"`{file.name}`",
+        f"`routers/{file.name}`",
         f"{round(len(file.read_text(encoding='utf-8').splitlines()), -1)}",
         ", ".join(f"`{option}`" for option in own if option not in PASSED_ON) or "none",
         "no: refused" if is_refused_where_causal(name) else "yes",
         ", ".join(keeps_state(name)) or "none",
-        f"`{tests[0]}`" if tests else "the contract",
+        f"`tests/routers/{tests[0]}`" if tests else "the contract",
     ]
