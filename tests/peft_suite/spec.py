@@ -66,7 +66,9 @@ def mixda(**arguments: Any) -> tuple[type, Arguments]:
 
 def moa(**arguments: Any) -> tuple[type, Arguments]:
     # All experts are chosen, so that each gets a gradient in the few steps of these tests.
-    return MoAConfig, {"r": 4, "num_experts": 3, "num_experts_per_tok": None, "router": "top_k", **arguments}
+    # Without the balance loss, which reentrant checkpointing would lose and which is refused there.
+    sparse = {"num_experts_per_tok": None, "router": "top_k", "router_aux_loss_coef": 0.0}
+    return MoAConfig, {"r": 4, "num_experts": 3, **sparse, **arguments}
 
 
 def mosa(**arguments: Any) -> tuple[type, Arguments]:
@@ -114,7 +116,6 @@ MLP_FORMS: dict[str, tuple[type, Arguments]] = {
     "moa and a trained head": moa(target_modules=["lin0"], modules_to_save=["lin1"]),
     "moa, softmax, names": moa(target_modules=BOTH, router="softmax", experts=["a", "b"], num_experts=8),
     "moa, sigmoid scores, shared": moa(target_modules=["lin0"], scoring_func="sigmoid", n_shared_experts=1),
-    "moa, shared with residual": moa(target_modules=["lin1"], n_shared_experts=1, residual=True),
     "moa, bottleneck": moa(target_modules=["lin0"], expert_type="bottleneck"),
     "moa, glu": moa(target_modules=["lin0"], expert_type="glu", activation="silu"),
     "moa, constant": moa(target_modules=BOTH, router="constant"),
@@ -210,7 +211,7 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         mixda(domain_layers=[0, 1]),
         mixda(target_modules=DECODER_OUTPUT),
         moa(),
-        moa(router_scope="block", num_experts_per_tok=2, n_shared_experts=1),
+        moa(router_scope="block", n_shared_experts=1),
         moa(target_modules=DECODER_BLOCK, expert_type="bottleneck", router_scope="model"),
         mosa(),
         mosa(base="lora", split="both"),
@@ -293,6 +294,11 @@ EXCLUDE = [
         "its attention and FFN run in parallel on one norm, which PILL refuses",
     ),
     Exclusion(
+        r"gradient_checkpointing\[True",
+        "one router for all layers and reentrant checkpointing do not go together: it raises",
+        lambda params: params["config_kwargs"].get("router_scope") == "model",
+    ),
+    Exclusion(
         r"prompt_(tuning|learning)|FeatureExtractionModel::test_passing_input_embeds_works", "tests prompt learning"
     ),
     Exclusion(r"weighted_(combination|adapter)", "add_weighted_adapter is for LoRA and IA3"),
@@ -330,7 +336,7 @@ EXCLUDE = [
     ),
 ]
 ALL_TYPES = [r"test_from_peft_type$"]
-AT_LEAST = {"BOTTLENECK": 1850, "MIXDA": 1000, "MOSA": 700, "PILL": 120}
+AT_LEAST = {"BOTTLENECK": 1850, "MIXDA": 1000, "MOA": 1150, "MOSA": 700, "PILL": 120}
 FILES_NOT_RUN = {
     "test_torch_compile.py": "trains on a data set from the hub",
     "test_vision_models.py": "downloads an image when it is imported",
