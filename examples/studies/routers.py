@@ -1,6 +1,6 @@
 """Routers on toys whose right answer is known: what each costs in active experts, and what it buys.
 
-    python examples/studies/routers.py  # all parts, eight seeds: see docs/results.md for the time
+    python examples/studies/routers.py  # all parts, eight seeds: 160 runs, about ten CPU minutes
     python examples/studies/routers.py --parts domains --arms top_1 top_2 --seeds 0 1  # a first look
 
 A frozen linear layer reads rows of eight domains: 16 numbers of content, and a noisy code of the domain, rotated. A
