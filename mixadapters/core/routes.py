@@ -39,7 +39,8 @@ class HardRoutes(nn.Module):
         total = len(numbers) if total is None else total
         if len(set(numbers)) < len(numbers) or not all(0 <= number < total for number in numbers):
             raise ValueError(f"numbers={list(numbers)} must be different, and between 0 and {total - 1}")
-        places = [numbers.index(number) if number in numbers else -1 for number in range(total)]
+        place_of = {number: place for place, number in enumerate(numbers)}
+        places = [place_of.get(number, -1) for number in range(total)]
         self.expert_of = torch.tensor([*places, -1], device=self.expert_of.device)  # the last is that of -1
 
     @property
