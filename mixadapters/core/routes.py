@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.context import ROUTES, ForwardContext
+from mixadapters.core.numbers import whole_numbers
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import Routing, RoutingKey
 
@@ -39,7 +40,8 @@ class HardRoutes(nn.Module):
         total = len(numbers) if total is None else total
         if len(set(numbers)) < len(numbers) or not all(0 <= number < total for number in numbers):
             raise ValueError(f"numbers={list(numbers)} must be different, and between 0 and {total - 1}")
-        places = [numbers.index(number) if number in numbers else -1 for number in range(total)]
+        place_of = {number: place for place, number in enumerate(numbers)}
+        places = [place_of.get(number, -1) for number in range(total)]
         self.expert_of = torch.tensor([*places, -1], device=self.expert_of.device)  # the last is that of -1
 
     @property
@@ -83,25 +85,15 @@ class HardRoutes(nn.Module):
             raise ValueError(f"{self.field}={own.unique().tolist()} must lie between -1 (none) and {self.total - 1}")
 
 
-def whole_numbers(name: str, values: Any) -> Tensor:
-    """`values` as a tensor. Raises ValueError where they are no whole numbers."""
-    try:
-        numbers = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name}={values!r} must be whole numbers: {error}") from None
-    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
-        raise ValueError(f"{name} must be whole numbers, not {numbers.dtype}")
-    return numbers
-
-
 def row_numbers(names: Sequence[str], order: Sequence[str], noun: str) -> Tensor:
     """(B,) the number of each name in `order`, -1 for "__base__". Raises ValueError for other names."""
     if isinstance(names, str):
         raise ValueError(f"names={names!r} must be a list with one name for each row; write [{names!r}]")
+    number_of = {name: number for number, name in enumerate(order)} | {"__base__": -1}
     for name in names:
-        if name != "__base__" and name not in order:
+        if name not in number_of:
             raise ValueError(f"unknown {noun} {name!r}; have {list(order)}.{nearest(name, order)}")
-    return torch.tensor([-1 if name == "__base__" else order.index(name) for name in names])
+    return torch.tensor([number_of[name] for name in names])
 
 
 def spread_pins(
