@@ -2,7 +2,7 @@
 #
 #   make test PYTHON=python3.12      another interpreter (3.10 or newer)
 #   make test TORCH_INDEX=URL        another index for torch; empty: whatever build pip's own index holds
-#   make demo ARGS="--seeds 1"       arguments of the demo (of pytest for `make test`, of the suite for `make test-peft`)
+#   make demo ARGS="--rank 4"       arguments of the demo (of pytest for `make test`, of the suite for `make test-peft`)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -39,7 +39,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
 	    printf '%-12s %s\n' "$$name" "$$text"; done
 
-demo: $(VENV)/.demo  ## train a mixture of two domains on real text and compare it (writes runs/demo/)
+demo: $(VENV)/.demo  ## domains that come and go, against one adapter for all (writes runs/demo/)
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint tests  ## lint, then the tests

@@ -1,364 +1,302 @@
-"""MixDA end to end on real text: domain adapters from unlabelled text, then a gate and a task adapter on labels.
+"""Domains that come and go in one frozen language model, against one adapter for everything; measured by perplexity.
 
-    python examples/demo.py                                                    # text of the Python installation
-    python examples/demo.py --data_dir data --task chemprot --methods head lora mixda   # published sets, as JSON lines
+    python examples/demo.py                                                      # text that an installation carries
+    python examples/demo.py --base Qwen/Qwen3-0.6B --domains law=law.txt code=code.txt --general general.txt \
+        --later tax=tax.txt --out runs/mine                                      # a model and text of your own
 
-Compares, at equal trainable size and over several seeds, a frozen encoder with a linear head, PEFT's LoRA, one
-bottleneck adapter, and MixDA. Writes report.json, a table, a plot of the gates, and the adapters; reloads them in a
-fresh process and compares predictions.
+A LoRA adapter is trained on each domain's text alone, and MoA puts them side by side under a gate of counted tokens,
+which is not trained. A joint LoRA adapter of the same total size reads the same text, general text included. Then a
+domain is added, and one is removed. Writes report.json, a table, three pictures, a page of coloured text, and the
+adapters; a fresh process reloads the mixture and must find the same perplexities.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
+import math
+import os
 import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 import torch
-from demo_corpus import DemoData, load_demo, load_folder, minilm_path
-from peft import LoraConfig, PeftModel, get_peft_model
-from sklearn.metrics import accuracy_score, f1_score
-from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from demo_models import Progress, lora, mixture, new_base, perplexities, routing, size, train
+from demo_pictures import coloured_page, plot_bars, plot_routing
+from demo_text import from_files, installation, new_tokenizer, parted, token_rows
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers import logging as transformers_logging
 
-from mixadapters import BottleneckConfig, GateUsageCallback, MixDAConfig, StageCallback
-from mixadapters.tasks.domains import HELD_OUT, train_domain
-from mixadapters.tasks.models import PooledHead
-from mixadapters.tasks.registry import get_task
-from mixadapters.tasks.retention import drift, embed, similarity
-from mixadapters.tasks.sources import read_task
-
-METHODS = ("head", "lora", "bottleneck", "mixda_untuned", "mixda_one", "mixda")
+OWN = ("code", "science", "licences", "readmes")  # domains of an installation; "headers" (of C++) come later
 
 
 @dataclass
 class Arguments:
     """What to run. The defaults are the demo."""
 
-    model: str | None = field(
-        default=None, metadata={"help": "Encoder: folder or hub id. Default: MiniLM of the extra."}
-    )
-    task: str = field(default="areas", metadata={"help": "'areas' (from the installation), or a task of --data_dir."})
-    data_dir: str | None = field(default=None, metadata={"help": "Folder of published sets; see docs/tasks.md."})
-    out: str = field(default="runs/demo", metadata={"help": "Where report, plot and adapters go."})
-    methods: list[str] = field(default_factory=lambda: ["head", "lora", "bottleneck", "mixda"])
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    train_rows: int = field(default=440, metadata={"help": "Training rows, drawn anew for each seed."})
-    test_rows: int = field(default=1000, metadata={"help": "The first so many test rows."})
-    epochs: int = 4
-    batch_size: int = 16
-    max_length: int = 48
-    parameters: int = field(default=40_000, metadata={"help": "Trainable parameters besides the head."})
-    layers: int = field(default=3, metadata={"help": "Adapters sit in so many of the upper layers."})
-    stage1_steps: int = field(default=60, metadata={"help": "Steps per domain on unlabelled text."})
-    stage1_batch: int = field(default=32, metadata={"help": "Texts per step; each is read twice."})
-    stage1_rate: float = 5e-4
-    # Rates: the best for each method on the dev split of the demo's task, seed 100.
-    head_rate: float = field(default=3e-2, metadata={"help": "Learning rate of the new head, in all methods."})
-    rate: float = field(default=1e-3, metadata={"help": "Learning rate of adapters."})
-    check: str | None = field(default=None, metadata={"help": "Only predict with the adapter in this folder."})
-
-
-class TwoRateTrainer(Trainer):
-    """The new head learns faster than the adapters below it, whatever these are."""
-
-    adapter_rate: float
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        head = [p for name, p in named if "classifier" in name]
-        adapters = [p for name, p in named if "classifier" not in name]
-        groups = [{"params": head, "lr": self.args.learning_rate}, {"params": adapters, "lr": self.adapter_rate}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=self.args.weight_decay)
-        return self.optimizer
+    base: str | None = field(default=None, metadata={"help": "Decoder: folder or hub id. None: one trained here."})
+    domains: list[str] = field(default_factory=list, metadata={"help": "name=FILE of plain text, UTF-8; two or more."})
+    general: str | None = field(default=None, metadata={"help": "FILE of general text. None: the installation's."})
+    later: str | None = field(default=None, metadata={"help": "name=FILE of a domain that is added later."})
+    out: str = field(default="runs/demo", metadata={"help": "Where everything goes."})
+    tokens: int = field(default=40_000, metadata={"help": "Tokens of training text per domain, read once."})
+    test_tokens: int = field(default=8_000, metadata={"help": "Tokens of test text per kind, from other documents."})
+    length: int = field(default=128, metadata={"help": "Tokens of a row."})
+    rank: int = field(default=8, metadata={"help": "Of a domain's LoRA; the joint one has as many times more."})
+    rate: float = field(default=5e-3, metadata={"help": "Learning rate of adapters; 2e-4 suits large models."})
+    batch: int = 4
+    base_tokens: int = field(default=800_000, metadata={"help": "Tokens that the new base model is trained on."})
+    base_rate: float = 3e-3
+    vocabulary: int = 3000
+    width: int = 160
+    layers: int = 3
+    check: bool = field(default=False, metadata={"help": "Only reload the mixture of --out, and print perplexities."})
 
 
 class Demo:
-    """One task: its data, its domain adapters, and a run for each method and seed."""
+    """The text, the base model, and what is made of them."""
 
     def __init__(self, args: Arguments) -> None:
         self.args, self.out = args, Path(args.out)
-        self.path = args.model or minilm_path()
-        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        self.data: DemoData = load_folder(args.data_dir, args.task) if args.data_dir else load_demo()
-        self.depth = AutoModel.from_pretrained(self.path).config.num_hidden_layers
-        self.upper = list(range(self.depth - args.layers, self.depth))
-        self.domain_layers = self.upper[:2]
-        self.runs: list[dict[str, Any]] = []
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.systems: list[dict[str, Any]] = []
+        self.own: dict[str, float] = {}  # domain -> perplexity of its own adapter
+        self.weights: dict[str, dict[str, float]] = {}  # kind of text -> arm -> mean weight
+        self.started = time.perf_counter()
+        own = not args.domains
+        if not own and args.base is None:
+            raise SystemExit("--domains needs --base: the model that they adapt")
+        documents = installation() if own or args.general is None else {}
+        self.later = "headers" if own else args.later and args.later.partition("=")[0]
+        if not own:
+            files = dict(pair.split("=", 1) for pair in [*args.domains, *([args.later] if args.later else [])])
+            files |= {"general": args.general} if args.general else {}
+            documents = {"general": documents.get("general", []), **from_files({n: Path(f) for n, f in files.items()})}
+        self.domains = list(OWN) if own else [pair.partition("=")[0] for pair in args.domains]
+        self.kinds = [*self.domains, *([self.later] if self.later else []), "general"]
+        self._read({kind: parted(documents[kind]) for kind in self.kinds})
 
-    # --- stage 1: unlabelled text ---------------------------------------------------------------------------------
-
-    def domain_config(self) -> BottleneckConfig:
-        return BottleneckConfig(
-            placement="parallel", adapter_input="ffn_intermediate", layers_to_transform=self.domain_layers
-        )
-
-    def train_domain(self, name: str) -> dict[str, float]:
-        """Train and save one domain adapter; returns how far it moved the embeddings of general text."""
-        args, folder = self.args, self.out / "domains" / name
-        set_seed(0)
-        model = get_peft_model(AutoModel.from_pretrained(self.path), self.domain_config())
-        general, held_out = self.data.general[:-HELD_OUT], self.data.general[-HELD_OUT:]
-        before, stsb = self.embed(model, held_out), self.similarity(model)
-        arguments = self.training_arguments(
-            args.stage1_batch,
-            args.stage1_rate,
-            max_steps=args.stage1_steps,
-            dataloader_drop_last=True,
-            train_sampling_strategy="random",
-        )
-        train_domain(model, self.tokenizer, self.data.domains[name], general, arguments, args.max_length)
-        after = self.embed(model, held_out)
-        model.save_pretrained(folder)
-        measure = {"drift_on_general_text": drift(before, after)}
-        if stsb is not None:
-            measure |= {"stsb_before": stsb, "stsb_after": self.similarity(model)}
-        return measure
-
-    def similarity(self, encoder: nn.Module) -> float | None:
-        """Spearman correlation with the scores of 500 sentence pairs of STS-B, where `data_dir` has them."""
-        if self.args.data_dir is None:
-            return None
-        rows = read_task(get_task("stsb"), self.args.data_dir, ("test",))["test"][:500]
-        return similarity(encoder, self.tokenizer, rows, self.args.max_length)
-
-    def embed(self, model: nn.Module, texts: list[str]) -> Tensor:
-        return embed(model, self.tokenizer, texts, self.args.max_length)
-
-    # --- stage 2: labels ------------------------------------------------------------------------------------------
-
-    def classifier(self) -> PooledHead:
-        return PooledHead(AutoModel.from_pretrained(self.path), len(self.data.labels))
-
-    def build(self, method: str, domains: dict[str, str]) -> nn.Module:
-        """The classifier with the adapters of `method`, sized to the budget."""
-        base = self.classifier()
-        if method == "head":
-            return base.requires_grad_(False).train()
-        shared = {"layers_to_transform": self.upper, "modules_to_save": ["classifier"]}
-        width, inner, count = base.config.hidden_size, base.config.intermediate_size, len(self.upper)
-        budget = self.args.parameters
-        if method == "lora":
-            rank = round(budget / (4 * width * count))
-            config: Any = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["query", "value"], **shared)
-        elif method == "bottleneck":
-            config = BottleneckConfig(r=round(budget / (2 * width * count)), activation="relu", **shared)
+    def _read(self, texts: dict[str, tuple[list[str], list[str]]]) -> None:
+        args = self.args
+        if args.base is None:
+            known = (text for kind in (*self.domains, "general") for text in texts[kind][0])
+            self.tokenizer = new_tokenizer(known, args.vocabulary)
         else:
-            chosen: Any = {
-                "mixda_untuned": list(domains),
-                "mixda_one": dict(list(domains.items())[:1]),
-                "mixda": domains,
-            }[method]
-            gates = (len(chosen) + 1) * (inner + 1) * len(self.domain_layers)
-            config = MixDAConfig(
-                domains=chosen, domain_layers=self.domain_layers, task_r=round((budget - gates) / (2 * width * count)),
-                **shared,
-            )  # fmt: skip
-        return get_peft_model(base, config)
+            self.tokenizer = AutoTokenizer.from_pretrained(args.base)
+        rows = {k: token_rows(self.tokenizer, train, args.length, args.tokens) for k, (train, _) in texts.items()}
+        self.rows: dict[str, Tensor] = rows
+        self.tests = {k: token_rows(self.tokenizer, t, args.length, args.test_tokens) for k, (_, t) in texts.items()}
+        save_file(self.tests, self.out / "tests.safetensors")
+        self.base_rows = None
+        if args.base is None:
+            self.base_rows = token_rows(self.tokenizer, texts["general"][0], args.length, args.base_tokens)
 
-    def run(self, method: str, seed: int, domains: dict[str, str]) -> None:
+    # --- models -------------------------------------------------------------------------------------------------
+
+    def base(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.args.base or self.out / "base")
+
+    def train(self, model: Any, rows: Tensor, what: str, **options: Any) -> Any:
         args = self.args
-        set_seed(seed)
-        model = self.build(method, domains)
-        if method == "head":
-            model.classifier.requires_grad_(True)
-        callbacks = [StageCallback("task")] if method not in ("head", "lora") else []
-        trainer = TwoRateTrainer(
-            model,
-            self.training_arguments(
-                args.batch_size,
-                args.head_rate,
-                num_train_epochs=args.epochs,
-                seed=seed,
-            ),
-            train_dataset=self.rows(self.sample(seed)),
-            data_collator=self.collate,
-            callbacks=callbacks,
-        )
-        trainer.adapter_rate = args.rate
-        if method.startswith("mixda"):
-            trainer.add_callback(GateUsageCallback(trainer))
+        self.progress.step(what)
+        options = {"rate": args.rate, "batch": args.batch, "epochs": 1, **options}
+        train(model, rows, self.progress, out=str(self.out / "trainer"), **options)
+        return model
+
+    def train_base(self) -> None:
+        args = self.args
+        if self.base_rows is not None:
+            model = new_base(len(self.tokenizer), args.width, args.layers, args.length)
+            epochs = args.base_tokens / self.base_rows.numel()
+            self.train(model, self.base_rows, "a small base model", rate=args.base_rate, batch=16, epochs=epochs)
+            model.save_pretrained(self.out / "base")
+            self.tokenizer.save_pretrained(self.out / "base")
+
+    def domain(self, name: str) -> str:
+        """The folder of a LoRA adapter that has read this domain's text alone."""
+        model = self.train(lora(self.base(), self.args.rank), self.rows[name], f"domain {name}")
+        self.own[name] = perplexities(model, {name: self.tests[name]})[name]
+        model.save_pretrained(self.out / "domains" / name)
+        return str(self.out / "domains" / name)
+
+    def joint(self, kinds: list[str], what: str) -> Any:
+        """One LoRA adapter as large as those of all domains of `kinds` together, which reads all their text."""
+        rank = self.args.rank * len([kind for kind in kinds if kind != "general"])
+        rows = torch.cat([self.rows[kind] for kind in kinds])
+        return self.train(lora(self.base(), rank), rows, what)
+
+    def measure(self, name: str, model: Any, tokens: int, found: dict[str, float] | None = None) -> dict[str, float]:
+        """Note the perplexities of a system on every kind of text."""
+        found = found or perplexities(model, self.tests)
+        added = 0 if model is None else size(model)
+        self.systems.append({"name": name, "parameters": added, "tokens": tokens, "perplexity": found})
+        return found
+
+    # --- the story ----------------------------------------------------------------------------------------------
+
+    def main(self) -> dict[str, Any]:
+        args, old = self.args, self.domains
+        count = {kind: rows.numel() for kind, rows in self.rows.items()}
+        joint_reads = sum(count[kind] for kind in (*old, "general"))
+        total = 2 * joint_reads - count["general"] + (0 if self.base_rows is None else args.base_tokens)
+        if self.later:
+            total += 2 * count[self.later] + joint_reads + count[self.later]
+        self.progress = Progress(total)
+        self.train_base()
+        base = self.measure("base model", self.base(), 0)
+        mixed = mixture(self.base(), {name: self.domain(name) for name in old})
         started = time.perf_counter()
-        trainer.train()
-        seconds = time.perf_counter() - started
-        test = self.data.test[: args.test_rows]
-        predictions = self.predict(model, [text for text, _ in test])
-        gold = torch.tensor([label for _, label in test])
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        result = {
-            "method": method,
-            "seed": seed,
-            "accuracy": accuracy_score(gold, predictions),
-            "macro_f1": f1_score(gold, predictions, average="macro", zero_division=0),
-            "trainable_parameters": trainable,
-            "seconds": round(seconds, 1),
+        mixed.base_model.fit_gate({name: self.rows[name] for name in old}, self.rows["general"])
+        self.gate_seconds = time.perf_counter() - started
+        before = self.measure("mixture", mixed, joint_reads)
+        joint = self.joint([*old, "general"], "joint adapter")
+        joint_before = self.measure("joint adapter", joint, joint_reads)
+        change = {}
+        if self.later:
+            change = self.add_a_domain(mixed, joint, before, joint_before, joint_reads)
+        mixed.save_pretrained(self.out / "mixture")
+        self.draw(mixed, base, before, joint_before, change)
+        final = perplexities(mixed, self.tests)
+        removed = old[0]
+        mixed.base_model.remove_expert(removed)
+        self.measure(f"mixture without {removed}", mixed, 0)
+        self.progress.bar.close()
+        return self.report(self.fresh_process(final))
+
+    def add_a_domain(
+        self, mixed: Any, joint: Any, before: dict[str, float], joint_before: dict[str, float], joint_reads: int
+    ) -> dict[str, dict[str, float]]:
+        """A domain comes: into the mixture by its own text alone, into the joint adapter in two ways."""
+        new, tokens = self.later, self.rows[self.later].numel()
+        mixed.base_model.add_expert(new, self.domain(new))
+        mixed.base_model.fit_gate({new: self.rows[new]})
+        after = self.measure(f"mixture + {new}", mixed, tokens)
+        self.train(joint, self.rows[new], f"joint adapter, {new} alone")
+        alone = self.measure(f"joint adapter, gone on with {new} alone", joint, tokens)
+        anew = self.joint([*self.domains, new, "general"], "joint adapter, anew")
+        again = self.measure("joint adapter, trained anew on everything", anew, joint_reads + tokens)
+        old = [kind for kind in self.kinds if kind != new]
+        return {
+            f"mixture + {new}": {kind: percent(after[kind], before[kind]) for kind in old},
+            f"joint, {new} alone": {kind: percent(alone[kind], joint_before[kind]) for kind in old},
+            "joint, anew": {kind: percent(again[kind], joint_before[kind]) for kind in old},
         }
-        if self.args.data_dir and seed == self.args.seeds[0]:
-            result["stsb"] = self.similarity(model.encoder)
-        self.runs.append(result)
-        print(f"{method:>14} seed {seed}: accuracy {result['accuracy']:.3f}, macro-F1 {result['macro_f1']:.3f}, "
-              f"{trainable:,} parameters, {seconds:.0f} s", flush=True)  # fmt: skip
-        if method.startswith("mixda") and seed == args.seeds[0]:
-            plot_gates(trainer.state.log_history, self.out / f"gates_{method}.png")
-        if method == "mixda" and seed == args.seeds[0]:
-            model.save_pretrained(self.out / "mixda")
-            (self.out / "mixda" / "expected.json").write_text(json.dumps(predictions.tolist()))
 
-    def sample(self, seed: int) -> list[tuple[str, int]]:
-        """Training rows of a seed: as many of each class as there are, up to an equal share."""
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self.data.train), generator=generator).tolist()
-        return [self.data.train[i] for i in order[: self.args.train_rows]]
+    def draw(
+        self, mixed: Any, base: dict[str, float], before: dict[str, float], joint: dict[str, float],
+        change: dict[str, dict[str, float]],
+    ) -> None:  # fmt: skip
+        """Three pictures, and the page."""
+        texts: dict[str, tuple[Tensor, Tensor]] = {}
+        for kind, rows in self.tests.items():
+            arms, weights = routing(mixed, rows)
+            texts[kind] = rows[:3], weights[:3]
+            self.weights[kind] = dict(zip(arms, weights.mean((0, 1)).tolist(), strict=True))
+        plot_routing(self.weights, self.out / "routing.png")
+        old = [kind for kind in self.kinds if kind != self.later]
+        against = {"mixture": before, "joint adapter": joint}
+        bars = {name: {kind: percent(found[kind], base[kind]) for kind in old} for name, found in against.items()}
+        plot_bars(bars, self.out / "perplexity.png", "Perplexity against the base model", "%")
+        if change:
+            plot_bars(change, self.out / "adding.png", f"After {self.later} came: change of the others", "%")
+        coloured_page(self.tokenizer, arms, texts, self.out / "text.html")
 
-    # --- shared -----------------------------------------------------------------------------------------------------
+    def fresh_process(self, expected: dict[str, float]) -> bool:
+        """Whether another process finds the same perplexities in the saved mixture."""
+        command = [sys.executable, __file__, "--check", "True", "--out", str(self.out)]
+        command += ["--base", self.args.base] if self.args.base else []
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr[-2000:]}")
+        return json.loads(run.stdout.splitlines()[-1]) == expected
 
-    def training_arguments(self, batch_size: int, rate: float, **more: Any) -> TrainingArguments:
-        return TrainingArguments(
-            output_dir=str(self.out / "trainer"), per_device_train_batch_size=batch_size, learning_rate=rate,
-            lr_scheduler_type="linear", warmup_steps=0.06, weight_decay=0.01, logging_steps=10, save_strategy="no",
-            report_to="none", remove_unused_columns=False, disable_tqdm=not sys.stderr.isatty(),
-            **{"train_sampling_strategy": "group_by_length", **more},
-        )  # fmt: skip
-
-    def tokenize(self, texts: list[str]) -> dict[str, Tensor]:
-        batch = self.tokenizer(
-            texts, truncation=True, max_length=self.args.max_length, padding=True, return_tensors="pt"
-        )
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-    def rows(self, texts: list[tuple[str, int]]) -> list[dict[str, Any]]:
-        tokens = self.tokenizer([t for t, _ in texts], truncation=True, max_length=self.args.max_length)["input_ids"]
-        return [{"input_ids": ids, "labels": label} for ids, (_, label) in zip(tokens, texts, strict=True)]
-
-    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        batch = self.tokenizer.pad({"input_ids": [row["input_ids"] for row in rows]}, return_tensors="pt")
-        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
-
-    @torch.no_grad()
-    def predict(self, model: nn.Module, texts: list[str]) -> Tensor:
-        """(N,) labels; texts go through the model sorted by length."""
-        model.eval()
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        out = torch.empty(len(texts), dtype=torch.long)
-        for start in range(0, len(order), 64):
-            part = order[start : start + 64]
-            out[part] = model(**self.tokenize([texts[i] for i in part])).logits.argmax(-1)
-        return out
-
-    # --- the whole --------------------------------------------------------------------------------------------------
-
-    def main(self) -> None:
-        args = self.args
-        print(f"task: {self.data.description}\n{len(self.data.train)} training rows, {len(self.data.test)} for test; "
-              + ", ".join(f"{len(t)} texts of {n}" for n, t in self.data.domains.items()), flush=True)  # fmt: skip
-        stage1 = {}
-        if any(m in ("mixda", "mixda_one") for m in args.methods):
-            for name in self.data.domains:
-                started = time.perf_counter()
-                measure = self.train_domain(name)
-                stage1[name] = {**measure, "seconds": round(time.perf_counter() - started, 1)}
-                print(f"stage 1, {name}: {stage1[name]}", flush=True)
-        domains = {name: str(self.out / "domains" / name) for name in self.data.domains}
-        for seed in args.seeds:
-            for method in args.methods:
-                self.run(method, seed, domains)
-        same = self.check_in_fresh_process() if "mixda" in args.methods else None
+    def report(self, same: bool) -> dict[str, Any]:
+        for system in self.systems:
+            found = system["perplexity"]
+            system["domains"] = mean([found[kind] for kind in self.domains])
+            system["all"] = mean(list(found.values()))
         report = {
-            "task": args.task,
-            "runs": self.runs,
-            "stage1": stage1,
-            "reload_in_fresh_process_equal": same,
-            "majority_accuracy": self.majority(),
-            "arguments": asdict(args),
-            "sources": self.data.sources,
-        }
-        (self.out / "report.json").write_text(json.dumps(report, indent=2))
-        print("\n" + table(self.runs) + f"\n\nmajority class: {report['majority_accuracy']:.3f}", flush=True)
-        if same is not None:
-            print(f"reloaded in a fresh process: predictions {'equal' if same else 'DIFFER'}")
-        print(f"report: {self.out / 'report.json'}")
-        if same is False:
-            raise SystemExit(1)
-
-    def majority(self) -> float:
-        labels = [label for _, label in self.data.test[: self.args.test_rows]]
-        return max(labels.count(label) for label in set(labels)) / len(labels)
-
-    def check_in_fresh_process(self) -> bool:
-        command = [sys.executable, __file__, "--check", str(self.out / "mixda"), "--task", self.args.task,
-                   "--max_length", str(self.args.max_length), "--test_rows", str(self.args.test_rows),
-                   "--model", self.path]  # fmt: skip
-        if self.args.data_dir:
-            command += ["--data_dir", self.args.data_dir]
-        return subprocess.run(command, check=False).returncode == 0
-
-    def check(self, folder: Path) -> None:
-        model = PeftModel.from_pretrained(self.classifier(), folder)
-        found = self.predict(model, [text for text, _ in self.data.test[: self.args.test_rows]])
-        expected = json.loads((folder / "expected.json").read_text())
-        raise SystemExit(0 if found.tolist() == expected else 1)
+            "arguments": asdict(self.args), "kinds": self.kinds, "later": self.later, "systems": self.systems,
+            "own_adapter": self.own, "routing": self.weights, "seconds": time.perf_counter() - self.started,
+            "gate_seconds": self.gate_seconds, "equal_in_a_fresh_process": same,
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "mixadapters")},
+        }  # fmt: skip
+        (self.out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        return report
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    """Mean and standard deviation over seeds, and paired differences to the single bottleneck adapter."""
-    lines = ["| method | accuracy | macro-F1 | paired difference to bottleneck | trainable | seconds |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
-    by_method: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        by_method.setdefault(run["method"], []).append(run)
-    reference = {run["seed"]: run["accuracy"] for run in by_method.get("bottleneck", [])}
-    for method, group in by_method.items():
-        gaps = [run["accuracy"] - reference[run["seed"]] for run in group if run["seed"] in reference]
-        gap = spread(gaps, "+") if gaps and method != "bottleneck" else "-"
-        accuracy, macro_f1, seconds = ([run[n] for run in group] for n in ("accuracy", "macro_f1", "seconds"))
-        lines.append(
-            f"| {method} | {spread(accuracy)} | {spread(macro_f1)} | {gap} "
-            f"| {group[0]['trainable_parameters']:,} | {spread(seconds, digits=0)} |"
-        )
+def percent(new: float, old: float) -> float:
+    return 100 * (new / old - 1)
+
+
+def mean(values: list[float]) -> float:
+    """Geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def table(report: dict[str, Any]) -> str:
+    """The systems by kind of text, in Markdown."""
+    kinds = report["kinds"]
+    lines = [f"| perplexity | {' | '.join(kinds)} | first domains | all | adds | tokens read |"]
+    lines.append("|---" * (len(kinds) + 5) + "|")
+    for system in report["systems"]:
+        cells = [f"{system['perplexity'][kind]:.1f}" for kind in kinds]
+        cells += [f"{system['domains']:.1f}", f"{system['all']:.1f}"]
+        cells += [f"{system['parameters']:,}", f"{system['tokens']:,}"]
+        lines.append(f"| {system['name']} | {' | '.join(cells)} |")
+    own = " | ".join(f"{report['own_adapter'][kind]:.1f}" if kind in report["own_adapter"] else "" for kind in kinds)
+    return "\n".join([*lines, f"| each domain's own adapter | {own} | | | | |"])
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """Who is ahead, whoever it is."""
+    systems = {system["name"]: system for system in report["systems"]}
+    one, other = systems["mixture"], systems["joint adapter"]
+    old = [kind for kind in report["kinds"] if kind != report["later"]]
+    with_general = [mean([s["perplexity"][kind] for kind in old]) for s in (one, other)]
+    lines = [
+        ahead("On the domains", one["domains"], other["domains"]),
+        ahead("With general text", *with_general),
+    ]
+    if report["later"]:
+        anew = systems["joint adapter, trained anew on everything"]["all"]
+        lines.append(ahead(f"With {report['later']} added", systems[f"mixture + {report['later']}"]["all"], anew))
     return "\n".join(lines)
 
 
-def spread(values: list[float], sign: str = "", digits: int = 3) -> str:
-    """Mean and standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):{sign}.{digits}f} ± {deviation:.{digits}f}"
+def ahead(where: str, mixed: float, joint: float) -> str:
+    first, by = ("the mixture", joint / mixed) if mixed < joint else ("the joint adapter", mixed / joint)
+    return f"{where} {first} is ahead: {mixed:.1f} (mixture), {joint:.1f} (joint), {100 * (by - 1):.1f} %."
 
 
-def plot_gates(history: list[dict[str, Any]], path: Path) -> None:
-    """Mean weight of each arm of the gates over training steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    mark = "gate/mean/weight/"
-    points = [entry for entry in history if any(k.startswith(mark) for k in entry)]
-    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
-    for name in sorted({k for entry in points for k in entry if k.startswith(mark)}):
-        axes.plot([e["step"] for e in points], [e[name] for e in points], label=name.removeprefix(mark))
-    axes.set(xlabel="step of stage 2", ylabel="mean weight of the gate", ylim=(0, 1), title="Which arm the gates use")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+def check(args: Arguments) -> None:
+    """In a fresh process: the saved mixture's perplexities, as JSON."""
+    base = AutoModelForCausalLM.from_pretrained(args.base or Path(args.out) / "base")
+    model = PeftModel.from_pretrained(base, Path(args.out) / "mixture").eval()
+    print(json.dumps(perplexities(model, load_file(Path(args.out) / "tests.safetensors"))))
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
-    for method in args.methods:
-        if method not in METHODS:
-            raise SystemExit(f"--methods {method!r} is unknown; choose from {', '.join(METHODS)}")
     transformers_logging.set_verbosity_error()
-    demo = Demo(args)
-    demo.out.mkdir(parents=True, exist_ok=True)
+    transformers_logging.disable_progress_bar()
     if args.check:
-        demo.check(Path(args.check))
-    demo.main()
+        return check(args)
+    report = Demo(args).main()
+    text = f"{table(report)}\n\n{verdict(report)}\n"
+    (Path(args.out) / "table.md").write_text(text, encoding="utf-8")
+    print(f"\n{text}\nThe gate counted in {report['gate_seconds']:.1f} s. A fresh process found "
+          f"{'the same' if report['equal_in_a_fresh_process'] else 'OTHER'} perplexities. "
+          f"{report['seconds']:.0f} s in all; see {args.out}/ for pictures and text.html.")  # fmt: skip
+    return report
 
 
 if __name__ == "__main__":

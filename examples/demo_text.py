@@ -1,157 +1,170 @@
-"""English sentences out of a Python installation: docstrings, package descriptions, licences, reference topics.
-
-Source files are parsed, never imported; nothing is downloaded.
-"""
+"""Text of several kinds out of a Python installation, or out of a user's files. Nothing is downloaded or run."""
 
 from __future__ import annotations
 
-import ast
-import gc
-import importlib.machinery
 import importlib.metadata
-import inspect
+import importlib.util
+import random
 import re
 import sysconfig
-import textwrap
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mixadapters.tasks.domains import key, unique
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
-OVERLAP = 8  # words in a row that two texts may not share across splits
+END = "<end>"
+ENOUGH = 900_000  # characters of a kind of text; more of them are not read
+LONGEST = 12_000  # characters of a document
+TEST_SHARE = 0.12  # of the documents
+DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
+TESTS = {"test", "tests", "testing", "idlelib", "lib2to3", "encodings", "site-packages"}
+LEGAL = re.compile(r"licen[sc]e|copying|notice", re.IGNORECASE)
 
-HEADING = re.compile(r"(\w[^\n]{0,60})\n\s*([-=~^*#])\2{2,}\s*(?:\n|$)")
-PROSE_SECTIONS = {"notes", "explanation", "description", "introduction"}
-MARKUP = (
-    (re.compile(r":[\w:+-]+:`~[\w.]*?(\w+)`"), r"\1"),  # :class:`~package.name`
-    (re.compile(r":[\w:+-]+:`!?([^`<]*?)\s*(?:<[^>]*>)?`"), r"\1"),  # :class:`name`
-    (re.compile(r"`([^`<]*?)\s*<[^>]*>`_*"), r"\1"),  # `text <link>`_
-    (re.compile(r"\[([^\]\[]+)\]\([^)]*\)"), r"\1"),  # [text](link)
-    (re.compile(r"\s*\[\[?\w{1,12}\]\]?_"), ""),  # [1]_
-    (re.compile(r"``?([^`]*)``?_*"), r"\1"),
-    (re.compile(r"\*\*?([^*\s][^*]*)\*\*?"), r"\1"),
-)
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z(])")
-NOT_PROSE = re.compile(
-    r"""[=<>{}\\|_@#$^~\[\]*/+`"]|\w\.\w|\(\)|\s[.,;]|[a-z][A-Z]|::|\d{3}|User Guide"""
-    r"""|\b(in|by|from|to|of|with|and|or|the|a|see|See|for)[.,]"""  # the object was a citation, now cut
-)
-WORD = re.compile(r"[('\u2018\u201c]?[A-Za-z][A-Za-z'\u2019-]*[)'\u2019\u201d]?[.,;:!?]?[)]?")
+Documents = dict[str, list[str]]  # kind of text -> its documents
 
 
-def sentences(text: str, indented: bool = False) -> Iterator[str]:
-    """Yield the plain English sentences (5 to 60 words) of a docstring or document.
-
-    Parameter tables, examples, references, code, formulas and lists are left out. With `indented`, each paragraph is
-    taken as it stands, however far it is indented; in docstrings an indented block is code or a parameter.
-    """
-    prose = True
-    for block in re.split(r"\n\s*\n", inspect.cleandoc(text)):
-        if indented:
-            block = textwrap.dedent(block).strip()
-        if heading := HEADING.match(block):
-            prose = indented or heading[1].strip().lower() in PROSE_SECTIONS
-            block = block[heading.end() :]
-        if not prose or block[:1] in " \t>.*-|+:#" or "\n  " in block or re.match(r"[\w ]+::?\s*(\n|$)", block):
-            continue
-        flat = " ".join(block.split())
-        for pattern, replacement in MARKUP:
-            flat = pattern.sub(replacement, flat)
-        yield from (s for s in SENTENCE_END.split(flat) if is_prose(s))
-
-
-def is_prose(sentence: str) -> bool:
-    """Whether `sentence` is an English sentence of 5 to 60 words, and no fragment of code or formula."""
-    words = sentence.split()
-    return (
-        5 <= len(words) <= 60
-        and sentence[0].isupper()
-        and sentence[-1] in ".!?"
-        and sentence.count("(") == sentence.count(")")
-        and not NOT_PROSE.search(sentence)
-        and sum(WORD.fullmatch(w) is not None for w in words) >= 0.85 * len(words)
-    )
-
-
-def docstrings(path: Path) -> Iterator[str]:
-    """Yield the docstrings of a source file: the module's, its classes' and functions', methods included."""
-    try:
-        nodes: list = [ast.parse(path.read_bytes())]
-    except (SyntaxError, ValueError):  # written for another version of Python
-        return
-    while nodes:
-        node = nodes.pop()
-        if text := ast.get_docstring(node, clean=False):
-            yield text
-        nodes += [
-            n for n in reversed(node.body) if isinstance(n, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        ]
-
-
-def file_sentences(files: Iterable[Path]) -> dict[Path, list[str]]:
-    """Return the sentences of the docstrings of each file, in source order."""
-    collecting = gc.isenabled()
-    gc.disable()  # syntax trees have no cycles: parsing is 40 % faster
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the parser warns of doubtful escapes in other people's sources
-            return {file: unique(s for d in docstrings(file) for s in sentences(d)) for file in files}
-    finally:
-        if collecting:
-            gc.enable()
-
-
-def reference_sentences() -> list[str]:
-    """Return the sentences of Python's language reference, as far as `help()` carries it."""
-    from pydoc_data.topics import topics
-
-    return unique(s for _, topic in sorted(topics.items()) for s in sentences(topic, indented=True))
-
-
-def source_files(name: str) -> list[Path]:
-    """Return the source files of a standard library module or an installed (sub-)package, sorted; [] if absent."""
-    top, *rest = name.split(".")
+def installation() -> Documents:
+    """What every installation of this library carries. "general" is what the small base model learns from."""
     stdlib = Path(sysconfig.get_path("stdlib"))
-    path = next((p for p in (stdlib / top, stdlib / f"{top}.py") if p.exists()), None)
-    if path is None:
-        spec = importlib.machinery.PathFinder.find_spec(top)  # finds without importing
-        if spec is None or not spec.submodule_search_locations:
-            return []
-        path = Path(next(iter(spec.submodule_search_locations))).joinpath(*rest)
-    if path.is_file():
-        return [path]
-    return [
-        p
-        for p in sorted(path.rglob("*.py"))
-        if not {"test", "tests", "benchmarks"} & set(p.parent.parts[len(path.parts) :])
-    ]
+    headers = _package("torch") / "include"
+    science = [file for name in ("sympy", "networkx", "sklearn", "scipy") for file in _files(_package(name), "*.py")]
+    software = [file for name in ("torch", "transformers", "pandas") for file in _files(_package(name), "*.py")]
+    return {
+        "general": _shuffled(_prose(_order(_files(stdlib, "*.py") + software), 3 * ENOUGH)),
+        "code": _shuffled(_bounded(_read(_order(_files(stdlib, "*.py"))))),
+        "science": _shuffled(_prose(_order(science))),
+        "licences": _shuffled(_licences()),
+        "readmes": _shuffled(_readmes()),
+        "headers": _shuffled(_bounded(_read(_order(_files(headers, "*.h"))))),
+    }
 
 
-def package_prose(packages: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the sentences that ship with `packages` and all that they require, and the versions of all of them.
+def from_files(files: dict[str, Path]) -> Documents:
+    """A user's text: documents are parted by blank lines.
 
-    Read are descriptions, licences and notices, and the descriptions of bundled data sets.
+    Raises:
+        ValueError: a file that is not there, is no UTF-8, or has fewer than 20 documents.
     """
-    texts, versions, queue = [], {}, list(packages)
-    for name in queue:  # it grows meanwhile
+    found = {}
+    for kind, path in files.items():
         try:
-            package = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if package.metadata["Name"] in versions:
-            continue
-        versions[package.metadata["Name"]] = package.version
-        queue += [re.split(r"[^\w.-]", r, maxsplit=1)[0] for r in package.requires or () if "extra ==" not in r]
-        texts.append(str(package.metadata.json.get("description", "")))
-        for file in sorted(package.files or ()):
-            licence = re.search(r"licen[sc]e|copying|notice", file.name, re.IGNORECASE)
-            if (licence and file.suffix in ("", ".txt", ".md")) or "/datasets/descr/" in file.as_posix():
-                texts.append(Path(str(file.locate())).read_text(encoding="utf-8", errors="replace"))
-    return unique(s for text in texts for s in sentences(text, indented=True)), versions
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{kind}={path} cannot be read as UTF-8 text: {error}") from error
+        found[kind] = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+        if len(found[kind]) < 20:
+            raise ValueError(f"{kind}={path} has {len(found[kind])} documents (parted by blank lines); 20 are needed")
+    return found
 
 
-def runs(text: str) -> set[str]:
-    """Return all runs of `OVERLAP` words in `text`; of a shorter text, all of it."""
-    w = key(text).split()
-    return {" ".join(w[i : i + OVERLAP]) for i in range(max(1, len(w) - OVERLAP + 1))}
+def parted(documents: list[str]) -> tuple[list[str], list[str]]:
+    """(train, test), by document. A document that stands twice is taken once."""
+    unique = list(dict.fromkeys(documents))
+    count = max(1, round(TEST_SHARE * len(unique)))
+    return unique[count:], unique[:count]
+
+
+def new_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `size` tokens, learned from `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+
+
+def token_rows(tokenizer: PreTrainedTokenizerFast, documents: list[str], length: int, tokens: int) -> Tensor:
+    """(n, length) token ids: the documents one after the other, up to about `tokens`; no document gives over a tenth.
+
+    Raises:
+        ValueError: there is not one full row.
+    """
+    ids: list[int] = []
+    for document in documents:
+        ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"][: max(length, tokens // 10)]
+        ids.append(tokenizer.eos_token_id or 0)
+        if len(ids) >= tokens:
+            break
+    rows = min(len(ids), tokens) // length
+    if not rows:
+        raise ValueError(f"{len(ids)} tokens of text make no row of {length}; give more text, or a smaller --length")
+    return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+# --- what an installation carries ---------------------------------------------------------------------------------
+
+
+def _package(name: str) -> Path:
+    """The folder of an installed package, which is not imported; one that is not there has no files."""
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec is not None and spec.origin else Path(name)
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    return [p for p in sorted(folder.rglob(pattern)) if not TESTS & set(p.relative_to(folder).parts)]
+
+
+def _order(files: list[Path]) -> list[Path]:
+    """In a random order, always the same one."""
+    return random.Random(0).sample(files, len(files))
+
+
+def _shuffled(texts: Iterable[str]) -> list[str]:
+    found = list(texts)
+    random.Random(1).shuffle(found)
+    return found
+
+
+def _read(files: Iterable[Path]) -> Iterator[str]:
+    return (file.read_text(encoding="utf-8", errors="ignore") for file in files)
+
+
+def _bounded(texts: Iterable[str], enough: int = ENOUGH) -> Iterator[str]:
+    """Texts of some length, as many as hold `enough` characters."""
+    left = enough
+    for text in texts:
+        if len(text) > 200 and left > 0:
+            left -= len(text[:LONGEST])
+            yield text[:LONGEST]
+
+
+def _prose(files: Iterable[Path], enough: int = ENOUGH) -> Iterator[str]:
+    """The paragraphs of plain English in the docstrings of each file."""
+    return _bounded(("\n".join(_paragraphs(text)) for text in _read(files)), enough)
+
+
+def _paragraphs(source: str) -> Iterator[str]:
+    for docstring in DOCSTRING.findall(source):
+        for block in re.split(r"\n\s*\n", docstring):
+            flat = " ".join(block.split())
+            words = flat.split()
+            plain = sum(word.strip(".,;:()'\"`").isalpha() for word in words)
+            if len(words) >= 12 and plain >= 0.8 * len(words) and ">>>" not in flat:
+                yield flat
+
+
+def _readmes() -> Iterator[str]:
+    """The descriptions of the installed packages."""
+    found = (str(d.metadata.json.get("description", "")) for d in importlib.metadata.distributions())
+    return _bounded(sorted(found))
+
+
+def _licences() -> Iterator[str]:
+    """Licences and notices of the installed packages, each paragraph once."""
+    files = {
+        file.locate() for d in importlib.metadata.distributions() for file in d.files or () if LEGAL.search(file.name)
+    }
+    seen: set[str] = set()
+    texts = []
+    for text in _read(sorted(Path(str(f)) for f in files if Path(str(f)).is_file() and Path(str(f)).suffix != ".py")):
+        blocks = {" ".join(block.split()): block.strip("\n") for block in re.split(r"\n\s*\n", text)}
+        texts.append("\n\n".join(block for flat, block in blocks.items() if flat not in seen))
+        seen |= blocks.keys()
+    return _bounded(texts)

@@ -19,12 +19,18 @@ __version__ = "0.1.0.dev0"
 _LAZY = {
     "StageCallback": "mixadapters.training.callbacks",
     "GateUsageCallback": "mixadapters.training.callbacks",
+    "RouterScheduleCallback": "mixadapters.training.routing",
+    "BalanceBiasCallback": "mixadapters.training.routing",
+    "PermutationSearchCallback": "mixadapters.training.routing",
+    "ExpertSpawnCallback": "mixadapters.training.spawning",
 }
 
 __all__ = [
     "ROUTERS",
     "AGDConfig",
+    "BalanceBiasCallback",
     "BottleneckConfig",
+    "ExpertSpawnCallback",
     "ForwardContext",
     "GateUsageCallback",
     "LazyAdamW",
@@ -33,7 +39,9 @@ __all__ = [
     "MoAConfig",
     "MoSAConfig",
     "PILLConfig",
+    "PermutationSearchCallback",
     "Router",
+    "RouterScheduleCallback",
     "StageCallback",
     "register",
 ]

@@ -42,11 +42,11 @@ FENCE = re.compile(r"^```(\w*) ?([\w-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = {
     page: [(kind, note, code) for kind, note, code in FENCE.findall(text) if kind] for page, text in PAGES.items()
 }
-# Pages whose code runs; README and architecture have tests of their own.
+# Pages whose code runs; these have tests of their own.
 RUN = [
     page
     for page in PAGES
-    if page not in ("README.md", "docs/architecture.md")
+    if page not in ("README.md", "docs/architecture.md", "docs/two-stages.md")
     and any(kind == "python" and note != "no-run" for kind, note, _ in BLOCKS[page])
 ]
 
@@ -68,12 +68,14 @@ GIVEN = {
     "biomed": [f"the cell number {i} grows" for i in range(9)],
     "reviews": [f"the film number {i} is dull" for i in range(9)],
     "general": [f"there are {i} rivers" for i in range(12)],
+    "mixed": [{"input_ids": [5 + i, 6, 7], "labels": [5 + i, 6, 7]} for i in range(8)],
     "labelled": [(f"the cell number {i} grows", i % 2) for i in range(8)],
 }
 
 
 def tiny_tokenizer(first: tuple[str, ...], **options: Any) -> PreTrainedTokenizerFast:
-    words = sorted({w for texts in GIVEN.values() for t in texts for w in (t if isinstance(t, str) else t[0]).split()})
+    texts = [GIVEN[name] for name in ("biomed", "reviews", "general", "labelled")]
+    words = sorted({w for texts in texts for t in texts for w in (t if isinstance(t, str) else t[0]).split()})
     vocabulary = {token: i for i, token in enumerate([*first, *words])}
     assert len(vocabulary) <= 96
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -107,6 +109,10 @@ def offline(tiny, tmp_path, monkeypatch) -> Iterator[None]:
             monkeypatch.setitem(whole, name, None)
             del whole[name]
     monkeypatch.chdir(tmp_path)
+    for folder in ("runs/law", "runs/code", "user/chat"):
+        lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        model = peft.get_peft_model(load(transformers.AutoModelForCausalLM, "Qwen/Qwen3-0.6B"), lora)
+        model.save_pretrained(folder)
     with ROUTERS.temporarily():
         yield
 
@@ -131,14 +137,27 @@ def test_code_runs(page, offline) -> None:
 
 def test_code_of_the_readme_ends_in_what_it_promises(offline, tmp_path) -> None:
     names = run_page("README.md")
-    for folder in ("biomed", "reviews", "abstracts"):
+    for folder in ("biomed", "reviews", "mixture"):
         assert (tmp_path / folder / "adapter_model.safetensors").is_file()
     assert names["model"].peft_config.keys() == {"law", "code"}
-    # Another process has no name of the training's, nor has a reader who begins with decoders.
-    alone = [code for _, _, code in BLOCKS["README.md"] if "import mixadapters  #" in code or "causal_prefix" in code]
-    assert len(alone) == 2
+    assert names["tuner"].expert_ids(["films", "biomed"]).tolist() == [1, 0]
+    run_alone("README.md", "import mixadapters  #", "adapter_names")
+
+
+def test_code_of_the_two_stages_ends_in_what_it_promises(offline, tmp_path) -> None:
+    names = run_page("docs/two-stages.md")
+    for folder in ("biomed", "reviews", "abstracts"):
+        assert (tmp_path / folder / "adapter_model.safetensors").is_file()
+    assert list(names["model"].peft_config["default"].domains) == ["law", "code"]
+    run_alone("docs/two-stages.md", "import mixadapters  #", "causal_prefix")
+
+
+def run_alone(page: str, *marks: str) -> None:
+    """Another process has no name of the training's, nor has a reader who begins further down."""
+    alone = [code for _, _, code in BLOCKS[page] if any(mark in code for mark in marks)]
+    assert len(alone) == len(marks)
     for code in alone:
-        exec(compile(code, "README.md", "exec", dont_inherit=True), {"__name__": "__main__"})
+        exec(compile(code, page, "exec", dont_inherit=True), {"__name__": "__main__"})
 
 
 def test_documented_router_method_and_objective_work(offline, tiny, tiny_inputs) -> None:
@@ -295,13 +314,13 @@ COMMANDS = sorted(
     {
         (page, example, argument)
         for page, text in PAGES.items()
-        for example, command in re.findall(r"python examples/(\w+)\.py (.*)", text.replace("\\\n", " "))
+        for example, command in re.findall(r"python examples/([\w/]+)\.py (.*)", text.replace("\\\n", " "))
         for argument in re.findall(r"--(\w+)", command)
     }
 )
 
 
-@pytest.mark.parametrize("example", ["demo", "mosa_vision", "pill_vqa"])
+@pytest.mark.parametrize("example", ["studies/sentences", "studies/mosa_vision", "studies/pill_vqa"])
 def test_commands_pass_arguments_that_the_example_takes(example) -> None:
     tree = ast.parse((ROOT / "examples" / f"{example}.py").read_text(encoding="utf-8"))
     (arguments,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Arguments")

@@ -97,6 +97,7 @@ def backward(p: Problem, saved: Saved, grad: Tensor, needs: frozenset[str], layo
     if "b_up" in needs:
         out["b_up"] = by.shift_sums(rows)
     if needs & {"weights", "scale"}:
+        # What a slot would add with a weight and a scale of 1, times the gradient: each of the two lacks the other.
         dots = by.dots(wide(u) * h, rows)
         if "scale" in needs:
             out["scale"] = by.by_expert(dots if by.weights is None else dots * by.weights)
@@ -117,7 +118,7 @@ def _of_the_input(
     for name, weight, d in zip(("down", "gate"), (p.down, p.gate), of_hidden, strict=True):
         if d is None or weight is None:
             continue
-        d = by.cleared(d)
+        d = by.cleared(d)  # no weight may see what a slot without expert has left, be it infinite
         pairs.append((d, weight))
         if x is not None and name in needs:
             out[name] = by.outer(d, x)

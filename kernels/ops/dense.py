@@ -127,6 +127,7 @@ class Dense:
         return total if self.factors is None else total * self.factors.unsqueeze(1)
 
     def dots(self, h: Tensor, rows: Tensor) -> Tensor:
+        # Hidden columns of one expert lie side by side: its dot product is their sum.
         if _same(self.p.ranks):
             dots = h.view(-1, len(self.p.ranks), self.p.ranks[0]).sum(2)
         else:
@@ -155,6 +156,7 @@ def _table(p: Problem) -> tuple[Tensor | None, Tensor | None]:
         return chosen.to(p.x.dtype) if p.weights is None else torch.where(chosen, p.weights, 0), chosen
     columns = p.indices.where(p.indices >= 0, experts).long()  # "none" has a column of its own, cut off later
     ones = torch.ones_like(columns, dtype=p.x.dtype) if p.weights is None else p.weights
+    # An expert that a row names in several slots has the sum of their weights.
     table = ones.new_zeros(columns.shape[0], experts + 1, dtype=chain.wide_dtype(ones))
     weights = table.scatter_add_(1, columns, ones.to(table.dtype))[:, :experts].to(p.x.dtype)
     chosen = table.new_zeros(table.shape, dtype=torch.bool).scatter_(1, columns, True)[:, :experts]

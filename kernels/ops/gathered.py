@@ -79,6 +79,7 @@ class Gathered:
         self.weights = None if p.weights is None else p.weights.view(-1, run, p.slots)
         self.scale = None
         if p.scale is not None:
+            # A slot without expert has read expert 0's: a 1 in its place, which no infinity comes out of.
             scale = p.scale.unsqueeze(1) if self.in_order else p.scale[self.experts]
             self.scale = (scale if self.none is None else scale.masked_fill(self.none, 1)).unsqueeze(1)
         self.factors = chain.product(self.weights, self.scale)  # (B, run or 1, k), or None
@@ -204,6 +205,7 @@ class Gathered:
         parts = parts.flatten(0, 1)
         if self.table is None:
             return self._by_number(parts.view(-1, self.rank, *parts.shape[1:])).flatten(0, 1)
+        # Columns that a narrower expert lacks repeat its last one: they were cleared, and so add 0 to it here.
         parts = chain.wide(self._without_none(parts))
         total = parts.new_zeros(sum(self.p.ranks), *parts.shape[1:])
         return total.index_add_(0, self.table[self.experts].reshape(-1), parts)

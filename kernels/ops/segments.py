@@ -209,6 +209,7 @@ def _plan(p: Problem, order: Tensor | None = None) -> Plan:
         by = sort_slots(p, order)
         pieces = p.derived(("sorted pieces", number), lambda: _sorted_pieces(by.rows, by.counts.tolist()))
         return Plan(pieces, None, by.order, *sorted_weights(p, by))
+    # Slot by slot: the slots of an order in place are the columns of `indices` and `weights` one after the other.
     sizes = [piece.at.stop - piece.at.start for piece in pieces] if p.slots == 1 else []
     weights = None if p.weights is None else p.weights.t().reshape(-1)
     scale = p.scale

@@ -185,18 +185,23 @@ class MixtureConfig(PeftConfig):
             ValueError: the first field that differs, and its two values.
         """
         said = {key: value for key, value in saved.config.items() if key != "auto_mapping"}
-        theirs, mine = PeftConfig.from_peft_type(**said), self.to_dict()
+        theirs = PeftConfig.from_peft_type(**said)
         where = f"{saved.model_id}: the saved adapter is not adapter {adapter_name!r} of this model"
         if type(theirs) is not type(self):
             raise ValueError(f"{where}: it is a {type(theirs).__name__}. Load it under another adapter_name")
+        in_file, here = theirs.compared(self), self.compared(theirs)
         for f in fields(self):
             if f.name not in PeftConfig.__dataclass_fields__ and not f.metadata.get("free"):
-                value, free = theirs.to_dict()[f.name], f.metadata.get("free_keys", ())
-                if _without(value, free) != _without(mine[f.name], free):
+                free = f.metadata.get("free_keys", ())
+                if _without(in_file[f.name], free) != _without(here[f.name], free):
                     raise ValueError(
-                        f"{where}: {f.name}={value!r} in the file, {mine[f.name]!r} here. Load it under another "
-                        "adapter_name, or into a model made with the file's config"
+                        f"{where}: {f.name}={in_file[f.name]!r} in the file, {here[f.name]!r} here. Load it under "
+                        "another adapter_name, or into a model made with the file's config"
                     )
+
+    def compared(self, other: Any) -> dict[str, Any]:
+        """Its fields as they are compared with those of `other`, of which one is a file's."""
+        return self.to_dict()
 
 
 def _without(value: Any, keys: tuple[str, ...]) -> Any:

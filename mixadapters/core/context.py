@@ -17,6 +17,7 @@ from mixadapters.core import hooks
 from mixadapters.core.record import Record, Records
 from mixadapters.core.routing import Routing, RoutingKey, find_routing
 from mixadapters.core.sites import has_two_stacks
+from mixadapters.core.steps import Steps
 from mixadapters.core.streams import Stream, read_stream, refuse_packed
 from mixadapters.core.usage import UsageRecorder
 
@@ -47,6 +48,7 @@ class ForwardContext:
         observers: called with each routing that is decided, in training, evaluation and `generate`: (key, routing,
             mask (N,) bool of the rows that count, or None: all).
         usage: how routers have spread their weight in training; read and reset by the callbacks.
+        steps: notices a training in which nobody moves what moves with its steps.
         objectives: what changes inputs, outputs and loss of a training forward, in order.
         loss_scale: factor on auxiliary losses that are attached to the outputs for want of a loss (1 / number of
             accumulated micro-batches); `StageCallback` sets it. None: nobody has said, and none accumulate.
@@ -59,6 +61,7 @@ class ForwardContext:
         self.fields: set[str] = set(COMMON_FIELDS)
         self.observers: list[Observer] = []
         self.usage = UsageRecorder()
+        self.steps = Steps()
         self.objectives: list[Objective] = []
         self.staged: list[Objective] = []  # those of them that a StageCallback has attached
         self.loss_scale: Tensor | float | None = None

@@ -53,6 +53,7 @@ def join_losses(record: Record, module: nn.Module, output: Any, scale: Tensor | 
     share: Tensor | float = 1.0
     if record.main_loss is not None or (loss is not None and counts_items(loss, record, module, output)):
         share = share_of_batch({**record.values, **record.inputs}, module)
+    # The compiler cannot follow `Once`, which finds out in backward which way was used: one way is taken here.
     if extra is not None and torch.compiler.is_compiling():
         if loss is None:
             return attach(output, extra if scale is None else extra * scale, only_one=True)
@@ -163,7 +164,7 @@ def attach(output: Any, loss: Tensor, *, only_one: bool = False, optional: bool 
             "auxiliary losses found neither a loss nor an output with a gradient to join; call the model with labels, "
             "or set the coefficients of its auxiliary losses to 0"
         )
-    names.sort(key=lambda name: name != "logits")
+    names.sort(key=lambda name: name != "logits")  # the one that a loop most likely trains on
     for name in names[:1] if only_one else names:
         items[name] = _carrying(items[name], loss)
     if isinstance(output, Tensor):

@@ -112,6 +112,7 @@ class Mixture(Adapter):
             mask = real_rows(context, self.stack, rows)
             if trains:
                 self._add_losses(routing, mask, context)
+                context.steps.look(self.key, router)
             if not record.closed:  # checkpointing that runs the layer again tells nothing new
                 self._tell(routing, mask, context, rows, source.device, trains)
         return routing
@@ -154,14 +155,12 @@ class Mixture(Adapter):
     def _tell(
         self, routing: Routing, mask: Tensor | None, context: ForwardContext, rows: int, device: Any, trains: bool
     ) -> None:
-        """Tell observers; usage in training is one, of the routers that have a distribution."""
-        counts = trains and routing.probs is not None
-        if counts or context.observers:
-            names = self.expert_names
-            routing = with_distribution(routing, names, getattr(self.router, "arms", names), rows, device)
-            observers: list[Observer] = [context.usage, *context.observers] if counts else context.observers
-            for observer in observers:
-                observer(self.key, routing, mask)
+        """Tell observers, of which usage in training is one."""
+        names = self.expert_names
+        routing = with_distribution(routing, names, getattr(self.router, "arms", names), rows, device)
+        observers: list[Observer] = [context.usage, *context.observers] if trains else context.observers
+        for observer in observers:
+            observer(self.key, routing, mask)
 
     def observe(self, x: Tensor, y: Tensor, context: ForwardContext) -> list[Tensor]:
         source = self.source(x, y, context).to(y.dtype)

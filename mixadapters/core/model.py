@@ -13,11 +13,12 @@ from mixadapters.core.calls import ModelCalls
 from mixadapters.core.injection import Injection
 from mixadapters.core.inspection import RoutingVerbs
 from mixadapters.core.layer import AdapterHost, HookedLayer, in_stage
+from mixadapters.core.progress import StepVerbs
 from mixadapters.core.registry import nearest
 from mixadapters.core.saving import SavedForm
 
 
-class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs):
+class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs):
     """Base of the tuners. A method writes `roles` and `build`, and may say by class attributes:
 
     prefix: its type's name in lower case and "_" (set by registration).

@@ -49,21 +49,34 @@ def with_distribution(
 ) -> Routing:
     """The routing with the names of its arms; and with probs (rows, A), made of its weights where it has none.
 
-    Then the arms are the experts, and where rows may be left to the frozen layer, that.
+    Then the arms are the experts, and where rows may be left to the frozen layer, that. Where indices say which were
+    chosen, and nothing else does, `selected` is made of them.
     """
+    indices, weights, base_weight = routing.indices, routing.weights, routing.base_weight
     if routing.probs is not None:
         count = routing.probs.shape[-1]
         names = [*arms, *(f"arm{i}" for i in range(len(arms), count))]
+        if routing.selected is None and indices is not None and len(experts) <= count:
+            chosen = chosen_experts(indices, len(experts))
+            routing = routing._replace(selected=torch.nn.functional.pad(chosen, (0, count - len(experts))))
         return routing._replace(arms=tuple(names[:count]))
-    indices, weights, base_weight = routing.indices, routing.weights, routing.base_weight
     if indices is None:
         probs = torch.ones(rows, len(experts), device=device) if weights is None else weights
         return routing._replace(probs=probs, arms=tuple(experts))
     chosen = indices >= 0
     weights = chosen.float() if weights is None else weights.float() * chosen
     probs = weights.new_zeros(rows, len(experts)).scatter_add(1, indices.clamp_min(0).long(), weights)
-    frozen = (~chosen.any(1)).float() if base_weight is None else base_weight.float()
-    return routing._replace(probs=torch.cat([probs, frozen.unsqueeze(1)], 1), arms=(*experts, FROZEN))
+    none = ~chosen.any(1, keepdim=True)
+    frozen = none.float() if base_weight is None else base_weight.float().unsqueeze(1)
+    selected = torch.cat([chosen_experts(indices, len(experts)), none], 1)
+    return routing._replace(probs=torch.cat([probs, frozen], 1), arms=(*experts, FROZEN), selected=selected)
+
+
+def chosen_experts(indices: Tensor, experts: int) -> Tensor:
+    """indices (N, k), -1 for none -> (N, E) bool, which experts are among them."""
+    last = torch.where(indices >= 0, indices, experts).long()
+    found = torch.zeros(len(indices), experts + 1, dtype=torch.bool, device=indices.device)
+    return found.scatter(1, last, True)[:, :experts]
 
 
 def find_routing(routings: Mapping[RoutingKey, Routing], key: RoutingKey) -> Routing:

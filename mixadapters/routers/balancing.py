@@ -16,12 +16,11 @@ class ChoiceBias(nn.Module):
     """
 
     bias: Tensor
-    counts: Tensor
 
     def __init__(self, arms: int) -> None:
         super().__init__()
         self.register_buffer("bias", torch.zeros(arms))  # (A,)
-        self.register_buffer("counts", torch.zeros(arms, dtype=torch.long), persistent=False)  # rows since the update
+        self._counts: Tensor | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # In half precision steps of 0.001 would be lost: casts go past it, moves do not.
@@ -31,20 +30,33 @@ class ChoiceBias(nn.Module):
             self.bias = kept.to(self.bias.device)
         return self
 
+    @property
+    def counts(self) -> Tensor:
+        """(A,) how many rows have chosen each arm since the last update; to be summed over processes in place.
+
+        No buffer: data parallelism would give all processes those of the first.
+        """
+        if self._counts is None or self._counts.device != self.bias.device:
+            before = self._counts
+            self._counts = torch.zeros_like(self.bias, dtype=torch.long)
+            if before is not None:
+                self._counts += before.to(self._counts.device)
+        return self._counts
+
     @torch.no_grad()
     def count(self, selected: Tensor, mask: Tensor | None) -> None:
         """selected (N, A) bool, mask (N,) bool or None."""
-        self.counts += (selected if mask is None else selected & mask.unsqueeze(1)).sum(0)
+        self._counts = self.counts + (selected if mask is None else selected & mask.unsqueeze(1)).sum(0)
 
     @torch.no_grad()
     def update(self, rate: float, experts: int) -> None:
         """Move the biases of the experts by `rate`, up where fewer rows than the mean took them; forget the counts."""
         counts = self.counts[:experts].to(self.bias.dtype)
         self.bias[:experts] += rate * (counts.mean() - counts).sign()
-        self.counts.zero_()
+        self._counts = None
 
     def follow(self, order: list[int]) -> None:
         """Arms have been reordered: which each was, -1 for a new one."""
         index = torch.tensor(order, device=self.bias.device)
         self.bias = torch.where(index >= 0, self.bias[index.clamp_min(0)], 0.0)
-        self.counts = torch.zeros_like(self.counts[:1]).expand(len(order)).clone()
+        self._counts = None

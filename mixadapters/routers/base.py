@@ -15,6 +15,7 @@ from mixadapters.core.losses import entropy, group_balance, importance, load, lo
 from mixadapters.core.registry import LIBRARY, Registry, nearest
 from mixadapters.core.routing import Routing
 from mixadapters.routers.options import check_options
+from mixadapters.routers.schedules import Points, value_at
 
 # Auxiliary losses, and the part of a routing of which each is made.
 LOSSES = {"balance": "probs", "z": "logits", "entropy": "probs", "importance": "probs", "load": "chances"}
@@ -44,6 +45,7 @@ class Router(nn.Module):
     scopes: frozenset[str] = frozenset({"module", "block", "model"})  # for how many layers one routing may be made
     scheduled: tuple[str, ...] = ()  # options that may change while it trains, by `set_option`
     without: frozenset[str] = frozenset()  # options of its bases that mean nothing here
+    has_schedules = False  # whether its mixture's config has schedules for it
     needs_fit = False  # whether `fit` makes it from the experts' weights
     shares = False  # whether it takes `first`, the router of the adapter's first layer
     fixed_experts: str | None = None  # why its experts cannot come or go; None: they can
@@ -146,22 +148,36 @@ class Router(nn.Module):
         groups = [*self.balance_groups, *([name] for name in self.arms if name not in grouped)]
         return group_balance(probs, mask, selected, [[self.arms.index(name) for name in group] for group in groups])
 
-    def set_option(self, name: str, value: Any) -> None:
-        """Change an option while the router trains.
-
-        Raises:
-            ValueError: it is none of `scheduled`, or the value is not one that it takes.
-        """
+    def check_option(self, name: str, value: Any) -> None:
+        """Raise ValueError if an option is none of `scheduled`, or the value is not one that it takes."""
         if name not in self.scheduled:
             raise ValueError(
                 f"{type(self).__name__} has no option {name!r} that may change in training."
                 f"{nearest(name, self.scheduled)} It has {sorted(self.scheduled)}"
             )
         check_options(**{name: value})
+
+    def set_option(self, name: str, value: Any) -> None:
+        """Change an option while the router trains.
+
+        Raises:
+            ValueError: as `check_option`.
+        """
+        self.check_option(name, value)
         setattr(self, name, value)
+
+    def option_at(self, name: str, points: Points, progress: float) -> Any:
+        """What a schedule makes of an option of this router at a share of the training."""
+        return value_at(name, points, progress)
 
     def at_progress(self, progress: float) -> None:
         """Called before each training step with the share of the training that is done, for schedules of its own."""
+
+    @property
+    def moved_by(self) -> tuple[str, ...]:
+        """The verbs of the tuner that move something of it with the steps of a training; see `core/progress.py`."""
+        own = type(self).at_progress is not Router.at_progress
+        return ("set_progress",) if own or self.has_schedules else ()
 
     def fit(self, weights: Mapping[str, Weights | None]) -> None:
         """Make the router from the weights of its experts; None: the expert has nothing at this place."""

@@ -122,10 +122,10 @@ class LearnedRouter(ArmSurgery):
         null = [f"null{i}" for i in range(self.null_arms)]
         return [*self.experts, *null, *([FROZEN] if self.has_frozen_arm else [])]
 
-    def set_option(self, name: str, value: Any) -> None:
+    def check_option(self, name: str, value: Any) -> None:
         if name == "temperature" and self.log_temperature is not None:
             raise ValueError(f"temperature={value!r} cannot be set: learnable_temperature=True trains it")
-        super().set_option(name, value)
+        super().check_option(name, value)
 
     def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
         logits = self.pooling(self.score, tokens, context)  # (N, A)

@@ -44,6 +44,7 @@ CHECKS: dict[str, Check] = {
     "normalize": SWITCH, "convex": SWITCH, "norm_topk_prob": SWITCH, "batch_prioritized": SWITCH, "gumbel": SWITCH,
     "learnable_temperature": SWITCH, "learn_permutation": SWITCH,
 }  # fmt: skip
+WHOLE = frozenset({"k", "max_experts"})  # options that are whole numbers and may change in training
 CHOICES: dict[str, tuple[Any, ...]] = {
     "granularity": GRANULARITIES, "pool": POOLS, "scoring_func": ("softmax", "sigmoid"), "cell": ("gru", "rnn"),
     "schedule": ("linear", "exp"), "activation": (None, *ACTIVATIONS),

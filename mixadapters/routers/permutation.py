@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -44,11 +46,7 @@ class Permutation(nn.Module):
     @torch.no_grad()
     def harden(self) -> None:
         """Make it the permutation of the largest sum, and L constant. Raises ImportError without SciPy."""
-        try:
-            from scipy.optimize import linear_sum_assignment
-        except ImportError:
-            raise ImportError("to make a permutation hard needs SciPy: pip install scipy") from None
-        _, places = linear_sum_assignment(self.matrix().cpu().numpy(), maximize=True)
+        _, places = assignment()(self.matrix().cpu().numpy(), maximize=True)
         self.order.copy_(torch.as_tensor(places))
         self.weight.requires_grad_(False)
         self.hard = True
@@ -57,3 +55,12 @@ class Permutation(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         order = state_dict.get(f"{prefix}order")
         self.hard = order is not None and bool((order >= 0).all())
+
+
+def assignment() -> Any:
+    """SciPy's solver of assignments, which makes a permutation hard. Raises ImportError without SciPy."""
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError:
+        raise ImportError("to make a permutation hard needs SciPy: pip install scipy") from None
+    return linear_sum_assignment

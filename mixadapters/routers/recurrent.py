@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from mixadapters.core.adapter import Site
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.routing import Routing
+from mixadapters.routers.balancing import ChoiceBias
 from mixadapters.routers.base import ROUTERS, Router, options_of, read_spec
 from mixadapters.routers.learned import LearnedRouter
 from mixadapters.routers.options import check_options
+from mixadapters.routers.permutation import Permutation
 from mixadapters.routers.pregate import PregateRouter
+from mixadapters.routers.schedules import Points
 from mixadapters.routers.score import exact, linear
 
 
@@ -123,6 +126,10 @@ class RecurrentRouter(Router):
         return self.base.arms
 
     @property
+    def k(self) -> int | None:
+        return getattr(self.base, "k", None)
+
+    @property
     def null_arms(self) -> int:
         return self.base.null_arms
 
@@ -137,6 +144,24 @@ class RecurrentRouter(Router):
     @property
     def scheduled(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.base.scheduled
+
+    @property
+    def moved_by(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.base.moved_by, *(("set_progress",) if self.has_schedules else ()))))
+
+    @property
+    def balancing(self) -> ChoiceBias | None:
+        return getattr(self.base, "balancing", None)
+
+    @property
+    def permutation(self) -> Permutation | None:
+        return getattr(self.base, "permutation", None)
+
+    def check_option(self, name: str, value: Any) -> None:
+        self.base.check_option(name, value)
+
+    def option_at(self, name: str, points: Points, progress: float) -> Any:
+        return self.base.option_at(name, points, progress)
 
     def set_option(self, name: str, value: Any) -> None:
         self.base.set_option(name, value)

@@ -13,6 +13,7 @@ from mixadapters.core.routing import Routing
 from mixadapters.routers.balancing import ChoiceBias
 from mixadapters.routers.base import ROUTERS
 from mixadapters.routers.options import check_options
+from mixadapters.routers.schedules import Points
 from mixadapters.routers.sparse import SparseRouter
 
 
@@ -69,13 +70,21 @@ class TopKRouter(SparseRouter):
             raise ValueError("bias_update_rate=0 when this router was made: it has no bias to move; set it from there")
         self.balancing.update(self.bias_update_rate, len(self.experts))
 
-    def set_option(self, name: str, value: Any) -> None:
+    @property
+    def moved_by(self) -> tuple[str, ...]:
+        return super().moved_by if self.balancing is None else (*super().moved_by, "update_biases")
+
+    def check_option(self, name: str, value: Any) -> None:
         if name == "k":
             check_options(k=value)
             self._check_k(value, len(self.arms))
         if name == "bias_update_rate" and self.balancing is None:
             raise ValueError(f"bias_update_rate={value!r}: this router was made without a bias; make it with a rate")
-        super().set_option(name, value)
+        super().check_option(name, value)
+
+    def option_at(self, name: str, points: Points, progress: float) -> Any:
+        value = super().option_at(name, points, progress)
+        return min(value, len(self.arms)) if name == "k" else value  # as where k is a field: layers may have fewer
 
     def remove_expert(self, name: str, renormalize: bool) -> None:
         if renormalize:

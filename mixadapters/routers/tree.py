@@ -57,6 +57,11 @@ class TreeRouter(SparseRouter):
         nn.init.zeros_(self.output.bias)
         self.permutation = Permutation(arms) if learn_permutation else None
 
+    @property
+    def moved_by(self) -> tuple[str, ...]:
+        searches = self.permutation is not None and not self.permutation.hard
+        return (*super().moved_by, "search_permutation") if searches else super().moved_by
+
     def logits(
         self, read: Tensor, weight: Tensor, bias: Tensor | None, log_temperature: Tensor | None = None
     ) -> Tensor:

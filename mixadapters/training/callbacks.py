@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.model import MixtureModel
+from mixadapters.routers.base import COEFFICIENTS
 from mixadapters.training.checkpoints import fault, lay_out_moments, note_stage, stage_of
+from mixadapters.training.events import find_tuner, progress, trainer_of_event
 from mixadapters.training.objectives import require_pretrained_head
 
 
@@ -23,7 +24,8 @@ class StageCallback(TrainerCallback):
     """Trains the parameters of one stage of a method, with the objectives of that stage.
 
     It acts at the end of `Trainer.__init__`, before the optimizer is made, so that frozen weights never enter it, and
-    in the same way when a run is resumed.
+    in the same way when a run is resumed. While it trains it moves what moves with the steps: options that the config
+    has on a schedule, and biases that balance experts.
 
     Args:
         stage: a stage of the adapter's config, such as "domain" or "task".
@@ -120,8 +122,8 @@ class StageCallback(TrainerCallback):
         context.staged = list(self.objectives)
 
     def _has_auxiliary_losses(self, tuner: MixtureModel) -> bool:
-        config = tuner.peft_config[self.adapter_name]
-        return bool(self.objectives) or any(getattr(config, c, 0) for c in ("balance_coef", "z_coef", "entropy_coef"))
+        routers = tuner.routers_of(self.adapter_name)
+        return bool(self.objectives) or any(getattr(r, name, 0) for r in routers for name in COEFFICIENTS)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
@@ -144,6 +146,7 @@ class StageCallback(TrainerCallback):
             with torch.no_grad():
                 lay_out_moments(optimizer)
         self._attach(tuner.context)
+        tuner.set_progress(progress(state), self.adapter_name)
         base = tuner.model
         has_head = "MaskedLM" in type(base).__name__ or "CausalLM" in type(base).__name__
         if self.check_head and self.stage == "domain" and has_head and state.global_step == 0:
@@ -165,6 +168,16 @@ class StageCallback(TrainerCallback):
             scale = scaler.scale(torch.tensor(1 / steps, device=args.device))
         find_tuner(model).context.loss_scale = scale
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        find_tuner(model).update_biases(self.adapter_name)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        find_tuner(model).set_progress(progress(state), self.adapter_name)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if args.should_save and folder.is_dir():
@@ -173,16 +186,21 @@ class StageCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        find_tuner(model).context.loss_scale = None
+        context = find_tuner(model).context
+        context.loss_scale = None
+        context.steps.ended(self.adapter_name)
 
 
 class GateUsageCallback(TrainerCallback):
-    """Reports through the Trainer's own loggers how each gate spread its weight, and the auxiliary losses by name.
+    """Reports through the Trainer's own loggers (TensorBoard, W&B and the rest) how each router spread its weight and
+    what it chose, and the auxiliary losses by name.
 
     After every entry of the Trainer with a training loss (each `logging_steps`, or epoch) and at the end of the run
-    follows one of `gate/<layer>/weight/<arm>`, `gate/<layer>/entropy` (nats), `gate/<layer>/dead` (arms with less than
-    1 % of the weight), their means over layers under `gate/mean/...`, and `loss/<name>`, each a mean since the last
-    report. Gates see training batches only.
+    follows one of `gate/<layer>/<name>`, their means over layers `gate/mean/<name>`, and `loss/<name>`, each a mean
+    since the last report, of the training batches of this process. Names are `weight/<arm>`, `entropy` (nats) and
+    `dead` (arms with less than 1 % of the weight). Of routers that choose also `load/<arm>` (its share of choices),
+    `max_over_mean` (the largest load of an expert over their mean), `active` (experts that a token uses), `null`
+    (share of choices without an expert); `dead` are then experts with less than 1 % of the mean load.
 
     Args:
         trainer: as in `trainer.add_callback(GateUsageCallback(trainer))`; its `log` takes the report.
@@ -223,25 +241,3 @@ def columns(dataset: Any) -> set[str]:
             row = dataset[0]
         names = row if isinstance(row, Mapping) else ()
     return {name for name in names or () if isinstance(name, str)}
-
-
-def trainer_of_event() -> Trainer | None:
-    """The Trainer that is calling its callbacks. Events do not say whose they are, and only it knows the columns of
-    its dataset and how many micro-batches a step has."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer):
-            return owner
-        frame = frame.f_back
-    return None
-
-
-def find_tuner(model: nn.Module) -> MixtureModel:
-    """The tuner inside a PeftModel (or around it: DDP, torch.compile). Raises ValueError where there is none."""
-    for module in model.modules():
-        if isinstance(module, MixtureModel):
-            return module
-    raise ValueError(
-        f"{type(model).__name__} holds no adapter of mixadapters; pass the result of get_peft_model(model, config)"
-    )

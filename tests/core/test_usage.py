@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from math import log
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_every_router_has_a_usage_in_evaluation(name) -> None:
     usage = evaluated(mixture_of(make()))
     assert usage.count(KEY) == 3
     found = usage.summaries()[KEY]
-    assert {k.removeprefix("weight/"): v for k, v in found.items() if "/" in k} == pytest.approx(expected)
+    assert {k.removeprefix("weight/"): v for k, v in found.items() if "weight/" in k} == pytest.approx(expected)
 
 
 def test_hard_routes_are_counted_by_who_asks() -> None:
@@ -165,3 +166,117 @@ def test_routers_with_nothing_to_decide_stay_out_of_the_means(tiny, tiny_inputs)
     assert len(entropies) > 1
     assert entropies == pytest.approx([log(3)] * len(entropies))
     assert not any(name.endswith("weight/adapter") for name in report)
+
+
+# --- of routers that choose --------------------------------------------------------------------------------------
+
+
+def choosing(*batches: tuple[list[list[int]], list[bool] | None], arms: tuple[str, ...]) -> dict[str, float]:
+    """The summary of a router whose rows choose these arms, by number."""
+    usage = UsageRecorder()
+    for rows, mask in batches:
+        selected = torch.tensor([[a in row for a in range(len(arms))] for row in rows])
+        routing = Routing(probs=torch.full(selected.shape, 1 / len(arms)), arms=arms, selected=selected)
+        usage(KEY, routing, None if mask is None else torch.tensor(mask))
+    return usage.summaries()[KEY]
+
+
+def test_what_a_router_chooses_is_counted_by_hand() -> None:
+    arms = ("a", "b", "c", "null0", "frozen")
+    found = choosing(([[0, 1], [0, 3], [0, 4]], None), ([[1, 0], [2, 2]], [True, False]), arms=arms)
+    assert {k: v for k, v in found.items() if not k.startswith(("weight", "entropy"))} == pytest.approx(
+        {
+            "load/a": 4 / 8, "load/b": 2 / 8, "load/c": 0, "load/null0": 1 / 8, "load/frozen": 1 / 8,
+            "max_over_mean": 4 / 2, "active": 6 / 4, "null": 2 / 8, "dead": 1,
+        }
+    )  # fmt: skip
+
+
+def test_an_expert_is_dead_by_its_share_of_the_mean_load() -> None:
+    """Not of all: of 128 experts in balance each has less than 1 % of the choices."""
+    arms = tuple(f"e{i}" for i in range(128))
+    assert choosing(([[i] for i in range(128)], None), arms=arms)["dead"] == 0
+    assert choosing(([[i] for i in range(127)], None), arms=arms)["dead"] == 1
+    rows = [[0], [1]] * 200
+    assert choosing(([*rows, [2]], None), arms=("a", "b", "c"))["dead"] == 1  # 1 where the mean is 134
+    assert choosing((rows + [[2]] * 2, None), arms=("a", "b", "c"))["dead"] == 0
+
+
+def test_rows_that_choose_nothing_make_no_shares() -> None:
+    found = choosing(([[], []], None), arms=("a", "b"))
+    assert (found["active"], found["null"], found["max_over_mean"], found["dead"]) == (0, 0, 0, 2)
+
+
+def test_routers_that_do_not_choose_have_no_load() -> None:
+    assert set(recorded(([[1.0, 0.0]], None)).summaries()[KEY]) == {"weight/a", "weight/b", "entropy", "dead"}
+
+
+CHOOSING: dict[str, tuple[Any, dict[str, float]]] = {
+    "top_k": ({"kind": "top_k", "k": 2}, {"active": 2, "null": 0}),
+    "top_p": ({"kind": "top_p", "p": 1e-6}, {"active": 1, "null": 0}),
+    "null": ({"kind": "null", "k": 6, "null_arms": 2}, {"active": 4, "null": 1 / 3, "max_over_mean": 1}),
+    "tree": ({"kind": "tree", "gamma": 1e-6, "k": 2}, {"null": 0}),
+    "dense_to_sparse": ({"kind": "dense_to_sparse", "threshold": 0.0}, {"active": 4, "null": 0}),
+    "expert_choice": ({"kind": "expert_choice", "capacity_factor": 4.0}, {"active": 4, "max_over_mean": 1}),
+    "cosine": ({"kind": "cosine", "k": 3}, {"active": 3, "null": 0}),
+    "phatgoose": ({"kind": "phatgoose", "k": 2}, {"active": 0}),
+    "hash": ("hash", {"active": 1, "null": 0}),
+    "recurrent": ({"kind": "recurrent", "width": 4, "base": {"kind": "top_k", "k": 3}}, {"active": 3, "null": 0}),
+    "modality": ("modality", {"active": 2 / 3, "null": 1 / 3}),
+    "task": ("task", {"active": 1, "load/b": 1, "dead": 3, "max_over_mean": 4, "null": 0}),
+    "own": (lambda: TopK(4, list("abcd")), {"active": 1, "load/a": 1}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", CHOOSING)
+def test_every_router_that_chooses_says_what(name: str, training: bool) -> None:
+    """In training in the usage that the callbacks report, in evaluation in that of who asks."""
+    spec, expected = CHOOSING[name]
+    torch.manual_seed(0)
+    mixture = mixture_of(spec() if callable(spec) else build_router(spec, 4, list("abcd"))).train(training)
+    context, usage = ForwardContext(), UsageRecorder()
+    if not training:
+        context.observers.append(usage)
+    values = {"modality_ids": torch.tensor([[0, 1, -1], [0, 0, 0]]), "expert_ids": torch.tensor([1, 1])}
+    stream = Stream(2, 3, torch.tensor([[True, True, True], [False, False, False]]))
+    stream.input_ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    context.enter(Record(training, training, open=True, streams={"": stream}, values=values))
+    mixture(torch.randn(2, 3, 4), torch.randn(2, 3, 4), context)
+    found = (context.usage if training else usage).summaries()[KEY]
+    assert {key: found[key] for key in expected} == pytest.approx(expected)
+    loads = [value for key, value in found.items() if key.startswith("load/")]
+    assert sum(loads) == pytest.approx(1 if found["active"] or found["null"] else 0)
+
+
+# --- a picture ---------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_shows_the_load_by_layer(tmp_path: Any) -> None:
+    pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+    from matplotlib import image, pyplot
+
+    usage, figures = UsageRecorder(), pyplot.get_fignums()
+    for layer in range(3):
+        selected = torch.tensor([[True, False, layer == 0]] * 4)
+        key = KEY._replace(layer=layer, path=f"layers.{layer}.mlp")
+        usage(key, Routing(probs=torch.full((4, 3), 1 / 3), arms=("a", "b", "frozen"), selected=selected), None)
+    usage.plot(tmp_path / "load.png")
+    drawn = image.imread(tmp_path / "load.png")
+    assert drawn.shape[0] > 200
+    assert len(set(map(tuple, drawn[:, :, :3].reshape(-1, 3).tolist()))) > 10  # no blank page
+    assert pyplot.get_fignums() == figures  # nothing of the user's is touched
+    other = recorded(([[0.5, 0.5]], None))
+    other.plot(str(tmp_path / "weight.png"))
+    assert (tmp_path / "weight.png").read_bytes() != (tmp_path / "load.png").read_bytes()
+
+
+def test_a_picture_of_nothing_and_without_matplotlib_says_so(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="no router has been used since the recording began"):
+        UsageRecorder().plot(tmp_path / "load.png")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in [name for name in sys.modules if name.startswith("matplotlib.")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match="needs matplotlib: pip install matplotlib"):
+        recorded(([[0.5, 0.5]], None)).plot(tmp_path / "load.png")
+    assert not list(tmp_path.iterdir())

@@ -17,13 +17,13 @@ pytest.importorskip("sklearn")
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    sys.path.insert(0, str(ROOT / "examples"))
+    sys.path.insert(0, str(ROOT / "examples" / "studies"))
     try:
         import agd_digits
 
         yield agd_digits
     finally:
-        sys.path.remove(str(ROOT / "examples"))
+        sys.path.remove(str(ROOT / "examples" / "studies"))
 
 
 @pytest.fixture(scope="module")

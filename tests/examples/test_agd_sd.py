@@ -19,13 +19,13 @@ pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:peft"), pytest.mar
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    sys.path.insert(0, str(ROOT / "examples"))
+    sys.path.insert(0, str(ROOT / "examples" / "studies"))
     try:
         import agd_sd
 
         yield agd_sd
     finally:
-        sys.path.remove(str(ROOT / "examples"))
+        sys.path.remove(str(ROOT / "examples" / "studies"))
 
 
 def vae() -> Any:

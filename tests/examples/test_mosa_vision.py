@@ -23,8 +23,8 @@ pytestmark = [
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    for name in ("mosa_vision", "mosa_vision_data", "demo_corpus"):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
+    for name in ("mosa_vision", "mosa_vision_data", "sentences_corpus"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import mosa_vision
 

@@ -74,7 +74,7 @@ def data(tmp_path) -> Path:
 
 @pytest.fixture
 def example(monkeypatch) -> types.ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "studies"))
     for name in ("pill_vqa", "pill_vqa_data"):
         sys.modules.pop(name, None)
     return importlib.import_module("pill_vqa")

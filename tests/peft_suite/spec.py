@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mixadapters import AGDConfig, BottleneckConfig, MixDAConfig, MoSAConfig, PILLConfig
+from mixadapters import AGDConfig, BottleneckConfig, MixDAConfig, MoAConfig, MoSAConfig, PILLConfig
 
 Arguments = dict[str, Any]
 
@@ -39,6 +39,7 @@ class TwoDomains(MixDAConfig):
 TYPES: dict[str, type] = {
     "BOTTLENECK": BottleneckConfig,
     "MIXDA": MixDAConfig,
+    "MOA": MoAConfig,
     "MOSA": MoSAConfig,
     "PILL": PILLConfig,
     "AGD": AGDConfig,
@@ -46,11 +47,12 @@ TYPES: dict[str, type] = {
 MANDATORY: list[tuple[type, Arguments]] = [
     (BottleneckConfig, {}),
     (MixDAConfig, {"domains": ["a", "b"]}),
+    (MoAConfig, {}),
     (MoSAConfig, {}),
     (PILLConfig, {}),
     (AGDConfig, {}),
 ]
-BY_TARGET: list[type] = [BottleneckConfig, TwoDomains, MoSAConfig]
+BY_TARGET: list[type] = [BottleneckConfig, TwoDomains, MoAConfig, MoSAConfig]
 
 
 def bottleneck(**arguments: Any) -> tuple[type, Arguments]:
@@ -60,6 +62,11 @@ def bottleneck(**arguments: Any) -> tuple[type, Arguments]:
 def mixda(**arguments: Any) -> tuple[type, Arguments]:
     # At the default width, 1 or 2 here, the task adapter's ReLU is often dead.
     return MixDAConfig, {"domains": ["a", "b"], "r": 4, "task_r": 8, **arguments}
+
+
+def moa(**arguments: Any) -> tuple[type, Arguments]:
+    # All experts are chosen, so that each gets a gradient in the few steps of these tests.
+    return MoAConfig, {"r": 4, "num_experts": 3, "num_experts_per_tok": None, "router": "top_k", **arguments}
 
 
 def mosa(**arguments: Any) -> tuple[type, Arguments]:
@@ -102,6 +109,15 @@ MLP_FORMS: dict[str, tuple[type, Arguments]] = {
     "mixda, no task adapter": mixda(target_modules=["lin0"], task_adapter=None),
     "mixda, convex": mixda(target_modules=["lin0"], combine="convex"),
     "mixda, one domain": mixda(domains=["a"], target_modules=["lin1"]),
+    "moa": moa(target_modules=["lin0"]),
+    "moa on both": moa(target_modules=BOTH),
+    "moa and a trained head": moa(target_modules=["lin0"], modules_to_save=["lin1"]),
+    "moa, softmax, names": moa(target_modules=BOTH, router="softmax", experts=["a", "b"], num_experts=8),
+    "moa, sigmoid scores, shared": moa(target_modules=["lin0"], scoring_func="sigmoid", n_shared_experts=1),
+    "moa, shared with residual": moa(target_modules=["lin0"], n_shared_experts=1, residual=True),
+    "moa, bottleneck": moa(target_modules=["lin0"], expert_type="bottleneck"),
+    "moa, glu": moa(target_modules=["lin0"], expert_type="glu", activation="silu"),
+    "moa, constant": moa(target_modules=BOTH, router="constant"),
     "agd": agd(target_modules=["lin0"]),
     "agd on both": agd(target_modules=BOTH),
     "agd and a trained head": agd(target_modules=["lin0"], modules_to_save=["lin1"]),
@@ -120,16 +136,18 @@ CUSTOM_MODELS = [
     ("bottleneck on Conv1D", "EmbConv1D", *bottleneck(target_modules=["conv1d"], scale=4.0)),
     ("bottleneck on Conv1D, linear", "EmbConv1D", *bottleneck(target_modules=["conv1d"], **LINEAR)),
     ("mixda on Conv1D", "EmbConv1D", *mixda(target_modules=["conv1d"])),
+    ("moa on Conv1D", "EmbConv1D", *moa(target_modules=["conv1d"], lora_alpha=16)),
     ("mosa, LoRA on Conv1D", "EmbConv1D", *mosa(target_modules=["conv1d"], base="lora", scale=4.0)),
 ]
 # Inputs are up to 89 there: at 0.5 the second step saturates every gate, or ends in NaN.
-LEARNING_RATES = {("MIXDA", "MLP"): 0.05, ("AGD", "MLP"): 0.05, ("MOSA", "MLP"): 0.05}
+LEARNING_RATES = {("MIXDA", "MLP"): 0.05, ("MOA", "MLP"): 0.05, ("AGD", "MLP"): 0.05, ("MOSA", "MLP"): 0.05}
 PAIR_FORMS: dict[str, tuple[type, Arguments]] = {
     "bottleneck": bottleneck(init_weights=False),
     "bottleneck, parallel": bottleneck(init_weights=False, placement="parallel"),
     "bottleneck, linear": bottleneck(init_weights=False, **LINEAR),
     "bottleneck, linear and parallel": bottleneck(init_weights=False, placement="parallel", **LINEAR),
     "mixda": mixda(init_weights=False),
+    "moa": moa(init_weights=False),
     "mosa, LoRA": mosa(init_weights=False, base="lora", split="both"),
 }
 PAIRS = [
@@ -158,6 +176,7 @@ MIXED: list[tuple[str, Callable[..., Any]]] = [
         "mixda",
         lambda i, **kwargs: MixDAConfig(domains=["a", "b", "c"][: 2 + i], r=4, task_r=8, init_weights=False, **kwargs),
     ),
+    ("moa", lambda i, **kwargs: MoAConfig(num_experts=2 + i, r=4, router="softmax", init_weights=False, **kwargs)),
     ("mosa", lambda i, **kwargs: MoSAConfig(r=4 + 4 * i, scale=1.0, init_weights=False, **kwargs)),
 ]
 MIXED_TARGETS = {"lin0", "lin1"}
@@ -190,6 +209,9 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         bottleneck(target_modules=DECODER_OUTPUT, use_bias=False, **LINEAR),
         mixda(domain_layers=[0, 1]),
         mixda(target_modules=DECODER_OUTPUT),
+        moa(),
+        moa(router_scope="block", num_experts_per_tok=2, n_shared_experts=1),
+        moa(target_modules=DECODER_BLOCK, expert_type="bottleneck", router_scope="model"),
         mosa(),
         mosa(base="lora", split="both"),
         pill(gate_init="one"),
@@ -200,6 +222,8 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         bottleneck(target_modules=SEQ2SEQ_OUTPUT, use_bias=False, **LINEAR),
         mixda(domain_layers=[0, 1]),
         mixda(target_modules=SEQ2SEQ_OUTPUT),
+        moa(),
+        moa(router_scope="block"),
         mosa(style="houlsby"),
     ),
     "test_feature_extraction_models.py": with_task(
@@ -208,6 +232,8 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         bottleneck(target_modules=["output.dense"], **LINEAR),
         mixda(domain_layers=[0, 1], gate_granularity="sequence"),
         mixda(target_modules=["output.dense"]),
+        moa(),
+        moa(router_scope="block", granularity="sequence"),
         mosa(consistency=0.0),  # these outputs have no logits
     ),
     "test_seq_classifier.py": with_task(
@@ -215,15 +241,18 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         bottleneck(),
         bottleneck(target_modules=CLASSIFIER_OUTPUT, **LINEAR),
         mixda(domain_layers=[0, 1]),
+        moa(),
         mosa(),
     ),
-    "test_token_classification_qa.py": [bottleneck(), mixda(domain_layers=[0, 1]), mosa()],
+    "test_token_classification_qa.py": [bottleneck(), mixda(domain_layers=[0, 1]), moa(), mosa()],
     "test_extra_mixed.py": [
         bottleneck(init_weights=False),
         bottleneck(init_weights=False, target_modules=ANY_BLOCK, placement="parallel"),
         mixda(init_weights=False, domain_layers=[0, 1]),
         mixda(init_weights=False, domain_layers=[0, 1], gate_granularity="causal_prefix"),
         mixda(init_weights=False, target_modules=ANY_OUTPUT),
+        moa(init_weights=False),
+        moa(init_weights=False, router_scope="block", num_experts_per_tok=2),
     ],
 }
 
@@ -232,6 +261,8 @@ def why_not_mergeable(model_id: str, config: type, arguments: Arguments) -> str 
     """The reason why no single weight equals the layer with its adapter; None where one does."""
     if issubclass(config, MixDAConfig):
         return "a gate weighs the domains by the input"
+    if issubclass(config, MoAConfig):
+        return None if arguments["router"] == "constant" else "a router weighs the experts by the input"
     if issubclass(config, PILLConfig):
         return "its experts are not linear, and its router depends on the input"
     if issubclass(config, MoSAConfig):

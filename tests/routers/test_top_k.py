@@ -224,7 +224,8 @@ def test_bias_is_saved_kept_exact_and_follows_its_expert() -> None:
     router.balancing.bias.copy_(torch.tensor([0.1, 0.2003, 0.3, 0.4]))
     before = router.balancing.bias.clone()
     assert "balancing.bias" in router.state_dict()
-    assert "balancing.counts" not in router.state_dict()
+    # What is a buffer would be overwritten by the first process's in data parallelism.
+    assert [name for name, _ in router.named_buffers()] == ["balancing.bias"]
     router.to(torch.bfloat16)
     assert torch.equal(router.balancing.bias, before)
     assert router.output.weight.dtype == torch.bfloat16
@@ -250,13 +251,27 @@ def test_a_bias_balances_64_experts_without_a_loss(scoring, rate) -> None:
         return float(counts.max() / counts.mean())
 
     assert spread() > 5
-    router.balancing.counts.zero_()
+    router.balancing.counts.zero_()  # as when they are summed over processes, in place
     for step in range(300):
         if step == 200:
             router.set_option("bias_update_rate", rate / 5)
         run(router, tokens, training=True)
         router.update_bias()
     assert spread() <= 1.2
+
+
+def test_counting_goes_on_under_the_compiler_and_after_a_meta_device() -> None:
+    with torch.device("meta"):
+        router = build_router({"kind": "top_k", "k": 2, "bias_update_rate": 0.1}, D, NAMES)
+    router.load_state_dict(make(k=2, bias_update_rate=0.1).state_dict(), assign=True)
+    router.train()
+    torch._dynamo.reset()
+    compiled = torch.compile(router, fullgraph=True, backend="eager")
+    for step in (1, 2):
+        compiled(TOKENS, context_of(TOKENS, True))
+        assert int(router.balancing.counts.sum()) == step * 15 * 2
+    router.update_bias()
+    assert router.balancing.bias.any()
 
 
 def test_a_router_without_a_bias_has_none_to_move() -> None:

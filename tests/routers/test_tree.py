@@ -171,3 +171,20 @@ def test_permuting_experts_and_gate_together_changes_nothing() -> None:
     one, other = run(router), run(plain)
     outputs = [(r.weights * v[r.indices.clamp_min(0)]).sum(1) for r, v in ((one, moved), (other, values))]
     torch.testing.assert_close(*outputs)
+
+
+@pytest.mark.parametrize("kind", ["tree", "hash"])
+def test_verbs_refuse_before_anything_changes(kind, tiny) -> None:
+    from peft import get_peft_model
+
+    from mixadapters.tuners.mixda import MixDAConfig
+    from mixadapters.tuners.moa import MoAConfig
+
+    moa = get_peft_model(tiny("llama"), MoAConfig(experts=["a", "b"], r=2, router=kind)).base_model
+    mixda = get_peft_model(tiny("llama"), MixDAConfig(domains=["a", "b"], r=2, router=kind)).base_model
+    for verb in (moa.add_expert, moa.remove_expert, mixda.add_domain, mixda.remove_domain):
+        with pytest.raises(ValueError, match=r"(Tree|Hash)Router cannot: .*make a new router"):
+            verb("c" if "add" in verb.__name__ else "a")
+    assert list(moa.peft_config["default"].experts) == list(mixda.peft_config["default"].domains) == ["a", "b"]
+    for tuner in (moa, mixda):
+        assert all(mixture.bank.names == ["a", "b"] for mixture in tuner.mixtures().values())

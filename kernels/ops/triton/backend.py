@@ -75,6 +75,8 @@ def backward(p: Problem, kept: tuple[Tensor, ...], grad: Tensor, needs: frozense
     weigh = bool(needs & {"weights", "scale"})
     dweights = p.x.new_zeros(rows, p.slots, dtype=torch.float32) if weigh else None
     dx = None
+    # Each pass: the gradient of the hidden values, from it that of x, and beside it the left factors of those of the
+    # weights, `lefts`, which meet x or the output's gradient in `_Sum.add`.
     for i, step in enumerate(todo.passes):
         parts = call.shrink_parts(p.up.shape[0], False)
         dh = z.new_empty(parts, rows, todo.hidden)
@@ -83,7 +85,7 @@ def backward(p: Problem, kept: tuple[Tensor, ...], grad: Tensor, needs: frozense
         if weigh and p.b_up is not None:
             b_up_dot = z.new_empty(rows, todo.experts)
             call.shrink(step, grad, p.b_up, None, b_up_dot, 1, by_expert=True)
-        before = dx
+        before = dx  # of earlier passes, to which this one adds; fp32 until the last has
         if "x" in needs:
             dx = p.x.new_empty(p.x.shape, dtype=p.x.dtype if i == len(todo.passes) - 1 else torch.float32)
         lefts = {name: p.x.new_empty(rows, total.hidden) for name, total in sums.items()}

@@ -303,7 +303,7 @@ def expand_back(
     z = _add_bias(tl.load(Z + at, mask=hidden_mask, other=0.0), B_DOWN, columns, there)
     dh = _sum_parts(DH, dh_part, at, hidden_mask, PARTS)
     w = _weights(rows, row_there, owners, INDICES, index_stride, WEIGHTS, weight_stride, SCALE, BM)
-    da = tl.where(w != 0.0, dh * w, 0.0)
+    da = tl.where(w != 0.0, dh * w, 0.0)  # what a row did not choose has no gradient, be it infinite; so below
     if GATED:
         v = _add_bias(tl.load(Z + z_gate + at, mask=hidden_mask, other=0.0), B_GATE, columns, there)
         act, slope = _act(v, ACT)
@@ -330,6 +330,7 @@ def expand_back(
             ws = _weights(rows, row_there, experts, INDICES, index_stride, WEIGHTS, weight_stride, SCALE, BM)
             tl.store(WS + bias_at, ws.to(WS.dtype.element_ty), mask=bias_mask)
         if DWEIGHTS is not None:
+            # Of a weight: <dy, up a + b_up>, whose first part is the sum of dh * a over the columns of its expert.
             if B_UP_DOT is not None:
                 b_up_dot = tl.load(B_UP_DOT + bias_at, mask=bias_mask, other=0.0)
             if INDICES is None:
@@ -435,7 +436,7 @@ def wgrad(
         per_part = tl.cdiv(tl.cdiv(RUN, BM), parts) * BM
         low = part * per_part
         high = tl.minimum(low + per_part, RUN)
-        for run in range(0, N // RUN):
+        for run in range(0, N // RUN):  # those of other experts are passed over
             if tl.load(INDICES + run * RUN * index_stride).to(tl.int32) == expert:
                 for m0 in range(low, high, BM):
                     local = m0 + tl.arange(0, BM)

@@ -111,6 +111,8 @@ def competes(config: Any) -> bool:
 def require_surgery(config: Any, verb: str) -> None:
     """Raise ValueError where the router has not what `verb` needs."""
     cls = ROUTERS[config.gate]
+    if isinstance(cls.fixed_experts, str):
+        raise ValueError(f"{verb}: {cls.__name__} cannot: {cls.fixed_experts}")
     lacking = [name for name in SURGERY[verb] if not _has(cls, name)]
     if lacking:
         raise ValueError(

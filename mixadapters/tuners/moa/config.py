@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 
 from peft.utils.other import get_pattern_key
 
-from mixadapters.core.config import MixtureConfig
 from mixadapters.core.fields import fits
 from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
@@ -17,6 +16,7 @@ from mixadapters.routers.base import registered_by
 from mixadapters.routers.pooling import GRANULARITIES
 from mixadapters.tuners.bottleneck.config import PLACEMENTS
 from mixadapters.tuners.moa.router import default_of, router_spec
+from mixadapters.tuners.moa.schedules import ScheduledConfig
 from mixadapters.tuners.registration import peft_type
 from mixadapters.tuners.sources import public_origin, refuse_unsaveable
 
@@ -30,7 +30,7 @@ ARMS = r"frozen|null\d+|shared\d+"  # names that arms and shared experts have
 
 
 @dataclass
-class MoAConfig(MixtureConfig):
+class MoAConfig(ScheduledConfig):
     """A mixture of adapters: experts of one kind at linear layers, FFNs or MoE blocks, and any router over them.
 
     y = base(x) + sum_k w_k E_k(x). `experts` gathers trained adapters, {"law": "user/law-lora", "code": folder},
@@ -186,6 +186,7 @@ class MoAConfig(MixtureConfig):
         for option, value in self.router.items() if isinstance(self.router, dict) else ():
             refuse_unsaveable(f"router: {option}", value)
         cls, _ = router_spec(self)
+        self.check_schedules(self.schedules)
         if self.router_scope not in cls.scopes:
             by = "by what each layer's experts hold" if "module" in cls.scopes else "once for all layers"
             raise ValueError(

@@ -4,11 +4,14 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.bank import AdapterBank
+from mixadapters.core.files import FileWeights
 from mixadapters.core.finding import inside_adapters
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.routing import RoutingKey
@@ -17,9 +20,9 @@ from mixadapters.routers.base import Router, build_router
 from mixadapters.tuners.bottleneck.config import placement_roles, placement_taps
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
-from mixadapters.tuners.moa.router import router_spec
+from mixadapters.tuners.moa.router import OPTION_OF, router_spec
 from mixadapters.tuners.moa.sources import Gathered, gather
-from mixadapters.tuners.moa.verbs import ExpertVerbs
+from mixadapters.tuners.moa.spawning import ExpertSpawning
 from mixadapters.tuners.sources import rank_of, same_module
 
 QUERY = frozenset({"q", "query", "q_proj", "q_lin", "query_proj"})  # what runs first in an attention
@@ -36,8 +39,9 @@ class Plan:
     routers: dict[str, Router] = field(default_factory=dict)  # leader -> its router, once it is there
 
 
-class MoAModel(ExpertVerbs):
+class MoAModel(ExpertSpawning):
     fields = ("expert_ids", "prompt_mask")
+    moving = ("router", "schedules", *OPTION_OF)
 
     # --- sites -----------------------------------------------------------------------------------
 
@@ -240,6 +244,31 @@ class MoAModel(ExpertVerbs):
         self.fit_router(adapter_name, missing_ok=True)
         self.set_trainable(adapter_name)
         self._gathered = {}
+        if config.schedules:
+            self.set_schedules(config.schedules, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As every tuner's; options that both configs have on a schedule become what they are in the file."""
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        saved = state_dict.saved if isinstance(state_dict, FileWeights) else None
+        if saved is not None and config.schedules:
+            theirs: Any = PeftConfig.from_peft_type(**{k: v for k, v in saved.config.items() if k != "auto_mapping"})
+            now = {name: theirs.option_now(name) for name in config.schedules.keys() & theirs.schedules.keys()}
+            take_over(model, config, adapter_name, {name: v for name, v in now.items() if v is not None})
+        return mapped
+
+
+def take_over(model: nn.Module, config: MoAConfig, adapter_name: str, options: dict[str, Any]) -> None:
+    """Set options of an adapter's routers, and say so in its config."""
+    for module in model.modules():
+        if isinstance(module, ExpertMixture) and module.key.adapter == adapter_name:
+            for name, value in options.items() if not isinstance(module.router, FollowRouter) else ():
+                module.router.set_option(name, module.router.option_at(name, [[0.0, value]], 0.0))
+    for name, value in options.items():
+        config.note_option(name, value)
 
 
 def _in_running_order(paths: list[str]) -> list[str]:

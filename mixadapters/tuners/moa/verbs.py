@@ -77,6 +77,15 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         elif r is not None or isinstance(config.num_experts, dict):
             ranks = {path: r or self.rank_at(config, path, config.r) for path in paths}
             spec |= {"ranks": ranks, "scales": {path: config.scale_at(path, rank) for path, rank in ranks.items()}}
+        self._add(name, spec, share, adapter_name)
+        if found is not None:
+            self.fill(adapter_name, name, found)
+        self._settle(adapter_name)
+
+    def _add(self, name: str, spec: dict[str, Any], share: float, adapter_name: str) -> None:
+        """A new expert of this entry in the config: into the config, the routers and the banks."""
+        config = self._moa(adapter_name)
+        paths = [path for path, _ in self._mixtures(adapter_name)]
         self._name_experts(config, paths)
         before = self._leaders(adapter_name)
         targets = config.target_modules
@@ -92,9 +101,6 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
             raise
         config.expert_order = list(config.experts)
         self._insert(config, adapter_name, name, plan, before, share)
-        if found is not None:
-            self.fill(adapter_name, name, found)
-        self._settle(adapter_name)
 
     def _widen(self, config: MoAConfig, name: str, paths: list[str]) -> None:
         """Add modules to those that the config adapts. Raises ValueError where it leaves them out on purpose."""
@@ -225,6 +231,8 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
 
     def _require(self, adapter_name: str, verb: str) -> None:
         router = next(iter(self._leaders(adapter_name).values()))
+        if router.fixed_experts is not None:
+            raise ValueError(f"{verb}: {type(router).__name__} cannot: {router.fixed_experts}")
         if not hasattr(router, verb):
             raise ValueError(
                 f"{verb} needs a router that can change its arms, and {type(router).__name__} has no {verb}; make a "

@@ -1,7 +1,7 @@
 """Guidance distillation on a CPU: a small diffusion transformer on scikit-learn's digits, guided in one pass.
 
-    python examples/agd_digits.py                                        # all arms, three seeds: about an hour
-    python examples/agd_digits.py --arms film --seeds 0 --samples 200    # a first look
+    python examples/studies/agd_digits.py  # all arms, three seeds: about an hour
+    python examples/studies/agd_digits.py --arms film --seeds 0 --samples 200  # a first look
 
 Trains a class-conditional DiT of diffusers, stopped early enough that it needs guidance; records trajectories of its
 classifier-free guidance (CFG); distils them into adapters of each kind, from several kinds of states, and into the

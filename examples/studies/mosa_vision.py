@@ -1,9 +1,10 @@
 """MoSA against the plain adapter of its size, and what each of its two halves does: sparsity, and consistency.
 
-    python examples/mosa_vision.py                                             # scikit-learn's digits, no data needed
-    python examples/mosa_vision.py --dataset cifar --data_dir data/vision      # or mnist, omniglot: local files
-    python examples/mosa_vision.py --dataset sst2 --data_dir data              # a text set: MiniLM is the base
-    python examples/mosa_vision.py --dataset uoft-cs/cifar100 --model google/vit-base-patch16-224-in21k --shots 0
+    python examples/studies/mosa_vision.py  # scikit-learn's digits, no data needed
+    python examples/studies/mosa_vision.py --dataset cifar --data_dir data/vision  # or mnist, omniglot: local files
+    python examples/studies/mosa_vision.py --dataset sst2 --data_dir data  # a text set: MiniLM is the base
+    python examples/studies/mosa_vision.py --dataset uoft-cs/cifar100 \\
+        --model google/vit-base-patch16-224-in21k --shots 0
 
 Each seed draws its own training and validation rows from the training part of the set: `--shots` of each class, or
 with `--shots 0` all of them and a tenth for validation. The rate of each method is the best on the validation rows of
@@ -74,7 +75,7 @@ class Base:
     def __init__(self, args: Arguments) -> None:
         self.args, self.text = args, args.dataset in TEXT_SETS
         if self.text:
-            from demo_corpus import minilm_path
+            from sentences_corpus import minilm_path
             from transformers import AutoModel, AutoTokenizer
 
             from mixadapters.tasks.models import PooledHead

@@ -1,7 +1,8 @@
 """Guidance adapters for a checkpoint of diffusers: record its guided trajectories, distil them, compare pictures.
 
-    python examples/agd_sd.py --model stabilityai/stable-diffusion-xl-base-1.0 --prompts prompts.txt --precision bf16
-    python examples/agd_sd.py --model facebook/DiT-XL-2-256 --classes 1000 --max_scale 6
+    python examples/studies/agd_sd.py --model stabilityai/stable-diffusion-xl-base-1.0 --prompts prompts.txt \\
+        --precision bf16
+    python examples/studies/agd_sd.py --model facebook/DiT-XL-2-256 --classes 1000 --max_scale 6
 
 Works for pipelines whose denoiser is a UNet2DConditionModel, a DiTTransformer2DModel or an SD3Transformer2DModel. The
 record is resumed if it was interrupted. Writes trajectories/, adapter/, report.json, and pictures by both ways.

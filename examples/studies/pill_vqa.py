@@ -1,9 +1,9 @@
 """Questions about images for a model of text: PILL beside its ablations and LoRA.
 
-    python examples/pill_vqa.py --data_dir DATA                                      # small pieces, pretrained here
-    python examples/pill_vqa.py --data_dir DATA --task scienceqa --model Qwen/Qwen3-0.6B \\
+    python examples/studies/pill_vqa.py --data_dir DATA  # small pieces, pretrained here
+    python examples/studies/pill_vqa.py --data_dir DATA --task scienceqa --model Qwen/Qwen3-0.6B \\
         --encoder google/siglip-base-patch16-224 --grid 7 --max_length 512
-    python examples/pill_vqa.py --task derek-thomas/ScienceQA --model ... --encoder ...
+    python examples/studies/pill_vqa.py --task derek-thomas/ScienceQA --model ... --encoder ...
 
 Without --model a small Llama is pretrained on the questions and answers of the training split, half of them behind a
 description of the image in words; without --encoder a small ViT is trained to name these words. Both are kept in --out

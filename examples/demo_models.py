@@ -1,0 +1,131 @@
+"""The demo's models: a small base, LoRA adapters of domains, and the mixture of them; training and perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from mixadapters import MoAConfig
+
+Rows = Tensor  # (n, T) token ids
+
+
+def new_base(vocabulary: int, width: int, layers: int, length: int) -> LlamaForCausalLM:
+    """An untrained decoder."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary, hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers,
+            num_attention_heads=width // 32, max_position_embeddings=2 * length, tie_word_embeddings=True,
+            bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def lora(base: nn.Module, rank: int, seed: int = 0) -> Any:
+    """A LoRA of PEFT on every linear layer."""
+    torch.manual_seed(seed)
+    return get_peft_model(
+        base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+
+
+def mixture(base: nn.Module, folders: dict[str, str]) -> Any:
+    """The LoRA adapters of some domains side by side, under a gate that counts tokens."""
+    config = MoAConfig(experts=folders, router="counts", router_scope="model", task_type="CAUSAL_LM")
+    return get_peft_model(base, config).eval()
+
+
+def has_bfloat16() -> bool:
+    """Whether half precision is the faster one here."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class Progress:
+    """The one progress bar: tokens of training."""
+
+    def __init__(self, tokens: int) -> None:
+        self.bar = tqdm(total=tokens, unit="tok", unit_scale=True, smoothing=0.05, leave=False)
+
+    def step(self, text: str) -> None:
+        self.bar.set_description(f"{text:<34.34}")
+
+    def say(self, text: str) -> None:
+        self.bar.write(text)
+
+
+class Advance(TrainerCallback):
+    """Moves the bar with each step."""
+
+    def __init__(self, progress: Progress, tokens: int) -> None:
+        self.progress, self.tokens = progress, tokens
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.progress.bar.update(self.tokens)
+
+
+def train(
+    model: nn.Module, rows: Rows, progress: Progress, *, rate: float, batch: int, epochs: float, out: str,
+) -> None:  # fmt: skip
+    """One run of transformers' Trainer over the rows, without its logs."""
+    arguments = TrainingArguments(
+        out, per_device_train_batch_size=batch, num_train_epochs=epochs, learning_rate=rate, warmup_steps=0.06,
+        lr_scheduler_type="cosine", adam_beta2=0.98, bf16=has_bfloat16(), save_strategy="no", logging_strategy="no",
+        report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(), dataloader_drop_last=True, seed=0,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Advance(progress, batch * rows.shape[1])])
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    model.eval()
+
+
+@torch.no_grad()
+def token_losses(model: nn.Module, rows: Rows, batch: int = 16) -> Tensor:
+    """(n, T - 1) nats of each token after the first."""
+    model.eval()
+    device = next(model.parameters()).device
+    found = []
+    with autocast(device):
+        for part in rows.to(device).split(batch):
+            logits = model(input_ids=part, attention_mask=torch.ones_like(part)).logits[:, :-1].float()
+            flat = nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+            found.append(flat.view(len(part), -1).cpu())
+    return torch.cat(found)
+
+
+def perplexities(model: nn.Module, tests: dict[str, Rows]) -> dict[str, float]:
+    return {kind: math.exp(token_losses(model, rows).mean().item()) for kind, rows in tests.items()}
+
+
+@torch.no_grad()
+def routing(model: Any, rows: Rows) -> tuple[list[str], Tensor]:
+    """Names of the gate's arms, and their weights at each token: (n, T, A)."""
+    tuner, seen = model.base_model, []
+    for part in rows.to(next(model.parameters()).device).split(16):
+        model(input_ids=part, attention_mask=torch.ones_like(part))
+        decided = next(iter(tuner.context.record.routings.values()))  # one serves all layers
+        seen.append(decided.probs.float().cpu())
+    arms = next(iter(tuner.mixtures().values())).router.arms
+    return arms, torch.cat(seen).view(*rows.shape, -1)
+
+
+@contextmanager
+def autocast(device: torch.device) -> Iterator[None]:
+    with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16()):
+        yield
+
+
+def size(model: nn.Module) -> int:
+    """Parameters that adapters add."""
+    return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name or "bank.experts" in name)

@@ -1,0 +1,37 @@
+"""What callbacks ask when the Trainer calls them: whose event it is, and which model trains."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+from transformers import Trainer, TrainerState
+
+from mixadapters.core.model import MixtureModel
+
+
+def trainer_of_event() -> Trainer | None:
+    """The Trainer that is calling its callbacks. Events do not say whose they are, and only it knows the columns of
+    its dataset and how many micro-batches a step has."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def find_tuner(model: nn.Module) -> MixtureModel:
+    """The tuner inside a PeftModel (or around it: DDP, torch.compile). Raises ValueError where there is none."""
+    for module in model.modules():
+        if isinstance(module, MixtureModel):
+            return module
+    raise ValueError(
+        f"{type(model).__name__} holds no adapter of mixadapters; pass the result of get_peft_model(model, config)"
+    )
+
+
+def progress(state: TrainerState) -> float:
+    """The share of a run that is done: of its steps, so that a resumed run goes on where it was."""
+    return min(state.global_step / max(state.max_steps, 1), 1.0)

@@ -1,0 +1,58 @@
+"""Options of MoA's router that change along a training: the config says what they are now."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from mixadapters.core.config import MixtureConfig
+from mixadapters.routers.schedules import check_schedules, value_at
+from mixadapters.tuners.moa.router import OPTION_OF, default_of, router_spec
+
+
+class ScheduledConfig(MixtureConfig):
+    """Part of MoA's config."""
+
+    router: Any
+    schedules: Any
+
+    def check_schedules(self, schedules: Any) -> None:
+        """Raise ValueError if these are no schedules of options that the router may change in training."""
+        scheduled: Any = router_spec(self)[0].scheduled
+        check_schedules(schedules, scheduled if isinstance(scheduled, tuple) else None)  # else it depends on its base
+
+    def note_progress(self, done: float) -> None:
+        """Say what options with a schedule are at this share of the training: a saved adapter is made with these."""
+        for option, points in self.schedules.items():
+            self.note_option(option, value_at(option, points, done))
+
+    def note_option(self, option: str, value: Any) -> None:
+        """Say what an option of the router is now, in `router`."""
+        for name, stands_for in OPTION_OF.items():
+            if stands_for == option:
+                setattr(self, name, default_of(self, name))
+        assert isinstance(self.router, dict)
+        base = self.router.get("base")
+        if isinstance(base, dict) and option in base:
+            self.router = {**self.router, "base": {**base, option: value}}
+        else:
+            self.router = {**self.router, option: value}
+
+    def option_now(self, option: str) -> Any:
+        """What `router` says that an option is; None where it says nothing."""
+        assert isinstance(self.router, dict)
+        base = self.router.get("base")
+        return base[option] if isinstance(base, dict) and option in base else self.router.get(option)
+
+    def compared(self, other: MixtureConfig) -> dict[str, Any]:
+        """As every config's, without the options that both have on a schedule: loading takes over the file's."""
+        said = super().compared(other)
+        moving = self.schedules.keys() & getattr(other, "schedules", {}).keys()
+        router = _without(said["router"], moving)
+        if "base" in router:
+            router["base"] = _without(router["base"], moving)
+        return said | {name: None for name, option in OPTION_OF.items() if option in moving} | {"router": router}
+
+
+def _without(value: Any, keys: Collection[str]) -> Any:
+    return {k: v for k, v in value.items() if k not in keys} if isinstance(value, dict) else value

@@ -1,0 +1,82 @@
+"""One expert becomes several: copies of which each loses other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mixadapters.core.bank import Expert
+from mixadapters.core.fields import finite
+from mixadapters.core.registry import nearest
+from mixadapters.tuners.moa.verbs import ExpertVerbs
+
+COPIED = ("ranks", "scales", "biases")  # of what the config says of an expert: a copy has no source of its own
+
+
+class ExpertSpawning(ExpertVerbs):
+    """Part of MoA's tuner."""
+
+    @torch.no_grad()
+    def spawn_experts(
+        self,
+        from_expert: str,
+        names: Sequence[str],
+        *,
+        mask_fraction: float = 0.5,
+        noise: float = 0.0,
+        adapter_name: str = "default",
+    ) -> None:
+        """Add copies of an expert; of each, and of the expert itself, other weights are set to 0 at random.
+
+        So experts that begin as one become different (Nie et al. 2021, EvoMoE, arXiv 2112.14397). Without mask and
+        noise nothing changes where the router's weights sum to 1. Each new arm of the router starts with an equal
+        share. Make optimizers anew afterwards; `ExpertSpawnCallback` does so inside a Trainer.
+
+        Args:
+            names: of the new experts.
+            mask_fraction: probability that an entry of a weight matrix becomes 0.
+            noise: standard deviation of what is added to each matrix, as a factor on that of its entries.
+
+        Raises:
+            ValueError: no such expert, a name that is taken, a number out of range, or a router that cannot gain arms.
+        """
+        config = self._moa(adapter_name)
+        if from_expert not in config.all_names():
+            have = config.all_names()
+            raise ValueError(f"unknown expert {from_expert!r}; have {have}.{nearest(from_expert, have)}")
+        if isinstance(names, str) or not names or len(set(names)) < len(names):
+            raise ValueError(f"names={names!r} must be a list of different names for the new experts")
+        if not finite(mask_fraction) or not 0 <= mask_fraction < 1:
+            raise ValueError(f"mask_fraction={mask_fraction!r} must be at least 0 and below 1")
+        if not finite(noise) or noise < 0:
+            raise ValueError(f"noise={noise!r} must be a finite number, not below 0")
+        for name in names:
+            self._check_new(config, name, 0.5, adapter_name)
+        self._require(adapter_name, "add_expert")
+        for name in names:
+            self._name_experts(config, [path for path, _ in self._mixtures(adapter_name)])
+            spec = {key: value for key, value in config.experts[from_expert].items() if key in COPIED}
+            self._add(name, spec, 1 / (len(config.all_names()) + 1), adapter_name)
+        for _, mixture in self._mixtures(adapter_name):
+            for i, piece in enumerate(config.pieces(from_expert)):
+                if piece in mixture.bank.experts:
+                    first: Expert = mixture.bank.experts[piece]
+                    copies = [mixture.bank.experts[config.pieces(name)[i]] for name in names]
+                    for copy in copies:
+                        copy.load_state_dict(first.state_dict())
+                    for expert in (first, *copies):
+                        diversify(expert, mask_fraction, noise)
+        self._settle(adapter_name)
+
+
+def diversify(expert: Expert, mask_fraction: float, noise: float) -> None:
+    """Change the weight matrices of an expert at random, in place."""
+    for part in (expert.down, expert.gate, expert.up):
+        if part is None:
+            continue
+        weight = part.weight
+        if noise:
+            weight.add_(torch.randn_like(weight), alpha=noise * float(weight.std(correction=0)))
+        if mask_fraction:
+            weight.masked_fill_(torch.rand_like(weight, dtype=torch.float32) < mask_fraction, 0.0)
