@@ -12,7 +12,8 @@ from peft import PeftModel, get_peft_model
 
 from mixadapters import MixDAConfig, MoAConfig
 
-FEW, MANY = 15, 60
+COUNTS = (20, 60, 100)  # as far from each other: of work that is proportional, the differences are the same
+LIMITS = {"build": 1.02, "save": 1.02, "load": 1.15}  # torch's load_state_dict looks for each child's keys among all
 CONFIGS: dict[str, Callable[[list[str]], Any]] = {
     "mixda": lambda names: MixDAConfig(domains=names, r=1, domain_layers=[0], task_adapter=None),
     "moa": lambda names: MoAConfig(experts=names, r=1, target_modules=["layers.0.mlp.down_proj"]),
@@ -37,9 +38,9 @@ def calls_of(run: Callable[[], Any]) -> tuple[int, Any]:
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_work_grows_as_the_number_of_experts(kind: str, tiny: Any, tmp_path: Path) -> None:
+def test_the_hundredth_expert_takes_no_more_work_than_the_first(kind: str, tiny: Any, tmp_path: Path) -> None:
     work: dict[str, list[int]] = {"build": [], "save": [], "load": []}
-    for count in (2, FEW, MANY):  # the first warms caches
+    for count in (2, *COUNTS):  # the first warms caches
         names = [f"n{i}" for i in range(count)]
         folder, base, other = tmp_path / str(count), tiny("llama"), tiny("llama")
         build, model = calls_of(lambda base=base, names=names: get_peft_model(base, CONFIGS[kind](names)))
@@ -47,5 +48,5 @@ def test_work_grows_as_the_number_of_experts(kind: str, tiny: Any, tmp_path: Pat
         load, _ = calls_of(lambda other=other, folder=folder: PeftModel.from_pretrained(other, folder))
         for step, done in (("build", build), ("save", save), ("load", load)):
             work[step].append(done)
-    for step, (_, few, many) in work.items():
-        assert many < 1.2 * MANY / FEW * few, (step, few, many)
+    for step, (_, few, more, many) in work.items():
+        assert many - more < LIMITS[step] * (more - few), (step, few, more, many)
