@@ -188,7 +188,7 @@ class CountsRouter(Router):
     def bind(self, site: Site) -> None:
         super().bind(site)
         self.pooling = self._pooling(site.causal)
-        self.pooling.path, self.pooling.stack = site.path, site.stack
+        self.pooling.bind(site)
 
     # --- one table for all layers -----------------------------------------------------------------------------
 

@@ -103,7 +103,7 @@ class LearnedRouter(ArmSurgery):
 
     def bind(self, site: Site) -> None:
         super().bind(site)
-        self.pooling.path, self.pooling.stack = site.path, site.stack
+        self.pooling.bind(site)
 
     @property
     def refuses_packed(self) -> str | None:  # type: ignore[override]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixadapters.core.adapter import Site
 from mixadapters.core.cache import router_state
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.streams import Stream
@@ -34,6 +35,10 @@ class Pooling:
     def __init__(self, pool: str = "masked_mean", *, total: bool = False) -> None:
         self.pool, self.total = pool, total
         self.path = self.stack = ""  # where the router sits
+
+    def bind(self, site: Site) -> None:
+        """Called once the router has its place."""
+        self.path, self.stack = site.path, site.stack
 
     def __call__(self, score: Score, tokens: Tensor, context: ForwardContext) -> Tensor:
         sequences = context.as_sequences(tokens, self.stack)
@@ -62,6 +67,15 @@ class SequencePooling(Pooling):
 
     granularity = "sequence"
     by_row = True
+
+    def bind(self, site: Site) -> None:
+        """Raises ValueError at causal sites."""
+        if site.causal:
+            raise ValueError(
+                f"gate_granularity='sequence' at {site.path!r}: the gate of a causal decoder would see the future; "
+                "use 'token', 'causal_prefix' or 'request'"
+            )
+        super().bind(site)
 
     def pooled(
         self, score: Score, sequences: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext
@@ -167,16 +181,13 @@ class RequestPooling(Remembering):
 
     def prompt(self, logits: Tensor, mask: Tensor | None, context: ForwardContext) -> Tensor:
         """(B, T) bool: the tokens of the request. All that an encoder of two stacks reads; else those of
-        `prompt_mask`, else those before the first label, else all."""
+        `prompt_mask`, which `generate` knows, else those before the first label, else all."""
         record, encoder = context.record, self.stack == "encoder"
-        prompt = None if encoder else context.rows("prompt_mask", logits.shape[0], self.stack)
+        prompt = None if encoder else context.token_field("prompt_mask", self.stack)
         labels = None if encoder else record.inputs.get("labels")
         real = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if mask is None else mask
         if prompt is not None:
-            if prompt.shape != real.shape:
-                raise ValueError(
-                    f"prompt_mask {tuple(prompt.shape)} does not fit the tokens of this forward {tuple(real.shape)}"
-                )
+            self._refuse_part(context)
             if not torch.compiler.is_compiling() and bool(((prompt != 0) & (prompt != 1)).any()):
                 raise ValueError("prompt_mask must hold True and False, or 1 and 0")
             return prompt.to(real.device).bool() & real
@@ -192,6 +203,18 @@ class RequestPooling(Remembering):
         if mask is None and logits.shape[0] > 1 and stream.cache is None:
             raise _missing_mask("request", stream)
         return real
+
+    def _refuse_part(self, context: ForwardContext) -> None:
+        """Raise ValueError where the prompt that is pinned goes on after the tokens of this forward."""
+        record, stream = context.record, context.stream(self.stack)
+        if "prompt_mask" not in record.pinned:
+            return
+        tokens, end = torch.as_tensor(record.values["prompt_mask"]).shape[1], int(stream.past) + (stream.length or 0)
+        if tokens > end:
+            raise ValueError(
+                f"gate_granularity='request' reads the whole prompt, of which this forward ends at {end} of {tokens}; "
+                "leave prefill_chunk_size out of generate, or fill the cache by one forward"
+            )
 
 
 POOLINGS = {cls.granularity: cls for cls in (TokenPooling, SequencePooling, PrefixPooling, RequestPooling)}

@@ -10,8 +10,8 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from mixadapters import BottleneckConfig, MixDAConfig
-from mixadapters.routers import DomainGate
+from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig
+from mixadapters.routers import LearnedRouter
 
 KINDS = {
     "bottleneck": lambda **f: BottleneckConfig(r=4, init_weights=False, **f),
@@ -19,6 +19,10 @@ KINDS = {
     "mixda": lambda **f: MixDAConfig(domains=["a", "b"], r=4, init_weights=False, balance_coef=2.0, **f),
     "mixda_prefix": lambda **f: MixDAConfig(
         domains=["a", "b"], r=4, init_weights=False, gate_granularity="causal_prefix", z_coef=1.0, **f
+    ),
+    "moa": lambda **f: MoAConfig(num_experts=4, r=4, init_weights=False, router_aux_loss_coef=2.0, **f),
+    "moa_block": lambda **f: MoAConfig(
+        num_experts=4, r=4, init_weights=False, router_scope="block", router_z_loss_coef=1.0, n_shared_experts=1, **f
     ),
 }
 every = pytest.mark.parametrize("kind", KINDS)
@@ -36,7 +40,7 @@ def made(tiny: Any, kind: str, architecture: str = "llama", **fields: Any) -> nn
     model = get_peft_model(tiny(architecture, num_hidden_layers=1), KINDS[kind](**fields))
     with torch.no_grad():
         for gate in model.modules():
-            if isinstance(gate, DomainGate):
+            if isinstance(gate, LearnedRouter):
                 gate.output.weight.normal_()
     return model
 
@@ -59,11 +63,11 @@ def test_outputs_and_gradients_are_those_of_eager_mode(kind: str, tiny: Any, tin
     torch.testing.assert_close(compiled[1], eager[1], **CLOSE)
     for name, grad in eager[2].items():
         torch.testing.assert_close(compiled[2][name], grad, msg=name, **CLOSE)
-    if kind.startswith("mixda"):  # the auxiliary loss is in it
+    if kind.startswith(("mixda", "moa")):  # the auxiliary loss is in it
         assert eager[1] > model.eval()(**inputs).loss + 0.1
 
 
-@pytest.mark.parametrize("kind", ["bottleneck", "mixda"])
+@pytest.mark.parametrize("kind", ["bottleneck", "mixda", "moa"])
 def test_outputs_of_an_encoder(kind: str, tiny: Any, tiny_inputs: Any) -> None:
     fields = {"gate_granularity": "sequence"} if kind == "mixda" else {}
     model = made(tiny, kind, "bert", **fields).eval()
@@ -74,7 +78,9 @@ def test_outputs_of_an_encoder(kind: str, tiny: Any, tiny_inputs: Any) -> None:
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
-@pytest.mark.parametrize(("kind", "task_type"), [("bottleneck", "CAUSAL_LM"), ("mixda_prefix", None)])
+@pytest.mark.parametrize(
+    ("kind", "task_type"), [("bottleneck", "CAUSAL_LM"), ("mixda_prefix", None), ("moa_block", None)]
+)
 def test_adapter_names_are_honoured_after_compiling(
     kind: str, task_type: str | None, tiny: Any, tiny_inputs: Any
 ) -> None:
@@ -93,7 +99,7 @@ def test_adapter_names_are_honoured_after_compiling(
         torch.testing.assert_close(compiled(**inputs).logits, plain, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["bottleneck", "mixda"])
+@pytest.mark.parametrize("kind", ["bottleneck", "mixda", "moa_block"])
 def test_switching_and_disabling_are_honoured_after_compiling(kind: str, tiny: Any, tiny_inputs: Any) -> None:
     model = made(tiny, kind)
     model.add_adapter("second", KINDS[kind]())
@@ -110,7 +116,7 @@ def test_switching_and_disabling_are_honoured_after_compiling(kind: str, tiny: A
         torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, **CLOSE)
 
 
-@pytest.mark.parametrize("kind", ["bottleneck", "mixda"])
+@pytest.mark.parametrize("kind", ["bottleneck", "mixda", "moa", "moa_block"])
 def test_weights_loaded_later_are_used_without_compiling_again(kind: str, tiny: Any, tiny_inputs: Any) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -126,8 +132,9 @@ def test_weights_loaded_later_are_used_without_compiling_again(kind: str, tiny: 
     assert counter.frame_count == 1
 
 
-def test_checkpointing_in_a_compiled_model(tiny: Any, tiny_inputs: Any) -> None:
-    model = made(tiny, "mixda").train()
+@pytest.mark.parametrize("kind", ["mixda", "moa_block"])
+def test_checkpointing_in_a_compiled_model(kind: str, tiny: Any, tiny_inputs: Any) -> None:
+    model = made(tiny, kind).train()
     inputs = {**tiny_inputs("llama", labels="tokens"), "use_cache": False}
     grads = []
     for compiling in (False, True):

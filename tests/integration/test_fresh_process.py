@@ -17,11 +17,12 @@ from processes import Process
 from transformers import AutoModelForCausalLM
 
 import mixadapters
-from mixadapters import BottleneckConfig, MixDAConfig
+from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig
 
 CONFIGS = {
     "bottleneck": lambda: BottleneckConfig(r=4, init_weights=False, task_type="CAUSAL_LM"),
     "mixda": lambda: MixDAConfig(domains=["a", "b"], r=4, init_weights=False, task_type="CAUSAL_LM"),
+    "moa": lambda: MoAConfig(num_experts=4, r=4, router_scope="block", init_weights=False, task_type="CAUSAL_LM"),
 }
 HEADER = """
 import json, sys, warnings
@@ -151,7 +152,10 @@ def test_card_says_how_to_load_and_what_it_is(saved: Any, kind: str) -> None:
     assert "PeftModel.from_pretrained(base" in card.text
     assert f"`{kind.upper()}`" in card.text
     assert mixadapters.__version__ in card.text
-    stages = {"bottleneck": "Stage `domain` trains `*`", "mixda": "Stage `domain` trains `domain.bank.*`"}
+    stages = {
+        "bottleneck": "Stage `domain` trains `*`", "mixda": "Stage `domain` trains `domain.bank.*`",
+        "moa": "Stage `router` trains `router.*`, `residual.*`",
+    }  # fmt: skip
     assert stages[kind] in card.text
 
 

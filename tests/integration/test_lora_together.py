@@ -13,11 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from mixadapters import BottleneckConfig, MixDAConfig
+from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig
 
 KINDS = {
     "bottleneck": lambda **f: BottleneckConfig(r=4, init_weights=False, **f),
     "mixda": lambda **f: MixDAConfig(domains=["a", "b"], r=4, init_weights=False, **f),
+    "moa": lambda **f: MoAConfig(num_experts=3, r=4, target_modules=["down_proj"], init_weights=False, **f),
 }
 every = pytest.mark.parametrize("kind", KINDS)
 either_first = pytest.mark.parametrize("lora_first", [False, True])

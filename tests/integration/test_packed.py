@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, PILLConfig
+from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, MoAConfig, PILLConfig
 
 transformers.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -51,9 +51,16 @@ def mixda(**fields: Any) -> MixDAConfig:
     return MixDAConfig(domains=["a", "b"], r=3, task_type="CAUSAL_LM", init_weights=False, **fields)
 
 
+def moa(**fields: Any) -> MoAConfig:
+    return MoAConfig(num_experts=3, r=3, task_type="CAUSAL_LM", init_weights=False, **fields)
+
+
 RIGHT = {
     "bottleneck": lambda: BottleneckConfig(r=4, task_type="CAUSAL_LM", init_weights=False),
     "token gate": mixda,
+    "routers of each module": moa,
+    "routers of each block": lambda: moa(router_scope="block", n_shared_experts=1),
+    "a router of the model": lambda: moa(router_scope="model"),
     "tokens that name their modality": lambda: PILLConfig(
         modalities=["text", "image"], token_ids={"image": [6]}, task_type="CAUSAL_LM", init_weights=False
     ),
@@ -83,8 +90,11 @@ def calls(model: PeftModel) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("granularity", ["causal_prefix", "request"])
-def test_gates_that_would_mix_requests_are_refused(tiny, granularity) -> None:
-    model = adapt(tiny("llama"), mixda(gate_granularity=granularity))
+@pytest.mark.parametrize("kind", ["mixda", "moa", "moa by block"])
+def test_gates_that_would_mix_requests_are_refused(tiny, kind, granularity) -> None:
+    scope = "block" if kind == "moa by block" else "module"
+    made = mixda(gate_granularity=granularity) if kind == "mixda" else moa(granularity=granularity, router_scope=scope)
+    model = adapt(tiny("llama"), made)
     for call in calls(model):
         with pytest.raises(ValueError, match=f"gate_granularity='{granularity}'.*one row.*use generate"):
             call()

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from mixadapters import BottleneckConfig, MixDAConfig
+from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig
 
 quantize = pytest.importorskip("torchao.quantization")
 
@@ -19,6 +19,7 @@ KINDS = {
     "bottleneck": lambda **f: BottleneckConfig(r=4, init_weights=False, **f),
     "parallel": lambda **f: BottleneckConfig(r=4, init_weights=False, placement="parallel", **f),
     "mixda": lambda **f: MixDAConfig(domains=["a", "b"], r=4, init_weights=False, **f),
+    "moa": lambda **f: MoAConfig(num_experts=3, r=4, router_scope="block", init_weights=False, **f),
 }
 every = pytest.mark.parametrize("kind", KINDS)
 
@@ -93,7 +94,7 @@ def test_merged_adapter_is_exact_up_to_quantization(placement: str, quantized: A
     assert 10 * rounding < adapted
 
 
-@pytest.mark.parametrize("kind", ["parallel", "mixda"])
+@pytest.mark.parametrize("kind", ["parallel", "mixda", "moa"])
 def test_what_equals_no_weight_is_refused(kind: str, quantized: Any) -> None:
     with pytest.raises(ValueError, match=r"cannot merge|cannot be merged"):
         get_peft_model(quantized(), KINDS[kind]()).merge_and_unload()

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixadapters import BottleneckConfig, MixDAConfig, MoSAConfig
+from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig, MoSAConfig
 
 IDS = torch.arange(16).view(2, 8)
 CONFIGS = {
@@ -25,6 +25,11 @@ CONFIGS = {
         r=8, task_type="CAUSAL_LM", glu=True, layer_norm=True, scale="learnable", init_weights=False
     ),
     "mixda": lambda: MixDAConfig(domains={"a": None, "b": None}, task_type="CAUSAL_LM", init_weights=False),
+    "moa": lambda: MoAConfig(num_experts=3, task_type="CAUSAL_LM", n_shared_experts=1, init_weights=False),
+    "moa by block": lambda: MoAConfig(
+        num_experts=3, task_type="CAUSAL_LM", router_scope="block", target_modules="all-linear", init_weights=False
+    ),
+    "moa by model": lambda: MoAConfig(num_experts=3, task_type="CAUSAL_LM", router_scope="model", init_weights=False),
     "mosa": lambda: MoSAConfig(num_experts=2, task_type="CAUSAL_LM", init_weights=False),
 }
 

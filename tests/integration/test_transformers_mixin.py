@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig
+from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, MoAConfig
 
 KINDS = {
     "bottleneck": (BottleneckConfig, {"r": 4}),
     "parallel": (BottleneckConfig, {"r": 4, "placement": "parallel"}),
     "mixda": (MixDAConfig, {"domains": ["a", "b"], "r": 4, "task_r": 3}),
+    "moa": (MoAConfig, {"num_experts": 3, "r": 4, "router_scope": "block"}),
 }
 every = pytest.mark.parametrize("kind", KINDS)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mixadapters import BottleneckConfig, MixDAConfig, StageCallback
+from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig, StageCallback
 from mixadapters.training.callbacks import collect_usage
 from mixadapters.training.objectives import PreservationObjective
 
@@ -24,6 +24,7 @@ trl = pytest.importorskip("trl")
 CONFIGS = {
     "bottleneck": lambda **f: BottleneckConfig(**{"r": 4, "task_type": "CAUSAL_LM", **f}),
     "mixda": lambda **f: MixDAConfig(**{"domains": ["a", "b"], "r": 4, "task_type": "CAUSAL_LM", **f}),
+    "moa": lambda **f: MoAConfig(**{"num_experts": 3, "r": 4, "router_scope": "block", "task_type": "CAUSAL_LM", **f}),
 }
 every = pytest.mark.parametrize("kind", CONFIGS)
 WORDS = [f"w{i}" for i in range(92)]

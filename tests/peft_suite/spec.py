@@ -114,7 +114,7 @@ MLP_FORMS: dict[str, tuple[type, Arguments]] = {
     "moa and a trained head": moa(target_modules=["lin0"], modules_to_save=["lin1"]),
     "moa, softmax, names": moa(target_modules=BOTH, router="softmax", experts=["a", "b"], num_experts=8),
     "moa, sigmoid scores, shared": moa(target_modules=["lin0"], scoring_func="sigmoid", n_shared_experts=1),
-    "moa, shared with residual": moa(target_modules=["lin0"], n_shared_experts=1, residual=True),
+    "moa, shared with residual": moa(target_modules=["lin1"], n_shared_experts=1, residual=True),
     "moa, bottleneck": moa(target_modules=["lin0"], expert_type="bottleneck"),
     "moa, glu": moa(target_modules=["lin0"], expert_type="glu", activation="silu"),
     "moa, constant": moa(target_modules=BOTH, router="constant"),

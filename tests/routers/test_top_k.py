@@ -362,6 +362,16 @@ def test_order_of_null_arms_changes_nothing() -> None:
     assert isinstance(router, TopKRouter)
 
 
+def test_losses_of_null_share_the_load_of_null_arms_and_weigh_experts_alone() -> None:
+    router = make("null", k=3, null_arms=2, balance_coef=1.0, importance_coef=1.0)
+    routing = run(router, TOKENS)
+    f, p = routing.selected.float().mean(0), routing.probs.mean(0)
+    f = torch.cat([f[:4], f[4:].mean().expand(2)])
+    losses = router.losses(routing, None)
+    torch.testing.assert_close(losses["balance"][0], 6 * (f * p).sum())
+    torch.testing.assert_close(losses["importance"][0], p[:4].var(unbiased=False) / p[:4].mean() ** 2)
+
+
 def test_random_logits_use_k_e_over_e_plus_m_experts() -> None:
     torch.manual_seed(3)
     router = build_router({"kind": "null", "k": 3, "null_arms": 4, "init_range": 1.0}, 64, NAMES).eval()

@@ -40,6 +40,7 @@ def test_mass_is_reached_and_minimal(p) -> None:
 
 def test_ends_are_dense_and_top_1_and_more_mass_is_more_experts() -> None:
     assert (active(run(p=1)) == 8).all()
+    assert (active(run(p=1, init_range=20.0)) == 8).all()  # where one alone rounds to 1
     assert (active(run(p=1e-6)) == 1).all()
     counts = [active(run(p=p)) for p in (0.1, 0.3, 0.5, 0.7, 0.9)]
     assert all((more >= fewer).all() for fewer, more in pairwise(counts))

@@ -17,7 +17,7 @@ from mixadapters.tuners.bottleneck.config import placement_roles
 from mixadapters.tuners.bottleneck.model import bottleneck
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.domains import DomainVerbs
-from mixadapters.tuners.mixda.router import mixture_router, trial_router
+from mixadapters.tuners.mixda.router import mixture_router
 from mixadapters.tuners.mixda.sources import read_source
 from mixadapters.tuners.sources import rank_of, same_module
 
@@ -102,7 +102,6 @@ class MixDAModel(DomainVerbs):
 
     def before_injection(self, config: MixDAConfig, adapter_name: str) -> None:
         self._gathered: dict[str, dict[str, dict[str, Tensor]]] = {}
-        trial = trial_router(config, list(config.domains)) if config.domains else None
         new_ranks: dict[str, int] | None = None  # the same for all new domains
         for name, spec in config.domains.items():
             if "source" in spec:
@@ -111,8 +110,6 @@ class MixDAModel(DomainVerbs):
             elif "ranks" not in spec:
                 new_ranks = self.new_ranks(config) if new_ranks is None else new_ranks
                 spec["ranks"] = dict(new_ranks)
-            if getattr(trial, "granularity", None) == "sequence":
-                self._refuse_causal(list(spec["ranks"]))
         self._refuse_absent_modules(config)
         super().before_injection(config, adapter_name)
 
@@ -139,14 +136,6 @@ class MixDAModel(DomainVerbs):
             self.fill(adapter_name, name, weights)
         self._gathered = {}
         self.gates_changed(adapter_name)
-
-    def _refuse_causal(self, paths: list[str]) -> None:
-        for path in paths:
-            if self._is_causal(path):
-                raise ValueError(
-                    f"gate_granularity='sequence' at {path!r}: the gate of a causal decoder would see the future; "
-                    "use 'token', 'causal_prefix' or 'request'"
-                )
 
     def build(self, config: MixDAConfig, site: Site) -> Adapter | None:
         steps: dict[str, Adapter] = {}

@@ -13,6 +13,7 @@ from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.routing import NO_LAYER, Routing, RoutingKey
 from mixadapters.routers.base import Router
+from mixadapters.routers.score import exact, linear
 
 
 class FollowRouter(Router):
@@ -90,8 +91,8 @@ class ExpertMixture(Mixture):
 
         y <- c_0 y + sum_k w_k E_k(source) + c_1 sum_s S_s(source)
 
-    c_0 and c_1 are 1 without `residual`, which makes them 2 softmax(W source), 1 and 1 at the start (Rajbhandari et
-    al. 2022, arXiv 2201.05596; the factor 2 leaves the base as it is then).
+    c_0 and c_1 are 1 without `residual`, which makes them 2 softmax(W source), of a source of unit root mean square: 1
+    and 1 at the start (Rajbhandari et al. 2022, arXiv 2201.05596; the factor 2 leaves the base as it is then).
 
     Args:
         bank: the router's experts that have something here, in the router's order, then the shared ones.
@@ -148,9 +149,8 @@ class ExpertMixture(Mixture):
         ours = source.new_ones(rows, self.shared)
         base = routing.base_weight
         if self.residual is not None:
-            kind = torch.promote_types(source.dtype, torch.float32)
-            read, layer = source.reshape(rows, -1).to(kind), self.residual
-            both = nn.functional.linear(read, layer.weight.to(kind), layer.bias.to(kind)).softmax(-1) * 2
+            read = exact(source.reshape(rows, -1), normalize=True)
+            both = 2 * linear(read, self.residual.weight, self.residual.bias).softmax(-1)
             both = both.to(source.dtype)
             base = both[:, 0] if base is None else base * both[:, 0]
             ours = both[:, 1:].expand(-1, self.shared)

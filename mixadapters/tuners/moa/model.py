@@ -77,8 +77,8 @@ class MoAModel(ExpertSpawning):
                 kind = model_config.get("model_type", "custom")
                 if kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
                     raise ValueError(
-                        f"target_modules=None: PEFT has no default modules for model_type={kind!r}; name them, such "
-                        "as target_modules=['q_proj', 'v_proj'], or 'all-linear'"
+                        f"Please specify `target_modules`: PEFT has no default for model_type={kind!r}; such as "
+                        "target_modules=['q_proj', 'v_proj'], or 'all-linear'"
                     )
                 config.target_modules = set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind])
             _maybe_include_all_linear_layers(config, self.model)

@@ -34,11 +34,13 @@ def router_spec(config: Any) -> tuple[type[Router], dict[str, Any]]:
         if value == default_of(config, name):
             if name in PASSED and option in takes and option not in given and (cls.learns or option == "k"):
                 options[option] = value
-        elif option not in takes:
+        elif option not in takes and value is not None:  # None asks for nothing
             raise ValueError(
                 f"{name}={value!r}: router {spec['kind']!r} has no option {option!r}; leave the field out, or "
                 "choose another router"
             )
+        elif option not in takes:
+            continue
         elif option in given and given[option] != value:
             raise ValueError(f"router says {option}={given[option]!r} and {name} says {value!r}; say it once")
         else:
