@@ -38,9 +38,14 @@ def lora(base: nn.Module, rank: int, seed: int = 0) -> Any:
     )
 
 
-def mixture(base: nn.Module, folders: dict[str, str]) -> Any:
-    """The LoRA adapters of some domains side by side, under a gate that counts tokens."""
-    config = MoAConfig(experts=folders, router="counts", router_scope="model", task_type="CAUSAL_LM")
+def mixture(base: nn.Module, folders: dict[str, str], shared_rank: int = 0, seed: int = 0) -> Any:
+    """The LoRA adapters of some domains side by side, under a gate that counts tokens.
+
+    shared_rank: above 0, one more LoRA that is always on, and the only part that trains.
+    """
+    torch.manual_seed(seed)
+    shared = {"n_shared_experts": 1, "r": shared_rank, "lora_alpha": 2 * shared_rank} if shared_rank else {}
+    config = MoAConfig(experts=folders, router="counts", router_scope="model", task_type="CAUSAL_LM", **shared)
     return get_peft_model(base, config).eval()
 
 
@@ -54,8 +59,12 @@ def has_bfloat16() -> bool:
 class Progress:
     """The one progress bar: tokens of training."""
 
-    def __init__(self, tokens: int) -> None:
-        self.bar = tqdm(total=tokens, unit="tok", unit_scale=True, smoothing=0.05, leave=False)
+    def __init__(self) -> None:
+        self.bar = tqdm(total=0, unit="tok", unit_scale=True, smoothing=0.05, leave=False)
+
+    def expect(self, tokens: int) -> None:
+        self.bar.total += tokens
+        self.bar.refresh()
 
     def step(self, text: str) -> None:
         self.bar.set_description(f"{text:<34.34}")
@@ -76,12 +85,14 @@ class Advance(TrainerCallback):
 
 def train(
     model: nn.Module, rows: Rows, progress: Progress, *, rate: float, batch: int, epochs: float, out: str,
+    seed: int = 0,
 ) -> None:  # fmt: skip
     """One run of transformers' Trainer over the rows, without its logs."""
     arguments = TrainingArguments(
         out, per_device_train_batch_size=batch, num_train_epochs=epochs, learning_rate=rate, warmup_steps=0.06,
         lr_scheduler_type="cosine", adam_beta2=0.98, bf16=has_bfloat16(), save_strategy="no", logging_strategy="no",
-        report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(), dataloader_drop_last=True, seed=0,
+        report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(), dataloader_drop_last=True,
+        seed=seed,
     )  # fmt: skip
     data = [{"input_ids": row, "labels": row} for row in rows]
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Advance(progress, batch * rows.shape[1])])

@@ -8,6 +8,7 @@ import random
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -22,6 +23,10 @@ TEST_SHARE = 0.12  # of the documents
 DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
 TESTS = {"test", "tests", "testing", "idlelib", "lib2to3", "encodings", "site-packages"}
 LEGAL = re.compile(r"licen[sc]e|copying|notice", re.IGNORECASE)
+
+OWN = ("code", "science", "licences", "readmes")  # domains of an installation; "headers" (of C++) come later
+
+RESERVED = ("general", "frozen", "base")  # words of the table and of the gate
 
 Documents = dict[str, list[str]]  # kind of text -> its documents
 
@@ -40,6 +45,41 @@ def installation() -> Documents:
         "readmes": _shuffled(_readmes()),
         "headers": _shuffled(_bounded(_read(_order(_files(headers, "*.h"))))),
     }
+
+
+def read_text(domains: list[str], general: str | None, later: str | None) -> tuple[list[str], str | None, Documents]:
+    """(first domains, the later one, documents by kind) of name=FILE arguments; without any, of the installation.
+
+    Raises:
+        ValueError: an argument that is no name=FILE, a name that stands twice, one domain alone; as `from_files`.
+    """
+    if not domains:
+        if given := [f"--{name} {value}" for name, value in (("general", general), ("later", later)) if value]:
+            raise ValueError(f"{' and '.join(given)}: is for text of your own; name the --domains too")
+        return list(OWN), "headers", installation()
+    files: dict[str, Path] = {}
+    for pair in [*domains, *([later] if later else [])]:
+        name, equals, path = pair.partition("=")
+        if not (name and equals and path):
+            raise ValueError(f"{pair!r} is no name=FILE, such as law=law.txt")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in (*files, *RESERVED):
+            taken = (
+                "stands twice" if name in files else "is no name of a domain: letters, digits and _, and not one of"
+            )
+            raise ValueError(f"{pair!r}: {name!r} {taken}" + ("" if name in files else f" {RESERVED}"))
+        files[name] = Path(path)
+    if len(domains) < 2:
+        raise ValueError(f"--domains {domains[0]}: a mixture needs two domains or more")
+    named = [pair.partition("=")[0] for pair in domains]
+    if general is not None:
+        files["general"] = Path(general)
+    documents = from_files(files)
+    for first, second in combinations(documents, 2):
+        if documents[first] == documents[second]:
+            raise ValueError(f"{first} and {second} hold the same text; each needs its own")
+    if general is None:
+        documents["general"] = installation()["general"]
+    return named, later.partition("=")[0] if later else None, documents
 
 
 def from_files(files: dict[str, Path]) -> Documents:
@@ -80,7 +120,9 @@ def new_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
 
 
-def token_rows(tokenizer: PreTrainedTokenizerFast, documents: list[str], length: int, tokens: int) -> Tensor:
+def token_rows(
+    tokenizer: PreTrainedTokenizerFast, documents: list[str], length: int, tokens: int, kind: str
+) -> Tensor:
     """(n, length) token ids: the documents one after the other, up to about `tokens`; no document gives over a tenth.
 
     Raises:
@@ -94,7 +136,9 @@ def token_rows(tokenizer: PreTrainedTokenizerFast, documents: list[str], length:
             break
     rows = min(len(ids), tokens) // length
     if not rows:
-        raise ValueError(f"{len(ids)} tokens of text make no row of {length}; give more text, or a smaller --length")
+        raise ValueError(
+            f"{kind}: {len(ids)} tokens of text make no row of {length}; give more text, or a smaller --length"
+        )
     return torch.tensor(ids[: rows * length]).view(rows, length)
 
 

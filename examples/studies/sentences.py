@@ -95,9 +95,7 @@ class Demo:
     # --- stage 1: unlabelled text ---------------------------------------------------------------------------------
 
     def domain_config(self) -> BottleneckConfig:
-        return BottleneckConfig(
-            placement="parallel", adapter_input="ffn_intermediate", layers_to_transform=self.domain_layers
-        )
+        return BottleneckConfig.domain(layers_to_transform=self.domain_layers)
 
     def train_domain(self, name: str) -> dict[str, float]:
         """Train and save one domain adapter; returns how far it moved the embeddings of general text."""

@@ -46,6 +46,7 @@ class Router(nn.Module):
     scheduled: tuple[str, ...] = ()  # options that may change while it trains, by `set_option`
     without: frozenset[str] = frozenset()  # options of its bases that mean nothing here
     has_schedules = False  # whether its mixture's config has schedules for it
+    usual_null_arms = 0  # arms without expert where the option `null_arms` is not given
     needs_fit = False  # whether `fit` makes it from the experts' weights
     shares = False  # whether it takes `first`, the router of the adapter's first layer
     fixed_experts: str | None = None  # why its experts cannot come or go; None: they can

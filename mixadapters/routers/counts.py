@@ -8,6 +8,7 @@ routing by the statistics of a text is that of c-BTM (Gururangan et al. 2023, ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -310,6 +311,19 @@ class CountsRouter(Router):
                     f"{vocab_size - 1}: was the vocabulary changed after fit_gate?"
                 )
         return ids
+
+
+def refuse_null_arms(cls: type[Router], options: Mapping[str, Any]) -> None:
+    """Refuse null arms in a config: a counting router has those alone that removed domains left, with their counts.
+
+    Raises:
+        ValueError: the router counts, and `options` give it null arms.
+    """
+    if issubclass(cls, CountsRouter) and options.get("null_arms"):
+        raise ValueError(
+            f"num_null_experts (null_arms) is {options['null_arms']}: router 'counts' weighs each arm by its text, "
+            "and a null arm has none; leave it 0 and give fit_gate `general`, text that is left to the frozen model"
+        )
 
 
 def _as_they_are(evidence: Tensor) -> Tensor:

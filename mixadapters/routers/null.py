@@ -24,8 +24,11 @@ class NullRouter(TopKRouter):
     """
 
     norm_of_experts = True
+    usual_null_arms = 8
 
-    def __init__(self, in_features: int, experts: list[str], *, null_arms: int = 8, **options: Any) -> None:
+    def __init__(
+        self, in_features: int, experts: list[str], *, null_arms: int = usual_null_arms, **options: Any
+    ) -> None:
         super().__init__(in_features, experts, null_arms=null_arms, **options)
 
     def balance(self, probs: Tensor, mask: Tensor | None, selected: Tensor | None) -> Tensor:

@@ -28,9 +28,9 @@ def documents(kind: str, count: int = 40) -> list[str]:
 @pytest.fixture
 def demo(monkeypatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    module = importlib.import_module("demo")
-    monkeypatch.setattr(module, "installation", lambda: {kind: documents(kind) for kind in WORDS})
-    return module
+    text = importlib.import_module("demo_text")
+    monkeypatch.setattr(text, "installation", lambda: {kind: documents(kind) for kind in WORDS})
+    return importlib.import_module("demo")
 
 
 @pytest.mark.slow
@@ -39,15 +39,23 @@ def test_demo_tells_its_story_and_a_fresh_process_agrees(demo, tmp_path, capsys)
     assert report["equal_in_a_fresh_process"] is True
     assert json.loads((tmp_path / "report.json").read_text())["systems"] == report["systems"]
     systems = {system["name"]: system for system in report["systems"]}
+    shared, twice = "mixture + shared adapter", "joint adapter of that size, two readings"
     assert list(systems) == [
         "base model", "mixture", "joint adapter", "mixture + headers", "joint adapter, gone on with headers alone",
-        "joint adapter, trained anew on everything", "mixture without code",
+        "joint adapter, trained anew on everything", "mixture, without code", shared, twice, f"{shared} + headers",
+        f"{shared}, without code",
     ]  # fmt: skip
-    assert systems["mixture"]["parameters"] == systems["joint adapter"]["parameters"]
-    assert systems["mixture"]["tokens"] == systems["joint adapter"]["tokens"]
+    for one, other in (("mixture", "joint adapter"), (shared, twice)):
+        assert systems[one]["parameters"] == systems[other]["parameters"]
+        assert systems[one]["tokens"] == systems[other]["tokens"]
+    assert systems[shared]["tokens"] == 2 * systems["mixture"]["tokens"]
+    assert systems[shared]["domains"] < systems["mixture"]["domains"]  # it has learned
+    first, added = (systems[name]["perplexity"] for name in (shared, f"{shared} + headers"))
+    assert added["headers"] < first["headers"]
+    assert added["science"] == pytest.approx(first["science"], rel=0.02)
     base, mixed = (systems[name]["perplexity"] for name in ("base model", "mixture + headers"))
     assert all(mixed[kind] < base[kind] for kind in WORDS if kind != "general")
-    without = systems["mixture without code"]["perplexity"]
+    without = systems["mixture, without code"]["perplexity"]
     assert abs(without["code"] / base["code"] - 1) < abs(mixed["code"] / base["code"] - 1)
     assert without["science"] == pytest.approx(mixed["science"], rel=0.02)
     assert all(report["routing"][kind][kind] > 0.5 for kind in WORDS if kind != "general")
@@ -78,33 +86,86 @@ def test_a_users_model_and_text(demo, tmp_path, monkeypatch) -> None:
          "--general", str(tmp_path / "general"), "--out", str(tmp_path / "out"), *SIZES.split()]
     )  # fmt: skip
     assert report["kinds"] == ["code", "science", "general"]
-    assert [s["name"] for s in report["systems"]] == ["base model", "mixture", "joint adapter", "mixture without code"]
+    assert [s["name"] for s in report["systems"]] == [
+        "base model", "mixture", "joint adapter", "mixture, without code", "mixture + shared adapter",
+        "joint adapter of that size, two readings", "mixture + shared adapter, without code",
+    ]  # fmt: skip
     assert not (tmp_path / "out" / "base").exists()
 
 
 def test_the_verdict_names_whoever_is_ahead(demo) -> None:
-    def system(name: str, *found: float) -> dict[str, Any]:
-        perplexity = dict(zip(("code", "general"), found, strict=True))
-        return {"name": name, "perplexity": perplexity, "domains": found[0], "all": 1.0}
+    text = importlib.import_module("demo_table")
 
-    report = {"kinds": ["code", "general"], "later": None}
-    text = demo.verdict({**report, "systems": [system("mixture", 11, 20), system("joint adapter", 10, 40)]})
-    assert "On the domains the joint adapter is ahead: 11.0 (mixture), 10.0 (joint), 10.0 %." in text
-    assert "With general text the mixture is ahead" in text
+    def system(name: str, *seeds: tuple[float, float]) -> dict[str, Any]:
+        return {"name": name, "seeds": [dict(zip(("code", "general"), found, strict=True)) for found in seeds]}
+
+    report = {
+        "kinds": ["code", "general"], "domains": ["code"], "later": None,
+        "systems": [system(text.MIXTURE, (11, 20)), system(text.JOINT, (10, 40)),
+                    system(text.SHARED, (10, 20), (10, 20)), system(text.TWICE, (12, 20), (9, 20))],
+    }  # fmt: skip
+    found = text.verdict(report)
+    assert "On the domains the joint adapter is ahead: 11.0 (mixture), 10.0 (joint), 10.0 %." in found
+    assert "With general text the mixture is ahead" in found
+    # Paired by seed: 20 % behind and 10 % ahead; the mean is of the logarithms.
+    assert "shared adapter: on the domains the mixture is ahead: 10.0 (mixture), 10.4 (joint), 3.9 %; " in found
+    assert "paired by seed +5.0 ± 21.2 %, ahead in 1 of 2." in found
 
 
-def test_domains_need_a_base_and_files_that_can_be_read(demo, tmp_path) -> None:
-    with pytest.raises(SystemExit, match="--domains needs --base"):
-        demo.main(["--domains", "a=b", "--out", str(tmp_path)])
-    with pytest.raises(ValueError, match=r"a=.*missing cannot be read as UTF-8 text"):
-        demo.from_files({"a": tmp_path / "missing"})
+def test_seeds_are_paired_and_averaged(demo) -> None:
+    text = importlib.import_module("demo_table")
+    runs = [
+        [{"name": "mixture", "parameters": 3, "tokens": 5, "perplexity": {"a": a, "b": 2.0, "general": 4.0}}]
+        for a in (2.0, 8.0)
+    ]
+    (found,) = text.over_seeds(runs, ["a", "b"])
+    assert found["perplexity"] == pytest.approx({"a": 4.0, "b": 2.0, "general": 4.0})
+    assert found["domains"] == pytest.approx(8**0.5)
+    assert [one["a"] for one in found["seeds"]] == [2.0, 8.0]
+    table = text.table(
+        {"kinds": ["a", "b", "general"], "domains": ["a", "b"], "systems": [found], "own_adapter": {"a": 1.0}}
+    )
+    assert "| mixture | 4.0 | 2.0 | 4.0 | 2.8 ± 1.4 | 3.2 ± 1.0 | 3 | 5 |" in table
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--domains", "a=FILE", "b=FILE"], "--domains needs --base"),
+        (["--seeds", "0"], "--seeds 0: one or more"),
+        (["--later", "a=FILE"], "--later a=.* name the --domains too"),
+        (["--base", "BASE", "--domains", "a=FILE"], "a mixture needs two domains"),
+        (["--base", "BASE", "--domains", "a=FILE", "a=FILE"], "'a' stands twice"),
+        (["--base", "BASE", "--domains", "a=FILE", "FILE"], "is no name=FILE"),
+        (["--base", "BASE", "--domains", "a=FILE", "general=FILE"], "'general' is no name of a domain"),
+        (["--base", "BASE", "--domains", "a=FILE", "b.c=FILE"], "'b.c' is no name of a domain"),
+        (["--base", "BASE", "--domains", "a=FILE", "b=missing"], "b=missing cannot be read"),
+        (["--base", "BASE", "--domains", "a=FILE", "b=EMPTY"], "has 0 documents"),
+        (["--base", "BASE", "--domains", "a=FILE", "b=FILE"], "a and b hold the same text"),
+        (["--base", "BASE", "--domains", "a=FILE", "b=OTHER"], "has no tokenizer that can be loaded"),
+    ],
+)
+def test_what_cannot_be_run_is_named_before_anything_is_trained(demo, tmp_path, given, message) -> None:
+    (tmp_path / "EMPTY").write_text("\n\n")
+    (tmp_path / "FILE").write_text("\n\n".join(documents("code")))
+    (tmp_path / "OTHER").write_text("\n\n".join(documents("science")))
+    (tmp_path / "BASE").mkdir()
+    for name in ("FILE", "EMPTY", "OTHER", "BASE"):
+        given = [word.replace(name, str(tmp_path / name)) for word in given]
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        demo.main([*given, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_need_documents(demo, tmp_path) -> None:
+    text = importlib.import_module("demo_text")
     (tmp_path / "short").write_text("one\n\ntwo")
     with pytest.raises(ValueError, match=r"has 2 documents .* 20 are needed"):
-        demo.from_files({"a": tmp_path / "short"})
+        text.from_files({"a": tmp_path / "short"})
 
 
 def test_test_text_is_of_other_documents(demo) -> None:
-    train, test = demo.parted(["a", "b", "a", *map(str, range(30))])
+    train, test = importlib.import_module("demo_text").parted(["a", "b", "a", *map(str, range(30))])
     assert not set(train) & set(test)
     assert sorted(train + test) == sorted({"a", "b", *map(str, range(30))})
 
@@ -113,12 +174,12 @@ def test_rows_are_whole_and_bounded(demo) -> None:
     from demo_text import new_tokenizer, token_rows
 
     tokenizer = new_tokenizer(["ab ab ab"], 260)
-    rows = token_rows(tokenizer, ["ab " * 500] * 9, 8, 100)
+    rows = token_rows(tokenizer, ["ab " * 500] * 9, 8, 100, "a")
     assert rows.dtype == torch.int64
     assert rows.shape[1] == 8
     assert 8 <= rows.numel() <= 100
-    with pytest.raises(ValueError, match="make no row of 8"):
-        token_rows(tokenizer, ["a"], 8, 100)
+    with pytest.raises(ValueError, match="a: 2 tokens of text make no row of 8"):
+        token_rows(tokenizer, ["a"], 8, 100, "a")
 
 
 def test_prose_of_an_installation_is_prose(monkeypatch) -> None:

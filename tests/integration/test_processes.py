@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-from processes import Process
+from processes import run_together
 
 WORKER = """
 import os, sys, tempfile
@@ -77,15 +76,7 @@ torch.save(found, f"{folder}/{rank}")
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
-    for rank in range(2):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        running.append(Process(WORKER, [str(folder)], **own))
-    for process in running:
-        process.finish(timeout=400)
+    run_together(WORKER, folder)
     both = [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(2)]
     for name, case in both[0].items():
         for one, other in zip(case["got"], both[1][name]["got"], strict=True):

@@ -66,7 +66,9 @@ def mixda(**arguments: Any) -> tuple[type, Arguments]:
 
 def moa(**arguments: Any) -> tuple[type, Arguments]:
     # All experts are chosen, so that each gets a gradient in the few steps of these tests.
-    return MoAConfig, {"r": 4, "num_experts": 3, "num_experts_per_tok": None, "router": "top_k", **arguments}
+    # Without the balance loss, which reentrant checkpointing would lose and which is refused there.
+    sparse = {"num_experts_per_tok": None, "router": "top_k", "router_aux_loss_coef": 0.0}
+    return MoAConfig, {"r": 4, "num_experts": 3, **sparse, **arguments}
 
 
 def mosa(**arguments: Any) -> tuple[type, Arguments]:
@@ -210,7 +212,7 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         mixda(domain_layers=[0, 1]),
         mixda(target_modules=DECODER_OUTPUT),
         moa(),
-        moa(router_scope="block", num_experts_per_tok=2, n_shared_experts=1),
+        moa(router_scope="block", n_shared_experts=1),
         moa(target_modules=DECODER_BLOCK, expert_type="bottleneck", router_scope="model"),
         mosa(),
         mosa(base="lora", split="both"),
@@ -291,6 +293,11 @@ EXCLUDE = [
     Exclusion(
         r"GPTJ.*PILLConfig|PILLConfig.*GPTJ",
         "its attention and FFN run in parallel on one norm, which PILL refuses",
+    ),
+    Exclusion(
+        r"gradient_checkpointing\[True",
+        "one router for all layers and reentrant checkpointing do not go together: it raises",
+        lambda params: params["config_kwargs"].get("router_scope") == "model",
     ),
     Exclusion(
         r"prompt_(tuning|learning)|FeatureExtractionModel::test_passing_input_embeds_works", "tests prompt learning"

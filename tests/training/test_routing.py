@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from processes import Process
+from processes import run_together
+from runs import arguments, rows
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from mixadapters import (
     BalanceBiasCallback,
@@ -27,22 +27,6 @@ from mixadapters import (
 from mixadapters.routers.schedules import check_schedules, value_at
 
 TARGETS = ["q_proj", "down_proj"]
-
-
-def rows(count: int = 24) -> list[dict[str, Tensor]]:
-    made = []
-    for i in range(count):
-        ids = 5 + (7 * i + torch.arange(6)) % 80
-        made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()})
-    return made
-
-
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    options = {
-        "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
-        "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, **options,
-    }  # fmt: skip
-    return TrainingArguments(output_dir=str(folder), **options)
 
 
 def moa(base: nn.Module, **fields: Any) -> nn.Module:
@@ -297,15 +281,7 @@ torch.save({"counts": counts, "biases": biases}, f"{folder}/{rank}")
 
 @pytest.mark.slow
 def test_biases_move_by_the_rows_of_all_processes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = []
-    for rank in range(2):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        running.append(Process(WORKER, [str(tmp_path)], **own))
-    for process in running:
-        process.finish(timeout=400)
+    run_together(WORKER, tmp_path)
     both = [torch.load(tmp_path / str(rank), weights_only=True) for rank in range(2)]
     biases = [torch.zeros(4) for _ in range(2)]
     alone = 0

@@ -9,26 +9,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from runs import arguments, rows
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from mixadapters import ExpertSpawnCallback, MixDAConfig, MoAConfig, StageCallback
-
-
-def rows(count: int = 24) -> list[dict[str, Tensor]]:
-    made = []
-    for i in range(count):
-        ids = 5 + (7 * i + torch.arange(6)) % 80
-        made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()})
-    return made
-
-
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    options = {
-        "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
-        "weight_decay": 0.1, "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, **options,
-    }  # fmt: skip
-    return TrainingArguments(output_dir=str(folder), **options)
 
 
 def one_expert(base: nn.Module, **fields: Any) -> nn.Module:

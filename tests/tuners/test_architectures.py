@@ -404,12 +404,10 @@ def test_mixda_reads_the_tapped_input_in_an_unknown_architecture() -> None:
 
 
 def test_unmatched_sites_are_an_error() -> None:
-    with pytest.raises(ValueError, match="not found"):
+    with pytest.raises(ValueError, match=r"sites\['ffn_output'\].*nowhere' matches no module of the model"):
         get_peft_model(strange(), BottleneckConfig(sites={"ffn_output": r"stack\.\d\.nowhere"}))
     nowhere = {"ffn_output": r"stack\.\d\.leave", "ffn_input": r"stack\.\d\.nowhere"}
-    with pytest.raises(
-        ValueError, match=r"no module matches .*nowhere.*whose input the adapter at 'stack.0.leave' reads"
-    ):
+    with pytest.raises(ValueError, match=r"sites\['ffn_input'\].*nowhere' matches no module of the model"):
         get_peft_model(strange(), BottleneckConfig(placement="parallel", sites=nowhere))
 
 

@@ -1174,6 +1174,7 @@ def test_one_dominant_domain_is_the_same_as_routing_to_it(tiny, tiny_inputs, siz
         ({"gate_dropout": -0.5}, "gate_dropout=-0.5 must be"),
         ({"temperature": 0.0}, "temperature=0.0 must be a finite number or None, above 0"),
         ({"gate_input": "ffn_intermediate", "adapter_input": "ffn_input"}, "is not possible.*leave gate_input=None"),
+        ({"router": {"kind": "counts", "null_arms": 1}}, "null_arms.* is 1: router 'counts'.*leave it 0"),
         ({"domain_layers": [1.5]}, r"domain_layers=\[1.5\]: the fraction 1.5 must be in \(0, 1\]"),
         ({"domain_layers": [0.0]}, "the fraction 0.0 must be"),
         ({"gait": "softmax", "r": 2}, r"has no field 'gait'. Did you mean 'gate'"),

@@ -336,6 +336,24 @@ def test_source_with_other_fields_is_an_error_that_names_them(tiny, tmp_path, sa
         gather(tiny, {"a": str(tmp_path / "a")})
 
 
+@pytest.mark.parametrize("fields", [{}, {"r": 2, "glu": True}, {"adapter_input": "ffn_input"}])
+def test_a_domain_preset_is_gathered(tiny, tiny_inputs, tmp_path, fields) -> None:
+    inputs = tiny_inputs("llama")
+    model = get_peft_model(tiny("llama"), BottleneckConfig.domain(layers_to_transform=[1], **fields))
+    randomize(model, seed=3)
+    model.save_pretrained(tmp_path)
+    ours = {{"glu": "adapter_glu"}.get(name, name): value for name, value in fields.items() if name != "r"}
+    mixture = gather(tiny, {"a": str(tmp_path)}, task_adapter=None, **ours)
+    found = logits(mixture, {**inputs, "domain_ids": mixture.base_model.domain_ids(["a"] * len(inputs["input_ids"]))})
+    torch.testing.assert_close(found, logits(model, inputs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("field", [{"placement": "pfeiffer"}, {"use_bias": False}, {"scale": "learnable"}])
+def test_a_domain_preset_refuses_what_no_mixture_could_gather(field) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(field))}=.*MixDA gathers domain adapters with"):
+        BottleneckConfig.domain(**field)
+
+
 def test_source_with_unknown_fields_is_an_error(tiny, tmp_path) -> None:
     save_mixda(tiny, tmp_path, "a")
     path = tmp_path / "a" / "adapter_config.json"

@@ -269,6 +269,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "residual alone": ({"residual": True}, "n_shared_experts"),
     "zero experts": ({"num_experts": 0}, "num_experts"),
     "bool": ({"norm_topk_prob": 1}, "norm_topk_prob"),
+    "null arms of counts": ({"router": "counts", "router_scope": "model", "num_null_experts": 2}, "num_null_experts"),
+    "null arms as an option": ({"router": {"kind": "counts", "null_arms": 2}, "router_scope": "model"}, "'counts'"),
     "coefficient": ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef"),
 }
 
@@ -405,3 +407,9 @@ def test_experts_are_packed_once_for_the_steps_of_a_generate(tiny, tiny_inputs, 
     assert len(packed) == 8
     assert torch.equal(again, model.generate(**inputs, max_new_tokens=6, do_sample=False, use_cache=False))
     assert not torch.equal(first, again)
+
+
+def test_null_arms_count_among_those_that_a_token_may_choose(tiny) -> None:
+    model = build(tiny("llama"), num_experts=2, router={"kind": "null", "k": 4, "null_arms": 3})
+    assert {m.router.k for m in mixtures(model).values()} == {4}
+    assert {m.router.k for m in mixtures(build(tiny("llama"), router="null", num_experts_per_tok=6)).values()} == {6}

@@ -126,7 +126,8 @@ def test_saved_and_loaded_under_another_name_gives_the_same_output(
 
 @every
 def test_config_survives_its_file(kind: str, tiny: Any, tmp_path: Path) -> None:
-    model = wrap(tiny("llama"), config(kind, rank_pattern={"layers.1.mlp.down_proj": 2}))
+    place = "layers.1.mlp" if kind in ("parallel", "mixda_convex") else "layers.1.mlp.down_proj"
+    model = wrap(tiny("llama"), config(kind, rank_pattern={place: 2}))
     model.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)
     mine = model.peft_config["default"]

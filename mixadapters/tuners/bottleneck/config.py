@@ -10,6 +10,7 @@ from mixadapters.tuners.registration import peft_type
 
 PLACEMENTS = ("pfeiffer", "houlsby", "parallel")
 INPUTS = ("ffn_input", "ffn_intermediate")
+GATHERED = {"placement": "parallel", "use_bias": True, "scale": 1.0}  # fields of adapters that MixDA gathers
 
 
 @dataclass
@@ -64,6 +65,23 @@ class BottleneckConfig(MixtureConfig):
             raise ValueError(
                 f"adapter_input={self.adapter_input!r} needs placement='parallel', not {self.placement!r}"
             )
+
+    @classmethod
+    def domain(cls, **overrides: Any) -> BottleneckConfig:
+        """A domain's adapter that MixDA gathers: parallel, from the FFN's intermediate; `overrides` are other fields.
+
+        `adapter_input`, `activation`, `glu` and `layer_norm` may be others, where the mixture's config says so too.
+
+        Raises:
+            ValueError: a field that no mixture could gather.
+        """
+        for name, value in GATHERED.items():
+            if overrides.get(name, value) != value:
+                raise ValueError(
+                    f"{name}={overrides[name]!r}: MixDA gathers domain adapters with {name}={value!r} alone; leave it "
+                    "out, or make a BottleneckConfig that is not to be gathered"
+                )
+        return cls(**{"adapter_input": "ffn_intermediate", **GATHERED, **overrides})
 
     def bank_options(self) -> dict[str, Any]:
         """Arguments of `AdapterBank` for this adapter."""

@@ -12,6 +12,7 @@ from mixadapters.core.registry import nearest
 from mixadapters.routers import ROUTERS, Router, SoftmaxGate, build_router
 from mixadapters.routers.arms import ArmSurgery
 from mixadapters.routers.base import options_of, read_spec
+from mixadapters.routers.counts import refuse_null_arms
 from mixadapters.tuners.bottleneck.config import INPUTS
 from mixadapters.tuners.sources import refuse_unsaveable
 
@@ -61,7 +62,8 @@ def read_router(config: Any) -> None:
         setattr(config, name, deepcopy(spec.get(option)))
     if config.gate_input not in (None, *INPUTS):
         raise ValueError(f"router: input={config.gate_input!r} is unknown; choose one of {[None, *INPUTS]}")
-    cls, _ = read_spec(router_spec(config))
+    cls, options = read_spec(router_spec(config))
+    refuse_null_arms(cls, options)
     if config.combine == "convex" and "convex" not in options_of(cls):
         raise ValueError(
             f"combine='convex' needs a router that weighs the frozen layer's output (Routing.base_weight), by an "

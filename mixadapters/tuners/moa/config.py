@@ -13,6 +13,7 @@ from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.routers.base import registered_by
+from mixadapters.routers.counts import refuse_null_arms
 from mixadapters.routers.pooling import GRANULARITIES
 from mixadapters.tuners.bottleneck.config import PLACEMENTS
 from mixadapters.tuners.moa.router import default_of, router_spec
@@ -185,7 +186,8 @@ class MoAConfig(ScheduledConfig):
             self.router = {"kind": self.router}
         for option, value in self.router.items() if isinstance(self.router, dict) else ():
             refuse_unsaveable(f"router: {option}", value)
-        cls, _ = router_spec(self)
+        cls, options = router_spec(self)
+        refuse_null_arms(cls, options)
         self.check_schedules(self.schedules)
         if self.router_scope not in cls.scopes:
             by = "by what each layer's experts hold" if "module" in cls.scopes else "once for all layers"

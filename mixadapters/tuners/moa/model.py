@@ -120,8 +120,8 @@ class MoAModel(ExpertSpawning):
     def _refuse_absent(self, config: MoAConfig) -> None:
         """Refuse what the router or `num_experts` say and no layer can have."""
         count = len([piece for name in config.all_names() for piece in config.pieces(name)])
-        arms = count + config.num_null_experts
-        chosen = router_spec(config)[1].get("k")
+        cls, options = router_spec(config)
+        arms, chosen = count + options.get("null_arms", cls.usual_null_arms), options.get("k")
         if chosen is not None and chosen > arms and config.num_experts_per_tok != 2:
             raise ValueError(f"num_experts_per_tok={chosen}: there are {arms} experts to choose from")
 
@@ -225,7 +225,7 @@ class MoAModel(ExpertSpawning):
         cls, options = router_spec(config)
         options |= {"null_arms": nulls} if nulls else {}
         if "k" in options:
-            options["k"] = self.chosen(config, len(experts) + nulls)
+            options["k"] = self.chosen(config, len(experts) + options.get("null_arms", cls.usual_null_arms))
         defaults: dict[str, Any] = {"first": first} if first is not None and getattr(cls, "shares", False) else {}
         vocabulary = getattr(getattr(self.model, "config", None), "vocab_size", None)
         defaults |= {} if vocabulary is None else {"vocab_size": vocabulary}

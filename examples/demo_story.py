@@ -1,0 +1,138 @@
+"""What the demo does with one seed of adapters: domains side by side, one comes, one goes; and joint adapters."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from demo_models import lora, mixture, perplexities, size
+from demo_setup import Setup
+from demo_table import ANEW, JOINT, MIXTURE, SHARED, TWICE, percent
+
+Perplexities = dict[str, float]  # by kind of text
+SAVED = ("mixture", "mixture_shared")  # folders
+
+
+class Story:
+    """The systems of one seed, in the order of the table."""
+
+    def __init__(self, setup: Setup, seed: int) -> None:
+        self.setup, self.seed = setup, seed
+        self.out = setup.out / f"seed{seed}" if seed else setup.out
+        self.count = {kind: rows.numel() for kind, rows in setup.rows.items()}
+        self.systems: list[dict[str, Any]] = []
+        self.own: Perplexities = {}  # domain -> that of its own adapter
+        self.folders: dict[str, str] = {}  # domain -> its adapter
+        self.saved: dict[str, Perplexities] = {}  # folder of a mixture -> what it has
+        self.change: dict[str, Perplexities] = {}  # system -> how others changed when a domain came, in per cent
+
+    def reads(self) -> int:
+        """How many tokens all adapters read."""
+        new = self.count.get(self.setup.later or "", 0)
+        old = sum(self.count.values()) - new
+        domains = old - self.count["general"]
+        return domains + 4 * old + (old + 3 * new if new else 0)
+
+    def tell(self, base: Perplexities) -> None:
+        old = self.setup.domains
+        self.measure("base model", None, 0, base)
+        for name in old:
+            self.domain(name)
+        joint_reads = sum(self.count[kind] for kind in (*old, "general"))
+        mixed = self.mixture(shared=False)
+        found = before = self.measure(MIXTURE, mixed, joint_reads)
+        joint = self.joint("joint adapter", self.setup.args.rank * len(old), [*old, "general"])
+        joint_before = self.measure(JOINT, joint, joint_reads)
+        if self.setup.later:
+            found = self.add_a_domain(mixed, joint, before, joint_before, joint_reads)
+        self.save("mixture", mixed, found)
+        self.remove(old[0], mixed, MIXTURE)
+        self.share(joint_reads)
+
+    def share(self, joint_reads: int) -> None:
+        """One more adapter, always on, reads all text under the gate; against a joint adapter that reads it twice."""
+        setup, old = self.setup, self.setup.domains
+        mixed = self.mixture(shared=True)
+        text = [*old, "general"]
+        setup.train(mixed, torch.cat([setup.rows[kind] for kind in text]), "shared adapter", seed=self.seed)
+        found = self.measure(SHARED, mixed, 2 * joint_reads)
+        twice = self.joint("joint adapter, two readings", setup.args.rank * (len(old) + 1), text, epochs=2)
+        self.measure(TWICE, twice, 2 * joint_reads)
+        if setup.later:
+            self.add(mixed)
+            found = self.measure(f"{SHARED} + {setup.later}", mixed, self.count[setup.later])
+        self.save("mixture_shared", mixed, found)
+        self.remove(old[0], mixed, SHARED)
+
+    # --- adapters -----------------------------------------------------------------------------------------------
+
+    def domain(self, name: str) -> None:
+        """A LoRA adapter that has read this domain's text alone."""
+        setup = self.setup
+        model = lora(setup.base(), setup.args.rank, self.seed)
+        setup.train(model, setup.rows[name], f"domain {name}", seed=self.seed)
+        self.own[name] = perplexities(model, {name: setup.tests[name]})[name]
+        self.folders[name] = str(self.out / "domains" / name)
+        model.save_pretrained(self.folders[name])
+
+    def mixture(self, shared: bool) -> Any:
+        """The adapters of the first domains under a gate that has counted their text."""
+        setup = self.setup
+        folders = {name: self.folders[name] for name in setup.domains}
+        model = mixture(setup.base(), folders, setup.args.rank if shared else 0, self.seed)
+        started = time.perf_counter()
+        model.base_model.fit_gate({name: setup.rows[name] for name in folders}, setup.rows["general"])
+        self.gate_seconds = time.perf_counter() - started
+        return model
+
+    def joint(self, what: str, rank: int, kinds: list[str], epochs: int = 1) -> Any:
+        """One LoRA adapter that reads all text of `kinds`."""
+        setup = self.setup
+        rows = torch.cat([setup.rows[kind] for kind in kinds])
+        return setup.train(lora(setup.base(), rank, self.seed), rows, what, epochs=epochs, seed=self.seed)
+
+    def add(self, mixed: Any) -> None:
+        """The later domain comes into a mixture by its own adapter and its own text."""
+        new = self.setup.later
+        mixed.base_model.add_expert(new, self.folders[new])
+        mixed.base_model.fit_gate({new: self.setup.rows[new]})
+
+    def add_a_domain(
+        self, mixed: Any, joint: Any, before: Perplexities, joint_before: Perplexities, joint_reads: int
+    ) -> Perplexities:
+        """A domain comes: into the mixture by its own text alone, into the joint adapter in two ways."""
+        setup, new = self.setup, self.setup.later
+        tokens, old = self.count[new], [kind for kind in setup.kinds if kind != new]
+        self.domain(new)
+        self.add(mixed)
+        after = self.measure(f"{MIXTURE} + {new}", mixed, tokens)
+        setup.train(joint, setup.rows[new], f"joint adapter, {new} alone", seed=self.seed)
+        alone = self.measure(f"joint adapter, gone on with {new} alone", joint, tokens)
+        domains = [*setup.domains, new]
+        anew = self.joint("joint adapter, anew", setup.args.rank * len(domains), [*domains, "general"])
+        again = self.measure(ANEW, anew, joint_reads + tokens)
+        self.change = {
+            f"mixture + {new}": {kind: percent(after[kind], before[kind]) for kind in old},
+            f"joint, {new} alone": {kind: percent(alone[kind], joint_before[kind]) for kind in old},
+            "joint, anew": {kind: percent(again[kind], joint_before[kind]) for kind in old},
+        }
+        return after
+
+    def remove(self, name: str, mixed: Any, system: str) -> None:
+        """A domain goes, without training."""
+        mixed.base_model.remove_expert(name)
+        self.measure(f"{system}, without {name}", mixed, 0)
+
+    # --- what is kept -------------------------------------------------------------------------------------------
+
+    def measure(self, name: str, model: Any, tokens: int, found: Perplexities | None = None) -> Perplexities:
+        """Note the perplexities of a system on every kind of text."""
+        found = found or perplexities(model, self.setup.tests)
+        added = 0 if model is None else size(model)
+        self.systems.append({"name": name, "parameters": added, "tokens": tokens, "perplexity": found})
+        return found
+
+    def save(self, folder: str, mixed: Any, found: Perplexities) -> None:
+        mixed.save_pretrained(self.out / folder)
+        self.saved[folder] = found
