@@ -1,8 +1,8 @@
 """Domains that come and go in one frozen language model, against one adapter for everything; measured by perplexity.
 
-    python examples/demo.py                                                      # text that an installation carries
-    python examples/demo.py --base Qwen/Qwen3-0.6B --domains law=law.txt code=code.txt --general general.txt \
-        --later tax=tax.txt --out runs/mine                                      # a model and text of your own
+    python examples/demo.py                                         # text that an installation carries
+    python examples/demo.py --base Qwen/Qwen3-0.6B --rate 2e-4 --domains law=law.txt code=code.txt \
+        --general general.txt --later tax=tax.txt --out runs/mine   # a model and text of your own
 
 A LoRA adapter is trained on each domain's text alone, and MoA puts them side by side under a gate of counted tokens,
 which is not trained. A joint LoRA adapter of the same total size reads the same text, general text included. Then a
@@ -41,10 +41,6 @@ class Demo:
     """The story by seeds, and what is written of it."""
 
     def __init__(self, args: Arguments) -> None:
-        if args.seeds < 1:
-            raise ValueError(f"--seeds {args.seeds}: one or more are needed")
-        if args.domains and args.base is None:
-            raise ValueError("--domains needs --base: the model that they adapt")
         self.args, self.out = args, Path(args.out)
         self.started = time.perf_counter()
         self.setup = Setup(args)

@@ -42,6 +42,11 @@ class Setup:
 
     def __init__(self, args: Arguments) -> None:
         self.args, self.out = args, Path(args.out)
+        for name in ("seeds", "tokens", "test_tokens", "length", "rank", "batch"):
+            if (value := getattr(args, name)) < 1:
+                raise ValueError(f"--{name} {value} must be 1 or more")
+        if args.domains and args.base is None:
+            raise ValueError("--domains needs --base: the model that they adapt")
         self.domains, self.later, documents = read_text(args.domains, args.general, args.later)
         self.kinds = [*self.domains, *([self.later] if self.later else []), "general"]
         texts = {kind: parted(documents[kind]) for kind in self.kinds}
@@ -61,6 +66,8 @@ class Setup:
         self.base_rows = None
         if args.base is None:
             self.base_rows = token_rows(self.tokenizer, texts["general"][0], args.length, args.base_tokens, "general")
+        if args.base is not None:
+            self.base()  # before anything is written
         self.out.mkdir(parents=True, exist_ok=True)
         save_file(self.tests, self.out / "tests.safetensors")
         self.progress = Progress()
@@ -68,7 +75,11 @@ class Setup:
             self.progress.expect(args.base_tokens)
 
     def base(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.args.base or self.out / "base")
+        """The frozen model, anew. Raises ValueError where a user's cannot be loaded."""
+        try:
+            return AutoModelForCausalLM.from_pretrained(self.args.base or self.out / "base")
+        except OSError as error:
+            raise ValueError(f"--base {self.args.base} cannot be loaded: {error}") from error
 
     def train(self, model: Any, rows: Tensor, what: str, **options: Any) -> Any:
         args = self.args

@@ -86,7 +86,7 @@ def from_files(files: dict[str, Path]) -> Documents:
     """A user's text: documents are parted by blank lines.
 
     Raises:
-        ValueError: a file that is not there, is no UTF-8, or has fewer than 20 documents.
+        ValueError: a file that is not there, is no UTF-8, or has fewer than 20 different documents.
     """
     found = {}
     for kind, path in files.items():
@@ -94,9 +94,12 @@ def from_files(files: dict[str, Path]) -> Documents:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{kind}={path} cannot be read as UTF-8 text: {error}") from error
-        found[kind] = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+        parts = (part.strip() for part in re.split(r"\n\s*\n", text))
+        found[kind] = list(dict.fromkeys(part for part in parts if part))
         if len(found[kind]) < 20:
-            raise ValueError(f"{kind}={path} has {len(found[kind])} documents (parted by blank lines); 20 are needed")
+            raise ValueError(
+                f"{kind}={path} has {len(found[kind])} different documents (parted by blank lines); 20 are needed"
+            )
     return found
 
 
