@@ -25,7 +25,7 @@ class NearBest(LearnedRouter):
     def choose(self, logits):
         probs = logits.softmax(-1)
         near = probs >= probs.amax(-1, keepdim=True) - self.margin
-        return Routing(indices=torch.where(near, torch.arange(len(self.experts)), -1), weights=probs, probs=probs)
+        return Routing(torch.where(near, torch.arange(near.shape[1], device=near.device), -1), probs, probs=probs)
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

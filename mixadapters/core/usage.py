@@ -28,7 +28,6 @@ class Usage:
         self.count: Tensor | float = 0.0
         self.chosen: Tensor | None = None  # (A,) rows; None: the router chooses none
 
-    @torch.no_grad()
     def add(self, probs: Tensor, mask: Tensor | None, selected: Tensor | None = None) -> None:
         """probs (N, A), mask (N,) bool or None, selected (N, A) bool or None."""
         probs = probs.detach().float()

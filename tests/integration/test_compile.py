@@ -21,6 +21,9 @@ KINDS = {
         domains=["a", "b"], r=4, init_weights=False, gate_granularity="causal_prefix", z_coef=1.0, **f
     ),
     "moa": lambda **f: MoAConfig(num_experts=4, r=4, init_weights=False, router_aux_loss_coef=2.0, **f),
+    "moa_softmax": lambda **f: MoAConfig(
+        num_experts=4, r=4, init_weights=False, router="softmax", router_aux_loss_coef=2.0, **f
+    ),
     "moa_block": lambda **f: MoAConfig(
         num_experts=4, r=4, init_weights=False, router_scope="block", router_z_loss_coef=1.0, n_shared_experts=1, **f
     ),
@@ -162,3 +165,24 @@ def test_auxiliary_losses_of_a_micro_batch_weigh_as_in_eager_mode(kind: str, tin
         model.zero_grad(set_to_none=True)
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, msg=name, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["mixda", "moa_softmax"])
+def test_steps_of_training_are_not_each_compiled(kind: str, tiny: Any, tiny_inputs: Any) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    ends = []
+    for compiling in (False, True):
+        torch.manual_seed(0)
+        model = made(tiny, kind).train()
+        counter = CompileCounterWithBackend("aot_eager")
+        forward = torch.compile(model, backend=counter, fullgraph=True) if compiling else model
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        for seed in range(4):  # other routes in every step
+            forward(**tiny_inputs("llama", labels="tokens", seed=seed), use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    assert counter.frame_count <= 2  # the first step begins the running sums of usage
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, msg=name, **CLOSE)

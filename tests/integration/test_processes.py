@@ -73,6 +73,70 @@ torch.save(found, f"{folder}/{rank}")
 """
 
 
+EXPERTS = """
+import os, sys
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+from mixadapters import MoAConfig
+
+torch.set_num_threads(1)
+folder, rank = sys.argv[1], int(os.environ["RANK"])
+dist.init_process_group("gloo")
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+IDS = torch.randint(5, 64, (2, 6), generator=torch.Generator().manual_seed(1))
+
+def made(scope):
+    torch.manual_seed(0)
+    fields = {"num_experts": 4, "r": 4, "router_scope": scope, "num_experts_per_tok": 1, "router_init_range": 0.5}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **SIZES))
+    return get_peft_model(base, MoAConfig(**fields, router_aux_loss_coef=1.0, init_weights=False)).train()
+
+def gradients(model, ids):
+    model(input_ids=ids, labels=ids).loss.backward()
+    return {n.removeprefix("module."): p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+found = {}
+for scope in ("module", "block", "model"):
+    rows = [gradients(made(scope), IDS[i : i + 1]) for i in range(2)]
+    unused = sum(not grad.any() for n, grad in rows[rank].items() if n.endswith("down.weight"))
+    parallel = gradients(DistributedDataParallel(made(scope)), IDS[rank : rank + 1])
+    sharded = made(scope)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in sharded.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    whole = {n: grad.full_tensor() for n, grad in gradients(sharded, IDS[rank : rank + 1]).items()}
+    found[scope] = {"rows": rows, "unused": unused, "DDP": parallel, "FSDP2": whole}
+torch.save(found, f"{folder}/{rank}")
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict]]:
+    folder = tmp_path_factory.mktemp("experts")
+    run_together(EXPERTS, folder)
+    return [torch.load(folder / str(rank), weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["module", "block", "model"])
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_experts_that_no_token_of_a_process_uses_train_by_the_mean(kind: str, scope: str, experts: list[dict]) -> None:
+    for own in experts:
+        case = own[scope]
+        assert case["unused"] > 0
+        assert case[kind].keys() == case["rows"][0].keys() | case["rows"][1].keys()
+        for name, grad in case[kind].items():
+            parts = [row.get(name, torch.zeros(())) for row in case["rows"]]
+            torch.testing.assert_close(grad, sum(parts) / 2, atol=1e-5, rtol=1e-3, msg=name)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("processes")

@@ -24,7 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from mixadapters import BottleneckConfig, GateUsageCallback, MixDAConfig, StageCallback
+from mixadapters import BottleneckConfig, GateUsageCallback, MixDAConfig, MoAConfig, StageCallback
 from mixadapters.training.collators import PairCollator, WithGeneralText
 from mixadapters.training.objectives import ContrastiveObjective, PreservationObjective
 
@@ -49,6 +49,15 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
 
 def mixda(**fields: Any) -> MixDAConfig:
     return MixDAConfig(**{"domains": ["a", "b"], "r": 4, "init_weights": False, "balance_coef": 3.0, **fields})
+
+
+def one_layer(**fields: Any) -> MixDAConfig:
+    return mixda(domain_layers=[1], **fields)
+
+
+def moa(balance_coef: float = 3.0, **fields: Any) -> MoAConfig:
+    fields = {"num_experts": 3, "r": 4, "router_init_range": 0.5, "init_weights": False, **fields}
+    return MoAConfig(router_aux_loss_coef=balance_coef, layers_to_transform=[1], **fields)
 
 
 def made(tiny: Any, head: str, config: Any = None) -> nn.Module:
@@ -102,12 +111,15 @@ def test_a_plain_trainer_descends_on_the_sum_of_all_losses(
 class Weighed:
     """A model, four rows of unequal length, and what Trainer makes of the loss of a micro-batch."""
 
-    def __init__(self, kind: str, head: str, labels: str, divides: bool, **options: Any) -> None:
+    def __init__(
+        self, kind: str, head: str, labels: str, divides: bool, config: Any = one_layer, **options: Any
+    ) -> None:
+        self.config = config
         self.kind, self.head, self.labels, self.divides, self.options = kind, head, labels, divides, options
 
     def model(self, tiny: Any, **fields: Any) -> nn.Module:
         torch.manual_seed(0)
-        return get_peft_model(tiny(self.kind, self.head, **self.options), mixda(domain_layers=[1], **fields))
+        return get_peft_model(tiny(self.kind, self.head, **self.options), self.config(**fields))
 
     def rows(self, tiny_inputs: Any) -> list[dict[str, Tensor]]:
         labels = "tokens" if self.labels in ("numbers", "tags") else self.labels
@@ -140,6 +152,10 @@ MODELS = {
     "tags": Weighed("bert", "token_classification", "tags", False, **NO_DROPOUT),
     "classes of a decoder": Weighed("llama", "sequence_classification", "classes", False),
     "seq2seq": Weighed("t5", "seq2seq_lm", "tokens", False, **STILL),
+    "experts of each module": Weighed("llama", "causal_lm", "tokens", True, moa),
+    "experts of each block": Weighed(
+        "bert", "sequence_classification", "classes", False, lambda **f: moa(router_scope="block", **f), **NO_DROPOUT
+    ),
     "images": Weighed("vit", "image_classification", "images", True, **NO_DROPOUT),
 }
 
@@ -186,7 +202,7 @@ def test_auxiliary_losses_keep_their_ratio_under_accumulation(
 
 
 @pytest.mark.parametrize("rows_of_last_step", [2, 4])
-@pytest.mark.parametrize("name", ["causal", "classes", "images"])
+@pytest.mark.parametrize("name", ["causal", "classes", "images", "experts of each module"])
 @pytest.mark.parametrize("loop", ["smoothing", "function", "own"])
 def test_losses_that_ride_on_the_outputs_weigh_as_one_batch(
     loop: str, name: str, rows_of_last_step: int, tiny: Any, tiny_inputs: Any, tmp_path: Path

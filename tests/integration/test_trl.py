@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig, StageCallback
+from mixadapters import BottleneckConfig, GateUsageCallback, MixDAConfig, MoAConfig, StageCallback
 from mixadapters.training.callbacks import collect_usage
 from mixadapters.training.objectives import PreservationObjective
 
@@ -144,13 +144,21 @@ def balance_gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, T
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def balanced(kind: str, coefficient: float) -> Any:
+    name = "router_aux_loss_coef" if kind == "moa" else "balance_coef"
+    return CONFIGS[kind](**{name: coefficient}, init_weights=False)
+
+
+@pytest.mark.parametrize("kind", ["mixda", "moa"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_sft_trains_the_auxiliary_loss_once(smoothing: float, base: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_sft_trains_the_auxiliary_loss_once(
+    kind: str, smoothing: float, base: Path, tokenizer: Any, tmp_path: Path
+) -> None:
     """SFT makes its loss of the outputs and leaves `outputs.loss`, to which gates add theirs, aside."""
     ends = []
     for coefficient in (0.0, 5.0):
         torch.manual_seed(0)
-        config = CONFIGS["mixda"](balance_coef=coefficient, init_weights=False)
+        config = balanced(kind, coefficient)
         trainer = sft(base, tokenizer, tmp_path, config, label_smoothing_factor=smoothing)
         stirred(trainer.model)
         batch = first_batch(trainer)
@@ -159,6 +167,25 @@ def test_sft_trains_the_auxiliary_loss_once(smoothing: float, base: Path, tokeni
     assert max(value.abs().max() for value in expected.values()) > 1e-2
     for name, value in expected.items():
         torch.testing.assert_close(ends[1][name] - ends[0][name], value, atol=1e-5, rtol=1e-3)
+
+
+def test_sft_logs_what_sums_to_the_loss_by_hand(base: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """SFT logs the loss that it makes of the outputs, and the callback the mean over routers, unweighted."""
+    trainer = sft(base, tokenizer, tmp_path, balanced("moa", 5.0), max_steps=1, gradient_checkpointing=False)
+    stirred(trainer.model)
+    trainer.add_callback(GateUsageCallback(trainer))
+    batch = first_batch(trainer)
+    model = trainer.model.train()
+    main = trainer.compute_loss(model, copy.copy(batch))
+    auxiliary = model.base_model.context.record.losses["balance"]
+    routers = len({id(m.router) for _, m in model.base_model._mixtures("default") if not hasattr(m.router, "follows")})
+    assert auxiliary.item() > 1
+    collect_usage(model)
+    torch.manual_seed(0)
+    trainer.train()
+    logged = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
+    assert logged["loss"] == pytest.approx(main.item(), abs=1e-3)
+    assert logged["loss/balance"] * routers * 5.0 == pytest.approx(auxiliary.item(), abs=1e-3)
 
 
 def test_sft_of_one_stage(base: Path, tokenizer: Any, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import DynamicCache, LlamaConfig
 from mixadapters import ROUTERS, Router
 from mixadapters.core.adapter import Site
 from mixadapters.core.bank import AdapterBank, Weights
+from mixadapters.core.cache import router_state
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.record import Record
@@ -476,3 +478,57 @@ def test_every_file_registers_what_it_defines() -> None:
         classes += subclasses
         if not subclasses and not inspect.isabstract(cls):
             assert any(ROUTERS[name] is cls for name in ROUTERS), cls
+
+
+# --- what the page of MoA says of them ----------------------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "moa.md"
+PASSED_ON = ("self", "in_features", "experts", "first", "options", "coefficients")
+
+
+def rows_of(heading: str) -> dict[str, list[str]]:
+    """The cells of a table of the page, by the name in its first column."""
+    table = PAGE.read_text(encoding="utf-8").split(f"| router | {heading}", 1)[1].split("\n\n", 1)[0]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return {row[0].strip("`"): row[1:] for row in cells}
+
+
+def is_refused_where_causal(name: str) -> bool:
+    try:
+        made(name).bind(Site("ffn_output", "site", WIDTH, WIDTH, causal=True))
+    except ValueError:
+        return True
+    return False
+
+
+def keeps_state(name: str) -> list[str]:
+    """The granularities with which it leaves something in the key-value cache."""
+    found = []
+    for granularity in [g for other, g in GRANULARITIES if other == name and g != "sequence"]:
+        batch, cache = batch_of(2, 4), DynamicCache(config=ONE_LAYER)
+        cache.update(torch.zeros(2, 1, 1, 2), torch.zeros(2, 1, 1, 2), 0)
+        run(grained(name, granularity), batch, cache=cache, values={"prompt_mask": batch.mask})
+        found += [granularity] if router_state(cache) else []
+    return found
+
+
+def test_page_has_every_router_in_both_tables() -> None:
+    assert sorted(rows_of("what it does")) == sorted(rows_of("file")) == NAMES
+
+
+@every_router
+def test_page_says_what_a_router_is_made_of(name) -> None:
+    cls = ROUTERS[name]
+    file = Path(inspect.getfile(cls))
+    own = inspect.signature(cls.__init__).parameters if "__init__" in cls.__dict__ else ()
+    tests = [path.name for path in Path(__file__).parent.glob("test_*.py") if path.stem == f"test_{file.stem}"]
+    said, lines = rows_of("file")[name], len(file.read_text(encoding="utf-8").splitlines())
+    assert abs(int(said[1]) - lines) <= max(10, lines / 5)
+    assert said == [
+        f"`routers/{file.name}`",
+        said[1],
+        ", ".join(f"`{option}`" for option in own if option not in PASSED_ON) or "none",
+        "no: refused" if is_refused_where_causal(name) else "yes",
+        ", ".join(keeps_state(name)) or "none",
+        f"`tests/routers/{tests[0]}`" if tests else "the contract",
+    ]

@@ -269,6 +269,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "residual alone": ({"residual": True}, "n_shared_experts"),
     "zero experts": ({"num_experts": 0}, "num_experts"),
     "bool": ({"norm_topk_prob": 1}, "norm_topk_prob"),
+    "two numbers for a layer": ({"num_experts": {"0-2": 4, "2": 3}}, "[2]"),
+    "more than a process holds": ({"num_experts": 10**9}, "at most 4096"),
+    "more segments than a process holds": ({"segments": 10**9}, "at most 4096"),
+    "null experts": ({"num_null_experts": 10**9}, "at most 4096"),
+    "null arms of a file": ({"null_arms": {"q_proj": 10**9}}, "at most 4096"),
+    "layers beyond any model": ({"num_experts": {"0-999999": 4}}, "0-999999"),
+    "order of nothing": ({"expert_order": ["a"]}, "expert_order"),
+    "pattern": ({"experts": ["*"]}, "'*'"),
+    "biases": ({"experts": {"a": {"ranks": {"q": 1}, "scales": {"q": 1.0}, "biases": ["v"]}}}, "biases=['v']"),
     "null arms of counts": ({"router": "counts", "router_scope": "model", "num_null_experts": 2}, "num_null_experts"),
     "null arms as an option": ({"router": {"kind": "counts", "null_arms": 2}, "router_scope": "model"}, "'counts'"),
     "coefficient": ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef"),
@@ -285,6 +294,25 @@ def test_bad_values_are_refused_by_name(form) -> None:
 def test_too_many_experts_per_token_is_an_error_of_the_model(tiny) -> None:
     with pytest.raises(ValueError, match="num_experts_per_tok=9"):
         build(tiny("llama"), num_experts=4, num_experts_per_tok=9)
+
+
+ABSENT: dict[str, tuple[dict[str, Any], str]] = {
+    "layers": ({"num_experts": {"0-3": 2, "4": 3}}, "'4'"),
+    "layers that are left out": ({"num_experts": {"0": 2, "1-3": 3}, "layers_to_transform": [1]}, "'0'"),
+    "alpha_pattern": ({"alpha_pattern": {"w_proj": 3}}, "w_proj"),
+    "null_arms": ({"null_arms": {"w_proj": 3}}, "w_proj"),
+    "k of the router": ({"num_experts": 1, "router": {"kind": "top_k", "k": 2}}, "num_experts_per_tok=2"),
+}
+
+
+@pytest.mark.parametrize("form", ABSENT)
+def test_what_the_model_does_not_have_is_refused_before_it_changes(form, tiny) -> None:
+    fields, message = ABSENT[form]
+    base = tiny("llama")
+    names = [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(base, **fields)
+    assert [name for name, _ in base.named_modules()] == names
 
 
 def test_a_source_in_a_file_is_not_followed(tiny, tmp_path) -> None:
@@ -365,7 +393,7 @@ def test_expert_gathered_later_is_the_adapter_that_it_was(tiny, tiny_inputs, tmp
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".experts.one." in n)
 
 
-def test_verbs_refuse_what_they_cannot_do_and_change_nothing(tiny, tiny_inputs) -> None:
+def test_verbs_refuse_what_they_cannot_do_and_change_nothing(tiny, tiny_inputs, tmp_path) -> None:
     inputs = tiny_inputs("llama")
     model = randomize(build(tiny("llama"), num_experts=2))
     before, config = logits(model, inputs), copy.deepcopy(model.peft_config["default"].to_dict())
@@ -374,6 +402,11 @@ def test_verbs_refuse_what_they_cannot_do_and_change_nothing(tiny, tiny_inputs) 
         (lambda: tuner.add_expert("expert1"), "exists already"),
         (lambda: tuner.add_expert("a.b"), "a.b"),
         (lambda: tuner.add_expert("new", share=1.5), "share"),
+        (lambda: tuner.add_expert("new", share="much"), "share='much'"),
+        (lambda: tuner.add_expert("new", r=0), "r=0"),
+        (lambda: tuner.add_expert("new", r="4"), "r='4'"),
+        (lambda: tuner.add_expert("new", "/nowhere", r=4), "leave r out"),
+        (lambda: tuner.export_expert("expert0", None), "folder=None"),
         (lambda: tuner.add_expert("new", "/nowhere"), "cannot be read"),
         (lambda: tuner.remove_expert("expert7"), "unknown expert"),
         (lambda: tuner.expert_ids("expert0"), "list"),
@@ -385,6 +418,13 @@ def test_verbs_refuse_what_they_cannot_do_and_change_nothing(tiny, tiny_inputs) 
             act()
     torch.testing.assert_close(logits(model, inputs), before, rtol=0, atol=0)
     assert model.peft_config["default"].to_dict() == config
+    other = randomize(build(tiny("llama"), num_experts=1, target_modules=["q_proj"]))
+    other.base_model.export_expert("expert0", tmp_path)
+    late = build(tiny("llama"), num_experts=2, target_modules=["v_proj"], router_scope="block")
+    config = copy.deepcopy(late.peft_config["default"].to_dict())
+    with pytest.raises(ValueError, match="runs before"):
+        late.base_model.add_expert("new", str(tmp_path))
+    assert late.peft_config["default"].to_dict() == config
     tuner.remove_expert("expert0", renormalize=True)
     with pytest.raises(ValueError, match="only one"):
         tuner.remove_expert("expert1")

@@ -27,6 +27,7 @@ ENTRIES: dict[str, Any] = {  # of an expert -> what they hold
     "ranks": dict[str, int], "scales": dict[str, float], "biases": list[str], "origin": str,
 }  # fmt: skip
 GIVEN = ("source", "revision", "check_base_model", "scale", "ignore_modules_to_save")  # those that a user writes
+MOST = 4096  # experts or arms: a file could ask for so many that the process dies
 ARMS = r"frozen|null\d+|shared\d+"  # names that arms and shared experts have
 
 
@@ -57,7 +58,7 @@ class MoAConfig(ScheduledConfig):
     )
     num_experts: int | dict[str, int] = field(
         default=8,
-        metadata={"help": "New experts where `experts` names none; {'0-5': 4, '6-11': 8} by layers.", "least": 1},
+        metadata={"help": "New experts where there are none by name; by layers {'0-5': 4}.", "least": 1, "most": MOST},
     )
     expert_type: Literal["lora", "bottleneck", "glu"] = field(
         default="lora", metadata={"help": "What experts are: low-rank factors, or small FFNs, gated or not."}
@@ -136,11 +137,14 @@ class MoAConfig(ScheduledConfig):
         default=0.0, metadata={"help": "Above 0: balance by a bias for choosing, without a loss.", "least": 0}
     )
     n_shared_experts: int = field(
-        default=0, metadata={"help": "Experts beside the router's, always on with weight 1.", "least": 0}
+        default=0, metadata={"help": "Experts beside the router's, always on with weight 1.", "least": 0, "most": MOST}
     )
-    num_null_experts: int = field(default=0, metadata={"help": "Arms of the router without an expert.", "least": 0})
+    num_null_experts: int = field(
+        default=0, metadata={"help": "Arms of the router without an expert.", "least": 0, "most": MOST}
+    )
     segments: int = field(
-        default=1, metadata={"help": "Each expert is cut into as many, which are routed by themselves.", "least": 1}
+        default=1,
+        metadata={"help": "Pieces of each expert, which are routed by themselves.", "least": 1, "most": MOST},
     )
     capacity_factor: float = field(
         default=0.0, metadata={"help": "Above 0: experts drop tokens beyond it. 0: none is dropped.", "free": True}
@@ -159,7 +163,7 @@ class MoAConfig(ScheduledConfig):
     )
     null_arms: dict[str, int] = field(
         default_factory=dict,
-        metadata={"help": "Arms without expert that removed ones left, by module.", "least": 0},
+        metadata={"help": "Arms without expert that removed ones left, by module.", "least": 0, "most": MOST},
     )
     expert_order: list[str] | None = field(
         default=None,
@@ -174,9 +178,9 @@ class MoAConfig(ScheduledConfig):
         if self.experts is not None:
             self.experts = check_experts(self.experts, from_file)
             self._order_experts()
-        if isinstance(self.num_experts, dict):
-            for layers in self.num_experts:
-                layer_range(layers)
+        elif self.expert_order is not None:
+            raise ValueError(f"expert_order={self.expert_order} orders `experts`, and there are none by name")
+        check_layers(self.num_experts)
         if self.residual and not self.n_shared_experts:
             raise ValueError("residual=True weighs the base against shared experts; set n_shared_experts=1 or more")
         if self.router is None:
@@ -289,9 +293,18 @@ class MoAConfig(ScheduledConfig):
 def layer_range(layers: str) -> range:
     """The layers that "3" or "0-5" means. Raises ValueError for other forms."""
     found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", layers)
-    if found is None or int(found[2] or found[1]) < int(found[1]):
+    if found is None or int(found[2] or found[1]) < int(found[1]) or int(found[2] or found[1]) > MOST:
         raise ValueError(f"num_experts: {layers!r} names no layers; write '3', or '0-5' for 0 to 5")
     return range(int(found[1]), int(found[2] or found[1]) + 1)
+
+
+def check_layers(num_experts: int | dict[str, int]) -> None:
+    """Refuse layers that `num_experts` gives two numbers for."""
+    seen: set[int] = set()
+    for layers in num_experts if isinstance(num_experts, dict) else ():
+        if twice := seen.intersection(layer_range(layers)):
+            raise ValueError(f"num_experts={num_experts} has two numbers for layers {sorted(twice)}")
+        seen.update(layer_range(layers))
 
 
 def check_experts(experts: Any, from_file: bool) -> dict[str, dict[str, Any]]:
@@ -311,6 +324,8 @@ def check_experts(experts: Any, from_file: bool) -> dict[str, dict[str, Any]]:
 
 def _check_expert(name: Any, given: Any, from_file: bool) -> dict[str, Any]:
     check_name("experts", name, "moa_")
+    if set(name) & set("*?[]!"):
+        raise ValueError(f"experts: {name!r} is no name for this: stages read *, ?, [, ] and ! as patterns")
     if re.fullmatch(ARMS, name):
         raise ValueError(f"experts: {name!r} is the name of an arm or of a shared expert; choose another")
     if isinstance(given, (str, os.PathLike)):
@@ -339,6 +354,8 @@ def _check_expert(name: Any, given: Any, from_file: bool) -> dict[str, Any]:
         raise ValueError(f"experts[{name!r}]={spec} has no source: {sorted(spec.keys() & set(GIVEN))} is of a source")
     if ("scales" in spec) != ("ranks" in spec) or spec.get("scales", {}).keys() != spec.get("ranks", {}).keys():
         raise ValueError(f"experts[{name!r}]: `ranks` and `scales` must name the same modules")
+    if unknown := set(spec.get("biases", ())) - set(spec.get("ranks", ())):
+        raise ValueError(f"experts[{name!r}]: biases={sorted(unknown)} name modules that `ranks` does not")
     return spec
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from mixadapters.core.routing import RoutingKey
 from mixadapters.core.sites import layer_index
 from mixadapters.routers.base import Router, build_router
 from mixadapters.tuners.bottleneck.config import placement_roles, placement_taps
+from mixadapters.tuners.moa.absent import refuse_absent
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.router import OPTION_OF, router_spec
@@ -55,8 +57,16 @@ class MoAModel(ExpertSpawning):
 
     def places(self) -> list[str]:
         """All modules that are there without adapters, by name."""
-        names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules())
-        return [name for name in dict.fromkeys(names) if name and not inside_adapters(name, self.prefix)]
+        names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name in self._outside_adapters(self.model))
+        return [name for name in dict.fromkeys(names) if name]
+
+    def _outside_adapters(self, module: nn.Module, path: str = "") -> Iterator[str]:
+        """Names of the modules in `module`, in order, without a look at those of adapters: there may be many."""
+        for name, child in module.named_children():
+            at = f"{path}.{name}" if path else name
+            if not inside_adapters(at, self.prefix):
+                yield at
+                yield from self._outside_adapters(child, at)
 
     def expert_widths(self, config: MoAConfig, path: str) -> tuple[int, int]:
         """Widths in and out of an expert at `path`."""
@@ -98,7 +108,7 @@ class MoAModel(ExpertSpawning):
     def before_injection(self, config: MoAConfig, adapter_name: str) -> None:
         paths = self.matched(config)
         self._refuse_left_out(config, paths)
-        self._refuse_absent(config)
+        refuse_absent(config, paths, self.places())
         self._plan = self._make_plan(config, adapter_name, paths)
         super().before_injection(config, adapter_name)  # builds every layer on the meta device
         self._plan.routers.clear()
@@ -116,14 +126,6 @@ class MoAModel(ExpertSpawning):
                 )
         if not paths:
             raise ValueError(f"Target modules {config.target_modules} not found in the base model: nothing to adapt")
-
-    def _refuse_absent(self, config: MoAConfig) -> None:
-        """Refuse what the router or `num_experts` say and no layer can have."""
-        count = len([piece for name in config.all_names() for piece in config.pieces(name)])
-        cls, options = router_spec(config)
-        arms, chosen = count + options.get("null_arms", cls.usual_null_arms), options.get("k")
-        if chosen is not None and chosen > arms and config.num_experts_per_tok != 2:
-            raise ValueError(f"num_experts_per_tok={chosen}: there are {arms} experts to choose from")
 
     def _make_plan(self, config: MoAConfig, adapter_name: str, paths: list[str]) -> Plan:
         plan = Plan()
@@ -154,9 +156,10 @@ class MoAModel(ExpertSpawning):
     def _numbered_at(self, config: MoAConfig, path: str) -> dict[str, int]:
         """{expert: rank} of the experts that have something at `path`, in the order of the config."""
         ranks: dict[str, int] = {}
+        new = self.rank_at(config, path, config.r)
         for name in config.names_at(layer_index(path)):
             spec = (config.experts or {}).get(name, {})
-            rank = rank_of(spec["ranks"], path) if "ranks" in spec else self.rank_at(config, path, config.r)
+            rank = rank_of(spec["ranks"], path) if "ranks" in spec else new
             ranks |= {name: rank} if rank else {}
         return ranks
 

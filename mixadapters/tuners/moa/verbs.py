@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -16,6 +17,7 @@ from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.sources import Gathered, gather
 from mixadapters.tuners.moa.weights import ExpertWeights
 
+CHANGING = ("experts", "num_experts", "expert_order", "target_modules")  # fields that coming and going changes
 NEW_ARM_SHARE = 0.05  # of the weight that an expert added later starts with
 
 
@@ -67,6 +69,9 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         """
         config = self._moa(adapter_name)
         self._check_new(config, name, share, adapter_name)
+        if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1 or source is not None):
+            remedy = "a source brings its own rank; leave r out" if source is not None else "give a positive integer"
+            raise ValueError(f"r={r!r}: {remedy}")
         self._require(adapter_name, "add_expert")
         spec = check_experts({name: source}, from_file=False)[name]
         found = gather(self, config, name, spec) if "source" in spec else None
@@ -86,9 +91,9 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         """A new expert of this entry in the config: into the config, the routers and the banks."""
         config = self._moa(adapter_name)
         paths = [path for path, _ in self._mixtures(adapter_name)]
-        self._name_experts(config, paths)
         before = self._leaders(adapter_name)
-        targets = config.target_modules
+        old = {field: copy.copy(getattr(config, field)) for field in CHANGING}
+        self._name_experts(config, paths)
         config.experts[name] = spec
         try:
             self._widen(config, name, [path for path in spec.get("ranks", ()) if path not in paths])
@@ -96,8 +101,8 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
             plan = self._make_plan(config, adapter_name, [p for p in self.places() if p in where])
             self._refuse_other_leaders(plan, before)
         except ValueError:
-            del config.experts[name]
-            config.target_modules = targets
+            for field, value in old.items():
+                setattr(config, field, value)
             raise
         config.expert_order = list(config.experts)
         self._insert(config, adapter_name, name, plan, before, share)
@@ -123,8 +128,8 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                 f"expert {name!r} has the name of another adapter of this model: PEFT would drop its weights when it "
                 "saves. Choose another name"
             )
-        if not 0 < share < 1:
-            raise ValueError(f"share={share} must lie between 0 and 1")
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+            raise ValueError(f"share={share!r} must lie between 0 and 1")
 
     def _insert(
         self, config: MoAConfig, adapter_name: str, name: str, plan: Any, before: dict[str, Any], share: float

@@ -63,13 +63,15 @@ class ExpertWeights(MixtureModel):
         pad_ranks: one rank at all modules, filled up with zeros, for servers that need that.
 
         Raises:
-            ValueError: there is no such expert, or it is no LoRA.
+            ValueError: there is no such expert, it is no LoRA, or `folder` is none.
         """
         config = self._moa(adapter_name)
         if name not in config.all_names():
             raise ValueError(f"unknown expert {name!r}; have {config.all_names()}.{nearest(name, config.all_names())}")
         if config.expert_type != "lora":
             raise ValueError(f"export_expert writes LoRA, and expert_type={config.expert_type!r}")
+        if not isinstance(folder, (str, Path)) or Path(folder).is_file():
+            raise ValueError(f"export_expert: folder={folder!r} is no folder; give the path of one, new or old")
         factors = {}
         for path, mixture in self._mixtures(adapter_name):
             by_name = dict(zip(mixture.bank.names, mixture.bank.weights(None), strict=True))
