@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ class SavedAdapter:
     shapes: dict[str, tuple[int, ...]]  # key -> shape of the tensor
     other: str | None = None  # why the weights are not those that the config was saved with
     mapped: bool = False  # whether keys are renamed on loading, for another version of the base model
+
+    @cached_property
+    def widest(self) -> int:
+        """The largest size of an axis in the file: no rank can be larger."""
+        return max((size for shape in self.shapes.values() for size in shape), default=0)
 
     def plain_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by the keys of a model that is no PeftModel; the prefix must be there for all, or for none."""

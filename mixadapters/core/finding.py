@@ -208,8 +208,10 @@ class SiteFinder(BaseTuner):
             raise ValueError(
                 f"{saved.model_id}: the file holds 0 weights of this adapter; it has {min(saved.shapes)!r}"
             )
-        if saved is not None and saved.shapes and rank > (widest := max(max((0, *s)) for s in saved.shapes.values())):
-            raise ValueError(f"the config asks for rank {rank} at {path!r}, and the file's widest weight has {widest}")
+        if saved is not None and saved.shapes and rank > saved.widest:
+            raise ValueError(
+                f"the config asks for rank {rank} at {path!r}, and the file's widest weight has {saved.widest}"
+            )
         return rank
 
 

@@ -117,11 +117,11 @@ class Injection(SiteFinder):
         had_context = ForwardContext.find(model) is not None
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         places = {host: host.adapters[adapter_name] for host in self.hosts() if adapter_name in host.adapters}
-        self._check_names(config, adapter_name)
         context = ForwardContext.of(model)
-        context.fields.update(self.fields)
         self._injecting = adapter_name
         try:
+            self._check_names(config, adapter_name)
+            context.fields.update(self.fields)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self._check_names(config, adapter_name)
             self.after_injection(config, adapter_name)
@@ -198,6 +198,7 @@ class Injection(SiteFinder):
         if before:
             return
         self.context.hosted.discard(adapter_name)
+        self.peft_config.pop(adapter_name, None)  # transformers leaves it there
         for path, module in list(self.model.named_modules()):
             if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
                 module.delete_adapter(adapter_name, new_active_adapters=None)

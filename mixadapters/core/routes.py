@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.context import ROUTES, ForwardContext
+from mixadapters.core.numbers import whole_numbers
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import Routing, RoutingKey
 
@@ -84,25 +85,15 @@ class HardRoutes(nn.Module):
             raise ValueError(f"{self.field}={own.unique().tolist()} must lie between -1 (none) and {self.total - 1}")
 
 
-def whole_numbers(name: str, values: Any) -> Tensor:
-    """`values` as a tensor. Raises ValueError where they are no whole numbers."""
-    try:
-        numbers = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name}={values!r} must be whole numbers: {error}") from None
-    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
-        raise ValueError(f"{name} must be whole numbers, not {numbers.dtype}")
-    return numbers
-
-
 def row_numbers(names: Sequence[str], order: Sequence[str], noun: str) -> Tensor:
     """(B,) the number of each name in `order`, -1 for "__base__". Raises ValueError for other names."""
     if isinstance(names, str):
         raise ValueError(f"names={names!r} must be a list with one name for each row; write [{names!r}]")
+    number_of = {name: number for number, name in enumerate(order)} | {"__base__": -1}
     for name in names:
-        if name != "__base__" and name not in order:
+        if name not in number_of:
             raise ValueError(f"unknown {noun} {name!r}; have {list(order)}.{nearest(name, order)}")
-    return torch.tensor([-1 if name == "__base__" else order.index(name) for name in names])
+    return torch.tensor([number_of[name] for name in names])
 
 
 def spread_pins(

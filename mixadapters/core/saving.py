@@ -92,6 +92,8 @@ class SavedForm(BaseTuner):
         here = model.state_dict()
         own = set(own_keys(model, cls.prefix, adapter_name))
         heads = head_keys(model, adapter_name)
+        if saved is not None:
+            _refuse_overwritten(adapter_name, saved.shapes, heads)
         embeddings = embedding_keys(model)
         check_keys(adapter_name, given, own, heads | embeddings)
         check_shapes(adapter_name, given, {key: tuple(here[key].shape) for key in given if key in here})
@@ -116,6 +118,16 @@ def _refuse_twice(cls: type[SavedForm], adapter_name: str, given: Iterable[str])
                 "lost: take out one of them"
             )
         seen[plain] = key
+
+
+def _refuse_overwritten(adapter_name: str, given: Iterable[str], heads: set[str]) -> None:
+    """Refuse keys of a file that have the form which keys of heads have in the model: PEFT writes over these."""
+    inside = {key.removeprefix(PREFIX) for key in heads}
+    if stray := sorted(key for key in given if key.removeprefix(PREFIX) in inside):
+        raise ValueError(
+            f"adapter {adapter_name!r}: {stray[0]!r} is no key of a file: heads and tokens are saved without the "
+            "adapter's name, and this one would be lost. Take it out"
+        )
 
 
 def own_keys(model: nn.Module, prefix: str, adapter_name: str) -> list[str]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.routes import HardRoutes, whole_numbers
+from mixadapters.core.numbers import whole_numbers
+from mixadapters.core.routes import HardRoutes
 from mixadapters.core.routing import Routing
 from mixadapters.routers.base import ROUTERS, Router
 

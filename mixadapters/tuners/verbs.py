@@ -49,14 +49,6 @@ def watch_verbs() -> None:
         with loading(saved):
             return peft_load_adapter(self, model_id, adapter_name, *args, **kwargs)
 
-    mixin_load_adapter = PeftAdapterMixin.load_adapter
-
-    @functools.wraps(mixin_load_adapter)
-    def transformers_load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
-        saved = None if peft_model_id is None else _saved(peft_model_id, self, kwargs | _hub_options(kwargs))
-        with loading(saved):
-            return mixin_load_adapter(self, peft_model_id, *args, **kwargs)
-
     write_card = PeftModel.create_or_update_model_card
 
     @functools.wraps(write_card)
@@ -86,6 +78,30 @@ def watch_verbs() -> None:
     PeftModel.from_pretrained = classmethod(peft_from_pretrained)
     PeftModel.load_adapter = load_adapter
     PeftModel.create_or_update_model_card = create_or_update_model_card
+    _watch_transformers()
+
+
+def _watch_transformers() -> None:
+    mixin_load_adapter = PeftAdapterMixin.load_adapter
+
+    @functools.wraps(mixin_load_adapter)
+    def transformers_load_adapter(self: Any, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
+        saved = None if peft_model_id is None else _saved(peft_model_id, self, kwargs | _hub_options(kwargs))
+        with loading(saved):
+            return mixin_load_adapter(self, peft_model_id, *args, **kwargs)
+
+    mixin_add_adapter = PeftAdapterMixin.add_adapter
+
+    @functools.wraps(mixin_add_adapter)
+    def transformers_add_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+        marked = self._hf_peft_config_loaded
+        try:
+            mixin_add_adapter(self, *args, **kwargs)
+        except Exception:  # transformers says that the model has adapters before it looks at what it is given
+            self._hf_peft_config_loaded = marked
+            raise
+
+    PeftAdapterMixin.add_adapter = transformers_add_adapter
     PeftAdapterMixin.load_adapter = transformers_load_adapter
 
 

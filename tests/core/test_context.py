@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache, StaticCache
 
-from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, PILLConfig
+from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, MoAConfig, PILLConfig
 from mixadapters.core.record import Record
 from mixadapters.core.streams import Stream, read_stream
 
@@ -460,10 +460,12 @@ def test_pin_refuses_fields_that_nothing_reads(tiny) -> None:
     [
         ("domain_id", "domain_ids"), ("domains_ids", "domain_ids"), ("domainids", "domain_ids"),
         ("promt_mask", "prompt_mask"), ("adapter_name", "adapter_names"), ("modality_id", "modality_ids"),
+        ("expert_id", "expert_ids"), ("experts_ids", "expert_ids"),
     ],
 )  # fmt: skip
 def test_misspelt_fields_that_a_model_would_swallow_are_refused(tiny, tiny_inputs, wrong, right) -> None:
-    config = PILLConfig(r=3, token_ids={"image": [90]}) if right == "modality_ids" else MixDAConfig(**MIXDA)
+    configs = {"modality_ids": PILLConfig(r=3, token_ids={"image": [90]}), "expert_ids": MoAConfig(num_experts=2, r=3)}
+    config = configs.get(right, MixDAConfig(**MIXDA))
     model, inputs = adapt(tiny("llama"), config), tiny_inputs("llama")
     expected = model(**inputs).logits
     for call in (model, model.get_base_model()):

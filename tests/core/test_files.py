@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from mixadapters import BottleneckConfig, MixDAConfig, MoSAConfig, PILLConfig
+from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig, MoSAConfig, PILLConfig
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASK = {"task_type": "CAUSAL_LM", "init_weights": False}
@@ -33,6 +33,7 @@ CONFIGS: dict[str, Any] = {
     "mixda": lambda **more: MixDAConfig(domains=["b", "a"], r=4, task_r=3, **TASK, **more),
     "mosa": lambda **more: MoSAConfig(r=4, num_experts=2, split="both", **TASK, **more),
     "pill": lambda **more: PILLConfig(r=4, **TASK, **more),
+    "moa": lambda **more: MoAConfig(experts=["b", "a"], r=4, **TASK, **more),
 }
 every = pytest.mark.parametrize("kind", CONFIGS)
 IDS = torch.arange(5, 13)[None]
@@ -287,6 +288,35 @@ def test_two_keys_of_one_weight_are_refused(tiny: Any, tmp_path: Path) -> None:
     assert torch.equal(logits(model, "mixda"), before)
 
 
+def test_a_second_key_of_a_head_is_refused_by_name(tiny: Any, tmp_path: Path) -> None:
+    """Over an adapter that is there PEFT writes the head's weight over it, whichever of the two was meant."""
+
+    def made() -> Any:
+        config = BottleneckConfig(r=4, modules_to_save=["classifier"], trainable_token_indices=[1])
+        return get_peft_model(tiny("bert", "sequence_classification"), config)
+
+    made().save_pretrained(tmp_path)
+    digest = json.loads((tmp_path / CONFIG).read_text())["digest"]
+    weights = load_file(tmp_path / WEIGHTS)
+    head = next(key for key in weights if key.endswith("classifier.weight"))
+    token = next(key for key in weights if key.endswith("trainable_tokens_delta"))
+    for key, second in ((head, head.replace("weight", "modules_to_save.default.weight")), (token, f"{token}.default")):
+        save_file({**weights, second: weights[key] + 1}, tmp_path / WEIGHTS)
+        for said in (digest, None):
+            change_config(tmp_path, digest=said)
+            model = made()
+            before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+            for load in (
+                lambda model=model: model.load_adapter(tmp_path, "default"),
+                lambda model=model: set_peft_model_state_dict(model, peft.load_peft_weights(tmp_path)),
+            ):
+                with pytest.raises(ValueError, match=f"{second!r} is no key of a file|is not what .* was saved with"):
+                    load()
+            assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+        with pytest.raises(ValueError, match=f"{second!r} is no key of a file"):
+            made().load_adapter(tmp_path, "default")
+
+
 def test_keys_of_a_head_without_the_prefix_are_named(tiny: Any, tmp_path: Path) -> None:
     saved(tiny, tmp_path, modules_to_save=["lm_head"])
     change_config(tmp_path, digest=None)
@@ -360,6 +390,8 @@ def test_weights_saved_in_another_order_of_domains_are_refused(tiny: Any, tmp_pa
         ("mixda", {}, "domain_order", ["a", "b"]),
         ("mixda", {}, "domain_order", None),
         ("pill", {"modalities": ["text", "image", "audio"]}, "modalities", ["text", "audio", "image"]),
+        ("moa", {}, "expert_order", ["a", "b"]),
+        ("moa", {}, "expert_order", None),
     ],
 )
 def test_an_order_that_was_changed_in_a_file_is_refused(kind, given, field, order, tiny: Any, tmp_path: Path) -> None:

@@ -246,3 +246,29 @@ def test_get_peft_model_and_the_mixin_make_the_same_layers(base: Path) -> None:
     wrapped = get_peft_model(fresh(base), config("mixda"))
     mine = {name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
     assert mine == {n for n, m in wrapped.base_model.model.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
+@every
+def test_a_failed_add_adapter_leaves_the_model_as_it_was(kind: str, base: Path, ids: Any) -> None:
+    model = fresh(base)
+    keys, plain = set(model.state_dict()), logits(model, ids)
+    bad = {"target_modules": ["nothing"]}
+    for given, name, error in ((3, None, TypeError), (config(kind, **bad), None, ValueError)):
+        with pytest.raises(error):
+            model.add_adapter(given, name)
+        assert not model._hf_peft_config_loaded
+        assert not hasattr(model, "peft_config")
+        assert set(model.state_dict()) == keys
+    model.add_adapter(config(kind), "one")  # transformers looks for its name among configs, if it believes in any
+    assert not torch.equal(logits(model, ids), plain)
+    adapted = logits(model, ids)
+    for given, name, error in ((3, "two", TypeError), (config(kind, **bad), "two", ValueError)):
+        with pytest.raises(error):
+            model.add_adapter(given, name)
+        assert model._hf_peft_config_loaded
+        assert list(model.peft_config) == ["one"]
+    with pytest.raises(ValueError, match=r"adapter_name: 'base_layer' is no name"):
+        model.add_adapter(config(kind), "base_layer")
+    assert list(model.peft_config) == ["one"]
+    assert torch.equal(logits(model, ids), adapted)
+    model.add_adapter(config(kind), "two")

@@ -194,6 +194,41 @@ def test_scales_of_another_batch_are_refused(made, scale) -> None:
         run(model, inputs_of("unet"), scale)
 
 
+@pytest.mark.parametrize(
+    "scale",
+    [
+        "3",
+        1j,
+        True,
+        ["3", "4", "5"],
+        [2.0, True, 3.0],
+        [None] * 3,
+        torch.ones(3, dtype=torch.bool),
+        torch.ones(3) * 1j,
+    ],
+    ids=str,
+)
+def test_scales_that_are_no_numbers_are_refused(made, scale) -> None:
+    model, inputs = randomize(adapt(made("unet"))), inputs_of("unet")
+    with pytest.raises(ValueError, match=r"guidance_scale=.* must be a number, or one for each row of the batch"):
+        run(model, inputs, scale)
+    held = model.base_model.context.pin(guidance_scale=scale)
+    with held, pytest.raises(ValueError, match=r"guidance_scale=.* must be a number, or one for each row"):
+        run(model, inputs)
+
+
+def test_a_scale_on_the_meta_device_is_refused(made) -> None:
+    with pytest.raises(ValueError, match="guidance_scale is on the meta device and holds no values; make it on"):
+        run(adapt(made("unet")), inputs_of("unet"), torch.ones(3, device="meta"))
+
+
+@pytest.mark.parametrize("interval", ["200", ("200", "800"), (200,), 200, (True, 800)], ids=str)
+def test_guidance_intervals_that_are_no_pair_of_numbers_are_refused(made, interval) -> None:
+    model = adapt(made("unet"))
+    with pytest.raises(ValueError, match=r"guidance_interval=.* must be two numbers, the least timestep to be guided"):
+        model(**inputs_of("unet"), guidance_scale=3.0, guidance_interval=interval)
+
+
 def test_scale_outside_the_trained_range_warns(made) -> None:
     model = randomize(adapt(made("unet"), min_scale=1.5))
     for scale in (6.5, torch.tensor([2.0, 3.0, 8.0]), 1.2):

@@ -537,6 +537,18 @@ def test_interval_guides_at_some_timesteps(tmp_path) -> None:
     assert not torch.equal(once, always)
 
 
+@pytest.mark.parametrize("scale", ["3", 1j, True, [True, 4.0], ["3"]], ids=str)
+def test_scales_that_are_no_numbers_are_refused(scale, tmp_path) -> None:
+    pipe = stable_diffusion(tmp_path / "words")
+    guided(pipe)
+    with pytest.raises(ValueError, match=r"^scale=.* must be a number, or one for each row of the batch"):
+        OnePass(pipe, scale)
+    with pytest.raises(ValueError, match=r"interval='200' must be two numbers"):
+        OnePass(pipe, 3.0, interval="200")
+    with OnePass(pipe), pytest.raises(ValueError, match=r"guidance_scale=.* must be a number, or one for each row"):
+        draw(pipe, guidance_scale=scale)
+
+
 def test_negative_prompts_are_refused_ignored_or_guided_by_two_passes(tmp_path) -> None:
     pipe = stable_diffusion(tmp_path / "words")
     model = guided(pipe, default_scale=3.0)

@@ -502,6 +502,14 @@ def test_held_out_trajectories_share_no_state_with_the_others() -> None:
         ({"scales": (3.0, 1.0)}, r"scales=\(3.0, 1.0\) is no range"),
         ({"keep": 6}, "keep=6 must lie between 1 and steps=5"),
         ({"dtype": "int8"}, "dtype='int8' is unknown"),
+        ({"scales": ("1", "6")}, r"scales=\('1', '6'\) must be two numbers"),
+        ({"scales": (True, 6.0)}, r"scales=\(True, 6.0\) must be two numbers"),
+        ({"scales": (1.0, 1j)}, r"scales=\(1.0, 1j\) must be two numbers"),
+        ({"scales": (1.0, float("inf"))}, r"scales=\(1.0, inf\) must be two numbers"),
+        ({"scales": 3.0}, r"scales=3.0 must be two numbers"),
+        ({"interval": ("200", "800")}, r"interval=\('200', '800'\) must be two numbers"),
+        ({"steps": "5"}, "steps='5' must be an integer"),
+        ({"keep": True}, "keep=True must be an integer"),
     ],
 )
 def test_impossible_plans_are_refused(fields, message) -> None:

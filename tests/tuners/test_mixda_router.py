@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from processes import Process
 from torch import Tensor, nn
 
-from mixadapters import ROUTERS, MixDAConfig, Router
+from mixadapters import ROUTERS, MixDAConfig, MoAConfig, Router
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.routing import Routing
 from mixadapters.routers import SoftmaxGate
@@ -279,10 +279,16 @@ def test_an_argument_that_an_own_router_lacks_is_named() -> None:
         assert MixDAConfig(**FIELDS, router={"kind": "needs", "depth": 3}).router == {"kind": "needs", "depth": 3}
 
 
+@pytest.mark.parametrize("method", ["mixda", "moa"])
 @pytest.mark.parametrize("module", ["__main__", "our.routers"])
-def test_the_card_says_what_registers_an_own_router(own, tiny, tmp_path, module) -> None:
+def test_the_card_says_what_registers_an_own_router(own, tiny, tmp_path, module, method) -> None:
     own["MineTopK"].__module__ = module
-    adapted(tiny, router={"kind": "mine_top_k", "k": 1}).save_pretrained(tmp_path)
+    router = {"kind": "mine_top_k", "k": 1}
+    if method == "mixda":
+        adapted(tiny, router=router).save_pretrained(tmp_path)
+    else:
+        config = MoAConfig(num_experts=2, r=2, router=router, num_experts_per_tok=2, router_aux_loss_coef=0.001)
+        get_peft_model(tiny("llama"), config).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     said = {
         "our.routers": "import mixadapters\nimport our.routers  # registers the router 'mine_top_k'\nfrom peft import",

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mixadapters.core.config import one_of
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.numbers import real_numbers
 from mixadapters.tuners.agd.guidance import Rule, classifier_free, prediction_of
 
 LOSSES = ("normalized", "native")
@@ -62,8 +63,10 @@ class GuidanceDistillation:
         if values.get("guidance_scale") is None:
             raise ValueError("the batch has no guidance_scale, so there is nothing to distil")
         prediction = prediction_of(output).float()
-        scale = torch.as_tensor(values["guidance_scale"], device=prediction.device).float().expand(len(prediction))
-        timestep = torch.as_tensor(inputs["timestep"], device=prediction.device).float().expand(len(prediction))
+        scale, timestep = (
+            real_numbers(name, held[name], prediction.device).expand(len(prediction))
+            for name, held in (("guidance_scale", values), ("timestep", inputs))
+        )
         target = values.get("target")
         if target is None:
             target = self._target(module, inputs, values["unconditional"], scale, timestep)
@@ -188,7 +191,7 @@ def guided_log_probabilities(module: nn.Module, tokens: Tensor, real: Tensor, pr
         ).logits.float().log_softmax(-1)
         for mask in (real, kept)
     )  # fmt: skip
-    weight = torch.as_tensor(scale, device=tokens.device).float().expand(len(tokens)).view(-1, 1, 1)
+    weight = real_numbers("guidance_scale", scale, tokens.device).expand(len(tokens)).view(-1, 1, 1)
     return (unconditional + weight * (conditional - unconditional)).log_softmax(-1)
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.numbers import real_numbers
 from mixadapters.core.streams import repeat_rows
 from mixadapters.tuners.agd.config import AGDConfig
 
@@ -137,7 +138,7 @@ class GuidanceAdapter(Adapter):
         if interval is not None:
             if "timestep" not in inputs:
                 raise ValueError(f"guidance_interval={interval} needs adapters that read the timestep")
-            low, high = interval
+            low, high = check_interval("guidance_interval", interval)
             scale = torch.where((inputs["timestep"] >= low) & (inputs["timestep"] <= high), scale, 1.0)
         with torch.autocast(device.type, enabled=False):
             record.shared[self] = self.trunk(scale, inputs)
@@ -215,11 +216,11 @@ def check_scale(scale: Any, config: AGDConfig) -> None:
     """Warn of a scale that was not trained; not of one on an accelerator, which would have to be waited for.
 
     Raises:
-        ValueError: a scale that is not finite.
+        ValueError: a scale that is no number, or not finite.
     """
-    if torch.compiler.is_compiling() or (isinstance(scale, Tensor) and scale.device.type != "cpu"):
+    values = real_numbers("guidance_scale", scale)
+    if torch.compiler.is_compiling() or values.device.type != "cpu":
         return
-    values = torch.as_tensor(scale, dtype=torch.float32)
     if not values.isfinite().all():
         raise ValueError(f"guidance_scale={scale} must be finite")
     outside = ((values < config.min_scale) | (values > config.max_scale)) & (values != 1)
@@ -230,9 +231,17 @@ def check_scale(scale: Any, config: AGDConfig) -> None:
         )
 
 
+def check_interval(name: str, interval: Any) -> tuple[Any, Any]:
+    """The least and the largest timestep at which to guide. Raises ValueError where it is no such pair."""
+    ends = tuple(interval) if isinstance(interval, (list, tuple, Tensor)) else ()
+    if len(ends) != 2 or not all(isinstance(e, (int, float, Tensor)) and not isinstance(e, bool) for e in ends):
+        raise ValueError(f"{name}={interval!r} must be two numbers, the least timestep to be guided and the largest")
+    return ends
+
+
 def _rows(name: str, value: Any, batch: int, device: torch.device, *, single: bool = False) -> Tensor:
     """A number or (B,) tensor -> (B,) fp32. single: (1,) counts as a number."""
-    rows = torch.as_tensor(value, dtype=torch.float32, device=device)
+    rows = real_numbers(name, value, device)
     if rows.dim() == 0 or (single and rows.numel() == 1):
         return rows.reshape(()).expand(batch)
     if rows.shape != (batch,):

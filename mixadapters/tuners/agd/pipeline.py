@@ -9,13 +9,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from mixadapters.core.config import one_of
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.layer import AdapterHost
-from mixadapters.tuners.agd.layer import GuidanceAdapter, check_scale
+from mixadapters.core.numbers import real_numbers
+from mixadapters.tuners.agd.layer import GuidanceAdapter, check_interval, check_scale
 
 NEGATIVE_PROMPTS = ("refuse", "ignore", "two_passes")
 # Arguments of diffusers' pipelines (0.42) that act where a second pass is made, and only there: what that pass is
@@ -85,7 +85,8 @@ class OnePass:
         interval: timesteps at which to guide, both ends inclusive.
 
     Raises:
-        ValueError: the pipeline's model has no guidance adapter, or embeds the guidance scale; one is on already.
+        ValueError: the pipeline's model has no guidance adapter, or embeds the guidance scale; one is on already; the
+            scale is no number, or the interval no pair of them.
     """
 
     def __init__(
@@ -105,6 +106,10 @@ class OnePass:
         if config.get("guidance_embeds") or config.get("time_cond_proj_dim"):
             raise ValueError(f"{type(model).__name__} embeds the guidance scale itself, so there is no second pass")
         guidance_adapters(model)
+        if scale is not None:
+            real_numbers("scale", scale)
+        if interval is not None:
+            check_interval("interval", interval)
         self.pipe, self.scale, self.negative_prompts, self.interval = pipe, scale, negative_prompts, interval
         self.on = True
         _listen(plain)
@@ -130,7 +135,7 @@ class OnePass:
         second = dict(_of_second_pass(plain, arguments))
         asked = [name for name, (value, default) in second.items() if not _is_default(value, default)]
         if asked and self.negative_prompts == "two_passes":
-            if torch.as_tensor(scale).numel() != 1:
+            if real_numbers("guidance_scale", scale).numel() != 1:
                 raise ValueError(f"scale={scale}: two passes, for {asked}, take one number")
             arguments["guidance_scale"] = scale
             with context.pin_in_thread(guidance_scale=None):
@@ -155,7 +160,7 @@ class OnePass:
 
     def _rows(self, pipe: Any, model: nn.Module, scale: Any, arguments: dict[str, Any]) -> Tensor:
         """The scale as a tensor of its own, () or (B,)."""
-        rows = torch.as_tensor(scale, dtype=torch.float32, device=getattr(pipe, "_execution_device", None)).clone()
+        rows = real_numbers("guidance_scale", scale, getattr(pipe, "_execution_device", None)).clone()
         if self.scale is None:
             rows = rows.where(rows > 1, 1.0)  # what a pipeline takes for no guidance
         for adapter in guidance_adapters(model):
@@ -278,7 +283,7 @@ def _step(callback: Callable[..., Any], pipe: Any, rows: Tensor, *args: Any, **k
 
 
 def _change_scale(pipe: Any, rows: Tensor) -> None:
-    new = torch.as_tensor(pipe._guidance_scale, dtype=torch.float32, device=rows.device)
+    new = real_numbers("_guidance_scale", pipe._guidance_scale, rows.device)
     if new.numel() != 1 and new.shape != rows.shape:
         raise ValueError(f"the callback has set _guidance_scale={pipe._guidance_scale}; give a number")
     for adapter in guidance_adapters(denoiser_of(pipe)):

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from mixadapters.core.fields import fits
 from mixadapters.tuners.agd.guidance import Conditions, Predict, Rule, classifier_free, guided, sample, scale_at
+from mixadapters.tuners.agd.layer import check_interval
 from mixadapters.tuners.agd.storage import FORMAT_VERSION, claim, shard_file, shard_stands, write_shard
 from mixadapters.tuners.agd.trajectories import Trajectories
 
@@ -48,6 +50,13 @@ class TrajectoryPlan:
     schedule: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not fits(self.scales, list[float]) or len(self.scales) != 2:
+            raise ValueError(f"scales={self.scales!r} must be two numbers, the least scale and the largest")
+        if self.interval is not None:
+            check_interval("interval", self.interval)
+        for name in ("steps", "batch_size", "seed", "max_bytes", *(() if self.keep is None else ("keep",))):
+            if not fits(getattr(self, name), int):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer")
         if not 0 < self.scales[0] <= self.scales[1]:
             raise ValueError(f"scales={self.scales} is no range of positive numbers")
         if self.keep is not None and not 0 < self.keep <= self.steps:

@@ -157,16 +157,16 @@ class DomainVerbs(GateVerbs, MixtureModel):
             config.null_arms = null_arms
 
     def _renumber(self, adapter_name: str) -> None:
-        names = list(self.config_of(adapter_name).domains)
+        number_of = {name: number for number, name in enumerate(self.config_of(adapter_name).domains)}
         for _, mixture in self._mixtures(adapter_name):
             assert mixture.hard_routes is not None
-            mixture.hard_routes.number([names.index(name) for name in mixture.bank.names], len(names))
+            mixture.hard_routes.number([number_of[name] for name in mixture.bank.names], len(number_of))
         stage = self.stage.get(adapter_name)
         if self.config_of(adapter_name).inference_mode:
             for host in self.hosts():
                 if adapter_name in host.adapters:
                     host.adapters[adapter_name].requires_grad_(False)
-        elif stage is not None and names:
+        elif stage is not None and number_of:
             self.set_stage(stage, adapter_name)
 
     def _mixtures(self, adapter_name: str) -> Iterator[tuple[str, Mixture]]:

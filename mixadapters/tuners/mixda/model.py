@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from copy import copy
 from typing import Any
 
 from torch import Tensor
@@ -59,7 +59,9 @@ class MixDAModel(DomainVerbs):
         """{module: rank} of a new domain."""
         paths = self.domain_paths(config)
         depth: dict[str, int] = {}  # of the whole model, whichever layers are chosen
-        for path in self.domain_paths(replace(config, layers_to_transform=None, layers_pattern=None)):
+        everywhere = copy(config)  # checked already: `replace` would check all domains once more
+        everywhere.layers_to_transform = everywhere.layers_pattern = None
+        for path in self.domain_paths(everywhere):
             stack = stack_of(path, self.model)
             depth[stack] = max(depth.get(stack, 0), (layer_index(path) or 0) + 1)
         chosen = {}
@@ -100,12 +102,14 @@ class MixDAModel(DomainVerbs):
 
     def before_injection(self, config: MixDAConfig, adapter_name: str) -> None:
         self._gathered: dict[str, dict[str, dict[str, Tensor]]] = {}
+        new_ranks: dict[str, int] | None = None  # the same for all new domains
         for name, spec in config.domains.items():
             if "source" in spec:
                 self._gathered[name] = read_source(self, config, name, spec)
                 spec["ranks"] = {path: w["down.weight"].shape[0] for path, w in self._gathered[name].items()}
             elif "ranks" not in spec:
-                spec["ranks"] = self.new_ranks(config)
+                new_ranks = self.new_ranks(config) if new_ranks is None else new_ranks
+                spec["ranks"] = dict(new_ranks)
         self._refuse_absent_modules(config)
         super().before_injection(config, adapter_name)
 
@@ -153,15 +157,15 @@ class MixDAModel(DomainVerbs):
         for name, rank in ranks.items():
             bank.add(name, rank, config.init_weights)
         gate_tap = tap if config.gate_input == "ffn_input" and reads is None else None
-        names = list(config.domains)
+        number_of = {name: number for number, name in enumerate(config.domains)}
         router = mixture_router(
             config, site.out_features if gate_tap else width, list(ranks), rank_of(config.null_arms, site.path)
         )
         self.context.fields.update(router.fields)
         if isinstance(router, CountsRouter) and site.path == self._first_path(config):
-            router.lead(names, self.vocab_size())
+            router.lead(list(number_of), self.vocab_size())
         return Mixture(
             router, bank, "parallel", tap=reads, router_tap=gate_tap, dropout=config.adapter_dropout, observes=True,
-            hard_routes=HardRoutes("domain_ids", [names.index(name) for name in ranks], len(names)),
+            hard_routes=HardRoutes("domain_ids", [number_of[name] for name in ranks], len(number_of)),
             replaces=config.combine == "convex",
         )  # fmt: skip

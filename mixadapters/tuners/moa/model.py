@@ -179,24 +179,25 @@ class MoAModel(ExpertSpawning):
         tap = site.tap("ffn_norm") or site.tap("ffn_input")
         width, _ = self.expert_widths(config, site.path)
         bank = AdapterBank(width, site.out_features, **config.bank_options())
+        name_of = {piece: name for name in config.all_names() for piece in config.pieces(name)}
         for piece, rank in self._experts_at(config, site.path).items():
-            bank.add(piece, rank, config.init_weights, **self._expert_options(config, site.path, piece, rank))
+            options = self._expert_options(config, site.path, name_of[piece], rank)
+            bank.add(piece, rank, config.init_weights, **options)
         for i in range(config.n_shared_experts):
             rank = self.rank_at(config, site.path, config.r)
             bank.add(f"shared{i}", rank, config.init_weights, scale=config.scale_at(site.path, rank))
         router = self._router(config, site, width)
-        order = [piece for name in config.all_names() for piece in config.pieces(name)]
+        number_of = {piece: number for number, piece in enumerate(name_of)}
         self.context.fields.update(router.fields)
         parallel = config.expert_type == "lora" or config.placement == "parallel"
         return ExpertMixture(
             router, bank, "parallel" if parallel else "sequential", tap=tap, dropout=config.lora_dropout,
-            hard_routes=HardRoutes("expert_ids", [order.index(n) for n in router.experts], len(order)),
+            hard_routes=HardRoutes("expert_ids", [number_of[n] for n in router.experts], len(number_of)),
             shared=config.n_shared_experts, residual=config.residual, observes=True,
         )  # fmt: skip
 
-    def _expert_options(self, config: MoAConfig, path: str, piece: str, rank: int) -> dict[str, Any]:
-        """Arguments of `AdapterBank.add` for an expert, or a segment of one."""
-        name = next(n for n in config.all_names() if piece in config.pieces(n))
+    def _expert_options(self, config: MoAConfig, path: str, name: str, rank: int) -> dict[str, Any]:
+        """Arguments of `AdapterBank.add` for the expert `name`, or a segment of it, of this rank."""
         spec = (config.experts or {}).get(name, {})
         if "scales" not in spec:
             return {"scale": config.scale_at(path, rank * config.segments)}

@@ -39,7 +39,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
     def _experts_at(self, config: MoAConfig, path: str) -> dict[str, int]:
         raise NotImplementedError
 
-    def _expert_options(self, config: MoAConfig, path: str, piece: str, rank: int) -> dict[str, Any]:
+    def _expert_options(self, config: MoAConfig, path: str, name: str, rank: int) -> dict[str, Any]:
         raise NotImplementedError
 
     def expert_ids(self, names: list[str], adapter_name: str = "default") -> Tensor:
@@ -153,7 +153,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
             like = next(mixture.bank.parameters())
             for piece, rank in ranks.items():
                 place = len(mixture.bank.names) - mixture.shared
-                options = self._expert_options(config, path, piece, rank)
+                options = self._expert_options(config, path, name, rank)
                 mixture.bank.add(piece, rank, config.init_weights, place=place, **options)
                 mixture.bank.experts[piece].to(like.device, like.dtype)
 
@@ -254,13 +254,14 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
     def _settle(self, adapter_name: str) -> None:
         """Number everything anew, fit routers that read the experts' weights, and train what the stage trains."""
         config = self._moa(adapter_name)
-        order = {piece: i for i, piece in enumerate(p for name in config.all_names() for p in config.pieces(name))}
+        pieces = (piece for name in config.all_names() for piece in config.pieces(name))
+        number_of = {piece: number for number, piece in enumerate(pieces)}
         for router in self._leaders(adapter_name).values():
             self._choose_among(config, router, len(router.arms))
         for _, mixture in self._mixtures(adapter_name):
             mixture.number()
             assert mixture.hard_routes is not None
-            mixture.hard_routes.number([order[name] for name in mixture.expert_names], len(order))
+            mixture.hard_routes.number([number_of[name] for name in mixture.expert_names], len(number_of))
         self.fit_router(adapter_name, missing_ok=True)
         self.set_trainable(adapter_name)
 
