@@ -71,11 +71,13 @@ def verdict(report: dict[str, Any]) -> str:
 def ahead(where: str, kinds: list[str], mixed: list[dict[str, float]], joint: list[dict[str, float]]) -> str:
     """One line on two systems, by seed: geometric means over `kinds` of text, and the paired differences."""
     ours, theirs = over(kinds, mixed), over(kinds, joint)
-    gains = [percent(b, a) for a, b in zip(ours, theirs, strict=True)]  # how far the joint adapter is behind
-    first, sign = ("the mixture", 1) if mean(ours) < mean(theirs) else ("the joint adapter", -1)
-    by = percent(max(mean(ours), mean(theirs)), min(mean(ours), mean(theirs)))
+    first, best, rest = "the mixture", ours, theirs
+    if mean(theirs) < mean(ours):
+        first, best, rest = "the joint adapter", theirs, ours
+    by = percent(mean(rest), mean(best))
+    gains = [percent(behind, leading) for behind, leading in zip(rest, best, strict=True)]
     line = f"{where} {first} is ahead: {mean(ours):.1f} (mixture), {mean(theirs):.1f} (joint), {by:.1f} %"
     if len(gains) > 1:
-        wins = sum(sign * gain > 0 for gain in gains)
-        line += f"; paired by seed {fmean(gains) * sign:+.1f} ± {stdev(gains):.1f} %, ahead in {wins} of {len(gains)}"
+        wins = sum(gain > 0 for gain in gains)
+        line += f"; paired by seed {fmean(gains):+.1f} ± {stdev(gains):.1f} %, ahead in {wins} of {len(gains)}"
     return f"{line}."
