@@ -43,8 +43,10 @@ class Steps:
 
     def look(self, key: RoutingKey, router: Any) -> None:
         """Called in each training forward of a router; warns where one comes after a step, and nobody moves it."""
+        if torch.compiler.is_compiling():  # which takes a property that is asked for with a default for itself
+            return
         missing = [verb for verb in getattr(router, "moved_by", ()) if (key.adapter, verb) not in self.told]
-        if not missing or torch.compiler.is_compiling():
+        if not missing:
             return
         made = OPTIMIZERS.steps_made()
         if self.began.setdefault(key, made) == made:
