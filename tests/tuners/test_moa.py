@@ -118,6 +118,15 @@ def test_memory_of_cross_attention_is_routed_by_itself(tiny, tiny_inputs) -> Non
     assert sum("EncDecAttention" in path for path in leaders) == 2 * 4
 
 
+def test_a_layer_that_reads_other_tokens_than_its_router_is_named(tiny, tiny_inputs) -> None:
+    model = build(tiny("llama"), router_scope="model", target_modules=["q_proj"])
+    inputs = tiny_inputs("llama")
+    model(**inputs)
+    follower = list(mixtures(model).values())[-1]
+    with pytest.raises(RuntimeError, match=r"layers\.3.*reads 5 tokens.*reads 14.*router_scope='module'"):
+        follower.router(torch.randn(5, 32), model.base_model.context)
+
+
 def test_followers_learn_and_teach_the_router_they_share(tiny, tiny_inputs) -> None:
     """The gradient of one router is the sum over its layers, with recomputation too."""
     grads = []

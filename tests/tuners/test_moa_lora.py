@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixadapters import BottleneckConfig, MoAConfig
+from mixadapters.tuners.moa.lora import _alpha
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -239,6 +240,14 @@ def test_exported_expert_is_stock_lora(pad, tiny, tiny_inputs, tmp_path) -> None
     if pad:
         ranks = {t.shape[0] for k, t in load_file(tmp_path / "one-back" / WEIGHTS).items() if "lora_A" in k}
         assert ranks == {8}
+
+
+def test_scale_of_an_exported_expert_is_the_same_to_the_last_bit() -> None:
+    for rank in range(1, 129):
+        for alpha in (*range(1, 129), 0.1, 0.3, 1.7):
+            scale = alpha / rank
+            assert _alpha(scale, rank) / rank == scale
+    assert (_alpha(0.5, 8), type(_alpha(0.5, 8))) == (4, int)  # as people write it
 
 
 SCRIPT = """

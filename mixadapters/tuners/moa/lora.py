@@ -166,8 +166,5 @@ def save_lora(factors: Mapping[str, Factors], folder: str | Path, config: Any, p
 
 def _alpha(scale: float, rank: int) -> float:
     """The alpha whose quotient by `rank` is `scale`, to the last bit where there is one."""
-    near = scale * rank
-    for alpha in (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf)):
-        if alpha / rank == scale:
-            return int(alpha) if alpha == int(alpha) else alpha
-    return near
+    alpha = scale * rank
+    return int(alpha) if alpha == int(alpha) else alpha
