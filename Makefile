@@ -65,6 +65,7 @@ bench: $(VENV)/.test  ## time the operation, layers and models on one CPU thread
 	$(BIN)/python kernels/bench/cpu.py $(ARGS)
 ifndef ARGS
 	$(BIN)/python kernels/bench/models.py
+	$(BIN)/python kernels/bench/mixtures.py
 endif
 
 test-peft: $(VENV)/.test  ## PEFT's own test suite on the types of this package
