@@ -336,7 +336,7 @@ EXCLUDE = [
     ),
 ]
 ALL_TYPES = [r"test_from_peft_type$"]
-AT_LEAST = {"BOTTLENECK": 1850, "MIXDA": 1000, "MOA": 1150, "MOSA": 700, "PILL": 120}
+AT_LEAST = {"BOTTLENECK": 1850, "MIXDA": 1000, "MOA": 1100, "MOSA": 700, "PILL": 120}
 FILES_NOT_RUN = {
     "test_torch_compile.py": "trains on a data set from the hub",
     "test_vision_models.py": "downloads an image when it is imported",
