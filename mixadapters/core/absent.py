@@ -9,10 +9,13 @@ from typing import Any
 from torch import nn
 
 from mixadapters.core.registry import nearest
-from mixadapters.core.sites import ROLES, layer_index
+from mixadapters.core.sites import ARCHITECTURES, ROLES, layer_index
 
 # Heads that PEFT adds to modules_to_save by the task, whether or not the model has one of this name.
 HEADS = frozenset({"classifier", "score", "qa_outputs"})
+
+
+TABLED = frozenset(getattr(row, role) for row in ARCHITECTURES.values() for role in ROLES)
 
 
 def module_names(model: nn.Module) -> list[str]:
@@ -34,7 +37,8 @@ def refuse_sites(sites: dict[str, str] | None, needed: Iterable[str], model: nn.
     for role, pattern in (sites or {}).items():
         if role not in {*ROLES, *needed}:
             raise ValueError(f"sites={sites}: there is no role {role!r}; roles are {sorted({*ROLES, *needed})}")
-        if role in needed and not any(re.fullmatch(pattern, name) for name in names):
+        # A config that has been used holds the table's own patterns, of which a model need not have every role.
+        if role in needed and pattern not in TABLED and not any(re.fullmatch(pattern, name) for name in names):
             raise ValueError(
                 f"sites[{role!r}]={pattern!r} matches no module of the model; a pattern matches whole paths, such as "
                 f"{_example(names)!r}"

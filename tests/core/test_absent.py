@@ -100,3 +100,11 @@ def test_files_that_name_more_than_they_use_load(tiny: Any, tmp_path: Path) -> N
     key = next(key for key in weights if key.endswith("up.weight"))
     inside = key.replace("bottleneck_adapters.", "bottleneck_adapters.default.")
     assert torch.equal(dict(loaded.named_parameters())[inside], weights[key])
+
+
+def test_a_config_that_one_model_has_filled_in_serves_another_adapter(tiny) -> None:
+    """GPT-2 has a role for cross-attention in the table, and here no module for it."""
+    config = BottleneckConfig(r=2, placement="houlsby")
+    model = get_peft_model(tiny("gpt2"), config)
+    model.add_adapter("other", config)
+    assert set(model.peft_config) == {"default", "other"}
