@@ -142,7 +142,7 @@ def _rows_of(name: str | None, model: nn.Module) -> list[int]:
     else:
         try:
             found = [model.get_input_embeddings()]
-        except (AttributeError, NotImplementedError):
+        except (AttributeError, NotImplementedError):  # a model without, or transformers that cannot tell
             found = []
     weights = (getattr(getattr(module, "original_module", module), "weight", None) for module in found)
     return [weight.shape[0] for weight in weights if weight is not None]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -12,7 +14,10 @@ from peft.config import PeftConfig
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
+from mixadapters.core.fields import fits
 from mixadapters.core.files import read_adapter
+from mixadapters.core.names import check_name
+from mixadapters.core.registry import nearest
 
 
 def read_folder(where: str, spec: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
@@ -78,3 +83,105 @@ def refuse_unsaveable(what: str, value: Any) -> None:
             f"{what}={value!r} of type {type(value).__name__} cannot be saved in a config; use a number, a string, a "
             "list or a dict of these"
         ) from None
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A config's field of named experts: new ones, or trained ones by source."""
+
+    field: str
+    noun: str  # of one of them, with its article
+    prefix: str  # of the method's keys
+    arms: str  # a regular expression of the names that arms have
+    kinds: dict[str, Any]  # entry -> its type
+    given: tuple[str, ...]  # entries that a user writes; the others are filled in
+
+    def check(self, given: Any, from_file: bool) -> dict[str, dict[str, Any]]:
+        """Any accepted form -> {name: {entry: value}}, empty for new ones.
+
+        Raises:
+            ValueError: the field, the name, the value and what it takes.
+        """
+        field = self.field
+        if isinstance(given, str):
+            raise ValueError(f"{field}={given!r} must be a list of names or a dict of sources; write [{given!r}]")
+        if isinstance(given, (list, tuple)):
+            for name in given:
+                check_name(field, name, self.prefix)
+            if len(set(given)) != len(given):
+                raise ValueError(f"{field}={list(given)} names {self.noun} twice")
+            given = dict.fromkeys(given)
+        if not isinstance(given, dict):
+            raise ValueError(f"{field}={given!r} must be a list of names or a dict of sources")
+        return {name: self._checked(name, entry, from_file) for name, entry in given.items()}
+
+    def _checked(self, name: Any, given: Any, from_file: bool) -> dict[str, Any]:
+        check_name(self.field, name, self.prefix)
+        where = f"{self.field}[{name!r}]"
+        if re.fullmatch(self.arms, name):
+            raise ValueError(f"{self.field}: {name!r} is the name of an arm; choose another")
+        if isinstance(given, (str, os.PathLike)):
+            given = {"source": given}
+        if not isinstance(given, (dict, type(None))):
+            raise ValueError(f"{where}={given!r} must be a folder or hub id, or a dict of {list(self.given)}")
+        spec = dict(given or {})
+        for key, value in spec.items():
+            if key not in self.kinds:
+                known = list(self.given)
+                raise ValueError(f"{where} has no entry {key!r}; known are {known}.{nearest(key, known)}")
+            if key == "source" and isinstance(value, os.PathLike):
+                spec[key] = value = str(value)
+            if key == "revision" and value is None:
+                continue
+            kind = self.kinds[key]
+            if not fits(value, kind) or (key == "ranks" and min(value.values(), default=1) < 1):
+                raise ValueError(f"{where}: {key}={value!r:.200} must be {_words(key, kind)}")
+        if from_file and "source" in spec:
+            raise ValueError(
+                f"{where}: the saved config names a source, {spec['source']!r}, which is not followed: a file could "
+                f"have any folder or repository read. Make the mixture in Python, {self.field}={{name: source}}, or "
+                "take the entry out of adapter_config.json"
+            )
+        alone = sorted(spec.keys() & set(self.given))
+        if not spec.keys() & {"source", "origin"} and alone:
+            raise ValueError(f"{where}={spec} has no source: {alone} alone says nothing")
+        return spec
+
+
+def _words(key: str, kind: Any) -> str:
+    words = {str: "a string", bool: "True or False", float: "a finite number"}
+    return "a dict of modules to positive ranks" if key == "ranks" else words.get(kind, "a dict or list of modules")
+
+
+def check_new(
+    noun: str,
+    name: Any,
+    have: Sequence[str],
+    adapters: Container[str],
+    *,
+    share: Any = 0.5,
+    r: Any = None,
+    source: Any = None,
+) -> None:
+    """Refuse what a verb that adds an expert cannot take.
+
+    Args:
+        noun: what is added. have: the names that there are. adapters: those of the model's other adapters.
+        share: of the weight that it starts with. r: its rank, for new ones.
+
+    Raises:
+        ValueError: the argument, its value and the remedy.
+    """
+    if name in have:
+        raise ValueError(f"{noun} {name!r} exists already; have {list(have)}")
+    if name in adapters:
+        raise ValueError(
+            f"{noun} {name!r} has the name of another adapter of this model: PEFT would drop its weights when it "
+            "saves. Choose another name"
+        )
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise ValueError(f"share={share!r} must lie between 0 and 1")
+    if r is not None and source is not None:
+        raise ValueError(f"r={r!r}: a source brings its own rank; leave r out")
+    if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
+        raise ValueError(f"`r` should be a positive integer value but the value passed is {r!r}")

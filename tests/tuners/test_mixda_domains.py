@@ -571,7 +571,9 @@ def test_added_domain_has_the_dtype_of_the_others(tiny, tiny_inputs, tmp_path, t
         ({"name": "c", "share": 1.0}, "share=1.0 must lie"),
         ({"name": "c.d"}, "domains: 'c.d' is no name"),
         ({"name": "c", "source": "nowhere-at-all"}, "cannot be read"),
+        ({"name": "c", "share": "much"}, "share='much' must lie"),
         ({"name": "c", "r": 0}, "`r` should be a positive integer"),
+        ({"name": "c", "source": "nowhere-at-all", "r": 3}, "r=3: a source brings its own rank"),
     ],
 )
 def test_refused_addition_leaves_the_mixture_as_it_was(tiny, tiny_inputs, arguments, message) -> None:

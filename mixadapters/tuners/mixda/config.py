@@ -1,22 +1,17 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mixadapters.core.config import MixtureConfig, one_of
-from mixadapters.core.fields import fits
-from mixadapters.core.names import check_name
-from mixadapters.core.registry import nearest
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.routers.base import COEFFICIENTS, registered_by
 from mixadapters.routers.pooling import GRANULARITIES, POOLS
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
 from mixadapters.tuners.mixda.router import competes, read_router
 from mixadapters.tuners.registration import peft_type
-from mixadapters.tuners.sources import public_origin
+from mixadapters.tuners.sources import Entries, public_origin
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Section 3.3 and appendix A: sigmoid gate on the attention output, one linear layer.
@@ -159,7 +154,7 @@ class MixDAConfig(MixtureConfig):
         from_file = type(self.__dict__["peft_type"]) is str  # as JSON has it; in Python: None, or of PEFT's enum
         super().__post_init__()
         self.peft_type = peft_type("MIXDA")
-        self.domains = _check_domains(self.domains, from_file)
+        self.domains = DOMAINS.check(self.domains, from_file)
         if self.domain_order is not None:  # JSON files are sorted by key
             if sorted(self.domain_order) != sorted(self.domains):
                 raise ValueError(f"domain_order={self.domain_order} must name the domains {sorted(self.domains)}")
@@ -229,53 +224,8 @@ class MixDAConfig(MixtureConfig):
         return math.log(99 * max(experts, 1)) if competes(self) else math.log(99)
 
 
-SPEC: dict[str, Any] = {  # entries of a domain -> what they hold
-    "source": str, "revision": str, "ranks": dict[str, int], "check_base_model": bool, "origin": str,
-}  # fmt: skip
-
-
-def _check_domains(domains: Any, from_file: bool) -> dict[str, dict[str, Any]]:
-    """Any accepted form -> {name: {"source": ..., "revision": ..., "ranks": {module: rank}}}, empty for new ones."""
-    if isinstance(domains, str):
-        raise ValueError(f"domains={domains!r} must be a list of names or a dict of sources; write [{domains!r}]")
-    if isinstance(domains, (list, tuple)):
-        for name in domains:
-            check_name("domains", name, "mixda_")
-        if len(set(domains)) != len(domains):
-            raise ValueError(f"domains={list(domains)} names a domain twice")
-        domains = dict.fromkeys(domains)
-    if not isinstance(domains, dict):
-        raise ValueError(f"domains={domains!r} must be a list of names or a dict of sources")
-    checked = {}
-    for name, spec in domains.items():
-        check_name("domains", name, "mixda_")
-        if re.fullmatch(r"frozen|null\d+", name):
-            raise ValueError(f"domains: {name!r} is the name of an arm of every router; choose another")
-        if isinstance(spec, os.PathLike):
-            spec = str(spec)
-        if not isinstance(spec, (str, dict, type(None))):
-            raise ValueError(f"domains[{name!r}]={spec!r} must be a folder or hub id, or a dict of {list(SPEC)}")
-        checked[name] = {"source": spec} if isinstance(spec, str) else dict(spec or {})
-        _check_spec(name, checked[name], from_file)
-    return checked
-
-
-def _check_spec(name: str, spec: dict[str, Any], from_file: bool) -> None:
-    for key, value in spec.items():
-        if key not in SPEC:
-            raise ValueError(f"domains[{name!r}] has no entry {key!r}; known are {list(SPEC)}.{nearest(key, SPEC)}")
-        if key == "source" and isinstance(value, os.PathLike):
-            spec["source"] = value = str(value)
-        if key == "revision" and value is None:
-            continue
-        if not fits(value, SPEC[key]) or (key == "ranks" and min(value.values(), default=1) < 1):
-            kind = {"ranks": "a dict of modules to positive ranks", "check_base_model": "True or False"}
-            raise ValueError(f"domains[{name!r}]: {key}={value!r} must be {kind.get(key, 'a string')}")
-    if from_file and "source" in spec:
-        raise ValueError(
-            f"domains[{name!r}]: the saved config names a source, {spec['source']!r}, which is not followed: a file "
-            "could have any folder or repository read. Make the mixture in Python, domains={name: source}, or take "
-            "the entry out of adapter_config.json"
-        )
-    if not spec.keys() & {"source", "origin"} and spec.keys() & {"revision", "check_base_model"}:
-        raise ValueError(f"domains[{name!r}]={spec} has no source: a revision or a check alone says nothing")
+DOMAINS = Entries(
+    "domains", "a domain", "mixda_", r"frozen|null\d+",
+    {"source": str, "revision": str, "ranks": dict[str, int], "check_base_model": bool, "origin": str},
+    ("source", "revision", "check_base_model"),
+)  # fmt: skip

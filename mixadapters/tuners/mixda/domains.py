@@ -17,6 +17,7 @@ from mixadapters.tuners.gates import GateVerbs
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.router import require_surgery
 from mixadapters.tuners.mixda.sources import read_source
+from mixadapters.tuners.sources import check_new
 
 NEW_ARM_SHARE = 0.05  # of the frozen arm's mass that a domain added later starts with
 
@@ -67,19 +68,19 @@ class DomainVerbs(GateVerbs, MixtureModel):
         optimizers anew afterwards.
 
         Raises:
-            ValueError: the name is taken, the source does not fit, or share is not between 0 and 1.
+            ValueError: the name is taken, the source does not fit or comes with r, or share is not between 0 and 1.
         """
         config = self.config_of(adapter_name)
         require_surgery(config, "add_domain")
-        if name in config.domains:
-            raise ValueError(f"domain {name!r} exists already; have {list(config.domains)}")
-        if name in self.peft_config and name != adapter_name:
-            raise ValueError(
-                f"domain {name!r} has the name of another adapter of this model: PEFT would drop its weights when it "
-                "saves. Choose another name"
-            )
-        if not 0 < share < 1:
-            raise ValueError(f"share={share} must lie between 0 and 1")
+        check_new(
+            "domain",
+            name,
+            list(config.domains),
+            self.peft_config.keys() - {adapter_name},
+            share=share,
+            r=r,
+            source=source,
+        )
         given = MixDAConfig(domains={name: source} if source is not None else [name], r=r)  # checks them
         spec = dict(given.domains[name])
         weights = read_source(self, config, name, spec) if "source" in spec else None

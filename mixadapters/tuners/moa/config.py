@@ -1,16 +1,12 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from peft.utils.other import get_pattern_key
 
-from mixadapters.core.fields import fits
-from mixadapters.core.names import check_name
-from mixadapters.core.registry import nearest
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.routers.base import registered_by
 from mixadapters.routers.counts import refuse_null_arms
@@ -19,16 +15,16 @@ from mixadapters.tuners.bottleneck.config import PLACEMENTS
 from mixadapters.tuners.moa.router import default_of, router_spec
 from mixadapters.tuners.moa.schedules import ScheduledConfig
 from mixadapters.tuners.registration import peft_type
-from mixadapters.tuners.sources import public_origin, refuse_unsaveable
+from mixadapters.tuners.sources import Entries, public_origin, refuse_unsaveable
 
 SCOPES = ("module", "block", "model")
-ENTRIES: dict[str, Any] = {  # of an expert -> what they hold
-    "source": str, "revision": str, "check_base_model": bool, "scale": float, "ignore_modules_to_save": bool,
-    "ranks": dict[str, int], "scales": dict[str, float], "biases": list[str], "origin": str,
-}  # fmt: skip
-GIVEN = ("source", "revision", "check_base_model", "scale", "ignore_modules_to_save")  # those that a user writes
+EXPERTS = Entries(
+    "experts", "an expert", "moa_", r"frozen|null\d+|shared\d+",
+    {"source": str, "revision": str, "check_base_model": bool, "scale": float, "ignore_modules_to_save": bool,
+     "ranks": dict[str, int], "scales": dict[str, float], "biases": list[str], "origin": str},
+    ("source", "revision", "check_base_model", "scale", "ignore_modules_to_save"),
+)  # fmt: skip
 MOST = 4096  # experts or arms: a file could ask for so many that the process dies
-ARMS = r"frozen|null\d+|shared\d+"  # names that arms and shared experts have
 
 
 @dataclass
@@ -309,55 +305,14 @@ def check_layers(num_experts: int | dict[str, int]) -> None:
 
 def check_experts(experts: Any, from_file: bool) -> dict[str, dict[str, Any]]:
     """Any accepted form -> {name: {"source": ..., "ranks": {module: rank}, ...}}, empty for new ones."""
-    if isinstance(experts, str):
-        raise ValueError(f"experts={experts!r} must be a list of names or a dict of sources; write [{experts!r}]")
-    if isinstance(experts, (list, tuple)):
-        for name in experts:
-            check_name("experts", name, "moa_")
-        if len(set(experts)) != len(experts):
-            raise ValueError(f"experts={list(experts)} names an expert twice")
-        experts = dict.fromkeys(experts)
-    if not isinstance(experts, dict) or not experts:
+    checked = EXPERTS.check(experts, from_file)
+    if not checked:
         raise ValueError(f"experts={experts!r} must be a list of names or a dict of sources, with at least one")
-    return {name: _check_expert(name, spec, from_file) for name, spec in experts.items()}
-
-
-def _check_expert(name: Any, given: Any, from_file: bool) -> dict[str, Any]:
-    check_name("experts", name, "moa_")
-    if set(name) & set("*?[]!"):
-        raise ValueError(f"experts: {name!r} is no name for this: stages read *, ?, [, ] and ! as patterns")
-    if re.fullmatch(ARMS, name):
-        raise ValueError(f"experts: {name!r} is the name of an arm or of a shared expert; choose another")
-    if isinstance(given, (str, os.PathLike)):
-        given = {"source": given}
-    if not isinstance(given, (dict, type(None))):
-        raise ValueError(f"experts[{name!r}]={given!r} must be a folder or hub id, or a dict of {list(GIVEN)}")
-    spec = dict(given or {})
-    for key, value in spec.items():
-        if key not in ENTRIES:
-            raise ValueError(f"experts[{name!r}] has no entry {key!r}; known are {list(GIVEN)}.{nearest(key, GIVEN)}")
-        if key == "source" and isinstance(value, os.PathLike):
-            spec[key] = value = str(value)
-        if key == "revision" and value is None:
-            continue
-        wrong_rank = key == "ranks" and fits(value, ENTRIES[key]) and min(value.values(), default=1) < 1
-        if not fits(value, ENTRIES[key]) or wrong_rank:
-            kind = {"ranks": "a dict of modules to positive ranks", "scale": "a finite number"}
-            raise ValueError(f"experts[{name!r}]: {key}={value!r:.200} must be {kind.get(key, _kind(ENTRIES[key]))}")
-    if from_file and "source" in spec:
-        raise ValueError(
-            f"experts[{name!r}]: the saved config names a source, {spec['source']!r}, which is not followed: a file "
-            "could have any folder or repository read. Make the mixture in Python, experts={name: source}, or take "
-            "the entry out of adapter_config.json"
-        )
-    if not spec.keys() & {"source", "origin"} and spec.keys() & set(GIVEN):
-        raise ValueError(f"experts[{name!r}]={spec} has no source: {sorted(spec.keys() & set(GIVEN))} is of a source")
-    if ("scales" in spec) != ("ranks" in spec) or spec.get("scales", {}).keys() != spec.get("ranks", {}).keys():
-        raise ValueError(f"experts[{name!r}]: `ranks` and `scales` must name the same modules")
-    if unknown := set(spec.get("biases", ())) - set(spec.get("ranks", ())):
-        raise ValueError(f"experts[{name!r}]: biases={sorted(unknown)} name modules that `ranks` does not")
-    return spec
-
-
-def _kind(hint: Any) -> str:
-    return {str: "a string", bool: "True or False"}.get(hint, "a dict or list of modules")
+    for name, spec in checked.items():
+        if set(name) & set("*?[]!"):
+            raise ValueError(f"experts: {name!r} is no name for this: stages read *, ?, [, ] and ! as patterns")
+        if ("scales" in spec) != ("ranks" in spec) or spec.get("scales", {}).keys() != spec.get("ranks", {}).keys():
+            raise ValueError(f"experts[{name!r}]: `ranks` and `scales` must name the same modules")
+        if unknown := set(spec.get("biases", ())) - set(spec.get("ranks", ())):
+            raise ValueError(f"experts[{name!r}]: biases={sorted(unknown)} name modules that `ranks` does not")
+    return checked

@@ -9,7 +9,9 @@ import torch
 from mixadapters.core.bank import Expert
 from mixadapters.core.fields import finite
 from mixadapters.core.registry import nearest
+from mixadapters.tuners.moa.config import check_experts
 from mixadapters.tuners.moa.verbs import ExpertVerbs
+from mixadapters.tuners.sources import check_new
 
 COPIED = ("ranks", "scales", "biases")  # of what the config says of an expert: a copy has no source of its own
 
@@ -51,8 +53,8 @@ class ExpertSpawning(ExpertVerbs):
             raise ValueError(f"mask_fraction={mask_fraction!r} must be at least 0 and below 1")
         if not finite(noise) or noise < 0:
             raise ValueError(f"noise={noise!r} must be a finite number, not below 0")
-        for name in names:
-            self._check_new(config, name, 0.5, adapter_name)
+        for name in check_experts(list(names), from_file=False):
+            check_new("expert", name, config.all_names(), self.peft_config.keys() - {adapter_name})
         self._require(adapter_name, "add_expert")
         for name in names:
             self._name_experts(config, [path for path, _ in self._mixtures(adapter_name)])

@@ -16,6 +16,7 @@ from mixadapters.tuners.moa.config import MoAConfig, check_experts
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.sources import Gathered, gather
 from mixadapters.tuners.moa.weights import ExpertWeights
+from mixadapters.tuners.sources import check_new
 
 CHANGING = ("experts", "num_experts", "expert_order", "target_modules")  # fields that coming and going changes
 NEW_ARM_SHARE = 0.05  # of the weight that an expert added later starts with
@@ -27,6 +28,11 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
     _plan: Any
     _gathered: dict[str, Gathered]
 
+    # --- what the model says ---------------------------------------------------------------------
+
+    def chosen(self, config: MoAConfig, arms: int) -> int:
+        raise NotImplementedError
+
     def places(self) -> list[str]:
         raise NotImplementedError
 
@@ -34,6 +40,9 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         raise NotImplementedError
 
     def _make_plan(self, config: MoAConfig, adapter_name: str, paths: list[str]) -> Any:
+        raise NotImplementedError
+
+    def _numbered_at(self, config: MoAConfig, path: str) -> dict[str, int]:
         raise NotImplementedError
 
     def _experts_at(self, config: MoAConfig, path: str) -> dict[str, int]:
@@ -68,10 +77,15 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                 between 0 and 1.
         """
         config = self._moa(adapter_name)
-        self._check_new(config, name, share, adapter_name)
-        if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1 or source is not None):
-            remedy = "a source brings its own rank; leave r out" if source is not None else "give a positive integer"
-            raise ValueError(f"r={r!r}: {remedy}")
+        check_new(
+            "expert",
+            name,
+            config.all_names(),
+            self.peft_config.keys() - {adapter_name},
+            share=share,
+            r=r,
+            source=source,
+        )
         self._require(adapter_name, "add_expert")
         spec = check_experts({name: source}, from_file=False)[name]
         found = gather(self, config, name, spec) if "source" in spec else None
@@ -119,17 +133,6 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                     f"expert {name!r} adapts {path!r}, which exclude_modules or layers_to_transform leave out; make a "
                     "mixture without these fields"
                 )
-
-    def _check_new(self, config: MoAConfig, name: str, share: float, adapter_name: str) -> None:
-        if name in config.all_names():
-            raise ValueError(f"expert {name!r} exists already; have {config.all_names()}")
-        if name in self.peft_config and name != adapter_name:
-            raise ValueError(
-                f"expert {name!r} has the name of another adapter of this model: PEFT would drop its weights when it "
-                "saves. Choose another name"
-            )
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-            raise ValueError(f"share={share!r} must lie between 0 and 1")
 
     def _insert(
         self, config: MoAConfig, adapter_name: str, name: str, plan: Any, before: dict[str, Any], share: float
@@ -222,9 +225,6 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         config.num_experts = 8
         config.expert_order = list(config.experts)
 
-    def _numbered_at(self, config: MoAConfig, path: str) -> dict[str, int]:
-        raise NotImplementedError
-
     def _refuse_other_leaders(self, plan: Any, before: dict[str, Any]) -> None:
         """A router stays at the first layer of its scope, also when the mixture is loaded again."""
         for path, leader in plan.leader.items():
@@ -269,6 +269,3 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         """As many experts per token as a router with so many arms has when it is loaded."""
         if getattr(router, "k", None) is not None:
             router.set_option("k", self.chosen(config, arms))
-
-    def chosen(self, config: MoAConfig, arms: int) -> int:
-        raise NotImplementedError
