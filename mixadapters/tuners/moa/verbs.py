@@ -208,8 +208,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         host = self.host_at(path)
         del host.adapters[adapter_name]
         if not host.adapters:
-            parent, _, child = path.rpartition(".")
-            self._replace_module(self.model.get_submodule(parent), child, host.get_base_layer(), host)
+            self._remove_host(host)
 
     def _name_experts(self, config: MoAConfig, paths: list[str]) -> None:
         """Experts that were numbered have names of their own from now on."""
