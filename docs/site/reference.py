@@ -28,6 +28,8 @@ API = {
         "Training",
         [f"mixadapters.training.{name}" for name in ("callbacks", "routing", "spawning", "objectives", "collators")],
     ),
+    "surgery": ("Surgery", ["mixadapters.surgery"]),
+    "serving": ("Serving", ["mixadapters.serving"]),
     "core": (
         "Core",
         [
