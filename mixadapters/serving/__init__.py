@@ -1,6 +1,7 @@
 """Serving adapters and mixtures: requests that name what they want, and requests that choose."""
 
 from mixadapters.serving.engine import AdapterServer
+from mixadapters.serving.expert_cache import ExpertCache, expert_aware_batches, request_experts, token_experts
 from mixadapters.serving.requests import (
     AdapterRefused,
     DeadlineExceeded,
@@ -11,15 +12,25 @@ from mixadapters.serving.requests import (
     ServerStopped,
     UnknownAdapter,
 )
+from mixadapters.serving.selection import Budget, Selection, fit_mapping, mask_gate, select_experts
 
 __all__ = [
     "AdapterRefused",
     "AdapterServer",
+    "Budget",
     "DeadlineExceeded",
+    "ExpertCache",
     "Request",
     "RequestCancelled",
     "Result",
+    "Selection",
     "ServerBusy",
     "ServerStopped",
     "UnknownAdapter",
+    "expert_aware_batches",
+    "fit_mapping",
+    "mask_gate",
+    "request_experts",
+    "select_experts",
+    "token_experts",
 ]
