@@ -6,6 +6,7 @@ shorter. Files of weights have names of their own, so that nothing that does not
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -160,7 +161,8 @@ def _expand(path: Path, weights: Mapping[str, Tensor], described: Mapping[str, A
         *rows, levels = (weights[k] for k in keys)
         used.update(keys)
         shape, width = tuple(about["shape"]), about["shape"][-2 if about["by_columns"] else -1]
-        form = EncodedRows(*rows, width) if about["codec"] == "qmoe" else PackedRows(*rows, width)
+        form: EncodedRows | PackedRows
+        form = EncodedRows(rows[0], rows[1], width) if about["codec"] == "qmoe" else PackedRows(rows[0], width)
         try:
             tensors[key] = TernaryMatrix(form, levels, shape, about["by_columns"]).dense(DTYPES[about["dtype"]])
         except ValueError as error:
@@ -227,8 +229,9 @@ def load_compressed(folder: str | Path, base_model: nn.Module | None = None, **o
         if base_model is not None:
             return PeftModel.from_pretrained(base_model, str(plain), **options)
         named = read_config(plain / "config.json").get("architectures")
-        kind = getattr(transformers, named[0], None) if isinstance(named, list) and len(named) == 1 else None
-        if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+        kind: Any = getattr(transformers, str(named[0]), None) if isinstance(named, list) and len(named) == 1 else None
+        is_model = inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)
+        if not is_model:
             raise ValueError(
                 f"{folder}: architectures={named!r} name no model of transformers; expand the folder first"
             )

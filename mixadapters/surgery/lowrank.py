@@ -85,7 +85,7 @@ def low_rank_sparse_expert(
     forms: dict[str, LowRankSparse] = {}
 
     def shrink(name: str, matrix: Tensor, reads: Tensor | None) -> Tensor:
-        forms[name] = low_rank_sparse(matrix, rank_for(*matrix.shape, share), keep, reads)
+        forms[name] = low_rank_sparse(matrix, rank_for(matrix.shape[0], matrix.shape[1], share), keep, reads)
         return forms[name].dense()
 
     changed: dict[str, Any] = {"down": shrink("down", weights.down, read)}

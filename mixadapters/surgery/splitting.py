@@ -7,6 +7,7 @@ Source: Dai et al. 2024, DeepSeekMoE (arXiv 2401.06066), section 3.1; Yang et al
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def split_expert(weights: Weights, parts: int | Sequence[Tensor]) -> list[Weight
 
 
 def _part(weights: Weights, units: Tensor, count: int) -> Weights:
-    rows = {name: None if (given := getattr(weights, name)) is None else given[units] for name in ROWS}
+    rows: dict[str, Any] = {name: None if (given := getattr(weights, name)) is None else given[units] for name in ROWS}
     b_up = None if weights.b_up is None else weights.b_up / count
     return weights._replace(**rows, up=weights.up[:, units], b_up=b_up)
 
@@ -71,6 +72,8 @@ def join_experts(parts: Sequence[Weights]) -> Weights:
     same = all(torch.equal(scale, scales[0]) for scale in scales)
     ups = [part.up if same else part.up * scale for part, scale in zip(parts, scales, strict=True)]
     shifts = [part.b_up if same or part.b_up is None else part.b_up * s for part, s in zip(parts, scales, strict=True)]
-    rows = {n: None if getattr(first, n) is None else torch.cat([getattr(part, n) for part in parts]) for n in ROWS}
+    rows: dict[str, Any] = {
+        n: None if getattr(first, n) is None else torch.cat([getattr(part, n) for part in parts]) for n in ROWS
+    }
     b_up = None if first.b_up is None else torch.stack([shift for shift in shifts if shift is not None]).sum(0)
     return first._replace(**rows, up=torch.cat(ups, 1), b_up=b_up, scale=first.scale if same else 1.0)
