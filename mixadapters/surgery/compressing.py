@@ -215,8 +215,8 @@ def _refuse(layer: ExpertLayer, method: str, options: dict[str, Any]) -> None:
     """Raise ValueError for a layer whose experts cannot be made smaller like this, before any is changed."""
     if layer.activation not in ACTIVATIONS:
         raise ValueError(
-            f"the experts at {layer.key!r} have an activation of their own, {layer.activation!r}, so what they compute "
-            f"is not known here; known are {sorted(ACTIVATIONS)}"
+            f"the experts at {layer.key!r} have an activation of their own, {layer.activation!r}, so what they "
+            f"compute is not known here; known are {sorted(ACTIVATIONS)}"
         )
     seen = set()
     for e, name in enumerate(layer.names):
@@ -228,9 +228,9 @@ def _refuse(layer: ExpertLayer, method: str, options: dict[str, Any]) -> None:
         count = sum(matrix.numel() for part in MATRICES if (matrix := getattr(tried, part)) is not None)
         words, packed = (8 * coded_bytes(tried, codec) / count for codec in CODECS)
         if words > packed:
-            width = max(weights.down.shape)
             raise ValueError(
                 f"expert {name!r} at {layer.key!r} would take {words:.2f} bits per weight in QMoE's codec, and "
-                f"{packed:.2f} with five weights to a byte: its rows of {width} are too narrow, or have too few zeros "
-                f"(scale={options['scale']!r}); pass codec='packed'"
+                f"{packed:.2f} with five weights to a byte: its rows of {weights.down.shape[1]} and "
+                f"{weights.up.shape[0]} are too narrow, or have too few zeros (scale={options['scale']!r}); pass "
+                "codec='packed'"
             )
