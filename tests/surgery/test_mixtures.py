@@ -156,7 +156,7 @@ def test_two_usages_add_and_a_file_brings_them_back(tiny: Any, tiny_inputs: Any,
             assert again[key].names == layer.names
             assert all(torch.equal(getattr(again[key], n), getattr(layer, n)) for n in ("tokens", "logits", "pairs"))
     (tmp_path / "broken").write_bytes(b"\x00" * 40)
-    with pytest.raises(ValueError, match="no file that ExpertUsage.save has written"):
+    with pytest.raises(ValueError, match=r"no file that ExpertUsage\.save has written"):
         ExpertUsage.load(tmp_path / "broken")
 
 
