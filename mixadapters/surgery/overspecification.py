@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -188,7 +189,7 @@ def overspecification_report(
     try:
         with ExitStack() as stack:
             for layer in layers:
-                stack.enter_context(layer.watch(lambda routed, key=layer.key: seen[key].add(routed, samples)))
+                stack.enter_context(layer.watch(partial(seen[layer.key].add, samples=samples)))
             for batch in data:
                 model(**batch)
     finally:
