@@ -36,7 +36,8 @@ from mixadapters.kernels import lowrank
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
-    str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    str(p.relative_to(ROOT)): p.read_text(encoding="utf-8")
+    for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "kernels" / "README.md"]
 }
 FENCE = re.compile(r"^```(\w*) ?([\w-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS = {
@@ -71,6 +72,7 @@ GIVEN = {
     "mixed": [{"input_ids": [5 + i, 6, 7], "labels": [5 + i, 6, 7]} for i in range(8)],
     "labelled": [(f"the cell number {i} grows", i % 2) for i in range(8)],
 }
+GIVEN |= {"law": GIVEN["biomed"], "code": GIVEN["general"], "films": GIVEN["reviews"]}
 
 
 def tiny_tokenizer(first: tuple[str, ...], **options: Any) -> PreTrainedTokenizerFast:
