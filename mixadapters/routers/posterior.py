@@ -1,8 +1,8 @@
 """Which arm a text is of, by how well each arm has predicted it so far: Bayes' rule over whole models.
 
-No layer can decide this: each arm (a domain alone, or the frozen model) must run through the whole model first. So rows
-of a batch run once for each arm, and the next token's distribution is the mean of the arms' own, weighed by the
-likelihood of the tokens so far under each. Nothing is trained; a forward costs as much as one of K + 1 times the rows.
+No layer can decide this: each arm (a domain alone, or the frozen model) must run through the whole model first. So the
+rows of a batch run once for each arm, and the distribution of the next token is the mean of the arms' own, weighed by
+the likelihood of the tokens so far under each. Nothing is trained; K arms and the frozen model cost K + 1 forwards.
 Source: how DEMix mixes its experts at inference (Gururangan et al. 2022, arXiv 2108.05036).
 """
 
@@ -182,7 +182,7 @@ class PosteriorRouter:
         return weights
 
     def _chosen(self, sums: Tensor, count: Tensor, cache: ArmsCache | None) -> tuple[Tensor, Tensor]:
-        """Weights (B, A, T) by the sums (B, A, T) of log-likelihoods, and the arm of each row (B,), -1 where it has none.
+        """Weights (B, A, T) by the sums (B, A, T) of log-likelihoods; and the arm of each row (B,), or -1.
 
         count (B, T): tokens of the text so far.
         """

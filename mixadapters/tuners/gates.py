@@ -115,7 +115,7 @@ class GateVerbs(RoutingVerbs):
     ) -> Iterator[PosteriorRouter]:
         """Weigh the experts by how well each alone has predicted the text so far, in the forwards of a block.
 
-        `with tuner.posterior(): trainer.evaluate()`, or `model.generate(...)`. Causal language models alone; nothing is
+        `with tuner.posterior(): trainer.evaluate()`, or `model.generate(...)`. For causal language models; nothing is
         trained, and the mixture's own gates are not asked. Each row runs once for each expert and once for the frozen
         model, so a forward costs as much as one of K + 1 times the rows, in time and in memory.
 

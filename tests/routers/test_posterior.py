@@ -1,4 +1,4 @@
-"""The posterior over arms against Bayes' rule by hand: forwards, losses, padding, caches, beams, one arm to go on with."""
+"""The posterior over arms against Bayes' rule by hand: forwards, losses, padding, caches, beams, and one arm alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def adapted(tiny: Any, kind: str) -> Any:
     torch.manual_seed(7)
     config: Any = {
         "mixda": lambda: MixDAConfig(domains=["law", "code"], r=4, task_r=2),
-        "moa": lambda: MoAConfig(experts=["law", "code"], r=4, n_shared_experts=1, target_modules=["q_proj", "v_proj"]),
+        "moa": lambda: MoAConfig(
+            experts=["law", "code"], r=4, n_shared_experts=1, target_modules=["q_proj", "v_proj"]
+        ),
     }[kind]()
     model = get_peft_model(tiny("llama", "causal_lm", num_hidden_layers=2), config).eval()
     with torch.no_grad():
@@ -142,8 +144,10 @@ def test_after_some_tokens_one_arm_goes_on_alone(both) -> None:
     arms = weights[:, 3].argmax(-1)
     assert len(set(arms.tolist())) == 2  # the rows differ
     rows = []
-    hook = model.get_base_model().get_input_embeddings().register_forward_hook(
-        lambda module, args, output: rows.append(len(output))
+    hook = (
+        model.get_base_model()
+        .get_input_embeddings()
+        .register_forward_hook(lambda module, args, output: rows.append(len(output)))
     )
     options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     with of(model, choose_after=4):
