@@ -12,7 +12,7 @@ Two kinds of adapters: LoRA on all linear layers (MoA), and bottlenecks of that 
 
 Each result is a file of its own: the command goes on where it was ended. Cells run in the order of CELLS, kind by kind
 and seed by seed; none begins after `--cpu_minutes`, and what is dropped then is dropped from the end and reported as
-missing. The claims, with what was expected of them before the first run, are in `domains_claims.py`.
+missing. Where there is less time than that, bottlenecks run the cells of FEWER alone. The claims, with what was expected of them before the first run, are in `domains_claims.py`.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ CHOOSING = 100  # the seed that rates are chosen with
 # kind -> what is chosen -> the values to choose from, or what it has the value of
 CHOICES: dict[str, dict[str, Any]] = {
     "lora": {
-        "expert": (2e-3, 5e-3, 1e-2), "temperature": (1.0, 3.0, 10.0), "joint": (2e-3, 5e-3, 1e-2),
-        "twice": (2e-3, 5e-3), "shared": "expert", "gate": (3e-3, 3e-2),
+        "expert": (5e-3, 1e-2, 2e-2), "temperature": (1.0, 3.0, 10.0), "joint": (2e-3, 5e-3, 1e-2),
+        "twice": (2e-3, 5e-3), "shared": (5e-3, 1e-2), "gate": (3e-3, 3e-2),
     },
     "bottleneck": {
-        "expert": (2e-3, 5e-3, 1e-2), "temperature": (1.0, 3.0, 10.0), "joint": (2e-3, 5e-3, 1e-2),
+        "expert": (5e-3, 1e-2, 2e-2), "temperature": (1.0, 3.0, 10.0), "joint": (2e-3, 5e-3, 1e-2),
         "twice": "joint", "shared": "expert", "gate": (3e-3, 3e-2),
     },
 }  # fmt: skip
@@ -73,15 +73,15 @@ class Arguments:
     general: str | None = field(default=None, metadata={"help": "FILE of general text. None: the installation's."})
     later: str | None = field(default=None, metadata={"help": "name=FILE of a domain that is added later."})
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    cells: list[str] | None = field(default=None, metadata={"help": "Some of CELLS. None: all."})
+    cells: list[str] | None = field(default=None, metadata={"help": "Some of CELLS, or `fewer`. None: all."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    tokens: int = field(default=40_000, metadata={"help": "Of training text per kind of text."})
-    dev_tokens: int = field(default=6_000, metadata={"help": "Of dev text per kind."})
-    test_tokens: int = field(default=8_000, metadata={"help": "Of test text per kind."})
+    tokens: int = field(default=24_000, metadata={"help": "Of training text per kind of text."})
+    dev_tokens: int = field(default=4_000, metadata={"help": "Of dev text per kind."})
+    test_tokens: int = field(default=6_000, metadata={"help": "Of test text per kind."})
     length: int = field(default=128, metadata={"help": "Tokens of a row."})
     rank: int = field(default=8, metadata={"help": "Of a domain's LoRA; bottlenecks have its size."})
     batch: int = field(default=4, metadata={"help": "Rows of a training step."})
-    base_tokens: int = field(default=800_000, metadata={"help": "Tokens that a base model is trained on."})
+    base_tokens: int = field(default=400_000, metadata={"help": "Tokens that a base model is trained on."})
     base_rate: float = field(default=3e-3, metadata={"help": "Learning rate of base models."})
     vocabulary: int = field(default=3000, metadata={"help": "Tokens that they know."})
     width: int = field(default=160, metadata={"help": "Of a base model; a multiple of 32."})
@@ -89,6 +89,8 @@ class Arguments:
     cpu_minutes: float = field(default=70.0, metadata={"help": "No cell begins after these; run again to go on."})
 
     def __post_init__(self) -> None:
+        if self.cells == ["fewer"]:
+            self.cells = list(FEWER)
         for name, known in (("kinds", KINDS), ("cells", CELLS)):
             if unknown := set(getattr(self, name) or ()) - set(known):
                 raise ValueError(f"{name}={sorted(unknown)} are unknown; choose from {list(known)}")
@@ -377,6 +379,8 @@ CELLS: dict[str, Cell] = {
     "lm_prefix": under("lm_prefix"), "added_warm": added_warm, "added_features": added_features,
     "posterior": posterior, "posterior_added": posterior_added,
 }  # fmt: skip
+FEWER = ("base", "own", "counts", "joint", "added", "removed", "shared", "joint_twice", "added_shared", "features",
+         "uniform", "posterior")  # fmt: skip
 
 
 # --- choices on dev text ------------------------------------------------------------------------------------------
@@ -389,7 +393,8 @@ def choose(args: Arguments, texts: Texts, kind: str) -> dict[str, float]:
     _refuse_other(path, known, args)
     chosen = known["chosen"]
     for what, values in CHOICES[kind].items():
-        if what not in chosen:
+        trains_gates = args.cells is None or any(cell.startswith("lm_") for cell in args.cells)
+        if what not in chosen and (what != "gate" or trains_gates):
             if isinstance(values, str):
                 chosen[what] = chosen[values]
             else:
@@ -407,12 +412,13 @@ def _dev(args: Arguments, texts: Texts, kind: str, what: str, value: float, chos
     if what == "expert":
         trial.own = trial.own / f"rate{value}"
         return mean([perplexities(trial.expert(name), {name: texts.dev[name]})[name] for name in texts.domains])
-    if "expert" in chosen and what in ("gate", "temperature"):
+    if "expert" in chosen and what in ("gate", "shared", "temperature"):
         trial.own = trial.own / f"rate{chosen['expert']}"
     size_of = len(texts.domains)
     made: dict[str, Callable[[], Any]] = {
         "joint": lambda: trial.adapter(f"joint{value}", texts.old, "joint", size_of),
         "twice": lambda: trial.adapter(f"twice{value}", texts.old, "twice", size_of + 1, epochs=2),
+        "shared": lambda: trial.train(trial.gate("counts", shared=True), texts.of(texts.old), value),
         "gate": lambda: trial.gate("lm_prefix"),
         "temperature": lambda: trial.gate("counts"),
     }
