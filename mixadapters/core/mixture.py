@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,8 @@ from mixadapters.core.routes import HardRoutes, pinned_routing, real_rows
 from mixadapters.core.routing import Routing, RoutingKey, with_distribution
 
 Insertion = Literal["parallel", "sequential"]
+# Called with what the experts of one mixture read, (N, K), its routing and the mask (N,) of the rows that count.
+Watcher = Callable[[Tensor, Routing, "Tensor | None"], None]
 
 
 class Mixture(Adapter):
@@ -55,6 +58,7 @@ class Mixture(Adapter):
         self.observes, self.replaces = observes, replaces
         self.kind = (bank.kind, insertion, tap)  # what mixtures that run in one call have in common
         self.key, self.stack = RoutingKey(), ""
+        self.watchers: list[Watcher] = []
 
     def bind(self, site: Site, step: str = "") -> None:
         self.key = RoutingKey(site.adapter, site.group, site.layer, site.path, step)
@@ -90,6 +94,10 @@ class Mixture(Adapter):
         """Names of the experts that the router numbers."""
         return self.bank.names
 
+    def bank_numbers(self) -> list[int]:
+        """The number in the bank of each of the experts that the router numbers; -1 where it has nothing here."""
+        return list(range(len(self.bank.names)))
+
     def dispatch(self, source: Tensor, context: ForwardContext) -> Routing:
         """As `route`, with the experts numbered as in the bank."""
         return self.route(source, context)
@@ -111,13 +119,13 @@ class Mixture(Adapter):
         routing = _in_dtype(routing, source.dtype)
         if not self.always_first:
             record.routings[self.key] = routing
-        if trains or context.observers:
+        if trains or context.observers or self.watchers:
             mask = real_rows(context, self.stack, rows)
             if trains:
                 self._add_losses(routing, mask, context)
                 context.steps.look(self.key, router)
             if not record.closed:  # checkpointing that runs the layer again tells nothing new
-                self._tell(routing, mask, context, rows, source.device, trains)
+                self._tell(routing, mask, context, source, trains)
         return routing
 
     def _read(self, source: Tensor, context: ForwardContext) -> Tensor:
@@ -160,14 +168,16 @@ class Mixture(Adapter):
             context.add_loss(name, value, weight)
 
     def _tell(
-        self, routing: Routing, mask: Tensor | None, context: ForwardContext, rows: int, device: Any, trains: bool
+        self, routing: Routing, mask: Tensor | None, context: ForwardContext, source: Tensor, trains: bool
     ) -> None:
-        """Tell observers, of which usage in training is one."""
-        names = self.expert_names
-        routing = with_distribution(routing, names, getattr(self.router, "arms", names), rows, device)
+        """Tell observers, of which usage in training is one, and those who watch this mixture."""
+        names, read = self.expert_names, source.reshape(-1, source.shape[-1])
+        routing = with_distribution(routing, names, getattr(self.router, "arms", names), len(read), source.device)
         observers: list[Observer] = [context.usage, *context.observers] if trains else context.observers
         for observer in observers:
             observer(self.key, routing, mask)
+        for watcher in self.watchers:
+            watcher(read, routing, mask)
 
     def observe(self, x: Tensor, y: Tensor, context: ForwardContext) -> list[Tensor]:
         source = self.source(x, y, context).to(y.dtype)

@@ -128,6 +128,9 @@ class ExpertMixture(Mixture):
     def expert_names(self) -> list[str]:
         return self.router.experts
 
+    def bank_numbers(self) -> list[int]:
+        return self.bank_of[:-1].tolist()
+
     def dispatch(self, source: Tensor, context: ForwardContext) -> Routing:
         routing = self.route(source, context)
         if not self.in_order:
