@@ -12,8 +12,8 @@ Two kinds of adapters: LoRA on all linear layers (MoA), and bottlenecks of that 
 
 Each result is a file of its own: the command goes on where it was ended. Cells run in the order of CELLS, kind by kind
 and seed by seed; none begins after `--cpu_minutes`, and what is dropped then is dropped from the end and reported as
-missing. Where there is less time than that, bottlenecks run the cells of FEWER alone. The claims, with what was expected
-of them before the first run, are in `domains_claims.py`.
+missing. Where there is less time than that, bottlenecks run the cells of FEWER alone. The claims are in
+`domains_claims.py`, with what was expected of them before the first run.
 """
 
 from __future__ import annotations
