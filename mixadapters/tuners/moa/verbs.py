@@ -56,6 +56,12 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         config = self._moa(adapter_name)
         return row_numbers(names, [piece for name in config.all_names() for piece in config.pieces(name)], "expert")
 
+    def row_arms(self, adapter_name: str) -> list[str]:
+        config = self._moa(adapter_name)
+        if config.segments > 1:
+            raise ValueError(f"segments={config.segments}: a piece of an expert is no arm of its own")
+        return config.all_names()
+
     # --- coming and going ------------------------------------------------------------------------
 
     @torch.no_grad()
