@@ -279,7 +279,7 @@ def written_aside(path: str | Path) -> Iterator[Path]:
 
 
 def new_folder(folder: str | Path) -> Path:
-    """The path of a folder that is to be written, beside which there is room. Raises ValueError: it holds something."""
+    """The path of a folder that is to be written, with a place to stand. Raises ValueError: it holds something."""
     path = Path(folder)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"folder={str(folder)!r} holds something already; name a new or an empty one")
