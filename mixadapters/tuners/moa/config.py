@@ -11,6 +11,7 @@ from mixadapters.kernels import ACTIVATIONS
 from mixadapters.routers.base import registered_by
 from mixadapters.routers.counts import refuse_null_arms
 from mixadapters.routers.pooling import GRANULARITIES
+from mixadapters.surgery.tuning import check_written
 from mixadapters.tuners.bottleneck.config import PLACEMENTS
 from mixadapters.tuners.moa.router import default_of, router_spec
 from mixadapters.tuners.moa.schedules import ScheduledConfig
@@ -161,6 +162,10 @@ class MoAConfig(ScheduledConfig):
         default_factory=dict,
         metadata={"help": "Arms without expert that removed ones left, by module.", "least": 0, "most": MOST},
     )
+    expert_overrides: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Experts that are off, on or scaled, as `override_experts` leaves it.", "free": True},
+    )
     expert_order: list[str] | None = field(
         default=None,
         metadata={"help": "Names in the order of arms and of `expert_ids`; filled in.", "order": True},
@@ -189,6 +194,7 @@ class MoAConfig(ScheduledConfig):
         cls, options = router_spec(self)
         refuse_null_arms(cls, options)
         self.check_schedules(self.schedules)
+        check_written(self.expert_overrides)
         if self.router_scope not in cls.scopes:
             by = "by what each layer's experts hold" if "module" in cls.scopes else "once for all layers"
             raise ValueError(
