@@ -352,7 +352,7 @@ def ftri(
             usages.append(usage)
     finally:
         model.train(training)
-    return rank_by_usage(*usages, score)
+    return rank_by_usage(usages[0], usages[1], score)
 
 
 def selectivity(target: tuple[float, float], rest: tuple[float, float]) -> float:

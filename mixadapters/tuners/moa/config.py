@@ -11,10 +11,9 @@ from mixadapters.kernels import ACTIVATIONS
 from mixadapters.routers.base import registered_by
 from mixadapters.routers.counts import refuse_null_arms
 from mixadapters.routers.pooling import GRANULARITIES
-from mixadapters.surgery.tuning import check_written
 from mixadapters.tuners.bottleneck.config import PLACEMENTS
+from mixadapters.tuners.moa.overrides import OverriddenConfig
 from mixadapters.tuners.moa.router import default_of, router_spec
-from mixadapters.tuners.moa.schedules import ScheduledConfig
 from mixadapters.tuners.registration import peft_type
 from mixadapters.tuners.sources import Entries, public_origin, refuse_unsaveable
 
@@ -29,7 +28,7 @@ MOST = 4096  # experts or arms: a file could ask for so many that the process di
 
 
 @dataclass
-class MoAConfig(ScheduledConfig):
+class MoAConfig(OverriddenConfig):
     """A mixture of adapters: experts of one kind at linear layers, FFNs or MoE blocks, and any router over them.
 
     y = base(x) + sum_k w_k E_k(x). `experts` gathers trained adapters, {"law": "user/law-lora", "code": folder},
@@ -162,10 +161,6 @@ class MoAConfig(ScheduledConfig):
         default_factory=dict,
         metadata={"help": "Arms without expert that removed ones left, by module.", "least": 0, "most": MOST},
     )
-    expert_overrides: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "Experts that are off, on or scaled, as `override_experts` leaves it.", "free": True},
-    )
     expert_order: list[str] | None = field(
         default=None,
         metadata={"help": "Names in the order of arms and of `expert_ids`; filled in.", "order": True},
@@ -194,7 +189,6 @@ class MoAConfig(ScheduledConfig):
         cls, options = router_spec(self)
         refuse_null_arms(cls, options)
         self.check_schedules(self.schedules)
-        check_written(self.expert_overrides)
         if self.router_scope not in cls.scopes:
             by = "by what each layer's experts hold" if "module" in cls.scopes else "once for all layers"
             raise ValueError(
