@@ -6,6 +6,7 @@ from mixadapters.serving.contrast import SelfContrastLogitsProcessor
 from mixadapters.serving.expert_cache import ExpertCache, expert_aware_batches, request_experts, token_experts
 from mixadapters.serving.global_local import FeatureGaussian, GlobalLocalMixture
 from mixadapters.serving.pooled_states import PooledStates
+from mixadapters.serving.ring import ExpertRing
 from mixadapters.serving.selection import Budget, Selection, fit_mapping, mask_gate, select_experts
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "CompositionRouter",
     "ConfidenceCascade",
     "ExpertCache",
+    "ExpertRing",
     "FeatureGaussian",
     "GlobalLocalMixture",
     "PooledStates",
