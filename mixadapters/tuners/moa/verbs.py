@@ -83,15 +83,8 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                 between 0 and 1.
         """
         config = self._moa(adapter_name)
-        check_new(
-            "expert",
-            name,
-            config.all_names(),
-            self.peft_config.keys() - {adapter_name},
-            share=share,
-            r=r,
-            source=source,
-        )
+        others = self.peft_config.keys() - {adapter_name}
+        check_new("expert", name, config.all_names(), others, share=share, r=r, source=source)
         self._require(adapter_name, "add_expert")
         spec = check_experts({name: source}, from_file=False)[name]
         found = gather(self, config, name, spec) if "source" in spec else None
