@@ -12,7 +12,7 @@ from torch import Tensor
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import row_numbers
 from mixadapters.tuners.gates import GateVerbs
-from mixadapters.tuners.moa.config import MoAConfig, check_experts
+from mixadapters.tuners.moa.config import MoAConfig, check_experts, refuse_while_standing
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.sources import Gathered, gather
 from mixadapters.tuners.moa.weights import ExpertWeights
@@ -177,6 +177,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         if len(names) == 1:
             raise ValueError(f"expert {name!r} is the only one; delete the adapter instead")
         self._require(adapter_name, "remove_expert")
+        refuse_while_standing(config, name)
         paths = [path for path, _ in self._mixtures(adapter_name)]
         pieces = config.pieces(name)
         followed = {m.router.key.path for _, m in self._mixtures(adapter_name) if isinstance(m.router, FollowRouter)}
@@ -193,6 +194,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                     if renormalize:
                         self._choose_among(config, mixture.router, len(mixture.router.arms) - 1)
                     mixture.router.remove_expert(piece, renormalize)
+                mixture.stands.pop(piece, None)
                 if piece in mixture.bank.experts:
                     mixture.bank.remove(piece)
             if nulls := getattr(mixture.router, "null_arms", 0) - config.num_null_experts:
@@ -267,5 +269,5 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
 
     def _choose_among(self, config: MoAConfig, router: Any, arms: int) -> None:
         """As many experts per token as a router with so many arms has when it is loaded."""
-        if getattr(router, "k", None) is not None:
+        if getattr(router, "k", None) is not None and "k" in router.scheduled:
             router.set_option("k", self.chosen(config, arms))
