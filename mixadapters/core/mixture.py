@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.context import ForwardContext, Observer
+from mixadapters.core.context import ROUTES, ForwardContext, Observer
 from mixadapters.core.losses import real_only
 from mixadapters.core.routes import HardRoutes, pinned_routing, real_rows
 from mixadapters.core.routing import Routing, RoutingKey, with_distribution
@@ -113,6 +113,9 @@ class Mixture(Adapter):
         trains = decides and record.training and record.grad  # not in a reference pass
         if routing is None:
             routing = self._checked(self.router(self._read(source, context), context), rows)
+            change = context.record.values.get(ROUTES, {}).get(self.key)
+            if callable(change):
+                routing = self._beside(self._checked(change(routing), rows), source.dtype)
         routing = _in_dtype(routing, source.dtype)
         if not self.always_first:
             record.routings[self.key] = routing
@@ -151,8 +154,12 @@ class Mixture(Adapter):
             routing = self.hard_routes(context, rows, self.key, self.stack)
             if routing is not None and hasattr(self.router, "weigh_given"):
                 routing = self.router.weigh_given(routing, self._read(source, context))
-        if routing is not None and routing.indices is not None and routing.base_weight is None and self.replaces:
-            return routing._replace(base_weight=(routing.indices < 0).all(1).to(source.dtype))
+        return None if routing is None else self._beside(routing, source.dtype)
+
+    def _beside(self, routing: Routing, dtype: torch.dtype) -> Routing:
+        """With the layer's own output only in rows without expert, where experts stand beside it."""
+        if self.replaces and routing.indices is not None and routing.base_weight is None:
+            return routing._replace(base_weight=(routing.indices < 0).all(1).to(dtype))
         return routing
 
     def _add_losses(self, routing: Routing, mask: Tensor | None, context: ForwardContext) -> None:

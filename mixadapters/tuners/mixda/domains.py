@@ -53,6 +53,9 @@ class DomainVerbs(GateVerbs, MixtureModel):
         """(B,) numbers for the batch field `domain_ids`, which routes each row to a domain; "__base__" is none."""
         return row_numbers(names, list(self.config_of(adapter_name).domains), "domain")
 
+    def row_arms(self, adapter_name: str) -> list[str]:
+        return list(self.config_of(adapter_name).domains)
+
     @torch.no_grad()
     def add_domain(
         self,

@@ -56,6 +56,12 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         config = self._moa(adapter_name)
         return row_numbers(names, [piece for name in config.all_names() for piece in config.pieces(name)], "expert")
 
+    def row_arms(self, adapter_name: str) -> list[str]:
+        config = self._moa(adapter_name)
+        if config.segments > 1:
+            raise ValueError(f"segments={config.segments}: a piece of an expert is no arm of its own")
+        return config.all_names()
+
     # --- coming and going ------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -210,8 +216,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         host = self.host_at(path)
         del host.adapters[adapter_name]
         if not host.adapters:
-            parent, _, child = path.rpartition(".")
-            self._replace_module(self.model.get_submodule(parent), child, host.get_base_layer(), host)
+            self._remove_host(host)
 
     def _name_experts(self, config: MoAConfig, paths: list[str]) -> None:
         """Experts that were numbered have names of their own from now on."""
