@@ -17,6 +17,7 @@ from mixadapters.serving.requests import (
     ServerStopped,
     UnknownAdapter,
 )
+from mixadapters.serving.ring import ExpertRing
 from mixadapters.serving.selection import Budget, Selection, fit_mapping, mask_gate, select_experts
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ConfidenceCascade",
     "DeadlineExceeded",
     "ExpertCache",
+    "ExpertRing",
     "FeatureGaussian",
     "GlobalLocalMixture",
     "PooledStates",

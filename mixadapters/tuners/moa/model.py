@@ -23,9 +23,9 @@ from mixadapters.tuners.moa.absent import refuse_absent
 from mixadapters.tuners.moa.config import MoAConfig, stands_at
 from mixadapters.tuners.moa.cutting import ExpertCutting
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
+from mixadapters.tuners.moa.overriding import ExpertOverriding
 from mixadapters.tuners.moa.router import OPTION_OF, router_spec
 from mixadapters.tuners.moa.sources import Gathered, gather
-from mixadapters.tuners.moa.spawning import ExpertSpawning
 from mixadapters.tuners.sources import rank_of, same_module
 
 QUERY = frozenset({"q", "query", "q_proj", "q_lin", "query_proj"})  # what runs first in an attention
@@ -42,9 +42,9 @@ class Plan:
     routers: dict[str, Router] = field(default_factory=dict)  # leader -> its router, once it is there
 
 
-class MoAModel(ExpertSpawning, ExpertCutting):
+class MoAModel(ExpertOverriding, ExpertCutting):
     fields = ("expert_ids", "prompt_mask")
-    moving = ("router", "schedules", *OPTION_OF)
+    moving = ("router", "schedules", "expert_overrides", *OPTION_OF)
 
     # --- sites -----------------------------------------------------------------------------------
 
@@ -251,6 +251,7 @@ class MoAModel(ExpertSpawning, ExpertCutting):
         self._gathered = {}
         if config.schedules:
             self.set_schedules(config.schedules, adapter_name)
+        self.apply_overrides(adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

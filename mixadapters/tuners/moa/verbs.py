@@ -83,15 +83,8 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                 between 0 and 1.
         """
         config = self._moa(adapter_name)
-        check_new(
-            "expert",
-            name,
-            config.all_names(),
-            self.peft_config.keys() - {adapter_name},
-            share=share,
-            r=r,
-            source=source,
-        )
+        others = self.peft_config.keys() - {adapter_name}
+        check_new("expert", name, config.all_names(), others, share=share, r=r, source=source)
         self._require(adapter_name, "add_expert")
         spec = check_experts({name: source}, from_file=False)[name]
         found = gather(self, config, name, spec) if "source" in spec else None
@@ -119,7 +112,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
             self._widen(config, name, [path for path in spec.get("ranks", ()) if path not in paths])
             where = {*paths, *spec.get("ranks", ())}
             plan = self._make_plan(config, adapter_name, [p for p in self.places() if p in where])
-            self._refuse_other_leaders(plan, before)
+            _refuse_other_leaders(plan, before)
         except ValueError:
             for field, value in old.items():
                 setattr(config, field, value)
@@ -232,15 +225,6 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         config.num_experts = 8
         config.expert_order = list(config.experts)
 
-    def _refuse_other_leaders(self, plan: Any, before: dict[str, Any]) -> None:
-        """A router stays at the first layer of its scope, also when the mixture is loaded again."""
-        for path, leader in plan.leader.items():
-            if leader not in before and any(plan.leader.get(old) == leader for old in before):
-                raise ValueError(
-                    f"the new expert adapts {path!r}, which runs before the layer whose router it would share; make "
-                    "the mixture anew from all experts, or use router_scope='module'"
-                )
-
     def _require(self, adapter_name: str, verb: str) -> None:
         router = next(iter(self._leaders(adapter_name).values()))
         if router.fixed_experts is not None:
@@ -276,3 +260,13 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         """As many experts per token as a router with so many arms has when it is loaded."""
         if getattr(router, "k", None) is not None and "k" in router.scheduled:
             router.set_option("k", self.chosen(config, arms))
+
+
+def _refuse_other_leaders(plan: Any, before: dict[str, Any]) -> None:
+    """A router stays at the first layer of its scope, also when the mixture is loaded again."""
+    for path, leader in plan.leader.items():
+        if leader not in before and any(plan.leader.get(old) == leader for old in before):
+            raise ValueError(
+                f"the new expert adapts {path!r}, which runs before the layer whose router it would share; make "
+                "the mixture anew from all experts, or use router_scope='module'"
+            )
