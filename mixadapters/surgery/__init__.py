@@ -3,6 +3,7 @@
 from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers
 from mixadapters.surgery.merging import MergeResult, merge_experts
 from mixadapters.surgery.pruning import PruneCurve, PruneResult, prune_curve, prune_experts
+from mixadapters.surgery.saving import load_pruned, save_pruned
 from mixadapters.surgery.usage import ExpertUsage, LayerUsage, record_usage
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "PruneResult",
     "Routed",
     "expert_layers",
+    "load_pruned",
     "merge_experts",
     "prune_curve",
     "prune_experts",
     "record_usage",
+    "save_pruned",
 ]
