@@ -3,6 +3,7 @@
 from mixadapters.surgery.compressed import compress_folder, expand_compressed, load_compressed, save_compressed
 from mixadapters.surgery.compressing import Compression, compress_experts
 from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers
+from mixadapters.surgery.merging import MergeResult, merge_experts
 from mixadapters.surgery.overspecification import Overspecification, overspecification_report
 from mixadapters.surgery.pruning import PruneCurve, PruneResult, prune_curve, prune_experts
 from mixadapters.surgery.splitting import join_experts, split_expert
@@ -14,6 +15,7 @@ __all__ = [
     "ExpertLayer",
     "ExpertUsage",
     "LayerUsage",
+    "MergeResult",
     "Overspecification",
     "PruneCurve",
     "PruneResult",
@@ -26,6 +28,7 @@ __all__ = [
     "ftri",
     "join_experts",
     "load_compressed",
+    "merge_experts",
     "overspecification_report",
     "prune_curve",
     "prune_experts",
