@@ -18,6 +18,8 @@ from mixadapters.core.routing import Routing, RoutingKey, with_distribution
 Insertion = Literal["parallel", "sequential"]
 # Called with what the experts of one mixture read, (N, K), its routing and the mask (N,) of the rows that count.
 Watcher = Callable[[Tensor, Routing, "Tensor | None"], None]
+# What is made of a router's routing, whose experts have these names.
+Tuning = Callable[[Routing, "list[str]"], Routing]
 
 
 class Mixture(Adapter):
@@ -59,6 +61,7 @@ class Mixture(Adapter):
         self.kind = (bank.kind, insertion, tap)  # what mixtures that run in one call have in common
         self.key, self.stack = RoutingKey(), ""
         self.watchers: list[Watcher] = []
+        self.tunings: list[Tuning] = []  # in order, on what the router decides; not on what callers and batches do
 
     def bind(self, site: Site, step: str = "") -> None:
         self.key = RoutingKey(site.adapter, site.group, site.layer, site.path, step)
@@ -113,6 +116,8 @@ class Mixture(Adapter):
         trains = decides and record.training and record.grad  # not in a reference pass
         if routing is None:
             routing = self._checked(self.router(self._read(source, context), context), rows)
+            for tuning in self.tunings:
+                routing = tuning(routing, self.expert_names)
             change = context.record.values.get(ROUTES, {}).get(self.key)
             if callable(change):
                 routing = self._beside(self._checked(change(routing), rows), source.dtype)

@@ -306,7 +306,31 @@ class BaseExperts(ExpertLayer):
         else:
             ExpertMap(numbers, self._down.device).attach(self.experts)
 
-    # --- watching ---------------------------------------------------------------------------------------------
+    # --- choosing, and watching -------------------------------------------------------------------------------
+
+    @contextmanager
+    def rechosen(self, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """`choose` makes of the indices and weights (N, k) of each row others, in every forward inside the block.
+
+        Experts are numbered as in `names`, -1 for those that are gone. What watches sees what comes of it.
+        """
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            x, indices, weights = _arguments(args, kwargs)
+            if self.map is None:
+                return (x, *choose(indices, weights)), {}
+            experts, weights = choose(self.map.numbers[indices], weights)
+            column = torch.tensor([self.map.numbers.tolist().index(e) for e in range(len(self.names))])
+            kept = torch.where(experts >= 0, column.to(indices.device)[experts.clamp_min(0)], indices)
+            return (x, kept, weights), {}
+
+        handle = self.experts.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        self.experts.__dict__.setdefault("rechoosing", []).append(handle.id)
+        try:
+            yield
+        finally:
+            self.experts.__dict__["rechoosing"].remove(handle.id)
+            handle.remove()
 
     @contextmanager
     def watch(self, callback: Watcher, outputs: bool = False) -> Iterator[None]:
@@ -316,6 +340,8 @@ class BaseExperts(ExpertLayer):
             stack.callback(self.gate.register_forward_hook(watched.see_logits).remove)
             pre_hook = self.experts.register_forward_pre_hook(watched.see_choice, with_kwargs=True, prepend=True)
             stack.callback(pre_hook.remove)
+            for number in self.experts.__dict__.get("rechoosing", ()):  # who watches sees what comes of these
+                self.experts._forward_pre_hooks.move_to_end(number, last=False)
             if outputs:
                 stack.enter_context(_standing_in(self.experts, watched.forward))
             yield

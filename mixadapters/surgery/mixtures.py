@@ -71,7 +71,7 @@ class MixtureExperts(ExpertLayer):
 
     @property
     def top_k(self) -> int | None:
-        router = _deciding(self.mixture.router)
+        router = deciding_router(self.mixture.router)
         if isinstance(router, (HashRouter, TaskRouter, ModalityRouter)):
             return 1
         k = None if isinstance(router, TreeRouter) else getattr(router, "k", None)
@@ -87,7 +87,7 @@ class MixtureExperts(ExpertLayer):
 
     @property
     def competes(self) -> bool:  # type: ignore[override]
-        router = _deciding(self.mixture.router)
+        router = deciding_router(self.mixture.router)
         whole = getattr(router, "norm_topk_prob", False) or getattr(router, "scoring_func", "softmax") == "sigmoid"
         return bool(getattr(router, "competes", False)) and not whole
 
@@ -132,7 +132,7 @@ class MixtureExperts(ExpertLayer):
         return expert_output(self.weights(e), self.activation, x)
 
     def router_rows(self) -> Tensor | None:
-        router = _deciding(self.mixture.router)
+        router = deciding_router(self.mixture.router)
         if not isinstance(router, ArmSurgery) or isinstance(router, TreeRouter):
             return None
         numbers = self.mixture.bank_numbers()
@@ -183,7 +183,7 @@ class MixtureExperts(ExpertLayer):
         weights = routing.weights
         weights = torch.ones_like(indices, dtype=read.dtype) if weights is None else weights.detach()
         logits, probs = routing.logits, routing.probs
-        if logits is None or logits.shape[1] < arms or isinstance(_deciding(self.mixture.router), TreeRouter):
+        if logits is None or logits.shape[1] < arms or isinstance(deciding_router(self.mixture.router), TreeRouter):
             logits = None if probs is None else probs.float().clamp_min(1e-20).log()
         if logits is not None:
             logits = joined_logits(logits.detach()[:, :arms].float(), numbers, len(self.places))
@@ -222,7 +222,7 @@ class _Outputs:
         return found
 
 
-def _deciding(router: Any) -> Any:
+def deciding_router(router: Any) -> Any:
     """The router that decides: of another layer, or inside one that only reads for it."""
     router = router.__dict__.get("leader", router)
     return router.base if isinstance(router, RecurrentRouter) else router

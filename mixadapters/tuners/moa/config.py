@@ -12,8 +12,8 @@ from mixadapters.routers.base import registered_by
 from mixadapters.routers.counts import refuse_null_arms
 from mixadapters.routers.pooling import GRANULARITIES
 from mixadapters.tuners.bottleneck.config import PLACEMENTS
+from mixadapters.tuners.moa.overrides import OverriddenConfig
 from mixadapters.tuners.moa.router import default_of, router_spec
-from mixadapters.tuners.moa.schedules import ScheduledConfig
 from mixadapters.tuners.registration import peft_type
 from mixadapters.tuners.sources import Entries, public_origin, refuse_unsaveable
 
@@ -28,7 +28,7 @@ MOST = 4096  # experts or arms: a file could ask for so many that the process di
 
 
 @dataclass
-class MoAConfig(ScheduledConfig):
+class MoAConfig(OverriddenConfig):
     """A mixture of adapters: experts of one kind at linear layers, FFNs or MoE blocks, and any router over them.
 
     y = base(x) + sum_k w_k E_k(x). `experts` gathers trained adapters, {"law": "user/law-lora", "code": folder},

@@ -22,9 +22,9 @@ from mixadapters.tuners.bottleneck.config import placement_roles, placement_taps
 from mixadapters.tuners.moa.absent import refuse_absent
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
+from mixadapters.tuners.moa.overriding import ExpertOverriding
 from mixadapters.tuners.moa.router import OPTION_OF, router_spec
 from mixadapters.tuners.moa.sources import Gathered, gather
-from mixadapters.tuners.moa.spawning import ExpertSpawning
 from mixadapters.tuners.sources import rank_of, same_module
 
 QUERY = frozenset({"q", "query", "q_proj", "q_lin", "query_proj"})  # what runs first in an attention
@@ -41,9 +41,9 @@ class Plan:
     routers: dict[str, Router] = field(default_factory=dict)  # leader -> its router, once it is there
 
 
-class MoAModel(ExpertSpawning):
+class MoAModel(ExpertOverriding):
     fields = ("expert_ids", "prompt_mask")
-    moving = ("router", "schedules", *OPTION_OF)
+    moving = ("router", "schedules", "expert_overrides", *OPTION_OF)
 
     # --- sites -----------------------------------------------------------------------------------
 
@@ -249,6 +249,7 @@ class MoAModel(ExpertSpawning):
         self._gathered = {}
         if config.schedules:
             self.set_schedules(config.schedules, adapter_name)
+        self.apply_overrides(adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

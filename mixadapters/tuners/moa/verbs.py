@@ -86,8 +86,8 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                 cannot gain an arm, or share is not between 0 and 1.
         """
         config = self._moa(adapter_name)
-        others_of_model = self.peft_config.keys() - {adapter_name}
-        check_new("expert", name, config.all_names(), others_of_model, share=share, r=r, source=source, like=like)
+        others = self.peft_config.keys() - {adapter_name}
+        check_new("expert", name, config.all_names(), others, share=share, r=r, source=source, like=like)
         self._require(adapter_name, "add_expert")
         if like is not None:
             check_experts([name], from_file=False)
@@ -226,8 +226,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         host = self.host_at(path)
         del host.adapters[adapter_name]
         if not host.adapters:
-            parent, _, child = path.rpartition(".")
-            self._replace_module(self.model.get_submodule(parent), child, host.get_base_layer(), host)
+            self._remove_host(host)
 
     def _name_experts(self, config: MoAConfig, paths: list[str]) -> None:
         """Experts that were numbered have names of their own from now on."""
