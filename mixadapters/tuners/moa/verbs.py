@@ -12,14 +12,14 @@ from torch import Tensor
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import row_numbers
 from mixadapters.tuners.gates import GateVerbs
-from mixadapters.tuners.moa.config import MoAConfig, check_experts
+from mixadapters.tuners.moa.config import MoAConfig, check_experts, refuse_while_standing
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.sources import Gathered, gather
 from mixadapters.tuners.moa.weights import ExpertWeights
 from mixadapters.tuners.sources import check_new
 
 CHANGING = ("experts", "num_experts", "expert_order", "target_modules")  # fields that coming and going changes
-COPIED = ("ranks", "scales", "biases")  # of what the config says of an expert: a copy has no source of its own
+COPIED = ("ranks", "scales", "biases", "same_as")  # of an entry: a copy has no source of its own
 NEW_ARM_SHARE = 0.05  # of the weight that an expert added later starts with
 
 
@@ -131,7 +131,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
             self._widen(config, name, [path for path in spec.get("ranks", ()) if path not in paths])
             where = {*paths, *spec.get("ranks", ())}
             plan = self._make_plan(config, adapter_name, [p for p in self.places() if p in where])
-            self._refuse_other_leaders(plan, before)
+            _refuse_other_leaders(plan, before)
         except ValueError:
             for field, value in old.items():
                 setattr(config, field, value)
@@ -195,6 +195,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         if len(names) == 1:
             raise ValueError(f"expert {name!r} is the only one; delete the adapter instead")
         self._require(adapter_name, "remove_expert")
+        refuse_while_standing(config, name)
         paths = [path for path, _ in self._mixtures(adapter_name)]
         pieces = config.pieces(name)
         followed = {m.router.key.path for _, m in self._mixtures(adapter_name) if isinstance(m.router, FollowRouter)}
@@ -211,6 +212,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                     if renormalize:
                         self._choose_among(config, mixture.router, len(mixture.router.arms) - 1)
                     mixture.router.remove_expert(piece, renormalize)
+                mixture.stands.pop(piece, None)
                 if piece in mixture.bank.experts:
                     mixture.bank.remove(piece)
             if nulls := getattr(mixture.router, "null_arms", 0) - config.num_null_experts:
@@ -241,15 +243,6 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                     spec.setdefault("scales", {})[path] = config.scale_at(path, rank)
         config.num_experts = 8
         config.expert_order = list(config.experts)
-
-    def _refuse_other_leaders(self, plan: Any, before: dict[str, Any]) -> None:
-        """A router stays at the first layer of its scope, also when the mixture is loaded again."""
-        for path, leader in plan.leader.items():
-            if leader not in before and any(plan.leader.get(old) == leader for old in before):
-                raise ValueError(
-                    f"the new expert adapts {path!r}, which runs before the layer whose router it would share; make "
-                    "the mixture anew from all experts, or use router_scope='module'"
-                )
 
     def _require(self, adapter_name: str, verb: str) -> None:
         router = next(iter(self._leaders(adapter_name).values()))
@@ -284,5 +277,15 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
 
     def _choose_among(self, config: MoAConfig, router: Any, arms: int) -> None:
         """As many experts per token as a router with so many arms has when it is loaded."""
-        if getattr(router, "k", None) is not None:
+        if getattr(router, "k", None) is not None and "k" in router.scheduled:
             router.set_option("k", self.chosen(config, arms))
+
+
+def _refuse_other_leaders(plan: Any, before: dict[str, Any]) -> None:
+    """A router stays at the first layer of its scope, also when the mixture is loaded again."""
+    for path, leader in plan.leader.items():
+        if leader not in before and any(plan.leader.get(old) == leader for old in before):
+            raise ValueError(
+                f"the new expert adapts {path!r}, which runs before the layer whose router it would share; make "
+                "the mixture anew from all experts, or use router_scope='module'"
+            )
