@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.adapter import Adapter, Site
-from mixadapters.core.bank import AdapterBank
+from mixadapters.core.bank import AdapterBank, keeps
 from mixadapters.core.context import ForwardContext, Observer
 from mixadapters.core.losses import real_only
 from mixadapters.core.routes import HardRoutes, pinned_routing, real_rows
 from mixadapters.core.routing import Routing, RoutingKey, with_distribution
 
 Insertion = Literal["parallel", "sequential"]
+# Rows up to which the products of one expert cost less than a call of the op, which passes over the output once less.
+FEW = 64
 
 
 class Mixture(Adapter):
@@ -53,6 +55,7 @@ class Mixture(Adapter):
         self.hard_routes = hard_routes
         self.dropout = nn.Dropout(dropout)
         self.observes, self.replaces = observes, replaces
+        self.lone = self.always_first and tap is None and keeps(bank) and not bank.layer_norm and not bank.scales
         self.kind = (bank.kind, insertion, tap)  # what mixtures that run in one call have in common
         self.key, self.stack = RoutingKey(), ""
 
@@ -70,7 +73,7 @@ class Mixture(Adapter):
     @property
     def rate(self) -> float:
         """The probability of dropout, 0 in evaluation. The op drops, by a hash that is computed again in backward."""
-        dropout = self.dropout
+        dropout = self._modules["dropout"]
         return dropout.p if dropout.training else 0.0
 
     def source(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
@@ -78,6 +81,13 @@ class Mixture(Adapter):
         if self.insertion == "sequential":
             return y
         return x if self.tap is None else context.tap(self.tap)
+
+    def alone(self, x: Tensor, y: Any) -> Tensor | None:
+        if type(y) is not Tensor or not y.is_cpu or y.numel() > FEW * y.shape[-1]:
+            return None
+        if self._forward_hooks or self._forward_pre_hooks or self.rate:
+            return None
+        return self._modules["bank"].alone(x if self.insertion == "parallel" else y, y)
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         source = self.source(x, y, context).to(y.dtype)
