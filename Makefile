@@ -32,7 +32,7 @@ tests test-peft: export OMP_WAIT_POLICY = PASSIVE
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test tests lint types format test-peft kernels-check bench clean
+.PHONY: help demo serve-demo test tests lint types format test-peft docs kernels-check bench clean build/tree
 
 help:  ## this list
 	@echo "usage: make TARGET"
@@ -41,6 +41,9 @@ help:  ## this list
 
 demo: $(VENV)/.demo  ## domains that come and go, against one adapter for all (writes runs/demo/)
 	$(BIN)/python examples/demo.py $(ARGS)
+
+serve-demo: $(VENV)/.serve  ## a tiny model with three adapters as OpenAI's API, and a curl line (ARGS="--port 8000")
+	$(BIN)/python examples/serve_demo.py $(ARGS)
 
 test: lint tests  ## lint, then the tests
 
@@ -71,13 +74,19 @@ endif
 test-peft: $(VENV)/.test  ## PEFT's own test suite on the types of this package
 	$(BIN)/python tests/peft_suite/run.py $(ARGS)
 
-# mypy knows nothing of package_dir: it reads a tree of links laid out as the package is installed.
-types: $(VENV)/.lint
-	@rm -rf build/types && mkdir -p build/types/mixadapters
-	@ln -s "$(CURDIR)"/mixadapters/* build/types/mixadapters/
-	@ln -s "$(CURDIR)/kernels/ops" build/types/mixadapters/kernels
-	@ln -s "$(CURDIR)/tasks" build/types/mixadapters/tasks
-	cd build/types && "$(abspath $(BIN))/mypy" --config-file ../../setup.cfg --cache-dir ../../.mypy_cache --package mixadapters
+docs: $(VENV)/.docs build/tree  ## the documentation as a site, strictly checked (writes build/site/)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
+	@echo "==> build/site/index.html"
+
+types: $(VENV)/.lint build/tree
+	cd build/tree && "$(abspath $(BIN))/mypy" --config-file ../../setup.cfg --cache-dir ../../.mypy_cache --package mixadapters
+
+# mypy and mkdocstrings know nothing of package_dir: they read links that lie as the package is installed.
+build/tree:
+	@rm -rf $@ && mkdir -p $@/mixadapters
+	@ln -s "$(CURDIR)"/mixadapters/* $@/mixadapters/
+	@ln -s "$(CURDIR)/kernels/ops" $@/mixadapters/kernels
+	@ln -s "$(CURDIR)/tasks" $@/mixadapters/tasks
 
 format: $(VENV)/.lint  ## sort imports and format the code in place
 	$(BIN)/ruff check --fix-only --quiet .
@@ -102,8 +111,10 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.made
 	@touch $@
 
 $(VENV)/.demo: EXTRAS = [demo]
+$(VENV)/.serve: EXTRAS = [serve]
 $(VENV)/.test: EXTRAS = [test]
-$(VENV)/.demo $(VENV)/.test: setup.cfg pyproject.toml constraints.txt $(VENV)/.torch
+$(VENV)/.docs: EXTRAS = [docs]
+$(VENV)/.demo $(VENV)/.serve $(VENV)/.test $(VENV)/.docs: setup.cfg pyproject.toml constraints.txt $(VENV)/.torch
 	@echo "==> mixadapters$(EXTRAS) and what it needs"
 	@$(INSTALL) --editable '.$(EXTRAS)'
 	@touch $@

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,10 @@ from torch import Tensor
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from mixadapters.surgery.page import write_page
+from mixadapters.surgery.routes import LayerRoutes, RouteTable, heaviest, spelling
+
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#edc948", "#9c755f")
-BASE_COLOUR = "#bab0ac"
 
 
 def plot_routing(weights: dict[str, dict[str, float]], path: Path) -> None:
@@ -50,36 +50,12 @@ def plot_bars(values: dict[str, dict[str, float]], path: Path, title: str, label
 
 
 def coloured_page(tokenizer: Any, arms: list[str], texts: dict[str, tuple[Tensor, Tensor]], path: Path) -> None:
-    """One HTML file without scripts: every token in the colour of the arm with the largest weight.
+    """The page of routes: every token in the colour of the arm with the largest weight.
 
     texts: kind -> token ids (n, T) and weights (n, T, A).
     """
-    colour = {arm: COLOURS[i % len(COLOURS)] for i, arm in enumerate(arms)} | {"frozen": BASE_COLOUR}
-    legend = " ".join(f'<b style="background:{colour[arm]}">{html.escape(_named(arm))}</b>' for arm in arms)
-    parts = [
-        "<!doctype html><html lang=en><meta charset=utf-8><title>Which domain the gate chose</title>",
-        "<style>body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-        "b,span{padding:1px 2px;color:#fff;border-radius:2px}p{white-space:pre-wrap;font-family:monospace}</style>",
-        f"<h1>Which domain the gate chose</h1><p>{legend}</p>",
-    ]
-    for kind, (ids, weights) in texts.items():
-        parts.append(f"<h2>{html.escape(kind)}</h2>")
-        parts += [f"<p>{_spans(tokenizer, arms, colour, *row)}</p>" for row in zip(ids, weights, strict=True)]
-    path.write_text("\n".join(parts) + "</html>\n", encoding="utf-8")
-
-
-def _named(arm: str) -> str:
-    return "frozen model" if arm == "frozen" else arm
-
-
-def _spans(tokenizer: Any, arms: list[str], colour: dict[str, str], ids: Tensor, weights: Tensor) -> str:
-    chosen = weights.argmax(-1).tolist()
-    spans = []
-    for arm, group in groupby(range(len(ids)), key=chosen.__getitem__):
-        places = list(group)
-        text = html.escape(tokenizer.decode(ids[places[0] : places[-1] + 1]))
-        share = float(weights[places, arm].mean())
-        spans.append(
-            f'<span style="background:{colour[arms[arm]]}" title="{_named(arms[arm])} {share:.2f}">{text}</span>'
-        )
-    return "".join(spans)
+    rows = [(kind, ids, weights) for kind, both in texts.items() for ids, weights in zip(*both, strict=True)]
+    experts, weights = zip(*(heaviest(row) for _, _, row in rows), strict=True)
+    gate = LayerRoutes("gate", tuple(arms), list(experts), list(weights))
+    tokens = [spelling(tokenizer, ids.tolist()) for _, ids, _ in rows]
+    write_page(RouteTable(tokens, [gate], [kind for kind, _, _ in rows]), path, title="Which domain the gate chose")

@@ -30,6 +30,7 @@ NOT_INSTALLED = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 """
+SHIPPED = (".py", ".yaml", ".json", ".html", ".css", ".js")
 HEAVY = ("triton", "datasets", "evaluate", "diffusers", "matplotlib")
 
 
@@ -120,7 +121,7 @@ def test_wheel_has_one_top_level_name_and_every_file(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"mixadapters"}
     expected = {"mixadapters/py.typed"}
     for package, folder in PACKAGE_DIR.items():
-        for path in (f for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".yaml", ".json")):
+        for path in (f for f in (ROOT / folder).rglob("*") if f.suffix in SHIPPED):
             expected.add(f"{package.replace('.', '/')}/{path.relative_to(ROOT / folder).as_posix()}")
     assert set(names) == expected
 

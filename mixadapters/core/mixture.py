@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -9,12 +10,16 @@ from torch import Tensor, nn
 
 from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.bank import AdapterBank, keeps
-from mixadapters.core.context import ForwardContext, Observer
+from mixadapters.core.context import ROUTES, ForwardContext, Observer
 from mixadapters.core.losses import real_only
 from mixadapters.core.routes import HardRoutes, pinned_routing, real_rows
 from mixadapters.core.routing import Routing, RoutingKey, with_distribution
 
 Insertion = Literal["parallel", "sequential"]
+# Called with what the experts of one mixture read, (N, K), its routing and the mask (N,) of the rows that count.
+Watcher = Callable[[Tensor, Routing, "Tensor | None"], None]
+# What is made of a router's routing, whose experts have these names.
+Tuning = Callable[[Routing, "list[str]"], Routing]
 # Rows up to which the products of one expert cost less than a call of the op, which passes over the output once less.
 FEW = 64
 
@@ -58,6 +63,8 @@ class Mixture(Adapter):
         self.lone = self.always_first and tap is None and keeps(bank) and not bank.layer_norm and not bank.scales
         self.kind = (bank.kind, insertion, tap)  # what mixtures that run in one call have in common
         self.key, self.stack = RoutingKey(), ""
+        self.watchers: list[Watcher] = []
+        self.tunings: list[Tuning] = []  # in order, on what the router decides; not on what callers and batches do
 
     def bind(self, site: Site, step: str = "") -> None:
         self.key = RoutingKey(site.adapter, site.group, site.layer, site.path, step)
@@ -85,7 +92,7 @@ class Mixture(Adapter):
     def alone(self, x: Tensor, y: Any) -> Tensor | None:
         if type(y) is not Tensor or not y.is_cpu or y.numel() > FEW * y.shape[-1]:
             return None
-        if self._forward_hooks or self._forward_pre_hooks or self.rate:
+        if self.watchers or self._forward_hooks or self._forward_pre_hooks or self.rate:
             return None
         return self._modules["bank"].alone(x if self.insertion == "parallel" else y, y)
 
@@ -99,6 +106,10 @@ class Mixture(Adapter):
     def expert_names(self) -> list[str]:
         """Names of the experts that the router numbers."""
         return self.bank.names
+
+    def bank_numbers(self) -> list[int]:
+        """The number in the bank of each of the experts that the router numbers; -1 where it has nothing here."""
+        return list(range(len(self.bank.names)))
 
     def dispatch(self, source: Tensor, context: ForwardContext) -> Routing:
         """As `route`, with the experts numbered as in the bank."""
@@ -115,16 +126,21 @@ class Mixture(Adapter):
         trains = decides and record.training and record.grad  # not in a reference pass
         if routing is None:
             routing = self._checked(self.router(self._read(source, context), context), rows)
+            for tuning in self.tunings:
+                routing = tuning(routing, self.expert_names)
+            change = context.record.values.get(ROUTES, {}).get(self.key)
+            if callable(change):
+                routing = self._beside(self._checked(change(routing), rows), source.dtype)
         routing = _in_dtype(routing, source.dtype)
         if not self.always_first:
             record.routings[self.key] = routing
-        if trains or context.observers:
+        if trains or context.observers or self.watchers:
             mask = real_rows(context, self.stack, rows)
             if trains:
                 self._add_losses(routing, mask, context)
                 context.steps.look(self.key, router)
             if not record.closed:  # checkpointing that runs the layer again tells nothing new
-                self._tell(routing, mask, context, rows, source.device, trains)
+                self._tell(routing, mask, context, source, trains)
         return routing
 
     def _read(self, source: Tensor, context: ForwardContext) -> Tensor:
@@ -153,8 +169,12 @@ class Mixture(Adapter):
             routing = self.hard_routes(context, rows, self.key, self.stack)
             if routing is not None and hasattr(self.router, "weigh_given"):
                 routing = self.router.weigh_given(routing, self._read(source, context))
-        if routing is not None and routing.indices is not None and routing.base_weight is None and self.replaces:
-            return routing._replace(base_weight=(routing.indices < 0).all(1).to(source.dtype))
+        return None if routing is None else self._beside(routing, source.dtype)
+
+    def _beside(self, routing: Routing, dtype: torch.dtype) -> Routing:
+        """With the layer's own output only in rows without expert, where experts stand beside it."""
+        if self.replaces and routing.indices is not None and routing.base_weight is None:
+            return routing._replace(base_weight=(routing.indices < 0).all(1).to(dtype))
         return routing
 
     def _add_losses(self, routing: Routing, mask: Tensor | None, context: ForwardContext) -> None:
@@ -163,14 +183,16 @@ class Mixture(Adapter):
             context.add_loss(name, value, weight)
 
     def _tell(
-        self, routing: Routing, mask: Tensor | None, context: ForwardContext, rows: int, device: Any, trains: bool
+        self, routing: Routing, mask: Tensor | None, context: ForwardContext, source: Tensor, trains: bool
     ) -> None:
-        """Tell observers, of which usage in training is one."""
-        names = self.expert_names
-        routing = with_distribution(routing, names, getattr(self.router, "arms", names), rows, device)
+        """Tell observers, of which usage in training is one, and those who watch this mixture."""
+        names, read = self.expert_names, source.reshape(-1, source.shape[-1])
+        routing = with_distribution(routing, names, getattr(self.router, "arms", names), len(read), source.device)
         observers: list[Observer] = [context.usage, *context.observers] if trains else context.observers
         for observer in observers:
             observer(self.key, routing, mask)
+        for watcher in self.watchers:
+            watcher(read, routing, mask)
 
     def observe(self, x: Tensor, y: Tensor, context: ForwardContext) -> list[Tensor]:
         source = self.source(x, y, context).to(y.dtype)

@@ -10,6 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from mixadapters.core.calls import ModelCalls
+from mixadapters.core.cutting import CuttingVerbs
 from mixadapters.core.injection import Injection
 from mixadapters.core.inspection import RoutingVerbs
 from mixadapters.core.layer import AdapterHost, HookedLayer, in_stage
@@ -18,7 +19,7 @@ from mixadapters.core.registry import nearest
 from mixadapters.core.saving import SavedForm
 
 
-class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs):
+class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, CuttingVerbs):
     """Base of the tuners. A method writes `roles` and `build`, and may say by class attributes:
 
     prefix: its type's name in lower case and "_" (set by registration).

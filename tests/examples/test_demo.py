@@ -66,9 +66,9 @@ def test_demo_tells_its_story_and_a_fresh_process_agrees(demo, tmp_path, capsys)
     for picture in ("routing.png", "perplexity.png", "adding.png"):
         assert (tmp_path / picture).stat().st_size > 5000
     page = (tmp_path / "text.html").read_text(encoding="utf-8")
-    assert "&lt;" in page
+    assert "\\u003c" in page
     assert "<b>x" not in page
-    assert not any(word in page for word in ("<script", "src=", "href=", "url("))
+    assert not any(word in page for word in ("src=", 'href="h', "url(", "//fonts"))
 
 
 def test_a_users_model_and_text(demo, tmp_path, monkeypatch) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mixadapters.core.files import being_loaded
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.registry import nearest
+from mixadapters.surgery.splitting import segment
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.lora import Factors, save_lora
@@ -75,7 +75,8 @@ class ExpertWeights(MixtureModel):
         factors = {}
         for path, mixture in self._mixtures(adapter_name):
             by_name = dict(zip(mixture.bank.names, mixture.bank.weights(None), strict=True))
-            parts = [by_name[piece] for piece in config.pieces(name) if piece in by_name]
+            held = [mixture.holder_of(piece) for piece in config.pieces(name)]
+            parts = [by_name[piece] for piece in held if piece is not None]
             if parts:
                 biases = [w.b_up for w in parts if w.b_up is not None]
                 factors[path] = Factors(
@@ -117,12 +118,3 @@ class ExpertWeights(MixtureModel):
         for host in self.hosts():
             if adapter_name in host.adapters:
                 yield host.path, host.adapters[adapter_name]
-
-
-def segment(key: str, tensor: Tensor, i: int, count: int) -> Tensor:
-    """The i-th of `count` slices of an expert's parameter: all of them together are the expert, exactly."""
-    if count == 1:
-        return tensor
-    if key == "up.weight":
-        return tensor.chunk(count, 1)[i]
-    return tensor / count if key == "up.bias" else tensor.chunk(count, 0)[i]

@@ -1,0 +1,473 @@
+"""The experts of MoE base models: one view of all the types in the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixadapters.core.bank import Weights
+from mixadapters.core.hooks import root_of
+from mixadapters.core.routing import chosen_experts
+from mixadapters.surgery.bases import BASES, Base
+from mixadapters.surgery.view import ExpertLayer, Routed, Watcher, check_map, check_order, context_of
+
+FUSED = ("gate_up_proj", "up_proj", "down_proj")
+COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")  # attributes of modules
+
+
+def base_layers(model: nn.Module) -> list[ExpertLayer]:
+    """The MoE blocks of the base model.
+
+    Raises:
+        ValueError: their type is not in the table; or they are quantized, sharded or without weights.
+    """
+    root = root_of(model)
+    found: list[ExpertLayer] = []
+    for name, module in root.named_modules():
+        if not _holds_experts(module):
+            continue
+        kind = getattr(getattr(module, "config", None), "model_type", None) or _type_of(root)
+        if kind not in BASES:
+            raise ValueError(
+                f"the experts at {name!r} are of model_type={kind!r}, which is not in the table of MoE base models; "
+                f"those that are: {', '.join(sorted(BASES))}"
+            )
+        _refuse_form(root, module, name)
+        found.append(BaseExperts(root, name, module, BASES[kind], kind))
+    return found
+
+
+def settle_config(model: nn.Module) -> None:
+    """Have the config, and modules that repeat it, say how many experts the blocks have, where all have as many."""
+    root: Any = root_of(model)
+    layers: list[Any] = base_layers(root)
+    counts = {len(layer.names) for layer in layers}
+    if not layers or len(counts) > 1 or any(layer.map is not None for layer in layers):
+        return
+    config = getattr(layers[0].experts, "config", root.config)
+    field = count_field(config)
+    before, now = getattr(config, field), counts.pop()
+    setattr(config, field, now)
+    for module in root.modules():
+        if before != now:
+            _recount(module, before, now)
+
+
+def count_field(config: Any) -> str:
+    """The field of a model's config that says how many experts a block has."""
+    said = config.to_dict()
+    return next(name for name in (*COUNTS, "moe_num_experts") if name in said)
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether a module holds fused experts, in whatever form, or is a list of experts beside a router."""
+    if "Experts" not in type(module).__name__:
+        return False
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    if any(t is not None and t.dim() >= 3 for t in tensors) or isinstance(module, nn.ModuleList):
+        return True
+    return any(name.startswith(FUSED) for name in (*module._parameters, *module._buffers))
+
+
+def _type_of(root: nn.Module) -> str:
+    return str(getattr(getattr(root, "config", None), "model_type", type(root).__name__))
+
+
+def _refuse_form(root: nn.Module, module: nn.Module, name: str) -> None:
+    """Raise ValueError for experts whose tensors cannot be cut as they lie."""
+    quantized = getattr(root, "hf_quantizer", None) is not None or getattr(root, "is_quantized", False)
+    plain = [module._parameters.get(part) for part in FUSED]
+    held = [p for p in plain if p is not None]
+    if quantized or len(held) != 2 or not all(p.dim() == 3 and p.is_floating_point() for p in held):
+        raise ValueError(
+            f"the experts at {name!r} are quantized, or not in the fused form of transformers 5 (they hold "
+            f"{sorted(module._parameters)}): surgery needs their weights; load the model without quantization, "
+            "cut it, save it, and quantize that"
+        )
+    if any(type(p.data) is not Tensor or p.is_meta for p in held):
+        raise ValueError(
+            f"the experts at {name!r} are sharded, or have no weights yet ({type(held[0].data).__name__} on "
+            f"{held[0].device}): load the model whole, on one device or by device_map"
+        )
+
+
+class ExpertMap(nn.Module):
+    """Which expert takes the rows of each of the router's columns; -1: none does, and the row's weight is lost.
+
+    A module of the experts' module, before whose forward it renumbers what the router has chosen.
+    """
+
+    numbers: Tensor
+
+    def __init__(self, numbers: Sequence[int] | Tensor, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.register_buffer("numbers", torch.as_tensor(numbers, dtype=torch.long, device=device))
+
+    def forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Renumbers the arguments of the experts' module."""
+        x, indices, weights = _arguments(args, kwargs)
+        found = self.numbers[indices]
+        return (x, found.clamp_min(0), weights * (found >= 0)), {}
+
+    def attach(self, experts: nn.Module) -> None:
+        detach_map(experts)
+        experts.expert_map = self
+        experts.register_forward_pre_hook(self.forward, with_kwargs=True)
+
+
+def detach_map(experts: nn.Module) -> None:
+    """Take the map off, where there is one."""
+    found = experts._modules.pop("expert_map", None)
+    for key, hook in list(experts._forward_pre_hooks.items()):
+        if found is not None and getattr(hook, "__self__", None) is found:
+            del experts._forward_pre_hooks[key]
+            experts._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, indices and weights: in this order everywhere, under several names."""
+    x, indices, weights = (*args, *kwargs.values())
+    return x, indices, weights
+
+
+class BaseExperts(ExpertLayer):
+    """The experts of one MoE block of a base model.
+
+    Attributes:
+        experts: the module that holds them. block: the one around it, with the router.
+        model_type: the row of the table.
+    """
+
+    kind = "base"
+
+    def __init__(self, root: nn.Module, name: str, experts: nn.Module, base: Base, model_type: str) -> None:
+        self.root, self.experts, self.base, self.model_type = root, experts, base, model_type
+        self.path = ".".join(part for part in name.split(".") if part != "base_layer")
+        self.block = root.get_submodule(name.rpartition(".")[0])
+        self.gate: Any = self.block.get_submodule(base.router)
+        self.groups = 1 if base.groups is None else int(getattr(self.gate, base.groups, None) or 1)
+        if isinstance(base.competes, str):
+            self.competes = not getattr(self.gate, base.competes)
+        else:
+            self.competes = base.competes
+
+    # --- what it is -------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(map(str, range(len(self._down))))
+
+    @property
+    def top_k(self) -> int | None:
+        return int(self.gate.top_k)
+
+    @property
+    def width(self) -> int:
+        return self._down.shape[-1 if self._transposed else -2]
+
+    @property
+    def activation(self) -> str:
+        if self.base.activation is not None:
+            return self.base.activation
+        config: Any = getattr(self.experts, "config", None) or self.root.config
+        return str(config.mlp_hidden_act if hasattr(config, "mlp_hidden_act") else config.hidden_act)
+
+    @property
+    def _down(self) -> Any:
+        return self.experts._parameters["down_proj"]
+
+    @property
+    def _transposed(self) -> bool:
+        return bool(getattr(self.experts, "is_transposed", False))
+
+    @property
+    def map(self) -> Any:
+        """The `ExpertMap`; None where each column of the router has an expert of its own."""
+        return self.experts._modules.get("expert_map")
+
+    # --- weights ----------------------------------------------------------------------------------------------
+
+    def weights(self, e: int) -> Weights:
+        first, bias = self._first(e, ""), self._first(e, "_bias")
+        (gate, down), (b_gate, b_down) = self._parted(first), self._parted(bias)
+        up, b_up = self._down[e], self.experts._parameters.get("down_proj_bias")
+        up = up.t() if self._transposed else up
+        return Weights(down.detach(), up.detach(), _plain(b_down), None if b_up is None else _plain(b_up[e]),
+                       _plain(gate), _plain(b_gate))  # fmt: skip
+
+    def _first(self, e: int, end: str) -> Tensor | None:
+        """What the expert multiplies its input by, (2 r, K) or (r, K); or its bias."""
+        held = self.experts._parameters
+        tensor = held.get(f"gate_up_proj{end}", held.get(f"up_proj{end}"))
+        if tensor is None:
+            return None
+        return tensor[e].t() if self._transposed and not end else tensor[e]
+
+    def _parted(self, both: Tensor | None) -> tuple[Any, Any]:
+        """The parts of gate and up: rows one after the other, or in turn."""
+        if both is None or "gate_up_proj" not in self.experts._parameters:
+            return None, both
+        if getattr(self.experts, "is_concatenated", True):
+            gate, up = both.chunk(2)
+            return gate, up
+        return both[0::2], both[1::2]
+
+    @torch.no_grad()
+    def set_weights(self, e: int, weights: Weights) -> None:
+        mine = self.weights(e)
+        for name in ("down", "up", "gate", "b_down", "b_up", "b_gate"):
+            old, new = getattr(mine, name), getattr(weights, name)
+            if (old is None) != (new is None) or (old is not None and old.shape != new.shape):
+                have, given = (None if t is None else tuple(t.shape) for t in (old, new))
+                raise ValueError(
+                    f"{name} {given} does not fit the experts at {self.path!r}, whose are {have}: those of a base "
+                    "model lie in one tensor, and have one rank"
+                )
+        if weights.norm is not None or isinstance(weights.scale, Tensor) or weights.scale != 1.0:
+            raise ValueError(f"the experts at {self.path!r} have no norm and no scale of their own; fold these in")
+        for name in ("down", "up", "gate", "b_down", "b_up", "b_gate"):
+            if (view := getattr(mine, name)) is not None:
+                view.copy_(getattr(weights, name))
+
+    @torch.no_grad()
+    def run(self, e: int, x: Tensor) -> Tensor:
+        return _each(type(self.experts).forward, self.experts, x, x.new_full((len(x), 1), e, dtype=torch.long))[:, 0]
+
+    def router_rows(self) -> Tensor | None:
+        rows = _found(self.block, self.base.rows[0])[2]
+        if self.map is None:
+            return rows.detach()
+        columns = [self.map.numbers.tolist().index(e) for e in range(len(self.names))]
+        return rows.detach()[columns]
+
+    # --- cutting ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
+        self.check_keep(order, preserve_mass)
+        kept = [int(e) for e in order]
+        numbers = self._renumbered({e: place for place, e in enumerate(kept)})
+        if not preserve_mass:
+            stay = _staying(numbers)
+            self._keep_columns(stay)
+            numbers = [numbers[c] for c in stay]
+        self._keep_experts(kept)
+        self._settle_map(numbers)
+
+    def check_keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
+        kept = check_order(self, order)
+        self._refuse_adapted()
+        if not preserve_mass:
+            numbers = self._renumbered({e: place for place, e in enumerate(kept)})
+            self._check_columns(_staying(numbers), len(numbers))
+
+    def _renumbered(self, place_of: Mapping[int, int]) -> list[int]:
+        """For each of the router's columns the place that its expert gets, -1 for none."""
+        columns = list(range(len(self.names))) if self.map is None else self.map.numbers.tolist()
+        return [place_of.get(e, -1) for e in columns]
+
+    @torch.no_grad()
+    def assign(self, expert_map: Sequence[int]) -> None:
+        stands = check_map(self, expert_map)
+        self._refuse_adapted()
+        kept = sorted(set(stands))
+        numbers = self._renumbered({e: kept.index(other) for e, other in enumerate(stands)})
+        self._keep_experts(kept)
+        self._settle_map(numbers)
+
+    def _refuse_adapted(self) -> None:
+        """Raise ValueError where adapters of PEFT sit on the experts or their router."""
+        parts = [self.experts, *self.gate.modules()]
+        if any(hasattr(m, "base_layer") or hasattr(m, "parametrizations") for m in (*parts, self.block)):
+            raise ValueError(
+                f"adapters sit on the experts at {self.path!r}, or on their router, and would not fit any more: cut "
+                "the base model first, then add adapters"
+            )
+
+    def _check_columns(self, stay: Sequence[int], total: int) -> None:
+        """Raise ValueError where the router cannot choose among the columns that stay, of so many."""
+        top_k = self.top_k or 1
+        if len(stay) < top_k:
+            raise ValueError(
+                f"{len(stay)} experts at {self.path!r} are fewer than the {top_k} that a token uses: keep more, or "
+                "preserve their mass"
+            )
+        size = total // self.groups
+        if self.groups > 1:
+            members = [sorted(c for c in stay if c // size == group) for group in range(self.groups)]
+            in_blocks = [c // size for c in stay] == sorted(c // size for c in stay)
+            if len({len(group) for group in members}) > 1 or len(members[0]) < min(2, size) or not in_blocks:
+                raise ValueError(
+                    f"the router at {self.path!r} chooses first among {self.groups} groups of {size} experts, of "
+                    f"which {[len(group) for group in members]} would stay: keep as many of each, two or more, in "
+                    "their order"
+                )
+
+    def _keep_columns(self, stay: Sequence[int]) -> None:
+        """Shrink the router, and whatever has an entry for each of its columns."""
+        before = _found(self.block, self.base.rows[0])[2].shape[0]
+        for row in self.base.rows:
+            owner, name, tensor = _found(self.block, row)
+            axis = tensor.dim() - 1 if tensor.shape[0] == 1 else 0  # (E, d), (E,) or (1, E)
+            new = tensor.detach().index_select(axis, torch.tensor(stay, device=tensor.device))
+            if isinstance(tensor, nn.Parameter):
+                owner._parameters[name] = nn.Parameter(new, tensor.requires_grad)
+            else:
+                owner._buffers[name] = new
+        for module in (self.block, *self.gate.modules()):
+            _recount(module, before, len(stay))
+
+    def _keep_experts(self, kept: Sequence[int]) -> None:
+        before = len(self.names)
+        for name, tensor in self.experts._parameters.items():
+            if tensor is not None:
+                index = torch.tensor(kept, device=tensor.device)
+                new = nn.Parameter(tensor.detach().index_select(0, index), tensor.requires_grad)
+                self.experts._parameters[name] = new
+        _recount(self.experts, before, len(kept))
+
+    def _settle_map(self, numbers: Sequence[int]) -> None:
+        """Have a map where columns and experts are not the same."""
+        if list(numbers) == list(range(len(self.names))):
+            detach_map(self.experts)
+        else:
+            ExpertMap(numbers, self._down.device).attach(self.experts)
+
+    # --- choosing, and watching -------------------------------------------------------------------------------
+
+    @contextmanager
+    def rechosen(self, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """`choose` makes of the indices and weights (N, k) of each row others, in every forward inside the block.
+
+        Experts are numbered as in `names`, -1 for those that are gone. What watches sees what comes of it.
+        """
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            x, indices, weights = _arguments(args, kwargs)
+            if self.map is None:
+                return (x, *choose(indices, weights)), {}
+            experts, weights = choose(self.map.numbers[indices], weights)
+            column = torch.tensor([self.map.numbers.tolist().index(e) for e in range(len(self.names))])
+            kept = torch.where(experts >= 0, column.to(indices.device)[experts.clamp_min(0)], indices)
+            return (x, kept, weights), {}
+
+        handle = self.experts.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        self.experts.__dict__.setdefault("rechoosing", []).append(handle.id)
+        try:
+            yield
+        finally:
+            self.experts.__dict__["rechoosing"].remove(handle.id)
+            handle.remove()
+
+    @contextmanager
+    def watch(self, callback: Watcher, outputs: bool = False) -> Iterator[None]:
+        with ExitStack() as stack:
+            context = stack.enter_context(context_of(self.root))
+            watched = _Watched(self, callback, context, outputs)
+            stack.callback(self.gate.register_forward_hook(watched.see_logits).remove)
+            pre_hook = self.experts.register_forward_pre_hook(watched.see_choice, with_kwargs=True, prepend=True)
+            stack.callback(pre_hook.remove)
+            for number in self.experts.__dict__.get("rechoosing", ()):  # who watches sees what comes of these
+                self.experts._forward_pre_hooks.move_to_end(number, last=False)
+            if outputs:
+                stack.enter_context(_standing_in(self.experts, watched.forward))
+            yield
+
+
+class _Watched:
+    """Gathers what one block does in a forward: its logits, its choice, and where asked what each expert gives."""
+
+    def __init__(self, layer: BaseExperts, callback: Watcher, context: Any, outputs: bool) -> None:
+        self.layer, self.callback, self.context, self.outputs = layer, callback, context, outputs
+        self.logits: Tensor | None = None
+        self.choice: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def see_logits(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.logits = output[0].detach().reshape(-1, output[0].shape[-1])
+
+    def see_choice(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.choice = _arguments(args, kwargs)
+        if not self.outputs:
+            self.tell(None)
+
+    def forward(self, plain: Callable[..., Tensor], x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        """What the experts' module gives, put together from what each expert gives."""
+        each = _each(plain, self.layer.experts, x, indices)  # (N, k, M)
+        self.tell(each.detach())
+        return (each * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+
+    def tell(self, each: Tensor | None) -> None:
+        assert self.choice is not None
+        record = self.context.record
+        if record.closed or self.context.records.again:  # checkpointing runs the block again
+            return
+        x, indices, weights = (t.detach() for t in self.choice)
+        stream, count = self.context.stream(), len(x)
+        mask = None if stream.mask is None or stream.mask.numel() != count else stream.mask.reshape(-1)
+        logits, probs, numbers = self.logits, None, self.layer.map
+        if logits is not None:
+            probs = logits.float().softmax(-1) if self.layer.base.scores == "softmax" else logits.float().sigmoid()
+            probs = probs / probs.sum(-1, keepdim=True)
+        if numbers is not None:
+            indices = numbers.numbers[indices]
+            logits = None if logits is None else joined_logits(logits, numbers.numbers, len(self.layer.names))
+        used = indices >= 0
+        self.callback(Routed(
+            x, indices, weights, logits, probs, mask,
+            None if each is None else lambda: each.float().norm(dim=-1) * used,
+            None if each is None else lambda: each * used.unsqueeze(-1),
+        ))  # fmt: skip
+
+
+def joined_logits(logits: Tensor, numbers: Tensor, experts: int) -> Tensor:
+    """logits (N, A) of columns -> (N, E) of the experts that take their rows: of several the log of their sum."""
+    spread = chosen_experts(numbers.view(-1, 1), experts).t()  # (E, A)
+    return torch.where(spread, logits.unsqueeze(1), -torch.inf).logsumexp(-1)
+
+
+@contextmanager
+def _standing_in(experts: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """`forward(plain, x, indices, weights)` in place of the module's own, which it is given."""
+    before = experts.__dict__.get("forward")
+    plain = type(experts).forward if before is None else (lambda module, *args: before(*args))
+    experts.__dict__["forward"] = lambda *args, **kwargs: forward(plain, *_arguments(args, kwargs))
+    try:
+        yield
+    finally:
+        del experts.__dict__["forward"]
+        if before is not None:
+            experts.__dict__["forward"] = before
+
+
+def _each(plain: Callable[..., Tensor], experts: nn.Module, x: Tensor, indices: Tensor) -> Tensor:
+    """x (N, K), indices (N, k) -> (N, k, M) of each expert: each choice as a row of its own, of weight 1."""
+    count, k = indices.shape
+    rows = x.repeat_interleave(k, 0)
+    return plain(experts, rows, indices.reshape(-1, 1), x.new_ones(count * k, 1)).view(count, k, -1)
+
+
+def _staying(numbers: Sequence[int]) -> list[int]:
+    """The columns that have an expert, in the order of these."""
+    return sorted((c for c, number in enumerate(numbers) if number >= 0), key=lambda c: numbers[c])
+
+
+def _found(block: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
+    """The module, the name in it and the tensor of a name inside `block`."""
+    path, _, last = name.rpartition(".")
+    owner = block.get_submodule(path)
+    return owner, last, getattr(owner, last)
+
+
+def _recount(module: Any, before: int, now: int) -> None:
+    """Set what a module says of the number of experts."""
+    for name in (*COUNTS, *(("out_features",) if isinstance(module, nn.Linear) else ())):
+        if module.__dict__.get(name) == before:
+            setattr(module, name, now)
+
+
+def _plain(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()

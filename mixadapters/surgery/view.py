@@ -1,0 +1,176 @@
+"""What surgery sees of a layer of routed experts, whoever holds them: a mixture of ours, or a block of the base."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixadapters.core.bank import Weights
+from mixadapters.core.context import ForwardContext
+from mixadapters.surgery.function import hidden_of
+
+
+class Routed(NamedTuple):
+    """What a layer of experts has decided for the N rows of one forward. Experts are numbered as in `names`."""
+
+    inputs: Tensor  # (N, K) what the experts read
+    indices: Tensor  # (N, k) int, -1 selects nothing
+    weights: Tensor  # (N, k)
+    logits: Tensor | None  # (N, E) of the experts; None where the router has none
+    probs: Tensor | None  # (N, A) the router's distribution over its arms, of which some may be no experts
+    mask: Tensor | None  # (N,) bool, False for padding and for rows of other adapters; None: all count
+    norms: Callable[[], Tensor] | None = None  # -> (N, k) of the experts' outputs, before their weights; 0 for -1
+    outputs: Callable[[], Tensor] | None = None  # -> (N, k, M) the outputs themselves
+
+
+Watcher = Callable[[Routed], None]
+
+
+class ExpertLayer(ABC):
+    """A layer of routed experts: its weights, what it decides, and how experts leave it.
+
+    Attributes:
+        path: of the module that holds the experts, as in the model without adapters.
+        kind: "bank" for a mixture of an adapter, "base" for an MoE block of the base model.
+        adapter: name of the adapter; "" for the base.
+        groups: of so many equal blocks of experts a row uses some; as many experts must stay in each.
+        competes: whether experts that a row does not use take weight from those that it does. Then the weights of all
+            rows grow where experts leave, unless their mass is preserved.
+        stack: "encoder" or "decoder" in models that have both.
+    """
+
+    path: str
+    kind: Literal["bank", "base"]
+    adapter: str = ""
+    groups: int = 1
+    competes: bool = False
+    stack: str = ""
+
+    @property
+    def key(self) -> str:
+        """The layer's name in usages and reports."""
+        return self.path if self.kind == "base" else f"{self.path}/{self.adapter}"
+
+    @property
+    def router(self) -> str:
+        """The key of the layer by whose router it goes. Layers of one router must lose the same experts."""
+        return self.key
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.key!r}, {len(self.names)} experts>"
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Of the experts, in the order of their numbers."""
+
+    @property
+    @abstractmethod
+    def top_k(self) -> int | None:
+        """Experts that a row uses. None: it varies, or all."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """K, of what an expert reads."""
+
+    @property
+    @abstractmethod
+    def activation(self) -> str:
+        """As in `kernels.ACTIVATIONS`, or the base's own."""
+
+    @abstractmethod
+    def weights(self, e: int) -> Weights:
+        """Views of an expert's weights; what is written into them is written into the model.
+
+        A gated expert is up(act(gate x) * down x), in the base too, whose names for these differ.
+        """
+
+    @abstractmethod
+    def set_weights(self, e: int, weights: Weights) -> None:
+        """Write an expert's weights.
+
+        Raises:
+            ValueError: they do not fit the layer.
+        """
+
+    @abstractmethod
+    def run(self, e: int, x: Tensor) -> Tensor:
+        """x (N, K) -> (N, M), what the expert makes of it."""
+
+    @abstractmethod
+    def router_rows(self) -> Tensor | None:
+        """(E, d) the router's weights for each expert; None where it has no row for each."""
+
+    @abstractmethod
+    def keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
+        """Drop the experts that `order` does not name, and the router's columns for them.
+
+        preserve_mass: the router keeps these columns, for which no expert then does anything. So a row whose experts
+            all stay is unchanged; where one leaves, it gets nothing in its place.
+
+        Raises:
+            ValueError: no such experts, none of them, or too few for what the router chooses.
+        """
+
+    @abstractmethod
+    def check_keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
+        """Raise what `keep` would raise, and change nothing."""
+
+    @abstractmethod
+    def assign(self, expert_map: Sequence[int]) -> None:
+        """Let one expert stand for several: the router stays, and rows of expert e go to expert_map[e].
+
+        Raises:
+            ValueError: one number for each expert is needed, and those who stand for others stand for themselves.
+        """
+
+    @abstractmethod
+    def watch(self, callback: Watcher, outputs: bool = False) -> AbstractContextManager[None]:
+        """Call back with what is `Routed` in every forward inside the block; once where checkpointing runs it again.
+
+        outputs: whether `Routed.norms` and `Routed.outputs` are needed, which may cost time.
+        """
+
+
+def check_order(layer: ExpertLayer, order: Sequence[int]) -> list[int]:
+    """The numbers of experts to keep. Raises ValueError where they are none of the layer's."""
+    kept, count = [int(e) for e in order], len(layer.names)
+    if not kept or len(set(kept)) < len(kept) or not all(0 <= e < count for e in kept):
+        raise ValueError(f"order={list(order)} at {layer.key!r} must be different numbers of its {count} experts")
+    return kept
+
+
+def check_map(layer: ExpertLayer, expert_map: Sequence[int]) -> list[int]:
+    """Which expert stands for each. Raises ValueError as `ExpertLayer.assign`."""
+    found, count = [int(e) for e in expert_map], len(layer.names)
+    if len(found) != count or not all(0 <= e < count and found[e] == e for e in found):
+        raise ValueError(
+            f"expert_map={list(expert_map)} at {layer.key!r} must have {count} numbers of experts, and those who "
+            "stand for others must stand for themselves"
+        )
+    return found
+
+
+def expert_output(weights: Weights, activation: str, x: Tensor) -> Tensor:
+    """x (N, K) -> (N, M), what an expert of ours makes of it: scale (up act(down x) + b_up), or the gated form."""
+    return F.linear(hidden_of(weights, x, activation), weights.up, weights.b_up) * weights.scale
+
+
+@contextmanager
+def context_of(model: nn.Module) -> Iterator[ForwardContext]:
+    """What is known of each forward of `model`: of one with adapters, or of a bare one for the time of the block."""
+    found = ForwardContext.find(model)
+    if found is not None:
+        yield found
+        return
+    made = ForwardContext.of(model)
+    try:
+        yield made
+    finally:
+        made.detach(model)

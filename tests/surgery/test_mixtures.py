@@ -1,0 +1,211 @@
+"""Our mixtures as layers of experts: what is seen of them behind every router, and what they weigh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixadapters import ROUTERS, MixDAConfig, MoAConfig
+from mixadapters.surgery.layers import expert_layers
+from mixadapters.surgery.mixtures import MixtureExperts
+from mixadapters.surgery.usage import ExpertUsage, record_usage
+from mixadapters.surgery.view import expert_output
+
+ROUTED = sorted(name for name in ROUTERS if not name.startswith("toy_") and name not in ("single", "modality"))
+OPTIONS: dict[str, dict[str, Any]] = {"top_p": {"p": 0.8}, "tree": {"gamma": 10.0}}
+ENCODERS = ("expert_choice",)  # refused in causal models
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """With adapters that do something."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "moa_" in name or "mixda_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def moa(tiny: Any, router: str = "top_k", kind: str = "llama", **options: Any) -> Any:
+    spec = {"kind": router, **OPTIONS.get(router, {})}
+    scope = {"router_scope": "model"} if router == "counts" else {}
+    config = MoAConfig(**{
+        "num_experts": 4, "r": 3, "router": spec, "target_modules": ["down_proj"] if kind == "llama" else
+        r".*layer\.\d+\.output\.dense", **scope, **options})  # fmt: skip
+    model = get_peft_model(tiny(kind, num_hidden_layers=2), config)
+    if router == "counts":
+        texts = {f"expert{i}": [list(range(5 + 20 * i, 30 + 20 * i))] for i in range(4)}
+        model.base_model.fit_gate(texts, general=[list(range(5, 90))])
+    randomised(model)
+    if router == "arrow":
+        model.base_model.fit_router()
+    return model
+
+
+def hand_count(model: Any, inputs: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """By path, from what the banks are given: tokens, mass and saliency of each expert, padding left out."""
+    real, found, handles = inputs["attention_mask"].bool().flatten(), {}, []
+    for layer in expert_layers(model):
+
+        def look(bank: Any, args: Any, path: str = layer.path) -> None:
+            tokens, routing = args[0], args[1]
+            count = len(bank.names)
+            sums = found[path] = {"tokens": [0] * count, "mass": [0.0] * count, "saliency": [0.0] * count}
+            every = bank.weights(None)
+            for row in real.nonzero().flatten().tolist():
+                chosen = range(count) if routing.indices is None else routing.indices[row].tolist()
+                for slot, e in enumerate(chosen):
+                    if e >= 0:
+                        weight = 1.0 if routing.weights is None else float(routing.weights[row, slot])
+                        output = F.linear(F.linear(tokens[row], every[e].down), every[e].up) * every[e].scale
+                        sums["tokens"][e] += 1
+                        sums["mass"][e] += weight
+                        sums["saliency"][e] += weight * float(output.norm())
+
+        handles.append(layer.mixture.bank.register_forward_pre_hook(look))  # type: ignore[attr-defined]
+    model(**inputs)
+    [handle.remove() for handle in handles]
+    return found
+
+
+@pytest.mark.parametrize("router", ROUTED)
+@torch.no_grad()
+def test_usage_is_a_hand_count(router: str, tiny: Any, tiny_inputs: Any) -> None:
+    kind = "bert" if router in ENCODERS else "llama"
+    model = moa(tiny, router, kind)
+    inputs = tiny_inputs(kind, padding="right")
+    if router == "task":
+        inputs["expert_ids"] = torch.tensor([2, 0])
+    plain = model(**inputs).logits
+    with record_usage(model, samples=5) as usage:
+        recorded = model(**inputs).logits
+    assert torch.equal(plain, recorded)
+    found = hand_count(model, inputs)
+    assert len(found) == len(usage.layers) == 2
+    for layer in expert_layers(model):
+        mine, hand = usage[layer.key], found[layer.path]
+        assert mine.names == layer.names == ("expert0", "expert1", "expert2", "expert3")
+        assert mine.tokens.tolist() == hand["tokens"]
+        torch.testing.assert_close(mine.mass.tolist(), hand["mass"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine.saliency.tolist(), hand["saliency"], rtol=1e-4, atol=1e-5)
+        assert int(mine.rows) == int(inputs["attention_mask"].sum())
+        assert mine.logits.shape == (5, 4)
+        assert sum(hand["tokens"])
+
+
+def test_experts_without_weights_here_and_shared_ones_are_none_of_a_layer(tiny: Any, tiny_inputs: Any) -> None:
+    """One router for the whole model numbers all experts, of which each layer has some."""
+    config = MoAConfig(
+        num_experts={"0": 2, "1": 4}, r=3, n_shared_experts=1, router_scope="model", target_modules=["down_proj"]
+    )
+    model = randomised(get_peft_model(tiny("llama", num_hidden_layers=2), config))
+    first, second = expert_layers(model)
+    assert (first.names, len(second.names)) == (("expert0", "expert1"), 4)
+    assert second.router == first.router == first.key != second.key
+    inputs = tiny_inputs("llama")
+    with record_usage(model) as usage:
+        model(**inputs)
+    assert int(usage[second.key].tokens.sum()) == 2 * 14
+    assert usage[first.key].tokens.tolist() == usage[second.key].tokens.tolist()[:2]
+
+
+def test_labels_part_a_usage_and_sum_to_it(tiny: Any, tiny_inputs: Any) -> None:
+    model, inputs = moa(tiny), tiny_inputs("llama", padding="left")
+    with record_usage(model, labels=["law", "code"]) as usage:
+        model(**inputs)
+        usage.labels = ["code", "code"]
+        model(**inputs)
+    law, code = usage.by_label["law"], usage.by_label["code"]
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    for key, whole in usage.layers.items():
+        assert int(law[key].rows) == lengths[0]
+        assert int(code[key].rows) == lengths[0] + 2 * lengths[1]
+        both = law[key] + code[key]
+        for name in ("tokens", "mass", "saliency", "pairs", "rows", "entropy"):
+            torch.testing.assert_close(getattr(both, name), getattr(whole, name))
+    with record_usage(model, labels=["law"]), pytest.raises(ValueError, match="labels"):
+        model(**inputs)
+    with pytest.raises(ValueError, match="list of strings"), record_usage(model, labels="law"):  # type: ignore[arg-type]
+        pass
+
+
+def test_two_usages_add_and_a_file_brings_them_back(tiny: Any, tiny_inputs: Any, tmp_path: Any) -> None:
+    model, halves = moa(tiny), [tiny_inputs("llama", seed=seed) for seed in (1, 2)]
+    parts = []
+    for half in halves:
+        with record_usage(model, labels=["a", "b"], samples=9) as usage:
+            model(**half)
+        parts.append(usage)
+    with record_usage(model, labels=["a", "b"], samples=9) as whole:
+        for half in halves:
+            model(**half)
+    total = parts[0] + parts[1]
+    for key, layer in whole.layers.items():
+        for name in ("tokens", "mass", "saliency", "pairs", "rows", "entropy"):
+            torch.testing.assert_close(getattr(total[key], name), getattr(layer, name))
+        assert len(total[key].logits) == 9
+    whole.save(tmp_path / "usage.safetensors")
+    loaded = ExpertUsage.load(tmp_path / "usage.safetensors")
+    assert list(loaded.by_label) == ["a", "b"]
+    for usage, again in ((whole, loaded), (whole.by_label["b"], loaded.by_label["b"])):
+        for key, layer in usage.layers.items():
+            assert again[key].names == layer.names
+            assert all(torch.equal(getattr(again[key], n), getattr(layer, n)) for n in ("tokens", "logits", "pairs"))
+    (tmp_path / "broken").write_bytes(b"\x00" * 40)
+    with pytest.raises(ValueError, match=r"no file that ExpertUsage\.save has written"):
+        ExpertUsage.load(tmp_path / "broken")
+
+
+def test_generation_is_recorded_token_by_token(tiny: Any, tiny_inputs: Any) -> None:
+    model, inputs = moa(tiny), tiny_inputs("llama", padding="left")
+    with record_usage(model, labels=["a", "b"]) as usage:
+        made = model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, num_beams=2, do_sample=False)
+    rows = int(inputs["attention_mask"].sum()) * 2 + 3 * 4  # beams read the prompt twice; the last token is not read
+    assert made.shape[1] == inputs["input_ids"].shape[1] + 4
+    assert {int(layer.rows) for layer in usage.layers.values()} == {rows}
+    assert sum(int(one.layers[key].rows) for one in usage.by_label.values() for key in list(one.layers)[:1]) == rows
+
+
+def test_rows_of_other_adapters_do_not_count(tiny: Any, tiny_inputs: Any) -> None:
+    model, inputs = moa(tiny), tiny_inputs("llama")
+    model.add_adapter("other", MoAConfig(num_experts=2, r=3, target_modules=["down_proj"]))
+    with record_usage(model) as usage:
+        model(**inputs, adapter_names=["other", "default"])
+    assert all(int(layer.rows) == 7 for layer in usage.layers.values())
+    assert {layer.adapter for layer in usage.layers.values()} == {"default", "other"}
+    with pytest.raises(ValueError, match=r"adapter='third' is unknown; have \['default', 'other'\]"):
+        expert_layers(model, "third")
+    with pytest.raises(ValueError, match="no routed experts"), record_usage(model, adapter=""):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck", "glu"])
+def test_weights_say_what_an_expert_does_and_are_written_in_place(kind: str, tiny: Any, tiny_inputs: Any) -> None:
+    model, inputs = (
+        moa(tiny, expert_type=kind, target_modules=None if kind != "lora" else ["down_proj"]),
+        tiny_inputs("llama"),
+    )
+    layer: Any = expert_layers(model)[0]
+    x, before = torch.randn(3, layer.width), model(**inputs).logits
+    weights, output = layer.weights(1), layer.run(1, torch.ones(3, layer.width))
+    torch.testing.assert_close(layer.run(1, x), expert_output(weights, layer.activation, x))
+    layer.set_weights(1, weights._replace(scale=2 * weights.scale))
+    torch.testing.assert_close(layer.run(1, torch.ones(3, layer.width)), 2 * output)
+    layer.set_weights(1, layer.weights(1)._replace(scale=0.5 * weights.scale))
+    torch.testing.assert_close(model(**inputs).logits, before)
+    with pytest.raises(ValueError, match="do not fit the experts"):
+        layer.set_weights(1, weights._replace(up=weights.up[:-1]))
+
+
+def test_domains_of_mixda_are_layers_too(tiny: Any, tiny_inputs: Any) -> None:
+    config = MixDAConfig(domains=["law", "code"], domain_layers=[0, 1])
+    model = randomised(get_peft_model(tiny("llama", num_hidden_layers=2), config))
+    layers = expert_layers(model)
+    assert all(isinstance(layer, MixtureExperts) and layer.names == ("law", "code") for layer in layers)
+    with record_usage(model) as usage:
+        model(**tiny_inputs("llama", padding="right"))
+    assert all(layer.tokens.tolist() == [int(layer.rows)] * 2 for layer in usage.layers.values())
