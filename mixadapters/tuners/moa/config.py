@@ -7,9 +7,11 @@ from typing import Any, ClassVar, Literal
 
 from peft.utils.other import get_pattern_key
 
+from mixadapters.core.registry import LIBRARY
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.routers.base import registered_by
 from mixadapters.routers.counts import refuse_null_arms
+from mixadapters.routers.options import check_options
 from mixadapters.routers.pooling import GRANULARITIES
 from mixadapters.tuners.bottleneck.config import PLACEMENTS
 from mixadapters.tuners.moa.router import default_of, router_spec
@@ -187,6 +189,8 @@ class MoAConfig(ScheduledConfig):
         for option, value in self.router.items() if isinstance(self.router, dict) else ():
             refuse_unsaveable(f"router: {option}", value)
         cls, options = router_spec(self)
+        if cls.__module__.startswith(f"{LIBRARY}."):  # options of others may be called so and mean something else
+            check_options(**options)
         refuse_null_arms(cls, options)
         self.check_schedules(self.schedules)
         if self.router_scope not in cls.scopes:
