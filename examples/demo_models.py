@@ -18,9 +18,9 @@ from mixadapters import MoAConfig
 Rows = Tensor  # (n, T) token ids
 
 
-def new_base(vocabulary: int, width: int, layers: int, length: int) -> LlamaForCausalLM:
+def new_base(vocabulary: int, width: int, layers: int, length: int, seed: int = 0) -> LlamaForCausalLM:
     """An untrained decoder."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary, hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers,
@@ -38,14 +38,17 @@ def lora(base: nn.Module, rank: int, seed: int = 0) -> Any:
     )
 
 
-def mixture(base: nn.Module, folders: dict[str, str], shared_rank: int = 0, seed: int = 0) -> Any:
-    """The LoRA adapters of some domains side by side, under a gate that counts tokens.
+def mixture(
+    base: nn.Module, folders: dict[str, str], shared_rank: int = 0, seed: int = 0, router: Any = "counts",
+    scope: Any = "model",
+) -> Any:  # fmt: skip
+    """The LoRA adapters of some domains side by side, under a gate: one that counts tokens, or `router`.
 
     shared_rank: above 0, one more LoRA that is always on, and the only part that trains.
     """
     torch.manual_seed(seed)
     shared = {"n_shared_experts": 1, "r": shared_rank, "lora_alpha": 2 * shared_rank} if shared_rank else {}
-    config = MoAConfig(experts=folders, router="counts", router_scope="model", task_type="CAUSAL_LM", **shared)
+    config = MoAConfig(experts=folders, router=router, router_scope=scope, task_type="CAUSAL_LM", **shared)
     return get_peft_model(base, config).eval()
 
 

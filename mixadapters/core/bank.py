@@ -96,6 +96,8 @@ class AdapterBank(nn.Module):
         scale: factor on every expert's output; None: one learnable factor per expert, from 1.
     """
 
+    keeps_packed = True  # whether a `generate` may keep its experts packed; not where they come and go
+
     def __init__(
         self,
         in_features: int,
@@ -242,8 +244,8 @@ def pack(banks: Sequence[AdapterBank], context: ForwardContext | None) -> Packed
 
 
 def keeps(bank: AdapterBank) -> bool:
-    """Whether its experts are parameters, and not computed, which may be others each time."""
-    return type(bank).weights is AdapterBank.weights
+    """Whether its packed experts serve all steps of a `generate`: they are parameters, that stay, and not computed."""
+    return type(bank).weights is AdapterBank.weights and bank.keeps_packed
 
 
 class KeptExperts:

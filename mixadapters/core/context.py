@@ -18,7 +18,7 @@ from mixadapters.core.record import Record, Records
 from mixadapters.core.routing import Routing, RoutingKey, find_routing
 from mixadapters.core.sites import has_two_stacks
 from mixadapters.core.steps import Steps
-from mixadapters.core.streams import Stream, read_stream, refuse_packed
+from mixadapters.core.streams import PackedRequests, Stream, read_stream, refuse_packed
 from mixadapters.core.usage import UsageRecorder
 
 ROUTES = "routes"  # the field that holds pinned routings by their keys
@@ -255,6 +255,10 @@ class ForwardContext:
     def pin_in_thread(self, **values: Any) -> AbstractContextManager[None]:
         """As `pin`, for forwards of this thread alone: servers run several requests at a time."""
         return self.records.thread.pins.hold(values)
+
+    def packing(self, requests: PackedRequests) -> AbstractContextManager[None]:
+        """Say whose tokens the packed rows of this thread's forwards hold: what continuous batching alone knows."""
+        return self.records.packing(requests)
 
     def observe(self, module: nn.Module, **inputs: Any) -> list[Tensor]:
         """Run the base model's own stream on `inputs`, up to the last layer that has something to tell.

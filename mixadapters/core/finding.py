@@ -79,7 +79,7 @@ class SiteFinder(BaseTuner):
 
     def host_at(self, path: str, missing_ok: bool = False) -> Any:
         """The host at the module `path`. Raises ValueError where there is none, unless `missing_ok`: then None."""
-        host = next((h for h in self.hosts() if h.path == path), None)
+        host = next((h for h in self.hosts() if h.path == path and h.prefix == self.prefix), None)
         if host is None and not missing_ok:
             raise ValueError(f"no adapter sits at {path!r}")
         return host

@@ -55,13 +55,17 @@ class RootHooks:
             args, kwargs = objective.before(context, args, kwargs)
         kwargs = countable(kwargs) if record.grad else kwargs
         record.inputs = {**dict(zip(context.argument_names, args, strict=False)), **kwargs}
-        stream = record.streams[""] = read_stream(record.inputs, record.copies)
-        if stream.packed:
+        requests = records.thread.requests
+        stream = record.streams[""] = read_stream(record.inputs, record.copies, requests=requests)
+        if stream.packed and requests is not None:
+            self._refuse_fields(record.values)
+            record.values["adapter_names"] = requests.adapters
+        elif stream.packed:
             self.refuse_packing(module, record.values)
         names = record.values.get("adapter_names")
         if names is not None:
             names = record.values["adapter_names"] = row_names(names, context, module)
-        if names is not None and len(names) * stream.copies != stream.batch:
+        if names is not None and not stream.packed and len(names) * stream.copies != stream.batch:
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} and {stream.batch // stream.copies} respectively."
@@ -93,12 +97,16 @@ class RootHooks:
 
     def refuse_packing(self, module: nn.Module, values: dict[str, Any]) -> None:
         """Raises ValueError where requests that are packed into one row would get something else than alone."""
-        if said := sorted(name for name, value in values.items() if value is not None):
-            raise refuse_packed(f"the fields {said}")
+        self._refuse_fields(values)
         for host in module.modules():
             reason = getattr(host, "refuses_packed", None) if getattr(host, "context", None) is self.context else None
             if reason is not None:
                 raise refuse_packed(reason)
+
+    @staticmethod
+    def _refuse_fields(values: dict[str, Any]) -> None:
+        if said := sorted(name for name, value in values.items() if value is not None):
+            raise refuse_packed(f"the fields {said}")
 
     def close(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         record = self.context.record

@@ -80,9 +80,7 @@ class Injection(SiteFinder):
         parent, _, child = path.rpartition(".")
         owner = self.model.get_submodule(parent)
         target = getattr(owner, child)
-        host = target if isinstance(target, MixtureLayer) else getattr(target, HookedLayer.attribute, None)
-        if isinstance(host, MixtureLayer) and host.prefix != self.prefix:
-            host = None  # of another type: wrapped as it is
+        host = self._host_within(target)
         base = host.get_base_layer() if isinstance(host, AdapterHost) else self._unwrapped(path)
         site = self._site(config, adapter_name, base, path)
         adapter = self.build(config, site)
@@ -101,6 +99,24 @@ class Injection(SiteFinder):
             if isinstance(host, MixtureLayer):
                 setattr(owner, child, host)
         host.add(adapter_name, adapter, inference_mode=config.inference_mode)
+
+    def _host_within(self, module: nn.Module) -> AdapterHost | None:
+        """The layer of this type at a module, which layers of other types may have wrapped; None: there is none."""
+        while isinstance(module, BaseTunerLayer):
+            if isinstance(module, MixtureLayer) and module.prefix == self.prefix:
+                return module
+            module = getattr(module, "base_layer", None)
+        return getattr(module, HookedLayer.attribute, None)
+
+    def _remove_host(self, host: AdapterHost) -> None:
+        """Leave the module of a host as it was without it; layers of other types around it stay."""
+        path, _, child = host.path.rpartition(".")
+        owner = self.model.get_submodule(path)
+        inside = getattr(owner, child)
+        while inside is not host and isinstance(inside, BaseTunerLayer):
+            owner, child, inside = inside, "base_layer", inside.base_layer
+        within = host.base_layer if isinstance(host, MixtureLayer) else host.get_base_layer()
+        self._replace_module(owner, child, within, host)
 
     def _refuse_offloaded(self, base: nn.Module, path: str) -> None:
         rest = (p for module in self._outside() for p in module._parameters.values() if p is not None)
@@ -193,8 +209,7 @@ class Injection(SiteFinder):
             elif adapter_name in host.adapters:
                 del host.adapters[adapter_name]
                 if not host.adapters:
-                    parent, _, child = host.path.rpartition(".")
-                    self._replace_module(self.model.get_submodule(parent), child, host.get_base_layer(), host)
+                    self._remove_host(host)
         if before:
             return
         self.context.hosted.discard(adapter_name)

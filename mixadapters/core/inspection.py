@@ -6,13 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
-
 from mixadapters.core.context import ROUTES, ForwardContext
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.routes import spread_pins
-from mixadapters.core.routing import Routing, RoutingKey
+from mixadapters.core.routing import RoutingKey
 from mixadapters.core.usage import UsageRecorder
 
 
@@ -32,7 +30,7 @@ class RoutingVerbs:
         return {part.key: part for part in inside if isinstance(part, Mixture) and not part.always_first}
 
     @contextmanager
-    def pin_routes(self, routes: Mapping[Any, Routing | Tensor]) -> Iterator[None]:
+    def pin_routes(self, routes: Mapping[Any, Any]) -> Iterator[None]:
         """Set what routers decide: `with tuner.pin_routes({"ffn/*": ids}): model.generate(...)`.
 
         Args:

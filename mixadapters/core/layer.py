@@ -57,8 +57,12 @@ class AdapterHost(BaseTunerLayer):
     @property
     def refuses_packed(self) -> str | None:
         """Why an adapter that acts here cannot run where requests are packed into one row; None if all can."""
-        acting = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.adapters]
-        parts = (part for name in acting for part in self.adapters[name].modules())
+        acting = [] if self.disable_adapters else self.active_adapters
+        return next((reason for name in acting if (reason := self.packed_refusal(name))), None)
+
+    def packed_refusal(self, name: str) -> str | None:
+        """Why the adapter of this name cannot run where requests are packed into one row; None if it can."""
+        parts = self.adapters[name].modules() if name in self.adapters else ()
         return next((reason for part in parts if (reason := getattr(part, "refuses_packed", None))), None)
 
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool = False) -> None:

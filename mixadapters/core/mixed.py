@@ -57,7 +57,9 @@ class JointCall:
         packed = self.experts.pack(context)
         owners = rows_of(self.owner, len(tokens), y.device, context)
         if self.always_first and not context.observers and all(size == 1 for size in packed.sizes):
-            routing = Routing(owners, run=len(tokens) // len(self.owner))  # each mixture is its only expert
+            packed_row = context.stream().packed  # its requests have other numbers of tokens
+            run = 1 if packed_row else len(tokens) // len(self.owner)
+            routing = Routing(owners, run=run)  # each mixture is its only expert
         else:
             routing = self._route(packed.sizes, owners, source, context)
         return packed(tokens, routing, base, routing.base_weight, first.rate).view_as(y)
@@ -79,18 +81,24 @@ class LoneCall:
         self.adapter, self.owner = adapter, owner
 
     def __call__(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
-        own = rows_of(self.owner, y.shape[0], y.device, context)[:, 0] >= 0
-        mine = (real_only(x, own), real_only(y, own)) if torch.is_grad_enabled() else (x, y)
-        context.record.own_rows = rows_of(self.owner, y.numel() // y.shape[-1], y.device, context)[:, 0] >= 0
-        new = self.adapter(*mine, context)  # whose gradients see nothing that is broken in other rows, nor they in it
+        rows = rows_of(self.owner, y.numel() // y.shape[-1], y.device, context)[:, 0] >= 0
+        if torch.is_grad_enabled():  # of what is broken in other rows gradients see nothing, nor they of it
+            own = rows_of(self.owner, y.shape[0], y.device, context)[:, 0] >= 0
+            x, y_read = real_only(x, own), real_only(y, own)
+        else:
+            y_read = y
+        context.record.own_rows = rows
+        new = self.adapter(x, y_read, context)
         context.record.own_rows = None
-        return torch.where(own.view(-1, *[1] * (y.dim() - 1)), new, y)
+        return torch.where(rows.view(*y.shape[:-1], 1), new, y)
 
 
 def rows_of(owner: tuple[int, ...], count: int, device: torch.device, context: ForwardContext) -> Tensor:
     """(count, 1) owner of each row. Layers share it, and the steps of a `generate`."""
-    record = context.record
+    record, requests = context.record, context.stream().requests
     kept = getattr(record.values.get("adapter_names"), "owners", None)
+    if requests is not None:  # who the tokens are of, and how many, is of one step
+        kept, owner = record.owners, tuple(owner[number] for number in requests.named)
     made = record.owners if kept is None or torch.compiler.is_compiling() else kept
     key = (owner, count, device)
     if key not in made:

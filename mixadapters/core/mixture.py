@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.context import ForwardContext, Observer
+from mixadapters.core.context import ROUTES, ForwardContext, Observer
 from mixadapters.core.losses import real_only
 from mixadapters.core.routes import HardRoutes, pinned_routing, real_rows
 from mixadapters.core.routing import Routing, RoutingKey, with_distribution
@@ -18,6 +18,8 @@ from mixadapters.core.routing import Routing, RoutingKey, with_distribution
 Insertion = Literal["parallel", "sequential"]
 # Called with what the experts of one mixture read, (N, K), its routing and the mask (N,) of the rows that count.
 Watcher = Callable[[Tensor, Routing, "Tensor | None"], None]
+# What is made of a router's routing, whose experts have these names.
+Tuning = Callable[[Routing, "list[str]"], Routing]
 
 
 class Mixture(Adapter):
@@ -59,6 +61,7 @@ class Mixture(Adapter):
         self.kind = (bank.kind, insertion, tap)  # what mixtures that run in one call have in common
         self.key, self.stack = RoutingKey(), ""
         self.watchers: list[Watcher] = []
+        self.tunings: list[Tuning] = []  # in order, on what the router decides; not on what callers and batches do
 
     def bind(self, site: Site, step: str = "") -> None:
         self.key = RoutingKey(site.adapter, site.group, site.layer, site.path, step)
@@ -113,6 +116,11 @@ class Mixture(Adapter):
         trains = decides and record.training and record.grad  # not in a reference pass
         if routing is None:
             routing = self._checked(self.router(self._read(source, context), context), rows)
+            for tuning in self.tunings:
+                routing = tuning(routing, self.expert_names)
+            change = context.record.values.get(ROUTES, {}).get(self.key)
+            if callable(change):
+                routing = self._beside(self._checked(change(routing), rows), source.dtype)
         routing = _in_dtype(routing, source.dtype)
         if not self.always_first:
             record.routings[self.key] = routing
@@ -151,8 +159,12 @@ class Mixture(Adapter):
             routing = self.hard_routes(context, rows, self.key, self.stack)
             if routing is not None and hasattr(self.router, "weigh_given"):
                 routing = self.router.weigh_given(routing, self._read(source, context))
-        if routing is not None and routing.indices is not None and routing.base_weight is None and self.replaces:
-            return routing._replace(base_weight=(routing.indices < 0).all(1).to(source.dtype))
+        return None if routing is None else self._beside(routing, source.dtype)
+
+    def _beside(self, routing: Routing, dtype: torch.dtype) -> Routing:
+        """With the layer's own output only in rows without expert, where experts stand beside it."""
+        if self.replaces and routing.indices is not None and routing.base_weight is None:
+            return routing._replace(base_weight=(routing.indices < 0).all(1).to(dtype))
         return routing
 
     def _add_losses(self, routing: Routing, mask: Tensor | None, context: ForwardContext) -> None:

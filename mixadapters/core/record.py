@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.routing import Routing, RoutingKey
-from mixadapters.core.streams import Stream
+from mixadapters.core.streams import PackedRequests, Stream
 
 
 @dataclass(eq=False)
@@ -96,6 +96,7 @@ class _Thread:
         self.generates = False  # whether a `generate` runs
         self.packed: dict[Any, Any] = {}  # bank -> its packed experts, for the steps of a `generate`
         self.copies = 1  # how often it has repeated each row of its batch
+        self.requests: PackedRequests | None = None  # whose tokens its next packed row holds
 
 
 class Records:
@@ -160,6 +161,16 @@ class Records:
     def held(self) -> dict[str, Any]:
         """The fields that hold for the next forward of this thread."""
         return {**self.pins.values, **self.thread.pins.values}
+
+    @contextmanager
+    def packing(self, requests: PackedRequests) -> Iterator[None]:
+        """Packed rows of this thread hold the tokens of `requests`."""
+        thread = self.thread
+        before, thread.requests = thread.requests, requests
+        try:
+            yield
+        finally:
+            thread.requests = before
 
     @contextmanager
     def generating(self) -> Iterator[None]:

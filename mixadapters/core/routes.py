@@ -96,21 +96,20 @@ def row_numbers(names: Sequence[str], order: Sequence[str], noun: str) -> Tensor
     return torch.tensor([number_of[name] for name in names])
 
 
-def spread_pins(
-    routes: Mapping[Any, Any], experts: Mapping[RoutingKey, Sequence[str]]
-) -> dict[RoutingKey, Routing | Tensor]:
+def spread_pins(routes: Mapping[Any, Any], experts: Mapping[RoutingKey, Sequence[str]]) -> dict[RoutingKey, Any]:
     """The pins of `routes` by whole key. Where several fit, keys go before patterns, later ones before earlier ones.
 
     Args:
         routes: `RoutingKey` (`path` and `step` may be left out) or pattern of "group/layer", such as "ffn/*", ->
-            a Routing, or the numbers of experts: (B,), (B, T), (N,) or (N, k).
+            a Routing, or the numbers of experts: (B,), (B, T), (N,) or (N, k); or a function from what the router has
+            decided to another Routing.
         experts: the names of the experts at each key of the model.
 
     Raises:
         ValueError: a key that no router has, or a value that is no routing of its experts.
     """
     names = {key: f"{key.group}/{key.layer}" for key in experts}
-    pins: dict[RoutingKey, Routing | Tensor] = {}
+    pins: dict[RoutingKey, Any] = {}
     for pattern, value in sorted(routes.items(), key=lambda item: isinstance(item[0], tuple)):
         if isinstance(pattern, tuple):
             found = [key for key in experts if RoutingKey(*pattern).covers(key)]
@@ -126,8 +125,13 @@ def spread_pins(
 
 def _check_pin(value: Any, key: RoutingKey, experts: int) -> None:
     where = f"the route pinned at {key}"
+    if callable(value):
+        return
     if not isinstance(value, (Routing, Tensor)):
-        raise ValueError(f"{where} is a {type(value).__name__}: pin a Routing, or a tensor of numbers of experts")
+        raise ValueError(
+            f"{where} is a {type(value).__name__}: pin a Routing, a tensor of numbers of experts, "
+            "or a function of what the router decides"
+        )
     indices = value.indices if isinstance(value, Routing) else value
     if indices is None:
         weights = value.weights if isinstance(value, Routing) else None
@@ -149,7 +153,7 @@ def pinned_routing(key: RoutingKey, rows: int, context: ForwardContext, stack: s
         ValueError: it has another number of rows.
     """
     pin = context.record.values.get(ROUTES, {}).get(key)
-    if pin is None:
+    if pin is None or callable(pin):  # a function changes what the router decides
         return None
     if isinstance(pin, Routing):
         for name, part in pin._asdict().items():

@@ -9,6 +9,37 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class PackedRequests:
+    """Whose tokens lie in the packed row of one step of continuous batching, as a server says it.
+
+    A row of the caller's batch is a request here. What names adapters names each of them once, and goes from step to
+    step with what layers have made of it.
+
+    Args:
+        lengths: tokens of each request in the row, in their order.
+        adapters: the adapters that requests may name (`RowNames`).
+        named: of each request its number in `adapters`.
+    """
+
+    lengths: tuple[int, ...]
+    adapters: Any
+    named: tuple[int, ...]
+
+    def spread(self, values: Tensor, count: int, name: str) -> Tensor:
+        """values (R, ...), one for each request -> (count, ...), one for each token of the row.
+
+        Raises:
+            ValueError: another number of values, or the layer reads other rows than the tokens.
+        """
+        if values.shape[:1] != (len(self.lengths),) or count != sum(self.lengths):
+            raise ValueError(
+                f"{name}: {values.shape[0] if values.dim() else 'a single value'} given and {count} rows read, but "
+                f"{len(self.lengths)} requests of {sum(self.lengths)} tokens are packed into this row"
+            )
+        return values.repeat_interleave(torch.tensor(self.lengths, device=values.device), dim=0)
+
+
 @dataclass(eq=False)
 class Stream:
     """The sequence that one stack of layers reads in this forward."""
@@ -21,6 +52,7 @@ class Stream:
     past: Any = 0  # tokens in the cache when the forward began; a tensor for static caches
     copies: int = 1  # rows of this forward for each row of the caller's batch, next to each other
     packed: bool = False  # the rows of several requests lie in one, one after the other (continuous batching)
+    requests: PackedRequests | None = None  # whose tokens these are, where a server has said it
     mask_name: str = "attention_mask"  # the argument of the root's forward that says where this stream has padding
     input_ids: Tensor | None = None  # (B, length) the tokens of this forward; None: the caller gave embeddings
 
@@ -33,10 +65,11 @@ class Stream:
         """What belongs to a request, to the rows that belong to it.
 
         The one place where a row of the caller's batch becomes several: those that `generate` makes of it (beams,
-        sequences to return), and the tokens of a sequence where a layer reads them as rows.
+        sequences to return), the tokens of a sequence where a layer reads them as rows, and the tokens of a request
+        that is packed into one row with others.
 
         Args:
-            values: (R, ...), one for each row of the caller's batch.
+            values: (R, ...), one for each row of the caller's batch, or for each packed request.
             count: rows to be had: those of this forward, or a multiple of them.
             name: of the field, for messages.
 
@@ -46,12 +79,14 @@ class Stream:
         Raises:
             ValueError: as many values as rows are needed, or `count` is no multiple of the rows of this forward.
         """
-        if self.packed:
+        if self.packed and self.requests is None:
             raise refuse_packed(name)
         try:
             values = torch.as_tensor(values)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{name}={values!r} must be numbers, one for each row of the batch: {error}") from None
+        if self.requests is not None:
+            return self.requests.spread(values, count, name)
         batch = self.batch or count  # 0: nothing is known of the forward, so one value for each row is asked for
         given = values.shape[0] if values.dim() else 0
         if given * self.copies != batch or count % batch:
@@ -62,12 +97,21 @@ class Stream:
         return repeat_rows(values, count, name)
 
 
-def read_stream(inputs: dict[str, Any], copies: int = 1, mask_name: str = "attention_mask") -> Stream:
+def read_stream(
+    inputs: dict[str, Any],
+    copies: int = 1,
+    mask_name: str = "attention_mask",
+    requests: PackedRequests | None = None,
+) -> Stream:
     """Batch size, length, padding mask and cache from the arguments of a forward.
 
     Args:
         copies: rows of `inputs` for each row of the caller's batch.
         mask_name: what the root's forward calls the mask of this stream, which is `attention_mask` in `inputs`.
+        requests: whose tokens lie in a packed row.
+
+    Raises:
+        ValueError: a packed row of other tokens than those of `requests`, or a mask that does not fit.
     """
     tokens = inputs.get("input_ids")
     if tokens is None:
@@ -85,7 +129,9 @@ def read_stream(inputs: dict[str, Any], copies: int = 1, mask_name: str = "atten
     batch, length = tokens.shape[:2]
     input_ids = tokens if inputs.get("input_ids") is not None else None
     if inputs.get("cache") is not None and inputs.get("cu_seq_lens_q") is not None:
-        return Stream(batch, length, None, position_ids, packed=True, input_ids=input_ids)
+        if requests is not None and sum(requests.lengths) != length:
+            raise ValueError(f"the packed row has {length} tokens, its requests {sum(requests.lengths)}")
+        return Stream(batch, length, None, position_ids, packed=True, requests=requests, input_ids=input_ids)
     if isinstance(mask, dict):  # one 4D mask per kind of layer
         mask = next((m for m in mask.values() if m is not None), None)
     mask = _current_mask(mask, batch, length, past)

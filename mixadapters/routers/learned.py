@@ -58,6 +58,7 @@ class LearnedRouter(ArmSurgery):
     """
 
     frozen_arm = True
+    masked: tuple[str, ...] = ()  # arms that no row gets, as if they were not there
     scheduled: tuple[str, ...] = (*COEFFICIENTS, "temperature", "jitter", "noise")
     learns = True
 
@@ -130,8 +131,14 @@ class LearnedRouter(ArmSurgery):
     def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
         logits = self.pooling(self.score, tokens, context)  # (N, A)
         noisy = self.disturbed(logits, context)
+        if self.masked:
+            noisy = noisy.masked_fill(self.masked_columns(noisy), -torch.inf)
         routing = self.choose(self.tempered(noisy))._replace(logits=logits)
         return self.completed(routing, noisy, context)
+
+    def masked_columns(self, logits: Tensor) -> Tensor:
+        """(A,) bool, on the device of logits (N, A)."""
+        return torch.tensor([arm in self.masked for arm in self.arms], device=logits.device)
 
     def score(self, tokens: Tensor) -> Tensor:
         """tokens (..., d) -> logits (..., A), in float32 at least."""

@@ -270,15 +270,20 @@ def _missing_mask(said: str, stream: Stream) -> ValueError:
     )
 
 
-def refuse_documents(stream: Stream, gate: str, remedy: str) -> None:
-    """Raise ValueError where the rows of a forward hold several documents, one after the other."""
+def holds_documents(stream: Stream) -> bool:
+    """Whether a row of a forward holds several documents, one after the other."""
     positions = stream.position_ids
     if positions is None or torch.compiler.is_compiling() or positions.dim() != 2 or positions.shape[1] < 2:
-        return
+        return False
     drops = positions[:, 1:] < positions[:, :-1]
     if stream.mask is not None and stream.mask.shape == positions.shape:
         drops = drops & stream.mask[:, 1:] & stream.mask[:, :-1]
-    if bool(drops.any()):
+    return bool(drops.any())
+
+
+def refuse_documents(stream: Stream, gate: str, remedy: str) -> None:
+    """Raise ValueError where the rows of a forward hold several documents, one after the other."""
+    if holds_documents(stream):
         raise ValueError(
             f"position_ids restart inside a row: several documents are packed into it, and {gate} would mix them; "
             f"{remedy}, or do not pack"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mixadapters.core.context import ForwardContext
@@ -44,7 +45,10 @@ class TopKRouter(SparseRouter):
 
     def select(self, scores: Tensor) -> Tensor:
         k = scores.shape[1] if self.k is None else self.k
-        return (scores if self.balancing is None else scores + self.balancing.bias.to(scores)).topk(k).indices
+        ranked = scores if self.balancing is None else scores + self.balancing.bias.to(scores)
+        if self.masked:  # a score of 0 may not be the last
+            ranked = ranked.masked_fill(self.masked_columns(scores), -torch.inf)
+        return ranked.topk(k).indices
 
     def completed(self, routing: Routing, noisy: Tensor, context: ForwardContext) -> Routing:
         record = context.record

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -39,6 +39,28 @@ def base_layers(model: nn.Module) -> list[ExpertLayer]:
         _refuse_form(root, module, name)
         found.append(BaseExperts(root, name, module, BASES[kind], kind))
     return found
+
+
+def settle_config(model: nn.Module) -> None:
+    """Have the config, and modules that repeat it, say how many experts the blocks have, where all have as many."""
+    root: Any = root_of(model)
+    layers: list[Any] = base_layers(root)
+    counts = {len(layer.names) for layer in layers}
+    if not layers or len(counts) > 1 or any(layer.map is not None for layer in layers):
+        return
+    config = getattr(layers[0].experts, "config", root.config)
+    field = count_field(config)
+    before, now = getattr(config, field), counts.pop()
+    setattr(config, field, now)
+    for module in root.modules():
+        if before != now:
+            _recount(module, before, now)
+
+
+def count_field(config: Any) -> str:
+    """The field of a model's config that says how many experts a block has."""
+    said = config.to_dict()
+    return next(name for name in (*COUNTS, "moe_num_experts") if name in said)
 
 
 def _holds_experts(module: nn.Module) -> bool:
@@ -226,25 +248,34 @@ class BaseExperts(ExpertLayer):
 
     @torch.no_grad()
     def keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
-        kept = check_order(self, order)
-        self._refuse_adapted()
-        columns = list(range(len(self.names))) if self.map is None else self.map.numbers.tolist()
-        numbers = [kept.index(e) if e in kept else -1 for e in columns]
+        self.check_keep(order, preserve_mass)
+        kept = [int(e) for e in order]
+        numbers = self._renumbered({e: place for place, e in enumerate(kept)})
         if not preserve_mass:
-            stay = sorted((c for c, number in enumerate(numbers) if number >= 0), key=lambda c: numbers[c])
-            self._check_columns([columns[c] for c in stay], stay, len(columns))
+            stay = _staying(numbers)
             self._keep_columns(stay)
             numbers = [numbers[c] for c in stay]
         self._keep_experts(kept)
         self._settle_map(numbers)
+
+    def check_keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
+        kept = check_order(self, order)
+        self._refuse_adapted()
+        if not preserve_mass:
+            numbers = self._renumbered({e: place for place, e in enumerate(kept)})
+            self._check_columns(_staying(numbers), len(numbers))
+
+    def _renumbered(self, place_of: Mapping[int, int]) -> list[int]:
+        """For each of the router's columns the place that its expert gets, -1 for none."""
+        columns = list(range(len(self.names))) if self.map is None else self.map.numbers.tolist()
+        return [place_of.get(e, -1) for e in columns]
 
     @torch.no_grad()
     def assign(self, expert_map: Sequence[int]) -> None:
         stands = check_map(self, expert_map)
         self._refuse_adapted()
         kept = sorted(set(stands))
-        columns = list(range(len(self.names))) if self.map is None else self.map.numbers.tolist()
-        numbers = [-1 if e < 0 else kept.index(stands[e]) for e in columns]
+        numbers = self._renumbered({e: kept.index(other) for e, other in enumerate(stands)})
         self._keep_experts(kept)
         self._settle_map(numbers)
 
@@ -257,12 +288,12 @@ class BaseExperts(ExpertLayer):
                 "the base model first, then add adapters"
             )
 
-    def _check_columns(self, experts: Sequence[int], stay: Sequence[int], total: int) -> None:
-        """Raise ValueError where the router cannot choose among so few."""
+    def _check_columns(self, stay: Sequence[int], total: int) -> None:
+        """Raise ValueError where the router cannot choose among the columns that stay, of so many."""
         top_k = self.top_k or 1
-        if len(experts) < top_k:
+        if len(stay) < top_k:
             raise ValueError(
-                f"{len(experts)} experts at {self.path!r} are fewer than the {top_k} that a token uses: keep more, or "
+                f"{len(stay)} experts at {self.path!r} are fewer than the {top_k} that a token uses: keep more, or "
                 "preserve their mass"
             )
         size = total // self.groups
@@ -306,7 +337,31 @@ class BaseExperts(ExpertLayer):
         else:
             ExpertMap(numbers, self._down.device).attach(self.experts)
 
-    # --- watching ---------------------------------------------------------------------------------------------
+    # --- choosing, and watching -------------------------------------------------------------------------------
+
+    @contextmanager
+    def rechosen(self, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """`choose` makes of the indices and weights (N, k) of each row others, in every forward inside the block.
+
+        Experts are numbered as in `names`, -1 for those that are gone. What watches sees what comes of it.
+        """
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            x, indices, weights = _arguments(args, kwargs)
+            if self.map is None:
+                return (x, *choose(indices, weights)), {}
+            experts, weights = choose(self.map.numbers[indices], weights)
+            column = torch.tensor([self.map.numbers.tolist().index(e) for e in range(len(self.names))])
+            kept = torch.where(experts >= 0, column.to(indices.device)[experts.clamp_min(0)], indices)
+            return (x, kept, weights), {}
+
+        handle = self.experts.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+        self.experts.__dict__.setdefault("rechoosing", []).append(handle.id)
+        try:
+            yield
+        finally:
+            self.experts.__dict__["rechoosing"].remove(handle.id)
+            handle.remove()
 
     @contextmanager
     def watch(self, callback: Watcher, outputs: bool = False) -> Iterator[None]:
@@ -316,6 +371,8 @@ class BaseExperts(ExpertLayer):
             stack.callback(self.gate.register_forward_hook(watched.see_logits).remove)
             pre_hook = self.experts.register_forward_pre_hook(watched.see_choice, with_kwargs=True, prepend=True)
             stack.callback(pre_hook.remove)
+            for number in self.experts.__dict__.get("rechoosing", ()):  # who watches sees what comes of these
+                self.experts._forward_pre_hooks.move_to_end(number, last=False)
             if outputs:
                 stack.enter_context(_standing_in(self.experts, watched.forward))
             yield
@@ -391,6 +448,11 @@ def _each(plain: Callable[..., Tensor], experts: nn.Module, x: Tensor, indices: 
     count, k = indices.shape
     rows = x.repeat_interleave(k, 0)
     return plain(experts, rows, indices.reshape(-1, 1), x.new_ones(count * k, 1)).view(count, k, -1)
+
+
+def _staying(numbers: Sequence[int]) -> list[int]:
+    """The columns that have an expert, in the order of these."""
+    return sorted((c for c, number in enumerate(numbers) if number >= 0), key=lambda c: numbers[c])
 
 
 def _found(block: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:

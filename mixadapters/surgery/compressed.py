@@ -9,11 +9,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mixadapters.core.config import one_of
-from mixadapters.core.files import read_config, weights_of
+from mixadapters.core.files import folder_aside, new_folder, read_config, weights_of
 from mixadapters.surgery.codec import EncodedRows, PackedRows
 from mixadapters.surgery.qmoe import CODECS, TernaryMatrix, encode_matrix
 
@@ -61,7 +59,7 @@ def save_compressed(
         ValueError: the folder holds something, or the codec is unknown; nothing is written.
     """
     one_of("codec", codec, CODECS)
-    target = _empty(folder)
+    target = new_folder(folder)
     with tempfile.TemporaryDirectory(dir=target.parent) as beside:
         if hasattr(model, "peft_config"):
             if adapter_name not in model.peft_config:
@@ -85,7 +83,7 @@ def compress_folder(source: str | Path, target: str | Path, *, codec: str = "qmo
         raise ValueError(f"{source} holds {INDEX}: its weights lie in codes already; expand it first")
     index: dict[str, Any] = {}
     sizes = Sizes(0, 0, 0, 0)
-    with _written_whole(target) as aside:
+    with folder_aside(target) as aside:
         for path in sorted(Path(source).iterdir()):
             if not path.name.endswith(SUFFIX):
                 if path.is_file():
@@ -138,7 +136,7 @@ def expand_compressed(folder: str | Path, target: str | Path) -> None:
         ValueError: `folder` is no compressed one, is incomplete or was changed, or `target` holds something.
     """
     source, files = Path(folder), _read_index(Path(folder))
-    with _written_whole(target) as aside:
+    with folder_aside(target) as aside:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.name != INDEX and not path.name.endswith(COMPRESSED):
                 shutil.copyfile(path, aside / path.name)
@@ -236,32 +234,3 @@ def load_compressed(folder: str | Path, base_model: nn.Module | None = None, **o
                 f"{folder}: architectures={named!r} name no model of transformers; expand the folder first"
             )
         return kind.from_pretrained(str(plain), **options)
-
-
-def _empty(folder: str | Path) -> Path:
-    path = Path(folder)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ValueError(f"folder={str(folder)!r} holds something already; name a new or an empty one")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-@contextmanager
-def _written_whole(folder: str | Path) -> Iterator[Path]:
-    """A folder beside `folder`, which takes its place when all is written."""
-    target = _empty(folder)
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield aside
-        if target.is_dir():
-            target.rmdir()
-        aside.chmod(0o777 & ~_umask())
-        os.replace(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _umask() -> int:
-    now = os.umask(0)
-    os.umask(now)
-    return now

@@ -1,4 +1,4 @@
-"""What one expert computes, of its `Weights` alone: for the tools that look at experts one by one."""
+"""What an expert computes on the way to its output, of its `Weights` alone."""
 
 from __future__ import annotations
 
@@ -31,8 +31,3 @@ def hidden_of(weights: Weights, inputs: Tensor, activation: str) -> Tensor:
     act, read = ACTIVATIONS[activation], read_by(weights, inputs)
     down = F.linear(read, weights.down, weights.b_down)
     return act(down) if weights.gate is None else act(F.linear(read, weights.gate, weights.b_gate)) * down
-
-
-def output_of(weights: Weights, inputs: Tensor, activation: str) -> Tensor:
-    """inputs (N, K) -> (N, M), what the expert adds at weight 1. Raises ValueError as `hidden_of`."""
-    return F.linear(hidden_of(weights, inputs, activation), weights.up, weights.b_up) * weights.scale

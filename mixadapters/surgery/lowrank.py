@@ -58,7 +58,7 @@ def low_rank_sparse(weight: Tensor, rank: int, keep: float, inputs: Tensor | Non
         raise ValueError(
             f"rank={rank!r} must be an integer from 0 to {min(rows, columns)} for a weight {(rows, columns)}"
         )
-    _check_share("keep", keep)
+    check_share("keep", keep)
     exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     left, values, right = torch.linalg.svd(exact, full_matrices=False)
     root = values[:rank].sqrt()
@@ -80,7 +80,7 @@ def low_rank_sparse_expert(
         share: of the weights of each matrix that the product may have.
         keep: share of the rows that stay beside it.
     """
-    _check_share("share", share)
+    check_share("share", share)
     read = None if inputs is None or not len(inputs) else read_by(weights, inputs)
     forms: dict[str, LowRankSparse] = {}
 
@@ -96,6 +96,6 @@ def low_rank_sparse_expert(
     return weights._replace(up=shrink("up", weights.up, hidden)), forms
 
 
-def _check_share(name: str, value: Any) -> None:
+def check_share(name: str, value: Any) -> None:
     if not finite(value) or not 0 <= value <= 1:
         raise ValueError(f"{name}={value!r} must be a share, from 0 to 1")

@@ -71,7 +71,7 @@ class MixtureExperts(ExpertLayer):
 
     @property
     def top_k(self) -> int | None:
-        router = _deciding(self.mixture.router)
+        router = deciding_router(self.mixture.router)
         if isinstance(router, (HashRouter, TaskRouter, ModalityRouter)):
             return 1
         k = None if isinstance(router, TreeRouter) else getattr(router, "k", None)
@@ -87,7 +87,7 @@ class MixtureExperts(ExpertLayer):
 
     @property
     def competes(self) -> bool:  # type: ignore[override]
-        router = _deciding(self.mixture.router)
+        router = deciding_router(self.mixture.router)
         whole = getattr(router, "norm_topk_prob", False) or getattr(router, "scoring_func", "softmax") == "sigmoid"
         return bool(getattr(router, "competes", False)) and not whole
 
@@ -132,7 +132,7 @@ class MixtureExperts(ExpertLayer):
         return expert_output(self.weights(e), self.activation, x)
 
     def router_rows(self) -> Tensor | None:
-        router = _deciding(self.mixture.router)
+        router = deciding_router(self.mixture.router)
         if not isinstance(router, ArmSurgery) or isinstance(router, TreeRouter):
             return None
         numbers = self.mixture.bank_numbers()
@@ -143,16 +143,22 @@ class MixtureExperts(ExpertLayer):
 
     def keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
         """As `ExpertLayer.keep`, with all layers that go by the same router. Experts stay in the config's order."""
+        self.check_keep(order, preserve_mass)
+        lost = {name for e, name in enumerate(self.names) if e not in order}
+        together = [layer for layer in mixture_layers(self.tuner, self.adapter) if layer.router == self.router]
+        keep = {layer.path: [n for n in layer.names if n not in lost] for layer in together}
+        self.tuner.keep_experts(keep, renormalize=not preserve_mass, adapter_name=self.adapter)
+
+    def check_keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
         kept = check_order(self, order)
         if kept != sorted(kept):
             raise ValueError(
                 f"order={list(order)} at {self.key!r}: experts of an adapter stand in the order of its config; keep "
                 f"{sorted(kept)}"
             )
-        lost = {name for e, name in enumerate(self.names) if e not in kept}
-        together = [layer for layer in mixture_layers(self.tuner, self.adapter) if layer.router == self.router]
-        keep = {layer.path: [n for n in layer.names if n not in lost] for layer in together}
-        self.tuner.keep_experts(keep, renormalize=not preserve_mass, adapter_name=self.adapter)
+        fixed = deciding_router(self.mixture.router).fixed_experts
+        if len(kept) < len(self.names) and not preserve_mass and fixed is not None:
+            raise ValueError(f"the router at {self.key!r} cannot lose experts: {fixed}; or preserve their mass")
 
     def assign(self, expert_map: Sequence[int]) -> None:
         stands, names = check_map(self, expert_map), self.names
@@ -183,7 +189,7 @@ class MixtureExperts(ExpertLayer):
         weights = routing.weights
         weights = torch.ones_like(indices, dtype=read.dtype) if weights is None else weights.detach()
         logits, probs = routing.logits, routing.probs
-        if logits is None or logits.shape[1] < arms or isinstance(_deciding(self.mixture.router), TreeRouter):
+        if logits is None or logits.shape[1] < arms or isinstance(deciding_router(self.mixture.router), TreeRouter):
             logits = None if probs is None else probs.float().clamp_min(1e-20).log()
         if logits is not None:
             logits = joined_logits(logits.detach()[:, :arms].float(), numbers, len(self.places))
@@ -222,7 +228,7 @@ class _Outputs:
         return found
 
 
-def _deciding(router: Any) -> Any:
+def deciding_router(router: Any) -> Any:
     """The router that decides: of another layer, or inside one that only reads for it."""
     router = router.__dict__.get("leader", router)
     return router.base if isinstance(router, RecurrentRouter) else router

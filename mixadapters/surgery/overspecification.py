@@ -6,15 +6,20 @@ the density is found only if a row chooses as many experts as the K largest of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixadapters.core.bank import Weights
 from mixadapters.core.fields import finite
-from mixadapters.surgery.function import output_of
+from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers
+from mixadapters.surgery.view import expert_output
 
 
 @dataclass(frozen=True)
@@ -110,5 +115,110 @@ def expert_cells(
 
     inputs: (N, K) rows that they read.
     """
-    outputs = torch.stack([output_of(weights, inputs, activation) for weights in experts])
+    outputs = torch.stack([expert_output(weights, activation, inputs) for weights in experts])
     return layer_cells(outputs, [str(e) for e in range(len(experts))], top_k=top_k, tolerance=tolerance)
+
+
+@dataclass(frozen=True)
+class Overspecification:
+    """What `overspecification_report` has found. Layers go by `ExpertLayer.key`, experts by name."""
+
+    layers: dict[str, LayerCells]
+    dead: dict[str, tuple[str, ...]]  # experts that no row used
+    dependence: dict[str, float]  # nats that the first choice of the layer before tells of this layer's
+
+    @property
+    def advice(self) -> list[str]:
+        return [layer.advice for layer in self.layers.values() if layer.advice is not None]
+
+    def as_dict(self) -> dict[str, Any]:
+        cells = {
+            key: {"cells": layer.cells, "top_k": layer.top_k, "needed_k": layer.needed_k}
+            for key, layer in self.layers.items()
+        }
+        return {"layers": cells, "dead": self.dead, "dependence": self.dependence, "advice": self.advice}
+
+
+@dataclass
+class _Sample:
+    """What one layer read and chose, of the rows that count."""
+
+    rows: list[Tensor] = field(default_factory=list)  # (n, K), the first that came
+    first: list[Tensor] = field(default_factory=list)  # (n,) the expert of the largest weight of every row; -1: none
+    used: set[int] = field(default_factory=set)
+
+    def add(self, routed: Routed, samples: int) -> None:
+        mask = slice(None) if routed.mask is None else routed.mask
+        indices, weights = routed.indices[mask], routed.weights[mask].masked_fill(routed.indices[mask] < 0, -torch.inf)
+        self.first.append(indices.gather(1, weights.argmax(1, keepdim=True)).squeeze(1))
+        self.used.update(indices.unique().tolist())
+        missing = samples - sum(map(len, self.rows))
+        if missing > 0:
+            self.rows.append(routed.inputs[mask][:missing])
+
+
+@torch.no_grad()
+def overspecification_report(
+    model: nn.Module,
+    data: Iterable[dict[str, Any]],
+    *,
+    tolerance: float = 0.01,
+    samples: int = 1024,
+    adapter: str | None = None,
+) -> Overspecification:
+    """Which experts of each layer compute the same on `data`, and whether rows have room for all of them.
+
+    Args:
+        data: batches, as arguments of the model.
+        tolerance: as in `layer_cells`.
+        samples: rows on which the experts of a layer are compared, at most: the first that come.
+        adapter: as in `expert_layers`.
+
+    Raises:
+        ValueError: the model has no experts, `data` reach none of them, or a number is out of range.
+    """
+    check_tolerance(tolerance)
+    if type(samples) is not int or samples < 1:
+        raise ValueError(f"samples={samples!r} must be a number of rows, at least 1")
+    layers = expert_layers(model, adapter)
+    if not layers:
+        raise ValueError("the model has no routed experts: no mixture of an adapter, and no MoE block in its base")
+    seen: dict[str, _Sample] = {layer.key: _Sample() for layer in layers}
+    training = model.training
+    model.eval()
+    try:
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(layer.watch(partial(seen[layer.key].add, samples=samples)))
+            for batch in data:
+                model(**batch)
+    finally:
+        model.train(training)
+    if idle := [key for key, sample in seen.items() if not sum(map(len, sample.rows))]:
+        raise ValueError(f"no row of data reaches the experts at {idle[0]!r}: give batches that do")
+    cells = {layer.key: _cells(layer, torch.cat(seen[layer.key].rows), tolerance) for layer in layers}
+    dead = {
+        layer.key: tuple(n for e, n in enumerate(layer.names) if e not in seen[layer.key].used) for layer in layers
+    }
+    firsts = {key: torch.cat(sample.first) for key, sample in seen.items()}
+    dependence = {
+        key: mutual_information(firsts[before], firsts[key])
+        for before, key in pairwise(firsts)
+        if len(firsts[before]) == len(firsts[key])  # layers of a head read other rows
+    }
+    return Overspecification(cells, dead, dependence)
+
+
+def _cells(layer: ExpertLayer, rows: Tensor, tolerance: float) -> LayerCells:
+    outputs = torch.stack([layer.run(e, rows) for e in range(len(layer.names))])
+    return layer_cells(outputs, layer.names, top_k=layer.top_k, tolerance=tolerance, path=layer.key)
+
+
+def mutual_information(one: Tensor, other: Tensor) -> float:
+    """Nats that one of two choices (N,) tells of the other."""
+    (_, first), (_, second) = one.unique(return_inverse=True), other.unique(return_inverse=True)
+    counts = torch.zeros(int(first.max()) + 1, int(second.max()) + 1, dtype=torch.float64)
+    counts.index_put_((first.cpu(), second.cpu()), torch.ones(len(one), dtype=torch.float64), accumulate=True)
+    joint = counts / counts.sum()
+    apart = joint.sum(1, keepdim=True) * joint.sum(0)
+    return float((joint * (joint / apart).log().nan_to_num(neginf=0.0)).sum())

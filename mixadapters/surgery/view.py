@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mixadapters.core.bank import Weights
 from mixadapters.core.context import ForwardContext
-from mixadapters.kernels import ACTIVATIONS
+from mixadapters.surgery.function import hidden_of
 
 
 class Routed(NamedTuple):
@@ -119,6 +119,10 @@ class ExpertLayer(ABC):
         """
 
     @abstractmethod
+    def check_keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
+        """Raise what `keep` would raise, and change nothing."""
+
+    @abstractmethod
     def assign(self, expert_map: Sequence[int]) -> None:
         """Let one expert stand for several: the router stays, and rows of expert e go to expert_map[e].
 
@@ -155,11 +159,7 @@ def check_map(layer: ExpertLayer, expert_map: Sequence[int]) -> list[int]:
 
 def expert_output(weights: Weights, activation: str, x: Tensor) -> Tensor:
     """x (N, K) -> (N, M), what an expert of ours makes of it: scale (up act(down x) + b_up), or the gated form."""
-    if weights.norm is not None:
-        x = F.layer_norm(x, (x.shape[-1],), *weights.norm)
-    act, hidden = ACTIVATIONS[activation], F.linear(x, weights.down, weights.b_down)
-    hidden = act(hidden) if weights.gate is None else act(F.linear(x, weights.gate, weights.b_gate)) * hidden
-    return F.linear(hidden, weights.up, weights.b_up) * weights.scale
+    return F.linear(hidden_of(weights, x, activation), weights.up, weights.b_up) * weights.scale
 
 
 @contextmanager

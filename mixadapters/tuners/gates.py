@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,10 @@ from mixadapters.core.context import ForwardContext
 from mixadapters.core.inspection import RoutingVerbs
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import FROZEN
-from mixadapters.core.sites import has_two_stacks
+from mixadapters.core.sites import has_two_stacks, is_causal
 from mixadapters.routers.counts import CountsRouter, count_tokens
 from mixadapters.routers.learned import LearnedRouter
+from mixadapters.routers.posterior import PosteriorRouter
 from mixadapters.routers.score import exact
 
 if TYPE_CHECKING:
@@ -100,6 +102,50 @@ class GateVerbs(RoutingVerbs):
 
     def gates_changed(self, adapter_name: str) -> None:
         """For a tuner to note in its config what arms there are now."""
+
+    # --- whole models -----------------------------------------------------------------------------------------
+
+    def row_arms(self, adapter_name: str) -> list[str]:
+        """The experts that rows can be routed to by number, in order."""
+        raise NotImplementedError
+
+    @contextmanager
+    def posterior(
+        self, *, choose_after: int | None = None, adapter_name: str = "default"
+    ) -> Iterator[PosteriorRouter]:
+        """Weigh the experts by how well each alone has predicted the text so far, in the forwards of a block.
+
+        `with tuner.posterior(): trainer.evaluate()`, or `model.generate(...)`. For causal language models; nothing is
+        trained, and the mixture's own gates are not asked. Each row runs once for each expert and once for the frozen
+        model, so a forward costs as much as one of K + 1 times the rows, in time and in memory.
+
+        Args:
+            choose_after: from this token of a text on it has one arm, the likeliest; `generate` then runs that alone.
+
+        Raises:
+            ValueError: the model does not predict next tokens, or choose_after is no number of tokens.
+        """
+        mixtures = {key: mixture for key, mixture in self.mixtures().items() if key.adapter == adapter_name}
+        if not mixtures:
+            raise ValueError(f"adapter_name={adapter_name!r} has no mixture; have {list(self.peft_config)}")
+        key, mixture = next(iter(mixtures.items()))
+        config = self.model.config.to_dict() if hasattr(self.model, "config") else {}
+        if has_two_stacks(self.model) or not is_causal(key.path, self.model, config):
+            raise ValueError(
+                f"the posterior weighs predictions of the next token, and {type(self.model).__name__} makes none; use "
+                "router='counts'"
+            )
+        assert mixture.hard_routes is not None
+        field = mixture.hard_routes.field
+        router = PosteriorRouter(field, self.row_arms(adapter_name), self.vocab_size(), choose_after)
+        objectives = self.context.objectives
+        if any(isinstance(objective, PosteriorRouter) for objective in objectives):
+            raise ValueError("a block of `posterior` is open already; leave it first")
+        objectives.append(router)
+        try:
+            yield router
+        finally:
+            objectives.remove(router)
 
     # --- counted tokens ---------------------------------------------------------------------------------------
 

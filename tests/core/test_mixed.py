@@ -13,7 +13,7 @@ from mixadapters.core.mixture import Mixture
 from mixadapters.core.record import Record
 from mixadapters.core.routing import Routing
 from mixadapters.core.rows import RowNames
-from mixadapters.core.streams import Stream
+from mixadapters.core.streams import PackedRequests, Stream
 from mixadapters.routers import Router, SingleRouter, SoftmaxGate
 
 BATCH, LENGTH = 3, 4
@@ -120,6 +120,25 @@ def test_each_row_goes_through_the_adapter_it_names(context, monkeypatch, x, y, 
     torch.testing.assert_close(out[0], whole[1][0])
     assert torch.equal(out[1], y[1])
     torch.testing.assert_close(out[2], whole[0][2])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [lambda: single(3), Doubling, lambda: Chain(a=single(2), b=Doubling())])
+def test_tokens_of_a_packed_row_go_through_the_adapter_of_their_request(context, make) -> None:
+    """From step to step other requests, of other numbers of tokens, with the adapters that were there before."""
+    adapters, named = [make(), make()], RowNames(["__base__", "x", "y"])
+    batch = MixedBatch(adapters, (-1, 0, 1))
+    for lengths, numbers in (((2, 1, 4), (1, 0, 2)), ((1, 1), (2, 2)), ((3, 2), (0, 1))):
+        requests = PackedRequests(lengths, named, numbers)
+        stream = Stream(1, sum(lengths), packed=True, requests=requests)
+        context.enter(Record(streams={"": stream}, values={"adapter_names": named}))
+        x, y = torch.randn(2, 1, sum(lengths), WIDTH)
+        together, start = batch(x, y, context), 0
+        for length, number in zip(lengths, numbers, strict=True):
+            own = slice(start, start := start + length)
+            context.enter(Record(streams={"": Stream(batch=1, length=length)}))
+            alone = y[:, own] if number == 0 else adapters[number - 1](x[:, own], y[:, own], context)
+            torch.testing.assert_close(together[:, own], alone)
 
 
 def test_layers_and_steps_of_one_call_share_one_tensor_of_owners(monkeypatch, x, y) -> None:

@@ -186,6 +186,27 @@ def test_a_pinned_routing_replaces_what_the_router_decides(tiny, tiny_inputs) ->
     assert torch.equal(logits(model, inputs), plain)
 
 
+def test_a_pinned_function_changes_what_the_router_decides(tiny, tiny_inputs) -> None:
+    model, inputs = adapted(tiny), tiny_inputs("llama")
+    seen: list[Routing] = []
+
+    def first_alone(routing: Routing) -> Routing:
+        seen.append(routing)
+        return Routing(torch.zeros(14, 1, dtype=torch.long), torch.ones(14, 1))
+
+    with model.base_model.pin_routes({"ffn/*": first_alone}):
+        changed = logits(model, inputs)
+    with model.base_model.pin_routes({"ffn/*": torch.zeros(2, dtype=torch.long)}):
+        assert torch.equal(changed, logits(model, inputs))
+    assert all(routing.probs is not None for routing in seen)
+    assert len(seen) == len(model.base_model.mixtures())
+    with (
+        model.base_model.pin_routes({"ffn/*": lambda routing: routing.probs}),
+        pytest.raises(ValueError, match="returned Tensor; return a Routing"),
+    ):
+        model(**inputs)
+
+
 def test_numbers_of_experts_pin_rows_tokens_and_slots_alike(tiny, tiny_inputs) -> None:
     model, inputs = adapted(tiny), tiny_inputs("llama", batch=3)
     by_row = torch.tensor([1, -1, 0])
@@ -263,7 +284,7 @@ def test_a_pinned_route_holds_where_a_layer_runs_again(tiny, tiny_inputs) -> Non
         ({"*": torch.tensor([0, 2])}, r"adapter 'default', ffn, layer 0 .* indices between 0 and 2.*0 to 1"),
         ({"*": torch.tensor([0.0])}, r"must be whole numbers, not torch.float32"),
         ({"*": torch.tensor([True])}, "must be whole numbers, not torch.bool"),
-        ({"*": [0, 1]}, "is a list: pin a Routing, or a tensor"),
+        ({"*": [0, 1]}, "is a list: pin a Routing, a tensor of numbers"),
         ({"*": Routing(weights=torch.ones(6, 3))}, "weighs 3 experts, but there are 2"),
     ],
 )

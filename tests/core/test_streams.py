@@ -8,7 +8,8 @@ from peft import get_peft_model
 from transformers import BertConfig, BertForMultipleChoice
 
 from mixadapters import BottleneckConfig, MixDAConfig
-from mixadapters.core.streams import read_stream
+from mixadapters.core.rows import RowNames
+from mixadapters.core.streams import PackedRequests, read_stream
 
 
 def test_choices_of_a_row_are_rows_next_to_each_other() -> None:
@@ -19,6 +20,29 @@ def test_choices_of_a_row_are_rows_next_to_each_other() -> None:
     assert (stream.batch, stream.length, stream.copies) == (6, 2, 3)
     assert torch.equal(stream.mask, mask.view(6, 2) == 1)
     assert stream.spread([5, 7], 6, "field").tolist() == [5, 5, 5, 7, 7, 7]
+
+
+def packed(lengths: tuple[int, ...], tokens: int) -> dict:
+    requests = PackedRequests(lengths, RowNames(["__base__", "x"]), tuple(range(len(lengths))))
+    inputs = {"input_ids": torch.zeros(1, tokens, dtype=torch.long), "cache": object(), "cu_seq_lens_q": object()}
+    return {"inputs": inputs, "requests": requests}
+
+
+def test_what_a_request_says_goes_to_its_tokens_in_a_packed_row() -> None:
+    stream = read_stream(**packed((2, 1, 3), 6))
+    assert stream.spread([5, 7, 9], 6, "field").tolist() == [5, 5, 7, 9, 9, 9]
+    assert stream.spread(torch.eye(3), 6, "field").argmax(1).tolist() == [0, 0, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("values", "count"), [([5, 7], 6), ([5, 7, 9], 3), ([5, 7, 9], 1), (5, 6)])
+def test_other_values_or_rows_than_those_of_the_packed_requests_are_refused(values, count) -> None:
+    with pytest.raises(ValueError, match=r"field: .*3 requests of 6 tokens"):
+        read_stream(**packed((2, 1, 3), 6)).spread(values, count, "field")
+
+
+def test_a_packed_row_of_other_tokens_than_its_requests_is_refused() -> None:
+    with pytest.raises(ValueError, match="the packed row has 7 tokens, its requests 6"):
+        read_stream(**packed((2, 1, 3), 7))
 
 
 @pytest.mark.parametrize("dtype", [torch.long, torch.float32, torch.bool])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from single_experts import FORMS, activation_of, make_expert, make_inputs
 
-from mixadapters.surgery.function import output_of
 from mixadapters.surgery.lowrank import low_rank_sparse, low_rank_sparse_expert, rank_for
+from mixadapters.surgery.view import expert_output
 
 
 def planted() -> torch.Tensor:
@@ -44,12 +44,12 @@ def test_the_rows_that_stay_are_those_that_the_inputs_make_matter() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_an_expert_that_keeps_all_rows_is_itself_and_fewer_bytes_err_more(form: str) -> None:
     weights, act, inputs = make_expert(form), activation_of(form), make_inputs()
-    expected = output_of(weights, inputs, act)
+    expected = expert_output(weights, act, inputs)
     errors, sizes = [], []
     for share, keep in ((0.2, 0.1), (0.5, 0.3), (0.5, 1.0)):
         smaller, forms = low_rank_sparse_expert(weights, inputs, act, share=share, keep=keep)
         assert forms.keys() == {"down", "up"} | ({"gate"} if form == "glu" else set())
-        errors.append(float((output_of(smaller, inputs, act) - expected).norm() / expected.norm()))
+        errors.append(float((expert_output(smaller, act, inputs) - expected).norm() / expected.norm()))
         sizes.append(sum(form.nbytes for form in forms.values()))
     assert errors == sorted(errors, reverse=True)
     assert sizes == sorted(sizes)

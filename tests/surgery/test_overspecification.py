@@ -6,16 +6,24 @@ import pytest
 import torch
 from single_experts import activation_of, make_expert, make_inputs
 
-from mixadapters.surgery.overspecification import expert_cells, function_distances, needed_places, same_cells
+from mixadapters.surgery.layers import expert_layers
+from mixadapters.surgery.overspecification import (
+    expert_cells,
+    function_distances,
+    mutual_information,
+    needed_places,
+    overspecification_report,
+    same_cells,
+)
 
 
-def rearranged(weights, form: str, seed: int):
+def rearranged(weights, form: str, seed: int, units: int = 8):
     """The same function by other weights: units in another order; of LoRA, factors times a matrix and its inverse."""
     torch.manual_seed(seed)
     if form == "lora":
         mix = torch.randn(8, 8) + 4 * torch.eye(8)
         return weights._replace(down=mix @ weights.down, up=weights.up @ torch.linalg.inv(mix))
-    order = torch.randperm(8)
+    order = torch.randperm(units)
     parts = {
         n: getattr(weights, n)[order] for n in ("down", "gate", "b_down", "b_gate") if getattr(weights, n) is not None
     }
@@ -75,3 +83,57 @@ def test_places_are_those_of_the_largest_cells(sizes: tuple[int, ...], k: int, n
 def test_a_tolerance_below_0_is_refused() -> None:
     with pytest.raises(ValueError, match=r"tolerance=-0.1 must be"):
         expert_cells([make_expert()], make_inputs(), "identity", tolerance=-0.1)
+
+
+@pytest.fixture
+def planted(tiny):
+    """A base whose first block has two pairs of experts that compute the same; in the second all differ."""
+    model = tiny("mixtral", num_hidden_layers=2)
+    layer = expert_layers(model)[0]
+    for one, other in ((0, 2), (1, 3)):
+        layer.set_weights(other, rearranged(layer.weights(one), "glu", one, units=48))
+    return model
+
+
+def test_duplicates_in_a_model_are_found_and_told(planted, tiny_inputs) -> None:
+    found = overspecification_report(planted, [tiny_inputs("mixtral", batch=4, length=16)])
+    first, second = (layer.key for layer in expert_layers(planted))
+    assert found.layers[first].cells == (("0", "2"), ("1", "3"))
+    assert found.layers[first].needed_k == 4
+    assert found.layers[second].duplicates == ()
+    assert len(found.advice) == 1
+    assert first in found.advice[0]
+    assert found.dead == {first: (), second: ()}
+    assert found.dependence.keys() == {second}
+    assert found.as_dict()["layers"][first]["top_k"] == 2
+
+
+def test_experts_that_nothing_reaches_are_told_and_padding_is_no_row(planted, tiny_inputs) -> None:
+    layer = expert_layers(planted)[1]
+    batch = tiny_inputs("mixtral", batch=2, length=5)
+    chosen = []
+    with layer.watch(lambda routed: chosen.append(routed.indices.view(2, 5, -1))):
+        planted(**batch)
+    batch["attention_mask"][1, 1:] = 0
+    used = set(torch.cat([chosen[0][0].flatten(), chosen[0][1, 0]]).tolist())
+    found = overspecification_report(planted, [batch])
+    assert found.dead[layer.key] == tuple(n for e, n in enumerate(layer.names) if e not in used)
+
+
+def test_what_cannot_be_reported_is_refused(planted, tiny, tiny_inputs) -> None:
+    batch = tiny_inputs("mixtral")
+    for call, message in (
+        (lambda: overspecification_report(planted, []), "no row of data reaches"),
+        (lambda: overspecification_report(planted, [batch], tolerance=-1), "tolerance=-1 must be"),
+        (lambda: overspecification_report(planted, [batch], samples=0), "samples=0 must be"),
+        (lambda: overspecification_report(tiny("llama"), [batch]), "no routed experts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_mutual_information_is_the_entropy_of_a_copy_and_nothing_of_a_stranger() -> None:
+    one = torch.tensor([0, 1, 2, 3] * 100)
+    assert mutual_information(one, 7 - one) == pytest.approx(torch.tensor(4.0).log().item())
+    assert mutual_information(one, one.sort().values) == pytest.approx(0)
+    assert mutual_information(one, one // 2) == pytest.approx(torch.tensor(2.0).log().item())

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from mixadapters.core.bank import AdapterBank, Weights
 from mixadapters.core.routing import Routing
-from mixadapters.surgery.function import hidden_of, output_of
+from mixadapters.surgery.function import hidden_of
 from mixadapters.surgery.splitting import join_experts, split_expert
+from mixadapters.surgery.view import expert_output
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -29,7 +30,7 @@ def test_the_function_of_an_expert_is_that_of_a_bank(form: str) -> None:
     if weights.norm is not None:
         state |= {"norm.weight": weights.norm[0], "norm.bias": weights.norm[1]}
     expert.load_state_dict(state)
-    assert torch.allclose(output_of(weights, inputs, act), bank(inputs, Routing(), None), atol=1e-5)
+    assert torch.allclose(expert_output(weights, act, inputs), bank(inputs, Routing(), None), atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -37,9 +38,9 @@ def test_the_function_of_an_expert_is_that_of_a_bank(form: str) -> None:
 def test_parts_sum_to_the_expert_and_join_to_it(form: str, parts) -> None:
     weights, act, inputs = make_expert(form), activation_of(form), make_inputs()
     split = split_expert(weights, parts)
-    whole = output_of(weights, inputs, act)
-    assert torch.allclose(sum(output_of(part, inputs, act) for part in split), whole, atol=1e-6)
-    assert torch.allclose(output_of(join_experts(split), inputs, act), whole, atol=1e-6)
+    whole = expert_output(weights, act, inputs)
+    assert torch.allclose(sum(expert_output(part, act, inputs) for part in split), whole, atol=1e-6)
+    assert torch.allclose(expert_output(join_experts(split), act, inputs), whole, atol=1e-6)
     assert [len(part.down) for part in split] == ([8 // parts] * parts if isinstance(parts, int) else [3, 5])
 
 
@@ -52,7 +53,7 @@ def test_equal_parts_join_to_the_weights_themselves() -> None:
 def test_experts_of_different_scales_join_by_what_they_compute() -> None:
     one, two, inputs = make_expert(), make_expert(seed=1)._replace(scale=0.5), make_inputs()
     expected = F.linear(F.linear(inputs, one.down), one.up) + 0.5 * F.linear(F.linear(inputs, two.down), two.up)
-    assert torch.allclose(output_of(join_experts([one, two]), inputs, "identity"), expected, atol=1e-6)
+    assert torch.allclose(expert_output(join_experts([one, two]), "identity", inputs), expected, atol=1e-6)
 
 
 def test_parts_that_are_none_are_refused() -> None:

@@ -253,8 +253,8 @@ def hub(tmp_path, monkeypatch) -> list[tuple[str, str, Any]]:
             raise EntryNotFoundError(f"{repo} has no {filename}")
         return str(file)
 
-    def exists(repo: str, filename: str, *, revision: Any = None, **_: Any) -> bool:
-        return (tmp_path / "hub" / str(revision or "main") / repo / filename).is_file()
+    def exists(repo_id: str, filename: str, *, revision: Any = None, **_: Any) -> bool:
+        return (tmp_path / "hub" / str(revision or "main") / repo_id / filename).is_file()
 
     for module in ("mixadapters.core.files", "peft.config", "peft.utils.save_and_load"):
         monkeypatch.setattr(f"{module}.hf_hub_download", download)

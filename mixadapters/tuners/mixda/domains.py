@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixadapters.core.adapter import Chain, Site
+from mixadapters.core.context import ROUTES
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import row_numbers
+from mixadapters.routers.counts import CountsRouter
 from mixadapters.tuners.gates import GateVerbs
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.router import require_surgery
 from mixadapters.tuners.mixda.sources import read_source
-from mixadapters.tuners.sources import check_new
+from mixadapters.tuners.sources import check_new, same_module
 
 NEW_ARM_SHARE = 0.05  # of the frozen arm's mass that a domain added later starts with
 
@@ -50,6 +52,9 @@ class DomainVerbs(GateVerbs, MixtureModel):
     def domain_ids(self, names: list[str], adapter_name: str = "default") -> Tensor:
         """(B,) numbers for the batch field `domain_ids`, which routes each row to a domain; "__base__" is none."""
         return row_numbers(names, list(self.config_of(adapter_name).domains), "domain")
+
+    def row_arms(self, adapter_name: str) -> list[str]:
+        return list(self.config_of(adapter_name).domains)
 
     @torch.no_grad()
     def add_domain(
@@ -135,18 +140,54 @@ class DomainVerbs(GateVerbs, MixtureModel):
             raise ValueError(f"unknown domain {name!r}; have {list(config.domains)}.{nearest(name, config.domains)}")
         require_surgery(config, "remove_domain")
         for path, mixture in list(self._mixtures(adapter_name)):
-            if name not in mixture.bank.experts:
-                continue
-            mixture.bank.remove(name)
+            if name in mixture.bank.experts:
+                self._take_domain(config, path, mixture, name, renormalize, everywhere=True)
+        self._forget_domains(config, [name], adapter_name)
+
+    def keep_experts(
+        self, kept: Mapping[str, Sequence[str]], *, renormalize: bool = True, adapter_name: str = "default"
+    ) -> None:
+        """As `CuttingVerbs.keep_experts`, of domains. Make optimizers anew afterwards."""
+        config, mixtures = self.config_of(adapter_name), dict(self._mixtures(adapter_name))
+        require_surgery(config, "remove_domain")
+        if self.context.held.get(ROUTES):
+            raise ValueError(
+                "routes are pinned by numbers of experts, which would mean others: leave pin_routes first"
+            )
+        lost: dict[str, list[str]] = {}
+        for path, names in kept.items():
+            have = mixtures[path].bank.names if path in mixtures else []
+            if not names or len(set(names)) < len(names) or set(names) - set(have):
+                raise ValueError(f"kept={list(names)} at {path!r} must name different domains that are there, {have}")
+            lost[path] = [name for name in have if name not in names]
+        stay = {name for path, m in mixtures.items() for name in m.bank.names if name not in lost.get(path, ())}
+        for path, names in lost.items():
+            for name in names:
+                self._take_domain(config, path, mixtures[path], name, renormalize, everywhere=name not in stay)
+        self._forget_domains(config, [name for name in config.domains if name not in stay], adapter_name)
+
+    def _take_domain(
+        self, config: MixDAConfig, path: str, mixture: Mixture, name: str, renormalize: bool, everywhere: bool
+    ) -> None:
+        """Take a domain's expert from one module, and its arm from the router there."""
+        mixture.bank.remove(name)
+        if isinstance(mixture.router, CountsRouter) and not everywhere:  # whose counts serve other modules
+            mixture.router.experts.remove(name)
+        else:
             mixture.router.remove_expert(name, renormalize)
-            if mixture.bank.names:
-                config.null_arms[path] = getattr(mixture.router, "null_arms", 0)
-            else:
-                chain = self.host_at(path).adapters[adapter_name]
-                del chain.domain
-                config.null_arms.pop(path, None)
+        ranks = config.domains[name]["ranks"]
+        config.domains[name]["ranks"] = {m: rank for m, rank in ranks.items() if not same_module(m, path)}
+        if mixture.bank.names:
+            config.null_arms[path] = getattr(mixture.router, "null_arms", 0)
+        else:
+            del self.host_at(path).adapters[mixture.key.adapter].domain
+            config.null_arms.pop(path, None)
+
+    def _forget_domains(self, config: MixDAConfig, names: Sequence[str], adapter_name: str) -> None:
+        """Drop from the config the domains that are nowhere any more, and number the others anew."""
         config.null_arms = {path: count for path, count in config.null_arms.items() if count}
-        del config.domains[name]
+        for name in names:
+            del config.domains[name]
         config.domain_order = list(config.domains)
         self.gates_changed(adapter_name)
         self._renumber(adapter_name)

@@ -20,11 +20,12 @@ from mixadapters.core.sites import layer_index
 from mixadapters.routers.base import Router, build_router
 from mixadapters.tuners.bottleneck.config import placement_roles, placement_taps
 from mixadapters.tuners.moa.absent import refuse_absent
-from mixadapters.tuners.moa.config import MoAConfig
+from mixadapters.tuners.moa.config import MoAConfig, stands_at
+from mixadapters.tuners.moa.cutting import ExpertCutting
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
+from mixadapters.tuners.moa.overriding import ExpertOverriding
 from mixadapters.tuners.moa.router import OPTION_OF, router_spec
 from mixadapters.tuners.moa.sources import Gathered, gather
-from mixadapters.tuners.moa.spawning import ExpertSpawning
 from mixadapters.tuners.sources import rank_of, same_module
 
 QUERY = frozenset({"q", "query", "q_proj", "q_lin", "query_proj"})  # what runs first in an attention
@@ -41,9 +42,9 @@ class Plan:
     routers: dict[str, Router] = field(default_factory=dict)  # leader -> its router, once it is there
 
 
-class MoAModel(ExpertSpawning):
+class MoAModel(ExpertOverriding, ExpertCutting):
     fields = ("expert_ids", "prompt_mask")
-    moving = ("router", "schedules", *OPTION_OF)
+    moving = ("router", "schedules", "expert_overrides", *OPTION_OF)
 
     # --- sites -----------------------------------------------------------------------------------
 
@@ -132,7 +133,7 @@ class MoAModel(ExpertSpawning):
         first: dict[tuple[str, ...], str] = {}
         have: dict[str, set[str]] = {}
         for path in _in_running_order(paths):
-            names = self._experts_at(config, path)
+            names = {*self._experts_at(config, path), *stands_at(config, path)}
             if names:
                 scope = self._scope(config, adapter_name, path)
                 leader = plan.leader[path] = first.setdefault(scope, path)
@@ -194,6 +195,7 @@ class MoAModel(ExpertSpawning):
             router, bank, "parallel" if parallel else "sequential", tap=tap, dropout=config.lora_dropout,
             hard_routes=HardRoutes("expert_ids", [number_of[n] for n in router.experts], len(number_of)),
             shared=config.n_shared_experts, residual=config.residual, observes=True,
+            stands=stands_at(config, site.path),
         )  # fmt: skip
 
     def _expert_options(self, config: MoAConfig, path: str, name: str, rank: int) -> dict[str, Any]:
@@ -249,6 +251,7 @@ class MoAModel(ExpertSpawning):
         self._gathered = {}
         if config.schedules:
             self.set_schedules(config.schedules, adapter_name)
+        self.apply_overrides(adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -13,7 +13,12 @@ from mixadapters.tuners.moa.config import check_experts
 from mixadapters.tuners.moa.verbs import ExpertVerbs
 from mixadapters.tuners.sources import check_new
 
-COPIED = ("ranks", "scales", "biases")  # of what the config says of an expert: a copy has no source of its own
+COPIED = (
+    "ranks",
+    "scales",
+    "biases",
+    "same_as",
+)  # of what the config says of an expert: a copy has no source of its own
 
 
 class ExpertSpawning(ExpertVerbs):

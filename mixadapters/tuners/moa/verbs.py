@@ -12,7 +12,7 @@ from torch import Tensor
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import row_numbers
 from mixadapters.tuners.gates import GateVerbs
-from mixadapters.tuners.moa.config import MoAConfig, check_experts
+from mixadapters.tuners.moa.config import MoAConfig, check_experts, refuse_while_standing
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.sources import Gathered, gather
 from mixadapters.tuners.moa.weights import ExpertWeights
@@ -56,6 +56,12 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         config = self._moa(adapter_name)
         return row_numbers(names, [piece for name in config.all_names() for piece in config.pieces(name)], "expert")
 
+    def row_arms(self, adapter_name: str) -> list[str]:
+        config = self._moa(adapter_name)
+        if config.segments > 1:
+            raise ValueError(f"segments={config.segments}: a piece of an expert is no arm of its own")
+        return config.all_names()
+
     # --- coming and going ------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -77,15 +83,8 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                 between 0 and 1.
         """
         config = self._moa(adapter_name)
-        check_new(
-            "expert",
-            name,
-            config.all_names(),
-            self.peft_config.keys() - {adapter_name},
-            share=share,
-            r=r,
-            source=source,
-        )
+        others = self.peft_config.keys() - {adapter_name}
+        check_new("expert", name, config.all_names(), others, share=share, r=r, source=source)
         self._require(adapter_name, "add_expert")
         spec = check_experts({name: source}, from_file=False)[name]
         found = gather(self, config, name, spec) if "source" in spec else None
@@ -113,7 +112,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
             self._widen(config, name, [path for path in spec.get("ranks", ()) if path not in paths])
             where = {*paths, *spec.get("ranks", ())}
             plan = self._make_plan(config, adapter_name, [p for p in self.places() if p in where])
-            self._refuse_other_leaders(plan, before)
+            _refuse_other_leaders(plan, before)
         except ValueError:
             for field, value in old.items():
                 setattr(config, field, value)
@@ -177,6 +176,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         if len(names) == 1:
             raise ValueError(f"expert {name!r} is the only one; delete the adapter instead")
         self._require(adapter_name, "remove_expert")
+        refuse_while_standing(config, name)
         paths = [path for path, _ in self._mixtures(adapter_name)]
         pieces = config.pieces(name)
         followed = {m.router.key.path for _, m in self._mixtures(adapter_name) if isinstance(m.router, FollowRouter)}
@@ -193,6 +193,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                     if renormalize:
                         self._choose_among(config, mixture.router, len(mixture.router.arms) - 1)
                     mixture.router.remove_expert(piece, renormalize)
+                mixture.stands.pop(piece, None)
                 if piece in mixture.bank.experts:
                     mixture.bank.remove(piece)
             if nulls := getattr(mixture.router, "null_arms", 0) - config.num_null_experts:
@@ -208,8 +209,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         host = self.host_at(path)
         del host.adapters[adapter_name]
         if not host.adapters:
-            parent, _, child = path.rpartition(".")
-            self._replace_module(self.model.get_submodule(parent), child, host.get_base_layer(), host)
+            self._remove_host(host)
 
     def _name_experts(self, config: MoAConfig, paths: list[str]) -> None:
         """Experts that were numbered have names of their own from now on."""
@@ -224,15 +224,6 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                     spec.setdefault("scales", {})[path] = config.scale_at(path, rank)
         config.num_experts = 8
         config.expert_order = list(config.experts)
-
-    def _refuse_other_leaders(self, plan: Any, before: dict[str, Any]) -> None:
-        """A router stays at the first layer of its scope, also when the mixture is loaded again."""
-        for path, leader in plan.leader.items():
-            if leader not in before and any(plan.leader.get(old) == leader for old in before):
-                raise ValueError(
-                    f"the new expert adapts {path!r}, which runs before the layer whose router it would share; make "
-                    "the mixture anew from all experts, or use router_scope='module'"
-                )
 
     def _require(self, adapter_name: str, verb: str) -> None:
         router = next(iter(self._leaders(adapter_name).values()))
@@ -267,5 +258,15 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
 
     def _choose_among(self, config: MoAConfig, router: Any, arms: int) -> None:
         """As many experts per token as a router with so many arms has when it is loaded."""
-        if getattr(router, "k", None) is not None:
+        if getattr(router, "k", None) is not None and "k" in router.scheduled:
             router.set_option("k", self.chosen(config, arms))
+
+
+def _refuse_other_leaders(plan: Any, before: dict[str, Any]) -> None:
+    """A router stays at the first layer of its scope, also when the mixture is loaded again."""
+    for path, leader in plan.leader.items():
+        if leader not in before and any(plan.leader.get(old) == leader for old in before):
+            raise ValueError(
+                f"the new expert adapts {path!r}, which runs before the layer whose router it would share; make "
+                "the mixture anew from all experts, or use router_scope='module'"
+            )

@@ -1,0 +1,498 @@
+"""Mixtures of domains against joint adapters, by perplexity: kinds of adapters, gates, adding and removing.
+
+    python examples/studies/domains.py  # text that an installation carries
+    python examples/studies/domains.py --domains biomed=biomed.txt film=film.txt product=product.txt code=code.txt \
+        --later headers=headers.txt --general general.txt  # text of your own
+    python examples/studies/domains.py ... --tokens 300000 --base_tokens 3000000 --width 256  # on a larger machine
+
+For each seed a small decoder learns general text; each domain has an adapter of its own, from its text alone; mixtures
+of them stand against adapters that read all text, general text included. All that is compared has the same seed, base
+model and text. Rates and the temperature of the counts gate are chosen on dev text with a seed that is not reported.
+Two kinds of adapters: LoRA on all linear layers (MoA), and bottlenecks of that size beside the FFN (MixDA).
+
+Each result is a file of its own: the command goes on where it was ended. Cells run in the order of CELLS, kind by kind
+and seed by seed; none begins after `--cpu_minutes`, and what is dropped then is dropped from the end and reported as
+missing. Where there is less time than that, bottlenecks run the cells of FEWER alone. The claims are in
+`domains_claims.py`, with what was expected of them before the first run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the demo's models and text
+
+import torch
+from demo_models import Progress, lora, mixture, new_base, perplexities, size, train
+from demo_table import mean
+from demo_text import new_tokenizer, parted, read_text, token_rows
+from domains_claims import report
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import logging as transformers_logging
+
+from mixadapters import BottleneckConfig, MixDAConfig
+
+KINDS = ("lora", "bottleneck")
+GATES: dict[str, Any] = {  # router -> its specification; how it is fitted is in `Trial.gate`
+    "counts": "counts",
+    "features": {"kind": "softmax", "granularity": "causal_prefix"},
+    "lm_token": {"kind": "softmax", "granularity": "token"},
+    "lm_prefix": {"kind": "softmax", "granularity": "causal_prefix"},
+    "uniform": "constant",
+}
+CHOOSING = 100  # the seed that rates are chosen with
+# kind -> what is chosen -> the values to choose from, or what it has the value of
+CHOICES: dict[str, dict[str, Any]] = {
+    "lora": {
+        "expert": (5e-3, 1e-2, 2e-2), "temperature": (1.0, 3.0, 10.0), "joint": (2e-3, 5e-3, 1e-2),
+        "twice": (2e-3, 5e-3), "shared": (5e-3, 1e-2), "gate": (3e-3, 3e-2),
+    },
+    "bottleneck": {
+        "expert": (5e-3, 1e-2, 2e-2), "temperature": (1.0, 3.0, 10.0), "joint": (2e-3, 5e-3, 1e-2),
+        "twice": "joint", "shared": "expert", "gate": (3e-3, 3e-2),
+    },
+}  # fmt: skip
+
+
+@dataclass
+class Arguments:
+    """What to run. The defaults are the evaluation on one CPU."""
+
+    out: str = field(default="runs/domains", metadata={"help": "Where results, adapters and tables go."})
+    domains: list[str] = field(default_factory=list, metadata={"help": "name=FILE. None: the installation's."})
+    general: str | None = field(default=None, metadata={"help": "FILE of general text. None: the installation's."})
+    later: str | None = field(default=None, metadata={"help": "name=FILE of a domain that is added later."})
+    kinds: list[str] = field(default_factory=lambda: list(KINDS))
+    cells: list[str] | None = field(default=None, metadata={"help": "Some of CELLS, or `fewer`. None: all."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    tokens: int = field(default=24_000, metadata={"help": "Of training text per kind of text."})
+    dev_tokens: int = field(default=4_000, metadata={"help": "Of dev text per kind."})
+    test_tokens: int = field(default=6_000, metadata={"help": "Of test text per kind."})
+    length: int = field(default=128, metadata={"help": "Tokens of a row."})
+    rank: int = field(default=8, metadata={"help": "Of a domain's LoRA; bottlenecks have its size."})
+    batch: int = field(default=4, metadata={"help": "Rows of a training step."})
+    base_tokens: int = field(default=400_000, metadata={"help": "Tokens that a base model is trained on."})
+    base_rate: float = field(default=3e-3, metadata={"help": "Learning rate of base models."})
+    vocabulary: int = field(default=3000, metadata={"help": "Tokens that they know."})
+    width: int = field(default=160, metadata={"help": "Of a base model; a multiple of 32."})
+    layers: int = field(default=3, metadata={"help": "Of a base model."})
+    cpu_minutes: float = field(default=70.0, metadata={"help": "No cell begins after these; run again to go on."})
+
+    def __post_init__(self) -> None:
+        if self.cells == ["fewer"]:
+            self.cells = list(FEWER)
+        for name, known in (("kinds", KINDS), ("cells", CELLS)):
+            if unknown := set(getattr(self, name) or ()) - set(known):
+                raise ValueError(f"{name}={sorted(unknown)} are unknown; choose from {list(known)}")
+        if CHOOSING in self.seeds:
+            raise ValueError(f"seeds={self.seeds}: {CHOOSING} is the seed that rates are chosen with")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a result depends on."""
+        left_out = ("out", "kinds", "cells", "seeds", "cpu_minutes")
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+
+class Texts:
+    """Train, dev and test text of each kind, by document, as rows of token ids (n, T)."""
+
+    def __init__(self, args: Arguments) -> None:
+        self.domains, later, documents = read_text(args.domains, args.general, args.later)
+        if later is None:
+            raise ValueError("--later is missing: the study adds a domain")
+        self.later, self.old = later, [*self.domains, "general"]
+        self.kinds = [*self.domains, later, "general"]
+        parts = {}
+        for kind in self.kinds:
+            rest, test = parted(documents[kind])
+            parts[kind] = (*parted(rest), test)
+        self.tokenizer = new_tokenizer((text for kind in self.old for text in parts[kind][0]), args.vocabulary)
+        sizes = (args.tokens, args.dev_tokens, args.test_tokens)
+        rows: list[dict[str, Tensor]] = [{}, {}, {}]
+        for kind in self.kinds:
+            for found, part, tokens in zip(rows, parts[kind], sizes, strict=True):
+                found[kind] = token_rows(self.tokenizer, part, args.length, tokens, kind)
+        self.train, self.dev, self.test = rows
+        wanted = args.tokens // args.length
+        if short := {kind: found.numel() for kind, found in self.train.items() if len(found) < wanted}:
+            raise ValueError(f"--tokens {args.tokens}: there are only {short}; give more text, or fewer tokens")
+        self.base = token_rows(self.tokenizer, parts["general"][0], args.length, args.base_tokens, "general")
+
+    def of(self, kinds: list[str]) -> Tensor:
+        return torch.cat([self.train[kind] for kind in kinds])
+
+
+# --- one seed of one kind of adapters -----------------------------------------------------------------------------
+
+
+class Trial:
+    """A base model, the adapters of one kind on it, and what is made of them."""
+
+    def __init__(self, args: Arguments, texts: Texts, kind: str, seed: int, choices: dict[str, float]) -> None:
+        self.args, self.texts, self.kind, self.seed, self.choices = args, texts, kind, seed, choices
+        self.folder = Path(args.out) / f"seed{seed}"
+        self.own = self.folder / kind
+        self.progress = Progress()
+        self.read = 0  # tokens that the last training has read, besides those of the domains' own adapters
+
+    def base(self) -> Any:
+        """The frozen model of this seed, anew."""
+        folder = self.folder / "base"
+        if not (folder / "config.json").exists():
+            args, rows = self.args, self.texts.base
+            model = new_base(len(self.texts.tokenizer), args.width, args.layers, args.length, self.seed)
+            epochs = args.base_tokens / rows.numel()
+            self.train(model, rows, args.base_rate, epochs, batch=16)
+            model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder)
+
+    def train(self, model: Any, rows: Tensor, rate: float, epochs: float = 1, batch: int | None = None) -> Any:
+        out = str(Path(self.args.out) / "trainer")
+        train(model, rows, self.progress, rate=rate, batch=batch or self.args.batch, epochs=epochs, out=out,
+              seed=self.seed)  # fmt: skip
+        self.read = round(rows.numel() * epochs)
+        return model
+
+    # --- adapters -------------------------------------------------------------------------------------------------
+
+    def new(self, times: int = 1) -> Any:
+        """An adapter that is `times` as large as a domain's."""
+        if self.kind == "lora":
+            return lora(self.base(), self.args.rank * times, self.seed)
+        torch.manual_seed(self.seed)
+        return get_peft_model(self.base(), BottleneckConfig.domain(r=self.width_of(times)))
+
+    def width_of(self, times: int = 1) -> int:
+        """The width at which bottlenecks are as large as LoRA adapters of `times` the rank."""
+        sizes = [size(get_peft_model(self.base(), BottleneckConfig.domain(r=r))) for r in (1, 2)]
+        wanted = size(lora(self.base(), self.args.rank * times))
+        return max(1, round(1 + (wanted - sizes[0]) / (sizes[1] - sizes[0])))
+
+    def adapter(self, name: str, kinds: list[str], what: str, times: int = 1, epochs: int = 1) -> Any:
+        """An adapter that has read all text of `kinds`, from its folder where it is there already."""
+        folder = self.own / name
+        if (folder / "adapter_config.json").exists():
+            self.read = epochs * self.texts.of(kinds).numel()
+            return PeftModel.from_pretrained(self.base(), folder).eval()
+        model = self.train(self.new(times), self.texts.of(kinds), self.choices[what], epochs)
+        model.save_pretrained(folder)
+        return model
+
+    def going_on(self, name: str) -> Any:
+        """An adapter that is there, to be trained further."""
+        return PeftModel.from_pretrained(self.base(), self.own / name, is_trainable=True)
+
+    def expert(self, name: str) -> Any:
+        return self.adapter(name, [name], "expert")
+
+    def joint(self) -> Any:
+        return self.adapter("joint", self.texts.old, "joint", len(self.texts.domains))
+
+    def nearest(self) -> str:
+        """The domain whose adapter does best on dev text of the later one."""
+        dev = {self.texts.later: self.texts.dev[self.texts.later]}
+        return min(self.texts.domains, key=lambda name: perplexities(self.expert(name), dev)[self.texts.later])
+
+    # --- mixtures -------------------------------------------------------------------------------------------------
+
+    def mixture(self, gate: str, shared: bool = False, domains: list[str] | None = None) -> Any:
+        """The domains' adapters side by side under a gate that is not fitted yet."""
+        for name in (domains := domains or self.texts.domains):
+            self.expert(name)
+        router, folders = GATES[gate], {name: str(self.own / name) for name in domains}
+        if gate == "counts":
+            router = {"kind": "counts", "temperature": self.choices.get("temperature", 3.0)}
+        if self.kind == "lora":
+            scope = "model" if gate == "counts" else "module"
+            return mixture(self.base(), folders, self.args.rank if shared else 0, self.seed, router, scope)
+        torch.manual_seed(self.seed)
+        task: dict[str, Any] = {"task_adapter": None}
+        if shared:
+            task = {"task_adapter": "parallel", "task_r": self.task_width()}
+        return get_peft_model(self.base(), MixDAConfig(domains=folders, router=router, **task)).eval()
+
+    def task_width(self) -> int:
+        """The width at which MixDA's task adapter is as large as a domain's LoRA."""
+        models = (get_peft_model(self.base(), BottleneckConfig(placement="parallel", r=r)) for r in (1, 2))
+        sizes = [size(model) for model in models]
+        return max(1, round(1 + (size(lora(self.base(), self.args.rank)) - sizes[0]) / (sizes[1] - sizes[0])))
+
+    def gate(self, gate: str, shared: bool = False, domains: list[str] | None = None) -> Any:
+        """The mixture under a gate that has been fitted, or trained on all text by the language model's loss."""
+        model = self.mixture(gate, shared, domains)
+        names = domains or self.texts.domains
+        self.read = 0
+        if gate in ("counts", "features"):
+            texts = {name: self.texts.train[name] for name in names}
+            model.base_model.fit_gate(texts, self.texts.train["general"], method=gate)
+        elif gate.startswith("lm_"):
+            model.base_model.set_stage("router" if self.kind == "lora" else "task")
+            self.train(model, self.texts.of(self.texts.old), self.choices["gate"])
+        return model
+
+    def shared(self) -> Any:
+        """The mixture under the counts gate, with one more adapter that reads all text under it."""
+        folder = self.own / "shared"
+        if (folder / "adapter_config.json").exists():
+            self.read = self.texts.of(self.texts.old).numel()
+            return PeftModel.from_pretrained(self.base(), folder).eval()
+        model = self.gate("counts", shared=True)
+        if self.kind == "bottleneck":
+            model.base_model.set_stage("task")
+        self.train(model, self.texts.of(self.texts.old), self.choices["shared"])
+        model.save_pretrained(folder)
+        return model
+
+    def add(self, model: Any, folder: str) -> Any:
+        """The later domain comes into a mixture by the adapter in `folder` and its counted text."""
+        verb = model.base_model.add_expert if self.kind == "lora" else model.base_model.add_domain
+        verb(self.texts.later, str(self.own / folder))
+        model.base_model.fit_gate({self.texts.later: self.texts.train[self.texts.later]})
+        return model
+
+
+# --- cells: name -> model and tokens read, or perplexities --------------------------------------------------------
+
+Cell = Callable[[Trial], Any]
+
+
+def base(trial: Trial) -> Any:
+    return trial.base()
+
+
+def own_adapters(trial: Trial) -> dict[str, float]:
+    """What each domain's adapter does on its own text; general text is the base model's. Reads all domains' text."""
+    tests = trial.texts.test
+    found = {name: perplexities(trial.expert(name), {name: tests[name]})[name]
+             for name in (*trial.texts.domains, trial.texts.later)}  # fmt: skip
+    trial.read = trial.texts.of(trial.texts.domains).numel()
+    return found | perplexities(trial.base(), {"general": tests["general"]})
+
+
+def under(gate: str) -> Cell:
+    return lambda trial: trial.gate(gate)
+
+
+def posterior(trial: Trial) -> dict[str, float]:
+    model = trial.gate("counts")
+    with model.base_model.posterior():
+        return perplexities(model, trial.texts.test)
+
+
+def posterior_added(trial: Trial) -> dict[str, float]:
+    model = added(trial)
+    with model.base_model.posterior():
+        return perplexities(model, trial.texts.test)
+
+
+def joint(trial: Trial) -> Any:
+    return trial.joint()
+
+
+def joint_active(trial: Trial) -> Any:
+    return trial.adapter("joint_active", trial.texts.old, "joint")
+
+
+def shared(trial: Trial) -> Any:
+    return trial.shared()
+
+
+def joint_twice(trial: Trial) -> Any:
+    return trial.adapter("joint_twice", trial.texts.old, "twice", len(trial.texts.domains) + 1, epochs=2)
+
+
+def added(trial: Trial) -> Any:
+    trial.expert(trial.texts.later)
+    model = trial.add(trial.gate("counts"), trial.texts.later)
+    trial.read = trial.texts.train[trial.texts.later].numel()
+    return model
+
+
+def added_warm(trial: Trial) -> Any:
+    """The later domain's adapter begins as that of the nearest domain."""
+    model = trial.going_on(trial.nearest())
+    trial.train(model, trial.texts.train[trial.texts.later], trial.choices["expert"])
+    model.save_pretrained(trial.own / "later_warm")
+    model = trial.add(trial.gate("counts"), "later_warm")
+    trial.read = trial.texts.train[trial.texts.later].numel()
+    return model
+
+
+def added_features(trial: Trial) -> Any:
+    """Gates by features have to be fitted anew, on text of all domains."""
+    return trial.gate("features", domains=[*trial.texts.domains, trial.texts.later])
+
+
+def added_shared(trial: Trial) -> Any:
+    trial.expert(trial.texts.later)
+    model = trial.add(trial.shared(), trial.texts.later)
+    trial.read = trial.texts.train[trial.texts.later].numel()
+    return model
+
+
+def joint_new_alone(trial: Trial) -> Any:
+    trial.joint()
+    new = trial.texts.train[trial.texts.later]
+    return trial.train(trial.going_on("joint"), new, trial.choices["joint"])
+
+
+def joint_replay(trial: Trial) -> Any:
+    """The joint adapter goes on with the new text and as many rows of the old, drawn evenly."""
+    trial.joint()
+    texts = trial.texts
+    new, share = texts.train[texts.later], len(texts.train[texts.later]) // len(texts.old)
+    draw = torch.Generator().manual_seed(trial.seed)
+    old = [rows[torch.randperm(len(rows), generator=draw)[:share]] for rows in map(texts.train.get, texts.old)]
+    return trial.train(trial.going_on("joint"), torch.cat([new, *old]), trial.choices["joint"])
+
+
+def joint_anew(trial: Trial) -> Any:
+    texts = trial.texts
+    return trial.adapter("joint_anew", [*texts.old, texts.later], "joint", len(texts.domains) + 1)
+
+
+def removed(trial: Trial) -> Any:
+    """The last of the first domains goes out of the mixture that has got one more."""
+    model = added(trial)
+    verb = model.base_model.remove_expert if trial.kind == "lora" else model.base_model.remove_domain
+    verb(trial.texts.domains[-1])
+    trial.read = 0
+    return model
+
+
+CELLS: dict[str, Cell] = {
+    "base": base, "own": own_adapters, "counts": under("counts"), "joint": joint, "joint_active": joint_active,
+    "added": added, "joint_anew": joint_anew, "joint_replay": joint_replay, "joint_new_alone": joint_new_alone,
+    "removed": removed, "shared": shared, "joint_twice": joint_twice, "added_shared": added_shared,
+    "features": under("features"), "uniform": under("uniform"), "lm_token": under("lm_token"),
+    "lm_prefix": under("lm_prefix"), "added_warm": added_warm, "added_features": added_features,
+    "posterior": posterior, "posterior_added": posterior_added,
+}  # fmt: skip
+FEWER = ("base", "own", "counts", "joint", "added", "removed", "shared", "joint_twice", "added_shared", "features",
+         "uniform", "posterior")  # fmt: skip
+
+
+# --- choices on dev text ------------------------------------------------------------------------------------------
+
+
+def choose(args: Arguments, texts: Texts, kind: str) -> dict[str, float]:
+    """Rates and the temperature of a kind, by dev perplexity with a seed of its own; kept in a file."""
+    path = Path(args.out) / f"choices-{kind}.json"
+    known = json.loads(path.read_text()) if path.exists() else {"settings": args.settings, "tried": {}, "chosen": {}}
+    _refuse_other(path, known, args)
+    chosen = known["chosen"]
+    for what, values in CHOICES[kind].items():
+        trains_gates = args.cells is None or any(cell.startswith("lm_") for cell in args.cells)
+        if what not in chosen and (what != "gate" or trains_gates):
+            if isinstance(values, str):
+                chosen[what] = chosen[values]
+            else:
+                found = {str(value): _dev(args, texts, kind, what, value, chosen) for value in values}
+                known["tried"][what] = found
+                chosen[what] = float(min(found, key=lambda value: found[value]))
+                print(f"{kind} {what}: {chosen[what]} of {found}", flush=True)
+            path.write_text(json.dumps(known, indent=1))
+    return chosen
+
+
+def _dev(args: Arguments, texts: Texts, kind: str, what: str, value: float, chosen: dict[str, float]) -> float:
+    """Geometric mean of the dev perplexities of the kinds of text that are read, `what` having this value."""
+    trial = Trial(args, texts, kind, CHOOSING, {**chosen, what: value})
+    if what == "expert":
+        trial.own = trial.own / f"rate{value}"
+        return mean([perplexities(trial.expert(name), {name: texts.dev[name]})[name] for name in texts.domains])
+    if "expert" in chosen and what in ("gate", "shared", "temperature"):
+        trial.own = trial.own / f"rate{chosen['expert']}"
+    size_of = len(texts.domains)
+    made: dict[str, Callable[[], Any]] = {
+        "joint": lambda: trial.adapter(f"joint{value}", texts.old, "joint", size_of),
+        "twice": lambda: trial.adapter(f"twice{value}", texts.old, "twice", size_of + 1, epochs=2),
+        "shared": lambda: trial.train(trial.gate("counts", shared=True), texts.of(texts.old), value),
+        "gate": lambda: trial.gate("lm_prefix"),
+        "temperature": lambda: trial.gate("counts"),
+    }
+    return mean(list(perplexities(made[what](), {name: texts.dev[name] for name in texts.old}).values()))
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+
+def _refuse_other(path: Path, found: dict[str, Any], args: Arguments) -> None:
+    if found["settings"] != args.settings:
+        raise ValueError(f"{path} is of {found['settings']}, not {args.settings}: choose another out")
+
+
+def runs(args: Arguments, texts: Texts) -> Iterator[dict[str, Any]]:
+    """The result of each cell, from its file where that is there already.
+
+    Raises:
+        ValueError: a file of other settings.
+    """
+    folder = Path(args.out) / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in args.kinds:
+        for seed in args.seeds:
+            for cell in [cell for cell in CELLS if args.cells is None or cell in args.cells]:
+                path = folder / f"{kind}-{cell}-{seed}.json"
+                if path.exists():
+                    found = json.loads(path.read_text())
+                    _refuse_other(path, found, args)
+                    yield found
+                elif time.process_time() < 60 * args.cpu_minutes:
+                    yield one(Trial(args, texts, kind, seed, choose(args, texts, kind)), cell, path)
+
+
+def one(trial: Trial, cell: str, path: Path) -> dict[str, Any]:
+    start = time.process_time()
+    trial.base()
+    model = CELLS[cell](trial)
+    parameters = 0
+    if not isinstance(model, dict):
+        parameters, model = size(model), perplexities(model, trial.texts.test)
+    result = {
+        "kind": trial.kind, "cell": cell, "seed": trial.seed, "settings": trial.args.settings,
+        "parameters": parameters, "tokens": trial.read, "perplexity": model,
+        "cpu_seconds": time.process_time() - start,
+    }  # fmt: skip
+    path.with_suffix(".part").write_text(json.dumps(result))
+    os.replace(path.with_suffix(".part"), path)
+    old = math.exp(sum(math.log(model[name]) for name in trial.texts.domains) / len(trial.texts.domains))
+    print(f"{trial.kind} {cell} {trial.seed}: {old:.1f} ({result['cpu_seconds']:.0f} s)", flush=True)
+    return result
+
+
+def main(args: Arguments) -> dict[str, Any]:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    texts, out = Texts(args), Path(args.out)
+    found = list(runs(args, texts))
+    wanted = len(args.kinds) * len(args.seeds) * len(CELLS if args.cells is None else args.cells)
+    cpu_minutes = sum(run["cpu_seconds"] for run in found) / 60
+    kinds = {"domains": texts.domains, "later": texts.later, "removed": texts.domains[-1]}
+    chosen = {kind: json.loads(path.read_text()) for kind in args.kinds
+              if (path := out / f"choices-{kind}.json").exists()}  # fmt: skip
+    made = {
+        "settings": args.settings, **kinds, "choices": chosen, "runs": found, "missing": wanted - len(found),
+        "cpu_minutes": cpu_minutes,
+    }  # fmt: skip
+    made["claims"], text = report(found, **kinds)
+    (out / "results.json").write_text(json.dumps(made, indent=1))
+    (out / "table.md").write_text(text)
+    print(f"{text}\n{len(found)} of {wanted} cells, {cpu_minutes:.1f} CPU minutes without the choices")
+    return made
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])

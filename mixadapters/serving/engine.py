@@ -1,0 +1,351 @@
+"""One continuously batched model that serves requests, each with the adapter that it names."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from torch import nn
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.requests import RequestStatus
+
+from mixadapters.core.context import ForwardContext
+from mixadapters.core.hooks import root_of
+from mixadapters.core.rows import BASE, RowNames
+from mixadapters.core.streams import PackedRequests
+from mixadapters.serving.adapters import ServedAdapters
+from mixadapters.serving.manager import ServingManager
+from mixadapters.serving.requests import Request, ServerBusy, ServerStopped
+
+logger = logging.getLogger(__name__)
+NEW_TOKENS = 256  # of a request that does not say how many
+
+
+class AdapterServer:
+    """Requests that each name an adapter, generated together by transformers' continuous batching.
+
+    A request gets the tokens that it would get alone, whatever others run beside it. Use it as a context manager, or
+    `start` and `stop` it.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel of one of our types around it. While the server
+            runs, the model is its own.
+        tokenizer: for prompts that are text.
+        max_requests: how many requests it holds, running or waiting; more are refused.
+        max_running: how many of them a step takes.
+        max_batch_tokens: tokens of a step. Longer prompts are read in pieces, between which others go on.
+        cache_tokens: tokens whose keys and values are kept, of all requests together.
+        page_size: tokens of a page of that cache; shared prefixes are whole pages.
+        share_prefixes: whether requests of one adapter share the pages of a common beginning.
+        sampling: whether requests may ask for a temperature. Otherwise all are greedy, which costs less.
+
+    Raises:
+        ValueError: a model that cannot generate so, or a size that is no positive integer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Any = None,
+        max_requests: int = 256,
+        max_running: int = 64,
+        max_batch_tokens: int = 512,
+        cache_tokens: int = 16384,
+        page_size: int = 32,
+        share_prefixes: bool = True,
+        sampling: bool = False,
+    ) -> None:
+        sizes = {"max_requests": max_requests, "max_running": max_running, "max_batch_tokens": max_batch_tokens,
+                 "cache_tokens": cache_tokens, "page_size": page_size}  # fmt: skip
+        for name, size in sizes.items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name}={size!r} must be a positive integer")
+        if page_size < 4 or cache_tokens < page_size:
+            raise ValueError(f"page_size={page_size} must be 4 or more, and cache_tokens={cache_tokens} hold a page")
+        self.model: Any = root_of(model)
+        if not hasattr(self.model, "init_continuous_batching") or self.model.get_output_embeddings() is None:
+            raise ValueError(f"{type(self.model).__name__} is no causal language model of transformers")
+        self.tokenizer, self.max_requests, self.sampling = tokenizer, max_requests, sampling
+        self.capacity = cache_tokens // page_size * page_size
+        self.context = ForwardContext.of(self.model)
+        self.adapters = ServedAdapters(self.model, self._changing)
+        self._settings = generation_settings(self.model, sampling)
+        self._batching = ContinuousBatchingConfig(
+            page_size=page_size,
+            num_blocks=cache_tokens // page_size,
+            max_batch_tokens=max_batch_tokens,
+            max_requests_per_batch=min(max_running, max_batch_tokens),
+            allow_block_sharing=share_prefixes,
+            per_request_processors=sampling,
+            # A graph that is replayed, or compiled, would have the adapters of the step that it was made in.
+            use_cuda_graph=False,
+            use_async_batching=False,
+        )
+        self._lock = threading.Lock()
+        self._live: dict[str, Request] = {}
+        self._roster, self._roster_of = RowNames([BASE]), -1
+        self._manager: ServingManager | None = None
+        self._error: Exception | None = None
+        self._accepts = False
+
+    # --- begin and end ------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> AdapterServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Begin to serve. Raises RuntimeError where it does already."""
+        if self._manager is not None:
+            raise RuntimeError("the server runs already; stop it first")
+        self._error = None
+        self._manager = ServingManager(
+            self.context,
+            self,
+            model=self.model,
+            generation_config=self._settings,
+            continuous_batching_config=self._batching,
+        )
+        self._manager.start()
+        self._accepts = True
+
+    def stop(self, timeout: float | None = 30.0) -> None:
+        """Take no more requests, let those that run end, and those that have not after `timeout` seconds fail."""
+        manager = self._manager
+        if manager is None:
+            return
+        self._accepts = False
+        manager.stop(block=True, timeout=timeout)
+        if manager.is_running():
+            manager.stop(block=True, hard_stop=True)
+        self._manager = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it takes requests."""
+        return self._accepts and self._manager is not None and self._manager.is_running()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """No forward of the model runs inside."""
+        manager = self._manager
+        if manager is None or not manager.is_running() or threading.current_thread() is manager._generation_thread:
+            yield
+            return
+        with manager.pause():
+            yield
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        adapter: str = BASE,
+        *,
+        max_new_tokens: int | None = None,
+        deadline: float | None = None,
+        temperature: float | None = None,
+        top_p: float = 1.0,
+    ) -> Request:
+        """Ask for the continuation of a prompt.
+
+        Args:
+            prompt: text, or token ids.
+            adapter: a name; "__base__" for none.
+            max_new_tokens: None: 256, or as many as the model has positions for.
+            deadline: seconds in which it must be done.
+            temperature: above 0 to sample, where the server samples. None or 0: the likeliest token.
+            top_p: the share of the likeliest tokens that are sampled from.
+
+        Raises:
+            ValueError: a prompt that is empty or too long, numbers out of range, or an adapter that is unknown
+                (UnknownAdapter) or cannot be served (AdapterRefused).
+            ServerBusy: it holds `max_requests` already.
+            ServerStopped: it does not run.
+        """
+        ids = self._ids(prompt)
+        check_numbers(self, deadline, temperature, top_p)
+        max_new_tokens = new_tokens(self, len(ids), max_new_tokens)
+        request = Request(
+            f"request-{uuid4().hex}", ids, adapter, max_new_tokens=max_new_tokens, deadline=deadline,
+            stops=stops_of(self._settings), give_up=self._give_up,
+        )  # fmt: skip
+        with self._lock:
+            if not self.running:
+                raise ServerStopped(f"the server does not run{f': {self._error}' if self._error else ''}; start it")
+            if len(self._live) >= self.max_requests:
+                raise ServerBusy(
+                    f"the server holds {len(self._live)} requests, and takes no more than {self.max_requests}: try "
+                    "again later"
+                )
+            self.adapters.hold(adapter)
+            self._live[request.request_id] = request
+        options = sampling_options(self, temperature, top_p) if self.sampling else {}
+        manager = self._manager
+        accepted = manager and manager.add_request(
+            ids, request.request_id, max_new_tokens=max_new_tokens, streaming=True, **options
+        )
+        if not accepted:  # it has ended in between
+            self._forget(request)
+            raise ServerStopped("the server has stopped")
+        return request
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("prompt is text, and the server has no tokenizer: give token ids, or tokenizer=")
+            prompt = self.tokenizer(prompt)["input_ids"]
+        given: Any = prompt
+        ids: list[int] = given.tolist() if hasattr(given, "tolist") else list(given)
+        size = self.model.config.get_text_config().vocab_size
+        if not ids or not all(type(i) is int and 0 <= i < size for i in ids):
+            raise ValueError(f"prompt={prompt!r:.60} must be token ids from 0 to {size - 1}, at least one")
+        return ids
+
+    @property
+    def waiting(self) -> int:
+        """Requests that it holds, running or waiting."""
+        return len(self._live)
+
+    def _give_up(self, request: Request) -> None:
+        if self._forget(request) and self._manager is not None:
+            self._manager.cancel_request(request.request_id)
+
+    def _forget(self, request: Request) -> bool:
+        with self._lock:
+            known = self._live.pop(request.request_id, None) is not None
+        if known:
+            self.adapters.release(request.adapter)
+        return known
+
+    # --- adapters -----------------------------------------------------------------------------------------------
+
+    def load(self, name: str, folder: str | Path) -> None:
+        """As `ServedAdapters.load`; running requests wait for it, and go on."""
+        self.adapters.load(name, folder)
+
+    def unload(self, name: str) -> bool:
+        """As `ServedAdapters.unload`."""
+        return self.adapters.unload(name)
+
+    # --- work of the manager's thread ---------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            overdue = [request for request in self._live.values() if request.overdue(now)]
+        for request in overdue:
+            request.expire()
+        self.adapters.sweep()
+
+    def packed(self, ids: Sequence[str], lengths: Sequence[int]) -> PackedRequests:
+        with self._lock:
+            live = [request.adapter for request in self._live.values()]
+            names = [self._live[i].adapter if i in self._live else BASE for i in ids]  # given up: whatever comes
+        roster = self._roster_for(set(names), live)
+        place = {name: number for number, name in enumerate(roster)}
+        return PackedRequests(tuple(lengths), roster, tuple(place[name] for name in names))
+
+    def _roster_for(self, wanted: set[str], live: list[str]) -> RowNames:
+        """The adapters of this step, and of those that wait: what layers have packed for it serves the next steps."""
+        if wanted == {BASE}:
+            return RowNames([BASE])
+        if self._roster_of != self.adapters.changes or not wanted.issubset(self._roster):
+            self._roster = RowNames(dict.fromkeys([BASE, *live, *sorted(wanted)]))
+            self._roster_of = self.adapters.changes
+        return self._roster
+
+    def salt(self, request_id: str) -> str:
+        with self._lock:
+            request = self._live.get(request_id)
+        return request_id if request is None else self.adapters.salt(request.adapter)
+
+    def deliver(self, output: Any) -> None:
+        with self._lock:
+            request = self._live.get(output.request_id)
+        if request is None:  # given up
+            return
+        request.advance(output.generated_tokens)
+        if output.status == RequestStatus.FAILED:
+            self._forget(request)
+            request.fail(ServerStopped(f"request {request.request_id} failed: {output.error}"))
+        elif output.is_finished():
+            self._forget(request)
+            request.finish()
+
+    def ended(self, error: Exception | None) -> None:
+        self._accepts, self._error = False, error
+        with self._lock:
+            left = list(self._live.values())
+        for request in left:
+            self._forget(request)
+            request.fail(ServerStopped(f"the server has ended before request {request.request_id} was done"))
+        if error is not None:
+            logger.error("the server has ended by an error: %s", error)
+
+
+def generation_settings(model: Any, sampling: bool) -> GenerationConfig:
+    """What all requests share: the ids that end a text, and whether a step samples.
+
+    transformers makes the parts that read a request's own numbers only where the shared ones are not neutral.
+    """
+    own = model.generation_config
+    ends = own.eos_token_id if own.eos_token_id is not None else -1
+    settings = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=own.pad_token_id)
+    if sampling:
+        settings.update(do_sample=True, temperature=0.5, top_k=1, top_p=0.5)
+    return settings
+
+
+def stops_of(settings: GenerationConfig) -> list[int]:
+    ends = settings.eos_token_id
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None and end >= 0]
+
+
+def sampling_options(server: AdapterServer, temperature: float | None, top_p: float) -> dict[str, Any]:
+    """A request's own numbers; greedy requests draw among one token."""
+    if not temperature:
+        return {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
+    size = server.model.config.get_text_config().vocab_size
+    return {"temperature": float(temperature), "top_k": size, "top_p": float(top_p)}
+
+
+def new_tokens(server: AdapterServer, prompt: int, wanted: int | None) -> int:
+    """How many tokens a request generates at most. Raises ValueError where there is no room for them."""
+    if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1):
+        raise ValueError(f"max_new_tokens={wanted!r} must be a positive integer")
+    positions = getattr(server.model.config.get_text_config(), "max_position_embeddings", None) or server.capacity
+    most = min(server.capacity, positions)
+    if prompt + (wanted or 1) > most:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and max_new_tokens={wanted} are more than the {most} tokens of a request "
+            f"(positions of the model: {positions}, cache_tokens: {server.capacity})"
+        )
+    return wanted or min(NEW_TOKENS, most - prompt)
+
+
+def check_numbers(server: AdapterServer, deadline: Any, temperature: Any, top_p: Any) -> None:
+    """Raises ValueError for numbers that a request cannot have."""
+    if deadline is not None and not _number(deadline, above=0.0):
+        raise ValueError(f"deadline={deadline!r} must be seconds above 0, or None")
+    if temperature is not None and not (_number(temperature) and temperature >= 0):
+        raise ValueError(f"temperature={temperature!r} must be 0 or more")
+    if not _number(top_p, above=0.0) or top_p > 1:
+        raise ValueError(f"top_p={top_p!r} must be above 0 and at most 1")
+    if temperature and not server.sampling:
+        raise ValueError(f"temperature={temperature}: this server is greedy; start it with sampling=True")
+
+
+def _number(value: Any, above: float = -math.inf) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > above

@@ -1,0 +1,166 @@
+"""`python -m mixadapters.surgery report | routes`: see `report --help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+USAGE = """usage: python -m mixadapters.surgery COMMAND MODEL [--adapter ADAPTER] --data FILE ...
+
+  report  what the experts are, cost and do: tables, a picture, and the record as a file
+  routes  a page in which text is coloured by the expert that took each token, layer by layer
+COMMAND --help lists all arguments. A text of FILE is a line of a .txt, or a field of a line of a .jsonl."""
+
+
+def _parser(command: str, about: str, texts: int) -> argparse.ArgumentParser:
+    """What all commands take. texts: of each label, where the user does not say how many."""
+    parser = argparse.ArgumentParser(f"python -m mixadapters.surgery {command}", description=about)
+    parser.add_argument("model", metavar="MODEL", help="base model: a folder, or a name on the hub")
+    parser.add_argument("--adapter", help="adapter on it: a folder, or a name on the hub; its experts alone are meant")
+    parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="texts: .txt or .jsonl, also .gz")
+    parser.add_argument("--text-field", default="text", help="of a .jsonl; default: text")
+    parser.add_argument("--label-field", default="label", help="of a .jsonl, such as a domain; default: label, if any")
+    parser.add_argument("--limit", type=int, default=texts, help=f"texts of each label; default: {texts}")
+    parser.add_argument("--length", type=int, default=256, help="tokens of each text that are read; default: 256")
+    parser.add_argument("--batch", type=int, default=8, help="texts of a forward; default: 8")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    return parser
+
+
+class Inputs:
+    """The texts, the model and its tokenizer. What can be wrong with arguments is found before these load."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from mixadapters.surgery.loading import load_model, load_tokenizer
+        from mixadapters.surgery.texts import read_texts
+
+        for name in ("limit", "length", "batch"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name} {getattr(args, name)} must be 1 or more")
+        self.args = args
+        self.read = read_texts(args.data, args.limit, args.text_field, args.label_field)
+        if self.read.left_out:
+            _say(f"{len(self.read.texts)} texts are read, {self.read.left_out} are left out by --limit {args.limit}")
+        self.tokenizer = load_tokenizer(args.model)
+        self.model: Any = load_model(args.model, args.adapter, args.device)
+        # Of an adapter's experts, or of the base's.
+        self.owner = "" if args.adapter is None else "default"
+
+    def batches(self, what: str) -> Iterator[tuple[dict[str, Any], list[str] | None]]:
+        """Arguments of the model and the labels of their rows, under a progress bar."""
+        from tqdm import tqdm
+
+        from mixadapters.surgery.routes import padded, read_tokens
+
+        rows = read_tokens(self.model, self.tokenizer, self.read.texts, self.args.length)
+        size, labels = self.args.batch, self.read.labels
+        for start in tqdm(range(0, len(rows), size), what, unit="batch", disable=not _on_terminal(), leave=False):
+            part = slice(start, start + size)
+            yield padded(self.model, rows[part]), None if labels is None else labels[part]
+
+    def usage(self) -> Any:
+        """What the experts do with the texts."""
+        from mixadapters.surgery.routes import evaluating
+        from mixadapters.surgery.usage import record_usage
+
+        with evaluating(self.model), record_usage(self.model, adapter=self.owner) as usage:
+            for batch, labels in self.batches("usage"):
+                usage.labels = labels
+                self.model(**batch)
+        return usage
+
+
+def report(arguments: Sequence[str]) -> int:
+    from mixadapters.core.files import folder_aside, new_folder
+    from mixadapters.surgery.overspecification import overspecification_report
+    from mixadapters.surgery.report import report as reported
+
+    parser = _parser("report", "What the experts of a model are, cost, and do with some texts.", 256)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder; without it tables are printed alone")
+    args = parser.parse_args(arguments)
+    if args.out is not None:
+        new_folder(args.out)
+    inputs = Inputs(args)
+    usage = inputs.usage()
+    batches = (batch for batch, _ in inputs.batches("experts that compute the same"))
+    same = overspecification_report(inputs.model, batches, adapter=inputs.owner)
+    found = reported(inputs.model, usage, same, inputs.owner)
+    print(found.markdown())
+    if args.out is not None:
+        with folder_aside(args.out) as aside:
+            (aside / "report.json").write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
+            (aside / "report.md").write_text(found.markdown(), encoding="utf-8")
+            usage.save(aside / "usage.safetensors")
+            try:
+                found.plot(aside / "load.png")
+            except ImportError as error:
+                _say(f"no picture: {error}")
+        _say(f"wrote {args.out}")
+    return 0
+
+
+def routes(arguments: Sequence[str]) -> int:
+    from mixadapters.surgery.page import write_page
+    from mixadapters.surgery.routes import routes as routed
+
+    parser = _parser("routes", "A page of text, coloured by the expert that took each token.", 6)
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE.html", help="new file")
+    parser.add_argument("--title", help="of the page; default: the model's name")
+    args = parser.parse_args(arguments)
+    _check_new_file(args.out, ".html")
+    inputs = Inputs(args)
+    table = routed(
+        inputs.model, inputs.tokenizer, inputs.read.texts, inputs.read.labels, adapter=inputs.owner,
+        length=args.length, batch=args.batch, progress=_on_terminal(),
+    )  # fmt: skip
+    whose = Path(args.adapter or args.model).name
+    write_page(table, args.out, title=args.title or f"Which expert took each token: {whose}")
+    _say(f"wrote {args.out}")
+    return 0
+
+
+def _check_new_file(path: Path, suffix: str) -> None:
+    if path.suffix != suffix:
+        raise ValueError(f"--out {str(path)!r} must end in {suffix}")
+    if path.exists():
+        raise ValueError(f"--out {str(path)!r} is there already; name a new file")
+    if not path.parent.is_dir():
+        raise ValueError(f"--out {str(path)!r}: there is no folder {str(path.parent)!r}")
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"report": report, "routes": routes}
+
+
+def main(argv: list[str] | None = None) -> int:
+    from transformers import logging as transformers_logging
+
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
+    if command not in COMMANDS:
+        print(USAGE, file=sys.stderr)
+        return 0 if command in ("-h", "--help") else 2
+    if not _on_terminal():
+        transformers_logging.disable_progress_bar()
+    try:
+        return COMMANDS[command](arguments)
+    except (ValueError, OSError) as error:
+        _say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        _say("interrupted: nothing is half-written")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""Smaller experts in a model: ternary (QMoE), or of low rank with a few rows beside (LoSparse)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixadapters.core.bank import Weights
+from mixadapters.core.config import one_of
+from mixadapters.kernels import ACTIVATIONS
+from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers
+from mixadapters.surgery.lowrank import check_share, low_rank_sparse_expert
+from mixadapters.surgery.qmoe import CODECS, MATRICES, ROUNDINGS, SCALES, encode_matrix, ternary_expert
+from mixadapters.surgery.view import expert_output
+
+METHODS = ("qmoe", "lowrank_sparse")
+
+
+class Shrunk(NamedTuple):
+    """An expert in a smaller form."""
+
+    weights: Weights  # as it is computed with from now on
+    nbytes: int  # of its matrices in that form
+
+
+Shrink = Callable[[Weights, "Tensor | None", str], Shrunk]  # weights, inputs (N, K) of the expert, activation
+
+
+@dataclass(frozen=True)
+class ExpertCompression:
+    """What has become of one expert."""
+
+    name: str
+    weights: int  # entries of its matrices
+    plain_bytes: int  # of its matrices, as they were
+    nbytes: int  # in the smaller form
+    rows: int  # that it was calibrated with
+    error: float  # |output - old output|^2 / |old output|^2 on these rows; NaN without any
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What `compress_experts` has done, or would do."""
+
+    method: str
+    options: dict[str, Any]
+    layers: dict[str, tuple[ExpertCompression, ...]]  # by `ExpertLayer.key`
+
+    @property
+    def experts(self) -> list[ExpertCompression]:
+        return [expert for layer in self.layers.values() for expert in layer]
+
+    @property
+    def plain_bytes(self) -> int:
+        return sum(expert.plain_bytes for expert in self.experts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(expert.nbytes for expert in self.experts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """With everything that is needed beside the codes."""
+        return 8 * self.nbytes / max(sum(expert.weights for expert in self.experts), 1)
+
+    @property
+    def error(self) -> float:
+        """The mean over experts that had rows."""
+        errors = [expert.error for expert in self.experts if not math.isnan(expert.error)]
+        return sum(errors) / len(errors) if errors else math.nan
+
+    def as_dict(self) -> dict[str, Any]:
+        sums = {name: getattr(self, name) for name in ("plain_bytes", "nbytes", "bits_per_weight", "error")}
+        return {**asdict(self), **sums}
+
+
+@torch.no_grad()
+def compress_experts(
+    model: nn.Module,
+    calibration: Sequence[dict[str, Any]],
+    *,
+    method: str = "qmoe",
+    adapter: str | None = None,
+    samples: int = 8192,
+    dry_run: bool = False,
+    **options: Any,
+) -> Compression:
+    """Make the experts of a model smaller, in place, layer by layer: each for what the layers before have become.
+
+    The model computes with the smaller experts as they are, in its own dtype; `save_compressed` writes ternary ones as
+    codes.
+
+    Args:
+        calibration: batches, as arguments of the model. They are run once for each layer.
+        method: "qmoe": ternary weights. Options: `scale` "minmax" or "mean", `rounding` "gptq" or "nearest",
+            `damping` of GPTQ, `codec` "qmoe" or "packed". "lowrank_sparse": a product of low rank and some rows.
+            Options: `share` of the weights that the product may have, `keep`, the share of rows beside it.
+        adapter: as in `expert_layers`.
+        samples: rows that each expert is calibrated with, at most: the first that come.
+        dry_run: change nothing.
+
+    Raises:
+        ValueError: the model has no experts, or some whose function is not known; an unknown method or option;
+            `calibration` cannot be run again; or rows too narrow for QMoE's codec.
+    """
+    shrink, options = _shrink(method, options)
+    layers = expert_layers(model, adapter)
+    if not layers:
+        raise ValueError("the model has no routed experts: no mixture of an adapter, and no MoE block in its base")
+    if iter(calibration) is iter(calibration):
+        raise ValueError("calibration can be run only once, and each layer needs it: pass a list of batches")
+    if type(samples) is not int or samples < 1:
+        raise ValueError(f"samples={samples!r} must be a number of rows, at least 1")
+    for layer in layers:
+        _refuse(layer, method, options)
+    done = {}
+    for layer in layers:
+        inputs = routed_inputs(model, layer, calibration, samples)
+        done[layer.key] = tuple(_compress(layer, e, inputs[e], shrink, dry_run) for e in range(len(layer.names)))
+    return Compression(method, options, done)
+
+
+def routed_inputs(
+    model: nn.Module, layer: ExpertLayer, batches: Iterable[dict[str, Any]], samples: int
+) -> list[Tensor]:
+    """(n, K) for each expert of a layer, the first n <= samples rows that it gets. Padding is left out."""
+    found: list[list[Tensor]] = [[] for _ in layer.names]
+    missing = [samples] * len(found)
+
+    def take(routed: Routed) -> None:
+        real = routed.indices >= 0 if routed.mask is None else (routed.indices >= 0) & routed.mask.unsqueeze(1)
+        for e in range(len(found)):
+            if missing[e]:
+                rows = routed.inputs[((routed.indices == e) & real).any(1)][: missing[e]]
+                found[e].append(rows)
+                missing[e] -= len(rows)
+
+    training = model.training
+    model.eval()
+    try:
+        with layer.watch(take):
+            for batch in batches:
+                model(**batch)
+    finally:
+        model.train(training)
+    width = layer.width
+    return [torch.cat(rows) if rows else torch.zeros(0, width) for rows in found]
+
+
+def _compress(layer: ExpertLayer, e: int, inputs: Tensor, shrink: Shrink, dry_run: bool) -> ExpertCompression:
+    old = layer.weights(e)
+    shrunk = shrink(old, inputs, layer.activation)
+    matrices = [matrix for name in MATRICES if (matrix := getattr(old, name)) is not None]
+    error = math.nan
+    if len(inputs):
+        before, after = (expert_output(w, layer.activation, inputs).double() for w in (old, shrunk.weights))
+        error = float((after - before).square().sum() / before.square().sum().clamp_min(1e-300))
+    report = ExpertCompression(
+        layer.names[e], sum(m.numel() for m in matrices), sum(m.nbytes for m in matrices), shrunk.nbytes, len(inputs),
+        error,
+    )  # fmt: skip
+    if not dry_run:
+        layer.set_weights(e, shrunk.weights)
+    return report
+
+
+def _shrink(method: str, given: dict[str, Any]) -> tuple[Shrink, dict[str, Any]]:
+    """What a method makes of an expert, and all of its options. Raises ValueError for those that it does not have."""
+    one_of("method", method, METHODS)
+    defaults: dict[str, Any] = (
+        {"scale": "minmax", "rounding": "gptq", "damping": 0.1, "codec": "qmoe"}
+        if method == "qmoe"
+        else {"share": 0.25, "keep": 0.1}
+    )
+    for name in given:
+        one_of(f"option of method={method!r}", name, defaults)
+    options = defaults | given
+    if method == "lowrank_sparse":
+        for name, value in options.items():
+            check_share(name, value)
+
+        def low_rank(weights: Weights, inputs: Tensor | None, activation: str) -> Shrunk:
+            smaller, forms = low_rank_sparse_expert(weights, inputs, activation, **options)
+            return Shrunk(smaller, sum(form.nbytes for form in forms.values()))
+
+        return low_rank, options
+    for name, choices in (("scale", SCALES), ("rounding", ROUNDINGS), ("codec", CODECS)):
+        one_of(name, options[name], choices)
+    rounding = {name: options[name] for name in ("scale", "rounding", "damping")}
+
+    def ternary(weights: Weights, inputs: Tensor | None, activation: str) -> Shrunk:
+        smaller = ternary_expert(weights, inputs, activation, **rounding)
+        return Shrunk(smaller, coded_bytes(smaller, options["codec"]))
+
+    return ternary, options
+
+
+def coded_bytes(weights: Weights, codec: str) -> int:
+    """Of an expert's matrices as `save_compressed` writes them: in codes, where these are shorter."""
+    total = 0
+    for name in MATRICES:
+        matrix = getattr(weights, name)
+        if matrix is not None:
+            form = encode_matrix(matrix, codec)
+            total += matrix.nbytes if form is None else min(form.nbytes, matrix.nbytes)
+    return total
+
+
+def _refuse(layer: ExpertLayer, method: str, options: dict[str, Any]) -> None:
+    """Raise ValueError for a layer whose experts cannot be made smaller like this, before any is changed."""
+    if layer.activation not in ACTIVATIONS:
+        raise ValueError(
+            f"the experts at {layer.key!r} have an activation of their own, {layer.activation!r}, so what they "
+            f"compute is not known here; known are {sorted(ACTIVATIONS)}"
+        )
+    seen = set()
+    for e, name in enumerate(layer.names):
+        weights = layer.weights(e)
+        if method != "qmoe" or options["codec"] != "qmoe" or weights.down.shape in seen:
+            continue
+        seen.add(weights.down.shape)
+        tried = ternary_expert(weights, None, layer.activation, scale=options["scale"], rounding="nearest")
+        count = sum(matrix.numel() for part in MATRICES if (matrix := getattr(tried, part)) is not None)
+        words, packed = (8 * coded_bytes(tried, codec) / count for codec in CODECS)
+        if words > packed:
+            raise ValueError(
+                f"expert {name!r} at {layer.key!r} would take {words:.2f} bits per weight in QMoE's codec, and "
+                f"{packed:.2f} with five weights to a byte: its rows of {weights.down.shape[1]} and "
+                f"{weights.up.shape[0]} are too narrow, or have too few zeros (scale={options['scale']!r}); pass "
+                "codec='packed'"
+            )

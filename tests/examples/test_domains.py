@@ -1,0 +1,152 @@
+"""The study of domains, on tiny sizes and tiny text."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = {"general": "river stone wind", "law": "shall hereby grant", "code": "def & return", "cells": "cell gene acid"}
+CELLS = ["base", "own", "counts", "joint", "added", "removed", "lm_prefix", "shared", "posterior"]
+SIZES: dict[str, Any] = {
+    "tokens": 600, "dev_tokens": 60, "test_tokens": 100, "base_tokens": 800, "length": 20, "vocabulary": 300,
+    "width": 32, "layers": 1, "rank": 2, "batch": 16, "base_rate": 1e-2,
+}  # fmt: skip
+
+
+def plain(model: Any, rows: Any, progress: Any, *, rate: float, epochs: float, **_: Any) -> None:
+    """A training without transformers' Trainer, which takes a second to begin; the test of the demo has that."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
+    for _ in range(round(12 * epochs)):
+        optimizer.zero_grad()
+        model(input_ids=rows, attention_mask=torch.ones_like(rows), labels=rows).loss.backward()
+        optimizer.step()
+    model.eval()
+
+
+@pytest.fixture(scope="module")
+def study() -> Any:
+    sys.path.insert(0, str(ROOT / "examples" / "studies"))
+    try:
+        module: Any = importlib.import_module("domains")
+        module.train = plain
+        yield module
+    finally:
+        sys.path.remove(str(ROOT / "examples" / "studies"))
+        sys.path.remove(str(ROOT / "examples"))
+
+
+@pytest.fixture(scope="module")
+def given(study, tmp_path_factory) -> dict[str, Any]:
+    """The arguments of a small run, on files of two domains, a later one and general text."""
+    folder = tmp_path_factory.mktemp("domains")
+    for kind, words in WORDS.items():
+        draw = random.Random(kind)
+        texts = [" ".join(draw.choices(words.split(), k=30)) + f" {i}" for i in range(40)]
+        (folder / f"{kind}.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    few = {"expert": (5e-3, 1e-2), "temperature": (3.0,), "joint": (1e-2,), "twice": "joint", "shared": "expert",
+           "gate": (1e-2,)}  # fmt: skip
+    study.CHOICES.update(dict.fromkeys(study.KINDS, few))
+    files = {kind: f"{kind}={folder}/{kind}.txt" for kind in WORDS}
+    return {
+        "out": str(folder / "out"), "domains": [files["law"], files["code"]], "later": files["cells"],
+        "general": str(folder / "general.txt"), "seeds": [0], "cells": CELLS, **SIZES,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(study, given) -> dict[str, Any]:
+    return study.main(study.Arguments(**given))
+
+
+def test_every_cell_of_both_kinds_is_run_and_told(made, given) -> None:
+    assert made["missing"] == 0
+    assert len(made["runs"]) == 2 * len(CELLS)
+    runs = {(run["kind"], run["cell"]): run for run in made["runs"]}
+    for kind in ("lora", "bottleneck"):
+        own, base = runs[kind, "own"]["perplexity"], runs[kind, "base"]["perplexity"]
+        assert all(own[name] < base[name] for name in ("law", "code", "cells"))
+        assert own["general"] == base["general"]
+        assert runs[kind, "added"]["perplexity"]["cells"] < runs[kind, "counts"]["perplexity"]["cells"]
+        assert runs[kind, "removed"]["perplexity"]["code"] > runs[kind, "added"]["perplexity"]["code"]
+        assert runs[kind, "lm_prefix"]["tokens"] == 3 * 600
+        assert math.isclose(runs[kind, "counts"]["parameters"], runs[kind, "joint"]["parameters"], rel_tol=0.1)
+    assert set(made["choices"]["lora"]["tried"]["expert"]) == {"0.005", "0.01"}
+    table = (Path(given["out"]) / "table.md").read_text(encoding="utf-8")
+    assert "| lora | seeds | law | code | cells | general |" in table
+    assert "| bottleneck | a domain that goes leaves the others alone |" in table
+    assert json.loads((Path(given["out"]) / "results.json").read_text())["runs"] == made["runs"]
+
+
+def test_what_is_there_is_not_run_again_and_other_settings_are_refused(made, given, study, monkeypatch) -> None:
+    monkeypatch.setattr(study, "one", None)
+    assert study.main(study.Arguments(**given))["runs"] == made["runs"]
+    with pytest.raises(ValueError, match=r"'batch': 16.*choose another out"):
+        study.main(study.Arguments(**{**given, "batch": 8}))
+
+
+def test_what_has_no_time_is_missing_and_its_claims_are_not_run(made, given, study, tmp_path) -> None:
+    found = study.main(study.Arguments(**{**given, "out": str(tmp_path), "cpu_minutes": 0.0}))
+    assert (found["runs"], found["missing"]) == ([], 2 * len(CELLS))
+    by = {(claim["kind"], claim["claim"]): claim for claim in made["claims"]}
+    assert by["lora", "counts before features"]["as_expected"] == "not run"
+    assert by["lora", "it leaves general text alone"]["as_expected"] != "not run"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"cells": ["nonesuch"]}, "cells="),
+        ({"seeds": [100]}, "seed that rates are chosen with"),
+        ({"later": None}, "--later is missing"),
+        ({"tokens": 60_000}, "there are only"),
+    ],
+)
+def test_wrong_arguments_are_refused(given, study, wrong, match) -> None:
+    with pytest.raises(ValueError, match=match):
+        study.main(study.Arguments(**{**given, **wrong}))
+
+
+@pytest.mark.parametrize(
+    ("gaps", "expected", "verdict"),
+    [
+        ([], (-1, 1), "not run"),
+        ([-2.0, -2.1, -1.9], (-math.inf, 0), "yes"),
+        ([-2.0, 1.0, -1.0], (-math.inf, 0), "in the mean"),  # the interval holds 0
+        ([-2.0], (-math.inf, 0), "in the mean"),  # one seed tells nothing of others
+        ([2.0, 2.1, 1.9], (-math.inf, 0), "no"),
+        ([0.5, 0.6, 0.4], (1, math.inf), "no"),
+    ],
+)
+def test_a_claim_holds_where_its_whole_interval_does(study, gaps, expected, verdict) -> None:
+    claims = importlib.import_module("domains_claims")
+    found = claims.judged("lora", claims.Claim("text", "one", "other", "all", expected), gaps)
+    assert found["as_expected"] == verdict
+
+
+def test_differences_are_paired_by_seed_and_in_per_cent(study) -> None:
+    claims = importlib.import_module("domains_claims")
+
+    def run(cell: str, seed: int, scale: float) -> dict[str, Any]:
+        perplexity = {"a": 2 * scale, "b": 8 * scale, "later": 5.0, "general": 7.0}
+        return {"kind": "lora", "cell": cell, "seed": seed, "perplexity": perplexity}
+
+    runs = [
+        run("counts", 0, 1.1),
+        run("counts", 1, 2.4),
+        run("joint", 1, 2.0),
+        run("joint", 0, 1.0),
+        run("joint", 2, 9),
+    ]
+    results = claims.Results(runs, ["a", "b"], "later", "b")
+    claim = claims.Claim("text", "counts", "joint", "domains", (0, 1))
+    gaps = results.differences(claim, results.by["lora"]["counts"], results.by["lora"]["joint"])
+    assert gaps == pytest.approx([10.0, 20.0])

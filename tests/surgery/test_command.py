@@ -1,0 +1,235 @@
+"""The command line of surgery, on tiny models in folders: what it writes, and what it refuses before they load."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from moe_bases import VOCAB, moe
+from peft import get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mixadapters import MoAConfig
+from mixadapters.surgery import __main__ as command
+from mixadapters.surgery import loading
+from mixadapters.surgery.texts import LONGEST, read_texts
+from mixadapters.surgery.usage import ExpertUsage
+
+ROWS = [{"text": f"w{i} w{i + 1} w{2 * i}", "label": "law" if i % 2 else "code"} for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """An MoE base with a tokenizer, an adapter with a mixture on it, and texts."""
+    path = tmp_path_factory.mktemp("models")
+    model = moe("mixtral")
+    words = {f"w{i}": i for i in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0").save_pretrained(path / "base")
+    model.save_pretrained(path / "base")
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        model, MoAConfig(num_experts=4, r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_weights=False)
+    )
+    adapted.save_pretrained(path / "adapter")
+    (path / "texts.jsonl").write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    return path
+
+
+def run(name: str, folder: Path, *arguments: Any, adapter: bool = False) -> int:
+    start = [name, str(folder / "base"), "--data", str(folder / "texts.jsonl")]
+    whose = ["--adapter", str(folder / "adapter")] if adapter else []
+    return command.main([*start, *whose, *map(str, arguments)])
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+@pytest.mark.parametrize(("adapter", "experts"), [(False, 6), (True, 4)])
+def test_report_writes_a_folder(folder, tmp_path, capsys, adapter, experts) -> None:
+    assert run("report", folder, "--out", tmp_path / "out", adapter=adapter) == 0
+    assert left(tmp_path / "out") == ["load.png", "report.json", "report.md", "usage.safetensors"]
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {len(layer["experts"]) for layer in found["layers"]} == {experts}
+    assert {layer["kind"] for layer in found["layers"]} == {"bank" if adapter else "base"}
+    assert all(layer["use"]["tokens"] == 24 for layer in found["layers"])  # three words in eight texts
+    assert all(layer["duplicates"] == [] for layer in found["layers"])
+    assert capsys.readouterr().out.strip() == (tmp_path / "out" / "report.md").read_text().strip()
+    assert ExpertUsage.load(tmp_path / "out" / "usage.safetensors").by_label.keys() == {"law", "code"}
+
+
+def test_report_without_a_folder_prints(folder, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("report", folder) == 0
+    assert capsys.readouterr().out.startswith("| parameters | active |")
+    assert left(tmp_path) == []
+
+
+def test_routes_writes_a_page(folder, tmp_path) -> None:
+    page = tmp_path / "routes.html"
+    assert run("routes", folder, "--out", page, "--limit", 2, "--length", 2, "--title", "a & b", adapter=True) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "<h1>a &amp; b</h1>" in text
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', text)
+    assert found
+    data = json.loads(found[1])
+    assert data["labels"] == ["code", "law"]
+    assert [len(row["tokens"]) for row in data["texts"]] == [2, 2, 2, 2]
+    assert {layer["key"].rpartition("/")[2] for layer in data["layers"]} == {"default"}
+    assert left(tmp_path) == ["routes.html"]
+
+
+def test_texts_that_are_left_out_are_said(folder, tmp_path, capsys) -> None:
+    run("routes", folder, "--out", tmp_path / "routes.html", "--limit", 1)
+    assert "2 texts are read, 6 are left out by --limit 1" in capsys.readouterr().err
+
+
+@pytest.fixture
+def unloaded(monkeypatch) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("a model was loaded before the arguments were checked")
+
+    monkeypatch.setattr(loading, "load_model", refuse)
+    monkeypatch.setattr(loading, "load_tokenizer", refuse)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("routes", ["--out", "full/page.html"], "is there already; name a new file"),
+        ("routes", ["--out", "page.png"], "must end in .html"),
+        ("routes", ["--out", "nowhere/page.html"], "there is no folder 'nowhere'"),
+        ("routes", ["--out", "page.html", "--length", "0"], "--length 0 must be 1 or more"),
+        ("routes", ["--out", "page.html", "--batch", "-1"], "--batch -1 must be 1 or more"),
+        ("routes", ["--out", "page.html", "--data", "missing.txt"], "'missing.txt' cannot be read"),
+        ("routes", ["--out", "page.html", "--data", "texts.csv"], "must end in .txt, .jsonl"),
+        ("routes", ["--out", "page.html", "--text-field", "body"], "line 1 has no text in a field 'body'"),
+        ("report", ["--out", "full"], "holds something already"),
+        ("report", ["--limit", "0"], "--limit 0 must be 1 or more"),
+    ],
+)
+def test_arguments_are_refused_before_anything_loads(
+    folder, tmp_path, unloaded, monkeypatch, capsys, name, arguments, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "page.html").write_text("mine")
+    assert run(name, folder, *arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert left(tmp_path) == ["full"]
+    assert (tmp_path / "full" / "page.html").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("model", "adapter", "message"),
+    [
+        ("adapter", None, "is an adapter: name its base model first, and the folder by --adapter"),
+        ("base", "base", "has no adapter_config.json: it is no saved adapter"),
+        ("base", "nowhere", "--adapter '.*nowhere' cannot be loaded"),
+        ("empty", None, "MODEL '.*empty' cannot be loaded"),
+    ],
+)
+def test_models_that_are_none_are_refused(folder, tmp_path, model, adapter, message) -> None:
+    (tmp_path / "empty").mkdir()
+    where = {name: str((tmp_path if name == "empty" else folder) / name) for name in (model, adapter) if name}
+    with pytest.raises(ValueError, match=message):
+        loading.load_model(where[model], where.get(adapter))
+
+
+def test_a_model_is_loaded_as_what_it_was_saved_as(folder) -> None:
+    assert type(loading.load_model(str(folder / "base"))).__name__ == "MixtralForCausalLM"
+    with pytest.raises(ValueError, match="--device 'nothing'"):
+        loading.load_model(str(folder / "base"), device="nothing")
+
+
+def test_a_model_without_experts_ends_with_an_error(folder, tmp_path, tiny, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(loading, "load_model", lambda *args: tiny("llama"))
+    assert run("routes", folder, "--out", tmp_path / "page.html") == 1
+    assert "the model has no routed experts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "out"), [("routes", "page.html"), ("report", "out")])
+def test_an_interruption_leaves_nothing(folder, tmp_path, monkeypatch, capsys, name, out) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mixadapters.surgery.usage.ExpertUsage.save", interrupted)
+    monkeypatch.setattr("os.replace", interrupted)
+    assert run(name, folder, "--out", tmp_path / out) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert left(tmp_path) == []
+
+
+def test_commands_are_listed(capsys) -> None:
+    assert command.main(["--help"]) == 0
+    text = capsys.readouterr().err
+    assert all(f"\n  {name} " in text for name in command.COMMANDS)
+    assert command.main(["prun"]) == 2
+    assert command.main([]) == 2
+    for name in command.COMMANDS:
+        with pytest.raises(SystemExit) as ended:
+            command.main([name, "--help"])
+        assert ended.value.code == 0
+
+
+# --- files of texts -----------------------------------------------------------------------------------------------
+
+
+def test_lines_are_texts(tmp_path) -> None:
+    (tmp_path / "a.txt").write_bytes("one\r\n\n  \ntwo é\nthree".encode())
+    found = read_texts(tmp_path / "a.txt", limit=2)
+    assert (found.texts, found.labels, found.left_out) == (["one", "two é"], None, 1)
+
+
+def test_fields_are_texts_and_labels_and_both_may_be_packed(tmp_path) -> None:
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write(
+            '{"body": "x", "kind": 3}\n\n{"body": "y", "kind": 4}\n{"body": "z", "kind": 3}\n{"body": " ", "kind": 5}'
+        )
+    found = read_texts(tmp_path / "a.jsonl.gz", 1, "body", "kind")
+    assert (found.texts, found.labels, found.left_out) == (["x", "y"], ["3", "4"], 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": 3}', r"line 2 has no text in a field 'text'; it has \['text'\]"),
+        ("a.jsonl", b'{"text": "x"}\nnothing', "line 2 is no JSON"),
+        ("a.jsonl", b"[1]", "line 1 has no text"),
+        ("a.jsonl", b"[" * 5000 + b"]" * 5000, "line 1"),
+        ("a.jsonl", b'{"text": "x", "label": "a"}\n{"text": "y"}', "line 2: some lines have a field 'label'"),
+        ("a.jsonl", b'{"text": "x", "label": ["a"]}', "no word and no number"),
+        ("a.txt", b"\n\n", "holds no text"),
+        ("a.txt", b"ok\n\xff\xfe", "line 2, is no UTF-8"),
+        ("a.txt.gz", b"no gzip", "cannot be read"),
+        ("a.txt", b"x" * (LONGEST + 1), "line 1 is longer than 1,048,576 bytes"),
+        ("a.parquet", b"", r"must end in \.txt, \.jsonl"),
+    ],
+)
+def test_files_that_are_not_as_they_should_be_are_refused(tmp_path, name, content, message) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_texts(tmp_path / name, 5)
+
+
+def test_a_packed_file_that_ends_too_early_is_refused(tmp_path) -> None:
+    whole = gzip.compress(b"one two three\n" * 1000)
+    (tmp_path / "a.txt.gz").write_bytes(whole[:-20])
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_texts(tmp_path / "a.txt.gz", 5)
+
+
+def test_too_many_labels_are_no_labels(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "x", "label": i}) for i in range(300)))
+    with pytest.raises(ValueError, match="more than 256 different labels"):
+        read_texts(tmp_path / "a.jsonl", 5)

@@ -1,0 +1,140 @@
+"""What a report counts, against counts by hand."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from moe_bases import RANK, VOCAB, WIDTH, batch, moe
+from peft import get_peft_model
+
+from mixadapters import MixDAConfig, MoAConfig
+from mixadapters.surgery.report import report
+from mixadapters.surgery.usage import LayerUsage, record_usage
+
+EXPERTS = 6
+
+
+@pytest.fixture(scope="module")
+def base():
+    return moe("mixtral")
+
+
+@pytest.fixture(scope="module")
+def usage(base):
+    with torch.no_grad(), record_usage(base) as usage:
+        base(**batch())
+    return usage
+
+
+def test_parameters_and_flops_are_those_of_a_hand_count(base) -> None:
+    found = report(base)
+    expert = 3 * RANK * WIDTH  # gate, up and down
+    assert len(found.layers) == 2
+    for layer in found.layers:
+        assert (layer.experts, layer.active, layer.width) == (tuple("012345"), 2.0, WIDTH)
+        assert (layer.parameters, layer.active_parameters) == (EXPERTS * expert, 2 * expert)
+        assert layer.flops == 2 * (2 * expert + EXPERTS * WIDTH)  # and the router
+        assert layer.nbytes == 4 * EXPERTS * expert
+        assert layer.use is None
+        assert layer.duplicates is None
+    total = sum(p.numel() for p in base.parameters())
+    assert found.parameters == total
+    assert found.nbytes == 4 * total
+    assert found.active_parameters == total - 2 * 4 * expert
+    tied = base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    assert found.flops == 2 * (found.active_parameters - (0 if tied else VOCAB * WIDTH))
+
+
+def test_adapters_are_counted_beside_the_base(tiny) -> None:
+    config = MoAConfig(num_experts=3, num_experts_per_tok=1, r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny("llama"), config)
+    found = report(model)
+    (width, out) = (32, 32)
+    assert [layer.kind for layer in found.layers] == ["bank"] * 4
+    assert {layer.parameters for layer in found.layers} == {3 * 2 * (width + out)}
+    assert {layer.active_parameters for layer in found.layers} == {2 * (width + out)}
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_where_the_number_of_experts_varies_the_record_says_it(tiny) -> None:
+    model = get_peft_model(tiny("llama"), MixDAConfig(domains=["law", "code"])).eval()
+    assert {layer.active for layer in report(model).layers} == {2.0}
+    with torch.no_grad(), record_usage(model) as usage:
+        model(input_ids=torch.tensor([[5, 6, 7]]), domain_ids=torch.tensor([0]))
+    assert {layer.active for layer in report(model, usage).layers} == {1.0}
+
+
+def test_use_is_that_of_the_record(base, usage) -> None:
+    for layer in report(base, usage).layers:
+        recorded = usage.layers[layer.key]
+        use = layer.use
+        assert use is not None
+        assert use.tokens == int(recorded.rows)
+        tokens = recorded.tokens.tolist()
+        assert list(use.load.values()) == pytest.approx([t / sum(tokens) for t in tokens])
+        assert use.max_over_mean == pytest.approx(max(tokens) / (sum(tokens) / EXPERTS))
+        assert sum(use.mass.values()) == pytest.approx(1)
+        assert 1 <= use.worth <= EXPERTS
+        assert use.entropy == pytest.approx(recorded.mean_entropy)
+
+
+def planted(key: str, tokens: list[int]) -> SimpleNamespace:
+    made = LayerUsage.empty(key, "", list("012345"))
+    made.tokens += torch.tensor(tokens)
+    made.mass += torch.tensor(tokens).double()
+    made.rows += sum(tokens) // 2
+    return SimpleNamespace(layers={key: made})
+
+
+def test_dead_and_busy_experts_are_named(base) -> None:
+    first = report(base).layers[0].key
+    found = report(base, planted(first, [600, 400, 0, 0, 1, 0]))  # type: ignore[arg-type]
+    use = found.layers[0].use
+    assert use is not None
+    assert use.dead == ("2", "3", "4", "5")
+    assert use.worth == pytest.approx(1.97, abs=0.02)
+    assert found.layers[1].use is None  # nothing was recorded there
+    assert f"{first}: 2, 3, 4, 5 get next to nothing: prune them, or balance the router" in found.advice
+    busy = report(base, planted(first, [950, 10, 10, 10, 10, 10]))  # type: ignore[arg-type]
+    assert busy.advice == [f"{first}: 0 takes 5.7 times its fair share"]
+    assert report(base, planted(first, [5] * 6)).advice == []  # type: ignore[arg-type]
+
+
+def test_experts_that_compute_the_same_are_named(base) -> None:
+    first = report(base).layers[0].key
+    cells = SimpleNamespace(layers={first: SimpleNamespace(duplicates=(("0", "3"), ("1", "5")), needed_k=4)})
+    found = report(base, overspecification=cells)  # type: ignore[arg-type]
+    assert found.layers[0].duplicates == (("0", "3"), ("1", "5"))
+    assert found.layers[1].duplicates is None
+    assert found.advice == [
+        f"{first}: experts that compute the same (0 = 3; 1 = 5), and 4 places would hold them all: merge or prune them"
+    ]
+
+
+def test_a_record_of_other_experts_is_refused(base) -> None:
+    first = report(base).layers[0].key
+    made = LayerUsage.empty(first, "", ["0", "1"])
+    with pytest.raises(ValueError, match=r"but the model has .* record anew"):
+        report(base, SimpleNamespace(layers={first: made}))  # type: ignore[arg-type]
+
+
+def test_a_model_without_experts_is_refused(tiny) -> None:
+    with pytest.raises(ValueError, match="no routed experts"):
+        report(tiny("llama"))
+
+
+def test_it_is_told_as_data_as_a_table_and_as_a_picture(base, usage, tmp_path) -> None:
+    found = report(base, usage)
+    data = json.loads(json.dumps(found.as_dict()))
+    assert data["layers"][0]["use"]["load"].keys() == set("012345")
+    rows = [line for line in found.markdown().splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in rows[2:3] + rows[:2]}) == 1
+    assert len({line.count("|") for line in rows[3:]}) == 1
+    assert len(rows) == 3 + 2 + 2
+    found.plot(tmp_path / "load.png")
+    assert (tmp_path / "load.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="no router has been used"):
+        report(base).plot(tmp_path / "none.png")
