@@ -24,6 +24,7 @@ from mixadapters.core.rows import row_names
 from mixadapters.core.sites import has_two_stacks, layer_index
 from mixadapters.core.streams import read_stream, refuse_packed
 
+NUMBERS = frozenset({"domain_ids", "expert_ids", "modality_ids"})  # which expert a row takes: each of other adapters
 MISSPELT = 0.92  # likeness of two words: one letter or two; token_type_ids are not mm_token_type_ids
 
 
@@ -50,7 +51,7 @@ class RootHooks:
             parent=records.running,
         )
         records.enter(record)
-        self._refuse_misspelt(kwargs)
+        self._refuse_unread(kwargs)
         for objective in self._active(record):
             args, kwargs = objective.before(context, args, kwargs)
         kwargs = countable(kwargs) if record.grad else kwargs
@@ -76,13 +77,19 @@ class RootHooks:
         context.prepare()
         return args, kwargs
 
-    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
-        """Raises ValueError for an argument that is nearly a field of adapters: models with **kwargs swallow it."""
+    def _refuse_unread(self, kwargs: dict[str, Any]) -> None:
+        """Raises ValueError for an argument that is a field of other adapters, or nearly one of these: models with
+        **kwargs swallow it."""
         if torch.compiler.is_compiling():
             return
         fields = self.context.fields
         for name in kwargs:
             if name not in self.context.argument_names and (name, len(fields)) not in self._not_ours:
+                if name in NUMBERS:
+                    raise ValueError(
+                        f"{name} is read by no adapter of this model, so nothing would come of it. They read "
+                        f"{sorted(fields)}"
+                    )
                 if meant := get_close_matches(name, sorted(fields), n=1, cutoff=MISSPELT):
                     raise ValueError(
                         f"{name} is no argument of the model and no field that its adapters read, so nothing would "
