@@ -290,6 +290,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "null arms of counts": ({"router": "counts", "router_scope": "model", "num_null_experts": 2}, "num_null_experts"),
     "null arms as an option": ({"router": {"kind": "counts", "null_arms": 2}, "router_scope": "model"}, "'counts'"),
     "coefficient": ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef"),
+    "option that is no switch": ({"router": {"kind": "top_k", "norm_topk_prob": "yes"}}, "norm_topk_prob='yes'"),
+    "loss of a hash": ({"router": "hash", "router_aux_loss_coef": 0.1}, "no option 'balance_coef'"),
+    "loss of a constant": ({"router": {"kind": "constant", "z_coef": 0.1}}, "no argument 'z_coef'"),
+    "loss of counts": ({"router": {"kind": "counts", "entropy_coef": 0.1}, "router_scope": "model"}, "entropy_coef"),
 }
 
 
@@ -310,6 +314,8 @@ ABSENT: dict[str, tuple[dict[str, Any], str]] = {
     "layers that are left out": ({"num_experts": {"0": 2, "1-3": 3}, "layers_to_transform": [1]}, "'0'"),
     "alpha_pattern": ({"alpha_pattern": {"w_proj": 3}}, "w_proj"),
     "null_arms": ({"null_arms": {"w_proj": 3}}, "w_proj"),
+    "priority without a capacity": ({"batch_prioritized": True}, "capacity_factor=0"),
+    "a granularity that sees the future": ({"granularity": "sequence"}, "granularity='sequence' at"),
     "k of the router": ({"num_experts": 1, "router": {"kind": "top_k", "k": 2}}, "num_experts_per_tok=2"),
 }
 
@@ -322,6 +328,18 @@ def test_what_the_model_does_not_have_is_refused_before_it_changes(form, tiny) -
     with pytest.raises(ValueError, match=re.escape(message)):
         build(base, **fields)
     assert [name for name, _ in base.named_modules()] == names
+
+
+def test_numbers_of_another_kind_of_adapter_are_refused(tiny, tiny_inputs) -> None:
+    """They chose nothing, without a word."""
+    inputs = tiny_inputs("llama")
+    model = build(tiny("llama"), num_experts=2)
+    for name in ("domain_ids", "modality_ids"):
+        with pytest.raises(ValueError, match=rf"{name} is read by no adapter of this model.*'expert_ids'"):
+            model(**inputs, **{name: torch.tensor([0, 1])})
+    domains = get_peft_model(tiny("llama"), MixDAConfig(domains=["a"], task_adapter=None))
+    with pytest.raises(ValueError, match=r"expert_ids is read by no adapter.*'domain_ids'"):
+        domains(**inputs, expert_ids=torch.tensor([0, 0]))
 
 
 def test_a_source_in_a_file_is_not_followed(tiny, tmp_path) -> None:
