@@ -115,7 +115,7 @@ class Extraction:
 
     def save(self, file: str | Path) -> None:
         """Write which units go together, and the routers: what makes experts of the dense model again."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for path, plan in self.plans.items():
             tensors |= {f"{path}:{i}": group for i, group in enumerate(plan.groups)}
             tensors |= {f"{path}:shared": plan.shared, f"{path}:router": plan.router.contiguous()}
