@@ -2,6 +2,7 @@
 
 from mixadapters.surgery.compressed import compress_folder, expand_compressed, load_compressed, save_compressed
 from mixadapters.surgery.compressing import Compression, compress_experts
+from mixadapters.surgery.extraction import Extraction, extract_experts, using_experts
 from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers
 from mixadapters.surgery.merging import MergeResult, merge_experts
 from mixadapters.surgery.overspecification import Overspecification, overspecification_report
@@ -15,6 +16,7 @@ __all__ = [
     "Compression",
     "ExpertLayer",
     "ExpertUsage",
+    "Extraction",
     "LayerUsage",
     "MergeResult",
     "Overspecification",
@@ -26,6 +28,7 @@ __all__ = [
     "compress_folder",
     "expand_compressed",
     "expert_layers",
+    "extract_experts",
     "ftri",
     "join_experts",
     "load_compressed",
@@ -41,4 +44,5 @@ __all__ = [
     "selectivity",
     "split_expert",
     "tune_experts",
+    "using_experts",
 ]
