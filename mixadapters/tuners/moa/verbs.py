@@ -198,13 +198,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         refuse_while_standing(config, name)
         paths = [path for path, _ in self._mixtures(adapter_name)]
         pieces = config.pieces(name)
-        followed = {m.router.key.path for _, m in self._mixtures(adapter_name) if isinstance(m.router, FollowRouter)}
-        for path, mixture in self._mixtures(adapter_name):
-            if path in followed and set(mixture.bank.names) <= set(pieces):
-                raise ValueError(
-                    f"expert {name!r} is the only one at {path!r}, whose router other layers share; make a mixture of "
-                    "the other experts instead"
-                )
+        _refuse_needed(name, pieces, dict(self._mixtures(adapter_name)))
         self._name_experts(config, paths)
         for path, mixture in list(self._mixtures(adapter_name)):
             for piece in pieces:
@@ -293,3 +287,14 @@ def _require_verb(router: Any, verb: str) -> None:
             f"{verb} needs a router that can change its arms, and {type(router).__name__} has no {verb}; make a new "
             "mixture"
         )
+
+
+def _refuse_needed(name: str, pieces: list[str], mixtures: dict[str, ExpertMixture]) -> None:
+    """Raise ValueError where an expert is the only one of a layer whose router others share."""
+    followed = {m.router.key.path for m in mixtures.values() if isinstance(m.router, FollowRouter)}
+    for path, mixture in mixtures.items():
+        if path in followed and set(mixture.bank.names) <= set(pieces):
+            raise ValueError(
+                f"expert {name!r} is the only one at {path!r}, whose router other layers share; make a mixture of "
+                "the other experts instead"
+            )
