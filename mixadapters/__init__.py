@@ -22,7 +22,12 @@ _LAZY = {
     "RouterScheduleCallback": "mixadapters.training.routing",
     "BalanceBiasCallback": "mixadapters.training.routing",
     "PermutationSearchCallback": "mixadapters.training.routing",
+    "ExpertPruneCallback": "mixadapters.training.pruning",
     "ExpertSpawnCallback": "mixadapters.training.spawning",
+    "StagedDistillCallback": "mixadapters.training.staged_distillation",
+    "MixtureDistiller": "mixadapters.training.mixture_distillation",
+    "MixtureTeacher": "mixadapters.training.mixture_distillation",
+    "distil_mixture": "mixadapters.training.mixture_distillation",
 }
 
 __all__ = [
@@ -30,12 +35,15 @@ __all__ = [
     "AGDConfig",
     "BalanceBiasCallback",
     "BottleneckConfig",
+    "ExpertPruneCallback",
     "ExpertSpawnCallback",
     "ForwardContext",
     "GateUsageCallback",
     "LazyAdamW",
     "MixDAConfig",
+    "MixtureDistiller",
     "MixtureModel",
+    "MixtureTeacher",
     "MoAConfig",
     "MoSAConfig",
     "PILLConfig",
@@ -43,6 +51,8 @@ __all__ = [
     "Router",
     "RouterScheduleCallback",
     "StageCallback",
+    "StagedDistillCallback",
+    "distil_mixture",
     "register",
 ]
 

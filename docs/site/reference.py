@@ -26,7 +26,19 @@ API = {
     "routers": ("Routers", ["mixadapters.routers"]),
     "training": (
         "Training",
-        [f"mixadapters.training.{name}" for name in ("callbacks", "routing", "spawning", "objectives", "collators")],
+        [
+            f"mixadapters.training.{name}"
+            for name in (
+                "callbacks",
+                "routing",
+                "spawning",
+                "pruning",
+                "objectives",
+                "collators",
+                "mixture_distillation",
+                "staged_distillation",
+            )
+        ],
     ),
     "surgery": ("Surgery", ["mixadapters.surgery"]),
     "serving": ("Serving", ["mixadapters.serving"]),
