@@ -5,7 +5,7 @@
 A byte-level Mixtral of two layers with eight experts each, two for a byte, is trained on this checkout's own pages and
 code, all but every eighth file. Its experts are then compressed in each way, calibrated on text of the training, and
 the loss is measured on the files that were left out, in nats per byte. Bytes are those of the experts: as float32, and
-in codes as `save_compressed` writes them. The model is small and trained for a minute or two: what counts are the differences.
+in codes as `save_compressed` writes them. The model is small and trained for a minute: what counts are the differences.
 
 Expected, written before the run: rounding the extremes (minmax, nearest) ruins the model, GPTQ mends part of it; the
 means of large weights lose far less but have too few zeros for the codec, so they are packed; words beat packed codes
@@ -116,8 +116,9 @@ def table(runs: list[dict[str, Any]]) -> str:
     lines = ["| experts | nats per byte, by seed | bytes of experts | bits per weight |", "|---|---|---|---|"]
     for name in runs[0]["rows"]:
         rows = [run["rows"][name] for run in runs]
-        losses, size = ", ".join(f"{row['loss']:.3f}" for row in rows), round(statistics.mean(r["bytes"] for r in rows))
-        lines.append(f"| {name} | {losses} | {size:,} | {statistics.mean(row['bits'] for row in rows):.2f} |")
+        losses = ", ".join(f"{row['loss']:.3f}" for row in rows)
+        size, bits = (statistics.mean(row[what] for row in rows) for what in ("bytes", "bits"))
+        lines.append(f"| {name} | {losses} | {round(size):,} | {bits:.2f} |")
     return "\n".join(lines) + "\n"
 
 
