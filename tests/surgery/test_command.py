@@ -121,6 +121,19 @@ def test_merge_writes_an_adapter_that_loads(folder, tmp_path, capsys) -> None:
     assert not torch.equal(found, logits(folder, folder / "adapter"))
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("prune", ["--keep", 3]), ("prune", ["--keep", 3, "--scope", "global"]), ("merge", ["--groups", 3])],
+)
+def test_a_base_that_was_cut_is_a_model_again(folder, tmp_path, name, arguments) -> None:
+    assert run(name, folder, *arguments, "--out", tmp_path / "base") == 0
+    assert {"config.json", "surgery.json", "tokenizer.json"} <= set(left(tmp_path / "base"))
+    model: Any = loading.load_model(str(tmp_path / "base"))
+    assert sum(len(layer.names) for layer in expert_layers(model)) == 6
+    data = ["--data", str(folder / "texts.jsonl")]
+    assert command.main(["report", str(tmp_path / "base"), *data]) == 0
+
+
 def test_prune_for_a_label_goes_by_its_texts_alone(folder, tmp_path, monkeypatch) -> None:
     seen = []
 
