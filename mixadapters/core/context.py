@@ -84,7 +84,8 @@ class ForwardContext:
 
     @property
     def record(self) -> Record:
-        return self.records.current
+        records = self.records
+        return records.thread.record or records.latest
 
     def enter(self, record: Record) -> None:
         """Make `record` the current one."""

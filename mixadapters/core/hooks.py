@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixadapters import kernels
 from mixadapters.core.cache import claim, settle
 from mixadapters.core.joining import countable, join_losses
 from mixadapters.core.record import Record, Records
@@ -70,6 +71,7 @@ class RootHooks:
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} and {stream.batch // stream.copies} respectively."
             )
+        record.plain = not (record.grad or record.values or context.observers) and undisturbed()
         self._claim_cache(record, stream.cache)
         self.carry_into_checkpoints(module)
         context.prepare()
@@ -154,6 +156,11 @@ class RootHooks:
             function = layer.__dict__.get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, Checkpointed):
                 layer._gradient_checkpointing_func = Checkpointed(self.context, function)
+
+
+def undisturbed() -> bool:
+    """Whether operations run one by one, as they are written: not compiled, cast or chosen by the caller."""
+    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or kernels.overridden())
 
 
 class StackHook:
