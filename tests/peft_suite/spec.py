@@ -123,7 +123,6 @@ MLP_FORMS: dict[str, tuple[type, Arguments]] = {
     "moa, null arms": moa(target_modules=["lin0"], router="null", num_null_experts=2),
     "moa, cosine": moa(target_modules=["lin0"], router="cosine"),
     "moa, sigmoid": moa(target_modules=BOTH, router="sigmoid"),
-    "moa, recurrent": moa(target_modules=BOTH, router={"kind": "recurrent", "base": "softmax", "width": 8}),
     "moa, router with a hidden layer": moa(target_modules=["lin0"], router="softmax", router_hidden=[8]),
     "moa, segments": moa(target_modules=["lin0"], segments=2, router="softmax"),
     "moa, rsLoRA, ranks and alphas by module": moa(
@@ -238,7 +237,6 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         mixda(target_modules=SEQ2SEQ_OUTPUT),
         moa(),
         moa(router_scope="block"),
-        moa(target_modules=SEQ2SEQ_OUTPUT, router="softmax", segments=2),
         mosa(style="houlsby"),
     ),
     "test_feature_extraction_models.py": with_task(
@@ -249,7 +247,6 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         mixda(target_modules=["output.dense"]),
         moa(),
         moa(router_scope="block", granularity="sequence"),
-        moa(target_modules=["output.dense"], expert_type="glu", activation="silu", router_scope="model"),
         mosa(consistency=0.0),  # these outputs have no logits
     ),
     "test_seq_classifier.py": with_task(
@@ -258,14 +255,12 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         bottleneck(target_modules=CLASSIFIER_OUTPUT, **LINEAR),
         mixda(domain_layers=[0, 1]),
         moa(),
-        moa(target_modules=CLASSIFIER_OUTPUT, router="sigmoid", n_shared_experts=1),
         mosa(),
     ),
     "test_token_classification_qa.py": [
         bottleneck(),
         mixda(domain_layers=[0, 1]),
         moa(),
-        moa(router_scope="block", router="null", num_null_experts=1),
         mosa(),
     ],
     "test_extra_mixed.py": [
@@ -276,7 +271,6 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         mixda(init_weights=False, target_modules=ANY_OUTPUT),
         moa(init_weights=False),
         moa(init_weights=False, router_scope="block", num_experts_per_tok=2),
-        moa(init_weights=False, target_modules=ANY_OUTPUT, router="sigmoid", expert_type="bottleneck"),
     ],
 }
 
