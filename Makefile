@@ -32,7 +32,7 @@ tests test-peft: export OMP_WAIT_POLICY = PASSIVE
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test tests lint types format test-peft docs kernels-check bench clean build/tree
+.PHONY: help demo serve-demo test tests lint types format test-peft docs kernels-check bench clean build/tree
 
 help:  ## this list
 	@echo "usage: make TARGET"
@@ -41,6 +41,9 @@ help:  ## this list
 
 demo: $(VENV)/.demo  ## domains that come and go, against one adapter for all (writes runs/demo/)
 	$(BIN)/python examples/demo.py $(ARGS)
+
+serve-demo: $(VENV)/.serve  ## a tiny model with three adapters as OpenAI's API, and a curl line (ARGS="--port 8000")
+	$(BIN)/python examples/serve_demo.py $(ARGS)
 
 test: lint tests  ## lint, then the tests
 
@@ -108,9 +111,10 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.made
 	@touch $@
 
 $(VENV)/.demo: EXTRAS = [demo]
+$(VENV)/.serve: EXTRAS = [serve]
 $(VENV)/.test: EXTRAS = [test]
 $(VENV)/.docs: EXTRAS = [docs]
-$(VENV)/.demo $(VENV)/.test $(VENV)/.docs: setup.cfg pyproject.toml constraints.txt $(VENV)/.torch
+$(VENV)/.demo $(VENV)/.serve $(VENV)/.test $(VENV)/.docs: setup.cfg pyproject.toml constraints.txt $(VENV)/.torch
 	@echo "==> mixadapters$(EXTRAS) and what it needs"
 	@$(INSTALL) --editable '.$(EXTRAS)'
 	@touch $@

@@ -23,6 +23,10 @@ _LAZY = {
     "BalanceBiasCallback": "mixadapters.training.routing",
     "PermutationSearchCallback": "mixadapters.training.routing",
     "ExpertSpawnCallback": "mixadapters.training.spawning",
+    "StagedDistillCallback": "mixadapters.training.staged_distillation",
+    "MixtureDistiller": "mixadapters.training.mixture_distillation",
+    "MixtureTeacher": "mixadapters.training.mixture_distillation",
+    "distil_mixture": "mixadapters.training.mixture_distillation",
 }
 
 __all__ = [
@@ -35,7 +39,9 @@ __all__ = [
     "GateUsageCallback",
     "LazyAdamW",
     "MixDAConfig",
+    "MixtureDistiller",
     "MixtureModel",
+    "MixtureTeacher",
     "MoAConfig",
     "MoSAConfig",
     "PILLConfig",
@@ -43,6 +49,8 @@ __all__ = [
     "Router",
     "RouterScheduleCallback",
     "StageCallback",
+    "StagedDistillCallback",
+    "distil_mixture",
     "register",
 ]
 

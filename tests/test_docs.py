@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
@@ -15,6 +16,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftConfig, get_peft_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -115,8 +117,24 @@ def offline(tiny, tmp_path, monkeypatch) -> Iterator[None]:
         lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
         model = peft.get_peft_model(load(transformers.AutoModelForCausalLM, "Qwen/Qwen3-0.6B"), lora)
         model.save_pretrained(folder)
+    save_as_moe_peft(Path("user/chat"), Path("runs/mola"))
     with ROUTERS.temporarily():
         yield
+
+
+def save_as_moe_peft(lora: Path, folder: Path) -> None:
+    """Two experts in one file, as MoE-PEFT writes them."""
+    folder.mkdir()
+    weights = load_file(lora / "adapter_model.safetensors")
+    saved = {"mola.layers.0.self_attn.q_proj.moe_gate.weight": torch.zeros(2, 32)}
+    for expert in range(2):
+        for key, tensor in weights.items():
+            path, _, part = key.removeprefix("base_model.model.model.").partition(".lora_")
+            saved[f"mola.{path}.experts.{expert}.lora_{part}"] = torch.nn.Parameter(tensor * (expert + 1))
+    torch.save(saved, folder / "adapter_model.bin")
+    config = {"peft_type": "MOLA", "num_experts": 2, "top_k": 2, "r": 2, "lora_alpha": 8, "lora_dropout": 0.0,
+              "bias": "none", "target_modules": ["q_proj"], "base_model_name_or_path": "Qwen/Qwen3-0.6B"}  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def run_page(page: str) -> dict[str, Any]:

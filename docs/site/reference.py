@@ -26,7 +26,18 @@ API = {
     "routers": ("Routers", ["mixadapters.routers"]),
     "training": (
         "Training",
-        [f"mixadapters.training.{name}" for name in ("callbacks", "routing", "spawning", "objectives", "collators")],
+        [
+            f"mixadapters.training.{name}"
+            for name in (
+                "callbacks",
+                "routing",
+                "spawning",
+                "objectives",
+                "collators",
+                "mixture_distillation",
+                "staged_distillation",
+            )
+        ],
     ),
     "surgery": ("Surgery", ["mixadapters.surgery"]),
     "serving": ("Serving", ["mixadapters.serving"]),

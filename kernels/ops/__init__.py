@@ -4,8 +4,8 @@ The module knows tensors only. `reference` is the definition; the other backends
 """
 
 from mixadapters.kernels.activations import ACTIVATIONS
-from mixadapters.kernels.backends import BACKENDS, adapter_backend, choose_backend
+from mixadapters.kernels.backends import BACKENDS, adapter_backend, choose_backend, overridden
 from mixadapters.kernels.lowrank import lowrank
 from mixadapters.kernels.problem import constant
 
-__all__ = ["ACTIVATIONS", "BACKENDS", "adapter_backend", "choose_backend", "constant", "lowrank"]
+__all__ = ["ACTIVATIONS", "BACKENDS", "adapter_backend", "choose_backend", "constant", "lowrank", "overridden"]

@@ -80,6 +80,11 @@ def adapter_backend(name: str | None = None, *, batch_invariant: bool | None = N
         _blocks.remove(block)
 
 
+def overridden() -> bool:
+    """Whether an `adapter_backend` block holds."""
+    return bool(_blocks)
+
+
 def settings() -> tuple[str, bool]:
     """The forced backend, "" if none, and whether rows must not depend on each other.
 

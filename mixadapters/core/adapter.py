@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -37,9 +37,14 @@ class Adapter(nn.Module):
     """A map (x, y, context) -> y, with x the input and y the output of a frozen layer. Shapes (..., d), kept."""
 
     observes = False  # whether `observe` has something to tell
+    lone = False  # whether it is one expert for every row, with nothing to decide: it then has `alone`
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         raise NotImplementedError
+
+    def alone(self, x: Tensor, y: Any) -> Tensor | None:
+        """As `forward`, the shortest way, where the forward's record is `plain`; None where only `forward` will do."""
+        return None
 
     def bind(self, site: Site, step: str = "") -> None:
         """Called once the adapter has its place: at `site`, as this step of a chain if it is one."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mixadapters import kernels
 from mixadapters.core.routing import Routing
+from mixadapters.kernels import ACTIVATIONS
 
 if TYPE_CHECKING:
     from mixadapters.core.context import ForwardContext
@@ -147,6 +148,10 @@ class AdapterBank(nn.Module):
         if scale is not None:
             self.scales[name] = scale
 
+    def copy(self, name: str, like: str) -> None:
+        """Give an expert the weights of another of its size."""
+        self.experts[name].load_state_dict(self.experts[like].state_dict())
+
     def remove(self, name: str) -> None:
         del self.experts[name]
         self.scales.pop(name, None)
@@ -163,6 +168,24 @@ class AdapterBank(nn.Module):
         if not self.scales:
             return [expert.weights(self.scale) for expert in self.experts.values()]
         return [expert.weights(self.scales.get(name, self.scale)) for name, expert in self.experts.items()]
+
+    def alone(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """y (..., M) plus what the only expert makes of a few rows x (..., K) on a CPU, by plain products.
+
+        None where it takes the op: dtypes differ, or the expert's layers are others than those that it was made with.
+        """
+        (expert,) = self._modules["experts"]._modules.values()  # past `nn.Module.__getattr__`, as below
+        parts, activation = expert._modules, ACTIVATIONS[self.activation]
+        down, up, gate, scale = parts["down"], parts["up"], parts.get("gate"), parts.get("scale")
+        if not type(down) is type(up) is nn.Linear:  # parametrized, for one
+            return None
+        w_down, w_up = down._parameters["weight"], up._parameters["weight"]
+        if not x.dtype == y.dtype == w_down.dtype == w_up.dtype:
+            return None
+        hidden = F.linear(x, w_down, down._parameters["bias"])
+        hidden = activation(hidden) if gate is None else activation(gate(x)) * hidden
+        delta = F.linear(hidden, w_up, up._parameters["bias"])
+        return y.add(delta, alpha=self.scale) if scale is None else y + delta * scale.weight
 
     def forward(
         self,

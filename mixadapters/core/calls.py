@@ -34,7 +34,8 @@ class ModelCalls:
 
     def _reads_prompt(self) -> bool:
         """Whether a router of this model decides once for each request."""
-        return any(getattr(part, "granularity", None) == "request" for part in self.model.modules())
+        routers = (part for part in self.model.modules() if hasattr(type(part), "granularity"))
+        return any(router.granularity == "request" for router in routers)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -22,7 +22,7 @@ from mixadapters.core.streams import PackedRequests, Stream, read_stream, refuse
 from mixadapters.core.usage import UsageRecorder
 
 ROUTES = "routes"  # the field that holds pinned routings by their keys
-COMMON_FIELDS = ("adapter_names", "domain_ids", "prompt_mask", ROUTES)
+COMMON_FIELDS = ("adapter_names", "prompt_mask", ROUTES)
 
 Observer = Callable[[RoutingKey, Routing, "Tensor | None"], None]
 
@@ -84,7 +84,8 @@ class ForwardContext:
 
     @property
     def record(self) -> Record:
-        return self.records.current
+        records = self.records
+        return records.thread.record or records.latest
 
     def enter(self, record: Record) -> None:
         """Make `record` the current one."""
@@ -162,7 +163,7 @@ class ForwardContext:
         if tokens.dim() != 2 or batch == 0 or tokens.shape[0] % batch:
             raise ValueError(
                 f"a router over sequences needs hidden states (B, T, d) or (B*T, d) with B={batch}, got "
-                f"{tuple(tokens.shape)}; use gate_granularity='token' here"
+                f"{tuple(tokens.shape)}; use granularity='token' here"
             )
         return tokens.unflatten(0, (batch, -1))
 

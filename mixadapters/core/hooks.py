@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mixadapters import kernels
 from mixadapters.core.cache import claim, settle
 from mixadapters.core.joining import countable, join_losses
 from mixadapters.core.record import Record, Records
@@ -23,6 +24,7 @@ from mixadapters.core.rows import row_names
 from mixadapters.core.sites import has_two_stacks, layer_index
 from mixadapters.core.streams import read_stream, refuse_packed
 
+NUMBERS = frozenset({"domain_ids", "expert_ids", "modality_ids"})  # which expert a row takes: each of other adapters
 MISSPELT = 0.92  # likeness of two words: one letter or two; token_type_ids are not mm_token_type_ids
 
 
@@ -49,7 +51,7 @@ class RootHooks:
             parent=records.running,
         )
         records.enter(record)
-        self._refuse_misspelt(kwargs)
+        self._refuse_unread(kwargs)
         for objective in self._active(record):
             args, kwargs = objective.before(context, args, kwargs)
         kwargs = countable(kwargs) if record.grad else kwargs
@@ -69,18 +71,25 @@ class RootHooks:
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} and {stream.batch // stream.copies} respectively."
             )
+        record.plain = not (record.grad or record.values or context.observers) and undisturbed()
         self._claim_cache(record, stream.cache)
         self.carry_into_checkpoints(module)
         context.prepare()
         return args, kwargs
 
-    def _refuse_misspelt(self, kwargs: dict[str, Any]) -> None:
-        """Raises ValueError for an argument that is nearly a field of adapters: models with **kwargs swallow it."""
+    def _refuse_unread(self, kwargs: dict[str, Any]) -> None:
+        """Raises ValueError for an argument that is a field of other adapters, or nearly one of these: models with
+        **kwargs swallow it."""
         if torch.compiler.is_compiling():
             return
         fields = self.context.fields
         for name in kwargs:
             if name not in self.context.argument_names and (name, len(fields)) not in self._not_ours:
+                if name in NUMBERS:
+                    raise ValueError(
+                        f"{name} is read by no adapter of this model, so nothing would come of it. They read "
+                        f"{sorted(fields)}"
+                    )
                 if meant := get_close_matches(name, sorted(fields), n=1, cutoff=MISSPELT):
                     raise ValueError(
                         f"{name} is no argument of the model and no field that its adapters read, so nothing would "
@@ -147,6 +156,11 @@ class RootHooks:
             function = layer.__dict__.get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, Checkpointed):
                 layer._gradient_checkpointing_func = Checkpointed(self.context, function)
+
+
+def undisturbed() -> bool:
+    """Whether operations run one by one, as they are written: not compiled, cast or chosen by the caller."""
+    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or kernels.overridden())
 
 
 class StackHook:

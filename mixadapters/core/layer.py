@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from mixadapters.core.adapter import Adapter
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixed import MixedBatch
+from mixadapters.core.record import Record
 
 
 class AdapterHost(BaseTunerLayer):
@@ -36,8 +37,9 @@ class AdapterHost(BaseTunerLayer):
         self.add_module(f"{prefix}adapters", nn.ModuleDict())
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._active_adapter: str | list[str] = []
+        self._active_adapter: list[str] = []
         self._before_merge: tuple[Tensor, Tensor | None] | None = None
+        self._stride: tuple[int, ...] | None = base.stride if is_pointwise(base) else None
         self.stages: dict[str, tuple[str, ...]] = {}  # adapter -> patterns of the parameters that its stage trains
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
 
@@ -102,7 +104,7 @@ class AdapterHost(BaseTunerLayer):
                 if name in self.adapters:
                     self.adapters[name].prepare(self.context)
 
-    def acting(self) -> list[str] | None:
+    def acting(self, record: Record) -> list[str] | None:
         """The adapters that act here, in order; None where adapters are disabled.
 
         Where activation checkpointing runs this layer again, those of its first run, whatever has been switched since.
@@ -110,10 +112,9 @@ class AdapterHost(BaseTunerLayer):
         Raises:
             RuntimeError: one of those has been removed, merged or unmerged since.
         """
-        merged = list(self.merged_adapters)
-        names = [name for name in self.active_adapters if name in self.adapters and name not in merged]
-        now = None if self.disable_adapters else names
-        record = self.context.record
+        adapters, merged = self.adapters._modules, list(self.merged_adapters)
+        names = [name for name in self._active_adapter if name in adapters and name not in merged]
+        now = None if self._disable_adapters else names
         if not record.grad or torch.compiler.is_compiling():  # the compiler runs nothing again
             return now
         if not self.context.records.again:
@@ -127,19 +128,17 @@ class AdapterHost(BaseTunerLayer):
             )
         return then
 
-    def apply_adapters(self, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
+    def apply_adapters(self, x: Tensor, y: Tensor, names: list[str], record: Record) -> Tensor:
         """x: input of the frozen module; y: (..., M) its output. Returns the output with the adapters `names`.
 
         Convolutions of kernel 1 have their channels second: (B, K, ...) and (B, M, ...).
         """
-        base = self.get_base_layer()
-        if not is_pointwise(base):
-            return self._run_adapters(x, y, names)
-        places: Any = (..., *(slice(None, None, step) for step in base.stride))
-        return self._run_adapters(x[places].movedim(1, -1), y.movedim(1, -1), names).movedim(-1, 1)
+        if self._stride is None:
+            return self._run_adapters(x, y, names, record)
+        places: Any = (..., *(slice(None, None, step) for step in self._stride))
+        return self._run_adapters(x[places].movedim(1, -1), y.movedim(1, -1), names, record).movedim(-1, 1)
 
-    def _run_adapters(self, x: Tensor, y: Tensor, names: list[str]) -> Tensor:
-        record = self.context.record
+    def _run_adapters(self, x: Tensor, y: Tensor, names: list[str], record: Record) -> Tensor:
         if record.observed is not None:
             for name in names:
                 if self.adapters[name].observes:
@@ -272,13 +271,19 @@ class MixtureLayer(nn.Module, AdapterHost):
         self._begin(base_layer, context, prefix, path, in_features, out_features, **quantization)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.disable_adapters and self.merged:
+        if self._disable_adapters and self.merged:
             self.unmerge()
-        names = self.acting()
-        output = self.base_layer(*args, **kwargs)
+        record = self.context.record
+        names = self.acting(record)
+        output = self._modules["base_layer"](*args, **kwargs)
         if names is None:
             return output
-        return _adapted(self, _first_input(args, kwargs), output, names)
+        x = _first_input(args, kwargs)
+        if record.plain and len(names) == 1 and self._stride is None:
+            adapter = self._modules[self.adapter_layer_names[0]]._modules[names[0]]
+            if adapter.lone and (y := adapter.alone(x, output)) is not None:
+                return y
+        return _adapted(self, x, output, names, record)
 
     def __getattr__(self, name: str) -> Any:
         # The base model reads attributes of a wrapped block (layer_idx, attention_type ...).
@@ -313,10 +318,11 @@ class HookedLayer(nn.Module, AdapterHost):
         return self.__dict__["target"]
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        names = self.acting()
+        record = self.context.record
+        names = self.acting(record)
         if names is None:
             return output
-        return _adapted(self, _first_input(args, kwargs), output, names)
+        return _adapted(self, _first_input(args, kwargs), output, names, record)
 
     def forward(self, x: Tensor) -> Tensor:
         # A container that runs its children in turn comes by here.
@@ -375,11 +381,11 @@ def _first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
 
 
-def _adapted(host: AdapterHost, x: Tensor, output: Any, names: list[str]) -> Any:
+def _adapted(host: AdapterHost, x: Tensor, output: Any, names: list[str], record: Record) -> Any:
     """The output of a module with its adapters applied; to the first of a tuple (attention weights ... follow it)."""
     y = output[0] if isinstance(output, tuple) else output
-    with _trained_as_before(host, names) if host.context.record.checkpointed else NOTHING:
-        y = host.apply_adapters(x, y, names)
+    with _trained_as_before(host, names, record) if record.checkpointed else NOTHING:
+        y = host.apply_adapters(x, y, names, record)
     return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
@@ -387,12 +393,11 @@ NOTHING = nullcontext()
 
 
 @contextmanager
-def _trained_as_before(host: AdapterHost, names: list[str]) -> Iterator[None]:
+def _trained_as_before(host: AdapterHost, names: list[str], record: Record) -> Iterator[None]:
     """Under activation checkpointing: when a layer runs again, parameters train that trained in its first run.
 
     What a run saves for the backward depends on that, and PEFT's verbs freeze what they switch off.
     """
-    record = host.context.record
     if not host.context.records.again:
         named = record.values.get("adapter_names")
         acting = (host.adapters[name] for name in dict.fromkeys(named or names) if name in host.adapters)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.adapter import Adapter, Site
-from mixadapters.core.bank import AdapterBank
+from mixadapters.core.bank import AdapterBank, keeps
 from mixadapters.core.context import ROUTES, ForwardContext, Observer
 from mixadapters.core.losses import real_only
 from mixadapters.core.routes import HardRoutes, pinned_routing, real_rows
@@ -20,6 +20,8 @@ Insertion = Literal["parallel", "sequential"]
 Watcher = Callable[[Tensor, Routing, "Tensor | None"], None]
 # What is made of a router's routing, whose experts have these names.
 Tuning = Callable[[Routing, "list[str]"], Routing]
+# Rows up to which the products of one expert cost less than a call of the op, which passes over the output once less.
+FEW = 64
 
 
 class Mixture(Adapter):
@@ -58,6 +60,7 @@ class Mixture(Adapter):
         self.hard_routes = hard_routes
         self.dropout = nn.Dropout(dropout)
         self.observes, self.replaces = observes, replaces
+        self.lone = self.always_first and tap is None and keeps(bank) and not bank.layer_norm and not bank.scales
         self.kind = (bank.kind, insertion, tap)  # what mixtures that run in one call have in common
         self.key, self.stack = RoutingKey(), ""
         self.watchers: list[Watcher] = []
@@ -77,7 +80,7 @@ class Mixture(Adapter):
     @property
     def rate(self) -> float:
         """The probability of dropout, 0 in evaluation. The op drops, by a hash that is computed again in backward."""
-        dropout = self.dropout
+        dropout = self._modules["dropout"]
         return dropout.p if dropout.training else 0.0
 
     def source(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
@@ -85,6 +88,13 @@ class Mixture(Adapter):
         if self.insertion == "sequential":
             return y
         return x if self.tap is None else context.tap(self.tap)
+
+    def alone(self, x: Tensor, y: Any) -> Tensor | None:
+        if type(y) is not Tensor or not y.is_cpu or y.numel() > FEW * y.shape[-1]:
+            return None
+        if self.watchers or self._forward_hooks or self._forward_pre_hooks or self.rate:
+            return None
+        return self._modules["bank"].alone(x if self.insertion == "parallel" else y, y)
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         source = self.source(x, y, context).to(y.dtype)

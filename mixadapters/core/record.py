@@ -21,6 +21,9 @@ class Record:
 
     training: bool = False
     grad: bool = False  # whether gradients were recorded when the forward began
+    # Whether nothing was recorded, observed, said by the batch or pinned when it began, and nobody had chosen how the
+    # operation runs: what has nothing to decide may then go the shortest way.
+    plain: bool = False
     open: bool = False  # between the root's first and last hook
     closed: bool = False  # after the root's last hook: layers that run now run again
     inputs: dict[str, Any] = field(default_factory=dict)  # arguments of the base model's forward, by name

@@ -20,6 +20,7 @@ from mixadapters.routers.schedules import Points, value_at
 # Auxiliary losses, and the part of a routing of which each is made.
 LOSSES = {"balance": "probs", "z": "logits", "entropy": "probs", "importance": "probs", "load": "chances"}
 COEFFICIENTS: tuple[str, ...] = tuple(f"{name}_coef" for name in LOSSES)
+LOSS_OPTIONS = frozenset({*COEFFICIENTS, "balance_groups"})  # of no use to a router in which nothing learns
 
 
 class Router(nn.Module):
@@ -191,7 +192,7 @@ class Router(nn.Module):
     @classmethod
     def takes(cls, options: Mapping[str, Any]) -> set[str]:
         """Names of the options that it takes beside `options`: those of its constructor, and what that passes on."""
-        names = {*COEFFICIENTS, "balance_groups"}
+        names = set(LOSS_OPTIONS)
         for base in cls.__mro__:
             if "__init__" not in base.__dict__:
                 continue

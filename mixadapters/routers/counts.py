@@ -20,7 +20,7 @@ from mixadapters.core.context import ForwardContext
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import FROZEN, Routing
 from mixadapters.core.streams import Stream
-from mixadapters.routers.base import ROUTERS, Router
+from mixadapters.routers.base import LOSS_OPTIONS, ROUTERS, Router
 from mixadapters.routers.options import check_options
 from mixadapters.routers.pooling import POOLINGS, Pooling
 
@@ -153,6 +153,7 @@ class CountsRouter(Router):
 
     scopes = frozenset({"model"})
     scheduled = ("temperature",)
+    without = LOSS_OPTIONS
     shares = True
 
     def __init__(
@@ -188,7 +189,9 @@ class CountsRouter(Router):
 
     def bind(self, site: Site) -> None:
         super().bind(site)
+        field = self.pooling.field
         self.pooling = self._pooling(site.causal)
+        self.pooling.field = field
         self.pooling.bind(site)
 
     # --- one table for all layers -----------------------------------------------------------------------------
@@ -237,7 +240,7 @@ class CountsRouter(Router):
 
     @property
     def refuses_packed(self) -> str | None:  # type: ignore[override]
-        return None if self.granularity == "token" else f"gate_granularity={self.granularity!r}"
+        return None if self.granularity == "token" else self.pooling.said
 
     # --- domains that come and go -----------------------------------------------------------------------------
 

@@ -51,9 +51,9 @@ class ExpertChoiceRouter(SparseRouter):
         scores, count = routing.probs, len(self.experts)
         assert scores is not None
         stream = context.stream(self.stack)
-        refuse_documents(stream, "sequence")
+        refuse_documents(stream, "router 'expert_choice'", "choose another router")
         by_sequence = context.as_sequences(scores, self.stack)[..., :count]  # (B, T, E)
-        mask = known_mask(by_sequence, mask_of(by_sequence, stream), stream, "sequence").unsqueeze(-1)
+        mask = known_mask(by_sequence, mask_of(by_sequence, stream), stream, "router 'expert_choice'").unsqueeze(-1)
         order = torch.argsort(torch.where(mask, by_sequence, -1.0), dim=1, descending=True, stable=True)
         rank = order.argsort(1)
         capacity = (self.capacity_factor * mask.sum(1, keepdim=True) / count).ceil()

@@ -10,7 +10,7 @@ from torch import Tensor
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.fields import finite
 from mixadapters.core.routing import Routing
-from mixadapters.routers.base import ROUTERS, Router
+from mixadapters.routers.base import LOSS_OPTIONS, ROUTERS, Router
 
 
 @ROUTERS.register("single")
@@ -18,6 +18,7 @@ class SingleRouter(Router):
     """The only expert, with weight 1. Raises ValueError for several."""
 
     always_first = True
+    without = LOSS_OPTIONS
 
     def __init__(self, in_features: int, experts: list[str]) -> None:
         super().__init__(in_features, experts)
@@ -38,6 +39,8 @@ class ConstantRouter(Router):
     Raises:
         ValueError: as many weights as experts are needed.
     """
+
+    without = LOSS_OPTIONS
 
     def __init__(self, in_features: int, experts: list[str], weights: Sequence[float] | None = None) -> None:
         super().__init__(in_features, experts)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.routing import Routing
-from mixadapters.routers.base import ROUTERS, Router
+from mixadapters.routers.base import LOSS_OPTIONS, ROUTERS, Router
 from mixadapters.routers.options import check_options
 from mixadapters.routers.tokens import token_ids
 
@@ -24,6 +24,7 @@ class HashRouter(Router):
     """
 
     fixed_experts = "with other experts every token would have another one; make a new router"
+    without = LOSS_OPTIONS
 
     def __init__(self, in_features: int, experts: list[str], *, seed: int = 0) -> None:
         super().__init__(in_features, experts)

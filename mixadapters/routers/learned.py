@@ -108,7 +108,7 @@ class LearnedRouter(ArmSurgery):
 
     @property
     def refuses_packed(self) -> str | None:  # type: ignore[override]
-        return None if self.granularity == "token" else f"gate_granularity={self.granularity!r}"
+        return None if self.granularity == "token" else self.pooling.said
 
     @property
     def granularity(self) -> str:

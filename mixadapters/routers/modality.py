@@ -12,7 +12,7 @@ from mixadapters.core.context import ForwardContext
 from mixadapters.core.numbers import whole_numbers
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.routing import Routing
-from mixadapters.routers.base import ROUTERS, Router
+from mixadapters.routers.base import LOSS_OPTIONS, ROUTERS, Router
 
 TOKEN_TYPES = ("text", "image", "video", "audio")  # what transformers' processors number in `mm_token_type_ids`
 UNKNOWN = -2
@@ -88,6 +88,7 @@ class ModalityRouter(Router):
     """
 
     fields = ("modality_ids", "mm_token_type_ids")
+    without = LOSS_OPTIONS
 
     def __init__(self, in_features: int, experts: list[str], modalities: Modalities | None = None) -> None:
         super().__init__(in_features, experts)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from uuid import uuid4
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters.core.adapter import Site
@@ -30,6 +30,7 @@ class Pooling:
     """
 
     granularity = ""
+    field = "granularity"  # what the config calls it, for messages
     by_row = False  # whether all tokens of a row share one decision
 
     def __init__(self, pool: str = "masked_mean", *, total: bool = False) -> None:
@@ -39,6 +40,15 @@ class Pooling:
     def bind(self, site: Site) -> None:
         """Called once the router has its place."""
         self.path, self.stack = site.path, site.stack
+
+    def refuse_documents(self, stream: Stream) -> None:
+        """Raise ValueError where the rows of a forward hold several documents, one after the other."""
+        refuse_documents(stream, f"a gate per {self.granularity}", f"use {self.field}='token' or 'causal_prefix'")
+
+    @property
+    def said(self) -> str:
+        """How a config says it."""
+        return f"{self.field}={self.granularity!r}"
 
     def __call__(self, score: Score, tokens: Tensor, context: ForwardContext) -> Tensor:
         sequences = context.as_sequences(tokens, self.stack)
@@ -72,7 +82,7 @@ class SequencePooling(Pooling):
         """Raises ValueError at causal sites."""
         if site.causal:
             raise ValueError(
-                f"gate_granularity='sequence' at {site.path!r}: the gate of a causal decoder would see the future; "
+                f"{self.said} at {site.path!r}: the gate of a causal decoder would see the future; "
                 "use 'token', 'causal_prefix' or 'request'"
             )
         super().bind(site)
@@ -80,10 +90,10 @@ class SequencePooling(Pooling):
     def pooled(
         self, score: Score, sequences: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext
     ) -> Tensor:
-        refuse_documents(stream, self.granularity)
+        self.refuse_documents(stream)
         if self.pool == "last":
             return score(sequences[:, -1]).unsqueeze(1)
-        mask = known_mask(sequences, mask, stream, self.granularity)
+        mask = known_mask(sequences, mask, stream, self.said)
         if self.total:
             return (score(sequences) * mask.unsqueeze(-1)).sum(1, keepdim=True)
         if self.pool == "masked_mean":
@@ -118,9 +128,7 @@ class Remembering(Pooling):
         key = f"{self.path}/{self.mark}/{runs[self.mark]}"
         if context.record.training:
             if stream.cached:
-                raise ValueError(
-                    f"gate_granularity={self.granularity!r} cannot train on a sequence that a cache begins"
-                )
+                raise ValueError(f"{self.said} cannot train on a sequence that a cache begins")
             return None, key
         if stream.cache is None:
             return context.record.router_state, key
@@ -128,8 +136,8 @@ class Remembering(Pooling):
         state = context.record.router_state if state is None else state
         if key not in state and stream.cached:  # in this order: to look into a static cache breaks a compiled graph
             raise ValueError(
-                f"the key-value cache holds tokens that the gate at {self.path!r} has not seen (gate_granularity="
-                f"{self.granularity!r}): fill the cache by a forward of this model with these adapters active"
+                f"the key-value cache holds tokens that the gate at {self.path!r} has not seen ({self.said}): "
+                "fill the cache by a forward of this model with these adapters active"
             )
         return state, key
 
@@ -170,7 +178,7 @@ class RequestPooling(Remembering):
         frozen = None if state is None else state.get(key)
         if frozen is not None:
             return frozen.unsqueeze(1)
-        refuse_documents(stream, self.granularity)
+        self.refuse_documents(stream)
         weight = self.prompt(logits, mask, context).to(logits.dtype).unsqueeze(-1)
         pooled = (logits * weight).sum(1)
         if not self.total:
@@ -192,16 +200,16 @@ class RequestPooling(Remembering):
                 raise ValueError("prompt_mask must hold True and False, or 1 and 0")
             return prompt.to(real.device).bool() & real
         if labels is not None and labels.shape[:2] == real.shape:
-            return _before_labels(labels, real)
+            return _before_labels(labels, real, self.said)
         if record.training and not encoder:
             raise ValueError(
-                "gate_granularity='request' must know the prompt in training, or it would see the answer: pass "
+                f"{self.said} must know the prompt in training, or it would see the answer: pass "
                 "prompt_mask (B, T), or labels with -100 on the prompt"
             )
         # Generation drops a mask that has no padding, but always brings a cache.
         stream = context.stream(self.stack)
         if mask is None and logits.shape[0] > 1 and stream.cache is None:
-            raise _missing_mask("request", stream)
+            raise _missing_mask(self.said, stream)
         return real
 
     def _refuse_part(self, context: ForwardContext) -> None:
@@ -212,33 +220,40 @@ class RequestPooling(Remembering):
         tokens, end = torch.as_tensor(record.values["prompt_mask"]).shape[1], int(stream.past) + (stream.length or 0)
         if tokens > end:
             raise ValueError(
-                f"gate_granularity='request' reads the whole prompt, of which this forward ends at {end} of {tokens}; "
+                f"{self.said} reads the whole prompt, of which this forward ends at {end} of {tokens}; "
                 "leave prefill_chunk_size out of generate, or fill the cache by one forward"
             )
+
+
+def name_field(router: nn.Module, field: str) -> None:
+    """Have the messages of a router say `field` where its config calls the granularity so."""
+    for part in router.modules():
+        if isinstance(pooling := getattr(part, "pooling", None), Pooling):
+            pooling.field = field
 
 
 POOLINGS = {cls.granularity: cls for cls in (TokenPooling, SequencePooling, PrefixPooling, RequestPooling)}
 GRANULARITIES = tuple(POOLINGS)
 
 
-def _before_labels(labels: Tensor, real: Tensor) -> Tensor:
+def _before_labels(labels: Tensor, real: Tensor, said: str) -> Tensor:
     """(B, T) bool: the real tokens before the first label of each row."""
     labelled = labels != -100
     prompt = (labelled.cumsum(1) == 0) & real
     if not torch.compiler.is_compiling() and bool((labelled.any(1) & ~prompt.any(1)).any()):
         raise ValueError(
-            "gate_granularity='request' needs a prompt in each row, but labels cover a row from its first token: mask "
+            f"{said} needs a prompt in each row, but labels cover a row from its first token: mask "
             "the prompt's labels with -100, or pass prompt_mask (B, T)"
         )
     return prompt
 
 
-def known_mask(sequences: Tensor, mask: Tensor | None, stream: Stream, granularity: str) -> Tensor:
+def known_mask(sequences: Tensor, mask: Tensor | None, stream: Stream, said: str) -> Tensor:
     """(B, T) bool mask of sequences (B, T, ...). Raises ValueError where several rows have none."""
     if mask is not None:
         return mask
     if stream.length is not None and sequences.shape[0] > 1:
-        raise _missing_mask(granularity, stream)
+        raise _missing_mask(said, stream)
     return torch.ones(sequences.shape[:2], dtype=torch.bool, device=sequences.device)
 
 
@@ -247,10 +262,10 @@ def mask_of(sequences: Tensor, stream: Stream) -> Tensor | None:
     return stream.mask if stream.mask is not None and stream.mask.shape[1] == sequences.shape[1] else None
 
 
-def _missing_mask(granularity: str, stream: Stream) -> ValueError:
+def _missing_mask(said: str, stream: Stream) -> ValueError:
     ids = stream.mask_name.replace("attention_mask", "input_ids")
     return ValueError(
-        f"gate_granularity={granularity!r} needs to know the padding of a batch: pass {stream.mask_name} (B, T); "
+        f"{said} needs to know the padding of a batch: pass {stream.mask_name} (B, T); "
         f"torch.ones_like({ids}) where there is none"
     )
 
@@ -266,12 +281,12 @@ def holds_documents(stream: Stream) -> bool:
     return bool(drops.any())
 
 
-def refuse_documents(stream: Stream, granularity: str) -> None:
+def refuse_documents(stream: Stream, gate: str, remedy: str) -> None:
     """Raise ValueError where the rows of a forward hold several documents, one after the other."""
     if holds_documents(stream):
         raise ValueError(
-            f"position_ids restart inside a row: several documents are packed into it, and a gate per {granularity} "
-            "would mix them; use gate_granularity='token' or 'causal_prefix', or do not pack"
+            f"position_ids restart inside a row: several documents are packed into it, and {gate} would mix them; "
+            f"{remedy}, or do not pack"
         )
 
 

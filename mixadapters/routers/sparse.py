@@ -32,7 +32,8 @@ class SparseRouter(LearnedRouter):
             et al. 2021, section 4.1).
 
     Raises:
-        ValueError: a value out of range; or `convex` where weights may sum to more than 1.
+        ValueError: a value out of range; `batch_prioritized` without a capacity; or `convex` where weights may sum to
+            more than 1.
     """
 
     frozen_arm = False
@@ -56,6 +57,11 @@ class SparseRouter(LearnedRouter):
             scoring_func=scoring_func, norm_topk_prob=norm_topk_prob, routed_scaling_factor=routed_scaling_factor,
             capacity_factor=capacity_factor, batch_prioritized=batch_prioritized,
         )  # fmt: skip
+        if batch_prioritized and not capacity_factor:
+            raise ValueError(
+                "batch_prioritized=True says which rows keep an expert that is full, and with capacity_factor=0 none "
+                "is; set a capacity_factor, or leave it out"
+            )
         if self.convex and (scoring_func != "softmax" or norm_topk_prob or routed_scaling_factor != 1):
             raise ValueError(
                 f"convex weights sum to 1 with that of the frozen layer, but scoring_func={scoring_func!r}, "

@@ -7,7 +7,7 @@ from torch import Tensor
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.routing import Routing, RoutingKey
-from mixadapters.routers.base import ROUTERS, Router
+from mixadapters.routers.base import LOSS_OPTIONS, ROUTERS, Router
 
 
 @ROUTERS.register("task")
@@ -18,6 +18,7 @@ class TaskRouter(Router):
     """
 
     fields = ("expert_ids",)
+    without = LOSS_OPTIONS
 
     def __init__(self, in_features: int, experts: list[str]) -> None:
         super().__init__(in_features, experts)

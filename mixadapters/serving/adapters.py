@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from torch import nn
 
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.files import read_adapter
+from mixadapters.core.files import PREFIX, SavedAdapter, loading, read_adapter, weights_of
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.registry import nearest
 from mixadapters.core.rows import BASE
@@ -83,8 +84,7 @@ class ServedAdapters:
             AdapterRefused: it cannot be right among packed requests; the message says why.
         """
         with self._lock:
-            if name in self._refused:
-                raise AdapterRefused(f"adapter {name!r} cannot be served: {self._refused[name]}")
+            self._refuse(name, self._refused.get(name))
             if name != BASE and (name not in self._served or name in self._leaving):
                 have = [other for other in self._served if other not in self._leaving]
                 gone = " (it is being unloaded)" if name in self._leaving else ""
@@ -110,30 +110,54 @@ class ServedAdapters:
             AdapterRefused: it cannot be right among packed requests, or its first forward fails; it has been taken
                 out again.
         """
-        kind = check_folder(folder)
+        kind, saved = check_folder(folder)
         with self.changing():
             if name == BASE or name in getattr(self.model, "peft_config", {}):
                 raise ValueError(f"adapter name {name!r} is taken; unload that first, or choose another")
             if kind == "LORA":
                 source = {LORA: {"source": str(folder)}}
-                self._add(name, MoAConfig(experts=source, router={"kind": "single"}, num_experts_per_tok=None))
+                config: Any = MoAConfig(experts=source, router={"kind": "single"}, num_experts_per_tok=None)
+                self._inject(name, config, None)
             else:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # "Already found a `peft_config`": so it should be
-                    self.model.load_adapter(str(folder), adapter_name=name)
-            self.model.eval()
+                self._inject(name, PeftConfig.from_pretrained(str(folder)), saved)
             try:
-                if reason := self._refusal(name) or self._trial(name):
-                    raise AdapterRefused(f"adapter {name!r} cannot be served: {reason}")
+                self._refuse(name, self._refusal(name))
+                if kind != "LORA":
+                    self._fill(name, Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+                self.model.eval()
+                self._refuse(name, self._trial(name))
             except BaseException:
                 self._take_out(name)
                 raise
             self._enlist(name)
 
-    def _add(self, name: str, config: Any) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self.model.add_adapter(config, adapter_name=name)
+    def _inject(self, name: str, config: Any, saved: SavedAdapter | None) -> None:
+        """Put an adapter into the model, or leave it as it was."""
+        config.inference_mode = True
+        with warnings.catch_warnings(), loading(saved):
+            warnings.simplefilter("ignore")  # "Already found a `peft_config`": so it should be
+            inject_adapter_in_model(config, self.model, name)
+
+    def _fill(self, name: str, path: Path) -> None:
+        """Read the weights of an adapter that is in the model.
+
+        Raises:
+            ValueError: the file has not these weights, and no others: embeddings would be those of all requests.
+        """
+        own = [host for host in self._hosts() if name in host.adapters]
+        mark = f".{own[0].prefix}adapters."
+        parts: dict[str, dict[str, Any]] = {host.path: {} for host in own}
+        with weights_of(path) as weights:
+            for key in weights:
+                place, found, rest = key.removeprefix(PREFIX).partition(mark)
+                if not found or place not in parts:
+                    raise ValueError(f"{str(path)!r} holds {key!r}, which is no weight of this adapter's own")
+                parts[place][rest] = weights[key]
+        for host in own:
+            try:
+                host.adapters[name].load_state_dict(parts[host.path])
+            except RuntimeError as error:
+                raise ValueError(f"{str(path)!r} does not fit {host.path!r}: {error}") from None
 
     def unload(self, name: str) -> bool:
         """Take an adapter out: at once, or when the requests that use it are done; new ones are refused from now on.
@@ -200,6 +224,11 @@ class ServedAdapters:
                 return f"it has {path!r} of its own (modules_to_save or trained tokens), of which a step runs one"
         return None
 
+    @staticmethod
+    def _refuse(name: str, reason: str | None) -> None:
+        if reason is not None:
+            raise AdapterRefused(f"adapter {name!r} cannot be served: {reason}")
+
     @torch.no_grad()
     def _trial(self, name: str) -> str | None:
         """Why a first forward of two tokens fails; None if it does not."""
@@ -211,19 +240,22 @@ class ServedAdapters:
         return None if bool(logits.isfinite().all()) else "a first forward gives logits that are no finite numbers"
 
 
-def check_folder(folder: str | Path) -> str:
-    """The type of the adapter that a folder holds.
+def check_folder(folder: str | Path) -> tuple[str, SavedAdapter]:
+    """The type of the adapter that a folder holds, and what it says of itself.
 
     Raises:
-        ValueError: the folder holds no adapter with weights in safetensors, or none of our types or LoRA.
+        ValueError: the folder holds no adapter with weights in safetensors, none of our types or LoRA, or files of
+            two saves.
     """
     folder = Path(folder)
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise ValueError(f"{str(folder)!r} holds no {SAFETENSORS_WEIGHTS_NAME}; save the adapter there")
     saved = read_adapter(str(folder), lambda kind: True)
     kind = None if saved is None else saved.config.get("peft_type")
-    if kind != "LORA" and config_class(kind) is None:
+    if saved is None or (kind != "LORA" and config_class(kind) is None):
         raise ValueError(
             f"{str(folder)!r} holds an adapter of type {kind!r}; served are LORA and the types of this library"
         )
-    return str(kind)
+    if saved.other is not None:
+        raise ValueError(saved.other)
+    return str(kind), saved

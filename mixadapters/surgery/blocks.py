@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ def base_layers(model: nn.Module) -> list[ExpertLayer]:
     root = root_of(model)
     found: list[ExpertLayer] = []
     for name, module in root.named_modules():
-        if not _holds_experts(module):
+        if not holds_experts(module):
             continue
         kind = getattr(getattr(module, "config", None), "model_type", None) or _type_of(root)
         if kind not in BASES:
@@ -41,7 +41,29 @@ def base_layers(model: nn.Module) -> list[ExpertLayer]:
     return found
 
 
-def _holds_experts(module: nn.Module) -> bool:
+def settle_config(model: nn.Module) -> None:
+    """Have the config, and modules that repeat it, say how many experts the blocks have, where all have as many."""
+    root: Any = root_of(model)
+    layers: list[Any] = base_layers(root)
+    counts = {len(layer.names) for layer in layers}
+    if not layers or len(counts) > 1 or any(layer.map is not None for layer in layers):
+        return
+    config = getattr(layers[0].experts, "config", root.config)
+    field = count_field(config)
+    before, now = getattr(config, field), counts.pop()
+    setattr(config, field, now)
+    for module in root.modules():
+        if before != now:
+            _recount(module, before, now)
+
+
+def count_field(config: Any) -> str:
+    """The field of a model's config that says how many experts a block has."""
+    said = config.to_dict()
+    return next(name for name in (*COUNTS, "moe_num_experts") if name in said)
+
+
+def holds_experts(module: nn.Module) -> bool:
     """Whether a module holds fused experts, in whatever form, or is a list of experts beside a router."""
     if "Experts" not in type(module).__name__:
         return False
@@ -83,7 +105,8 @@ class ExpertMap(nn.Module):
 
     def __init__(self, numbers: Sequence[int] | Tensor, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.register_buffer("numbers", torch.as_tensor(numbers, dtype=torch.long, device=device))
+        numbers = torch.as_tensor(numbers, dtype=torch.long, device=device)
+        self.register_buffer("numbers", numbers, persistent=False)  # `save_pruned` says it; a plain load would not fit
 
     def forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Renumbers the arguments of the experts' module."""
@@ -226,27 +249,36 @@ class BaseExperts(ExpertLayer):
 
     @torch.no_grad()
     def keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
-        kept = check_order(self, order)
-        self._refuse_adapted()
-        columns = list(range(len(self.names))) if self.map is None else self.map.numbers.tolist()
-        numbers = [kept.index(e) if e in kept else -1 for e in columns]
+        self.check_keep(order, preserve_mass)
+        kept = [int(e) for e in order]
+        numbers = self._renumbered({e: place for place, e in enumerate(kept)})
         if not preserve_mass:
-            stay = sorted((c for c, number in enumerate(numbers) if number >= 0), key=lambda c: numbers[c])
-            self._check_columns([columns[c] for c in stay], stay, len(columns))
+            stay = _staying(numbers)
             self._keep_columns(stay)
             numbers = [numbers[c] for c in stay]
         self._keep_experts(kept)
-        self._settle_map(numbers)
+        self.settle_map(numbers)
+
+    def check_keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
+        kept = check_order(self, order)
+        self._refuse_adapted()
+        if not preserve_mass:
+            numbers = self._renumbered({e: place for place, e in enumerate(kept)})
+            self._check_columns(_staying(numbers), len(numbers))
+
+    def _renumbered(self, place_of: Mapping[int, int]) -> list[int]:
+        """For each of the router's columns the place that its expert gets, -1 for none."""
+        columns = list(range(len(self.names))) if self.map is None else self.map.numbers.tolist()
+        return [place_of.get(e, -1) for e in columns]
 
     @torch.no_grad()
     def assign(self, expert_map: Sequence[int]) -> None:
         stands = check_map(self, expert_map)
         self._refuse_adapted()
         kept = sorted(set(stands))
-        columns = list(range(len(self.names))) if self.map is None else self.map.numbers.tolist()
-        numbers = [-1 if e < 0 else kept.index(stands[e]) for e in columns]
+        numbers = self._renumbered({e: kept.index(other) for e, other in enumerate(stands)})
         self._keep_experts(kept)
-        self._settle_map(numbers)
+        self.settle_map(numbers)
 
     def _refuse_adapted(self) -> None:
         """Raise ValueError where adapters of PEFT sit on the experts or their router."""
@@ -257,12 +289,12 @@ class BaseExperts(ExpertLayer):
                 "the base model first, then add adapters"
             )
 
-    def _check_columns(self, experts: Sequence[int], stay: Sequence[int], total: int) -> None:
-        """Raise ValueError where the router cannot choose among so few."""
+    def _check_columns(self, stay: Sequence[int], total: int) -> None:
+        """Raise ValueError where the router cannot choose among the columns that stay, of so many."""
         top_k = self.top_k or 1
-        if len(experts) < top_k:
+        if len(stay) < top_k:
             raise ValueError(
-                f"{len(experts)} experts at {self.path!r} are fewer than the {top_k} that a token uses: keep more, or "
+                f"{len(stay)} experts at {self.path!r} are fewer than the {top_k} that a token uses: keep more, or "
                 "preserve their mass"
             )
         size = total // self.groups
@@ -299,7 +331,21 @@ class BaseExperts(ExpertLayer):
                 self.experts._parameters[name] = new
         _recount(self.experts, before, len(kept))
 
-    def _settle_map(self, numbers: Sequence[int]) -> None:
+    def shrink(self, experts: int, columns: int) -> None:
+        """Have the shapes of so many experts and columns of the router; for a model that has no weights yet.
+
+        Raises:
+            ValueError: the layer has fewer.
+        """
+        have = len(self.names)
+        if experts > have or columns > have:
+            raise ValueError(
+                f"{self.path!r} has {have} experts, and not {experts}, or {columns} columns of its router"
+            )
+        self._keep_columns(range(columns))
+        self._keep_experts(range(experts))
+
+    def settle_map(self, numbers: Sequence[int]) -> None:
         """Have a map where columns and experts are not the same."""
         if list(numbers) == list(range(len(self.names))):
             detach_map(self.experts)
@@ -417,6 +463,11 @@ def _each(plain: Callable[..., Tensor], experts: nn.Module, x: Tensor, indices: 
     count, k = indices.shape
     rows = x.repeat_interleave(k, 0)
     return plain(experts, rows, indices.reshape(-1, 1), x.new_ones(count * k, 1)).view(count, k, -1)
+
+
+def _staying(numbers: Sequence[int]) -> list[int]:
+    """The columns that have an expert, in the order of these."""
+    return sorted((c for c, number in enumerate(numbers) if number >= 0), key=lambda c: numbers[c])
 
 
 def _found(block: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:

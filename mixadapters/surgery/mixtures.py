@@ -143,16 +143,22 @@ class MixtureExperts(ExpertLayer):
 
     def keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
         """As `ExpertLayer.keep`, with all layers that go by the same router. Experts stay in the config's order."""
+        self.check_keep(order, preserve_mass)
+        lost = {name for e, name in enumerate(self.names) if e not in order}
+        together = [layer for layer in mixture_layers(self.tuner, self.adapter) if layer.router == self.router]
+        keep = {layer.path: [n for n in layer.names if n not in lost] for layer in together}
+        self.tuner.keep_experts(keep, renormalize=not preserve_mass, adapter_name=self.adapter)
+
+    def check_keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
         kept = check_order(self, order)
         if kept != sorted(kept):
             raise ValueError(
                 f"order={list(order)} at {self.key!r}: experts of an adapter stand in the order of its config; keep "
                 f"{sorted(kept)}"
             )
-        lost = {name for e, name in enumerate(self.names) if e not in kept}
-        together = [layer for layer in mixture_layers(self.tuner, self.adapter) if layer.router == self.router]
-        keep = {layer.path: [n for n in layer.names if n not in lost] for layer in together}
-        self.tuner.keep_experts(keep, renormalize=not preserve_mass, adapter_name=self.adapter)
+        fixed = deciding_router(self.mixture.router).fixed_experts
+        if len(kept) < len(self.names) and not preserve_mass and fixed is not None:
+            raise ValueError(f"the router at {self.key!r} cannot lose experts: {fixed}; or preserve their mass")
 
     def assign(self, expert_map: Sequence[int]) -> None:
         stands, names = check_map(self, expert_map), self.names

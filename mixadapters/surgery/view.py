@@ -119,6 +119,10 @@ class ExpertLayer(ABC):
         """
 
     @abstractmethod
+    def check_keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
+        """Raise what `keep` would raise, and change nothing."""
+
+    @abstractmethod
     def assign(self, expert_map: Sequence[int]) -> None:
         """Let one expert stand for several: the router stays, and rows of expert e go to expert_map[e].
 

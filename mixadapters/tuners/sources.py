@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import load_peft_weights
 from torch import Tensor, nn
 
@@ -20,17 +21,28 @@ from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 
 
-def read_folder(where: str, spec: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+def read_folder(
+    where: str, spec: dict[str, Any], remedies: Mapping[str, str] | None = None
+) -> tuple[Any, dict[str, Tensor]]:
     """Config and weights, in host memory, of the adapter that spec["source"] names.
 
-    where: names the field at the beginning of messages.
+    Args:
+        where: names the field at the beginning of messages.
+        remedies: types of other libraries, and what helps.
 
     Raises:
-        ValueError: there is none, or it is not whole.
+        ValueError: there is none, it is not whole, or of a type that PEFT does not know.
     """
     source, revision = spec["source"], spec.get("revision")
     try:
         found = read_adapter(source, lambda kind: True, revision=revision)
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be read as an adapter folder or hub id: {error}") from error
+    kind = None if found is None else found.config.get("peft_type")
+    if isinstance(kind, str) and kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        remedy = (remedies or {}).get(kind, "import what registers it, or save it as LoRA")
+        raise ValueError(f"{where} is a {kind} adapter, a type that PEFT does not know: {remedy}")
+    try:
         if found is not None and found.other is not None:
             raise ValueError(found.other)
         saved = PeftConfig.from_pretrained(source, revision=revision)
@@ -133,6 +145,8 @@ class Entries:
                 spec[key] = value = str(value)
             if key == "revision" and value is None:
                 continue
+            if key == "scale" and value == 0:
+                raise ValueError(f"{where}: scale={value!r} would leave nothing of the expert; leave the expert out")
             kind = self.kinds[key]
             if not fits(value, kind) or (key == "ranks" and min(value.values(), default=1) < 1):
                 raise ValueError(f"{where}: {key}={value!r:.200} must be {_words(key, kind)}")
@@ -162,12 +176,13 @@ def check_new(
     share: Any = 0.5,
     r: Any = None,
     source: Any = None,
+    like: Any = None,
 ) -> None:
     """Refuse what a verb that adds an expert cannot take.
 
     Args:
         noun: what is added. have: the names that there are. adapters: those of the model's other adapters.
-        share: of the weight that it starts with. r: its rank, for new ones.
+        share: of the weight that it starts with. r: its rank, for new ones. like: the one that it is a copy of.
 
     Raises:
         ValueError: the argument, its value and the remedy.
@@ -181,6 +196,13 @@ def check_new(
         )
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
         raise ValueError(f"share={share!r} must lie between 0 and 1")
+    if like is not None and like not in have:
+        raise ValueError(f"like={like!r}: unknown {noun}; have {list(have)}.{nearest(like, have)}")
+    if like is not None and (r is not None or source is not None):
+        other = f"r={r!r}" if source is None else f"source={source!r}"
+        raise ValueError(
+            f"like={like!r} and {other}: a copy has the ranks and weights of that {noun}; give one of both"
+        )
     if r is not None and source is not None:
         raise ValueError(f"r={r!r}: a source brings its own rank; leave r out")
     if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):

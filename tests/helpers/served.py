@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, MoAConfig
 
@@ -28,3 +29,21 @@ def generated(model: nn.Module, prompt: list[int], adapter: str, tokens: int) ->
     with torch.no_grad(), ForwardContext.of(model).pin_in_thread(adapter_names=[adapter]):
         output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     return output[0, len(prompt) :].tolist()
+
+
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
+
+
+def word_tokenizer(size: int = 96) -> PreTrainedTokenizerFast:
+    """Words "w5" to "w95", and the roles of a chat; everything else is unknown."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", "user", "assistant", "system", *(f"w{i}" for i in range(7, size))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    made.chat_template = CHAT
+    return made

@@ -94,9 +94,10 @@ def calls(model: PeftModel) -> Iterator[Any]:
 def test_gates_that_would_mix_requests_are_refused(tiny, kind, granularity) -> None:
     scope = "block" if kind == "moa by block" else "module"
     made = mixda(gate_granularity=granularity) if kind == "mixda" else moa(granularity=granularity, router_scope=scope)
+    field = "gate_granularity" if kind == "mixda" else "^granularity"
     model = adapt(tiny("llama"), made)
     for call in calls(model):
-        with pytest.raises(ValueError, match=f"gate_granularity='{granularity}'.*one row.*use generate"):
+        with pytest.raises(ValueError, match=f"{field}='{granularity}'.*one row.*use generate"):
             call()
     with model.disable_adapter():
         assert len(model.generate_batch(inputs=PROMPTS, **SMALL)) == len(PROMPTS)

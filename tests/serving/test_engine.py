@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from served import KINDS, generated
 
 from mixadapters import BottleneckConfig
@@ -268,23 +270,35 @@ def broken(folder: Path, how: str) -> None:
         (folder / "adapter_config.json").unlink()
     elif how == "no JSON":
         (folder / "adapter_config.json").write_text("{")
-    elif how == "not finite":
-        import safetensors.torch
+    else:
+        tensors = load_file(weights)
+        if how == "not finite":
+            tensors = {name: t.fill_(float("nan")) for name, t in tensors.items()}
+        elif how == "embeddings":
+            tensors["base_model.model.model.embed_tokens.weight"] = torch.zeros(96, 32)
+        elif how == "missing":
+            tensors.popitem()
+        save_file(tensors, weights)
+        config = folder / "adapter_config.json"  # of a save that was so
+        config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "digest"}))
 
-        tensors = safetensors.torch.load_file(weights)
-        safetensors.torch.save_file({name: t.fill_(float("nan")) for name, t in tensors.items()}, weights)
+
+BROKEN = r"safetensors|type None|no adapter config|finite|cannot be read|embed_tokens|missing|lora_B"
+BREAKS = ["no weights", "cut", "no config", "no JSON", "not finite", "embeddings", "missing"]
 
 
-@pytest.mark.parametrize("how", ["no weights", "cut", "no config", "no JSON", "not finite"])
+@pytest.mark.parametrize("how", BREAKS)
 @pytest.mark.parametrize("kind", [0, 3])
 def test_broken_folder_changes_nothing(server, folders, alone, tmp_path, how, kind) -> None:
     shutil.copytree(folders[f"a{kind}"], tmp_path / "x")
     broken(tmp_path / "x", how)
+    embeddings = server.model.get_input_embeddings().weight.clone()
     request = server.submit(PROMPTS[0], "a2", max_new_tokens=30)
-    with pytest.raises(ValueError, match=r"safetensors|type None|no adapter config|digest|finite|cannot be read"):
+    with pytest.raises(ValueError, match=BROKEN):
         server.load("x", tmp_path / "x")
     assert "x" not in server.adapters.names
     assert "x" not in server.model.peft_config
+    assert torch.equal(server.model.get_input_embeddings().weight, embeddings)
     assert request.result(30).tokens == alone(PROMPTS[0], "a2", 30)
 
 

@@ -290,6 +290,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "null arms of counts": ({"router": "counts", "router_scope": "model", "num_null_experts": 2}, "num_null_experts"),
     "null arms as an option": ({"router": {"kind": "counts", "null_arms": 2}, "router_scope": "model"}, "'counts'"),
     "coefficient": ({"router_aux_loss_coef": -1.0}, "router_aux_loss_coef"),
+    "option that is no switch": ({"router": {"kind": "top_k", "norm_topk_prob": "yes"}}, "norm_topk_prob='yes'"),
+    "loss of a hash": ({"router": "hash", "router_aux_loss_coef": 0.1}, "no option 'balance_coef'"),
+    "loss of a constant": ({"router": {"kind": "constant", "z_coef": 0.1}}, "no argument 'z_coef'"),
+    "loss of counts": ({"router": {"kind": "counts", "entropy_coef": 0.1}, "router_scope": "model"}, "entropy_coef"),
 }
 
 
@@ -310,6 +314,8 @@ ABSENT: dict[str, tuple[dict[str, Any], str]] = {
     "layers that are left out": ({"num_experts": {"0": 2, "1-3": 3}, "layers_to_transform": [1]}, "'0'"),
     "alpha_pattern": ({"alpha_pattern": {"w_proj": 3}}, "w_proj"),
     "null_arms": ({"null_arms": {"w_proj": 3}}, "w_proj"),
+    "priority without a capacity": ({"batch_prioritized": True}, "capacity_factor=0"),
+    "a granularity that sees the future": ({"granularity": "sequence"}, "granularity='sequence' at"),
     "k of the router": ({"num_experts": 1, "router": {"kind": "top_k", "k": 2}}, "num_experts_per_tok=2"),
 }
 
@@ -322,6 +328,18 @@ def test_what_the_model_does_not_have_is_refused_before_it_changes(form, tiny) -
     with pytest.raises(ValueError, match=re.escape(message)):
         build(base, **fields)
     assert [name for name, _ in base.named_modules()] == names
+
+
+def test_numbers_of_another_kind_of_adapter_are_refused(tiny, tiny_inputs) -> None:
+    """They chose nothing, without a word."""
+    inputs = tiny_inputs("llama")
+    model = build(tiny("llama"), num_experts=2)
+    for name in ("domain_ids", "modality_ids"):
+        with pytest.raises(ValueError, match=rf"{name} is read by no adapter of this model.*'expert_ids'"):
+            model(**inputs, **{name: torch.tensor([0, 1])})
+    domains = get_peft_model(tiny("llama"), MixDAConfig(domains=["a"], task_adapter=None))
+    with pytest.raises(ValueError, match=r"expert_ids is read by no adapter.*'domain_ids'"):
+        domains(**inputs, expert_ids=torch.tensor([0, 0]))
 
 
 def test_a_source_in_a_file_is_not_followed(tiny, tmp_path) -> None:
@@ -462,3 +480,28 @@ def test_null_arms_count_among_those_that_a_token_may_choose(tiny) -> None:
     model = build(tiny("llama"), num_experts=2, router={"kind": "null", "k": 4, "null_arms": 3})
     assert {m.router.k for m in mixtures(model).values()} == {4}
     assert {m.router.k for m in mixtures(build(tiny("llama"), router="null", num_experts_per_tok=6)).values()} == {6}
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_an_expert_like_another_begins_as_that_and_survives_a_file(segments, tiny, tiny_inputs, tmp_path) -> None:
+    config = MoAConfig(num_experts=2, r=4, lora_alpha=8, segments=segments, target_modules=["q_proj", "down_proj"])
+    model = randomize(get_peft_model(tiny("llama"), config))
+    tuner = model.base_model
+    tuner.add_expert("copy", like="expert1")
+    mixtures = [mixture for _, mixture in tuner._mixtures("default")]
+    pieces = zip(tuner.config_of("default").pieces("copy"), tuner.config_of("default").pieces("expert1"), strict=True)
+    for new, old in list(pieces):
+        for mixture in mixtures:
+            one, other = (mixture.bank.experts[name].state_dict() for name in (new, old))
+            assert all(torch.equal(one[key], other[key]) and one[key] is not other[key] for key in other)
+            assert mixture.bank.scales.get(new, mixture.bank.scale) == mixture.bank.scales.get(old, mixture.bank.scale)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    inputs = tiny_inputs("llama")
+    torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits)
+    for given, match in (
+        ({"like": "none"}, "unknown expert"),
+        ({"like": "expert0", "r": 2}, "like='expert0' and r=2"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            tuner.add_expert("other", **given)

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from processes import Process
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixadapters import BottleneckConfig, MoAConfig
 from mixadapters.tuners.moa.lora import _alpha
+from mixadapters.tuners.moa.sources import MOE_PEFT
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -193,6 +195,103 @@ def test_kinds_are_not_mixed(tiny, tmp_path) -> None:
     get_peft_model(tiny("llama"), BottleneckConfig(placement="parallel")).save_pretrained(tmp_path / "one")
     with pytest.raises(ValueError, match="BOTTLENECK adapter; expert_type='lora'"):
         gather(tiny("llama"), {"one": tmp_path / "one"})
+
+
+def save_xlora(base: nn.Module, folder: Path, *experts: Path) -> None:
+    base.config.use_cache = False
+    adapters = {str(i): str(expert) for i, expert in enumerate(experts)}
+    get_peft_model(base, XLoraConfig(hidden_size=32, adapters=adapters, task_type="CAUSAL_LM")).save_pretrained(folder)
+
+
+def test_whole_expert_of_xlora_is_the_lora_that_it_was_made_from(tiny, tiny_inputs, tmp_path) -> None:
+    inputs = tiny_inputs("llama")
+    lora = save_lora(tiny("llama"), tmp_path / "one", r=4, target_modules=["q_proj", "o_proj"])
+    save_xlora(tiny("llama"), tmp_path / "x", tmp_path / "one")
+    assert any("embed_tokens" in key for key in load_file(tmp_path / "x" / "0" / WEIGHTS))  # of the base, beside
+    model = gather(tiny("llama"), {"one": tmp_path / "x" / "0"})
+    torch.testing.assert_close(by_expert(model, "one", inputs), logits(lora, inputs), rtol=1e-5, atol=2e-5)
+
+
+def test_expert_of_xlora_on_another_base_is_refused(tiny, tmp_path) -> None:
+    save_lora(tiny("llama"), tmp_path / "one", r=4, target_modules=["q_proj"])
+    other = tiny("llama")
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    save_xlora(other, tmp_path / "x", tmp_path / "one")
+    with pytest.raises(ValueError, match=r"experts\['one'\].*a changed 'lm_head' of the base model"):
+        gather(tiny("llama"), {"one": tmp_path / "x" / "0"})
+
+
+def test_experts_of_xlora_that_lost_layers_are_refused_with_the_reason(tiny, tmp_path) -> None:
+    for name in ("one", "two"):
+        save_lora(tiny("llama"), tmp_path / name, r=4, target_modules=["q_proj"])
+    save_xlora(tiny("llama"), tmp_path / "x", tmp_path / "one", tmp_path / "two")
+    with pytest.raises(ValueError, match=r"lacks the weights of \['model.layers.1.self_attn.q_proj'\].*X-LoRA saves"):
+        gather(tiny("llama"), {"one": tmp_path / "x" / "0"})
+    with pytest.raises(ValueError, match=r"gather the LoRA folders that it routes among"):
+        gather(tiny("llama"), {"one": tmp_path / "x"})
+
+
+@pytest.mark.parametrize(("kind", "remedy"), MOE_PEFT.items())
+def test_mixtures_of_moe_peft_are_refused_by_name(kind, remedy, tiny, tmp_path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind, "num_experts": 2}))
+    torch.save({"mola.layers.0.self_attn.q_proj.moe_gate.weight": torch.zeros(2, 32)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=rf"experts\['one'\].* is a {kind} adapter") as caught:
+        gather(tiny("llama"), {"one": tmp_path})
+    assert str(caught.value).endswith(remedy)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> list[tuple[str, str, Any]]:
+    """What is asked of the hub, which has the folders of tmp_path / "hub" / revision."""
+    asked: list[tuple[str, str, Any]] = []
+
+    def download(repo: str, filename: str, *, revision: Any = None, **_: Any) -> str:
+        asked.append((repo, filename, revision))
+        file = tmp_path / "hub" / str(revision or "main") / repo / filename
+        if not file.is_file():
+            raise EntryNotFoundError(f"{repo} has no {filename}")
+        return str(file)
+
+    def exists(repo_id: str, filename: str, *, revision: Any = None, **_: Any) -> bool:
+        return (tmp_path / "hub" / str(revision or "main") / repo_id / filename).is_file()
+
+    for module in ("mixadapters.core.files", "peft.config", "peft.utils.save_and_load"):
+        monkeypatch.setattr(f"{module}.hf_hub_download", download)
+    monkeypatch.setattr("peft.utils.save_and_load.file_exists", exists)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return asked
+
+
+def test_hub_ids_are_downloaded_by_name_and_revision(hub, tiny, tiny_inputs, tmp_path) -> None:
+    inputs = tiny_inputs("llama")
+    lora = save_lora(tiny("llama"), tmp_path / "hub" / "v2" / "user" / "law", r=4, target_modules=["q_proj"])
+    spec = {"source": "user/law", "revision": "v2"}
+    model = gather(tiny("llama"), {"law": spec})
+    torch.testing.assert_close(by_expert(model, "law", inputs), logits(lora, inputs), rtol=1e-5, atol=2e-5)
+    assert {name for _, name, _ in hub} == {"adapter_config.json", WEIGHTS}  # neither a pickle nor code
+    assert {(repo, revision) for repo, _, revision in hub} == {("user/law", "v2")}
+    assert spec == {"source": "user/law", "revision": "v2"}
+    model.save_pretrained(tmp_path / "whole")
+    asked = len(hub)
+    again = PeftModel.from_pretrained(tiny("llama"), tmp_path / "whole")
+    assert torch.equal(by_expert(again, "law", inputs), by_expert(model, "law", inputs))
+    assert len(hub) == asked  # the mixture stands on its own
+
+
+def test_hub_ids_that_are_not_there_are_an_error_that_names_them(hub, tiny, tmp_path) -> None:
+    save_lora(tiny("llama"), tmp_path / "hub" / "main" / "user" / "law", r=4, target_modules=["q_proj"])
+    (tmp_path / "hub" / "main" / "user" / "law" / WEIGHTS).unlink()
+    for source in ("user/other", "user/law"):
+        with pytest.raises(
+            ValueError, match=rf"experts\['law'\]: '{source}' cannot be read as an adapter folder or hub"
+        ):
+            gather(tiny("llama"), {"law": source})
+
+
+def test_a_scale_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"experts\['one'\]: scale=0"):
+        MoAConfig(experts={"one": {"source": "user/law", "scale": 0}})
 
 
 @pytest.mark.parametrize("glu", [False, True])

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixadapters.core.adapter import Chain, Site
+from mixadapters.core.context import ROUTES
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import row_numbers
+from mixadapters.routers.counts import CountsRouter
 from mixadapters.tuners.gates import GateVerbs
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.router import require_surgery
 from mixadapters.tuners.mixda.sources import read_source
-from mixadapters.tuners.sources import check_new
+from mixadapters.tuners.sources import check_new, same_module
 
 NEW_ARM_SHARE = 0.05  # of the frozen arm's mass that a domain added later starts with
 
@@ -31,7 +33,7 @@ class DomainVerbs(GateVerbs, MixtureModel):
     def bank_widths(self, config: MixDAConfig, path: str) -> tuple[int, int]:
         raise NotImplementedError
 
-    def new_ranks(self, config: MixDAConfig, rank: int | None = None) -> dict[str, int]:
+    def new_ranks(self, config: MixDAConfig, rank: int | None = None, beside: Collection[str] = ()) -> dict[str, int]:
         raise NotImplementedError
 
     def mixture(self, config: MixDAConfig, site: Site, ranks: dict[str, int]) -> Mixture:
@@ -61,42 +63,47 @@ class DomainVerbs(GateVerbs, MixtureModel):
         source: str | dict[str, Any] | None = None,
         *,
         r: int | None = None,
+        like: str | None = None,
         share: float = NEW_ARM_SHARE,
         adapter_name: str = "default",
     ) -> None:
-        """Add a domain, new (zero) or trained, to a mixture. The weights of the other domains do not change.
+        """Add a domain, new (zero), trained, or a copy of another, to a mixture. The others' weights do not change.
+
+        A new one lies where the others do, unless `domain_layers` says where. With `like` it begins with the layers,
+        ranks and weights of that domain, from which it is then trained further.
 
         Its arm takes `share` of what a softmax gate gives to the frozen layer (for a sigmoid gate, and at layers that
         had no gate: starts at `share`). So with combine="delta" a new domain leaves the output as it was. Make
         optimizers anew afterwards.
 
         Raises:
-            ValueError: the name is taken, the source does not fit or comes with r, or share is not between 0 and 1.
+            ValueError: the name is taken, the source does not fit or comes with r, there is no such domain to be like,
+                or share is not between 0 and 1.
         """
         config = self.config_of(adapter_name)
         require_surgery(config, "add_domain")
-        check_new(
-            "domain",
-            name,
-            list(config.domains),
-            self.peft_config.keys() - {adapter_name},
-            share=share,
-            r=r,
-            source=source,
-        )
+        others_of_model = self.peft_config.keys() - {adapter_name}
+        check_new("domain", name, list(config.domains), others_of_model, share=share, r=r, source=source, like=like)
         given = MixDAConfig(domains={name: source} if source is not None else [name], r=r)  # checks them
         spec = dict(given.domains[name])
         weights = read_source(self, config, name, spec) if "source" in spec else None
-        if weights is None:
-            spec["ranks"] = self.new_ranks(config, r)
-        else:
+        if weights is not None:
             spec["ranks"] = {path: w["down.weight"].shape[0] for path, w in weights.items()}
+        elif like is not None:
+            spec["ranks"] = dict(config.domains[like]["ranks"])
+        else:
+            others = {module for other in config.domains.values() for module in other["ranks"]}
+            spec["ranks"] = self.new_ranks(config, r, others if config.domain_layers is None else ())
         config.domains[name] = spec
         config.domain_order = list(config.domains)
         for path, rank in spec["ranks"].items():
             self._add_expert(adapter_name, path, name, rank, share)
         if weights is not None:
             self.fill(adapter_name, name, weights)
+        if like is not None:
+            for _, mixture in self._mixtures(adapter_name):
+                if like in mixture.bank.experts:
+                    mixture.bank.copy(name, like)
         self.gates_changed(adapter_name)
         self._renumber(adapter_name)
 
@@ -138,18 +145,54 @@ class DomainVerbs(GateVerbs, MixtureModel):
             raise ValueError(f"unknown domain {name!r}; have {list(config.domains)}.{nearest(name, config.domains)}")
         require_surgery(config, "remove_domain")
         for path, mixture in list(self._mixtures(adapter_name)):
-            if name not in mixture.bank.experts:
-                continue
-            mixture.bank.remove(name)
+            if name in mixture.bank.experts:
+                self._take_domain(config, path, mixture, name, renormalize, everywhere=True)
+        self._forget_domains(config, [name], adapter_name)
+
+    def keep_experts(
+        self, kept: Mapping[str, Sequence[str]], *, renormalize: bool = True, adapter_name: str = "default"
+    ) -> None:
+        """As `CuttingVerbs.keep_experts`, of domains. Make optimizers anew afterwards."""
+        config, mixtures = self.config_of(adapter_name), dict(self._mixtures(adapter_name))
+        require_surgery(config, "remove_domain")
+        if self.context.held.get(ROUTES):
+            raise ValueError(
+                "routes are pinned by numbers of experts, which would mean others: leave pin_routes first"
+            )
+        lost: dict[str, list[str]] = {}
+        for path, names in kept.items():
+            have = mixtures[path].bank.names if path in mixtures else []
+            if not names or len(set(names)) < len(names) or set(names) - set(have):
+                raise ValueError(f"kept={list(names)} at {path!r} must name different domains that are there, {have}")
+            lost[path] = [name for name in have if name not in names]
+        stay = {name for path, m in mixtures.items() for name in m.bank.names if name not in lost.get(path, ())}
+        for path, names in lost.items():
+            for name in names:
+                self._take_domain(config, path, mixtures[path], name, renormalize, everywhere=name not in stay)
+        self._forget_domains(config, [name for name in config.domains if name not in stay], adapter_name)
+
+    def _take_domain(
+        self, config: MixDAConfig, path: str, mixture: Mixture, name: str, renormalize: bool, everywhere: bool
+    ) -> None:
+        """Take a domain's expert from one module, and its arm from the router there."""
+        mixture.bank.remove(name)
+        if isinstance(mixture.router, CountsRouter) and not everywhere:  # whose counts serve other modules
+            mixture.router.experts.remove(name)
+        else:
             mixture.router.remove_expert(name, renormalize)
-            if mixture.bank.names:
-                config.null_arms[path] = getattr(mixture.router, "null_arms", 0)
-            else:
-                chain = self.host_at(path).adapters[adapter_name]
-                del chain.domain
-                config.null_arms.pop(path, None)
+        ranks = config.domains[name]["ranks"]
+        config.domains[name]["ranks"] = {m: rank for m, rank in ranks.items() if not same_module(m, path)}
+        if mixture.bank.names:
+            config.null_arms[path] = getattr(mixture.router, "null_arms", 0)
+        else:
+            del self.host_at(path).adapters[mixture.key.adapter].domain
+            config.null_arms.pop(path, None)
+
+    def _forget_domains(self, config: MixDAConfig, names: Sequence[str], adapter_name: str) -> None:
+        """Drop from the config the domains that are nowhere any more, and number the others anew."""
         config.null_arms = {path: count for path, count in config.null_arms.items() if count}
-        del config.domains[name]
+        for name in names:
+            del config.domains[name]
         config.domain_order = list(config.domains)
         self.gates_changed(adapter_name)
         self._renumber(adapter_name)

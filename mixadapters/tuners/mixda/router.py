@@ -13,6 +13,7 @@ from mixadapters.routers import ROUTERS, Router, SoftmaxGate, build_router
 from mixadapters.routers.arms import ArmSurgery
 from mixadapters.routers.base import options_of, read_spec
 from mixadapters.routers.counts import refuse_null_arms
+from mixadapters.routers.pooling import name_field
 from mixadapters.tuners.bottleneck.config import INPUTS
 from mixadapters.tuners.sources import refuse_unsaveable
 
@@ -96,7 +97,9 @@ def mixture_router(config: Any, in_features: int, experts: list[str], null_arms:
     defaults = {"frozen_bias": config.frozen_bias(len(experts)), "convex": config.combine == "convex"}
     if null_arms:
         defaults["null_arms"] = null_arms
-    return build_router(spec, in_features, experts, **defaults)
+    router = build_router(spec, in_features, experts, **defaults)
+    name_field(router, "gate_granularity")
+    return router
 
 
 def trial_router(config: Any, experts: list[str]) -> Router:

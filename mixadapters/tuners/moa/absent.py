@@ -32,6 +32,9 @@ def refuse_absent(config: MoAConfig, adapted: Sequence[str], modules: Sequence[s
                 f"alpha_pattern={config.alpha_pattern}: {pattern!r} matches no module that takes experts; those are "
                 f"{list(adapted)[:4]} ..."
             )
+    for name, spec in (config.experts or {}).items():
+        if absent := [m for m in spec.get("same_as", ()) if not any(same_module(m, path) for path in adapted)]:
+            raise ValueError(f"experts[{name!r}]: same_as names {absent}, which take no experts")
     for module in config.null_arms:
         if not any(same_module(module, path) for path in adapted):
             raise ValueError(f"null_arms={config.null_arms} name {module!r}, which takes no experts")

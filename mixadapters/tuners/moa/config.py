@@ -15,13 +15,14 @@ from mixadapters.tuners.bottleneck.config import PLACEMENTS
 from mixadapters.tuners.moa.overrides import OverriddenConfig
 from mixadapters.tuners.moa.router import default_of, router_spec
 from mixadapters.tuners.registration import peft_type
-from mixadapters.tuners.sources import Entries, public_origin, refuse_unsaveable
+from mixadapters.tuners.sources import Entries, public_origin, refuse_unsaveable, same_module
 
 SCOPES = ("module", "block", "model")
 EXPERTS = Entries(
     "experts", "an expert", "moa_", r"frozen|null\d+|shared\d+",
     {"source": str, "revision": str, "check_base_model": bool, "scale": float, "ignore_modules_to_save": bool,
-     "ranks": dict[str, int], "scales": dict[str, float], "biases": list[str], "origin": str},
+     "ranks": dict[str, int], "scales": dict[str, float], "biases": list[str], "origin": str,
+     "same_as": dict[str, str | None]},
     ("source", "revision", "check_base_model", "scale", "ignore_modules_to_save"),
 )  # fmt: skip
 MOST = 4096  # experts or arms: a file could ask for so many that the process dies
@@ -286,6 +287,23 @@ class MoAConfig(OverriddenConfig):
         return {"activation": self.activation, "glu": self.expert_type == "glu", "bias": True}
 
 
+def stands_at(config: MoAConfig, path: str) -> dict[str, str | None]:
+    """{expert without weights at a module: the one whose its rows go to, None for nobody's}."""
+    found: dict[str, str | None] = {}
+    for name, spec in (config.experts or {}).items():
+        for module, other in spec.get("same_as", {}).items():
+            if same_module(module, path):
+                found[name] = other
+    return found
+
+
+def refuse_while_standing(config: MoAConfig, name: str) -> None:
+    """Raise ValueError where an expert that is to go stands for others."""
+    others = [other for other, spec in (config.experts or {}).items() if name in spec.get("same_as", {}).values()]
+    if others:
+        raise ValueError(f"expert {name!r} stands for {others} at some modules (same_as): remove these first")
+
+
 def layer_range(layers: str) -> range:
     """The layers that "3" or "0-5" means. Raises ValueError for other forms."""
     found = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", layers)
@@ -315,4 +333,11 @@ def check_experts(experts: Any, from_file: bool) -> dict[str, dict[str, Any]]:
             raise ValueError(f"experts[{name!r}]: `ranks` and `scales` must name the same modules")
         if unknown := set(spec.get("biases", ())) - set(spec.get("ranks", ())):
             raise ValueError(f"experts[{name!r}]: biases={sorted(unknown)} name modules that `ranks` does not")
+        for module, other in spec.get("same_as", {}).items():
+            twice = module in spec.get("ranks", {module: 1})
+            if twice or (other is not None and module not in checked.get(other, {}).get("ranks", {module: 1})):
+                raise ValueError(
+                    f"experts[{name!r}]: same_as={spec['same_as']!r:.200} must name, for modules at which `ranks` has "
+                    "none of this expert, another that has weights there, or null"
+                )
     return checked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -97,6 +98,7 @@ class ExpertMixture(Mixture):
     Args:
         bank: the router's experts that have something here, in the router's order, then the shared ones.
         shared: how many shared experts there are, at the end of the bank.
+        stands: of the router's experts that have no weights of their own here: whose they go by, None for nobody's.
         residual: weigh the frozen output against the shared experts.
     """
 
@@ -104,10 +106,10 @@ class ExpertMixture(Mixture):
 
     def __init__(
         self, router: Router, bank: AdapterBank, insertion: Any = "parallel", *, shared: int = 0,
-        residual: bool = False, **options: Any,
+        residual: bool = False, stands: Mapping[str, str | None] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(router, bank, insertion, **options)
-        self.shared = shared
+        self.shared, self.stands = shared, dict(stands or {})
         self.residual = nn.Linear(router.in_features, 2) if residual else None
         if self.residual is not None:
             nn.init.zeros_(self.residual.weight)
@@ -117,9 +119,8 @@ class ExpertMixture(Mixture):
 
     def number(self) -> None:
         """Number the router's experts by the bank's. Called again where experts have come or gone."""
-        names = self.bank.names
-        places = {name: i for i, name in enumerate(names[: len(names) - self.shared])}
-        numbers = [places.get(name, -1) for name in self.expert_names]
+        places = {name: i for i, name in enumerate(self.routed_names)}
+        numbers = [places.get(self.holder_of(name) or "", -1) for name in self.expert_names]
         self.in_order = numbers == list(range(len(places)))
         self.present = [i for i, number in enumerate(numbers) if number >= 0]
         self.bank_of = torch.tensor([*numbers, -1], device=self.bank_of.device)  # the last is that of -1
@@ -128,21 +129,39 @@ class ExpertMixture(Mixture):
     def expert_names(self) -> list[str]:
         return self.router.experts
 
+    @property
+    def routed_names(self) -> list[str]:
+        """The experts of the bank among which the router chooses."""
+        names = self.bank.names
+        return names[: len(names) - self.shared]
+
+    def holder_of(self, name: str) -> str | None:
+        """The expert whose weights the rows of one of the router's experts go to; None where nobody's."""
+        name = self.stands.get(name, name)  # type: ignore[assignment]
+        return name if name in self.bank.experts else None
+
     def bank_numbers(self) -> list[int]:
         return self.bank_of[:-1].tolist()
 
     def dispatch(self, source: Tensor, context: ForwardContext) -> Routing:
         routing = self.route(source, context)
         if not self.in_order:
-            routing = self._in_bank(routing)
+            routing = self._in_bank(routing, source.numel() // source.shape[-1])
         return self._with_shared(routing, source) if self.shared else routing
 
-    def _in_bank(self, routing: Routing) -> Routing:
+    def _in_bank(self, routing: Routing, rows: int) -> Routing:
         """The bank's numbers for the router's; -1 where an expert has nothing here."""
         if routing.indices is not None:
             return routing._replace(indices=self.bank_of.to(routing.indices.device)[routing.indices.long()])
         weights = routing.weights
-        return routing if weights is None else routing._replace(weights=weights[:, self.present])
+        if not self.stands:
+            return routing if weights is None else routing._replace(weights=weights[:, self.present])
+        if weights is None:
+            weights = torch.ones(rows, len(self.bank_of) - 1, device=self.bank_of.device)
+        # The weights of those who go by the same expert add up.
+        summed = weights.new_zeros(rows, len(self.routed_names))
+        numbers = self.bank_of.to(weights.device)[self.present]
+        return routing._replace(weights=summed.index_add(1, numbers, weights[:, self.present]))
 
     def _with_shared(self, routing: Routing, source: Tensor) -> Routing:
         """With the shared experts in the last slots."""

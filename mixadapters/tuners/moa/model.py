@@ -20,7 +20,8 @@ from mixadapters.core.sites import layer_index
 from mixadapters.routers.base import Router, build_router
 from mixadapters.tuners.bottleneck.config import placement_roles, placement_taps
 from mixadapters.tuners.moa.absent import refuse_absent
-from mixadapters.tuners.moa.config import MoAConfig
+from mixadapters.tuners.moa.config import MoAConfig, stands_at
+from mixadapters.tuners.moa.cutting import ExpertCutting
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.overriding import ExpertOverriding
 from mixadapters.tuners.moa.router import OPTION_OF, router_spec
@@ -41,7 +42,7 @@ class Plan:
     routers: dict[str, Router] = field(default_factory=dict)  # leader -> its router, once it is there
 
 
-class MoAModel(ExpertOverriding):
+class MoAModel(ExpertOverriding, ExpertCutting):
     fields = ("expert_ids", "prompt_mask")
     moving = ("router", "schedules", "expert_overrides", *OPTION_OF)
 
@@ -132,7 +133,7 @@ class MoAModel(ExpertOverriding):
         first: dict[tuple[str, ...], str] = {}
         have: dict[str, set[str]] = {}
         for path in _in_running_order(paths):
-            names = self._experts_at(config, path)
+            names = {*self._experts_at(config, path), *stands_at(config, path)}
             if names:
                 scope = self._scope(config, adapter_name, path)
                 leader = plan.leader[path] = first.setdefault(scope, path)
@@ -194,6 +195,7 @@ class MoAModel(ExpertOverriding):
             router, bank, "parallel" if parallel else "sequential", tap=tap, dropout=config.lora_dropout,
             hard_routes=HardRoutes("expert_ids", [number_of[n] for n in router.experts], len(number_of)),
             shared=config.n_shared_experts, residual=config.residual, observes=True,
+            stands=stands_at(config, site.path),
         )  # fmt: skip
 
     def _expert_options(self, config: MoAConfig, path: str, name: str, rank: int) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import MISSING, fields
 from typing import Any
 
+from mixadapters.core.registry import LIBRARY
 from mixadapters.routers.base import Router, options_of, read_spec
+from mixadapters.routers.options import check_options
 
 OPTION_OF = {  # field -> the option of the router that it stands for
     "num_experts_per_tok": "k", "granularity": "granularity", "norm_topk_prob": "norm_topk_prob",
@@ -23,7 +25,8 @@ def router_spec(config: Any) -> tuple[type[Router], dict[str, Any]]:
     """Its class, and its options: those of `router`, and the fields that it takes.
 
     Raises:
-        ValueError: a field that has been set, and that this router does not take; or that `router` gives too.
+        ValueError: a field that has been set, and that this router does not take, or that `router` gives too; a value
+            out of range.
     """
     spec: Any = config.router
     cls, given = read_spec(spec)
@@ -45,6 +48,8 @@ def router_spec(config: Any) -> tuple[type[Router], dict[str, Any]]:
             raise ValueError(f"router says {option}={given[option]!r} and {name} says {value!r}; say it once")
         else:
             options[option] = value
+    if cls.__module__.startswith(f"{LIBRARY}."):  # options of others may be called so and mean something else
+        check_options(**options)
     return cls, options
 
 

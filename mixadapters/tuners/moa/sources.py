@@ -9,10 +9,22 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from mixadapters.core.files import PREFIX
 from mixadapters.tuners.bottleneck.model import EXPERT
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.lora import read_factors, refuse_inexact
 from mixadapters.tuners.sources import check_base_model, places_of, read_folder
+
+XLORA, XLORA_CLASSIFIER = "base_model.lora_model.model.", "base_model.internal_xlora_classifier."  # of its keys
+LOST_BY_XLORA = (
+    ": PEFT's X-LoRA saves an expert without the layers whose number is the name of another; gather the LoRA folder "
+    "that it was made from"
+)
+MOE_PEFT = {  # types of MoE-PEFT -> what helps
+    "MOLA": "write each of its experts as a LoRA folder; docs/moa.md has the lines",
+    "LORAMOE": "write each of its experts as a LoRA folder; docs/moa.md has the lines",
+    "MIXLORA": "its experts are whole FFNs, which no sum of adapters equals",
+}
 
 
 class ExpertSites(Protocol):
@@ -50,7 +62,10 @@ def gather(tuner: ExpertSites, config: MoAConfig, name: str, spec: dict[str, Any
         ValueError: the field, the source and the reason, where it cannot be one exactly.
     """
     where = f"experts[{name!r}]: {spec['source']!r}"
-    saved, weights = read_folder(where, spec)
+    saved, weights = read_folder(where, spec, MOE_PEFT)
+    of_xlora = any(key.startswith(XLORA) for key in weights)
+    if of_xlora:
+        weights = {_of_lora(key): tensor for key, tensor in weights.items() if not key.startswith(XLORA_CLASSIFIER)}
     kind = getattr(saved.peft_type, "value", saved.peft_type)
     check_base_model(tuner.model, saved, spec, where)
     if kind == "LORA" and config.expert_type == "lora":
@@ -66,7 +81,7 @@ def gather(tuner: ExpertSites, config: MoAConfig, name: str, spec: dict[str, Any
     placed = _placed(tuner, found, where)
     for path, tensors in placed.items():
         _check_shapes(tuner, config, path, tensors, where)
-    _refuse_incomplete(tuner, saved, placed, where)
+    _refuse_incomplete(tuner, saved, placed, where, LOST_BY_XLORA if of_xlora else "")
     return Gathered(_placed(tuner, {p: s * spec.get("scale", 1.0) for p, s in scales.items()}, where), placed)
 
 
@@ -97,12 +112,13 @@ def _without_base(tuner: ExpertSites, saved: Any, weights: dict[str, Tensor], wh
     for key, tensor in weights.items():
         if any(module in f".{key}" for module in waived):
             continue
-        path = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
-        if not key.endswith(".weight") or ".lora_" in key:
+        part = "weight" if key.endswith(".weight") else "bias"
+        if ".lora_" in key or (part == "bias" and (saved.bias != "none" or not key.endswith(".bias"))):
             kept[key] = tensor
             continue
+        path = key.removeprefix(PREFIX).removesuffix(f".{part}").removesuffix(".base_layer")
         places = places_of([path], tuner.places())[path]
-        own = getattr(tuner._unwrapped(places[0]), "weight", None) if len(places) == 1 else None
+        own = getattr(tuner._unwrapped(places[0]), part, None) if len(places) == 1 else None
         if own is None:
             kept[key] = tensor
         elif own.shape != tensor.shape or not torch.equal(own.detach().cpu().to(tensor.dtype), tensor):
@@ -168,8 +184,13 @@ def _check_shapes(tuner: ExpertSites, config: MoAConfig, path: str, tensors: dic
             raise ValueError(f"{where}: {key} at {path!r} holds values that are not finite numbers")
 
 
-def _refuse_incomplete(tuner: ExpertSites, saved: Any, placed: Iterable[str], where: str) -> None:
+def _of_lora(key: str) -> str:
+    """The key that a weight of an expert of PEFT's X-LoRA has in a folder of that LoRA alone."""
+    return PREFIX + key.removeprefix(XLORA) if key.startswith(XLORA) else key
+
+
+def _refuse_incomplete(tuner: ExpertSites, saved: Any, placed: Iterable[str], where: str, why: str) -> None:
     have = set(placed)
     wanted = [p for p in tuner.places() if saved.target_modules and check_target_module_exists(saved, p)]
     if missing := [path for path in wanted if path not in have]:
-        raise ValueError(f"{where} lacks the weights of {missing}, which its own config says that it adapts")
+        raise ValueError(f"{where} lacks the weights of {missing}, which its own config says that it adapts{why}")

@@ -12,13 +12,14 @@ from torch import Tensor
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import row_numbers
 from mixadapters.tuners.gates import GateVerbs
-from mixadapters.tuners.moa.config import MoAConfig, check_experts
+from mixadapters.tuners.moa.config import MoAConfig, check_experts, refuse_while_standing
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.sources import Gathered, gather
 from mixadapters.tuners.moa.weights import ExpertWeights
 from mixadapters.tuners.sources import check_new
 
 CHANGING = ("experts", "num_experts", "expert_order", "target_modules")  # fields that coming and going changes
+COPIED = ("ranks", "scales", "biases", "same_as")  # of an entry: a copy has no source of its own
 NEW_ARM_SHARE = 0.05  # of the weight that an expert added later starts with
 
 
@@ -71,21 +72,28 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         source: str | dict[str, Any] | None = None,
         *,
         r: int | None = None,
+        like: str | None = None,
         share: float = NEW_ARM_SHARE,
         adapter_name: str = "default",
     ) -> None:
-        """Add an expert, new (zero) or trained, to a mixture. The other experts and their logits do not change.
+        """Add an expert, new (zero), trained, or a copy of another. The others and their logits do not change.
 
-        Its arm starts with about `share` of the weight in a learned router. Make optimizers anew afterwards.
+        Its arm starts with about `share` of the weight in a learned router. With `like` it begins with the modules,
+        ranks and weights of that expert, from which it is then trained further. Make optimizers anew afterwards.
 
         Raises:
-            ValueError: the name is taken, the source does not fit, the router cannot gain an arm, or share is not
-                between 0 and 1.
+            ValueError: the name is taken, the source does not fit, there is no such expert to be like, the router
+                cannot gain an arm, or share is not between 0 and 1.
         """
         config = self._moa(adapter_name)
         others = self.peft_config.keys() - {adapter_name}
-        check_new("expert", name, config.all_names(), others, share=share, r=r, source=source)
+        check_new("expert", name, config.all_names(), others, share=share, r=r, source=source, like=like)
         self._require(adapter_name, "add_expert")
+        if like is not None:
+            check_experts([name], from_file=False)
+            self._add_copy(name, like, share, adapter_name)
+            self._settle(adapter_name)
+            return
         spec = check_experts({name: source}, from_file=False)[name]
         found = gather(self, config, name, spec) if "source" in spec else None
         paths = [path for path, _ in self._mixtures(adapter_name)]
@@ -100,6 +108,17 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
             self.fill(adapter_name, name, found)
         self._settle(adapter_name)
 
+    def _add_copy(self, name: str, like: str, share: float, adapter_name: str) -> None:
+        """A new expert with the modules, ranks and weights of another."""
+        config = self._moa(adapter_name)
+        self._name_experts(config, [path for path, _ in self._mixtures(adapter_name)])
+        spec = {key: copy.copy(value) for key, value in config.experts[like].items() if key in COPIED}
+        self._add(name, spec, share, adapter_name)
+        for _, mixture in self._mixtures(adapter_name):
+            for new, piece in zip(config.pieces(name), config.pieces(like), strict=True):
+                if piece in mixture.bank.experts:
+                    mixture.bank.copy(new, piece)
+
     def _add(self, name: str, spec: dict[str, Any], share: float, adapter_name: str) -> None:
         """A new expert of this entry in the config: into the config, the routers and the banks."""
         config = self._moa(adapter_name)
@@ -112,7 +131,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
             self._widen(config, name, [path for path in spec.get("ranks", ()) if path not in paths])
             where = {*paths, *spec.get("ranks", ())}
             plan = self._make_plan(config, adapter_name, [p for p in self.places() if p in where])
-            self._refuse_other_leaders(plan, before)
+            _refuse_other_leaders(plan, before)
         except ValueError:
             for field, value in old.items():
                 setattr(config, field, value)
@@ -176,15 +195,10 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         if len(names) == 1:
             raise ValueError(f"expert {name!r} is the only one; delete the adapter instead")
         self._require(adapter_name, "remove_expert")
+        refuse_while_standing(config, name)
         paths = [path for path, _ in self._mixtures(adapter_name)]
         pieces = config.pieces(name)
-        followed = {m.router.key.path for _, m in self._mixtures(adapter_name) if isinstance(m.router, FollowRouter)}
-        for path, mixture in self._mixtures(adapter_name):
-            if path in followed and set(mixture.bank.names) <= set(pieces):
-                raise ValueError(
-                    f"expert {name!r} is the only one at {path!r}, whose router other layers share; make a mixture of "
-                    "the other experts instead"
-                )
+        _refuse_needed(name, pieces, dict(self._mixtures(adapter_name)))
         self._name_experts(config, paths)
         for path, mixture in list(self._mixtures(adapter_name)):
             for piece in pieces:
@@ -192,6 +206,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                     if renormalize:
                         self._choose_among(config, mixture.router, len(mixture.router.arms) - 1)
                     mixture.router.remove_expert(piece, renormalize)
+                mixture.stands.pop(piece, None)
                 if piece in mixture.bank.experts:
                     mixture.bank.remove(piece)
             if nulls := getattr(mixture.router, "null_arms", 0) - config.num_null_experts:
@@ -222,15 +237,6 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                     spec.setdefault("scales", {})[path] = config.scale_at(path, rank)
         config.num_experts = 8
         config.expert_order = list(config.experts)
-
-    def _refuse_other_leaders(self, plan: Any, before: dict[str, Any]) -> None:
-        """A router stays at the first layer of its scope, also when the mixture is loaded again."""
-        for path, leader in plan.leader.items():
-            if leader not in before and any(plan.leader.get(old) == leader for old in before):
-                raise ValueError(
-                    f"the new expert adapts {path!r}, which runs before the layer whose router it would share; make "
-                    "the mixture anew from all experts, or use router_scope='module'"
-                )
 
     def _require(self, adapter_name: str, verb: str) -> None:
         router = next(iter(self._leaders(adapter_name).values()))
@@ -265,5 +271,26 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
 
     def _choose_among(self, config: MoAConfig, router: Any, arms: int) -> None:
         """As many experts per token as a router with so many arms has when it is loaded."""
-        if getattr(router, "k", None) is not None:
+        if getattr(router, "k", None) is not None and "k" in router.scheduled:
             router.set_option("k", self.chosen(config, arms))
+
+
+def _refuse_other_leaders(plan: Any, before: dict[str, Any]) -> None:
+    """A router stays at the first layer of its scope, also when the mixture is loaded again."""
+    for path, leader in plan.leader.items():
+        if leader not in before and any(plan.leader.get(old) == leader for old in before):
+            raise ValueError(
+                f"the new expert adapts {path!r}, which runs before the layer whose router it would share; make "
+                "the mixture anew from all experts, or use router_scope='module'"
+            )
+
+
+def _refuse_needed(name: str, pieces: list[str], mixtures: dict[str, ExpertMixture]) -> None:
+    """Raise ValueError where an expert is the only one of a layer whose router others share."""
+    followed = {m.router.key.path for m in mixtures.values() if isinstance(m.router, FollowRouter)}
+    for path, mixture in mixtures.items():
+        if path in followed and set(mixture.bank.names) <= set(pieces):
+            raise ValueError(
+                f"expert {name!r} is the only one at {path!r}, whose router other layers share; make a mixture of "
+                "the other experts instead"
+            )

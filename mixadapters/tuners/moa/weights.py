@@ -75,7 +75,8 @@ class ExpertWeights(MixtureModel):
         factors = {}
         for path, mixture in self._mixtures(adapter_name):
             by_name = dict(zip(mixture.bank.names, mixture.bank.weights(None), strict=True))
-            parts = [by_name[piece] for piece in config.pieces(name) if piece in by_name]
+            held = [mixture.holder_of(piece) for piece in config.pieces(name)]
+            parts = [by_name[piece] for piece in held if piece is not None]
             if parts:
                 biases = [w.b_up for w in parts if w.b_up is not None]
                 factors[path] = Factors(

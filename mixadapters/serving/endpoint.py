@@ -1,0 +1,321 @@
+"""An HTTP endpoint in the form of OpenAI's API, with adapters as models (needs `pip install mixadapters[serve]`)."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from mixadapters.core.rows import BASE
+from mixadapters.serving.engine import AdapterServer
+from mixadapters.serving.folder import AdapterFolder
+from mixadapters.serving.metrics import Metrics
+from mixadapters.serving.requests import (
+    DeadlineExceeded,
+    Request,
+    RequestCancelled,
+    ServerBusy,
+    ServerStopped,
+    UnknownAdapter,
+)
+from mixadapters.serving.texts import Detokenizer, StopStrings
+from mixadapters.serving.wire import (
+    Answer,
+    ChatBody,
+    CompletionBody,
+    Generation,
+    LoadBody,
+    UnloadBody,
+    WireError,
+    read_body,
+    usage_of,
+)
+
+logger = logging.getLogger(__name__)
+LOOK = 0.25  # seconds between two looks whether a client is still there
+
+
+class Endpoint:
+    """The routes of one server.
+
+    Args:
+        server: runs, or is started before the first request.
+        folder: where adapters are loaded from.
+        base: the model name of requests without an adapter.
+        token: what clients must send as a bearer token; None: nothing.
+        deadline: seconds for each request; None: no limit.
+        largest_body: bytes.
+    """
+
+    def __init__(
+        self,
+        server: AdapterServer,
+        folder: AdapterFolder,
+        *,
+        base: str = "base",
+        token: str | None = None,
+        deadline: float | None = None,
+        largest_body: int = 2**20,
+    ) -> None:
+        self.server, self.folder, self.base = server, folder, base
+        self.token, self.deadline, self.largest_body = token, deadline, largest_body
+        self.metrics = Metrics(server)
+
+    def app(self) -> FastAPI:
+        app = FastAPI(title="mixadapters", docs_url=None, redoc_url=None, openapi_url=None)
+        routes: list[tuple[str, str, Callable[[HttpRequest], Any]]] = [
+            ("GET", "/health", self.health),
+            ("GET", "/metrics", self.show_metrics),
+            ("GET", "/v1/models", self.models),
+            ("GET", "/v1/models/{name}", self.one_model),
+            ("POST", "/v1/completions", self.complete),
+            ("POST", "/v1/chat/completions", self.chat),
+            ("POST", "/v1/load_lora_adapter", self.load),
+            ("POST", "/v1/unload_lora_adapter", self.unload),
+        ]
+        for method, path, call in routes:
+            app.add_api_route(path, self._answering(path, call), methods=[method], response_model=None)
+        app.add_exception_handler(HTTPException, _no_route)
+        return app
+
+    def _answering(self, path: str, call: Callable[[HttpRequest], Any]) -> Callable[[HttpRequest], Any]:
+        """`call`, with what it raises as an answer in OpenAI's form."""
+
+        async def answer(http: HttpRequest) -> Response:
+            try:
+                if path.startswith("/v1/"):
+                    self._check_token(http)
+                response = await call(http)
+            except Exception as error:
+                known = as_wire_error(error)
+                if known.status == 500:
+                    logger.exception("%s %s", http.method, path)  # for us; the client learns that it is our fault
+                response = JSONResponse(known.body, known.status, known.headers)
+            self.metrics.answered(path, response.status_code)
+            return response
+
+        return answer
+
+    def _check_token(self, http: HttpRequest) -> None:
+        if self.token is None:
+            return
+        kind, _, given = http.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.encode(), self.token.encode()):
+            raise WireError(
+                401, "send the server's token: Authorization: Bearer ...", code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )  # fmt: skip
+
+    async def _body(self, http: HttpRequest, kind: Any) -> Any:
+        """The body, read no further than it may be long."""
+        parts, size = [], 0
+        async for part in http.stream():
+            size += len(part)
+            if size > self.largest_body:
+                raise WireError(413, f"the body has more than {self.largest_body} bytes")
+            parts.append(part)
+        return read_body(kind, b"".join(parts))
+
+    # --- what there is ------------------------------------------------------------------------------------------
+
+    async def health(self, http: HttpRequest) -> Response:
+        alive = self.server.running
+        return JSONResponse({"status": "ok" if alive else "stopped"}, 200 if alive else 503)
+
+    async def show_metrics(self, http: HttpRequest) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _model(self, name: str) -> dict[str, Any]:
+        parent = None if name == self.base else self.base
+        return {"id": name, "object": "model", "created": self.metrics.begun, "owned_by": "mixadapters",
+                "root": self.base, "parent": parent}  # fmt: skip
+
+    async def models(self, http: HttpRequest) -> Response:
+        names = [self.base, *self.server.adapters.names]
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
+
+    async def one_model(self, http: HttpRequest) -> Response:
+        name = http.path_params["name"]
+        if name != self.base and name not in self.server.adapters.names:
+            raise _no_model(name)
+        return JSONResponse(self._model(name))
+
+    # --- generation ---------------------------------------------------------------------------------------------
+
+    async def complete(self, http: HttpRequest) -> Response:
+        body: CompletionBody = await self._body(http, CompletionBody)
+        return await self._generate(http, body, body.prompts, body.max_tokens, chat=False)
+
+    async def chat(self, http: HttpRequest) -> Response:
+        body: ChatBody = await self._body(http, ChatBody)
+        tokenizer = self.server.tokenizer
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise WireError(400, "the tokenizer of this model has no chat template: use /v1/completions")
+        messages = [message.plain() for message in body.messages]
+        try:
+            ids = await asyncio.to_thread(
+                tokenizer.apply_chat_template, messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            )
+        except Exception as error:  # of the template, which is the model's own code
+            raise WireError(400, f"messages: the chat template refuses them: {error}", param="messages") from None
+        return await self._generate(http, body, [ids["input_ids"]], body.most, chat=True)
+
+    async def _generate(
+        self, http: HttpRequest, body: Generation, prompts: list[str | list[int]], most: int | None, *, chat: bool
+    ) -> Response:
+        stops = body.stops
+        if body.stream and len(prompts) > 1:
+            raise WireError(400, "stream=true takes one prompt", param="prompt")
+        adapter = BASE if body.model == self.base else body.model
+        requests: list[Request] = []
+        try:
+            for prompt in prompts:
+                request = await asyncio.to_thread(
+                    self.server.submit, prompt, adapter, max_new_tokens=most, deadline=self.deadline,
+                    temperature=body.temperature, top_p=1.0 if body.top_p is None else body.top_p,
+                )  # fmt: skip
+                requests.append(request)
+            answer = Answer(body.model, chat)
+            if body.stream:
+                events = self._events(requests[0], answer, stops, body.counts_usage)
+                return StreamingResponse(events, media_type="text/event-stream")
+            return JSONResponse(await self._whole(http, requests, answer, stops))
+        except BaseException:
+            for request in requests:
+                request.cancel()
+            raise
+
+    async def _whole(
+        self, http: HttpRequest, requests: list[Request], answer: Answer, stops: list[str]
+    ) -> dict[str, Any]:
+        choices = []
+        for request in requests:
+            pieces = [piece async for piece in self._pieces(request, stops, http)]
+            choices.append(("".join(text for text, _ in pieces), pieces[-1][1] or "stop"))
+        prompt, generated = (
+            sum(map(len, lists)) for lists in zip(*((r.prompt, r.tokens) for r in requests), strict=True)
+        )
+        return answer.completion(choices, usage_of(prompt, generated))
+
+    async def _events(
+        self, request: Request, answer: Answer, stops: list[str], counts_usage: bool
+    ) -> AsyncIterator[str]:
+        try:
+            if answer.chat:
+                yield answer.piece(None)
+            async for text, reason in self._pieces(request, stops, None):
+                if text or reason:
+                    yield answer.piece(text, reason)
+            if counts_usage:
+                yield answer.usage(usage_of(len(request.prompt), len(request.tokens)))
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            yield answer.event(as_wire_error(error).body)
+        finally:  # also where the client has gone
+            request.cancel()
+
+    async def _pieces(
+        self, request: Request, stops: list[str], http: HttpRequest | None
+    ) -> AsyncIterator[tuple[str, str | None]]:
+        """(text, None) as it comes, and at the end (text, finish_reason).
+
+        Raises RequestCancelled where the client of `http` has gone.
+        """
+        news, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the loop has ended, and with it who would be told
+                loop.call_soon_threadsafe(news.set)
+
+        request.listen(tell)
+        detokenizer, stopping, given = Detokenizer(self.server.tokenizer), StopStrings(stops), 0
+        while True:
+            done, tokens = request.done, request.tokens
+            text = stopping.add(detokenizer.add(tokens[given:])) if len(tokens) > given else ""
+            given = len(tokens)
+            if stopping.stopped:
+                request.cancel()
+                self.metrics.finished(request)
+                yield text, "stop"
+                return
+            if text:
+                yield text, None
+            if done:
+                break
+            news.clear()
+            if request.done or len(request.tokens) > given:
+                continue
+            try:
+                await asyncio.wait_for(news.wait(), LOOK)
+            except TimeoutError:
+                if http is not None and await http.is_disconnected():
+                    request.cancel()
+        self.metrics.finished(request)
+        result = request.result(0)  # or what it has failed with
+        text = stopping.add(detokenizer.rest())
+        yield (
+            text + ("" if stopping.stopped else stopping.rest()),
+            "stop" if stopping.stopped else result.finish_reason,
+        )
+
+    # --- adapters -----------------------------------------------------------------------------------------------
+
+    async def load(self, http: HttpRequest) -> Response:
+        body: LoadBody = await self._body(http, LoadBody)
+        if body.lora_name == self.base:
+            raise WireError(400, f"{body.lora_name!r} is the name of the base model", param="lora_name")
+        name = body.lora_name
+        try:
+            path = self.folder.find(name if body.lora_path is None else body.lora_path)
+            self.folder.check(name)
+        except FileNotFoundError as error:
+            raise WireError(404, str(error), code="model_not_found", param="lora_path") from None
+        except ValueError as error:
+            raise WireError(400, str(error), param="lora_path" if body.lora_path else "lora_name") from None
+        try:
+            await asyncio.to_thread(self.server.load, name, path)
+        except ValueError as error:  # where our folders lie is nobody's business
+            raise WireError(400, str(error).replace(f"{self.folder.path}/", ""), param="lora_name") from None
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def unload(self, http: HttpRequest) -> Response:
+        body: UnloadBody = await self._body(http, UnloadBody)
+        await asyncio.to_thread(self.server.unload, body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def as_wire_error(error: Exception) -> WireError:
+    """What a client is told. Of an error that is not its own, nothing but that."""
+    if isinstance(error, WireError):
+        return error
+    if isinstance(error, UnknownAdapter):
+        return WireError(404, str(error), code="model_not_found", param="model")
+    if isinstance(error, ServerBusy):
+        return WireError(429, str(error), kind="rate_limit_error", code="server_busy", headers={"Retry-After": "1"})
+    if isinstance(error, DeadlineExceeded):
+        return WireError(504, str(error), kind="timeout_error", code="deadline_exceeded")
+    if isinstance(error, (RequestCancelled, ClientDisconnect)):
+        return WireError(499, str(error), code="cancelled")
+    if isinstance(error, ServerStopped):
+        return WireError(503, "the server has stopped or is stopping", kind="server_error", code="stopped")
+    if isinstance(error, ValueError):
+        return WireError(400, str(error))
+    return WireError(500, "an error of the server", kind="server_error")
+
+
+def _no_model(name: str) -> WireError:
+    return WireError(404, f"no model {name!r:.100}", code="model_not_found", param="model")
+
+
+async def _no_route(http: HttpRequest, error: HTTPException) -> Response:
+    """Paths and methods that are none."""
+    return JSONResponse(WireError(error.status_code, str(error.detail)).body, error.status_code)

@@ -1,0 +1,53 @@
+"""What a server counts, in the form that Prometheus reads."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+
+from mixadapters.serving.engine import AdapterServer
+from mixadapters.serving.requests import Request
+
+SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+
+
+class Metrics:
+    """Counters of one endpoint, in a registry of its own. No name of an adapter is in them: there may be many."""
+
+    def __init__(self, server: AdapterServer) -> None:
+        self.server, self.begun = server, int(time.time())
+        self.registry = CollectorRegistry()
+        common = {"namespace": "mixadapters", "registry": self.registry}
+        self._answers = Counter("answers", "Answers of the endpoint.", ["path", "status"], **common)
+        self._requests = Counter("requests", "Requests that have ended.", ["how"], **common)
+        self._read = Counter("prompt_tokens", "Tokens of prompts of requests that have ended.", **common)
+        self._written = Counter("generated_tokens", "Tokens generated for requests that have ended.", **common)
+        self._first = Histogram("first_token_seconds", "From a request to its first token.", buckets=SECONDS, **common)
+        self._whole = Histogram("request_seconds", "From a request to its end.", buckets=SECONDS, **common)
+        self.registry.register(self)
+
+    def answered(self, path: str, status: int) -> None:
+        self._answers.labels(path, str(status)).inc()
+
+    def finished(self, request: Request) -> None:
+        how = "done" if request.error is None else type(request.error).__name__
+        self._requests.labels(how).inc()
+        self._read.inc(len(request.prompt))
+        self._written.inc(len(request.tokens))
+        self._whole.observe(time.monotonic() - request.created)
+        if request.first_token is not None:
+            self._first.observe(request.first_token)
+
+    def collect(self) -> list[GaugeMetricFamily]:
+        """What is so now."""
+        gauges = {
+            "requests_held": ("Requests that the server holds, running or waiting.", self.server.waiting),
+            "adapters": ("Adapters that requests may name.", len(self.server.adapters.names)),
+            "up": ("Whether the server takes requests.", int(self.server.running)),
+        }
+        return [GaugeMetricFamily(f"mixadapters_{name}", text, value) for name, (text, value) in gauges.items()]
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,170 @@
+"""The bodies of the OpenAI API that the endpoint reads and writes."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any, Literal
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+MOST_STOPS = 4  # as OpenAI's
+
+
+class WireError(Exception):
+    """An answer that is an error, in OpenAI's form."""
+
+    def __init__(self, status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None,
+                 param: str | None = None, headers: dict[str, str] | None = None) -> None:  # fmt: skip
+        super().__init__(message)
+        self.status, self.headers = status, headers or {}
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class Body(BaseModel):
+    """A body whose every field is known: what would have no effect is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class Generation(Body):
+    """What both ways to ask have in common. Fields of OpenAI's that have no effect here take their neutral values."""
+
+    model: str
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    n: Literal[1] | None = None
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """Raises WireError for strings that cannot end a text."""
+        stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        if len(stops) > MOST_STOPS or not all(0 < len(stop) <= 200 for stop in stops):
+            raise WireError(400, f"stop must be at most {MOST_STOPS} strings of 1 to 200 characters", param="stop")
+        return stops
+
+    @property
+    def counts_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionBody(Generation):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: int | None = Field(16, ge=1)
+    echo: Literal[False] | None = None
+    logprobs: None = None
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Raises WireError where there is none."""
+        if not self.prompt:
+            raise WireError(400, "prompt is empty", param="prompt")
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        ids = [one for one in self.prompt if isinstance(one, int)]
+        return [ids] if ids else [one for one in self.prompt if not isinstance(one, int)]
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class ChatBody(Generation):
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: Literal[False] | None = None
+
+    @property
+    def most(self) -> int | None:
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+class LoadBody(Body):
+    lora_name: str
+    lora_path: str | None = None
+
+
+class UnloadBody(Body):
+    lora_name: str
+
+
+def read_body(kind: type[Body], content: bytes) -> Any:
+    """A body of this kind. Raises WireError, naming the first field that is wrong."""
+    try:
+        return kind.model_validate(json.loads(content))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the body"
+        raise WireError(
+            400, f"{field}: {first['msg']}", param=str(first["loc"][0]) if first["loc"] else None
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise WireError(400, f"the body is no JSON: {type(error).__name__}") from None
+
+
+class Answer:
+    """The objects of one answer, which share an id, a time and a model."""
+
+    def __init__(self, model: str, chat: bool) -> None:
+        self.chat = chat
+        self.whole = "chat.completion" if chat else "text_completion"
+        self.head = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def completion(self, choices: list[tuple[str, str]], usage: dict[str, int]) -> dict[str, Any]:
+        """choices: (text, finish_reason) of each."""
+        return {**self.head, "object": self.whole, "usage": usage, "choices": [
+            {"index": i, "finish_reason": reason, "logprobs": None}
+            | ({"message": {"role": "assistant", "content": text}} if self.chat else {"text": text})
+            for i, (text, reason) in enumerate(choices)
+        ]}  # fmt: skip
+
+    def piece(self, text: str | None, reason: str | None = None) -> str:
+        """An event with some text, or the beginning of a chat (None), or the reason of its end."""
+        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
+        if not self.chat:
+            choice["text"] = text or ""
+        elif text is None:
+            choice["delta"] = {"role": "assistant", "content": ""}
+        else:
+            choice["delta"] = {"content": text} if text else {}
+        return self.event({"choices": [choice]})
+
+    def usage(self, usage: dict[str, int]) -> str:
+        return self.event({"choices": [], "usage": usage})
+
+    def event(self, content: dict[str, Any]) -> str:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return f"data: {json.dumps({**self.head, 'object': kind, **content}, ensure_ascii=False)}\n\n"
+
+
+def usage_of(prompt: int, generated: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}

@@ -1,0 +1,389 @@
+"""Several experts become one, and the router stays as it is.
+
+Source: Li et al. 2024 (MC-SMoE, arXiv 2310.01334): align neurons, group by the router's logits around the experts that
+are used most, average by usage. LoRA experts are averaged as products and factored anew: a mean of factors depends on
+how each product happens to be factored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixadapters.core.bank import Weights
+from mixadapters.core.registry import nearest
+from mixadapters.routers.permutation import assignment
+from mixadapters.surgery.blocks import settle_config
+from mixadapters.surgery.layers import ExpertLayer
+from mixadapters.surgery.pruning import check_usage, choose_kept, layers_to_cut, scores_of
+from mixadapters.surgery.usage import ExpertUsage
+from mixadapters.surgery.view import expert_output
+
+Similarity = Literal["router_logits", "router_weight", "weight", "output"]
+SIMILARITIES: tuple[str, ...] = get_args(Similarity)
+Averaging = Literal["usage", "uniform", "dominant"]
+AVERAGINGS: tuple[str, ...] = get_args(Averaging)
+ROWS = 256  # random inputs on which experts are compared where none are given
+
+
+@dataclass(frozen=True)
+class LayerMerging:
+    """What merging does to one layer.
+
+    Attributes:
+        key: of the `ExpertLayer`. names: of its experts before.
+        expert_map: for each expert the number of the one that stands for it.
+        error: mean over the experts, by usage, of ||merged(x) - E_e(x)||^2 / ||E_e(x)||^2.
+        dominant_error: the same where the dominant expert of each group stands for the others as it is. Where this is
+            the smaller one, merging has done harm.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    expert_map: tuple[int, ...]
+    error: float
+    dominant_error: float
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """The expert that stays -> all that it stands for."""
+        found: dict[str, list[str]] = {}
+        for e, other in enumerate(self.expert_map):
+            found.setdefault(self.names[other], []).append(self.names[e])
+        return found
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What merging does to a model, or would do. applied: False for a dry run."""
+
+    similarity: str
+    weight: str
+    align: bool
+    layers: tuple[LayerMerging, ...]
+    applied: bool
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Experts before and after."""
+        return sum(len(layer.names) for layer in self.layers), sum(len(layer.groups) for layer in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "counts": list(self.counts)}
+
+    def __str__(self) -> str:
+        before, after = self.counts
+        lines = [f"{'merged' if self.applied else 'would merge'} {before} experts to {after}"]
+        for layer in self.layers:
+            groups = "; ".join(f"{name} for {', '.join(members)}" for name, members in layer.groups.items())
+            better = " (so keep those!)" if layer.dominant_error < layer.error else ""
+            lines.append(f"  {layer.key}: {groups}; error {layer.error:.3g}, of the dominant experts alone "
+                         f"{layer.dominant_error:.3g}{better}")  # fmt: skip
+        return "\n".join(lines)
+
+
+def merge_experts(
+    model: nn.Module,
+    usage: ExpertUsage,
+    groups: int,
+    *,
+    similarity: Similarity = "router_logits",
+    align: bool = True,
+    weight: Averaging = "usage",
+    scope: Literal["layer", "global"] = "layer",
+    inputs: Mapping[str, Tensor] | None = None,
+    dry_run: bool = False,
+    adapter: str | None = None,
+    seed: int = 0,
+) -> MergeResult:
+    """Merge the experts of each layer into so many. Make optimizers anew afterwards.
+
+    The experts that are used most stay, each joined by those most similar to it. The router keeps its columns: what
+    it gives to the members of a group goes to the one that stands for them.
+
+    Args:
+        usage: of `record_usage`, on data that says what the model is for.
+        groups: experts that stay in each layer, or on average where the scope is "global".
+        similarity: of two experts: the cosine of their columns of "router_logits" in the usage, of their rows of
+            "router_weight", of their weights once aligned ("weight"), or of their "output".
+        align: permute an expert's neurons to those of the expert it joins (Hungarian algorithm). Of LoRA experts,
+            which are merged as products, there is nothing to align.
+        weight: of the members in the mean: by "usage", "uniform", or "dominant": the expert that stays, as it is.
+        scope: see `prune_experts`; by usage.
+        inputs: `ExpertLayer.key` -> (n, K) rows that its experts read, on which they are compared. None: random ones.
+        dry_run: say what would happen, and change nothing.
+        adapter, seed: as in `prune_experts`; the seed is of the random inputs.
+
+    Raises:
+        ValueError: an argument out of range, a usage of other experts, or experts that cannot be merged. Nothing has
+            been changed then.
+        ImportError: SciPy, which aligns, is missing.
+    """
+    layers = layers_to_cut(model, adapter)
+    check_usage(layers, usage)
+    _check_choice(groups, similarity, weight, scope)
+    if align:
+        assignment()  # now, and not when half of the layers are done
+    used = {layer.key: scores_of(layer, usage, "usage") for layer in layers}
+    stay = choose_kept(layers, used, groups, None, scope)
+    parts = []
+    for layer in layers:  # one after the other: no more than one layer is held twice
+        read = _inputs(layer, inputs, seed)
+        stands = _grouped(layer, usage, stay[layer.key], similarity, read)
+        shares = used[layer.key] if weight == "usage" else torch.ones_like(used[layer.key])
+        merged = dict(_merged(layer, stands, shares, align, weight))
+        errors = _errors(layer, stands, merged, used[layer.key], read)
+        parts.append(LayerMerging(layer.key, layer.names, tuple(stands), *errors))
+        if not dry_run:
+            names = layer.names
+            layer.assign(stands)
+            stayed = [names[e] for e in sorted(set(stands))]
+            for e, weights in merged.items():
+                layer.set_weights(stayed.index(names[e]), weights)
+    bases: list[Any] = [layer for layer in layers if layer.kind == "base"]
+    if bases and not dry_run:
+        settle_config(bases[0].root)
+    return MergeResult(similarity, weight, align, tuple(parts), not dry_run)
+
+
+def _check_choice(groups: Any, similarity: str, weight: str, scope: str) -> None:
+    if type(groups) is not int or groups < 1:
+        raise ValueError(f"groups={groups!r} must be a number of experts, 1 or more")
+    if similarity not in SIMILARITIES:
+        hint = nearest(similarity, SIMILARITIES)
+        raise ValueError(f"similarity={similarity!r} is unknown; have {SIMILARITIES}.{hint}")
+    if weight not in AVERAGINGS:
+        raise ValueError(f"weight={weight!r} is unknown; have {AVERAGINGS}.{nearest(weight, AVERAGINGS)}")
+    if scope not in ("layer", "global"):
+        raise ValueError(f"scope={scope!r} must be 'layer' or 'global'")
+
+
+def _inputs(layer: ExpertLayer, inputs: Mapping[str, Tensor] | None, seed: int) -> Tensor:
+    """(n, K) rows on which the experts of a layer are compared."""
+    like = layer.weights(0).down
+    if inputs is None:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(ROWS, layer.width, generator=generator).to(like.device, like.dtype)
+    given = inputs.get(layer.key)
+    if given is None or given.dim() != 2 or given.shape[1] != layer.width or not len(given):
+        what = None if given is None else tuple(given.shape)
+        raise ValueError(f"inputs[{layer.key!r}] is {what}: give rows (n, {layer.width}) that its experts read")
+    return given.to(like.device, like.dtype)
+
+
+def _grouped(layer: ExpertLayer, usage: ExpertUsage, stay: Sequence[int], similarity: str, read: Tensor) -> list[int]:
+    """For each expert the one of those that stay that it joins: the most similar."""
+    if similarity == "router_logits":
+        features = usage[layer.key].logits.double().T
+        if not features.shape[1]:
+            raise ValueError(
+                f"the usage of {layer.key!r} has no logits to compare: record with samples above 0, or choose another "
+                "similarity"
+            )
+    elif similarity == "router_weight":
+        rows = layer.router_rows()
+        if rows is None:
+            raise ValueError(f"the router at {layer.key!r} has no row for each expert: choose another similarity")
+        features = rows.double()
+    elif similarity == "output":
+        features = torch.stack([layer.run(e, read).double().flatten() for e in range(len(layer.names))])
+    else:
+        return _grouped_by_weight(layer, stay)
+    cosine = F.normalize(features, dim=-1) @ F.normalize(features[list(stay)], dim=-1).T
+    best = cosine.argmax(1).tolist()
+    return [e if e in stay else stay[best[e]] for e in range(len(layer.names))]
+
+
+def _grouped_by_weight(layer: ExpertLayer, stay: Sequence[int]) -> list[int]:
+    every = [_plain(layer.weights(e)) for e in range(len(layer.names))]
+
+    def alike(e: int, other: int) -> float:
+        if layer.activation == "identity":
+            a, b = every[e].up @ every[e].down, every[other].up @ every[other].down
+        else:
+            _refuse_ranks(layer, [e, other])
+            a, b = _flat(aligned(every[e], every[other])), _flat(every[other])
+        return float(F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
+
+    return [e if e in stay else max(stay, key=lambda other: alike(e, other)) for e in range(len(every))]
+
+
+# --- what a group becomes -------------------------------------------------------------------------------------
+
+
+def _merged(
+    layer: ExpertLayer, stands: Sequence[int], shares: Tensor, align: bool, weight: str
+) -> Iterator[tuple[int, Weights]]:
+    """The weights of the experts that stand for others."""
+    for e in sorted(set(stands)):
+        members = [other for other, mine in enumerate(stands) if mine == e]
+        if len(members) == 1 or weight == "dominant":
+            continue
+        parts = shares[members]
+        parts = parts / parts.sum() if float(parts.sum()) > 0 else torch.full_like(parts, 1 / len(members))
+        every = [layer.weights(member) for member in members]
+        like = layer.weights(e)
+        if layer.activation == "identity":
+            yield e, merge_lora(every, parts.tolist(), like)
+        else:
+            _refuse_ranks(layer, members)
+            yield e, merge_neurons(every, parts.tolist(), like, align)
+
+
+def _refuse_ranks(layer: ExpertLayer, members: Sequence[int]) -> None:
+    ranks = {layer.names[e]: layer.weights(e).down.shape[0] for e in members}
+    if len(set(ranks.values())) > 1:
+        raise ValueError(f"experts at {layer.key!r} have different widths, {ranks}: neurons are merged one to one")
+
+
+def merge_lora(experts: Sequence[Weights], parts: Sequence[float], like: Weights) -> Weights:
+    """The mean of linear experts of these parts, of the rank and the scale of `like`: the best by SVD.
+
+    The products scale * up down are averaged, and the mean is factored anew.
+    """
+    plain = [_plain(weights) for weights in experts]
+    # All products at once: [U_1 .. U_n] [p_1 D_1; ...; p_n D_n], whose SVD needs matrices of the ranks' sum alone.
+    ups = torch.cat([w.up.double() for w in plain], 1)
+    downs = torch.cat([w.down.double() * part for w, part in zip(plain, parts, strict=True)])
+    q_up, r_up = torch.linalg.qr(ups)
+    q_down, r_down = torch.linalg.qr(downs.T)
+    left, values, right = torch.linalg.svd(r_up @ r_down.T)
+    rank = like.down.shape[0]
+    root = values[:rank].sqrt()
+    count, scale = len(root), float(like.scale)
+    up, down = q_up @ left[:, :count] * root / scale, (q_down @ right[:count].T * root).T
+    if count < rank:  # a width below the rank
+        up, down = F.pad(up, (0, rank - count)), F.pad(down, (0, 0, 0, rank - count))
+    bias = None
+    if any(w.b_up is not None or w.b_down is not None for w in plain):
+        bias = torch.stack([part * _bias_of(w) for w, part in zip(plain, parts, strict=True)]).sum(0) / scale
+    dtype = like.up.dtype
+    return like._replace(
+        down=down.to(dtype), up=up.to(dtype), b_up=None if bias is None or like.b_up is None else bias.to(dtype),
+        b_down=None if like.b_down is None else torch.zeros_like(like.b_down), norm=_no_norm(like),
+    )  # fmt: skip
+
+
+def merge_neurons(experts: Sequence[Weights], parts: Sequence[float], like: Weights, align: bool = True) -> Weights:
+    """The mean of experts of one width of these parts, neuron by neuron, of the scale of `like`.
+
+    align: permute the neurons of each to those of `like` first, which changes none of them.
+    """
+    first = _plain(like)
+    plain = [_plain(weights) for weights in experts]
+    plain = [aligned(weights, first) if align else weights for weights in plain]
+
+    def mean(name: str) -> Tensor | None:
+        tensors = [getattr(weights, name) for weights in plain]
+        if tensors[0] is None:
+            return None
+        stacked = torch.stack([part * tensor.double() for part, tensor in zip(parts, tensors, strict=True)])
+        return stacked.sum(0).to(like.up.dtype)
+
+    scale = float(like.scale)
+    up, b_up, down = mean("up"), mean("b_up"), mean("down")
+    assert up is not None
+    assert down is not None
+    return like._replace(
+        down=down, up=up / scale, b_down=mean("b_down"), b_up=None if b_up is None else b_up / scale,
+        gate=mean("gate"), b_gate=mean("b_gate"), norm=_no_norm(like),
+    )  # fmt: skip
+
+
+def aligned(weights: Weights, like: Weights) -> Weights:
+    """An expert with its neurons in the order in which they are most like those of `like`; it does the same as before.
+
+    The permutation of the largest sum of products of what neurons read and write.
+    """
+    found = like.down.double() @ weights.down.double().T + like.up.double().T @ weights.up.double()
+    for name in ("gate", "b_down", "b_gate"):
+        mine, theirs = getattr(like, name), getattr(weights, name)
+        if mine is not None and theirs is not None:
+            mine, theirs = (t.double().view(len(t), -1) for t in (mine, theirs))
+            found = found + mine @ theirs.T
+    _, places = assignment()(found.cpu().numpy(), maximize=True)
+    order = torch.as_tensor(places, device=weights.down.device)
+
+    def taken(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[order]
+
+    return weights._replace(
+        down=weights.down[order], up=weights.up[:, order], b_down=taken(weights.b_down), gate=taken(weights.gate),
+        b_gate=taken(weights.b_gate),
+    )  # fmt: skip
+
+
+def _plain(weights: Weights) -> Weights:
+    """An expert without norm and scale of its own: these are in its matrices."""
+    down, b_down, gate, b_gate = weights.down, weights.b_down, weights.gate, weights.b_gate
+    if weights.norm is not None:
+        factor, shift = weights.norm
+        b_down = down @ shift if b_down is None else b_down + down @ shift
+        down = down * factor
+        if gate is not None:
+            b_gate = gate @ shift if b_gate is None else b_gate + gate @ shift
+            gate = gate * factor
+    scale = weights.scale
+    b_up = None if weights.b_up is None else weights.b_up * scale
+    return Weights(down, weights.up * scale, b_down, b_up, gate, b_gate)
+
+
+def _bias_of(weights: Weights) -> Tensor:
+    """What a linear expert adds to a row of zeros."""
+    bias = torch.zeros_like(weights.up[:, 0]) if weights.b_up is None else weights.b_up
+    return bias if weights.b_down is None else bias + weights.up @ weights.b_down
+
+
+def _no_norm(like: Weights) -> tuple[Tensor, Tensor] | None:
+    return None if like.norm is None else (torch.ones_like(like.norm[0]), torch.zeros_like(like.norm[1]))
+
+
+def _flat(weights: Weights) -> Tensor:
+    tensors = (weights.down, weights.up.T, weights.gate, weights.b_down, weights.b_gate)
+    return torch.cat([tensor.flatten() for tensor in tensors if tensor is not None])
+
+
+# --- how far from the experts it is ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _errors(
+    layer: ExpertLayer, stands: Sequence[int], merged: Mapping[int, Weights], used: Tensor, read: Tensor
+) -> tuple[float, float]:
+    """Errors of the merged experts, and of the dominant ones alone; by usage, relative, on the rows `read`."""
+    ours = theirs = total = 0.0
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    for e in sorted(set(stands)):
+        dominant = layer.run(e, read)
+        kept[e] = (_tried(layer, e, merged[e], read) if e in merged else dominant, dominant)
+    for e, other in enumerate(stands):
+        target = layer.run(e, read)
+        norm = float(target.float().square().sum())
+        part = float(used[e]) if float(used.sum()) else 1.0
+        if norm and math.isfinite(norm):
+            new, dominant = kept[other]
+            ours += part * float((new - target).float().square().sum()) / norm
+            theirs += part * float((dominant - target).float().square().sum()) / norm
+            total += part
+    return (ours / total, theirs / total) if total else (0.0, 0.0)
+
+
+def _tried(layer: ExpertLayer, e: int, weights: Weights, read: Tensor) -> Tensor:
+    """What an expert would make of rows with other weights of its rank."""
+    if layer.kind == "bank":
+        return expert_output(weights, layer.activation, read)
+    before = layer.weights(e)
+    held = {name: value.clone() for name, value in before._asdict().items() if isinstance(value, Tensor)}
+    norm = None if before.norm is None else (before.norm[0].clone(), before.norm[1].clone())
+    old = before._replace(**held, norm=norm)
+    try:
+        layer.set_weights(e, weights)
+        return layer.run(e, read)
+    finally:
+        layer.set_weights(e, old)

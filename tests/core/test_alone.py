@@ -1,0 +1,178 @@
+"""One expert that all rows use, in a forward that records nothing: plain products in place of a call of the op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mixadapters import BottleneckConfig
+from mixadapters.core.bank import AdapterBank
+from mixadapters.core.context import ForwardContext
+from mixadapters.core.mixture import FEW
+from mixadapters.kernels import adapter_backend
+
+FORMS = {
+    "low rank": {"activation": "identity", "use_bias": False, "scale": 1.5},
+    "bottleneck": {"scale": 0.5},
+    "gated": {"glu": True, "activation": "silu"},
+    "learnable scale": {"scale": "learnable"},
+    "on the output": {"placement": "pfeiffer"},
+    "dropout": {"dropout": 0.5},
+}
+
+
+class OneLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def adapted(**form: Any) -> Any:
+    torch.manual_seed(0)
+    form = {"placement": "parallel", **form}
+    config = BottleneckConfig(r=3, target_modules=["linear"], init_weights=False, **form)
+    model = get_peft_model(OneLayer(), config).eval()
+    return model
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call of `alone` gave something."""
+    found: list[bool] = []
+    plain = AdapterBank.alone
+
+    def alone(self: AdapterBank, x: Tensor, y: Tensor) -> Tensor | None:
+        new = plain(self, x, y)
+        found.append(new is not None)
+        return new
+
+    monkeypatch.setattr(AdapterBank, "alone", alone)
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_plain_products_give_what_the_operation_gives(form: dict[str, Any], taken: list[bool]) -> None:
+    model = adapted(**form)
+    for x in (torch.randn(2, 1, 6), torch.randn(7, 6)):
+        taken.clear()
+        with torch.no_grad():
+            found = model(x)
+            assert taken == [True]
+            with adapter_backend("reference"):
+                torch.testing.assert_close(found, model(x))
+        assert not torch.equal(found, model.get_base_model().linear.base_layer(x))
+
+
+def test_weights_are_read_anew_in_each_forward(taken: list[bool]) -> None:
+    model, x = adapted(), torch.randn(2, 1, 6)
+    expert = model.linear.adapters["default"].bank.experts["adapter"]
+    with torch.no_grad():
+        before = model(x)
+        expert.down.weight = nn.Parameter(expert.down.weight * 2)
+        expert.up = nn.Linear(3, 5)
+        after = model(x)
+        assert taken == [True, True]
+        with adapter_backend("reference"):
+            torch.testing.assert_close(after, model(x))
+    assert not torch.equal(before, after)
+
+
+def grad(model: Any, x: Tensor) -> Tensor:
+    return model(x)
+
+
+def observed(model: Any, x: Tensor) -> Tensor:
+    context = ForwardContext.of(model)
+    context.observers.append(lambda *_: None)
+    with torch.no_grad():
+        return model(x)
+
+
+def forced(model: Any, x: Tensor) -> Tensor:
+    with torch.no_grad(), adapter_backend(batch_invariant=True):
+        return model(x)
+
+
+def cast(model: Any, x: Tensor) -> Tensor:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return model(x)
+
+
+def with_dropout(model: Any, x: Tensor) -> Tensor:
+    model.linear.adapters["default"].dropout.p = 0.5
+    model.linear.adapters["default"].dropout.train()
+    with torch.no_grad():
+        return model(x)
+
+
+def by_row(model: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x, adapter_names=["default", "__base__"])
+
+
+def many_rows(model: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x.expand(2, FEW, 6))
+
+
+def half(model: Any, x: Tensor) -> Tensor:
+    """Weights of the adapter stay in float32, as PEFT leaves them."""
+    model.linear.base_layer.bfloat16()
+    with torch.no_grad():
+        return model(x.bfloat16())
+
+
+def parametrized(model: Any, x: Tensor) -> Tensor:
+    up = model.linear.adapters["default"].bank.experts["adapter"].up
+    parametrize.register_parametrization(up, "weight", nn.Identity())
+    with torch.no_grad():
+        return model(x)
+
+
+def hooked(model: Any, x: Tensor) -> Tensor:
+    seen: list[Any] = []
+    model.linear.adapters["default"].register_forward_hook(lambda *given: seen.append(given))
+    with torch.no_grad():
+        y = model(x)
+    assert seen
+    return y
+
+
+@pytest.mark.parametrize(
+    "run", [grad, observed, forced, cast, with_dropout, by_row, many_rows, half, parametrized, hooked]
+)
+def test_where_anybody_has_a_say_the_operation_runs(run: Any, taken: list[bool]) -> None:
+    model = adapted()
+    y = run(model, torch.randn(2, 1, 6))
+    assert not any(taken)
+    assert y.isfinite().all()
+
+
+def test_merged_disabled_and_several_adapters_are_what_they_were(taken: list[bool]) -> None:
+    model, x = adapted(activation="identity", use_bias=False), torch.randn(2, 1, 6)
+    base = model.get_base_model().linear.base_layer
+    frozen = base(x).detach()
+    with torch.no_grad():
+        alone = model(x)
+        with model.disable_adapter():
+            assert torch.equal(model(x), frozen)
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), alone)
+        model.unmerge_adapter()
+        taken.clear()
+        model.add_adapter("other", model.peft_config["default"])
+        model.base_model.set_adapter(["default", "other"])
+        both = model(x)
+        assert not any(taken)
+        model.set_adapter("other")
+        other = model(x)
+        assert taken == [True]
+    torch.testing.assert_close(both - frozen, (alone - frozen) + (other - frozen))

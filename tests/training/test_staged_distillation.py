@@ -1,0 +1,124 @@
+"""A teacher in the first part of a run, and none in the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from mixadapters import BottleneckConfig, StageCallback, StagedDistillCallback
+from mixadapters.core.context import ForwardContext
+from mixadapters.training.staged_distillation import distillation_loss
+
+
+def trained(
+    model: Any, rows: list[dict[str, Any]], folder: Any, callbacks: list[TrainerCallback], **options: Any
+) -> Any:
+    given = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "report_to": [], **options}
+    args = TrainingArguments(str(folder), save_strategy="no", disable_tqdm=True, use_cpu=True, **given)
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=callbacks)
+    trainer.train()
+    return trainer
+
+
+class Losses(TrainerCallback):
+    """What each step added, by the context's log."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        log = ForwardContext.of(model).loss_log
+        self.seen.append("distillation" in log)
+        log.clear()
+
+
+@pytest.fixture
+def rows(tiny_inputs) -> list[dict[str, Any]]:
+    batch = tiny_inputs("llama", batch=8, length=6, labels="tokens")
+    return [{name: tensor[i] for name, tensor in batch.items()} for i in range(8)]
+
+
+def adapter(tiny) -> Any:
+    return get_peft_model(tiny("llama", num_hidden_layers=2), BottleneckConfig(r=4, task_type="CAUSAL_LM"))
+
+
+def test_the_teacher_is_heard_until_its_share_of_the_run_and_not_after(tiny, rows, tmp_path) -> None:
+    teacher, model, losses = tiny("llama", num_hidden_layers=3), adapter(tiny), Losses()
+    callback = StagedDistillCallback(teacher, stop_at=0.5)
+    trained(model, rows, tmp_path, [StageCallback("task"), callback, losses])
+    assert losses.seen == [True, True, False, False]
+    assert callback.objective not in ForwardContext.of(model).objectives
+    assert not teacher.training
+
+
+def test_a_bare_base_whose_experts_were_cut_learns_from_what_it_was(tiny, rows, tmp_path) -> None:
+    teacher, model, losses = tiny("mixtral", num_hidden_layers=1), tiny("mixtral", num_hidden_layers=1), Losses()
+    trained(model, rows, tmp_path, [StagedDistillCallback(teacher, stop_at=0.5), losses], max_steps=2)
+    assert losses.seen == [True, False]
+    context = ForwardContext.find(model)
+    assert context is None or not context.objectives
+
+
+@pytest.mark.parametrize(("alpha", "T"), [(1.0, 1.0), (0.3, 2.0)])
+def test_the_loss_is_that_of_the_task_and_the_divergence_of_what_has_a_label(
+    tiny, tiny_inputs, alpha: float, T: float
+) -> None:
+    teacher, model = tiny("llama", num_hidden_layers=3), adapter(tiny).train()
+    batch = tiny_inputs("llama", batch=3, padding="right", labels="tokens")
+    callback = StagedDistillCallback(teacher, alpha=alpha, T=T)
+    plain = model(**batch)
+    callback.objective.weight = alpha
+    ForwardContext.of(model).objectives.append(callback.objective)
+    both = model(**batch)
+    with torch.no_grad():
+        theirs = teacher(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1] / T
+    ours = plain.logits[:, :-1] / T
+    distance = (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1)
+    expected = plain.loss + alpha * T**2 * distance[batch["labels"][:, 1:] != -100].mean()
+    assert float(both.loss) == pytest.approx(float(expected), rel=1e-5)
+    model.eval()
+    assert torch.allclose(model(**batch).loss, plain.loss)  # not in evaluation
+
+
+def test_a_teacher_may_be_a_function_and_classes_all_count(tiny, tiny_inputs) -> None:
+    config = BottleneckConfig(r=4, task_type="SEQ_CLS")
+    model = get_peft_model(tiny("bert", "sequence_classification", num_hidden_layers=2), config).train()
+    model.base_model.model.config.hidden_dropout_prob = 0.0
+    batch = tiny_inputs("bert", labels="classes")
+    logits = torch.randn(2, 3)
+    callback = StagedDistillCallback(lambda **inputs: logits)
+    callback.objective.weight = 1.0
+    model.eval()
+    plain = model(**batch)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ForwardContext.of(model).objectives.append(callback.objective)
+    expected = plain.loss + F.kl_div(plain.logits.log_softmax(-1), logits.softmax(-1), reduction="batchmean")
+    assert float(model(**batch).loss) == pytest.approx(float(expected), rel=1e-5)
+    callback.objective.teacher = lambda **inputs: torch.randn(2, 4)
+    with pytest.raises(ValueError, match="not for the same words or labels"):
+        model(**batch)
+
+
+def test_equal_logits_have_no_distance_and_rows_that_do_not_count_none() -> None:
+    logits, other = torch.randn(4, 5), torch.randn(4, 5)
+    assert float(distillation_loss(logits, logits, None, 3.0)) == pytest.approx(0, abs=1e-6)
+    counts = torch.tensor([True, False, True, False])
+    assert torch.allclose(distillation_loss(logits, other, counts), distillation_loss(logits[::2], other[::2], None))
+    assert float(distillation_loss(logits, other, torch.zeros(4).bool())) == 0
+
+
+def test_what_cannot_teach_is_refused(tiny, rows, tmp_path) -> None:
+    for options, message in (({"stop_at": 1.5}, "stop_at=1.5"), ({"alpha": 0}, "alpha=0"), ({"T": -1}, "T=-1")):
+        with pytest.raises(ValueError, match=message):
+            StagedDistillCallback(lambda **inputs: None, **options)
+    model = adapter(tiny)
+    with pytest.raises(ValueError, match="shares parameters with the model that trains"):
+        trained(model, rows, tmp_path, [StagedDistillCallback(model.get_base_model())])
