@@ -6,12 +6,13 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.requests import RequestStatus
@@ -25,6 +26,7 @@ from mixadapters.serving.manager import ServingManager
 from mixadapters.serving.requests import Request, ServerBusy, ServerStopped
 
 logger = logging.getLogger(__name__)
+AUTO = "auto"  # the name by which a request leaves the choice of its adapter to the router
 NEW_TOKENS = 256  # of a request that does not say how many
 
 
@@ -45,6 +47,7 @@ class AdapterServer:
         page_size: tokens of a page of that cache; shared prefixes are whole pages.
         share_prefixes: whether requests of one adapter share the pages of a common beginning.
         sampling: whether requests may ask for a temperature. Otherwise all are greedy, which costs less.
+        router: input_ids (1, T) -> [name], such as a `CompositionRouter`: chooses the adapter of requests for "auto".
 
     Raises:
         ValueError: a model that cannot generate so, or a size that is no positive integer.
@@ -62,6 +65,7 @@ class AdapterServer:
         page_size: int = 32,
         share_prefixes: bool = True,
         sampling: bool = False,
+        router: Callable[..., Sequence[str]] | None = None,
     ) -> None:
         sizes = {"max_requests": max_requests, "max_running": max_running, "max_batch_tokens": max_batch_tokens,
                  "cache_tokens": cache_tokens, "page_size": page_size}  # fmt: skip
@@ -76,7 +80,9 @@ class AdapterServer:
         self.tokenizer, self.max_requests, self.sampling = tokenizer, max_requests, sampling
         self.capacity = cache_tokens // page_size * page_size
         self.context = ForwardContext.of(self.model)
+        self.router, self._alone = router, threading.RLock()
         self.adapters = ServedAdapters(self.model, self._changing)
+        self._refuse_auto(*self.adapters.names)
         self._settings = generation_settings(self.model, sampling)
         self._batching = ContinuousBatchingConfig(
             page_size=page_size,
@@ -138,12 +144,12 @@ class AdapterServer:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """No forward of the model runs inside."""
+        """No forward of the model runs inside, and no other block of this kind."""
         manager = self._manager
-        if manager is None or not manager.is_running() or threading.current_thread() is manager._generation_thread:
-            yield
+        if manager is not None and threading.current_thread() is manager._generation_thread:
+            yield  # between steps, and not while it is paused
             return
-        with manager.pause():
+        with self._alone, manager.pause() if manager is not None and manager.is_running() else nullcontext():
             yield
 
     # --- requests -----------------------------------------------------------------------------------------------
@@ -162,7 +168,7 @@ class AdapterServer:
 
         Args:
             prompt: text, or token ids.
-            adapter: a name; "__base__" for none.
+            adapter: a name; "__base__" for none, "auto" for the one that the router chooses, by a forward of the base.
             max_new_tokens: None: 256, or as many as the model has positions for.
             deadline: seconds in which it must be done.
             temperature: above 0 to sample, where the server samples. None or 0: the likeliest token.
@@ -177,6 +183,8 @@ class AdapterServer:
         ids = self._ids(prompt)
         check_numbers(self, deadline, temperature, top_p)
         max_new_tokens = new_tokens(self, len(ids), max_new_tokens)
+        if adapter == AUTO and self.router is not None:
+            adapter = self._choose(ids)
         request = Request(
             f"request-{uuid4().hex}", ids, adapter, max_new_tokens=max_new_tokens, deadline=deadline,
             stops=stops_of(self._settings), give_up=self._give_up,
@@ -213,6 +221,15 @@ class AdapterServer:
             raise ValueError(f"prompt={prompt!r:.60} must be token ids from 0 to {size - 1}, at least one")
         return ids
 
+    def _choose(self, ids: list[int]) -> str:
+        with self._changing():
+            (name,) = self.router(input_ids=torch.tensor([ids]))  # type: ignore[misc]
+        return name
+
+    def _refuse_auto(self, *names: str) -> None:
+        if self.router is not None and AUTO in names:
+            raise ValueError(f"an adapter is called {AUTO!r}, by which requests ask the router: give it another name")
+
     @property
     def waiting(self) -> int:
         """Requests that it holds, running or waiting."""
@@ -233,6 +250,7 @@ class AdapterServer:
 
     def load(self, name: str, folder: str | Path) -> None:
         """As `ServedAdapters.load`; running requests wait for it, and go on."""
+        self._refuse_auto(name)
         self.adapters.load(name, folder)
 
     def unload(self, name: str) -> bool:
