@@ -32,6 +32,7 @@ API = {
                 "callbacks",
                 "routing",
                 "spawning",
+                "pruning",
                 "objectives",
                 "collators",
                 "mixture_distillation",

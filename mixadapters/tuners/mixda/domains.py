@@ -20,11 +20,12 @@ from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.router import require_surgery
 from mixadapters.tuners.mixda.sources import read_source
 from mixadapters.tuners.sources import check_new, same_module
+from mixadapters.tuners.surgery import SurgeryVerbs
 
 NEW_ARM_SHARE = 0.05  # of the frozen arm's mass that a domain added later starts with
 
 
-class DomainVerbs(GateVerbs, MixtureModel):
+class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
     """Part of MixDA's tuner. The model says where domains go and what they are made of."""
 
     def domain_paths(self, config: MixDAConfig) -> list[str]:

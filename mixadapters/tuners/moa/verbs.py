@@ -239,14 +239,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         config.expert_order = list(config.experts)
 
     def _require(self, adapter_name: str, verb: str) -> None:
-        router = next(iter(self._leaders(adapter_name).values()))
-        if router.fixed_experts is not None:
-            raise ValueError(f"{verb}: {type(router).__name__} cannot: {router.fixed_experts}")
-        if not hasattr(router, verb):
-            raise ValueError(
-                f"{verb} needs a router that can change its arms, and {type(router).__name__} has no {verb}; make a "
-                "new mixture"
-            )
+        _require_verb(next(iter(self._leaders(adapter_name).values())), verb)
 
     def gates_changed(self, adapter_name: str) -> None:
         config = self._moa(adapter_name)
@@ -283,6 +276,17 @@ def _refuse_other_leaders(plan: Any, before: dict[str, Any]) -> None:
                 f"the new expert adapts {path!r}, which runs before the layer whose router it would share; make "
                 "the mixture anew from all experts, or use router_scope='module'"
             )
+
+
+def _require_verb(router: Any, verb: str) -> None:
+    """Raise ValueError where a router cannot change its arms."""
+    if router.fixed_experts is not None:
+        raise ValueError(f"{verb}: {type(router).__name__} cannot: {router.fixed_experts}")
+    if not hasattr(router, verb):
+        raise ValueError(
+            f"{verb} needs a router that can change its arms, and {type(router).__name__} has no {verb}; make a new "
+            "mixture"
+        )
 
 
 def _refuse_needed(name: str, pieces: list[str], mixtures: dict[str, ExpertMixture]) -> None:
