@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from encoders import saved_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
 TOPICS = {"books": "page", "dvd": "film", "electronics": "plug", "kitchen": "pan", "sst2": "scene"}
@@ -18,22 +17,7 @@ OPINIONS = ("bad poor dull broken", "good fine great lovely")
 
 @pytest.fixture
 def encoder(tmp_path):
-    words = [*TOPICS.values(), *" ".join(OPINIONS).split()]
-    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    path = tmp_path / "encoder"
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(path)
-    BertModel(
-        BertConfig(
-            vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=3,
-            num_attention_heads=2, max_position_embeddings=64,
-        )
-    ).save_pretrained(path)  # fmt: skip
-    return path
+    return saved_encoder(tmp_path / "encoder", [*TOPICS.values(), *" ".join(OPINIONS).split()])
 
 
 @pytest.fixture
