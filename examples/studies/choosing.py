@@ -1,6 +1,6 @@
 """A cascade and a composition on labelled sets: what a strong call buys, and what it is worth to know the domain.
 
-    python examples/studies/choosing.py --data_dir DATA  # three seeds, about three CPU minutes
+    python examples/studies/choosing.py --data_dir DATA  # three seeds, about four CPU minutes
     python examples/studies/choosing.py --data_dir DATA --seeds 0 --rows 50 --eval_rows 20  # a first look
 
 MiniLM reads sentiment in reviews of books, films, electronics and kitchen goods (Blitzer et al. 2007), and in SST-2.

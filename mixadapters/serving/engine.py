@@ -32,7 +32,105 @@ NEW_TOKENS = 256  # of a request that does not say how many
 PATIENCE = 0.5  # seconds that a request waits for room for its adapter while later ones go before it
 
 
-class AdapterServer:
+class StepWork:
+    """Part of the server: what the manager's thread asks of it, before, in and after its steps."""
+
+    adapters: ServedAdapters
+    _lock: threading.Lock
+    _live: dict[str, Request]
+    _waiting: deque[tuple[Request, dict[str, Any]]]
+    _roster: RowNames
+    _roster_of: list[str]
+    _manager: ServingManager | None
+    _error: Exception | None
+    _accepts: bool
+
+    def _forget(self, request: Request) -> bool:
+        raise NotImplementedError
+
+    def before_step(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            overdue = [request for request in self._live.values() if request.overdue(now)]
+        for request in overdue:
+            request.expire()
+        self.adapters.sweep()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Give the manager the requests whose adapters are in the model, or find room there.
+
+        Others may go before one whose adapter finds none, but not for long: they keep theirs in use.
+        """
+        now, ready, blocked = time.monotonic(), [], False
+        kept: deque[tuple[Request, dict[str, Any]]] = deque()
+        with self._lock:
+            for request, options in self._waiting:
+                age = now - request.created
+                if request.request_id not in self._live:  # given up
+                    continue
+                if (blocked and request.adapter != BASE) or not self.adapters.begin(request.adapter):
+                    blocked = blocked or age > PATIENCE
+                    kept.append((request, options))
+                    continue
+                request.began = age
+                ready.append((request, options))
+            self._waiting = kept
+        for request, options in ready:
+            assert self._manager is not None
+            self._manager.add_request(
+                request.prompt, request.request_id, max_new_tokens=request.max_new_tokens, streaming=True, **options
+            )
+
+    def packed(self, ids: Sequence[str], lengths: Sequence[int]) -> PackedRequests:
+        with self._lock:
+            live = [request.adapter for request in self._live.values()]
+            names = [self._live[i].adapter if i in self._live else BASE for i in ids]  # given up: whatever comes
+        roster = self._roster_for(set(names), live)
+        place = {name: number for number, name in enumerate(roster)}
+        return PackedRequests(tuple(lengths), roster, tuple(place[name] for name in names))
+
+    def _roster_for(self, wanted: set[str], live: list[str]) -> RowNames:
+        """The adapters of this step, and of those that come: what layers have packed for it serves the next steps."""
+        if wanted == {BASE}:
+            return RowNames([BASE])
+        salts = [self.adapters.salt(name) for name in self._roster]
+        if salts != self._roster_of or not wanted.issubset(self._roster):
+            coming = [name for name in live if name in self.adapters.residents]
+            self._roster = RowNames(dict.fromkeys([BASE, *coming, *sorted(wanted)]))
+            self._roster_of = [self.adapters.salt(name) for name in self._roster]
+        return self._roster
+
+    def salt(self, request_id: str) -> str:
+        with self._lock:
+            request = self._live.get(request_id)
+        return request_id if request is None else self.adapters.salt(request.adapter)
+
+    def deliver(self, output: Any) -> None:
+        with self._lock:
+            request = self._live.get(output.request_id)
+        if request is None:  # given up
+            return
+        request.advance(output.generated_tokens)
+        if output.status == RequestStatus.FAILED:
+            self._forget(request)
+            request.fail(ServerStopped(f"request {request.request_id} failed: {output.error}"))
+        elif output.is_finished():
+            self._forget(request)
+            request.finish()
+
+    def ended(self, error: Exception | None) -> None:
+        self._accepts, self._error = False, error
+        with self._lock:
+            left = list(self._live.values())
+        for request in left:
+            self._forget(request)
+            request.fail(ServerStopped(f"the server has ended before request {request.request_id} was done"))
+        if error is not None:
+            logger.error("the server has ended by an error: %s", error)
+
+
+class AdapterServer(StepWork):
     """Requests that each name an adapter, generated together by transformers' continuous batching.
 
     A request gets the tokens that it would get alone, whatever others run beside it. Use it as a context manager, or
@@ -103,7 +201,7 @@ class AdapterServer:
         )
         self._lock = threading.Lock()
         self._live: dict[str, Request] = {}
-        self._waiting: deque[tuple[Request, dict[str, Any]]] = deque()  # for a step, or for their adapter
+        self._waiting = deque()  # for a step, or for their adapter
         self._roster, self._roster_of = RowNames([BASE]), [""]
         self._manager: ServingManager | None = None
         self._error: Exception | None = None
@@ -261,89 +359,6 @@ class AdapterServer:
     def unload(self, name: str) -> bool:
         """As `ServedAdapters.unload`."""
         return self.adapters.unload(name)
-
-    # --- work of the manager's thread ---------------------------------------------------------------------------
-
-    def before_step(self) -> None:
-        now = time.monotonic()
-        with self._lock:
-            overdue = [request for request in self._live.values() if request.overdue(now)]
-        for request in overdue:
-            request.expire()
-        self.adapters.sweep()
-        self._begin()
-
-    def _begin(self) -> None:
-        """Give the manager the requests whose adapters are in the model, or find room there.
-
-        Others may go before one whose adapter finds none, but not for long: they keep theirs in use.
-        """
-        now, ready, blocked = time.monotonic(), [], False
-        kept: deque[tuple[Request, dict[str, Any]]] = deque()
-        with self._lock:
-            for request, options in self._waiting:
-                age = now - request.created
-                if request.request_id not in self._live:  # given up
-                    continue
-                if (blocked and request.adapter != BASE) or not self.adapters.begin(request.adapter):
-                    blocked = blocked or age > PATIENCE
-                    kept.append((request, options))
-                    continue
-                request.began = age
-                ready.append((request, options))
-            self._waiting = kept
-        for request, options in ready:
-            assert self._manager is not None
-            self._manager.add_request(
-                request.prompt, request.request_id, max_new_tokens=request.max_new_tokens, streaming=True, **options
-            )
-
-    def packed(self, ids: Sequence[str], lengths: Sequence[int]) -> PackedRequests:
-        with self._lock:
-            live = [request.adapter for request in self._live.values()]
-            names = [self._live[i].adapter if i in self._live else BASE for i in ids]  # given up: whatever comes
-        roster = self._roster_for(set(names), live)
-        place = {name: number for number, name in enumerate(roster)}
-        return PackedRequests(tuple(lengths), roster, tuple(place[name] for name in names))
-
-    def _roster_for(self, wanted: set[str], live: list[str]) -> RowNames:
-        """The adapters of this step, and of those that come: what layers have packed for it serves the next steps."""
-        if wanted == {BASE}:
-            return RowNames([BASE])
-        salts = [self.adapters.salt(name) for name in self._roster]
-        if salts != self._roster_of or not wanted.issubset(self._roster):
-            coming = [name for name in live if name in self.adapters.residents]
-            self._roster = RowNames(dict.fromkeys([BASE, *coming, *sorted(wanted)]))
-            self._roster_of = [self.adapters.salt(name) for name in self._roster]
-        return self._roster
-
-    def salt(self, request_id: str) -> str:
-        with self._lock:
-            request = self._live.get(request_id)
-        return request_id if request is None else self.adapters.salt(request.adapter)
-
-    def deliver(self, output: Any) -> None:
-        with self._lock:
-            request = self._live.get(output.request_id)
-        if request is None:  # given up
-            return
-        request.advance(output.generated_tokens)
-        if output.status == RequestStatus.FAILED:
-            self._forget(request)
-            request.fail(ServerStopped(f"request {request.request_id} failed: {output.error}"))
-        elif output.is_finished():
-            self._forget(request)
-            request.finish()
-
-    def ended(self, error: Exception | None) -> None:
-        self._accepts, self._error = False, error
-        with self._lock:
-            left = list(self._live.values())
-        for request in left:
-            self._forget(request)
-            request.fail(ServerStopped(f"the server has ended before request {request.request_id} was done"))
-        if error is not None:
-            logger.error("the server has ended by an error: %s", error)
 
 
 def generation_settings(model: Any, sampling: bool) -> GenerationConfig:
