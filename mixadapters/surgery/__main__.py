@@ -56,7 +56,7 @@ class Inputs:
         """Arguments of the model and the labels of their rows, under a progress bar."""
         from tqdm import tqdm
 
-        from mixadapters.surgery.routes import padded, read_tokens
+        from mixadapters.surgery.tracing import padded, read_tokens
 
         rows = read_tokens(self.model, self.tokenizer, self.read.texts, self.args.length)
         size, labels = self.args.batch, self.read.labels
@@ -76,7 +76,7 @@ class Inputs:
 
     def usage(self) -> Any:
         """What the experts do with the texts."""
-        from mixadapters.surgery.routes import evaluating
+        from mixadapters.surgery.tracing import evaluating
         from mixadapters.surgery.usage import record_usage
 
         with evaluating(self.model), record_usage(self.model, adapter=self.owner) as usage:
@@ -89,7 +89,7 @@ class Inputs:
 def report(arguments: Sequence[str]) -> int:
     from mixadapters.core.files import folder_aside, new_folder
     from mixadapters.surgery.overspecification import overspecification_report
-    from mixadapters.surgery.report import report as reported
+    from mixadapters.surgery.reporting import report as reported
 
     parser = _parser("report", "What the experts of a model are, cost, and do with some texts.", 256)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder; without it tables are printed alone")
@@ -117,7 +117,7 @@ def report(arguments: Sequence[str]) -> int:
 
 def routes(arguments: Sequence[str]) -> int:
     from mixadapters.surgery.page import write_page
-    from mixadapters.surgery.routes import routes as routed
+    from mixadapters.surgery.tracing import routes as routed
 
     parser = _parser("routes", "A page of text, coloured by the expert that took each token.", 6)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.html", help="new file")
