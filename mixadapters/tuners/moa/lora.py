@@ -137,10 +137,13 @@ def save_lora(factors: Mapping[str, Factors], folder: str | Path, config: Any, p
     """Write {module: what is added there} as an adapter folder of PEFT's LoRA.
 
     config: of the mixture; its base model and task are the LoRA's too.
+    pad_ranks: one rank at all modules, filled up with zeros, and the scale in B: for servers that read `r` and
+        `lora_alpha` alone, and no patterns of them.
     """
     ranks = {path: factor.down.shape[0] for path, factor in factors.items()}
     if pad_ranks:
         ranks = dict.fromkeys(ranks, max(ranks.values()))
+        factors = {path: factor._replace(up=factor.up * factor.scale, scale=1.0) for path, factor in factors.items()}
     alphas = {path: _alpha(factor.scale, ranks[path]) for path, factor in factors.items()}
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     with_bias = any(factor.b_up is not None for factor in factors.values())
