@@ -200,6 +200,7 @@ def test_what_it_cannot_do_is_refused(both, tiny) -> None:
     refused(model, "output_hidden_states=True", output_hidden_states=True)
     refused(model, "return_dict=False", return_dict=False)
     refused(model, "do not pack", position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 2))
+    refused(model, "the posterior: continuous batching packs", cache=object(), cu_seq_lens_q=torch.tensor([0, 6]))
     with pytest.raises(ValueError, match="choose_after=0 must be"), of(model, choose_after=0):
         pass
     with of(model), pytest.raises(ValueError, match="open already"), of(model):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mixadapters import MixDAConfig, MoAConfig
 from mixadapters.core.routing import RoutingKey
+from mixadapters.tuners.moa.router import router_spec
 
 SCOPES = ("module", "block", "model")
 
@@ -302,6 +303,16 @@ def test_bad_values_are_refused_by_name(form) -> None:
     fields, message = REFUSED[form]
     with pytest.raises(ValueError, match=re.escape(message)):
         MoAConfig(**fields)
+
+
+@pytest.mark.parametrize("k", [2, None])
+def test_a_wrapped_router_takes_the_fields_of_its_base(k) -> None:
+    """The usual base chooses k experts, and k was given to those that choose none."""
+    config = MoAConfig(num_experts_per_tok=k, router={"kind": "recurrent", "base": "softmax"})
+    assert "k" not in router_spec(config)[1]
+    assert router_spec(MoAConfig(num_experts_per_tok=3, router="recurrent"))[1]["k"] == 3
+    with pytest.raises(ValueError, match=r"num_experts_per_tok=3: router 'recurrent' has no option 'k'"):
+        MoAConfig(num_experts_per_tok=3, router={"kind": "recurrent", "base": "softmax"})
 
 
 def test_too_many_experts_per_token_is_an_error_of_the_model(tiny) -> None:
