@@ -48,6 +48,7 @@ def models(tiny):
         "mixda": get_peft_model(tiny("llama"), MixDAConfig(domains=["a", "b"], r=3, init_weights=False)).eval(),
         "two": two.eval(),
         "lora": lora.eval(),
+        "gpt2": get_peft_model(tiny("gpt2"), BottleneckConfig(r=4, init_weights=False)).eval(),
         "mixtral": tiny("mixtral").eval(),
         "qwen3_moe": tiny("qwen3_moe").eval(),
     }
@@ -63,6 +64,7 @@ FORMS = [
     ("two", {"adapter": "code"}),
     ("lora", {"adapters_off": True}),
     ("lora", {"adapter": "code"}),
+    ("gpt2", {"adapters_off": True}),  # whose positions are absolute
     ("mixtral", {"rank": 3}),
     ("qwen3_moe", {"experts": [1]}),
 ]
@@ -104,7 +106,7 @@ def test_the_contrast_is_the_formula_with_a_cached_weak_form(kind, weak, models,
     assert differs > 0.05, "the weak form is another one"
 
 
-@pytest.mark.parametrize(("kind", "weak"), [FORMS[0], FORMS[4], FORMS[9]], ids=["ours", "remembers", "base"])
+@pytest.mark.parametrize(("kind", "weak"), [FORMS[0], FORMS[4], FORMS[10]], ids=["ours", "remembers", "base"])
 def test_cached_equals_recomputed_under_beams(kind, weak, models, tiny_inputs) -> None:
     """Where the strong form keeps no cache, the weak form is computed anew at each step: nothing is to be followed."""
     inputs = tiny_inputs("llama", batch=2, length=5, padding="left")
