@@ -44,9 +44,8 @@ def public() -> dict[str, object]:
     spec.loader.exec_module(reference)
     found = {}
     for _, modules in reference.API.values():
-        for module in modules:
-            for name in reference.public_names(module):
-                found[name] = getattr(importlib.import_module(reference.origin(module, name)), name)
+        for module, _, name in (shown.rpartition(".") for shown in reference.names_of(modules)):
+            found[name] = getattr(importlib.import_module(module), name)
     return found
 
 

@@ -17,13 +17,13 @@ PAGES = {
     "CHANGELOG.md": "changes.md",
     "kernels/README.md": "kernels.md",
 }
-# Page of the API -> its title, and the modules whose public names it shows.
+# Page of the API -> its title, and the modules whose public names it shows, or "module:name" for single ones.
 API = {
     "tuners": (
         "Configs and models",
         [f"mixadapters.tuners{name}" for name in ("", ".registration", ".agd", ".pill")],
     ),
-    "routers": ("Routers", ["mixadapters.routers"]),
+    "routers": ("Routers", ["mixadapters.routers", "mixadapters.routers.posterior:PosteriorRouter"]),
     "training": (
         "Training",
         [
@@ -32,6 +32,7 @@ API = {
                 "callbacks",
                 "routing",
                 "spawning",
+                "pruning",
                 "objectives",
                 "collators",
                 "mixture_distillation",
@@ -39,7 +40,14 @@ API = {
             )
         ],
     ),
-    "surgery": ("Surgery", ["mixadapters.surgery"]),
+    "surgery": (
+        "Surgery",
+        [
+            "mixadapters.surgery",
+            *(f"mixadapters.surgery.{name}" for name in ("report:report", "report:Report", "routes:routes")),
+            *(f"mixadapters.surgery.{name}" for name in ("routes:RouteTable", "page:write_page")),
+        ],
+    ),
     "serving": ("Serving", ["mixadapters.serving"]),
     "core": (
         "Core",
@@ -64,8 +72,15 @@ def exports() -> str:
 
 def reference(title: str, modules: list[str]) -> str:
     """A page of the API: one entry for each public name, once."""
-    names = [f"{origin(module, name)}.{name}" for module in modules for name in public_names(module)]
-    return "\n\n".join([f"# {title}", *map(entry, dict.fromkeys(names)), ""])
+    return "\n\n".join([f"# {title}", *map(entry, names_of(modules)), ""])
+
+
+def names_of(modules: list[str]) -> list[str]:
+    """The full names that the entries of an API page show, each once."""
+    names = []
+    for module, _, single in (entry.partition(":") for entry in modules):
+        names += [f"{origin(module, name)}.{name}" for name in ([single] if single else public_names(module))]
+    return list(dict.fromkeys(names))
 
 
 def entry(name: str) -> str:

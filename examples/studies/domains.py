@@ -146,6 +146,7 @@ class Trial:
         self.own = self.folder / kind
         self.progress = Progress()
         self.read = 0  # tokens that the last training has read, besides those of the domains' own adapters
+        self.adds = 0  # parameters of what is measured
 
     def base(self) -> Any:
         """The frozen model of this seed, anew."""
@@ -155,6 +156,7 @@ class Trial:
             model = new_base(len(self.texts.tokenizer), args.width, args.layers, args.length, self.seed)
             epochs = args.base_tokens / rows.numel()
             self.train(model, rows, args.base_rate, epochs, batch=16)
+            self.read = 0
             model.save_pretrained(folder)
         return AutoModelForCausalLM.from_pretrained(folder)
 
@@ -286,13 +288,15 @@ def under(gate: str) -> Cell:
 
 
 def posterior(trial: Trial) -> dict[str, float]:
-    model = trial.gate("counts")
-    with model.base_model.posterior():
-        return perplexities(model, trial.texts.test)
+    return by_posterior(trial, trial.gate("counts"))
 
 
 def posterior_added(trial: Trial) -> dict[str, float]:
-    model = added(trial)
+    return by_posterior(trial, added(trial))
+
+
+def by_posterior(trial: Trial, model: Any) -> dict[str, float]:
+    trial.adds = size(model)
     with model.base_model.posterior():
         return perplexities(model, trial.texts.test)
 
@@ -458,12 +462,11 @@ def one(trial: Trial, cell: str, path: Path) -> dict[str, Any]:
     start = time.process_time()
     trial.base()
     model = CELLS[cell](trial)
-    parameters = 0
     if not isinstance(model, dict):
-        parameters, model = size(model), perplexities(model, trial.texts.test)
+        trial.adds, model = size(model), perplexities(model, trial.texts.test)
     result = {
         "kind": trial.kind, "cell": cell, "seed": trial.seed, "settings": trial.args.settings,
-        "parameters": parameters, "tokens": trial.read, "perplexity": model,
+        "parameters": trial.adds, "tokens": trial.read, "perplexity": model,
         "cpu_seconds": time.process_time() - start,
     }  # fmt: skip
     path.with_suffix(".part").write_text(json.dumps(result))

@@ -148,6 +148,10 @@ class AdapterBank(nn.Module):
         if scale is not None:
             self.scales[name] = scale
 
+    def copy(self, name: str, like: str) -> None:
+        """Give an expert the weights of another of its size."""
+        self.experts[name].load_state_dict(self.experts[like].state_dict())
+
     def remove(self, name: str) -> None:
         del self.experts[name]
         self.scales.pop(name, None)

@@ -133,6 +133,7 @@ class Injection(SiteFinder):
         had_context = ForwardContext.find(model) is not None
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         places = {host: host.adapters[adapter_name] for host in self.hosts() if adapter_name in host.adapters}
+        hosts = set(self.hosts())
         context = ForwardContext.of(model)
         self._injecting = adapter_name
         try:
@@ -142,7 +143,7 @@ class Injection(SiteFinder):
             self._check_names(config, adapter_name)
             self.after_injection(config, adapter_name)
         except Exception:
-            self._withdraw(adapter_name, places)
+            self._withdraw(adapter_name, places, hosts)
             for parameter, needed in trained:
                 parameter.requires_grad_(needed)
             if not had_context and not any(self.hosts()):
@@ -201,14 +202,14 @@ class Injection(SiteFinder):
                 setattr(config, field, value)
         return config
 
-    def _withdraw(self, adapter_name: str, before: dict[AdapterHost, nn.Module]) -> None:
-        """Undo what an injection that failed has done; before: adapters that had the name."""
+    def _withdraw(self, adapter_name: str, before: dict[AdapterHost, nn.Module], hosts: set[AdapterHost]) -> None:
+        """Undo what an injection that failed has done; before: adapters that had the name; hosts: that there were."""
         for host in list(self.hosts()):
             if host in before:
                 host.adapters[adapter_name] = before[host]
             elif adapter_name in host.adapters:
                 del host.adapters[adapter_name]
-                if not host.adapters:
+                if host not in hosts:
                     self._remove_host(host)
         if before:
             return

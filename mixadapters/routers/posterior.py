@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from mixadapters.core.context import ROUTES, ForwardContext
 from mixadapters.core.routing import FROZEN
-from mixadapters.core.streams import Stream, read_stream
+from mixadapters.core.streams import Stream, read_stream, refuse_packed
 from mixadapters.routers.pooling import holds_documents
 
 NOT_PER_ROW = frozenset({"cache_position", "num_items_in_batch", "logits_to_keep"})
@@ -63,7 +63,10 @@ class PosteriorRouter:
         record = context.record
         inputs = {**dict(zip(context.argument_names, args, strict=False)), **kwargs}
         self._refuse(record, inputs)
-        rows = read_stream(inputs).batch
+        stream = read_stream(inputs)
+        if stream.packed:
+            raise refuse_packed("the posterior")
+        rows = stream.batch
         cache = self._cache(inputs)
         record.shared[self] = inputs, cache
         copies, record.copies = record.copies, 1

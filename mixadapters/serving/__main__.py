@@ -74,6 +74,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--max-running", type=int, default=64, help="requests of a step")
     parser.add_argument("--max-batch-tokens", type=int, default=512, help="tokens of a step")
     parser.add_argument("--cache-tokens", type=int, default=16384, help="keys and values of all requests together")
+    parser.add_argument("--max-resident", type=int, default=None, help="adapters on the device; default: all")
     parser.add_argument("--deadline", type=float, default=None, help="seconds for each request")
     parser.add_argument("--largest-body", type=int, default=2**20, help="bytes")
     parser.add_argument("--grace", type=float, default=30.0, help="seconds that running requests have at the end")
@@ -100,6 +101,7 @@ def http_server(options: argparse.Namespace, model: Any, tokenizer: Any) -> Http
     engine = AdapterServer(
         model, tokenizer=tokenizer, max_requests=options.max_requests, max_running=options.max_running,
         max_batch_tokens=options.max_batch_tokens, cache_tokens=options.cache_tokens, sampling=options.sampling,
+        max_resident=options.max_resident,
     )  # fmt: skip
     base = options.name or Path(options.base).name
     for name in folder.names():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,12 @@ from mixadapters.core.registry import nearest
 from mixadapters.core.rows import BASE
 from mixadapters.core.sites import unwrapped
 from mixadapters.serving.requests import AdapterRefused, UnknownAdapter
+from mixadapters.serving.residency import Residents
 from mixadapters.tuners import MoAConfig
 from mixadapters.tuners.registration import config_class
 
 LORA = "expert0"  # the name of a PEFT LoRA in the mixture of one expert that it is served as
+SHOWN = 20  # names in a message
 Changing = Any  # () -> a context in which no forward runs
 
 
@@ -35,23 +36,27 @@ class ServedAdapters:
     Args:
         model: the root, a model of transformers. Adapters of our types that it has are served too.
         changing: () -> a context manager inside which no forward of the model runs.
+        max_resident: how many lie in the model at a time; the others wait in host memory. None: all.
 
     Raises:
         ValueError: the model has active adapters that are not of our types: they would act on every request.
     """
 
-    def __init__(self, model: nn.Module, changing: Changing) -> None:
-        self.model, self.changing = model, changing
+    def __init__(self, model: nn.Module, changing: Changing, max_resident: int | None = None) -> None:
+        self.model: Any = model
+        self.changing = changing
         self.context = ForwardContext.of(model)
         self._lock = threading.Lock()
-        self._users: Counter[str] = Counter()
+        self._users: Counter[str] = Counter()  # requests that name it
+        self._running: Counter[str] = Counter()  # those of them that steps may hold
         self._versions: Counter[str] = Counter()  # how often a name has been given to an adapter
         self._refused: dict[str, str] = {}  # adapters that are there and cannot be served -> why
         self._leaving: set[str] = set()
-        self.changes = 0  # how often an adapter has come or gone
+        self._served: dict[str, None] = {}
+        self.hits = self.misses = 0
         self._refuse_foreign()
-        self._served: list[str] = []
-        for name in getattr(model, "peft_config", {}):
+        self.residents = Residents(model, self.context, max_resident, lambda name: not self._running[name])
+        for name in list(getattr(model, "peft_config", {})):
             if name in self.context.hosted:
                 reason = self._refusal(name)
                 if reason is None:
@@ -88,13 +93,30 @@ class ServedAdapters:
             if name != BASE and (name not in self._served or name in self._leaving):
                 have = [other for other in self._served if other not in self._leaving]
                 gone = " (it is being unloaded)" if name in self._leaving else ""
-                raise UnknownAdapter(f"no adapter {name!r}{gone}; have {[BASE, *have]}.{nearest(name, have)}")
+                shown = f"{[BASE, *have]}" if len(have) < SHOWN else f"{len(have)} others"
+                raise UnknownAdapter(f"no adapter {name!r}{gone}; have {shown}.{nearest(name, have)}")
             self._users[name] += 1
+            if name != BASE:
+                resident = name in self.residents
+                self.hits, self.misses = self.hits + resident, self.misses + (not resident)
 
-    def release(self, name: str) -> None:
+    def begin(self, name: str) -> bool:
+        """A request of the adapter may be in the next steps. To be called where no forward runs.
+
+        Returns:
+            False where the adapter is in host memory, and all that are in the model are in use.
+        """
+        if name != BASE and not self.residents.use(name):
+            return False
+        with self._lock:
+            self._running[name] += 1
+        return True
+
+    def release(self, name: str, began: bool) -> None:
         """A request uses it no more."""
         with self._lock:
             self._users[name] -= 1
+            self._running[name] -= began
 
     def salt(self, name: str) -> str:
         """Requests of other adapters, or of earlier ones of the name, have another."""
@@ -112,24 +134,28 @@ class ServedAdapters:
         """
         kind, saved = check_folder(folder)
         with self.changing():
-            if name == BASE or name in getattr(self.model, "peft_config", {}):
+            if name == BASE or name in self._served or name in self._refused:
                 raise ValueError(f"adapter name {name!r} is taken; unload that first, or choose another")
-            if kind == "LORA":
-                source = {LORA: {"source": str(folder)}}
-                config: Any = MoAConfig(experts=source, router={"kind": "single"}, num_experts_per_tok=None)
-                self._inject(name, config, None)
-            else:
-                self._inject(name, PeftConfig.from_pretrained(str(folder)), saved)
-            try:
-                self._refuse(name, self._refusal(name))
-                if kind != "LORA":
-                    self._fill(name, Path(folder) / SAFETENSORS_WEIGHTS_NAME)
-                self.model.eval()
-                self._refuse(name, self._trial(name))
-            except BaseException:
-                self._take_out(name)
-                raise
+            with self.residents.alone():
+                self._load_and_try(name, folder, kind, saved)
             self._enlist(name)
+
+    def _load_and_try(self, name: str, folder: str | Path, kind: str, saved: SavedAdapter) -> None:
+        if kind == "LORA":
+            source = {LORA: {"source": str(folder)}}
+            config: Any = MoAConfig(experts=source, router={"kind": "single"}, num_experts_per_tok=None)
+            self._inject(name, config, None)
+        else:
+            self._inject(name, PeftConfig.from_pretrained(str(folder)), saved)
+        try:
+            self._refuse(name, self._refusal(name))
+            if kind != "LORA":
+                self._fill(name, Path(folder) / SAFETENSORS_WEIGHTS_NAME)
+            self.model.eval()
+            self._refuse(name, self._trial(name))
+        except BaseException:
+            self.residents.forget(name)
+            raise
 
     def _inject(self, name: str, config: Any, saved: SavedAdapter | None) -> None:
         """Put an adapter into the model, or leave it as it was."""
@@ -137,6 +163,7 @@ class ServedAdapters:
         with warnings.catch_warnings(), loading(saved):
             warnings.simplefilter("ignore")  # "Already found a `peft_config`": so it should be
             inject_adapter_in_model(config, self.model, name)
+        self.residents.find_hosts()
 
     def _fill(self, name: str, path: Path) -> None:
         """Read the weights of an adapter that is in the model.
@@ -144,20 +171,20 @@ class ServedAdapters:
         Raises:
             ValueError: the file has not these weights, and no others: embeddings would be those of all requests.
         """
-        own = [host for host in self._hosts() if name in host.adapters]
-        mark = f".{own[0].prefix}adapters."
-        parts: dict[str, dict[str, Any]] = {host.path: {} for host in own}
+        own = {host.path: adapter for host, adapter in self.residents.parts_of(name)}
+        mark = f".{self.residents.parts_of(name)[0][0].prefix}adapters."
+        parts: dict[str, dict[str, Any]] = {place: {} for place in own}
         with weights_of(path) as weights:
             for key in weights:
                 place, found, rest = key.removeprefix(PREFIX).partition(mark)
                 if not found or place not in parts:
                     raise ValueError(f"{str(path)!r} holds {key!r}, which is no weight of this adapter's own")
                 parts[place][rest] = weights[key]
-        for host in own:
+        for place, adapter in own.items():
             try:
-                host.adapters[name].load_state_dict(parts[host.path])
+                adapter.load_state_dict(parts[place])
             except RuntimeError as error:
-                raise ValueError(f"{str(path)!r} does not fit {host.path!r}: {error}") from None
+                raise ValueError(f"{str(path)!r} does not fit {place!r}: {error}") from None
 
     def unload(self, name: str) -> bool:
         """Take an adapter out: at once, or when the requests that use it are done; new ones are refused from now on.
@@ -170,7 +197,7 @@ class ServedAdapters:
         """
         with self._lock:
             if name not in self._served:
-                raise UnknownAdapter(f"no adapter {name!r}; have {self._served}.{nearest(name, self._served)}")
+                raise UnknownAdapter(f"no adapter {name!r}; have {list(self._served)}.{nearest(name, self._served)}")
             self._leaving.add(name)
         with self.changing():
             self.sweep()
@@ -182,37 +209,22 @@ class ServedAdapters:
             going = [name for name in self._leaving if not self._users[name]]
             for name in going:
                 self._leaving.discard(name)
-                self._served.remove(name)
+                del self._served[name]
         for name in going:
-            self._take_out(name)
+            self.residents.forget(name)
 
     def _enlist(self, name: str) -> None:
+        self.residents.enlist(name)
         with self._lock:
-            self._served.append(name)
+            self._served[name] = None
             self._versions[name] += 1
-            self.changes += 1
-
-    def _take_out(self, name: str) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # which adapter is active says nothing here: requests name theirs
-            for host in self._hosts():
-                if name in host.adapters:
-                    host.delete_adapter(name)
-        self.context.hosted.discard(name)
-        self.model.peft_config.pop(name, None)
-        self.changes += 1
 
     # --- what cannot be served ----------------------------------------------------------------------------------
-
-    def _hosts(self) -> Iterator[AdapterHost]:
-        return (m for m in self.model.modules() if isinstance(m, AdapterHost) and m.context is self.context)
 
     def _refusal(self, name: str) -> str | None:
         """Why an adapter that is in the model cannot be right among packed requests; None if it can."""
         head = unwrapped(self.model.get_output_embeddings())
-        for host in self._hosts():
-            if name not in host.adapters:
-                continue
+        for host, _ in self.residents.parts_of(name):
             if reason := host.packed_refusal(name):
                 return f"{reason} at {host.path!r} must know the earlier tokens of its request"
             if host.get_base_layer() is head:

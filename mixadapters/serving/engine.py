@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ from mixadapters.serving.requests import Request, ServerBusy, ServerStopped
 
 logger = logging.getLogger(__name__)
 NEW_TOKENS = 256  # of a request that does not say how many
+PATIENCE = 0.5  # seconds that a request waits for room for its adapter while later ones go before it
 
 
 class AdapterServer:
@@ -43,6 +45,8 @@ class AdapterServer:
         max_batch_tokens: tokens of a step. Longer prompts are read in pieces, between which others go on.
         cache_tokens: tokens whose keys and values are kept, of all requests together.
         page_size: tokens of a page of that cache; shared prefixes are whole pages.
+        max_resident: how many adapters lie in the model, on its device; the others wait in host memory, and come in
+            when a request names them. None: all lie in it.
         share_prefixes: whether requests of one adapter share the pages of a common beginning.
         sampling: whether requests may ask for a temperature. Otherwise all are greedy, which costs less.
 
@@ -60,11 +64,13 @@ class AdapterServer:
         max_batch_tokens: int = 512,
         cache_tokens: int = 16384,
         page_size: int = 32,
+        max_resident: int | None = None,
         share_prefixes: bool = True,
         sampling: bool = False,
     ) -> None:
         sizes = {"max_requests": max_requests, "max_running": max_running, "max_batch_tokens": max_batch_tokens,
-                 "cache_tokens": cache_tokens, "page_size": page_size}  # fmt: skip
+                 "cache_tokens": cache_tokens, "page_size": page_size,
+                 "max_resident": 1 if max_resident is None else max_resident}  # fmt: skip
         for name, size in sizes.items():
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}={size!r} must be a positive integer")
@@ -76,7 +82,7 @@ class AdapterServer:
         self.tokenizer, self.max_requests, self.sampling = tokenizer, max_requests, sampling
         self.capacity = cache_tokens // page_size * page_size
         self.context = ForwardContext.of(self.model)
-        self.adapters = ServedAdapters(self.model, self._changing)
+        self.adapters = ServedAdapters(self.model, self._changing, max_resident)
         self._settings = generation_settings(self.model, sampling)
         self._batching = ContinuousBatchingConfig(
             page_size=page_size,
@@ -91,7 +97,8 @@ class AdapterServer:
         )
         self._lock = threading.Lock()
         self._live: dict[str, Request] = {}
-        self._roster, self._roster_of = RowNames([BASE]), -1
+        self._waiting: deque[tuple[Request, dict[str, Any]]] = deque()  # for a step, or for their adapter
+        self._roster, self._roster_of = RowNames([BASE]), [""]
         self._manager: ServingManager | None = None
         self._error: Exception | None = None
         self._accepts = False
@@ -126,7 +133,10 @@ class AdapterServer:
         if manager is None:
             return
         self._accepts = False
-        manager.stop(block=True, timeout=timeout)
+        end = None if timeout is None else time.monotonic() + timeout
+        while self._waiting and manager.is_running() and (end is None or time.monotonic() < end):
+            time.sleep(0.01)
+        manager.stop(block=True, timeout=None if end is None else max(0.0, end - time.monotonic()))
         if manager.is_running():
             manager.stop(block=True, hard_stop=True)
         self._manager = None
@@ -191,14 +201,9 @@ class AdapterServer:
                 )
             self.adapters.hold(adapter)
             self._live[request.request_id] = request
-        options = sampling_options(self, temperature, top_p) if self.sampling else {}
-        manager = self._manager
-        accepted = manager and manager.add_request(
-            ids, request.request_id, max_new_tokens=max_new_tokens, streaming=True, **options
-        )
-        if not accepted:  # it has ended in between
-            self._forget(request)
-            raise ServerStopped("the server has stopped")
+            self._waiting.append((request, sampling_options(self, temperature, top_p) if self.sampling else {}))
+            if self._manager is not None:
+                self._manager.wake()
         return request
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
@@ -226,7 +231,7 @@ class AdapterServer:
         with self._lock:
             known = self._live.pop(request.request_id, None) is not None
         if known:
-            self.adapters.release(request.adapter)
+            self.adapters.release(request.adapter, request.began is not None)
         return known
 
     # --- adapters -----------------------------------------------------------------------------------------------
@@ -248,6 +253,32 @@ class AdapterServer:
         for request in overdue:
             request.expire()
         self.adapters.sweep()
+        self._begin()
+
+    def _begin(self) -> None:
+        """Give the manager the requests whose adapters are in the model, or find room there.
+
+        Others may go before one whose adapter finds none, but not for long: they keep theirs in use.
+        """
+        now, ready, blocked = time.monotonic(), [], False
+        kept: deque[tuple[Request, dict[str, Any]]] = deque()
+        with self._lock:
+            for request, options in self._waiting:
+                age = now - request.created
+                if request.request_id not in self._live:  # given up
+                    continue
+                if (blocked and request.adapter != BASE) or not self.adapters.begin(request.adapter):
+                    blocked = blocked or age > PATIENCE
+                    kept.append((request, options))
+                    continue
+                request.began = age
+                ready.append((request, options))
+            self._waiting = kept
+        for request, options in ready:
+            assert self._manager is not None
+            self._manager.add_request(
+                request.prompt, request.request_id, max_new_tokens=request.max_new_tokens, streaming=True, **options
+            )
 
     def packed(self, ids: Sequence[str], lengths: Sequence[int]) -> PackedRequests:
         with self._lock:
@@ -258,12 +289,14 @@ class AdapterServer:
         return PackedRequests(tuple(lengths), roster, tuple(place[name] for name in names))
 
     def _roster_for(self, wanted: set[str], live: list[str]) -> RowNames:
-        """The adapters of this step, and of those that wait: what layers have packed for it serves the next steps."""
+        """The adapters of this step, and of those that come: what layers have packed for it serves the next steps."""
         if wanted == {BASE}:
             return RowNames([BASE])
-        if self._roster_of != self.adapters.changes or not wanted.issubset(self._roster):
-            self._roster = RowNames(dict.fromkeys([BASE, *live, *sorted(wanted)]))
-            self._roster_of = self.adapters.changes
+        salts = [self.adapters.salt(name) for name in self._roster]
+        if salts != self._roster_of or not wanted.issubset(self._roster):
+            coming = [name for name in live if name in self.adapters.residents]
+            self._roster = RowNames(dict.fromkeys([BASE, *coming, *sorted(wanted)]))
+            self._roster_of = [self.adapters.salt(name) for name in self._roster]
         return self._roster
 
     def salt(self, request_id: str) -> str:

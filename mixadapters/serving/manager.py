@@ -62,6 +62,10 @@ class ServingManager(ContinuousBatchingManager):
         self.context, self.work = context, work
         self.output_router = Deliveries(work.deliver)
 
+    def wake(self) -> None:
+        """Have an idle loop look for work at once."""
+        self._wake_up_loop.set()
+
     def _create_batch_processor(self) -> Any:
         processor = super()._create_batch_processor()
         if processor.cache.use_prefix_sharing:

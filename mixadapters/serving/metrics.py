@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from mixadapters.serving.engine import AdapterServer
 from mixadapters.serving.requests import Request
@@ -19,13 +20,15 @@ class Metrics:
     def __init__(self, server: AdapterServer) -> None:
         self.server, self.begun = server, int(time.time())
         self.registry = CollectorRegistry()
-        common = {"namespace": "mixadapters", "registry": self.registry}
+        common: dict[str, Any] = {"namespace": "mixadapters", "registry": self.registry}
+        timed = {"buckets": SECONDS, **common}
         self._answers = Counter("answers", "Answers of the endpoint.", ["path", "status"], **common)
         self._requests = Counter("requests", "Requests that have ended.", ["how"], **common)
         self._read = Counter("prompt_tokens", "Tokens of prompts of requests that have ended.", **common)
         self._written = Counter("generated_tokens", "Tokens generated for requests that have ended.", **common)
-        self._first = Histogram("first_token_seconds", "From a request to its first token.", buckets=SECONDS, **common)
-        self._whole = Histogram("request_seconds", "From a request to its end.", buckets=SECONDS, **common)
+        self._first = Histogram("first_token_seconds", "From a request to its first token.", **timed)
+        self._wait = Histogram("wait_seconds", "From a request to its adapter's place in the model.", **timed)
+        self._whole = Histogram("request_seconds", "From a request to its end.", **timed)
         self.registry.register(self)
 
     def answered(self, path: str, status: int) -> None:
@@ -37,17 +40,29 @@ class Metrics:
         self._read.inc(len(request.prompt))
         self._written.inc(len(request.tokens))
         self._whole.observe(time.monotonic() - request.created)
+        if request.began is not None:
+            self._wait.observe(request.began)
         if request.first_token is not None:
             self._first.observe(request.first_token)
 
-    def collect(self) -> list[GaugeMetricFamily]:
-        """What is so now."""
+    def collect(self) -> list[Metric]:
+        """What is so now, and what the server itself has counted."""
+        adapters = self.server.adapters
         gauges = {
             "requests_held": ("Requests that the server holds, running or waiting.", self.server.waiting),
-            "adapters": ("Adapters that requests may name.", len(self.server.adapters.names)),
+            "adapters": ("Adapters that requests may name.", len(adapters.names)),
+            "resident_adapters": ("Those of them that lie in the model.", len(adapters.residents)),
             "up": ("Whether the server takes requests.", int(self.server.running)),
         }
-        return [GaugeMetricFamily(f"mixadapters_{name}", text, value) for name, (text, value) in gauges.items()]
+        counts = {
+            "adapter_hits": ("Requests whose adapter lay in the model.", adapters.hits),
+            "adapter_misses": ("Requests whose adapter was in host memory.", adapters.misses),
+            "adapter_evictions": ("Adapters that have left the model for others.", adapters.residents.evictions),
+        }
+        return [
+            *(GaugeMetricFamily(f"mixadapters_{name}", text, value) for name, (text, value) in gauges.items()),
+            *(CounterMetricFamily(f"mixadapters_{name}", text, value) for name, (text, value) in counts.items()),
+        ]
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -63,6 +63,7 @@ class Request:
         self.max_new_tokens, self.stops = max_new_tokens, frozenset(stops)
         self.created = time.monotonic()
         self.deadline = None if deadline is None else self.created + deadline
+        self.began: float | None = None  # seconds after its creation: its adapter was there, and steps could hold it
         self.first_token: float | None = None  # seconds after its creation
         self._give_up = give_up
         self._changed = threading.Condition()

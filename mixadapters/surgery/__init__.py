@@ -2,10 +2,12 @@
 
 from mixadapters.surgery.compressed import compress_folder, expand_compressed, load_compressed, save_compressed
 from mixadapters.surgery.compressing import Compression, compress_experts
+from mixadapters.surgery.extraction import Extraction, extract_experts, using_experts
 from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers
 from mixadapters.surgery.merging import MergeResult, merge_experts
 from mixadapters.surgery.overspecification import Overspecification, overspecification_report
 from mixadapters.surgery.pruning import PruneCurve, PruneResult, prune_curve, prune_experts
+from mixadapters.surgery.saving import load_pruned, save_pruned
 from mixadapters.surgery.splitting import join_experts, split_expert
 from mixadapters.surgery.tuning import Ranked, ftri, rank_by_usage, selectivity, tune_experts
 from mixadapters.surgery.usage import ExpertUsage, LayerUsage, record_usage
@@ -14,6 +16,7 @@ __all__ = [
     "Compression",
     "ExpertLayer",
     "ExpertUsage",
+    "Extraction",
     "LayerUsage",
     "MergeResult",
     "Overspecification",
@@ -25,9 +28,11 @@ __all__ = [
     "compress_folder",
     "expand_compressed",
     "expert_layers",
+    "extract_experts",
     "ftri",
     "join_experts",
     "load_compressed",
+    "load_pruned",
     "merge_experts",
     "overspecification_report",
     "prune_curve",
@@ -35,7 +40,9 @@ __all__ = [
     "rank_by_usage",
     "record_usage",
     "save_compressed",
+    "save_pruned",
     "selectivity",
     "split_expert",
     "tune_experts",
+    "using_experts",
 ]

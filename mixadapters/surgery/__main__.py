@@ -1,4 +1,4 @@
-"""`python -m mixadapters.surgery report | routes`: see `report --help`."""
+"""`python -m mixadapters.surgery report | routes | prune | merge`: see docs/surgery.md, or `report --help`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ USAGE = """usage: python -m mixadapters.surgery COMMAND MODEL [--adapter ADAPTER
 
   report  what the experts are, cost and do: tables, a picture, and the record as a file
   routes  a page in which text is coloured by the expert that took each token, layer by layer
+  prune   the experts that matter least for the texts leave
+  merge   experts that serve the same tokens become one
 COMMAND --help lists all arguments. A text of FILE is a line of a .txt, or a field of a line of a .jsonl."""
 
 
@@ -61,6 +63,16 @@ class Inputs:
         for start in tqdm(range(0, len(rows), size), what, unit="batch", disable=not _on_terminal(), leave=False):
             part = slice(start, start + size)
             yield padded(self.model, rows[part]), None if labels is None else labels[part]
+
+    def save(self, folder: Path) -> None:
+        """The adapter; or the base with its tokenizer."""
+        if self.args.adapter is not None:
+            self.model.save_pretrained(folder)
+            return
+        from mixadapters.surgery.saving import save_pruned
+
+        save_pruned(self.model, folder)
+        self.tokenizer.save_pretrained(folder)
 
     def usage(self) -> Any:
         """What the experts do with the texts."""
@@ -123,6 +135,77 @@ def routes(arguments: Sequence[str]) -> int:
     return 0
 
 
+def prune(arguments: Sequence[str]) -> int:
+    from mixadapters.surgery.pruning import CRITERIA, prune_experts
+
+    parser = _parser("prune", "The experts that matter least for some texts leave.", 256)
+    count = parser.add_mutually_exclusive_group(required=True)
+    count.add_argument("--keep", type=int, metavar="N", help="experts that stay in each layer")
+    count.add_argument("--factor", type=float, help="instead: a layer of E experts keeps E / factor")
+    parser.add_argument("--criterion", choices=CRITERIA, default="saliency", help="default: saliency")
+    parser.add_argument("--scope", choices=("layer", "global"), default="layer", help="of the budget; default: layer")
+    parser.add_argument("--preserve-mass", action="store_true", help="those that stay get nothing of the others'")
+    _add_cutting(parser)
+    args = parser.parse_args(arguments)
+    return _cut(
+        args,
+        lambda model, usage, **options: prune_experts(
+            model, usage, args.keep, factor=args.factor, criterion=args.criterion, scope=args.scope,
+            preserve_mass=args.preserve_mass, **options,
+        ),
+    )  # fmt: skip
+
+
+def merge(arguments: Sequence[str]) -> int:
+    from mixadapters.surgery.merging import AVERAGINGS, SIMILARITIES, merge_experts
+
+    parser = _parser("merge", "Experts that serve the same tokens of some texts become one.", 256)
+    parser.add_argument(
+        "--groups", type=int, required=True, metavar="N", help="experts that each layer has afterwards"
+    )
+    parser.add_argument("--similarity", choices=SIMILARITIES, default="router_logits")
+    parser.add_argument("--weight", choices=AVERAGINGS, default="usage", help="default: usage")
+    parser.add_argument("--no-align", action="store_true", help="add up neurons as they are numbered")
+    parser.add_argument("--scope", choices=("layer", "global"), default="layer", help="of the budget; default: layer")
+    _add_cutting(parser)
+    args = parser.parse_args(arguments)
+    return _cut(
+        args,
+        lambda model, usage, **options: merge_experts(
+            model, usage, args.groups, similarity=args.similarity, align=not args.no_align, weight=args.weight,
+            scope=args.scope, **options,
+        ),
+    )  # fmt: skip
+
+
+def _add_cutting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--label", help="record the texts of this label alone: what the model is to be good at")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--dry-run", action="store_true", help="say what would happen, and write nothing")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="new folder, for the result")
+
+
+def _cut(args: argparse.Namespace, verb: Callable[..., Any]) -> int:
+    """Record, cut and save."""
+    from mixadapters.core.files import folder_aside, new_folder
+
+    new_folder(args.out)
+    inputs = Inputs(args)
+    usage = inputs.usage()
+    if args.label is not None and args.label not in usage.by_label:
+        raise ValueError(f"--label {args.label!r} is no label of {str(args.data)!r}; have {sorted(usage.by_label)}")
+    usage = usage if args.label is None else usage.by_label[args.label]
+    result = verb(inputs.model, usage, adapter=inputs.owner, seed=args.seed, dry_run=args.dry_run)
+    print(result)
+    if args.dry_run:
+        return 0
+    with folder_aside(args.out) as aside:
+        inputs.save(aside)
+        (aside / "surgery.json").write_text(json.dumps(result.as_dict(), indent=1), encoding="utf-8")
+    _say(f"wrote {args.out}")
+    return 0
+
+
 def _check_new_file(path: Path, suffix: str) -> None:
     if path.suffix != suffix:
         raise ValueError(f"--out {str(path)!r} must end in {suffix}")
@@ -140,7 +223,12 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"report": report, "routes": routes}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "report": report,
+    "routes": routes,
+    "prune": prune,
+    "merge": merge,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ def base_layers(model: nn.Module) -> list[ExpertLayer]:
     root = root_of(model)
     found: list[ExpertLayer] = []
     for name, module in root.named_modules():
-        if not _holds_experts(module):
+        if not holds_experts(module):
             continue
         kind = getattr(getattr(module, "config", None), "model_type", None) or _type_of(root)
         if kind not in BASES:
@@ -63,7 +63,7 @@ def count_field(config: Any) -> str:
     return next(name for name in (*COUNTS, "moe_num_experts") if name in said)
 
 
-def _holds_experts(module: nn.Module) -> bool:
+def holds_experts(module: nn.Module) -> bool:
     """Whether a module holds fused experts, in whatever form, or is a list of experts beside a router."""
     if "Experts" not in type(module).__name__:
         return False
@@ -105,7 +105,8 @@ class ExpertMap(nn.Module):
 
     def __init__(self, numbers: Sequence[int] | Tensor, device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.register_buffer("numbers", torch.as_tensor(numbers, dtype=torch.long, device=device))
+        numbers = torch.as_tensor(numbers, dtype=torch.long, device=device)
+        self.register_buffer("numbers", numbers, persistent=False)  # `save_pruned` says it; a plain load would not fit
 
     def forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Renumbers the arguments of the experts' module."""
@@ -256,7 +257,7 @@ class BaseExperts(ExpertLayer):
             self._keep_columns(stay)
             numbers = [numbers[c] for c in stay]
         self._keep_experts(kept)
-        self._settle_map(numbers)
+        self.settle_map(numbers)
 
     def check_keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
         kept = check_order(self, order)
@@ -277,7 +278,7 @@ class BaseExperts(ExpertLayer):
         kept = sorted(set(stands))
         numbers = self._renumbered({e: kept.index(other) for e, other in enumerate(stands)})
         self._keep_experts(kept)
-        self._settle_map(numbers)
+        self.settle_map(numbers)
 
     def _refuse_adapted(self) -> None:
         """Raise ValueError where adapters of PEFT sit on the experts or their router."""
@@ -330,7 +331,21 @@ class BaseExperts(ExpertLayer):
                 self.experts._parameters[name] = new
         _recount(self.experts, before, len(kept))
 
-    def _settle_map(self, numbers: Sequence[int]) -> None:
+    def shrink(self, experts: int, columns: int) -> None:
+        """Have the shapes of so many experts and columns of the router; for a model that has no weights yet.
+
+        Raises:
+            ValueError: the layer has fewer.
+        """
+        have = len(self.names)
+        if experts > have or columns > have:
+            raise ValueError(
+                f"{self.path!r} has {have} experts, and not {experts}, or {columns} columns of its router"
+            )
+        self._keep_columns(range(columns))
+        self._keep_experts(range(experts))
+
+    def settle_map(self, numbers: Sequence[int]) -> None:
         """Have a map where columns and experts are not the same."""
         if list(numbers) == list(range(len(self.names))):
             detach_map(self.experts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import transformers
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from mixadapters.surgery.saving import EXPERTS_FILE, load_pruned
 
 # PEFT's task types and the class of transformers that reads the base with the head that they need.
 CLASSES = {
@@ -34,8 +37,13 @@ def load_model(name: str, adapter: str | None = None, device: str = "cpu") -> nn
         raise ValueError(f"--adapter {adapter!r} has no adapter_config.json: it is no saved adapter")
     task = None if adapter is None else _read("--adapter", adapter, PeftConfig).task_type
     config = _read("MODEL", name, AutoConfig)
-    base = _read("MODEL", name, _class_for(config, task), dtype="auto")
-    model: Any = base if adapter is None else _read("--adapter", adapter, PeftModel, base, adapter, named=False)
+    if (Path(name) / EXPERTS_FILE).is_file():  # what transformers cannot load
+        base = _try("MODEL", name, lambda: load_pruned(name, dtype="auto"))
+    else:
+        base = _read("MODEL", name, _class_for(config, task), dtype="auto")
+    model: Any = base
+    if adapter is not None:
+        model = _try("--adapter", adapter, lambda: PeftModel.from_pretrained(base, adapter))
     try:
         return model.to(torch.device(device)).eval()
     except (RuntimeError, AssertionError) as error:  # no such device, or no room there
@@ -57,8 +65,12 @@ def _class_for(config: Any, task: Any) -> Any:
     return found if whole else AutoModel
 
 
-def _read(what: str, name: str | None, kind: Any, *args: Any, named: bool = True, **options: Any) -> Any:
+def _read(what: str, name: str, kind: Any, **options: Any) -> Any:
+    return _try(what, name, lambda: kind.from_pretrained(name, **options))
+
+
+def _try(what: str, name: str, load: Callable[[], Any]) -> Any:
     try:
-        return kind.from_pretrained(*((name,) if named else ()), *args, **options)
+        return load()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{what} {name!r} cannot be loaded: {error}") from None

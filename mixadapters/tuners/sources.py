@@ -176,12 +176,13 @@ def check_new(
     share: Any = 0.5,
     r: Any = None,
     source: Any = None,
+    like: Any = None,
 ) -> None:
     """Refuse what a verb that adds an expert cannot take.
 
     Args:
         noun: what is added. have: the names that there are. adapters: those of the model's other adapters.
-        share: of the weight that it starts with. r: its rank, for new ones.
+        share: of the weight that it starts with. r: its rank, for new ones. like: the one that it is a copy of.
 
     Raises:
         ValueError: the argument, its value and the remedy.
@@ -195,6 +196,13 @@ def check_new(
         )
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
         raise ValueError(f"share={share!r} must lie between 0 and 1")
+    if like is not None and like not in have:
+        raise ValueError(f"like={like!r}: unknown {noun}; have {list(have)}.{nearest(like, have)}")
+    if like is not None and (r is not None or source is not None):
+        other = f"r={r!r}" if source is None else f"source={source!r}"
+        raise ValueError(
+            f"like={like!r} and {other}: a copy has the ranks and weights of that {noun}; give one of both"
+        )
     if r is not None and source is not None:
         raise ValueError(f"r={r!r}: a source brings its own rank; leave r out")
     if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):

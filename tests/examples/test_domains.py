@@ -67,6 +67,7 @@ def made(study, given) -> dict[str, Any]:
     return study.main(study.Arguments(**given))
 
 
+@pytest.mark.slow
 def test_every_cell_of_both_kinds_is_run_and_told(made, given) -> None:
     assert made["missing"] == 0
     assert len(made["runs"]) == 2 * len(CELLS)
@@ -78,6 +79,8 @@ def test_every_cell_of_both_kinds_is_run_and_told(made, given) -> None:
         assert runs[kind, "added"]["perplexity"]["cells"] < runs[kind, "counts"]["perplexity"]["cells"]
         assert runs[kind, "removed"]["perplexity"]["code"] > runs[kind, "added"]["perplexity"]["code"]
         assert runs[kind, "lm_prefix"]["tokens"] == 3 * 600
+        assert runs[kind, "base"]["tokens"] == 0
+        assert runs[kind, "posterior"]["parameters"] == runs[kind, "counts"]["parameters"]
         assert math.isclose(runs[kind, "counts"]["parameters"], runs[kind, "joint"]["parameters"], rel_tol=0.1)
     assert set(made["choices"]["lora"]["tried"]["expert"]) == {"0.005", "0.01"}
     table = (Path(given["out"]) / "table.md").read_text(encoding="utf-8")
@@ -86,6 +89,7 @@ def test_every_cell_of_both_kinds_is_run_and_told(made, given) -> None:
     assert json.loads((Path(given["out"]) / "results.json").read_text())["runs"] == made["runs"]
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_run_again_and_other_settings_are_refused(made, given, study, monkeypatch) -> None:
     monkeypatch.setattr(study, "one", None)
     assert study.main(study.Arguments(**given))["runs"] == made["runs"]
@@ -93,6 +97,7 @@ def test_what_is_there_is_not_run_again_and_other_settings_are_refused(made, giv
         study.main(study.Arguments(**{**given, "batch": 8}))
 
 
+@pytest.mark.slow
 def test_what_has_no_time_is_missing_and_its_claims_are_not_run(made, given, study, tmp_path) -> None:
     found = study.main(study.Arguments(**{**given, "out": str(tmp_path), "cpu_minutes": 0.0}))
     assert (found["runs"], found["missing"]) == ([], 2 * len(CELLS))

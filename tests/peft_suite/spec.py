@@ -119,6 +119,18 @@ MLP_FORMS: dict[str, tuple[type, Arguments]] = {
     "moa, bottleneck": moa(target_modules=["lin0"], expert_type="bottleneck"),
     "moa, glu": moa(target_modules=["lin0"], expert_type="glu", activation="silu"),
     "moa, constant": moa(target_modules=BOTH, router="constant"),
+    "moa, top_p of all": moa(target_modules=["lin0"], router={"kind": "top_p", "p": 1.0}),
+    "moa, null arms": moa(target_modules=["lin0"], router="null", num_null_experts=2),
+    "moa, cosine": moa(target_modules=["lin0"], router="cosine"),
+    "moa, sigmoid": moa(target_modules=BOTH, router="sigmoid"),
+    "moa, router with a hidden layer": moa(target_modules=["lin0"], router="softmax", router_hidden=[8]),
+    "moa, segments": moa(target_modules=["lin0"], segments=2, router="softmax"),
+    "moa, rsLoRA, ranks and alphas by module": moa(
+        target_modules=BOTH, use_rslora=True, rank_pattern={"lin0": 2}, alpha_pattern={"lin1": 4}
+    ),
+    "moa, dropout and a fixed factor": moa(target_modules=["lin0"], lora_dropout=0.1, routed_scaling_factor=2.0),
+    "moa, normalised weights": moa(target_modules=["lin0"], norm_topk_prob=True),
+    "moa, pfeiffer": moa(target_modules=BOTH, expert_type="bottleneck", placement="pfeiffer", activation="silu"),
     "agd": agd(target_modules=["lin0"]),
     "agd on both": agd(target_modules=BOTH),
     "agd and a trained head": agd(target_modules=["lin0"], modules_to_save=["lin1"]),
@@ -245,7 +257,12 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         moa(),
         mosa(),
     ),
-    "test_token_classification_qa.py": [bottleneck(), mixda(domain_layers=[0, 1]), moa(), mosa()],
+    "test_token_classification_qa.py": [
+        bottleneck(),
+        mixda(domain_layers=[0, 1]),
+        moa(),
+        mosa(),
+    ],
     "test_extra_mixed.py": [
         bottleneck(init_weights=False),
         bottleneck(init_weights=False, target_modules=ANY_BLOCK, placement="parallel"),

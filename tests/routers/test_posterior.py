@@ -122,16 +122,17 @@ def test_greedy_tokens_are_those_by_hand(both) -> None:
     assert found[:1].tolist() == text.tolist()
 
 
+@pytest.mark.parametrize("choose_after", [None, 8])  # 8: the beams of a row choose arms of their own
 @pytest.mark.parametrize(
-    "how", [{"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 3}]
+    "how", [{"num_beams": 4, "num_return_sequences": 3}, {"do_sample": True, "num_return_sequences": 3}]
 )
-def test_beams_and_samples_are_those_without_a_cache(both, how) -> None:
+def test_beams_and_samples_are_those_without_a_cache(both, how, choose_after) -> None:
     _, model = both
     found = []
     for use_cache in (True, False):
         torch.manual_seed(0)
-        with of(model):
-            ids = model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=6,
+        with of(model, choose_after=choose_after):
+            ids = model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=9,
                                  use_cache=use_cache, eos_token_id=None, **how)  # fmt: skip
         found.append(ids.tolist())
     assert found[0] == found[1]
@@ -199,6 +200,7 @@ def test_what_it_cannot_do_is_refused(both, tiny) -> None:
     refused(model, "output_hidden_states=True", output_hidden_states=True)
     refused(model, "return_dict=False", return_dict=False)
     refused(model, "do not pack", position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]] * 2))
+    refused(model, "the posterior: continuous batching packs", cache=object(), cu_seq_lens_q=torch.tensor([0, 6]))
     with pytest.raises(ValueError, match="choose_after=0 must be"), of(model, choose_after=0):
         pass
     with of(model), pytest.raises(ValueError, match="open already"), of(model):

@@ -295,7 +295,7 @@ def test_bodies_that_are_too_large_are_not_read(served) -> None:
         ("notes", None, 404),
         ("law", None, 400),
         ("tiny", "law", 400),
-        ("bank", "law", 400),
+        ("base_layer", "law", 400),
     ],
 )
 def test_only_adapters_of_the_folder_are_loaded_under_free_names(served, name, path, status) -> None:
@@ -415,6 +415,10 @@ def test_metrics_count_requests_tokens_and_answers(served) -> None:
     served.client.completions.create(model="law", prompt=WORDS, max_tokens=7)
     assert [value(name) - old for name, old in zip(names, before, strict=True)] == [1, 5, 7, 1]
     assert value("adapters ") == 3
+    assert value("resident_adapters ") == 3
+    assert value("adapter_hits_total ") >= 1
+    assert value("adapter_misses_total ") == 0
+    assert value("wait_seconds_count") == value("requests_total")
     assert value("up ") == 1
     assert value("first_token_seconds_count") >= 1
     assert ask(served.port, "GET", "/health").json() == {"status": "ok"}

@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from mixadapters import MoAConfig
 from mixadapters.surgery import __main__ as command
 from mixadapters.surgery import loading
+from mixadapters.surgery.layers import expert_layers
+from mixadapters.surgery.pruning import prune_experts
 from mixadapters.surgery.texts import LONGEST, read_texts
 from mixadapters.surgery.usage import ExpertUsage
 
@@ -92,6 +94,68 @@ def test_texts_that_are_left_out_are_said(folder, tmp_path, capsys) -> None:
     assert "2 texts are read, 6 are left out by --limit 1" in capsys.readouterr().err
 
 
+def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
+    model = loading.load_model(str(folder / "base"), None if adapter is None else str(adapter))
+    with torch.no_grad():
+        return model(input_ids=torch.arange(12).view(1, -1)).logits
+
+
+def test_prune_writes_an_adapter_that_loads(folder, tmp_path, capsys) -> None:
+    assert run("prune", folder, "--keep", 2, "--out", tmp_path / "out", adapter=True) == 0
+    said = json.loads((tmp_path / "out" / "surgery.json").read_text())
+    assert said["counts"] == [8, 4]  # of two layers
+    assert "pruned 8 experts to 4 by saliency" in capsys.readouterr().out
+    model: Any = loading.load_model(str(folder / "base"), str(tmp_path / "out"))
+    assert [len(layer.names) for layer in expert_layers(model, "default")] == [2, 2]
+    assert not torch.equal(logits(folder, tmp_path / "out"), logits(folder, folder / "adapter"))
+    assert run("prune", folder, "--keep", 4, "--out", tmp_path / "whole", adapter=True) == 0
+    assert torch.equal(logits(folder, tmp_path / "whole"), logits(folder, folder / "adapter"))
+
+
+def test_merge_writes_an_adapter_that_loads(folder, tmp_path, capsys) -> None:
+    assert run("merge", folder, "--groups", 2, "--out", tmp_path / "out", adapter=True) == 0
+    assert json.loads((tmp_path / "out" / "surgery.json").read_text())["counts"] == [8, 4]
+    assert "merged 8 experts to 4" in capsys.readouterr().out
+    found = logits(folder, tmp_path / "out")
+    assert found.isfinite().all()
+    assert not torch.equal(found, logits(folder, folder / "adapter"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("prune", ["--keep", 3]), ("prune", ["--keep", 3, "--scope", "global"]), ("merge", ["--groups", 3])],
+)
+def test_a_base_that_was_cut_is_a_model_again(folder, tmp_path, name, arguments) -> None:
+    assert run(name, folder, *arguments, "--out", tmp_path / "base") == 0
+    assert {"config.json", "surgery.json", "tokenizer.json"} <= set(left(tmp_path / "base"))
+    model: Any = loading.load_model(str(tmp_path / "base"))
+    assert sum(len(layer.names) for layer in expert_layers(model)) == 6
+    data = ["--data", str(folder / "texts.jsonl")]
+    assert command.main(["report", str(tmp_path / "base"), *data]) == 0
+
+
+def test_prune_for_a_label_goes_by_its_texts_alone(folder, tmp_path, monkeypatch) -> None:
+    seen = []
+
+    def keep(model, usage, *args, **options):
+        seen.append(sum(int(layer.rows) for layer in usage.layers.values()))
+        return prune_experts(model, usage, *args, **options)
+
+    monkeypatch.setattr("mixadapters.surgery.pruning.prune_experts", keep)
+    for label in ([], ["--label", "law"]):
+        assert run("prune", folder, "--keep", 2, "--dry-run", "--out", tmp_path / "out", *label, adapter=True) == 0
+    assert seen == [2 * 24, 2 * 12]
+    assert left(tmp_path) == []  # a dry run
+
+
+def test_prune_of_an_unknown_label_is_refused(folder, tmp_path, capsys) -> None:
+    assert run("prune", folder, "--keep", 2, "--out", tmp_path / "out", "--label", "tax", adapter=True) == 1
+    assert "--label 'tax' is no label of" in capsys.readouterr().err
+    assert run("prune", folder, "--keep", 9, "--out", tmp_path / "out", adapter=True) == 1
+    assert "keep=9" in capsys.readouterr().err
+    assert left(tmp_path) == []
+
+
 @pytest.fixture
 def unloaded(monkeypatch) -> None:
     def refuse(*args: Any, **options: Any) -> None:
@@ -114,6 +178,7 @@ def unloaded(monkeypatch) -> None:
         ("routes", ["--out", "page.html", "--text-field", "body"], "line 1 has no text in a field 'body'"),
         ("report", ["--out", "full"], "holds something already"),
         ("report", ["--limit", "0"], "--limit 0 must be 1 or more"),
+        ("prune", ["--keep", "2", "--out", "full"], "holds something already"),
     ],
 )
 def test_arguments_are_refused_before_anything_loads(

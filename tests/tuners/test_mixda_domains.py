@@ -769,3 +769,71 @@ def test_several_mixtures_in_a_model_keep_their_own_domains(tiny, tiny_inputs) -
     torch.testing.assert_close(logits(model, inputs), second)
     assert list(tuner(model).peft_config["second"].domains) == ["x"]
     assert tuner(model).domain_ids(["x"], adapter_name="second").tolist() == [0]
+
+
+# --- copies, and where new domains lie ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", ["softmax", "counts"])
+def test_a_domain_like_another_begins_as_that_and_goes_its_own_way(tiny, tiny_inputs, tmp_path, gate) -> None:
+    sources = {name: save_path(tiny, tmp_path, name) for name in "ab"}
+    model = get_peft_model(tiny("llama"), MixDAConfig(domains=sources, router=gate)).eval()
+    texts = {"a": [[5, 6]], "b": [[7, 8]]}
+    if gate == "counts":
+        tuner(model).fit_gate(texts, [[9, 10]])
+    tuner(model).add_domain("c", like="b")
+    if gate == "counts":
+        tuner(model).fit_gate({"c": [[11, 12]]})
+    assert same(experts(model, "c"), experts(model, "b"))
+    entries = tuner(model).config_of("default").domains
+    assert entries["c"] == {"ranks": entries["b"]["ranks"]}
+    inputs = tiny_inputs("llama")
+    alone = [logits(model, {**inputs, "domain_ids": tuner(model).domain_ids([name] * 2)}) for name in "bc"]
+    torch.testing.assert_close(alone[0], alone[1])
+    with torch.no_grad():
+        for mixture in mixtures(model).values():
+            for parameter in mixture.bank.experts["c"].parameters() if "c" in mixture.bank.experts else ():
+                parameter.add_(0.1)
+    assert not same(experts(model, "c"), experts(model, "b"))
+    model.save_pretrained(tmp_path / "mixture")
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path / "mixture")
+    assert same(experts(loaded, "c"), experts(model, "c"))
+    assert same(experts(loaded, "b"), experts(model, "b"))
+
+
+def save_path(tiny: Any, folder: Path, name: str) -> str:
+    save_mixda(tiny, folder, name)
+    return str(folder / name)
+
+
+def test_a_new_domain_lies_where_the_others_do_unless_layers_are_named(tiny, tmp_path) -> None:
+    sources = {name: save_path(tiny, tmp_path, name) for name in "ab"}
+    for layers, expected in ((None, {"0", "2", "3"}), ([1], {"1"})):
+        model = get_peft_model(tiny("llama"), MixDAConfig(domains=dict(sources), r=4, domain_layers=layers))
+        tuner(model).add_domain("c")
+        assert {key.partition(".")[0] for key in experts(model, "c")} == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"like": "bb"}, "like='bb': unknown domain; have .*Did you mean 'b'"),
+        ({"like": "b", "r": 4}, "like='b' and r=4"),
+        ({"like": "b", "source": "folder"}, "like='b' and source='folder'"),
+    ],
+)
+def test_a_copy_of_nothing_or_of_two_things_is_refused(tiny, arguments, message) -> None:
+    model = get_peft_model(tiny("llama"), MixDAConfig(domains=["a", "b"], r=4))
+    with pytest.raises(ValueError, match=message):
+        tuner(model).add_domain("c", **arguments)
+    assert list(tuner(model).config_of("default").domains) == ["a", "b"]
+
+
+def test_convex_refuses_a_domain_that_was_trained_as_a_change(tiny, tmp_path) -> None:
+    model = get_peft_model(tiny("llama"), BottleneckConfig.domain(r=4))
+    model.save_pretrained(tmp_path / "delta")
+    config = MixDAConfig(domains={"law": str(tmp_path / "delta")}, combine="convex")
+    base = tiny("llama")
+    with pytest.raises(ValueError, match=r"trained with combine='delta', this mixture has 'convex'"):
+        get_peft_model(base, config)
+    assert not [name for name, _ in base.named_modules() if "adapters" in name]

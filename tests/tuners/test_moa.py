@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mixadapters import MixDAConfig, MoAConfig
 from mixadapters.core.routing import RoutingKey
+from mixadapters.tuners.moa.router import router_spec
 
 SCOPES = ("module", "block", "model")
 
@@ -304,6 +305,16 @@ def test_bad_values_are_refused_by_name(form) -> None:
         MoAConfig(**fields)
 
 
+@pytest.mark.parametrize("k", [2, None])
+def test_a_wrapped_router_takes_the_fields_of_its_base(k) -> None:
+    """The usual base chooses k experts, and k was given to those that choose none."""
+    config = MoAConfig(num_experts_per_tok=k, router={"kind": "recurrent", "base": "softmax"})
+    assert "k" not in router_spec(config)[1]
+    assert router_spec(MoAConfig(num_experts_per_tok=3, router="recurrent"))[1]["k"] == 3
+    with pytest.raises(ValueError, match=r"num_experts_per_tok=3: router 'recurrent' has no option 'k'"):
+        MoAConfig(num_experts_per_tok=3, router={"kind": "recurrent", "base": "softmax"})
+
+
 def test_too_many_experts_per_token_is_an_error_of_the_model(tiny) -> None:
     with pytest.raises(ValueError, match="num_experts_per_tok=9"):
         build(tiny("llama"), num_experts=4, num_experts_per_tok=9)
@@ -480,3 +491,28 @@ def test_null_arms_count_among_those_that_a_token_may_choose(tiny) -> None:
     model = build(tiny("llama"), num_experts=2, router={"kind": "null", "k": 4, "null_arms": 3})
     assert {m.router.k for m in mixtures(model).values()} == {4}
     assert {m.router.k for m in mixtures(build(tiny("llama"), router="null", num_experts_per_tok=6)).values()} == {6}
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_an_expert_like_another_begins_as_that_and_survives_a_file(segments, tiny, tiny_inputs, tmp_path) -> None:
+    config = MoAConfig(num_experts=2, r=4, lora_alpha=8, segments=segments, target_modules=["q_proj", "down_proj"])
+    model = randomize(get_peft_model(tiny("llama"), config))
+    tuner = model.base_model
+    tuner.add_expert("copy", like="expert1")
+    mixtures = [mixture for _, mixture in tuner._mixtures("default")]
+    pieces = zip(tuner.config_of("default").pieces("copy"), tuner.config_of("default").pieces("expert1"), strict=True)
+    for new, old in list(pieces):
+        for mixture in mixtures:
+            one, other = (mixture.bank.experts[name].state_dict() for name in (new, old))
+            assert all(torch.equal(one[key], other[key]) and one[key] is not other[key] for key in other)
+            assert mixture.bank.scales.get(new, mixture.bank.scale) == mixture.bank.scales.get(old, mixture.bank.scale)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    inputs = tiny_inputs("llama")
+    torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits)
+    for given, match in (
+        ({"like": "none"}, "unknown expert"),
+        ({"like": "expert0", "r": 2}, "like='expert0' and r=2"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            tuner.add_expert("other", **given)

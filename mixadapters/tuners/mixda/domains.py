@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,12 @@ from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.router import require_surgery
 from mixadapters.tuners.mixda.sources import read_source
 from mixadapters.tuners.sources import check_new, same_module
+from mixadapters.tuners.surgery import SurgeryVerbs
 
 NEW_ARM_SHARE = 0.05  # of the frozen arm's mass that a domain added later starts with
 
 
-class DomainVerbs(GateVerbs, MixtureModel):
+class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
     """Part of MixDA's tuner. The model says where domains go and what they are made of."""
 
     def domain_paths(self, config: MixDAConfig) -> list[str]:
@@ -33,7 +34,7 @@ class DomainVerbs(GateVerbs, MixtureModel):
     def bank_widths(self, config: MixDAConfig, path: str) -> tuple[int, int]:
         raise NotImplementedError
 
-    def new_ranks(self, config: MixDAConfig, rank: int | None = None) -> dict[str, int]:
+    def new_ranks(self, config: MixDAConfig, rank: int | None = None, beside: Collection[str] = ()) -> dict[str, int]:
         raise NotImplementedError
 
     def mixture(self, config: MixDAConfig, site: Site, ranks: dict[str, int]) -> Mixture:
@@ -63,42 +64,47 @@ class DomainVerbs(GateVerbs, MixtureModel):
         source: str | dict[str, Any] | None = None,
         *,
         r: int | None = None,
+        like: str | None = None,
         share: float = NEW_ARM_SHARE,
         adapter_name: str = "default",
     ) -> None:
-        """Add a domain, new (zero) or trained, to a mixture. The weights of the other domains do not change.
+        """Add a domain, new (zero), trained, or a copy of another, to a mixture. The others' weights do not change.
+
+        A new one lies where the others do, unless `domain_layers` says where. With `like` it begins with the layers,
+        ranks and weights of that domain, from which it is then trained further.
 
         Its arm takes `share` of what a softmax gate gives to the frozen layer (for a sigmoid gate, and at layers that
         had no gate: starts at `share`). So with combine="delta" a new domain leaves the output as it was. Make
         optimizers anew afterwards.
 
         Raises:
-            ValueError: the name is taken, the source does not fit or comes with r, or share is not between 0 and 1.
+            ValueError: the name is taken, the source does not fit or comes with r, there is no such domain to be like,
+                or share is not between 0 and 1.
         """
         config = self.config_of(adapter_name)
         require_surgery(config, "add_domain")
-        check_new(
-            "domain",
-            name,
-            list(config.domains),
-            self.peft_config.keys() - {adapter_name},
-            share=share,
-            r=r,
-            source=source,
-        )
+        others_of_model = self.peft_config.keys() - {adapter_name}
+        check_new("domain", name, list(config.domains), others_of_model, share=share, r=r, source=source, like=like)
         given = MixDAConfig(domains={name: source} if source is not None else [name], r=r)  # checks them
         spec = dict(given.domains[name])
         weights = read_source(self, config, name, spec) if "source" in spec else None
-        if weights is None:
-            spec["ranks"] = self.new_ranks(config, r)
-        else:
+        if weights is not None:
             spec["ranks"] = {path: w["down.weight"].shape[0] for path, w in weights.items()}
+        elif like is not None:
+            spec["ranks"] = dict(config.domains[like]["ranks"])
+        else:
+            others = {module for other in config.domains.values() for module in other["ranks"]}
+            spec["ranks"] = self.new_ranks(config, r, others if config.domain_layers is None else ())
         config.domains[name] = spec
         config.domain_order = list(config.domains)
         for path, rank in spec["ranks"].items():
             self._add_expert(adapter_name, path, name, rank, share)
         if weights is not None:
             self.fill(adapter_name, name, weights)
+        if like is not None:
+            for _, mixture in self._mixtures(adapter_name):
+                if like in mixture.bank.experts:
+                    mixture.bank.copy(name, like)
         self.gates_changed(adapter_name)
         self._renumber(adapter_name)
 

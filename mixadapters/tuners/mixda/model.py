@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from copy import copy
 from typing import Any
 
@@ -55,8 +56,8 @@ class MixDAModel(DomainVerbs):
     def ranked(self, config: MixDAConfig) -> list[str]:
         return self.domain_paths(config)
 
-    def new_ranks(self, config: MixDAConfig, rank: int | None = None) -> dict[str, int]:
-        """{module: rank} of a new domain."""
+    def new_ranks(self, config: MixDAConfig, rank: int | None = None, beside: Collection[str] = ()) -> dict[str, int]:
+        """{module: rank} of a new domain. beside: the modules that it lies at; none: those that the config says."""
         paths = self.domain_paths(config)
         depth: dict[str, int] = {}  # of the whole model, whichever layers are chosen
         everywhere = copy(config)  # checked already: `replace` would check all domains once more
@@ -67,8 +68,13 @@ class MixDAModel(DomainVerbs):
         chosen = {}
         for path in paths:
             index = layer_index(path)
-            named = config.sites is None and config.domain_layers is None  # the user has chosen the modules
-            if named or index is None or index in config.layers(depth[stack_of(path, self.model)]):
+            if beside:
+                here = any(same_module(module, path) for module in beside)
+            elif (config.sites is None and config.domain_layers is None) or index is None:
+                here = True  # the user has chosen the modules
+            else:
+                here = index in config.layers(depth[stack_of(path, self.model)])
+            if here:
                 width, _ = self.bank_widths(config, path)
                 default = rank or config.r or max(1, int(width // config.reduction_factor))
                 chosen[path] = self.rank_at(config, path, default)

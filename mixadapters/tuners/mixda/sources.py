@@ -88,8 +88,9 @@ def _check_source(config: MixDAConfig, name: str, saved: Any, where: str) -> str
     kind = getattr(saved.peft_type, "value", saved.peft_type)
     if kind == "BOTTLENECK":
         expert = f"bank.experts.{EXPERT}."
-        theirs = {**saved.bank_options(), "adapter_input": saved.adapter_input, "placement": saved.placement}
-        ours = {**config.bank_options(), "bias": True, "placement": "parallel"}
+        theirs = {**saved.bank_options(), "adapter_input": saved.adapter_input, "placement": saved.placement,
+                  "combine": "delta"}  # fmt: skip
+        ours = {**config.bank_options(), "bias": True, "placement": "parallel", "combine": config.combine}
     elif kind == "MIXDA":
         one = next(iter(saved.domains)) if len(saved.domains) == 1 else name
         if one not in saved.domains:

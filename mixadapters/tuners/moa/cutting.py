@@ -15,9 +15,10 @@ from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.verbs import ExpertVerbs
 from mixadapters.tuners.sources import same_module
+from mixadapters.tuners.surgery import SurgeryVerbs
 
 
-class ExpertCutting(ExpertVerbs):
+class ExpertCutting(SurgeryVerbs, ExpertVerbs):
     """Part of MoA's tuner."""
 
     @torch.no_grad()

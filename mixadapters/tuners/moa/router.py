@@ -30,7 +30,7 @@ def router_spec(config: Any) -> tuple[type[Router], dict[str, Any]]:
     """
     spec: Any = config.router
     cls, given = read_spec(spec)
-    takes = options_of(cls)
+    takes = options_of(cls, given)
     options = dict(given)
     for name, option in OPTION_OF.items():
         value = getattr(config, name)

@@ -13,13 +13,6 @@ from mixadapters.tuners.moa.config import check_experts
 from mixadapters.tuners.moa.verbs import ExpertVerbs
 from mixadapters.tuners.sources import check_new
 
-COPIED = (
-    "ranks",
-    "scales",
-    "biases",
-    "same_as",
-)  # of what the config says of an expert: a copy has no source of its own
-
 
 class ExpertSpawning(ExpertVerbs):
     """Part of MoA's tuner."""
@@ -62,18 +55,12 @@ class ExpertSpawning(ExpertVerbs):
             check_new("expert", name, config.all_names(), self.peft_config.keys() - {adapter_name})
         self._require(adapter_name, "add_expert")
         for name in names:
-            self._name_experts(config, [path for path, _ in self._mixtures(adapter_name)])
-            spec = {key: value for key, value in config.experts[from_expert].items() if key in COPIED}
-            self._add(name, spec, 1 / (len(config.all_names()) + 1), adapter_name)
+            self._add_copy(name, from_expert, 1 / (len(config.all_names()) + 1), adapter_name)
         for _, mixture in self._mixtures(adapter_name):
             for i, piece in enumerate(config.pieces(from_expert)):
                 if piece in mixture.bank.experts:
-                    first: Expert = mixture.bank.experts[piece]
-                    copies = [mixture.bank.experts[config.pieces(name)[i]] for name in names]
-                    for copy in copies:
-                        copy.load_state_dict(first.state_dict())
-                    for expert in (first, *copies):
-                        diversify(expert, mask_fraction, noise)
+                    for name in (from_expert, *names):
+                        diversify(mixture.bank.experts[config.pieces(name)[i]], mask_fraction, noise)
         self._settle(adapter_name)
 
 

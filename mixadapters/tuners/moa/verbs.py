@@ -19,6 +19,7 @@ from mixadapters.tuners.moa.weights import ExpertWeights
 from mixadapters.tuners.sources import check_new
 
 CHANGING = ("experts", "num_experts", "expert_order", "target_modules")  # fields that coming and going changes
+COPIED = ("ranks", "scales", "biases", "same_as")  # of an entry: a copy has no source of its own
 NEW_ARM_SHARE = 0.05  # of the weight that an expert added later starts with
 
 
@@ -71,21 +72,28 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         source: str | dict[str, Any] | None = None,
         *,
         r: int | None = None,
+        like: str | None = None,
         share: float = NEW_ARM_SHARE,
         adapter_name: str = "default",
     ) -> None:
-        """Add an expert, new (zero) or trained, to a mixture. The other experts and their logits do not change.
+        """Add an expert, new (zero), trained, or a copy of another. The others and their logits do not change.
 
-        Its arm starts with about `share` of the weight in a learned router. Make optimizers anew afterwards.
+        Its arm starts with about `share` of the weight in a learned router. With `like` it begins with the modules,
+        ranks and weights of that expert, from which it is then trained further. Make optimizers anew afterwards.
 
         Raises:
-            ValueError: the name is taken, the source does not fit, the router cannot gain an arm, or share is not
-                between 0 and 1.
+            ValueError: the name is taken, the source does not fit, there is no such expert to be like, the router
+                cannot gain an arm, or share is not between 0 and 1.
         """
         config = self._moa(adapter_name)
         others = self.peft_config.keys() - {adapter_name}
-        check_new("expert", name, config.all_names(), others, share=share, r=r, source=source)
+        check_new("expert", name, config.all_names(), others, share=share, r=r, source=source, like=like)
         self._require(adapter_name, "add_expert")
+        if like is not None:
+            check_experts([name], from_file=False)
+            self._add_copy(name, like, share, adapter_name)
+            self._settle(adapter_name)
+            return
         spec = check_experts({name: source}, from_file=False)[name]
         found = gather(self, config, name, spec) if "source" in spec else None
         paths = [path for path, _ in self._mixtures(adapter_name)]
@@ -99,6 +107,17 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         if found is not None:
             self.fill(adapter_name, name, found)
         self._settle(adapter_name)
+
+    def _add_copy(self, name: str, like: str, share: float, adapter_name: str) -> None:
+        """A new expert with the modules, ranks and weights of another."""
+        config = self._moa(adapter_name)
+        self._name_experts(config, [path for path, _ in self._mixtures(adapter_name)])
+        spec = {key: copy.copy(value) for key, value in config.experts[like].items() if key in COPIED}
+        self._add(name, spec, share, adapter_name)
+        for _, mixture in self._mixtures(adapter_name):
+            for new, piece in zip(config.pieces(name), config.pieces(like), strict=True):
+                if piece in mixture.bank.experts:
+                    mixture.bank.copy(new, piece)
 
     def _add(self, name: str, spec: dict[str, Any], share: float, adapter_name: str) -> None:
         """A new expert of this entry in the config: into the config, the routers and the banks."""
@@ -179,13 +198,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         refuse_while_standing(config, name)
         paths = [path for path, _ in self._mixtures(adapter_name)]
         pieces = config.pieces(name)
-        followed = {m.router.key.path for _, m in self._mixtures(adapter_name) if isinstance(m.router, FollowRouter)}
-        for path, mixture in self._mixtures(adapter_name):
-            if path in followed and set(mixture.bank.names) <= set(pieces):
-                raise ValueError(
-                    f"expert {name!r} is the only one at {path!r}, whose router other layers share; make a mixture of "
-                    "the other experts instead"
-                )
+        _refuse_needed(name, pieces, dict(self._mixtures(adapter_name)))
         self._name_experts(config, paths)
         for path, mixture in list(self._mixtures(adapter_name)):
             for piece in pieces:
@@ -226,14 +239,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         config.expert_order = list(config.experts)
 
     def _require(self, adapter_name: str, verb: str) -> None:
-        router = next(iter(self._leaders(adapter_name).values()))
-        if router.fixed_experts is not None:
-            raise ValueError(f"{verb}: {type(router).__name__} cannot: {router.fixed_experts}")
-        if not hasattr(router, verb):
-            raise ValueError(
-                f"{verb} needs a router that can change its arms, and {type(router).__name__} has no {verb}; make a "
-                "new mixture"
-            )
+        _require_verb(next(iter(self._leaders(adapter_name).values())), verb)
 
     def gates_changed(self, adapter_name: str) -> None:
         config = self._moa(adapter_name)
@@ -269,4 +275,26 @@ def _refuse_other_leaders(plan: Any, before: dict[str, Any]) -> None:
             raise ValueError(
                 f"the new expert adapts {path!r}, which runs before the layer whose router it would share; make "
                 "the mixture anew from all experts, or use router_scope='module'"
+            )
+
+
+def _require_verb(router: Any, verb: str) -> None:
+    """Raise ValueError where a router cannot change its arms."""
+    if router.fixed_experts is not None:
+        raise ValueError(f"{verb}: {type(router).__name__} cannot: {router.fixed_experts}")
+    if not hasattr(router, verb):
+        raise ValueError(
+            f"{verb} needs a router that can change its arms, and {type(router).__name__} has no {verb}; make a new "
+            "mixture"
+        )
+
+
+def _refuse_needed(name: str, pieces: list[str], mixtures: dict[str, ExpertMixture]) -> None:
+    """Raise ValueError where an expert is the only one of a layer whose router others share."""
+    followed = {m.router.key.path for m in mixtures.values() if isinstance(m.router, FollowRouter)}
+    for path, mixture in mixtures.items():
+        if path in followed and set(mixture.bank.names) <= set(pieces):
+            raise ValueError(
+                f"expert {name!r} is the only one at {path!r}, whose router other layers share; make a mixture of "
+                "the other experts instead"
             )

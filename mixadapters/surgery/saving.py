@@ -1,0 +1,180 @@
+"""Base models whose experts have been cut, on disk: as transformers saves them where it can load them again.
+
+A config of transformers has one number of experts for all layers. Where layers have as many, the folder is an ordinary
+one. Where they do not, or where several of a router's columns go by one expert, a file of ours says what each layer
+has, and `load_pruned` reads it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from mixadapters.core.files import folder_aside
+from mixadapters.core.hooks import root_of
+from mixadapters.surgery.bases import BASES
+from mixadapters.surgery.blocks import BaseExperts, base_layers, holds_experts, settle_config
+
+EXPERTS_FILE = "mixadapters_experts.json"
+FORMAT = 1
+LARGEST_FILE = 2**22  # bytes of the file above
+OPTIONS = ("dtype", "device_map", "attn_implementation", "experts_implementation", "max_memory", "offload_folder")
+
+
+def save_pruned(model: nn.Module, folder: str | Path) -> bool:
+    """Save a base model whose experts have been cut, with a model card.
+
+    Adapters of it are saved by their own `save_pretrained`.
+
+    Args:
+        folder: a new or an empty one.
+
+    Returns:
+        Whether stock transformers loads it: all layers have as many experts, each with a column of its router.
+
+    Raises:
+        ValueError: the folder holds something, or the model is no MoE base model of the table, or has adapters in it.
+    """
+    root: Any = root_of(model)
+    if any("base_layer" in name.split(".") for name, _ in root.named_modules()):
+        raise ValueError(
+            "the model has adapters in it: save those by save_pretrained, and the base without them (model.unload())"
+        )
+    layers = base_layers(root)
+    if not layers or not isinstance(root, PreTrainedModel):
+        raise ValueError(f"{type(root).__name__} has no experts of a base model; use its own save_pretrained")
+    settle_config(root)
+    layouts = {layer.path: _layout(layer) for layer in layers}
+    plain = _is_plain(layouts)
+    with folder_aside(folder) as aside:
+        root.save_pretrained(str(aside))
+        if not plain:
+            said = {"format": FORMAT, "layers": layouts}
+            (aside / EXPERTS_FILE).write_text(json.dumps(said, indent=1), encoding="utf-8")
+        (aside / "README.md").write_text(_card(root, layouts, plain), encoding="utf-8")
+    return plain
+
+
+def _layout(layer: Any) -> dict[str, Any]:
+    """How many experts a layer has, and which takes the rows of each of its router's columns."""
+    count = len(layer.names)
+    return {"experts": count, "columns": list(range(count)) if layer.map is None else layer.map.numbers.tolist()}
+
+
+def _is_plain(layouts: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether layers have as many experts, each with a column of its own."""
+    counts = {layout["experts"] for layout in layouts.values()}
+    return len(counts) == 1 and all(said["columns"] == list(range(said["experts"])) for said in layouts.values())
+
+
+def load_pruned(folder: str | Path, **options: Any) -> Any:
+    """The model that `save_pruned` has written, in evaluation mode.
+
+    Args:
+        folder: on this machine; nothing in it is run, and no other place is looked at.
+        options: of `from_pretrained`: dtype, device_map, attn_implementation ...
+
+    Raises:
+        ValueError: the folder has not what a pruned model needs, or something that does not fit.
+    """
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        raise ValueError(f"load_pruned takes no {unknown}; it takes {list(OPTIONS)}")
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"folder={str(folder)!r} has no config.json: name a folder that save_pruned has written")
+    config = AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    cls = _class_of(config)
+    layouts = _read_layouts(path / EXPERTS_FILE) if (path / EXPERTS_FILE).exists() else None
+    made = cls if layouts is None else _shaped(cls, layouts)
+    model, told = made.from_pretrained(
+        str(path), config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+        output_loading_info=True, **options,
+    )  # fmt: skip
+    wrong = {name: sorted(map(str, told[name]))[:3] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+             if told.get(name)}  # fmt: skip
+    if wrong:
+        raise ValueError(f"folder={str(folder)!r} does not hold the weights of its model: {wrong}")
+    if layouts is not None:
+        model.__class__ = cls
+        for layer in base_layers(model):
+            layer.settle_map(layouts[layer.path]["columns"])  # type: ignore[attr-defined]
+    return model.eval()
+
+
+def _class_of(config: Any) -> type[PreTrainedModel]:
+    """The class of transformers that a config names. Raises ValueError for others."""
+    named = getattr(config, "architectures", None) or [None]
+    cls = getattr(transformers, named[0], None) if isinstance(named[0], str) else None
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)) or config.model_type not in BASES:
+        raise ValueError(
+            f"architectures={named} of model_type={config.model_type!r} is no MoE base model that can be pruned; "
+            f"those are {', '.join(sorted(BASES))}"
+        )
+    return cls
+
+
+def _read_layouts(file: Path) -> dict[str, dict[str, Any]]:
+    """What the layers of a folder have. Raises ValueError for a file that is not ours, or speaks nonsense."""
+    try:
+        if file.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"it is larger than {LARGEST_FILE} bytes")
+        said = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(said, dict) or said.keys() != {"format", "layers"} or said["format"] != FORMAT:
+            raise ValueError(f"it is not of format {FORMAT}")
+        layers = said["layers"]
+        if not isinstance(layers, dict) or not layers:
+            raise ValueError("it names no layers")
+        for path, layout in layers.items():
+            _check_layout(path, layout)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{str(file)!r} does not say which experts the layers have: {error}") from None
+    return layers
+
+
+def _check_layout(path: str, layout: Any) -> None:
+    whole = isinstance(layout, dict) and layout.keys() == {"experts", "columns"}
+    columns = layout["columns"] if whole else None
+    if not whole or not isinstance(columns, list) or not all(type(n) is int for n in (layout["experts"], *columns)):
+        raise ValueError(f"layers[{path!r}] must be a number of experts, and one for each column of the router")
+    if not 1 <= layout["experts"] <= len(columns) or {*columns} - {-1} != set(range(layout["experts"])):
+        raise ValueError(f"layers[{path!r}]: columns={columns!r:.80} do not go by {layout['experts']} experts")
+
+
+def _shaped(cls: Any, layouts: Mapping[str, Mapping[str, Any]]) -> Any:
+    """A class of models as `cls`, whose layers have these experts from the start, before weights are read."""
+
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        names = [name for name, module in self.named_modules() if holds_experts(module)]
+        if sorted(names) != sorted(layouts):
+            raise ValueError(f"{EXPERTS_FILE} names the layers {sorted(layouts)[:3]}, and the model has {names[:3]}")
+        for name in names:
+            layer = BaseExperts(self, name, self.get_submodule(name), BASES[config.model_type], config.model_type)
+            layer.shrink(layouts[name]["experts"], len(layouts[name]["columns"]))
+
+    return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
+
+
+def _card(root: Any, layouts: Mapping[str, Mapping[str, Any]], plain: bool) -> str:
+    """The model card: what it is, and what loads it."""
+    base = str(getattr(root.config, "_name_or_path", "") or "")
+    named = base if base.count("/") == 1 and not Path(base).exists() else Path(base).name
+    cls = type(root).__name__
+    load = [f"from transformers import {cls}", "", f'model = {cls}.from_pretrained("PATH")']
+    if not plain:
+        load = ["from mixadapters.surgery import load_pruned", "", 'model = load_pruned("PATH")']
+    head = ["---", f"library_name: {'transformers' if plain else 'mixadapters'}", "tags: [mixadapters, moe, pruned]"]
+    head += [f"base_model: {json.dumps(named)}"] if named and named == base else []
+    text = ["---", "", f"# {named or cls}, with fewer experts", ""]
+    text += [f"A {cls} whose experts have been cut with mixadapters."]
+    if not plain:
+        text += ["Its layers have different experts, which stock transformers refuses to load: use mixadapters."]
+    text += ["", "```python", *load, "```", "", "| layer | experts | columns of the router |", "|---|---|---|"]
+    text += [f"| `{path}` | {layout['experts']} | {len(layout['columns'])} |" for path, layout in layouts.items()]
+    return "\n".join([*head, *text, ""])

@@ -1,0 +1,182 @@
+"""Many adapters over one base: some in the model, the others in host memory, and each request gets its own."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from served import KINDS, generated
+
+from mixadapters.core.layer import AdapterHost
+from mixadapters.serving import AdapterServer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+SMALL = {"page_size": 8, "cache_tokens": 2048, "max_batch_tokens": 48}
+PROMPT = [8, 6, 9, 14]
+NAMES = [f"a{i}" for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def folders(save, tmp_path_factory) -> dict[str, Path]:
+    root, kinds = tmp_path_factory.mktemp("adapters"), list(KINDS)
+    return {name: save(root / name, kinds[i % 4], i) for i, name in enumerate(NAMES)}
+
+
+@pytest.fixture(scope="module")
+def alone(causal, folders) -> dict[str, list[int]]:
+    quiet = AdapterServer(causal(), **SMALL)
+    for name, folder in folders.items():
+        quiet.load(name, folder)
+    return {name: generated(quiet.model, PROMPT, name, 6) for name in [*folders, "__base__"]}
+
+
+@pytest.fixture
+def server(causal, folders) -> AdapterServer:
+    server = AdapterServer(causal(), max_resident=2, **SMALL)
+    for name, folder in folders.items():
+        server.load(name, folder)
+    return server
+
+
+def inside(server: AdapterServer) -> set[str]:
+    """The adapters that are in the model, by its layers."""
+    return {name for m in server.model.modules() if isinstance(m, AdapterHost) for name in m.adapters}
+
+
+def test_all_are_served_and_few_are_in_the_model(server, alone) -> None:
+    assert server.adapters.names == NAMES
+    assert len(inside(server)) == 2
+    with server:
+        requests = [(name, server.submit(PROMPT, name, max_new_tokens=6)) for name in [*NAMES, "__base__"] * 2]
+        for name, request in requests:
+            assert request.result(60).tokens == alone[name]
+            assert len(inside(server)) <= 2
+    assert inside(server) == set(server.context.hosted) == set(server.model.peft_config)
+    assert server.adapters.hits + server.adapters.misses == 12
+    assert server.adapters.residents.evictions >= 4
+
+
+def test_the_one_unused_for_longest_makes_room(server) -> None:
+    with server:
+        for name in ("a0", "a1", "a0", "a2"):
+            server.submit(PROMPT, name, max_new_tokens=1).result(30)
+        assert inside(server) == {"a0", "a2"}
+        before = server.adapters.hits
+        server.submit(PROMPT, "a0", max_new_tokens=1).result(30)
+        assert server.adapters.hits == before + 1
+
+
+def test_adapter_in_use_stays_and_who_waits_for_its_place_gets_it(server, alone) -> None:
+    with server:
+        held = [server.submit(PROMPT, name, max_new_tokens=120) for name in ("a0", "a1")]
+        for request in held:
+            next(iter(request))
+        late = server.submit(PROMPT, "a2", max_new_tokens=6)
+        base = server.submit(PROMPT, max_new_tokens=6)
+        assert base.result(30).tokens == alone["__base__"]
+        assert inside(server) == {"a0", "a1"}
+        assert not late.tokens
+        held[0].cancel()
+        assert late.result(30).tokens == alone["a2"]
+        assert inside(server) == {"a1", "a2"}
+        assert len(held[1].result(60).tokens) == 120
+
+
+def test_request_that_waits_is_not_passed_for_ever(server, alone, monkeypatch) -> None:
+    monkeypatch.setattr("mixadapters.serving.engine.PATIENCE", 0.05)
+    stop = threading.Event()
+
+    def busy(name: str) -> None:
+        while not stop.is_set():
+            server.submit(PROMPT, name, max_new_tokens=8).result(30)
+
+    with server:
+        threads = [threading.Thread(target=busy, args=(name,)) for name in ("a0", "a0", "a1", "a1")]
+        for thread in threads:
+            thread.start()
+        try:
+            assert server.submit(PROMPT, "a5", max_new_tokens=6).result(30).tokens == alone["a5"]
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
+def test_one_that_waits_can_be_given_up_and_unloaded(server, folders, alone) -> None:
+    with server:
+        held = [server.submit(PROMPT, name, max_new_tokens=120) for name in ("a0", "a1")]
+        for request in held:
+            next(iter(request))
+        late = server.submit(PROMPT, "a3", max_new_tokens=6, deadline=60)
+        late.cancel()
+        assert server.unload("a3")
+        assert server.unload("a4")
+        server.load("a4", folders["a0"])
+        for request in held:
+            request.cancel()
+        assert server.submit(PROMPT, "a4", max_new_tokens=6).result(30).tokens == alone["a0"]
+    assert server.adapters.names == ["a0", "a1", "a2", "a5", "a4"]
+
+
+def test_load_that_fails_leaves_layers_and_adapters(server, folders, alone, tmp_path, monkeypatch) -> None:
+    before = {id(m): set(m.adapters) for m in server.model.modules() if isinstance(m, AdapterHost)}
+    monkeypatch.setattr(server.adapters, "_trial", lambda name: "of a test")
+    with pytest.raises(ValueError, match="of a test"):
+        server.load("x", folders["a1"])
+    monkeypatch.undo()
+    monkeypatch.setattr("mixadapters.tuners.MoAModel.after_injection", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        server.load("x", folders["a1"])
+    assert {id(m): set(m.adapters) for m in server.model.modules() if isinstance(m, AdapterHost)} == before
+    with server:
+        for name in NAMES:
+            assert server.submit(PROMPT, name, max_new_tokens=6).result(30).tokens == alone[name]
+
+
+def test_verbs_look_at_no_other_adapter(causal, folders, monkeypatch) -> None:
+    """A hundred adapters or none: loading another visits as many modules and parameters."""
+    visits: list[int] = []
+
+    def count(server: AdapterServer, name: str) -> int:
+        seen = 0
+        named = torch.nn.Module.named_modules
+
+        def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal seen
+            for found in named(self, *args, **kwargs):
+                seen += 1
+                yield found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.Module, "named_modules", counting)
+            server.load(name, folders["a0"])
+        return seen
+
+    server = AdapterServer(causal(), **SMALL)
+    server.load("first", folders["a0"])
+    for name in ("second", "third"):
+        visits.append(count(server, name))
+        for i in range(15):
+            server.load(f"{name}{i}", folders["a0"])
+    visits.append(count(server, "last"))
+    assert visits[0] == visits[1] == visits[2]
+
+
+def test_pieces_of_load_and_unload_do_not_grow(causal, folders) -> None:
+    """The names of a served folder are looked up, not searched for."""
+    server = AdapterServer(causal(), max_resident=3, **SMALL)
+    for i in range(12):
+        server.load(f"n{i}", folders["a0"])
+    assert len(inside(server)) == 3
+    assert len(server.model.peft_config) == 3
+    for i in range(0, 12, 2):
+        assert server.unload(f"n{i}")
+    assert server.adapters.names == [f"n{i}" for i in range(1, 12, 2)]
+    rng = random.Random(0)
+    with server:
+        for _ in range(4):
+            server.submit(PROMPT, rng.choice(server.adapters.names), max_new_tokens=1).result(30)

@@ -1,0 +1,144 @@
+"""Cut base models on disk: what stock transformers loads, what we load, and strangers' folders."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from moe_bases import batch, logits, moe
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from mixadapters import MoAConfig
+from mixadapters.surgery import expert_layers, load_pruned, merge_experts, prune_experts, record_usage, save_pruned
+from mixadapters.surgery.blocks import BaseExperts
+from mixadapters.surgery.saving import EXPERTS_FILE
+from mixadapters.surgery.usage import ExpertUsage
+
+BATCH = batch()
+KINDS = ("mixtral", "olmoe", "deepseek_v3", "gpt_oss", "qwen3_moe", "granitemoe", "jamba", "afmoe")
+
+
+def used(model: nn.Module) -> ExpertUsage:
+    with torch.no_grad(), record_usage(model) as usage:
+        model(**BATCH)
+    return usage
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_counts_load_with_stock_transformers(kind: str, tmp_path: Path) -> None:
+    model = moe(kind)
+    prune_experts(model, used(model), 3)
+    assert save_pruned(model, tmp_path / "pruned")
+    assert not (tmp_path / "pruned" / EXPERTS_FILE).exists()
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").eval()
+    torch.testing.assert_close(logits(stock, BATCH), logits(model, BATCH), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        logits(load_pruned(tmp_path / "pruned"), BATCH), logits(model, BATCH), rtol=1e-4, atol=1e-5
+    )
+    card = (tmp_path / "pruned" / "README.md").read_text()
+    assert "library_name: transformers" in card
+    assert "load_pruned" not in card
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unequal_counts_merged_experts_and_preserved_mass_load_with_ours(kind: str, tmp_path: Path) -> None:
+    model = moe(kind)
+    layers: list[Any] = expert_layers(model)
+    layers[0].keep([5, 0, 2])
+    layers[0].assign([0, 1, 1])
+    if len(layers) > 1:
+        layers[1].keep([1, 2, 3, 4], preserve_mass=True)
+    assert not save_pruned(model, tmp_path / "cut")
+    again = load_pruned(tmp_path / "cut")
+    assert type(again) is type(model)
+    assert [layer.names for layer in expert_layers(again)] == [layer.names for layer in layers]
+    torch.testing.assert_close(logits(again, BATCH), logits(model, BATCH), rtol=1e-5, atol=1e-6)
+    card = (tmp_path / "cut" / "README.md").read_text()
+    assert "load_pruned" in card
+    assert "stock transformers refuses" in card
+    assert not save_pruned(again, tmp_path / "again")  # what is loaded can be saved
+    prune_experts(again, used(again), 2)
+    assert {len(layer.names) for layer in expert_layers(again)} == {2}
+
+
+def test_stock_transformers_refuses_unequal_counts_aloud(tmp_path: Path) -> None:
+    model = moe("gpt_oss")
+    expert_layers(model)[0].keep([0, 1, 2])
+    save_pruned(model, tmp_path / "cut")
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+
+
+def test_a_merged_base_comes_back(tmp_path: Path) -> None:
+    model = moe("mixtral")
+    merge_experts(model, used(model), 4)
+    assert not save_pruned(model, tmp_path / "merged")
+    again = load_pruned(tmp_path / "merged")
+    torch.testing.assert_close(logits(again, BATCH), logits(model, BATCH), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ("{", "does not say which experts"),
+        ("[" * 100000, "does not say which experts"),
+        ({"format": 2, "layers": {}}, "not of format 1"),
+        ({"format": 1, "layers": {"model.layers.0.mlp.experts": 3}}, "must be a number of experts"),
+        ({"format": 1, "layers": {"model.layers.0.mlp.experts": {"experts": 2, "columns": [0, 5]}}}, "do not go by 2"),
+        ({"format": 1, "layers": {"model.layers.0.mlp.experts": {"experts": 1, "columns": [0]}}}, "names the layers"),
+        ({"format": 1, "layers": {f"model.layers.{i}.mlp.experts": {"experts": 9, "columns": list(range(9))}
+                                  for i in range(2)}}, "has 6 experts, and not 9"),
+    ],
+)  # fmt: skip
+def test_a_strangers_folder_is_read_strictly(said: Any, complaint: str, tmp_path: Path) -> None:
+    model = moe("mixtral")
+    expert_layers(model)[0].keep([0, 1, 2])
+    save_pruned(model, tmp_path / "cut")
+    text = said if isinstance(said, str) else json.dumps(said)
+    (tmp_path / "cut" / EXPERTS_FILE).write_text(text)
+    with pytest.raises(ValueError, match=complaint):
+        load_pruned(tmp_path / "cut")
+
+
+def test_folders_that_are_no_pruned_models_are_refused(tmp_path: Path) -> None:
+    model = moe("mixtral")
+    expert_layers(model)[0].keep([0, 1, 2])
+    save_pruned(model, tmp_path / "cut")
+    with pytest.raises(ValueError, match="holds something already"):
+        save_pruned(model, tmp_path / "cut")
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        load_pruned(tmp_path)
+    with pytest.raises(ValueError, match=r"takes no \['trust_remote_code'\]"):
+        load_pruned(tmp_path / "cut", trust_remote_code=True)
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    for name in ("AutoConfig", "os", "LlamaForCausalLM2"):
+        (tmp_path / "cut" / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+        with pytest.raises(ValueError, match="no MoE base model"):
+            load_pruned(tmp_path / "cut")
+    wrapped = get_peft_model(moe("mixtral"), MoAConfig(num_experts=2, r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="has adapters in it"):
+        save_pruned(wrapped, tmp_path / "wrapped")
+    assert not (tmp_path / "wrapped").exists()
+
+
+def test_one_layer_at_a_time_is_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a layer is cut, the whole tensors of those before it are gone."""
+    model = moe("mixtral", num_hidden_layers=4)
+    usage, before, alive = used(model), [], []
+    for layer in expert_layers(model):
+        before.append(weakref.ref(layer.experts.down_proj))  # type: ignore[attr-defined]
+    plain = BaseExperts.keep
+
+    def keep(self: Any, *args: Any, **kwargs: Any) -> None:
+        alive.append(sum(one() is not None for one in before))
+        plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(BaseExperts, "keep", keep)
+    prune_experts(model, usage, 3)
+    assert alive == [4, 3, 2, 1]
