@@ -104,9 +104,9 @@ class SparseRouter(LearnedRouter):
         probs = scores if self.scoring_func == "softmax" else scores / scores.sum(1, keepdim=True)
         # Where nothing trains, who asks what was chosen reads it off the indices, unless these leave arms out.
         read_off = not (self.training or torch.is_grad_enabled()) and count == len(self.experts)
-        return Routing(
-            indices, weights, base_weight, probs, selected=None if read_off else chosen_experts(arms, count)
-        )
+        selected = None if read_off else chosen_experts(arms, count)
+        # New here, and changed by nobody: layers that share the routing share what is derived from its choices.
+        return Routing(kernels.constant(indices), weights, base_weight, probs, selected=selected)
 
     def completed(self, routing: Routing, noisy: Tensor, context: ForwardContext) -> Routing:
         if not (self.training and self.capacity_factor):
