@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from mixadapters.surgery.page import write_page
-from mixadapters.surgery.routes import LayerRoutes, RouteTable, heaviest, spelling
+from mixadapters.surgery.tracing import LayerRoutes, RouteTable, heaviest, spelling
 
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#edc948", "#9c755f")
 

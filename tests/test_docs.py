@@ -339,7 +339,9 @@ COMMANDS = sorted(
 )
 
 
-@pytest.mark.parametrize("example", ["demo", "studies/sentences", "studies/mosa_vision", "studies/pill_vqa"])
+@pytest.mark.parametrize(
+    "example", ["demo", "studies/sentences", "studies/choosing", "studies/mosa_vision", "studies/pill_vqa"]
+)
 def test_commands_pass_arguments_that_the_example_takes(example) -> None:
     file = {"demo": "demo_setup"}.get(example, example)
     tree = ast.parse((ROOT / "examples" / f"{file}.py").read_text(encoding="utf-8"))

@@ -40,14 +40,7 @@ API = {
             )
         ],
     ),
-    "surgery": (
-        "Surgery",
-        [
-            "mixadapters.surgery",
-            *(f"mixadapters.surgery.{name}" for name in ("report:report", "report:Report", "routes:routes")),
-            *(f"mixadapters.surgery.{name}" for name in ("routes:RouteTable", "page:write_page")),
-        ],
-    ),
+    "surgery": ("Surgery", ["mixadapters.surgery"]),
     "serving": ("Serving", ["mixadapters.serving"]),
     "core": (
         "Core",

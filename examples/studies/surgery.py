@@ -60,7 +60,7 @@ from mixadapters import MoAConfig
 from mixadapters.surgery.merging import merge_experts
 from mixadapters.surgery.page import write_page
 from mixadapters.surgery.pruning import prune_experts
-from mixadapters.surgery.routes import routes
+from mixadapters.surgery.tracing import routes
 from mixadapters.surgery.tuning import rank_by_usage, selectivity, tune_experts
 from mixadapters.surgery.usage import ExpertUsage, record_usage
 from mixadapters.tasks.report import t_interval

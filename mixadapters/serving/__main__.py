@@ -14,9 +14,11 @@ from typing import Any
 import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mixadapters.serving.composition import CompositionRouter
 from mixadapters.serving.endpoint import Endpoint
 from mixadapters.serving.engine import AdapterServer
 from mixadapters.serving.folder import AdapterFolder
+from mixadapters.serving.pooled_states import PooledStates
 
 logger = logging.getLogger("mixadapters.serving")
 TOKEN = "MIXADAPTERS_TOKEN"  # of the environment: arguments are seen by everybody on the machine
@@ -64,6 +66,7 @@ def arguments() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--base", required=True, help="causal language model of transformers: folder or hub id")
     parser.add_argument("--adapters", required=True, type=Path, help="folder whose subfolders are adapters")
+    parser.add_argument("--router", type=Path, help="folder of a CompositionRouter, which serves the model 'auto'")
     parser.add_argument("--name", help="the base's name as a model; default: the last part of --base")
     parser.add_argument("--host", default="127.0.0.1", help="others than loopback need a token")
     parser.add_argument("--port", type=int, default=8000)
@@ -98,8 +101,9 @@ def http_server(options: argparse.Namespace, model: Any, tokenizer: Any) -> Http
     if token is None and not loopback(options.host):
         raise ValueError(f"--host {options.host} is open to others: set a token in the environment, {TOKEN}")
     folder = AdapterFolder(options.adapters)
+    router = None if options.router is None else CompositionRouter.load(options.router, PooledStates(model))
     engine = AdapterServer(
-        model, tokenizer=tokenizer, max_requests=options.max_requests, max_running=options.max_running,
+        model, tokenizer=tokenizer, router=router, max_requests=options.max_requests, max_running=options.max_running,
         max_batch_tokens=options.max_batch_tokens, cache_tokens=options.cache_tokens, sampling=options.sampling,
         max_resident=options.max_resident,
     )  # fmt: skip

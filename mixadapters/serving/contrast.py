@@ -119,11 +119,13 @@ class SelfContrastLogitsProcessor(LogitsProcessor):
     def _weak_logits(self, input_ids: Tensor) -> Tensor:
         """(R, V) of the weak form after these tokens, in fp32."""
         known = 0 if self._seen is None else self._seen.shape[1]
-        place = positions(self._mask)[:, known:]
+        more = {}
+        if "position_ids" in self.context.argument_names:
+            more["position_ids"] = positions(self._mask)[:, known:]
         with self._weakened(len(input_ids) // self.context.record.copies):
             output = self.root(
-                input_ids=input_ids[:, known:], attention_mask=self._mask, position_ids=place,
-                past_key_values=self._cache, use_cache=True,
+                input_ids=input_ids[:, known:], attention_mask=self._mask, past_key_values=self._cache, use_cache=True,
+                **more,
             )  # fmt: skip
         self._cache, self._seen = output.past_key_values, input_ids
         return output.logits[:, -1].float()

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from mixadapters.core.rows import BASE
-from mixadapters.serving.engine import AdapterServer
+from mixadapters.serving.engine import AUTO, AdapterServer
 from mixadapters.serving.folder import AdapterFolder
 from mixadapters.serving.metrics import Metrics
 from mixadapters.serving.requests import (
@@ -140,14 +140,19 @@ class Endpoint:
                 "root": self.base, "parent": parent}  # fmt: skip
 
     async def models(self, http: HttpRequest) -> Response:
-        names = [self.base, *self.server.adapters.names]
+        names = [self.base, *self._names]
         return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
 
     async def one_model(self, http: HttpRequest) -> Response:
         name = http.path_params["name"]
-        if name != self.base and name not in self.server.adapters.names:
+        if name != self.base and name not in self._names:
             raise _no_model(name)
         return JSONResponse(self._model(name))
+
+    @property
+    def _names(self) -> list[str]:
+        """What is served beside the base."""
+        return [*self.server.adapters.names, *([] if self.server.router is None else [AUTO])]
 
     # --- generation ---------------------------------------------------------------------------------------------
 

@@ -7,12 +7,13 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import torch
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.requests import RequestStatus
@@ -26,225 +27,26 @@ from mixadapters.serving.manager import ServingManager
 from mixadapters.serving.requests import Request, ServerBusy, ServerStopped
 
 logger = logging.getLogger(__name__)
+AUTO = "auto"  # the name by which a request leaves the choice of its adapter to the router
 NEW_TOKENS = 256  # of a request that does not say how many
 PATIENCE = 0.5  # seconds that a request waits for room for its adapter while later ones go before it
 
 
-class AdapterServer:
-    """Requests that each name an adapter, generated together by transformers' continuous batching.
+class StepWork:
+    """Part of the server: what the manager's thread asks of it, before, in and after its steps."""
 
-    A request gets the tokens that it would get alone, whatever others run beside it. Use it as a context manager, or
-    `start` and `stop` it.
-
-    Args:
-        model: a causal language model of transformers, or a PeftModel of one of our types around it. While the server
-            runs, the model is its own.
-        tokenizer: for prompts that are text.
-        max_requests: how many requests it holds, running or waiting; more are refused.
-        max_running: how many of them a step takes.
-        max_batch_tokens: tokens of a step. Longer prompts are read in pieces, between which others go on.
-        cache_tokens: tokens whose keys and values are kept, of all requests together.
-        page_size: tokens of a page of that cache; shared prefixes are whole pages.
-        max_resident: how many adapters lie in the model, on its device; the others wait in host memory, and come in
-            when a request names them. None: all lie in it.
-        share_prefixes: whether requests of one adapter share the pages of a common beginning.
-        sampling: whether requests may ask for a temperature. Otherwise all are greedy, which costs less.
-
-    Raises:
-        ValueError: a model that cannot generate so, or a size that is no positive integer.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        tokenizer: Any = None,
-        max_requests: int = 256,
-        max_running: int = 64,
-        max_batch_tokens: int = 512,
-        cache_tokens: int = 16384,
-        page_size: int = 32,
-        max_resident: int | None = None,
-        share_prefixes: bool = True,
-        sampling: bool = False,
-    ) -> None:
-        sizes = {"max_requests": max_requests, "max_running": max_running, "max_batch_tokens": max_batch_tokens,
-                 "cache_tokens": cache_tokens, "page_size": page_size,
-                 "max_resident": 1 if max_resident is None else max_resident}  # fmt: skip
-        for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name}={size!r} must be a positive integer")
-        if page_size < 4 or cache_tokens < page_size:
-            raise ValueError(f"page_size={page_size} must be 4 or more, and cache_tokens={cache_tokens} hold a page")
-        self.model: Any = root_of(model)
-        if not hasattr(self.model, "init_continuous_batching") or self.model.get_output_embeddings() is None:
-            raise ValueError(f"{type(self.model).__name__} is no causal language model of transformers")
-        self.tokenizer, self.max_requests, self.sampling = tokenizer, max_requests, sampling
-        self.capacity = cache_tokens // page_size * page_size
-        self.context = ForwardContext.of(self.model)
-        self.adapters = ServedAdapters(self.model, self._changing, max_resident)
-        self._settings = generation_settings(self.model, sampling)
-        self._batching = ContinuousBatchingConfig(
-            page_size=page_size,
-            num_blocks=cache_tokens // page_size,
-            max_batch_tokens=max_batch_tokens,
-            max_requests_per_batch=min(max_running, max_batch_tokens),
-            allow_block_sharing=share_prefixes,
-            per_request_processors=sampling,
-            # A graph that is replayed, or compiled, would have the adapters of the step that it was made in.
-            use_cuda_graph=False,
-            use_async_batching=False,
-        )
-        self._lock = threading.Lock()
-        self._live: dict[str, Request] = {}
-        self._waiting: deque[tuple[Request, dict[str, Any]]] = deque()  # for a step, or for their adapter
-        self._roster, self._roster_of = RowNames([BASE]), [""]
-        self._manager: ServingManager | None = None
-        self._error: Exception | None = None
-        self._accepts = False
-
-    # --- begin and end ------------------------------------------------------------------------------------------
-
-    def __enter__(self) -> AdapterServer:
-        self.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.stop()
-
-    def start(self) -> None:
-        """Begin to serve. Raises RuntimeError where it does already."""
-        if self._manager is not None:
-            raise RuntimeError("the server runs already; stop it first")
-        self._error = None
-        self._manager = ServingManager(
-            self.context,
-            self,
-            model=self.model,
-            generation_config=self._settings,
-            continuous_batching_config=self._batching,
-        )
-        self._manager.start()
-        self._accepts = True
-
-    def stop(self, timeout: float | None = 30.0) -> None:
-        """Take no more requests, let those that run end, and those that have not after `timeout` seconds fail."""
-        manager = self._manager
-        if manager is None:
-            return
-        self._accepts = False
-        end = None if timeout is None else time.monotonic() + timeout
-        while self._waiting and manager.is_running() and (end is None or time.monotonic() < end):
-            time.sleep(0.01)
-        manager.stop(block=True, timeout=None if end is None else max(0.0, end - time.monotonic()))
-        if manager.is_running():
-            manager.stop(block=True, hard_stop=True)
-        self._manager = None
-
-    @property
-    def running(self) -> bool:
-        """Whether it takes requests."""
-        return self._accepts and self._manager is not None and self._manager.is_running()
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """No forward of the model runs inside."""
-        manager = self._manager
-        if manager is None or not manager.is_running() or threading.current_thread() is manager._generation_thread:
-            yield
-            return
-        with manager.pause():
-            yield
-
-    # --- requests -----------------------------------------------------------------------------------------------
-
-    def submit(
-        self,
-        prompt: str | Sequence[int],
-        adapter: str = BASE,
-        *,
-        max_new_tokens: int | None = None,
-        deadline: float | None = None,
-        temperature: float | None = None,
-        top_p: float = 1.0,
-    ) -> Request:
-        """Ask for the continuation of a prompt.
-
-        Args:
-            prompt: text, or token ids.
-            adapter: a name; "__base__" for none.
-            max_new_tokens: None: 256, or as many as the model has positions for.
-            deadline: seconds in which it must be done.
-            temperature: above 0 to sample, where the server samples. None or 0: the likeliest token.
-            top_p: the share of the likeliest tokens that are sampled from.
-
-        Raises:
-            ValueError: a prompt that is empty or too long, numbers out of range, or an adapter that is unknown
-                (UnknownAdapter) or cannot be served (AdapterRefused).
-            ServerBusy: it holds `max_requests` already.
-            ServerStopped: it does not run.
-        """
-        ids = self._ids(prompt)
-        check_numbers(self, deadline, temperature, top_p)
-        max_new_tokens = new_tokens(self, len(ids), max_new_tokens)
-        request = Request(
-            f"request-{uuid4().hex}", ids, adapter, max_new_tokens=max_new_tokens, deadline=deadline,
-            stops=stops_of(self._settings), give_up=self._give_up,
-        )  # fmt: skip
-        with self._lock:
-            if not self.running:
-                raise ServerStopped(f"the server does not run{f': {self._error}' if self._error else ''}; start it")
-            if len(self._live) >= self.max_requests:
-                raise ServerBusy(
-                    f"the server holds {len(self._live)} requests, and takes no more than {self.max_requests}: try "
-                    "again later"
-                )
-            self.adapters.hold(adapter)
-            self._live[request.request_id] = request
-            self._waiting.append((request, sampling_options(self, temperature, top_p) if self.sampling else {}))
-            if self._manager is not None:
-                self._manager.wake()
-        return request
-
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("prompt is text, and the server has no tokenizer: give token ids, or tokenizer=")
-            prompt = self.tokenizer(prompt)["input_ids"]
-        given: Any = prompt
-        ids: list[int] = given.tolist() if hasattr(given, "tolist") else list(given)
-        size = self.model.config.get_text_config().vocab_size
-        if not ids or not all(type(i) is int and 0 <= i < size for i in ids):
-            raise ValueError(f"prompt={prompt!r:.60} must be token ids from 0 to {size - 1}, at least one")
-        return ids
-
-    @property
-    def waiting(self) -> int:
-        """Requests that it holds, running or waiting."""
-        return len(self._live)
-
-    def _give_up(self, request: Request) -> None:
-        if self._forget(request) and self._manager is not None:
-            self._manager.cancel_request(request.request_id)
+    adapters: ServedAdapters
+    _lock: threading.Lock
+    _live: dict[str, Request]
+    _waiting: deque[tuple[Request, dict[str, Any]]]
+    _roster: RowNames
+    _roster_of: list[str]
+    _manager: ServingManager | None
+    _error: Exception | None
+    _accepts: bool
 
     def _forget(self, request: Request) -> bool:
-        with self._lock:
-            known = self._live.pop(request.request_id, None) is not None
-        if known:
-            self.adapters.release(request.adapter, request.began is not None)
-        return known
-
-    # --- adapters -----------------------------------------------------------------------------------------------
-
-    def load(self, name: str, folder: str | Path) -> None:
-        """As `ServedAdapters.load`; running requests wait for it, and go on."""
-        self.adapters.load(name, folder)
-
-    def unload(self, name: str) -> bool:
-        """As `ServedAdapters.unload`."""
-        return self.adapters.unload(name)
-
-    # --- work of the manager's thread ---------------------------------------------------------------------------
+        raise NotImplementedError
 
     def before_step(self) -> None:
         now = time.monotonic()
@@ -326,6 +128,237 @@ class AdapterServer:
             request.fail(ServerStopped(f"the server has ended before request {request.request_id} was done"))
         if error is not None:
             logger.error("the server has ended by an error: %s", error)
+
+
+class AdapterServer(StepWork):
+    """Requests that each name an adapter, generated together by transformers' continuous batching.
+
+    A request gets the tokens that it would get alone, whatever others run beside it. Use it as a context manager, or
+    `start` and `stop` it.
+
+    Args:
+        model: a causal language model of transformers, or a PeftModel of one of our types around it. While the server
+            runs, the model is its own.
+        tokenizer: for prompts that are text.
+        max_requests: how many requests it holds, running or waiting; more are refused.
+        max_running: how many of them a step takes.
+        max_batch_tokens: tokens of a step. Longer prompts are read in pieces, between which others go on.
+        cache_tokens: tokens whose keys and values are kept, of all requests together.
+        page_size: tokens of a page of that cache; shared prefixes are whole pages.
+        max_resident: how many adapters lie in the model, on its device; the others wait in host memory, and come in
+            when a request names them. None: all lie in it.
+        share_prefixes: whether requests of one adapter share the pages of a common beginning.
+        sampling: whether requests may ask for a temperature. Otherwise all are greedy, which costs less.
+        router: input_ids (1, T) -> [name], such as a `CompositionRouter`: chooses the adapter of requests for "auto".
+
+    Raises:
+        ValueError: a model that cannot generate so, or a size that is no positive integer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Any = None,
+        max_requests: int = 256,
+        max_running: int = 64,
+        max_batch_tokens: int = 512,
+        cache_tokens: int = 16384,
+        page_size: int = 32,
+        max_resident: int | None = None,
+        share_prefixes: bool = True,
+        sampling: bool = False,
+        router: Callable[..., Sequence[str]] | None = None,
+    ) -> None:
+        sizes = {"max_requests": max_requests, "max_running": max_running, "max_batch_tokens": max_batch_tokens,
+                 "cache_tokens": cache_tokens, "page_size": page_size,
+                 "max_resident": 1 if max_resident is None else max_resident}  # fmt: skip
+        for name, size in sizes.items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name}={size!r} must be a positive integer")
+        if page_size < 4 or cache_tokens < page_size:
+            raise ValueError(f"page_size={page_size} must be 4 or more, and cache_tokens={cache_tokens} hold a page")
+        self.model: Any = root_of(model)
+        if not hasattr(self.model, "init_continuous_batching") or self.model.get_output_embeddings() is None:
+            raise ValueError(f"{type(self.model).__name__} is no causal language model of transformers")
+        self.tokenizer, self.max_requests, self.sampling = tokenizer, max_requests, sampling
+        self.capacity = cache_tokens // page_size * page_size
+        self.context = ForwardContext.of(self.model)
+        self.router, self._alone = router, threading.RLock()
+        self.adapters = ServedAdapters(self.model, self._changing, max_resident)
+        self._refuse_auto(*self.adapters.names)
+        self._settings = generation_settings(self.model, sampling)
+        self._batching = ContinuousBatchingConfig(
+            page_size=page_size,
+            num_blocks=cache_tokens // page_size,
+            max_batch_tokens=max_batch_tokens,
+            max_requests_per_batch=min(max_running, max_batch_tokens),
+            allow_block_sharing=share_prefixes,
+            per_request_processors=sampling,
+            # A graph that is replayed, or compiled, would have the adapters of the step that it was made in.
+            use_cuda_graph=False,
+            use_async_batching=False,
+        )
+        self._lock = threading.Lock()
+        self._live: dict[str, Request] = {}
+        self._waiting = deque()  # for a step, or for their adapter
+        self._roster, self._roster_of = RowNames([BASE]), [""]
+        self._manager: ServingManager | None = None
+        self._error: Exception | None = None
+        self._accepts = False
+
+    # --- begin and end ------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> AdapterServer:
+        self.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Begin to serve. Raises RuntimeError where it does already."""
+        if self._manager is not None:
+            raise RuntimeError("the server runs already; stop it first")
+        self._error = None
+        self._manager = ServingManager(
+            self.context,
+            self,
+            model=self.model,
+            generation_config=self._settings,
+            continuous_batching_config=self._batching,
+        )
+        self._manager.start()
+        self._accepts = True
+
+    def stop(self, timeout: float | None = 30.0) -> None:
+        """Take no more requests, let those that run end, and those that have not after `timeout` seconds fail."""
+        manager = self._manager
+        if manager is None:
+            return
+        self._accepts = False
+        end = None if timeout is None else time.monotonic() + timeout
+        while self._waiting and manager.is_running() and (end is None or time.monotonic() < end):
+            time.sleep(0.01)
+        manager.stop(block=True, timeout=None if end is None else max(0.0, end - time.monotonic()))
+        if manager.is_running():
+            manager.stop(block=True, hard_stop=True)
+        self._manager = None
+
+    @property
+    def running(self) -> bool:
+        """Whether it takes requests."""
+        return self._accepts and self._manager is not None and self._manager.is_running()
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """No forward of the model runs inside, and no other block of this kind."""
+        manager = self._manager
+        if manager is not None and threading.current_thread() is manager._generation_thread:
+            yield  # between steps, and not while it is paused
+            return
+        with self._alone, manager.pause() if manager is not None and manager.is_running() else nullcontext():
+            yield
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        adapter: str = BASE,
+        *,
+        max_new_tokens: int | None = None,
+        deadline: float | None = None,
+        temperature: float | None = None,
+        top_p: float = 1.0,
+    ) -> Request:
+        """Ask for the continuation of a prompt.
+
+        Args:
+            prompt: text, or token ids.
+            adapter: a name; "__base__" for none, "auto" for the one that the router chooses, by a forward of the base.
+            max_new_tokens: None: 256, or as many as the model has positions for.
+            deadline: seconds in which it must be done.
+            temperature: above 0 to sample, where the server samples. None or 0: the likeliest token.
+            top_p: the share of the likeliest tokens that are sampled from.
+
+        Raises:
+            ValueError: a prompt that is empty or too long, numbers out of range, or an adapter that is unknown
+                (UnknownAdapter) or cannot be served (AdapterRefused).
+            ServerBusy: it holds `max_requests` already.
+            ServerStopped: it does not run.
+        """
+        ids = self._ids(prompt)
+        check_numbers(self, deadline, temperature, top_p)
+        max_new_tokens = new_tokens(self, len(ids), max_new_tokens)
+        if adapter == AUTO and self.router is not None:
+            adapter = self._choose(ids)
+        request = Request(
+            f"request-{uuid4().hex}", ids, adapter, max_new_tokens=max_new_tokens, deadline=deadline,
+            stops=stops_of(self._settings), give_up=self._give_up,
+        )  # fmt: skip
+        with self._lock:
+            if not self.running:
+                raise ServerStopped(f"the server does not run{f': {self._error}' if self._error else ''}; start it")
+            if len(self._live) >= self.max_requests:
+                raise ServerBusy(
+                    f"the server holds {len(self._live)} requests, and takes no more than {self.max_requests}: try "
+                    "again later"
+                )
+            self.adapters.hold(adapter)
+            self._live[request.request_id] = request
+            self._waiting.append((request, sampling_options(self, temperature, top_p) if self.sampling else {}))
+            if self._manager is not None:
+                self._manager.wake()
+        return request
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("prompt is text, and the server has no tokenizer: give token ids, or tokenizer=")
+            prompt = self.tokenizer(prompt)["input_ids"]
+        given: Any = prompt
+        ids: list[int] = given.tolist() if hasattr(given, "tolist") else list(given)
+        size = self.model.config.get_text_config().vocab_size
+        if not ids or not all(type(i) is int and 0 <= i < size for i in ids):
+            raise ValueError(f"prompt={prompt!r:.60} must be token ids from 0 to {size - 1}, at least one")
+        return ids
+
+    def _choose(self, ids: list[int]) -> str:
+        with self._changing():
+            (name,) = self.router(input_ids=torch.tensor([ids]))  # type: ignore[misc]
+        return name
+
+    def _refuse_auto(self, *names: str) -> None:
+        if self.router is not None and AUTO in names:
+            raise ValueError(f"an adapter is called {AUTO!r}, by which requests ask the router: give it another name")
+
+    @property
+    def waiting(self) -> int:
+        """Requests that it holds, running or waiting."""
+        return len(self._live)
+
+    def _give_up(self, request: Request) -> None:
+        if self._forget(request) and self._manager is not None:
+            self._manager.cancel_request(request.request_id)
+
+    def _forget(self, request: Request) -> bool:
+        with self._lock:
+            known = self._live.pop(request.request_id, None) is not None
+        if known:
+            self.adapters.release(request.adapter, request.began is not None)
+        return known
+
+    # --- adapters -----------------------------------------------------------------------------------------------
+
+    def load(self, name: str, folder: str | Path) -> None:
+        """As `ServedAdapters.load`; running requests wait for it, and go on."""
+        self._refuse_auto(name)
+        self.adapters.load(name, folder)
+
+    def unload(self, name: str) -> bool:
+        """As `ServedAdapters.unload`."""
+        return self.adapters.unload(name)
 
 
 def generation_settings(model: Any, sampling: bool) -> GenerationConfig:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mixadapters.core.numbers import check_share
 from mixadapters.core.registry import nearest
 from mixadapters.core.rows import BASE
 from mixadapters.serving.cascade import count_rows, rows_of
+from mixadapters.serving.pooled_states import what_trains_kept
 
 GATE = "gate.safetensors"
 
@@ -126,13 +128,9 @@ class GlobalLocalMixture:
         """
         self._check(user)
         count = count_rows(samples)
-        active, mode = self.model.active_adapters, self.model.training
-        self.model.set_adapter(user)
-        try:
-            trained = self._trained(user)
-            optimizer = torch.optim.AdamW(trained, rate)
+        with what_trains_kept(self.model), self._alone(user):
+            optimizer = torch.optim.AdamW(self._trained(user), rate)
             draw, losses = torch.Generator().manual_seed(seed), []
-            self.model.train()
             for _ in range(epochs):
                 total = 0.0
                 for rows in torch.randperm(count, generator=draw).split(batch_size):
@@ -144,9 +142,6 @@ class GlobalLocalMixture:
                     total += float(loss.detach()) * len(rows)
                 losses.append(total / count)
             optimizer.zero_grad()
-        finally:
-            self.model.train(mode)
-            self.model.set_adapter(active if len(active) > 1 else active[0])
         read = {name: samples[name] for name in ("input_ids", "attention_mask") if name in samples}
         self.fit_gate(user, self.embed(**read), generic)
         return losses
@@ -175,6 +170,18 @@ class GlobalLocalMixture:
         model.fit(((both - mean) / deviation).numpy(), mine.numpy())
         weight = torch.from_numpy(model.coef_[0]).float() / deviation
         self.gates[user] = Gate(weight, torch.tensor(float(model.intercept_[0])) - mean @ weight)
+
+    @contextmanager
+    def _alone(self, user: str) -> Iterator[None]:
+        """The user's adapter is the active one, in training mode."""
+        active, mode = self.model.active_adapters, self.model.training
+        self.model.set_adapter(user)
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.train(mode)
+            self.model.set_adapter(active if len(active) > 1 else active[0])
 
     def _trained(self, user: str) -> list[nn.Parameter]:
         found = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

@@ -86,7 +86,7 @@ def without_adapters(model: nn.Module, rows: int) -> AbstractContextManager[None
 
 
 @contextmanager
-def with_adapter(model: nn.Module, name: str, rows: int) -> Iterator[None]:
+def with_adapter(model: Any, name: str, rows: int) -> Iterator[None]:
     """Forwards of `rows` rows inside the block see this adapter alone; "__base__": none.
 
     Adapters of this library are chosen for this thread alone, those of other types for all while it runs.
@@ -99,15 +99,27 @@ def with_adapter(model: nn.Module, name: str, rows: int) -> Iterator[None]:
     elif not hasattr(model, "peft_config"):
         yield
     elif name == BASE:
-        with model.disable_adapter():
+        with what_trains_kept(model), model.disable_adapter():
             yield
     else:
-        active = model.active_adapters
-        model.set_adapter(name)
-        try:
-            yield
-        finally:
-            model.set_adapter(active if len(active) > 1 else active[0])
+        with what_trains_kept(model):
+            active = model.active_adapters
+            model.set_adapter(name)
+            try:
+                yield
+            finally:
+                model.set_adapter(active if len(active) > 1 else active[0])
+
+
+@contextmanager
+def what_trains_kept(model: nn.Module) -> Iterator[None]:
+    """PEFT's verbs make adapters trainable that they switch to: after the block what trained before trains."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, trained in before:
+            parameter.requires_grad_(trained)
 
 
 def _backbone(root: nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m mixadapters.surgery report | routes | prune | merge`: see docs/surgery.md, or `report --help`."""
+"""`python -m mixadapters.surgery COMMAND`: see docs/surgery.md, or `--help`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 USAGE = """usage: python -m mixadapters.surgery COMMAND MODEL [--adapter ADAPTER] --data FILE ...
 
-  report  what the experts are, cost and do: tables, a picture, and the record as a file
-  routes  a page in which text is coloured by the expert that took each token, layer by layer
-  prune   the experts that matter least for the texts leave
-  merge   experts that serve the same tokens become one
+  report   what the experts are, cost and do: tables, a picture, and the record as a file
+  routes   a page in which text is coloured by the expert that took each token, layer by layer
+  prune    the experts that matter least for the texts leave
+  merge    experts that serve the same tokens become one
+  compress their weights become ternary, and lie in codes
 COMMAND --help lists all arguments. A text of FILE is a line of a .txt, or a field of a line of a .jsonl."""
 
 
@@ -56,7 +57,7 @@ class Inputs:
         """Arguments of the model and the labels of their rows, under a progress bar."""
         from tqdm import tqdm
 
-        from mixadapters.surgery.routes import padded, read_tokens
+        from mixadapters.surgery.tracing import padded, read_tokens
 
         rows = read_tokens(self.model, self.tokenizer, self.read.texts, self.args.length)
         size, labels = self.args.batch, self.read.labels
@@ -76,7 +77,7 @@ class Inputs:
 
     def usage(self) -> Any:
         """What the experts do with the texts."""
-        from mixadapters.surgery.routes import evaluating
+        from mixadapters.surgery.tracing import evaluating
         from mixadapters.surgery.usage import record_usage
 
         with evaluating(self.model), record_usage(self.model, adapter=self.owner) as usage:
@@ -89,7 +90,7 @@ class Inputs:
 def report(arguments: Sequence[str]) -> int:
     from mixadapters.core.files import folder_aside, new_folder
     from mixadapters.surgery.overspecification import overspecification_report
-    from mixadapters.surgery.report import report as reported
+    from mixadapters.surgery.reporting import report as reported
 
     parser = _parser("report", "What the experts of a model are, cost, and do with some texts.", 256)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder; without it tables are printed alone")
@@ -117,7 +118,7 @@ def report(arguments: Sequence[str]) -> int:
 
 def routes(arguments: Sequence[str]) -> int:
     from mixadapters.surgery.page import write_page
-    from mixadapters.surgery.routes import routes as routed
+    from mixadapters.surgery.tracing import routes as routed
 
     parser = _parser("routes", "A page of text, coloured by the expert that took each token.", 6)
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.html", help="new file")
@@ -178,6 +179,41 @@ def merge(arguments: Sequence[str]) -> int:
     )  # fmt: skip
 
 
+def compress(arguments: Sequence[str]) -> int:
+    from mixadapters.core.files import folder_aside, new_folder
+    from mixadapters.surgery.compressed import save_compressed
+    from mixadapters.surgery.compressing import compress_experts
+    from mixadapters.surgery.qmoe import CODECS, ROUNDINGS, SCALES
+
+    parser = _parser("compress", "Experts in ternary weights, calibrated on some texts, in a folder of codes.", 64)
+    parser.add_argument("--scale", choices=SCALES, default="minmax", help="of each row's two values; default: minmax")
+    parser.add_argument("--rounding", choices=ROUNDINGS, default="gptq", help="default: gptq")
+    parser.add_argument("--codec", choices=CODECS, default="qmoe", help="default: qmoe")
+    parser.add_argument("--dry-run", action="store_true", help="say what would happen, and write nothing")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="new folder, for the result")
+    args = parser.parse_args(arguments)
+    new_folder(args.out)
+    inputs = Inputs(args)
+    batches = [batch for batch, _ in inputs.batches("texts")]
+    told = compress_experts(
+        inputs.model, batches, adapter=inputs.owner, scale=args.scale, rounding=args.rounding, codec=args.codec,
+        dry_run=args.dry_run,
+    )  # fmt: skip
+    print(
+        f"{len(told.experts)} experts: {told.nbytes} bytes for {told.plain_bytes}, {told.bits_per_weight:.2f} bits "
+        f"per weight; their outputs moved by {told.error:.3f} of their square"
+    )
+    if args.dry_run:
+        return 0
+    with folder_aside(args.out) as aside:
+        save_compressed(inputs.model, aside, codec=args.codec)
+        (aside / "surgery.json").write_text(json.dumps(told.as_dict(), indent=1), encoding="utf-8")
+        if args.adapter is None:
+            inputs.tokenizer.save_pretrained(aside)
+    _say(f"wrote {args.out}")
+    return 0
+
+
 def _add_cutting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label", help="record the texts of this label alone: what the model is to be good at")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -228,6 +264,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "routes": routes,
     "prune": prune,
     "merge": merge,
+    "compress": compress,
 }
 
 

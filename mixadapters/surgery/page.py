@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mixadapters.core.files import written_aside
 from mixadapters.core.usage import WITHOUT_EXPERT
-from mixadapters.surgery.routes import LayerRoutes, RouteTable
+from mixadapters.surgery.tracing import LayerRoutes, RouteTable
 
 if TYPE_CHECKING:
     from mixadapters.surgery.usage import ExpertUsage

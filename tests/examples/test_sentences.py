@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from encoders import saved_encoder
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = [a + b for a in "bdfgkm" for b in ("ad", "el", "im", "on", "ur", "ak", "ep", "it", "og", "us")]
@@ -17,21 +16,7 @@ WORDS = [a + b for a in "bdfgkm" for b in ("ad", "el", "im", "on", "ur", "ak", "
 
 @pytest.fixture
 def encoder(tmp_path):
-    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    path = tmp_path / "encoder"
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    ).save_pretrained(path)
-    BertModel(
-        BertConfig(
-            vocab_size=len(vocabulary), hidden_size=16, intermediate_size=32, num_hidden_layers=3,
-            num_attention_heads=2, max_position_embeddings=64,
-        )
-    ).save_pretrained(path)  # fmt: skip
-    return path
+    return saved_encoder(tmp_path / "encoder", WORDS)
 
 
 @pytest.fixture

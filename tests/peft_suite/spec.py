@@ -123,8 +123,10 @@ MLP_FORMS: dict[str, tuple[type, Arguments]] = {
     "moa, null arms": moa(target_modules=["lin0"], router="null", num_null_experts=2),
     "moa, cosine": moa(target_modules=["lin0"], router="cosine"),
     "moa, sigmoid": moa(target_modules=BOTH, router="sigmoid"),
+    "moa, recurrent": moa(target_modules=BOTH, router={"kind": "recurrent", "base": "softmax", "width": 8}),
     "moa, router with a hidden layer": moa(target_modules=["lin0"], router="softmax", router_hidden=[8]),
     "moa, segments": moa(target_modules=["lin0"], segments=2, router="softmax"),
+    "moa, residual": moa(target_modules=["lin0"], n_shared_experts=1, residual=True),
     "moa, rsLoRA, ranks and alphas by module": moa(
         target_modules=BOTH, use_rslora=True, rank_pattern={"lin0": 2}, alpha_pattern={"lin1": 4}
     ),
@@ -237,6 +239,7 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         mixda(target_modules=SEQ2SEQ_OUTPUT),
         moa(),
         moa(router_scope="block"),
+        moa(target_modules=SEQ2SEQ_OUTPUT, router="softmax", segments=2),
         mosa(style="houlsby"),
     ),
     "test_feature_extraction_models.py": with_task(
@@ -247,6 +250,7 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         mixda(target_modules=["output.dense"]),
         moa(),
         moa(router_scope="block", granularity="sequence"),
+        moa(target_modules=["output.dense"], expert_type="glu", activation="silu", router_scope="model"),
         mosa(consistency=0.0),  # these outputs have no logits
     ),
     "test_seq_classifier.py": with_task(
@@ -255,12 +259,14 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         bottleneck(target_modules=CLASSIFIER_OUTPUT, **LINEAR),
         mixda(domain_layers=[0, 1]),
         moa(),
+        moa(target_modules=CLASSIFIER_OUTPUT, router="sigmoid", n_shared_experts=1),
         mosa(),
     ),
     "test_token_classification_qa.py": [
         bottleneck(),
         mixda(domain_layers=[0, 1]),
         moa(),
+        moa(router_scope="block", router="null", num_null_experts=1),
         mosa(),
     ],
     "test_extra_mixed.py": [
@@ -271,6 +277,7 @@ BY_FILE: dict[str, list[tuple[type, Arguments]]] = {
         mixda(init_weights=False, target_modules=ANY_OUTPUT),
         moa(init_weights=False),
         moa(init_weights=False, router_scope="block", num_experts_per_tok=2),
+        moa(init_weights=False, target_modules=ANY_OUTPUT, router="sigmoid", expert_type="bottleneck"),
     ],
 }
 
@@ -339,6 +346,10 @@ EXCLUDE = [
         lambda params: params["config_kwargs"].get("combine") == "convex",
     ),
     Exclusion(
+        r"test_only_params_are_updated\[moa, (recurrent|residual)",
+        "its three steps saturate these weights before the parts behind them have moved",
+    ),
+    Exclusion(
         r"test_from_pretrained_forward_compatible",
         "PEFT drops unknown keys of a saved config with a warning, these types refuse them",
     ),
@@ -353,7 +364,7 @@ EXCLUDE = [
     ),
 ]
 ALL_TYPES = [r"test_from_peft_type$"]
-AT_LEAST = {"BOTTLENECK": 1850, "MIXDA": 1000, "MOA": 1100, "MOSA": 700, "PILL": 120}
+AT_LEAST = {"BOTTLENECK": 1850, "MIXDA": 1000, "MOA": 1500, "MOSA": 700, "PILL": 120}
 FILES_NOT_RUN = {
     "test_torch_compile.py": "trains on a data set from the hub",
     "test_vision_models.py": "downloads an image when it is imported",

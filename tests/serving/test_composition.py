@@ -100,8 +100,8 @@ def test_pooled_states_are_the_bases_whatever_adapters_act(config, tiny, tiny_in
     torch.testing.assert_close(model(**inputs).logits, acting)
 
 
-@pytest.mark.parametrize(("kind", "padding"), [("bert", "right"), ("t5", "right")])
-def test_pooled_states_of_encoders_do_not_depend_on_the_batch(kind, padding, tiny, tiny_inputs) -> None:
+@pytest.mark.parametrize(("kind", "padding"), [("bert", "right"), ("t5", "right"), ("gpt2", "left")])
+def test_pooled_states_do_not_depend_on_the_batch(kind, padding, tiny, tiny_inputs) -> None:
     inputs = tiny_inputs(kind, batch=4, length=7, padding=padding)
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     embed = PooledStates(tiny(kind), batch_size=3)

@@ -40,6 +40,7 @@ def models(tiny):
     two = get_peft_model(tiny("llama"), BottleneckConfig(r=4, init_weights=False), "law")
     two.add_adapter("code", BottleneckConfig(r=4, init_weights=False))
     lora = get_peft_model(tiny("llama"), LoraConfig(r=4, init_lora_weights=False), "law")
+    lora.add_adapter("code", LoraConfig(r=4, init_lora_weights=False, inference_mode=True))
     return {
         "moa": get_peft_model(tiny("llama"), moa(num_experts_per_tok=2)).eval(),
         "shared": get_peft_model(tiny("llama"), moa(router_scope="model", router="top_k")).eval(),
@@ -47,6 +48,7 @@ def models(tiny):
         "mixda": get_peft_model(tiny("llama"), MixDAConfig(domains=["a", "b"], r=3, init_weights=False)).eval(),
         "two": two.eval(),
         "lora": lora.eval(),
+        "gpt2": get_peft_model(tiny("gpt2"), BottleneckConfig(r=4, init_weights=False)).eval(),
         "mixtral": tiny("mixtral").eval(),
         "qwen3_moe": tiny("qwen3_moe").eval(),
     }
@@ -61,6 +63,8 @@ FORMS = [
     ("mixda", {"rank": 2}),
     ("two", {"adapter": "code"}),
     ("lora", {"adapters_off": True}),
+    ("lora", {"adapter": "code"}),
+    ("gpt2", {"adapters_off": True}),  # whose positions are absolute
     ("mixtral", {"rank": 3}),
     ("qwen3_moe", {"experts": [1]}),
 ]
@@ -102,7 +106,7 @@ def test_the_contrast_is_the_formula_with_a_cached_weak_form(kind, weak, models,
     assert differs > 0.05, "the weak form is another one"
 
 
-@pytest.mark.parametrize(("kind", "weak"), [FORMS[0], FORMS[4], FORMS[8]], ids=["ours", "remembers", "base"])
+@pytest.mark.parametrize(("kind", "weak"), [FORMS[0], FORMS[4], FORMS[10]], ids=["ours", "remembers", "base"])
 def test_cached_equals_recomputed_under_beams(kind, weak, models, tiny_inputs) -> None:
     """Where the strong form keeps no cache, the weak form is computed anew at each step: nothing is to be followed."""
     inputs = tiny_inputs("llama", batch=2, length=5, padding="left")
@@ -175,11 +179,12 @@ def test_the_model_is_as_before_after_a_weak_form(models, tiny_inputs) -> None:
     inputs = tiny_inputs("llama")
     for kind, weak in FORMS:
         model = models[kind]
-        before = model(**inputs).logits
+        before, trained = model(**inputs).logits, [p.requires_grad for p in model.parameters()]
         with ExitStack() as stack:
             stack.enter_context(weakened(model, weak)(2))
             assert not torch.equal(model(**inputs).logits, before)
         assert torch.equal(model(**inputs).logits, before)
+        assert [p.requires_grad for p in model.parameters()] == trained
 
 
 @pytest.mark.parametrize(

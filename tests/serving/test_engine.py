@@ -313,7 +313,7 @@ def test_name_that_is_taken_is_refused(server, folders) -> None:
     [
         ("mixda", {"gate_granularity": "causal_prefix"}, "gate_granularity='causal_prefix' at"),
         ("mixda", {"gate_granularity": "request"}, "gate_granularity='request' at"),
-        ("moa", {"granularity": "causal_prefix"}, "gate_granularity='causal_prefix' at"),
+        ("moa", {"granularity": "causal_prefix"}, "granularity='causal_prefix' at"),
         ("moa", {"target_modules": ["lm_head"]}, "adapts 'lm_head'"),
         ("bottleneck", {"modules_to_save": ["lm_head"]}, "'lm_head' of its own"),
     ],

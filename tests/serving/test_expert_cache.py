@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 
+from mixadapters import MoAConfig
 from mixadapters.core.routing import Routing
 from mixadapters.serving.expert_cache import ExpertCache, expert_aware_batches, request_experts, token_experts
 
@@ -173,3 +175,41 @@ def test_requests_of_like_experts_share_a_batch() -> None:
         expert_aware_batches([{0}, {1, 2, 3}], 2)
     with pytest.raises(ValueError, match="max_requests=0 must be"):
         expert_aware_batches([], 2, 0)
+
+
+def test_a_plan_names_the_experts_that_the_model_then_uses(tiny, tiny_inputs) -> None:
+    """Nothing of the base model runs for it; the batches that are made of it give what all requests together give."""
+    pregate = {"kind": "pregate", "vocab_size": 96, "k": 2}
+    config = MoAConfig(num_experts=6, r=2, router_scope="model", init_weights=False, router=pregate)
+    model = get_peft_model(tiny("llama"), config).eval()
+    inputs = tiny_inputs("llama", batch=5, padding="left")
+    ran: list[str] = []
+    for name, module in model.get_base_model().named_modules():
+        if "adapters" not in name:
+            module.register_forward_pre_hook(lambda module, args, name=name: ran.append(name))
+    router = next(iter(model.base_model.mixtures().values())).router
+    needs = request_experts(router.plan(**inputs), 5, inputs["attention_mask"])
+    assert not ran
+
+    used: list[set[int]] = [set() for _ in range(5)]
+
+    def note(key, routing, mask) -> None:
+        chosen, real = routing.indices.view(5, -1, 2).tolist(), mask.view(5, -1).tolist()
+        for row in range(5):
+            used[row].update(e for token, counts in zip(chosen[row], real[row], strict=True) if counts for e in token)
+
+    model.base_model.context.observers.append(note)
+    with torch.no_grad():
+        whole = model(**inputs).logits
+    assert ran
+    assert used == needs
+    assert len({frozenset(need) for need in needs}) > 1
+    model.base_model.context.observers.clear()
+    cache = ExpertCache(6, str, policy="belady", plan=needs)
+    for batch in expert_aware_batches(needs, max_experts=max(map(len, needs))):
+        with torch.no_grad():
+            part = model(**{name: value[batch] for name, value in inputs.items()}).logits
+        real = inputs["attention_mask"][batch].bool()
+        torch.testing.assert_close(part[real], whole[batch][real], rtol=1e-4, atol=1e-4)
+    for need in needs:
+        assert cache.take(need).keys() == need

@@ -9,6 +9,7 @@ from torch import nn
 
 from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig
 from mixadapters.core.bank import AdapterBank
+from mixadapters.core.context import ForwardContext
 from mixadapters.core.layer import MixtureLayer
 from mixadapters.serving import ExpertRing
 
@@ -43,13 +44,16 @@ class Census:
     """Which layers have experts of any size, looked at whenever experts are about to run."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.by_layer, self.seen = holders(model), []
+        self.model, self.by_layer, self.seen = model, holders(model), []
         held = [module for modules in self.by_layer.values() for module in modules]
         for module in model.modules():
             if isinstance(module, MixtureLayer) or module in held:
                 module.register_forward_pre_hook(lambda module, args: self.seen.append(self.count()))
 
     def count(self) -> set[int]:
+        """The numbers of layers that have their experts."""
+        context = ForwardContext.find(self.model)
+        assert context is None or not context.records.thread.packed, "a generate holds copies of experts"
         found = set()
         for layer, modules in self.by_layer.items():
             filled = {p.numel() > 0 for module in modules for p in module.parameters()}

@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from mixadapters import MoAConfig
 from mixadapters.surgery import __main__ as command
-from mixadapters.surgery import loading
+from mixadapters.surgery import load_compressed, loading
 from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.pruning import prune_experts
+from mixadapters.surgery.qmoe import encode_matrix
 from mixadapters.surgery.texts import LONGEST, read_texts
 from mixadapters.surgery.usage import ExpertUsage
 
@@ -119,6 +120,25 @@ def test_merge_writes_an_adapter_that_loads(folder, tmp_path, capsys) -> None:
     found = logits(folder, tmp_path / "out")
     assert found.isfinite().all()
     assert not torch.equal(found, logits(folder, folder / "adapter"))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_compress_writes_a_folder_of_codes_that_loads(folder, tmp_path, capsys, adapter) -> None:
+    out = tmp_path / "out"
+    assert run("compress", folder, "--codec", "packed", "--out", out, adapter=adapter) == 0
+    told = json.loads((out / "surgery.json").read_text())
+    assert f"{told['nbytes']} bytes for {told['plain_bytes']}" in capsys.readouterr().out
+    loaded = load_compressed(out, moe("mixtral") if adapter else None)
+    layer = expert_layers(loaded, "default" if adapter else "")[0]
+    assert all(encode_matrix(layer.weights(e).down) is not None for e in range(len(layer.names)))
+    assert (out / "tokenizer.json").is_file() != adapter
+
+
+def test_compress_that_is_tried_or_refused_writes_nothing(folder, tmp_path, capsys) -> None:
+    assert run("compress", folder, "--codec", "packed", "--dry-run", "--out", tmp_path / "out") == 0
+    assert run("compress", folder, "--out", tmp_path / "out") == 1
+    assert "pass codec='packed'" in capsys.readouterr().err
+    assert left(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from browser import Page, find_chromium, open_browser
 
 from mixadapters.surgery import page as page_module
 from mixadapters.surgery.page import page, short_keys, write_page
-from mixadapters.surgery.routes import LayerRoutes, RouteTable
+from mixadapters.surgery.tracing import LayerRoutes, RouteTable
 
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>{{script}}\u2028 & \"'"
 TOKENS = [["The", " cell", " di", "vides", "."], ["def", " f", "(x):", "\n   ", " return", "", " 😀"], [EVIL, " end"]]

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mixadapters import MixDAConfig, MoAConfig
 from mixadapters.surgery.layers import expert_layers
-from mixadapters.surgery.routes import LayerRoutes, RouteTable, heaviest, routes, spelling
+from mixadapters.surgery.tracing import LayerRoutes, RouteTable, heaviest, routes, spelling
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:

@@ -11,7 +11,7 @@ from moe_bases import RANK, VOCAB, WIDTH, batch, moe
 from peft import get_peft_model
 
 from mixadapters import MixDAConfig, MoAConfig
-from mixadapters.surgery.report import report
+from mixadapters.surgery.reporting import report
 from mixadapters.surgery.usage import LayerUsage, record_usage
 
 EXPERTS = 6
