@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -106,6 +111,19 @@ class SiteFinder(BaseTuner):
         if matched and peft_config.sites is not None and layers is not None:
             return layer_index(key) in ([layers] if isinstance(layers, int) else layers)
         return found
+
+    def name_all_linear(self, config: Any) -> Any:
+        """Give "all-linear" the names of the linear modules; PEFT passes over those that our layers have wrapped."""
+        shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+        config = _maybe_include_all_linear_layers(config, self.model)
+        if shorthand:
+            head = unwrapped(getattr(self.model, "get_output_embeddings", lambda: None)())
+            bases = {host.path: unwrapped(host.get_base_layer()) for host in self.hosts()}
+            linear = {
+                path for path, base in bases.items() if isinstance(base, (nn.Linear, Conv1D)) and base is not head
+            }
+            config.target_modules = {*config.target_modules, *linear}
+        return config
 
     def ranked(self, config: Any) -> list[str]:
         """Paths of the modules whose adapters `rank_pattern` gives a rank to."""

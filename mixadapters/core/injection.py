@@ -8,7 +8,7 @@ import weakref
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
@@ -155,7 +155,7 @@ class Injection(SiteFinder):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         check_fields(peft_config)  # again: they may have been set since
-        peft_config = _maybe_include_all_linear_layers(peft_config, self.model)
+        peft_config = self.name_all_linear(peft_config)
         named = peft_config.sites
         self.resolve(peft_config, model_config)
         self._refuse_what_is_not_there(peft_config, named)

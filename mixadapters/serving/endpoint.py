@@ -243,6 +243,7 @@ class Endpoint:
 
         request.listen(tell)
         detokenizer, stopping, given = Detokenizer(self.server.tokenizer), StopStrings(stops), 0
+        look = loop.time() + LOOK
         while True:
             done, tokens = request.done, request.tokens
             text = stopping.add(detokenizer.add(tokens[given:])) if len(tokens) > given else ""
@@ -257,12 +258,12 @@ class Endpoint:
             if done:
                 break
             news.clear()
-            if request.done or len(request.tokens) > given:
-                continue
-            try:
-                await asyncio.wait_for(news.wait(), LOOK)
-            except TimeoutError:
-                if http is not None and await http.is_disconnected():
+            if not request.done and len(request.tokens) == given:
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(news.wait(), LOOK)
+            if http is not None and loop.time() >= look:
+                look = loop.time() + LOOK
+                if await http.is_disconnected():
                     request.cancel()
         self.metrics.finished(request)
         result = request.result(0)  # or what it has failed with

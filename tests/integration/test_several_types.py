@@ -69,3 +69,17 @@ def test_injection_that_fails_leaves_the_layers_of_other_types(tiny, tiny_inputs
     assert len(hosts_at(model, PLACE)) == 2
     assert torch.equal(rows(model, inputs, names), before)
     assert "broken" not in ForwardContext.of(model).hosted
+
+
+@pytest.mark.parametrize("first", ["bottleneck", "moa"])
+@pytest.mark.parametrize("second", ["bottleneck", "moa"])
+def test_all_linear_means_the_same_modules_for_a_second_adapter(tiny, first, second) -> None:
+    makers = {"bottleneck": BottleneckConfig, "moa": MoAConfig}
+    model = tiny("llama")
+    model.add_adapter(makers[first](r=2, target_modules="all-linear"), adapter_name="x")
+    model.add_adapter(makers[second](r=2, target_modules="all-linear"), adapter_name="y")
+    places = {
+        name: {m.path for m in model.modules() if isinstance(m, AdapterHost) and name in m.adapters} for name in "xy"
+    }
+    assert places["x"] == places["y"]
+    assert len(places["x"]) == 28

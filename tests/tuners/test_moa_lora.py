@@ -339,6 +339,9 @@ def test_exported_expert_is_stock_lora(pad, tiny, tiny_inputs, tmp_path) -> None
     if pad:
         ranks = {t.shape[0] for k, t in load_file(tmp_path / "one-back" / WEIGHTS).items() if "lora_A" in k}
         assert ranks == {8}
+        saved = json.loads((tmp_path / "one-back" / "adapter_config.json").read_text())
+        assert (saved["r"], saved["lora_alpha"]) == (8, 8)  # all that a server reads
+        assert saved["rank_pattern"] == saved["alpha_pattern"] == {}
 
 
 def test_scale_of_an_exported_expert_is_the_same_to_the_last_bit() -> None:

@@ -137,10 +137,13 @@ def save_lora(factors: Mapping[str, Factors], folder: str | Path, config: Any, p
     """Write {module: what is added there} as an adapter folder of PEFT's LoRA.
 
     config: of the mixture; its base model and task are the LoRA's too.
+    pad_ranks: one rank at all modules, filled up with zeros, and the scale in B: for servers that read `r` and
+        `lora_alpha` alone, and no patterns of them.
     """
     ranks = {path: factor.down.shape[0] for path, factor in factors.items()}
     if pad_ranks:
         ranks = dict.fromkeys(ranks, max(ranks.values()))
+        factors = {path: _unscaled(factor) for path, factor in factors.items()}
     alphas = {path: _alpha(factor.scale, ranks[path]) for path, factor in factors.items()}
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     with_bias = any(factor.b_up is not None for factor in factors.values())
@@ -162,6 +165,12 @@ def save_lora(factors: Mapping[str, Factors], folder: str | Path, config: Any, p
     lora.save_pretrained(str(folder))
     with written_aside(Path(folder) / SAFETENSORS_WEIGHTS_NAME) as aside:
         save_file(tensors, aside, metadata={"format": "pt"})
+
+
+def _unscaled(factor: Factors) -> Factors:
+    """The same sum with a scale of 1."""
+    down, up, scale, b_up = factor
+    return Factors(down, up * scale, 1.0, None if b_up is None else b_up * scale)
 
 
 def _alpha(scale: float, rank: int) -> float:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
@@ -92,7 +91,7 @@ class MoAModel(ExpertOverriding, ExpertCutting):
                         "target_modules=['q_proj', 'v_proj'], or 'all-linear'"
                     )
                 config.target_modules = set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind])
-            _maybe_include_all_linear_layers(config, self.model)
+            self.name_all_linear(config)
             return
         super().resolve(config, model_config)
         self._gather(config)

@@ -60,7 +60,7 @@ class ExpertWeights(MixtureModel):
     ) -> None:
         """Write a LoRA expert as an adapter folder of PEFT's LoRA, which loads without this library.
 
-        pad_ranks: one rank at all modules, filled up with zeros, for servers that need that.
+        pad_ranks: one rank at all modules, filled up with zeros, and the scale in B, for servers that need that.
 
         Raises:
             ValueError: there is no such expert, it is no LoRA, or `folder` is none.
