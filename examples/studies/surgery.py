@@ -52,6 +52,7 @@ from demo_models import Progress, new_base, perplexities, train
 from demo_table import mean, percent
 from demo_text import installation, new_tokenizer, parted, token_rows
 from peft import PeftModel, get_peft_model
+from routers import table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, HfArgumentParser, MixtralConfig, MixtralForCausalLM
 from transformers import logging as transformers_logging
@@ -349,12 +350,6 @@ def interval(values: list[float], digits: int = 1) -> str:
     """Mean of paired differences with the 95 % interval."""
     found, shown = t_interval(values), f"{statistics.mean(values):+.{digits}f}"
     return shown if found is None else f"{shown} ({found[0]:+.{digits}f} to {found[1]:+.{digits}f})"
-
-
-def table(rows: list[list[str]]) -> str:
-    """Markdown, of which the first row is the head."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 PAIRS = (

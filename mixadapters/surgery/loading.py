@@ -12,17 +12,8 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from mixadapters.core.card import CLASSES
 from mixadapters.surgery.saving import EXPERTS_FILE, load_pruned
-
-# PEFT's task types and the class of transformers that reads the base with the head that they need.
-CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 def load_model(name: str, adapter: str | None = None, device: str = "cpu") -> nn.Module:

@@ -19,7 +19,10 @@ from mixadapters.routers.recurrent import RecurrentRouter
 from mixadapters.routers.task import TaskRouter
 from mixadapters.routers.tree import TreeRouter
 from mixadapters.surgery.blocks import joined_logits
+from mixadapters.surgery.function import expert_norms
 from mixadapters.surgery.view import ExpertLayer, Routed, Watcher, check_map, check_order, expert_output
+
+DENSE_AT_MOST = 8  # experts for each that a row uses, up to which those of all rows are computed together
 
 
 def mixture_layers(model: nn.Module, adapter: str | None = None) -> list[ExpertLayer]:
@@ -181,8 +184,8 @@ class MixtureExperts(ExpertLayer):
     def _routed(self, read: Tensor, routing: Routing, mask: Tensor | None, outputs: bool) -> Routed:
         """A routing, which numbers what the router chooses among, in terms of the experts here."""
         place_of = {place: e for e, place in enumerate(self.places)}
-        numbers = torch.tensor([place_of.get(n, -1) for n in self.mixture.bank_numbers()], device=read.device)
-        arms, count = len(numbers), len(read)
+        own = [place_of.get(n, -1) for n in self.mixture.bank_numbers()]
+        numbers, arms, count = torch.tensor(own, device=read.device), len(own), len(read)
         indices = routing.indices
         chosen = torch.arange(arms, device=read.device).expand(count, -1) if indices is None else indices.long()
         indices = torch.where(chosen >= 0, numbers[chosen.clamp_min(0)], -1)
@@ -192,7 +195,8 @@ class MixtureExperts(ExpertLayer):
         if logits is None or logits.shape[1] < arms or isinstance(deciding_router(self.mixture.router), TreeRouter):
             logits = None if probs is None else probs.float().clamp_min(1e-20).log()
         if logits is not None:
-            logits = joined_logits(logits.detach()[:, :arms].float(), numbers, len(self.places))
+            logits = logits.detach()[:, :arms].float()
+            logits = logits if own == list(range(arms)) else joined_logits(logits, numbers, len(self.places))
         each = None
         if outputs:
             each = _Outputs(self, read, indices)
@@ -215,7 +219,12 @@ class _Outputs:
             if len(rows):
                 yield rows, slots, self.layer.run(e, self.read[rows])
 
+    @torch.no_grad()
     def norms(self) -> Tensor:
+        every = [self.layer.weights(e) for e in range(len(self.layer.names))]
+        if len(every) <= DENSE_AT_MOST * self.indices.shape[1] and len({w.down.shape[0] for w in every}) == 1:
+            used, norms = self.indices >= 0, expert_norms(every, self.layer.activation, self.read)
+            return torch.where(used, norms.gather(1, self.indices.clamp_min(0)), 0.0)
         found = torch.zeros(self.indices.shape, device=self.read.device)
         for rows, slots, output in self._by_expert():
             found[rows, slots] = output.float().norm(dim=-1)

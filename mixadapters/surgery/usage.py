@@ -105,11 +105,17 @@ class LayerUsage:
             self._sample(logits, draws if mask is None else torch.where(mask, draws, -1.0))
 
     def _sample(self, logits: Tensor, draws: Tensor) -> None:
-        """Keep the rows of the largest draws: each row has the same chance, however many come. -1 is no row."""
-        kept = draws.new_zeros(0) if not len(self.draws) else self.draws
-        every, rows = torch.cat([kept, draws]), torch.cat([self.logits, logits])
-        best = every.topk(min(self.samples, len(every)))
-        self.draws, self.logits = best.values, rows[best.indices]
+        """Keep the rows of the largest draws: each row has the same chance, however many come. -1 is no row.
+
+        Others are dropped once there are twice as many as wanted, and at the end.
+        """
+        self.draws, self.logits = torch.cat([self.draws, draws]), torch.cat([self.logits, logits])
+        if len(self.draws) > 2 * self.samples:
+            self._trim()
+
+    def _trim(self) -> None:
+        best = self.draws.topk(min(self.samples, len(self.draws)))
+        self.draws, self.logits = best.values, self.logits[best.indices]
 
     def __add__(self, other: LayerUsage) -> LayerUsage:
         if (self.path, self.adapter, self.names) != (other.path, other.adapter, other.names):
@@ -125,7 +131,8 @@ class LayerUsage:
         return made.cpu()
 
     def cpu(self) -> LayerUsage:
-        """In host memory, without places for rows that were none."""
+        """In host memory, with no more rows of logits than wanted, and none for rows that were none."""
+        self._trim()
         parts = {name: getattr(self, name).cpu() for name in PARTS}
         real = parts["draws"] >= 0
         parts |= {"logits": parts["logits"][real], "draws": parts["draws"][real]}

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters import ROUTERS, MixDAConfig, MoAConfig
+from mixadapters.core.bank import Weights
+from mixadapters.surgery.function import expert_norms
 from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.mixtures import MixtureExperts
 from mixadapters.surgery.usage import ExpertUsage, record_usage
@@ -199,6 +201,29 @@ def test_weights_say_what_an_expert_does_and_are_written_in_place(kind: str, tin
     torch.testing.assert_close(model(**inputs).logits, before)
     with pytest.raises(ValueError, match="do not fit the experts"):
         layer.set_weights(1, weights._replace(up=weights.up[:-1]))
+
+
+@pytest.mark.parametrize("parts", ["plain", "biases", "gated", "norm"])
+def test_norms_are_those_of_the_outputs(parts: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    every = []
+    for e in range(3):
+        weights = Weights(draw(4, 8), draw(9, 4), scale=torch.tensor([-0.5 - e]) if e else 2.0)
+        if parts != "plain":
+            weights = weights._replace(b_down=draw(4), b_up=draw(9) if e else None)
+        if parts == "gated":
+            weights = weights._replace(gate=draw(4, 8), b_gate=draw(4))
+        if parts == "norm":
+            weights = weights._replace(norm=(draw(8), draw(8)))
+        every.append(weights)
+    x = draw(5, 8)
+    found = expert_norms(every, "gelu", x)
+    for e, weights in enumerate(every):
+        torch.testing.assert_close(found[:, e], expert_output(weights, "gelu", x).norm(dim=-1), rtol=1e-4, atol=1e-5)
 
 
 def test_domains_of_mixda_are_layers_too(tiny: Any, tiny_inputs: Any) -> None:

@@ -121,7 +121,7 @@ class ExpertMixture(Mixture):
         """Number the router's experts by the bank's. Called again where experts have come or gone."""
         places = {name: i for i, name in enumerate(self.routed_names)}
         numbers = [places.get(self.holder_of(name) or "", -1) for name in self.expert_names]
-        self.in_order = numbers == list(range(len(places)))
+        self.numbers, self.in_order = numbers, numbers == list(range(len(places)))
         self.present = [i for i, number in enumerate(numbers) if number >= 0]
         self.bank_of = torch.tensor([*numbers, -1], device=self.bank_of.device)  # the last is that of -1
 
@@ -141,7 +141,7 @@ class ExpertMixture(Mixture):
         return name if name in self.bank.experts else None
 
     def bank_numbers(self) -> list[int]:
-        return self.bank_of[:-1].tolist()
+        return self.numbers
 
     def dispatch(self, source: Tensor, context: ForwardContext) -> Routing:
         routing = self.route(source, context)
