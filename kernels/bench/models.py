@@ -1,7 +1,7 @@
 """Layers and models on one CPU thread: many adapters in a batch against one, ours against PEFT's LoRA, in one run.
 
     python kernels/bench/models.py                       all groups, about ten minutes
-    python kernels/bench/models.py --only generate       some of: module, generate, forward, step
+    python kernels/bench/models.py --only generate       some of: module, single, generate, forward, step
 
 Both libraries hold the same weights: low-rank adapters on every linear layer. Outputs, generated tokens and gradients
 are compared before anything is timed. Contenders take turns; the time is CPU time of the thread, the median of all
@@ -31,7 +31,7 @@ from mixadapters import BottleneckConfig
 
 SCALE = 1.5
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-GROUPS = ("module", "generate", "forward", "step")
+GROUPS = ("module", "single", "generate", "forward", "step")
 ADAPTERS = 64
 CLOSE = 1e-5  # relative distance of results, in float32
 
@@ -72,7 +72,7 @@ def llama() -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def both(base: nn.Module, targets: list[str], rank: int) -> tuple[Any, Any]:
+def both(base: nn.Module, targets: list[str], rank: int, adapters: int = ADAPTERS) -> tuple[Any, Any]:
     """The model with adapters "a0", "a1" ... by this library and by PEFT, with the same weights."""
     configs: tuple[Any, ...] = (
         BottleneckConfig(
@@ -83,7 +83,7 @@ def both(base: nn.Module, targets: list[str], rank: int) -> tuple[Any, Any]:
     models = []
     for config in configs:
         model = peft.get_peft_model(copy.deepcopy(base), config, adapter_name="a0")
-        for i in range(1, ADAPTERS):
+        for i in range(1, adapters):
             model.add_adapter(f"a{i}", copy.deepcopy(config))
         models.append(model.eval())
     for mine, its in pairs(*models):
@@ -149,6 +149,53 @@ def layer_cases(rows: int, length: int, width: int) -> Iterator[Case]:
             if mode == "inference":
                 contenders[f"PEFT, {n}"] = Contender(lambda n=n: infer(theirs, n), one(theirs))
         yield Case(f"{label}, {mode}", contenders, errors, [("ours, 8", "ours, 1"), ("ours, 64", "ours, 1")])
+
+
+class Beside(nn.Module):
+    """A linear layer and a GELU bottleneck beside it, as one would write them."""
+
+    def __init__(self, base: nn.Module, down: nn.Module, up: nn.Module) -> None:
+        super().__init__()
+        self.base, self.down, self.up = base, down, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(nn.functional.gelu(self.down(x))) * SCALE
+
+
+def bottlenecks(base: nn.Module) -> tuple[Any, Any]:
+    """The model with GELU bottlenecks by this library, and the same layers as plain modules."""
+    config = BottleneckConfig(r=16, target_modules=LINEARS, placement="parallel", scale=SCALE, init_weights=False)
+    plain, ours = copy.deepcopy(base), peft.get_peft_model(copy.deepcopy(base), config).eval()
+    for path in [name for name, _ in plain.named_modules() if name.rpartition(".")[2] in LINEARS]:
+        expert = ours.get_base_model().get_submodule(path).adapters["default"].bank.experts["adapter"]
+        plain.set_submodule(path, Beside(plain.get_submodule(path), expert.down, expert.up))
+    return ours, plain.eval()
+
+
+def single_cases() -> Iterator[Case]:
+    """Decoding with one adapter: prompts of 16 tokens, 12 new tokens."""
+    base = llama()
+    ours, theirs = both(base, LINEARS, 16, adapters=1)
+    bottleneck, plain = bottlenecks(base)
+    models = {"ours, LoRA": ours, "PEFT, LoRA": theirs, "ours, bottleneck": bottleneck, "plain, bottleneck": plain}
+    compared = [("ours, LoRA", "PEFT, LoRA"), ("ours, bottleneck", "plain, bottleneck")]
+    for rows in (1, 4, 64):
+        ids = torch.randint(1, 8000, (rows, 16))
+
+        def run(model: Any, ids: Tensor = ids) -> Tensor:
+            with torch.no_grad():
+                return model.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+                )
+
+        errors = {}
+        for one, other in compared:
+            with torch.no_grad():
+                errors[f"logits of {one}"] = distance(
+                    models[one](input_ids=ids).logits, models[other](input_ids=ids).logits
+                )
+        contenders = {name: Contender(lambda model=model, run=run: run(model)) for name, model in models.items()}
+        yield Case(f"generate, one adapter, Llama of 7M, {rows} rows", contenders, errors, compared)
 
 
 def generate_cases() -> Iterator[Case]:
@@ -270,7 +317,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    found = {"module": module_cases, "generate": generate_cases, "forward": forward_cases, "step": step_cases}
+    found = {
+        "module": module_cases, "single": single_cases, "generate": generate_cases, "forward": forward_cases,
+        "step": step_cases,
+    }  # fmt: skip
     results = []
     for group in args.only:
         for case in found[group]():

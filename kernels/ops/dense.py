@@ -1,11 +1,14 @@
 """All experts as one product of rank R; the weights of the mixture scale the columns in between.
 
 A row that has not chosen an expert has zeros in its columns, but the products still multiply them: 0 * inf is no
-number. So where something is infinite or no number, what rows and experts share is computed again by `segments`.
+number. So where something is infinite or no number, what rows and experts share is computed again by `segments`. A few
+rows without gradient are not even given zeros: what they have not chosen is weighed by 0, and the output says whether
+that was a number.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +28,10 @@ def keeps(p: Problem) -> tuple[Tensor, ...]:
 
 
 def forward(p: Problem, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    y, kept = chain.forward(p, keep, Dense)
+    few = (
+        p.indices is not None and not keep and p.x.shape[0] < p.down.shape[0]
+    )  # of whose output `_smaller` looks at all
+    y, kept = chain.forward(p, keep, Weighted if few else Dense)
     if p.indices is not None and not _finite(*_smaller(p, y, p.up, p.b_up)):
         y = segments.forward(p, keep=False)[0]
     return y, kept
@@ -51,7 +57,7 @@ def _smaller(p: Problem, result: Tensor, *weights: Tensor | None) -> list[Tensor
 
 def _finite(*tensors: Tensor) -> bool:
     # A sum is infinite, or no number, if one of its terms is. One that overflows costs time alone.
-    return all(bool(t.sum(dtype=chain.wide_dtype(t)).isfinite()) for t in tensors)
+    return all(math.isfinite(t.sum(dtype=chain.wide_dtype(t)).item()) for t in tensors)
 
 
 class Dense:
@@ -97,7 +103,7 @@ class Dense:
         if p.b_up is not None:
             # The experts' own biases, one for each row that chose them.
             y += p.b_up.sum(0) if self.factors is None else self.factors.to(p.b_up.dtype) @ p.b_up
-        if p.indices is not None and p.base is not None:
+        if p.indices is not None and p.base is not None and not p.every_slot_chosen():
             none = (p.indices < 0).all(1, keepdim=True)
             # Adding a zero turns -0.0 into 0.0.
             if not none.is_cpu or none.any():
@@ -146,6 +152,31 @@ class Dense:
         return dots.sum(0)
 
 
+class Weighted(Dense):
+    """Nothing is cleared: what a row has not chosen has a weight of 0 there. Right where the output is finite."""
+
+    def __init__(self, p: Problem, saved: tuple[Tensor, ...] = ()) -> None:
+        self.p, self.scale, self.chosen = p, p.scale, None
+        self.weights = _weights(p)
+        self.factors = chain.product(self.weights, p.scale)
+
+
+def _weights(p: Problem) -> Tensor:
+    """(N, E) weight of each expert for each row, 0 for those that it has not chosen."""
+    assert p.indices is not None
+    columns, experts = p.indices.long(), len(p.ranks)
+    given = p.x.new_ones(columns.shape) if p.weights is None else p.weights
+    wide = chain.wide_dtype(given)
+    # An expert that a row names in several slots has the sum of their weights.
+    if p.every_slot_chosen():
+        table = given.new_zeros(columns.shape[0], experts, dtype=wide).scatter_add_(1, columns, given.to(wide))
+    else:  # "none" has a column of its own, cut off later
+        columns = columns.where(columns >= 0, experts)
+        table = given.new_zeros(columns.shape[0], experts + 1, dtype=wide)
+        table = table.scatter_add_(1, columns, given.to(wide))[:, :experts]
+    return table.to(p.x.dtype)
+
+
 def _table(p: Problem) -> tuple[Tensor | None, Tensor | None]:
     """Weights (N, E) of each expert for each row, and which experts a row chose (N, E)."""
     if p.indices is None:
@@ -154,13 +185,9 @@ def _table(p: Problem) -> tuple[Tensor | None, Tensor | None]:
     if p.slots == 1:
         chosen = p.indices == torch.arange(experts, device=p.x.device)
         return chosen.to(p.x.dtype) if p.weights is None else torch.where(chosen, p.weights, 0), chosen
-    columns = p.indices.where(p.indices >= 0, experts).long()  # "none" has a column of its own, cut off later
-    ones = torch.ones_like(columns, dtype=p.x.dtype) if p.weights is None else p.weights
-    # An expert that a row names in several slots has the sum of their weights.
-    table = ones.new_zeros(columns.shape[0], experts + 1, dtype=chain.wide_dtype(ones))
-    weights = table.scatter_add_(1, columns, ones.to(table.dtype))[:, :experts].to(p.x.dtype)
-    chosen = table.new_zeros(table.shape, dtype=torch.bool).scatter_(1, columns, True)[:, :experts]
-    return weights, chosen
+    columns = p.indices.where(p.indices >= 0, experts).long()
+    chosen = torch.zeros(columns.shape[0], experts + 1, dtype=torch.bool, device=p.x.device)
+    return _weights(p), chosen.scatter_(1, columns, True)[:, :experts]
 
 
 def _by_expert(h: Tensor, ranks: Sequence[int], factors: Tensor) -> Tensor:

@@ -149,6 +149,10 @@ class Problem:
         least, most = self.derived("bounds", indices.aminmax)
         return int(least), int(most)
 
+    def every_slot_chosen(self) -> bool:
+        """Whether no slot is known to be without expert. On a GPU, which it would wait for, that is not known."""
+        return self.indices is None or (self.indices.is_cpu and self.indices.numel() > 0 and self.bounds()[0] >= 0)
+
     def derived(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` derives from the indices (and from what is in `key`), once where they are `constant`."""
         known: dict[Hashable, Any] | None = getattr(self.indices, _DERIVED, None)

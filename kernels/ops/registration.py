@@ -29,10 +29,14 @@ library.define(f"lowrank_backward(Tensor grad, Tensor[] kept, {_PROBLEM}, bool[]
 def _forward(*args):
     *given, backend, keep = args
     p = _problem(given)
-    p.check_indices()
     with torch.no_grad(), without_autocast(p.x):
-        y, kept = backends.pick(p, backend, p.x.shape[0], training=keep).forward(p, keep)
+        y, kept = _run(p, backend, keep)
     return y, list(kept)
+
+
+def _run(p, backend, keep):
+    p.check_indices()
+    return backends.pick(p, backend, p.x.shape[0], training=keep).forward(p, keep)
 
 
 def _backward(grad, kept, *args):
@@ -126,7 +130,21 @@ class _Lowrank(torch.autograd.Function):
 
 def call(p: Problem, backend: str) -> Tensor:
     """The operator on a problem, with gradients where any are wanted; backend "" leaves the choice to the rule."""
+    if not torch.is_grad_enabled() and _nobody_looks_on(p.x):
+        return _run(p, backend, keep=False)[0]
     args = (*(getattr(p, name) for name in _NAMES), backend)
     if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in _FLOATS):
         return _Lowrank.apply(*args)
     return _forward_op(*args, False)[0]
+
+
+def _nobody_looks_on(x: Tensor) -> bool:
+    """Whether torch need not see the operators: it casts, compiles, traces, counts and transforms nothing."""
+    return (
+        type(x) is Tensor
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._get_tracing_state()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )

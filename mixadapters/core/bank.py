@@ -200,9 +200,9 @@ class AdapterBank(nn.Module):
 
         dropout: probability that they read an element of `tokens` as 0.
         """
-        return self._pack(context)(tokens, routing, base, base_weight, dropout)
+        return self.pack(context)(tokens, routing, base, base_weight, dropout)
 
-    def _pack(self, context: ForwardContext | None) -> PackedExperts:
+    def pack(self, context: ForwardContext | None) -> PackedExperts:
         """Packed in every forward; once for the steps of a `generate`, which runs with the weights of its first."""
         if context is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not keeps(self):
             return pack([self], context)
@@ -253,7 +253,7 @@ def pack(banks: Sequence[AdapterBank], context: ForwardContext | None) -> Packed
     # Several `up` are stacked as their transposes, which keeps each expert's weights together in memory.
     ups = [w.up for w in weights]
     arguments: dict[str, Any] = {
-        "ranks": [w.down.shape[0] for w in weights],
+        "ranks": tuple(w.down.shape[0] for w in weights),
         "w_down": _cat(downs),
         "b_down": _cat(down_biases),
         "w_up": ups[0] if len(ups) == 1 else torch.cat([up.t() for up in ups]).t(),

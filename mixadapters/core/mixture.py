@@ -100,7 +100,8 @@ class Mixture(Adapter):
         source = self.source(x, y, context).to(y.dtype)
         routing = self.dispatch(source, context)
         tokens, base = source.reshape(-1, source.shape[-1]), y.reshape(-1, y.shape[-1])
-        return self.bank(tokens, routing, context, base, routing.base_weight, self.rate).view_as(y)
+        packed = self._modules["bank"].pack(context)
+        return packed(tokens, routing, base, routing.base_weight, self.rate).view_as(y)
 
     @property
     def expert_names(self) -> list[str]:
@@ -121,11 +122,11 @@ class Mixture(Adapter):
         if self.hard_routes is None and not context.observers and getattr(router, "always_first", False):
             return router(source, context)
         record, rows = context.record, source.numel() // source.shape[-1]
-        routing = self._given(rows, source, context)
+        routing = None if record.plain else self._given(rows, source, context)
         decides = routing is None and not getattr(router, "follows", False)
         trains = decides and record.training and record.grad  # not in a reference pass
         if routing is None:
-            routing = self._checked(self.router(self._read(source, context), context), rows)
+            routing = self._checked(router(self._read(source, context), context), rows)
             for tuning in self.tunings:
                 routing = tuning(routing, self.expert_names)
             change = context.record.values.get(ROUTES, {}).get(self.key)

@@ -185,7 +185,9 @@ class LearnedRouter(ArmSurgery):
         return self.temperature
 
     def tempered(self, logits: Tensor) -> Tensor:
-        return logits / self.current_temperature if self.activation is None else logits
+        if self.activation is not None or self.current_temperature == 1:
+            return logits
+        return logits / self.current_temperature
 
     def weigh(self, logits: Tensor) -> Tensor:
         """logits (N, A) -> weights (N, A)."""

@@ -45,12 +45,18 @@ def exact(read: Tensor, normalize: bool) -> Tensor:
 
 def linear(read: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As F.linear, in the dtype of `read`, under autocast too."""
+    weight, bias = weight.to(read.dtype), None if bias is None else bias.to(read.dtype)
+    if not torch.is_autocast_enabled(read.device.type):
+        return F.linear(read, weight, bias)
     with torch.autocast(read.device.type, enabled=False):
-        return F.linear(read, weight.to(read.dtype), None if bias is None else bias.to(read.dtype))
+        return F.linear(read, weight, bias)
 
 
 def features(read: Tensor, hidden: nn.Sequential) -> Tensor:
     """read (..., d) -> what the output layer reads (..., h)."""
     for layer in hidden:
-        read = linear(read, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(read)
+        if isinstance(layer, nn.Linear):
+            read = linear(read, layer.weight, layer.bias)
+        elif layer.training or not isinstance(layer, nn.Dropout):  # dropout does nothing then, but costs a call
+            read = layer(read)
     return read

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixadapters import kernels
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.routes import real_rows
-from mixadapters.core.routing import Routing
+from mixadapters.core.routing import Routing, chosen_experts
 from mixadapters.routers.capacity import within_capacity
 from mixadapters.routers.learned import LearnedRouter
 from mixadapters.routers.options import check_options
@@ -38,6 +39,7 @@ class SparseRouter(LearnedRouter):
 
     frozen_arm = False
     norm_of_experts = False  # whether `norm_topk_prob` leaves out arms without expert
+    fills_slots: Any = False  # whether `select` gives an arm for each slot, and never -1
 
     def __init__(
         self,
@@ -81,23 +83,30 @@ class SparseRouter(LearnedRouter):
 
     def choose(self, logits: Tensor) -> Routing:
         scores = self.weigh(logits)
-        return self.routed(scores, self.select(scores))
+        return self.routed(scores, self.select(scores), full=self.fills_slots)
 
-    def routed(self, scores: Tensor, arms: Tensor) -> Routing:
-        """The routing to the arms (N, k), -1 for none, weighed by scores (N, A)."""
+    def routed(self, scores: Tensor, arms: Tensor, full: bool = False) -> Routing:
+        """The routing to the arms (N, k), -1 for none, weighed by scores (N, A). full: there is no -1."""
         count = scores.shape[1]
-        indices = torch.where(arms < len(self.experts), arms, -1)
-        chosen = torch.where(arms >= 0, scores.gather(1, arms.clamp_min(0)), 0.0)
-        weights = torch.where(indices >= 0, chosen, 0.0)
+        if full and count == len(self.experts):  # an expert in each slot: nothing is to be left out
+            indices, weights = arms, scores.gather(1, arms)
+            chosen = weights
+        else:
+            indices = torch.where(arms < len(self.experts), arms, -1)
+            chosen = torch.where(arms >= 0, scores.gather(1, arms.clamp_min(0)), 0.0)
+            weights = torch.where(indices >= 0, chosen, 0.0)
         if self.norm_topk_prob:
             whole = (weights if self.norm_of_experts else chosen).sum(1, keepdim=True)
             weights = weights / whole.clamp_min(torch.finfo(weights.dtype).tiny)
-        weights = weights * self.routed_scaling_factor
+        if self.routed_scaling_factor != 1:
+            weights = weights * self.routed_scaling_factor
         base_weight = 1 - weights.sum(1) if self.convex else None
-        last = torch.where(arms >= 0, arms, count)
-        selected = arms.new_zeros(len(arms), count + 1, dtype=torch.bool).scatter(1, last, True)[:, :count]
         probs = scores if self.scoring_func == "softmax" else scores / scores.sum(1, keepdim=True)
-        return Routing(indices, weights, base_weight, probs, selected=selected)
+        # Where nothing trains, who asks what was chosen reads it off the indices, unless these leave arms out.
+        read_off = not (self.training or torch.is_grad_enabled()) and count == len(self.experts)
+        selected = None if read_off else chosen_experts(arms, count)
+        # New here, and changed by nobody: layers that share the routing share what is derived from its choices.
+        return Routing(kernels.constant(indices), weights, base_weight, probs, selected=selected)
 
     def completed(self, routing: Routing, noisy: Tensor, context: ForwardContext) -> Routing:
         if not (self.training and self.capacity_factor):

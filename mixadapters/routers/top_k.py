@@ -43,6 +43,10 @@ class TopKRouter(SparseRouter):
         self.k, self.bias_update_rate = k, bias_update_rate
         self.balancing = ChoiceBias(len(self.arms)) if bias_update_rate else None
 
+    @property
+    def fills_slots(self) -> bool:
+        return type(self).select is TopKRouter.select
+
     def select(self, scores: Tensor) -> Tensor:
         k = scores.shape[1] if self.k is None else self.k
         ranked = scores if self.balancing is None else scores + self.balancing.bias.to(scores)

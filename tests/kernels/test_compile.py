@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixadapters.kernels import adapter_backend, lowrank
 
@@ -111,3 +115,28 @@ def test_exported_with_dynamic_rows_is_one_operator(slots) -> None:
     more = arguments(31, slots, seed=1)
     inputs = [more["x"].detach(), more.get("indices"), more["base"].detach()]
     torch.testing.assert_close(program.module()(*inputs), layer(*inputs))
+
+
+def test_who_counts_or_traces_operators_sees_the_one_without_gradients_too() -> None:
+    """Without gradients, and with nobody to look on, the backend is called past torch's dispatcher."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            seen.append(operator.name())
+            return operator(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    given = {"x": torch.randn(3, 6), "w_down": torch.randn(4, 6), "w_up": torch.randn(5, 4), "ranks": (2, 2)}
+    with torch.no_grad():
+        alone = lowrank(**given)
+        with Names():
+            counted = lowrank(**given)
+        torch.testing.assert_close(counted, alone)
+        assert seen == ["mixadapters::lowrank"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that checks of shapes become constants
+            traced = torch.jit.trace(lambda x: lowrank(**{**given, "x": x}), given["x"], check_trace=False)
+        assert "mixadapters::lowrank" in str(traced.graph)
+        with FakeTensorMode() as mode:
+            fake = {name: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for name, t in given.items()}
+            assert lowrank(**fake).shape == (3, 5)

@@ -48,7 +48,7 @@ def draw(seed: int, *, equal: bool) -> tuple[dict, random.Random]:
 def outcome(given: dict, backend: str, out_gradient: Tensor) -> dict[str, Tensor]:
     """y, and the gradient of every float argument."""
     leaves = {k: v.clone().requires_grad_() for k, v in given.items() if isinstance(v, Tensor) and k != "indices"}
-    with adapter_backend(backend):
+    with torch.enable_grad(), adapter_backend(backend):
         y = lowrank(**{**given, **leaves})
     found = torch.autograd.grad(y, list(leaves.values()), out_gradient, materialize_grads=True)
     return {"y": y.detach(), **dict(zip(leaves, found, strict=True))}
@@ -162,3 +162,19 @@ def test_a_broken_neighbour_changes_no_bit_where_rows_are_invariant() -> None:
         apart = (given["indices"] != broken).all(1)
         with adapter_backend(batch_invariant=True):
             assert torch.equal(lowrank(**damaged)[apart], lowrank(**given)[apart])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients_a_broken_expert_touches_only_the_rows_that_chose_it(backend) -> None:
+    """Decoding: a few rows, of which `dense` weighs what they have not chosen by 0 and looks at the output."""
+    with torch.no_grad(), adapter_backend(backend):
+        for seed in range(60):
+            given, chance = draw(seed, equal=backend == "grouped")
+            sound = lowrank(**given)
+            torch.testing.assert_close(sound, outcome(given, "reference", torch.ones_like(sound))["y"])
+            broken = chance.randrange(len(given["ranks"]))
+            apart = (given["indices"] != broken).all(1)
+            for name in [n for n in BY_EXPERT if n in given]:
+                damaged = {**given, name: given[name].clone()}
+                part_of(name, damaged[name], broken, given["ranks"]).fill_(chance.choice(BROKEN))
+                torch.testing.assert_close(lowrank(**damaged)[apart], sound[apart], rtol=1e-4, atol=1e-4)

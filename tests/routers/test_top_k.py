@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.record import Record
-from mixadapters.core.routing import Routing
+from mixadapters.core.routing import Routing, with_distribution
 from mixadapters.core.streams import Stream
 from mixadapters.routers import NullRouter, TopKRouter, build_router
 from mixadapters.routers.capacity import within_capacity
@@ -54,6 +54,34 @@ def test_the_k_largest_are_chosen_and_weighed_by_their_scores(scoring, k) -> Non
         torch.testing.assert_close(routing.weights[row], 2.5 * scores[row, order])
         assert routing.selected[row].nonzero().flatten().tolist() == sorted(order)
     torch.testing.assert_close(routing.probs.sum(1), torch.ones(15))
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_topk_prob": True}, {"null_arms": 2}, {"scoring_func": "sigmoid"}])
+def test_without_gradients_the_routing_is_the_same_and_says_what_was_chosen(options) -> None:
+    """What was chosen is then read off the indices by who asks, where these leave no arm out."""
+    router = make("null" if "null_arms" in options else "top_k", k=3, **options)
+    recorded = run(router, TOKENS)
+    with torch.no_grad():
+        found = run(router, TOKENS)
+    for name in ("indices", "weights", "probs", "logits"):
+        assert torch.equal(getattr(found, name), getattr(recorded, name)), name
+    told = with_distribution(found, router.experts, router.arms, 15, TOKENS.device)
+    assert torch.equal(told.selected, recorded.selected)
+
+
+def test_a_router_of_ones_own_that_leaves_slots_empty_is_taken_at_its_word() -> None:
+    class Sure(TopKRouter):
+        """Of the two largest only those above a half."""
+
+        def select(self, scores: Tensor) -> Tensor:
+            found = scores.topk(2)
+            return torch.where(found.values > 0.5, found.indices, -1)
+
+    router = Sure(D, NAMES, init_range=1.0).eval()
+    with torch.no_grad():
+        routing = run(router, TOKENS)
+    assert ((routing.indices < 0) == (routing.weights == 0)).all()
+    assert (routing.indices < 0).any()
 
 
 def test_a_removed_expert_leaves_normalised_weights_as_they_were() -> None:
