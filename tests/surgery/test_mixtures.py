@@ -49,12 +49,14 @@ def moa(tiny: Any, router: str = "top_k", kind: str = "llama", **options: Any) -
 
 
 def hand_count(model: Any, inputs: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """By path, from what the banks are given: tokens, mass and saliency of each expert, padding left out."""
-    real, found, handles = inputs["attention_mask"].bool().flatten(), {}, []
+    """By path, from what the op is given: tokens, mass and saliency of each expert, padding left out."""
+    real, found = inputs["attention_mask"].bool().flatten(), {}
     for layer in expert_layers(model):
+        mixture: Any = layer.mixture  # type: ignore[attr-defined]
 
-        def look(bank: Any, args: Any, path: str = layer.path) -> None:
-            tokens, routing = args[0], args[1]
+        def look(source: Tensor, context: Any, mixture: Any = mixture, path: str = layer.path) -> Any:
+            routing = type(mixture).dispatch(mixture, source, context)
+            bank, tokens = mixture.bank, source.flatten(0, -2)
             count = len(bank.names)
             sums = found[path] = {"tokens": [0] * count, "mass": [0.0] * count, "saliency": [0.0] * count}
             every = bank.weights(None)
@@ -67,10 +69,12 @@ def hand_count(model: Any, inputs: dict[str, Tensor]) -> dict[str, dict[str, Any
                         sums["tokens"][e] += 1
                         sums["mass"][e] += weight
                         sums["saliency"][e] += weight * float(output.norm())
+            return routing
 
-        handles.append(layer.mixture.bank.register_forward_pre_hook(look))  # type: ignore[attr-defined]
+        mixture.__dict__["dispatch"] = look
     model(**inputs)
-    [handle.remove() for handle in handles]
+    for layer in expert_layers(model):
+        del layer.mixture.__dict__["dispatch"]  # type: ignore[attr-defined]
     return found
 
 
