@@ -697,10 +697,14 @@ def test_usage_names_arms_that_get_nothing() -> None:
 
 @pytest.mark.parametrize("coefficient", ["balance_coef", "z_coef", "entropy_coef"])
 def test_losses_need_what_the_router_gives(coefficient) -> None:
+    class TellsNothing(Router):
+        def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
+            return Routing(weights=tokens.new_ones(tokens.shape[:-1].numel(), len(NAMES)))
+
     tokens, mask = tokens_and_mask()
-    router = build_router({"kind": "constant", coefficient: 0.5}, D, NAMES).train()
+    router = TellsNothing(D, NAMES, **{coefficient: 0.5}).train()
     part = "logits" if coefficient == "z_coef" else "probs"
-    with pytest.raises(ValueError, match=rf"{coefficient}=0.5 needs Routing.{part}, which ConstantRouter does not"):
+    with pytest.raises(ValueError, match=rf"{coefficient}=0.5 needs Routing.{part}, which TellsNothing does not"):
         route(router, tokens, context_of(tokens, mask, training=True))
     route(router, tokens, context_of(tokens, mask))
 
