@@ -60,7 +60,8 @@ class Mixture(Adapter):
         self.hard_routes = hard_routes
         self.dropout = nn.Dropout(dropout)
         self.observes, self.replaces = observes, replaces
-        self.lone = self.always_first and tap is None and keeps(bank) and not bank.layer_norm and not bank.scales
+        plain = type(self).forward is Mixture.forward and type(bank).forward is AdapterBank.forward and keeps(bank)
+        self.lone = plain and self.always_first and tap is None and not bank.layer_norm and not bank.scales
         self.kind = (bank.kind, insertion, tap)  # what mixtures that run in one call have in common
         self.key, self.stack = RoutingKey(), ""
         self.watchers: list[Watcher] = []

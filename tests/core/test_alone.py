@@ -13,8 +13,9 @@ from torch.nn.utils import parametrize
 from mixadapters import BottleneckConfig
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.mixture import FEW
+from mixadapters.core.mixture import FEW, Mixture
 from mixadapters.kernels import adapter_backend
+from mixadapters.routers.fixed import SingleRouter
 
 FORMS = {
     "low rank": {"activation": "identity", "use_bias": False, "scale": 1.5},
@@ -176,3 +177,22 @@ def test_merged_disabled_and_several_adapters_are_what_they_were(taken: list[boo
         other = model(x)
         assert taken == [True]
     torch.testing.assert_close(both - frozen, (alone - frozen) + (other - frozen))
+
+
+@pytest.mark.parametrize("part", ["mixture", "bank"])
+def test_what_a_subclass_makes_of_a_forward_is_not_passed_over(part) -> None:
+    class Doubled(Mixture):
+        def forward(self, x: Tensor, y: Any, context: Any) -> Tensor:
+            return 2 * super().forward(x, y, context)
+
+    class DoubledBank(AdapterBank):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return 2 * super().forward(*args, **kwargs)
+
+    def lone(mixture: type[Mixture], kind: type[AdapterBank]) -> bool:
+        bank = kind(6, 5, activation="identity", bias=False)
+        bank.add("only", 3)
+        return mixture(SingleRouter(6, ["only"]), bank).lone
+
+    assert lone(Mixture, AdapterBank)
+    assert not lone(*((Doubled, AdapterBank) if part == "mixture" else (Mixture, DoubledBank)))
