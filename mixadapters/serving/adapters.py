@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 from collections import Counter
@@ -162,7 +163,12 @@ class ServedAdapters:
         config.inference_mode = True
         with warnings.catch_warnings(), loading(saved):
             warnings.simplefilter("ignore")  # "Already found a `peft_config`": so it should be
-            inject_adapter_in_model(config, self.model, name)
+            try:
+                inject_adapter_in_model(config, self.model, name)
+            except re.error as error:  # of the folder's config
+                raise ValueError(
+                    f"adapter {name!r}: a pattern of its config is no regular expression: {error}"
+                ) from None
         self.residents.find_hosts()
 
     def _fill(self, name: str, path: Path) -> None:

@@ -29,6 +29,7 @@ from mixadapters.serving.requests import Request, ServerBusy, ServerStopped
 logger = logging.getLogger(__name__)
 AUTO = "auto"  # the name by which a request leaves the choice of its adapter to the router
 NEW_TOKENS = 256  # of a request that does not say how many
+COLDEST = 1e-3  # temperature of a request that samples: logits over a smaller one leave what a float holds
 PATIENCE = 0.5  # seconds that a request waits for room for its adapter while later ones go before it
 
 
@@ -316,8 +317,13 @@ class AdapterServer(StepWork):
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("prompt is text, and the server has no tokenizer: give token ids, or tokenizer=")
-            prompt = self.tokenizer(prompt)["input_ids"]
+            try:
+                prompt = self.tokenizer(prompt)["input_ids"]
+            except TypeError:  # what tokenizers say of half a surrogate pair
+                raise ValueError(f"prompt={prompt!r:.60} is no valid Unicode text") from None
         given: Any = prompt
+        if not (hasattr(given, "tolist") or isinstance(given, Sequence)):
+            raise ValueError(f"prompt={given!r:.60} must be text or token ids")
         ids: list[int] = given.tolist() if hasattr(given, "tolist") else list(given)
         size = self.model.config.get_text_config().vocab_size
         if not ids or not all(type(i) is int and 0 <= i < size for i in ids):
@@ -405,8 +411,8 @@ def check_numbers(server: AdapterServer, deadline: Any, temperature: Any, top_p:
     """Raises ValueError for numbers that a request cannot have."""
     if deadline is not None and not _number(deadline, above=0.0):
         raise ValueError(f"deadline={deadline!r} must be seconds above 0, or None")
-    if temperature is not None and not (_number(temperature) and temperature >= 0):
-        raise ValueError(f"temperature={temperature!r} must be 0 or more")
+    if temperature is not None and not (_number(temperature) and (temperature == 0 or temperature >= COLDEST)):
+        raise ValueError(f"temperature={temperature!r} must be 0, or {COLDEST} or more")
     if not _number(top_p, above=0.0) or top_p > 1:
         raise ValueError(f"top_p={top_p!r} must be above 0 and at most 1")
     if temperature and not server.sampling:

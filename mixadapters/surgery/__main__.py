@@ -41,11 +41,15 @@ class Inputs:
         from mixadapters.surgery.loading import load_model, load_tokenizer
         from mixadapters.surgery.texts import read_texts
 
-        for name in ("limit", "length", "batch"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name} {getattr(args, name)} must be 1 or more")
+        for name in ("limit", "length", "batch", "keep", "factor", "groups"):
+            number = getattr(args, name, None)
+            if number is not None and not 1 <= number < float("inf"):
+                raise ValueError(f"--{name} {number} must be 1 or more")
         self.args = args
         self.read = read_texts(args.data, args.limit, args.text_field, args.label_field)
+        wanted, have = getattr(args, "label", None), sorted(set(self.read.labels or ()))
+        if wanted is not None and wanted not in have:
+            raise ValueError(f"--label {wanted!r} is no label of {str(args.data)!r}; have {have}")
         if self.read.left_out:
             _say(f"{len(self.read.texts)} texts are read, {self.read.left_out} are left out by --limit {args.limit}")
         self.tokenizer = load_tokenizer(args.model)
@@ -228,8 +232,6 @@ def _cut(args: argparse.Namespace, verb: Callable[..., Any]) -> int:
     new_folder(args.out)
     inputs = Inputs(args)
     usage = inputs.usage()
-    if args.label is not None and args.label not in usage.by_label:
-        raise ValueError(f"--label {args.label!r} is no label of {str(args.data)!r}; have {sorted(usage.by_label)}")
     usage = usage if args.label is None else usage.by_label[args.label]
     result = verb(inputs.model, usage, adapter=inputs.owner, seed=args.seed, dry_run=args.dry_run)
     print(result)

@@ -23,6 +23,7 @@ from mixadapters.core.config import one_of
 from mixadapters.core.files import folder_aside, new_folder, read_config, weights_of
 from mixadapters.surgery.codec import EncodedRows, PackedRows
 from mixadapters.surgery.qmoe import CODECS, TernaryMatrix, encode_matrix
+from mixadapters.surgery.saving import EXPERTS_FILE, load_pruned, needs_loader, save_pruned
 
 INDEX = "compression.json"  # which tensors lie in codes, by file
 FORMAT = 1
@@ -67,8 +68,11 @@ def save_compressed(
             model.save_pretrained(beside, selected_adapters=[adapter_name])
             plain = Path(beside) if adapter_name == "default" else Path(beside) / adapter_name
         else:
-            model.save_pretrained(beside)
-            plain = Path(beside)
+            plain = Path(beside) / "model"
+            if needs_loader(model):
+                save_pruned(model, plain)
+            else:
+                model.save_pretrained(plain)
         return compress_folder(plain, target, codec=codec)
 
 
@@ -226,6 +230,8 @@ def load_compressed(folder: str | Path, base_model: nn.Module | None = None, **o
         expand_compressed(folder, plain)
         if base_model is not None:
             return PeftModel.from_pretrained(base_model, str(plain), **options)
+        if (plain / EXPERTS_FILE).exists():
+            return load_pruned(plain, **options)
         named = read_config(plain / "config.json").get("architectures")
         kind: Any = getattr(transformers, str(named[0]), None) if isinstance(named, list) and len(named) == 1 else None
         is_model = inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -114,13 +114,15 @@ def compress_experts(
         raise ValueError("the model has no routed experts: no mixture of an adapter, and no MoE block in its base")
     if iter(calibration) is iter(calibration):
         raise ValueError("calibration can be run only once, and each layer needs it: pass a list of batches")
+    if not (batches := list(calibration)) or not all(isinstance(batch, Mapping) for batch in batches):
+        raise ValueError("calibration must be a list of batches, at least one, each a dict of the model's arguments")
     if type(samples) is not int or samples < 1:
         raise ValueError(f"samples={samples!r} must be a number of rows, at least 1")
     for layer in layers:
         _refuse(layer, method, options)
     done = {}
     for layer in layers:
-        inputs = routed_inputs(model, layer, calibration, samples)
+        inputs = routed_inputs(model, layer, batches, samples)
         done[layer.key] = tuple(_compress(layer, e, inputs[e], shrink, dry_run) for e in range(len(layer.names)))
     return Compression(method, options, done)
 

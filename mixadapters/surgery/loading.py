@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -63,5 +64,5 @@ def _read(what: str, name: str, kind: Any, **options: Any) -> Any:
 def _try(what: str, name: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError, SafetensorError) as error:
         raise ValueError(f"{what} {name!r} cannot be loaded: {error}") from None

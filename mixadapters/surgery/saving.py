@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -61,6 +62,11 @@ def save_pruned(model: nn.Module, folder: str | Path) -> bool:
     return plain
 
 
+def needs_loader(model: nn.Module) -> bool:
+    """Whether the experts of a base lie as stock transformers cannot load them, so that `save_pruned` must save it."""
+    return not _is_plain({layer.path: _layout(layer) for layer in base_layers(root_of(model))})
+
+
 def _layout(layer: Any) -> dict[str, Any]:
     """How many experts a layer has, and which takes the rows of each of its router's columns."""
     count = len(layer.names)
@@ -70,7 +76,7 @@ def _layout(layer: Any) -> dict[str, Any]:
 def _is_plain(layouts: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether layers have as many experts, each with a column of its own."""
     counts = {layout["experts"] for layout in layouts.values()}
-    return len(counts) == 1 and all(said["columns"] == list(range(said["experts"])) for said in layouts.values())
+    return len(counts) <= 1 and all(said["columns"] == list(range(said["experts"])) for said in layouts.values())
 
 
 def load_pruned(folder: str | Path, **options: Any) -> Any:
@@ -92,10 +98,13 @@ def load_pruned(folder: str | Path, **options: Any) -> Any:
     cls = _class_of(config)
     layouts = _read_layouts(path / EXPERTS_FILE) if (path / EXPERTS_FILE).exists() else None
     made = cls if layouts is None else _shaped(cls, layouts)
-    model, told = made.from_pretrained(
-        str(path), config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False,
-        output_loading_info=True, **options,
-    )  # fmt: skip
+    try:
+        model, told = made.from_pretrained(
+            str(path), config=config, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    except SafetensorError as error:
+        raise ValueError(f"folder={str(folder)!r}: its weights are not whole: {error}") from None
     wrong = {name: sorted(map(str, told[name]))[:3] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
              if told.get(name)}  # fmt: skip
     if wrong:

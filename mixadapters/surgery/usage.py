@@ -256,7 +256,7 @@ class _Recorder:
         draws = torch.rand(count, generator=self.drawn, dtype=torch.float64).to(device)
         seen = _Seen(routed)
         self._of(self.usage, device).add(seen, routed.mask, draws)
-        labels = self.usage.labels
+        labels = _checked(self.usage.labels)
         if labels is None:
             return
         known = list(dict.fromkeys(labels))

@@ -77,7 +77,7 @@ class GateVerbs(RoutingVerbs):
             if name not in names:
                 raise ValueError(f"texts: unknown domain {name!r}; have {names}.{nearest(name, names)}")
         counting = [m.router for m in mixtures if isinstance(m.router, CountsRouter)]
-        learned = [m.router for m in mixtures if isinstance(m.router, LearnedRouter)]
+        learned = [m.router for m in mixtures if isinstance(m.router, LearnedRouter) and not m.router.needs_fit]
         method = method or ("counts" if counting else "features")
         wanted: dict[str, Sequence[Any]] = {"counts": counting, "features": learned}
         if method not in wanted:

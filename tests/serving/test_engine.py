@@ -208,6 +208,8 @@ def test_thousand_queued_requests_are_all_answered(server, alone, monkeypatch) -
         ({"prompt": [5], "max_new_tokens": 256}, "more than the 256 tokens"),
         ({"prompt": [5], "deadline": 0}, "deadline=0"),
         ({"prompt": [5], "temperature": -1.0}, "temperature=-1.0"),
+        ({"prompt": [5], "temperature": 1e-38}, "temperature=1e-38 must be 0, or 0.001 or more"),  # no row may be NaN
+        ({"prompt": 5}, "prompt=5 must be text or token ids"),
         ({"prompt": [5], "temperature": 0.5}, "sampling=True"),
         ({"prompt": [5], "top_p": 0.0}, "top_p=0.0"),
     ],

@@ -199,6 +199,10 @@ def unloaded(monkeypatch) -> None:
         ("report", ["--out", "full"], "holds something already"),
         ("report", ["--limit", "0"], "--limit 0 must be 1 or more"),
         ("prune", ["--keep", "2", "--out", "full"], "holds something already"),
+        ("prune", ["--keep", "0", "--out", "new"], "--keep 0 must be 1 or more"),
+        ("prune", ["--factor", "nan", "--out", "new"], "--factor nan must be 1 or more"),
+        ("merge", ["--groups", "0", "--out", "new"], "--groups 0 must be 1 or more"),
+        ("prune", ["--keep", "2", "--out", "new", "--label", "lwa"], "--label 'lwa' is no label of"),
     ],
 )
 def test_arguments_are_refused_before_anything_loads(

@@ -121,8 +121,9 @@ def test_low_rank_with_all_rows_changes_nothing_and_less_is_smaller_and_errs_mor
 
 def test_an_expert_that_nothing_reaches_is_rounded_to_nearest(tiny, batches) -> None:
     model = tiny("mixtral", num_hidden_layers=2)
-    told = compress_experts(model, [], codec="packed")
-    assert all(expert.rows == 0 and math.isnan(expert.error) for expert in told.experts)
+    told = compress_experts(model, [{"input_ids": torch.tensor([[7]])}], codec="packed")
+    assert {expert.rows for expert in told.experts} == {0, 1}
+    assert all(math.isnan(expert.error) == (expert.rows == 0) for expert in told.experts)
 
 
 def test_what_cannot_be_compressed_is_refused_before_anything_changes(tiny, moa, batches) -> None:
@@ -134,6 +135,8 @@ def test_what_cannot_be_compressed_is_refused_before_anything_changes(tiny, moa,
         (lambda: compress_experts(model, batches, keep=0.1), "option of method='qmoe'='keep' is unknown"),
         (lambda: compress_experts(model, batches, codec="zip"), "codec='zip' is unknown"),
         (lambda: compress_experts(model, iter(batches), codec="packed"), "can be run only once"),
+        (lambda: compress_experts(model, [], codec="packed"), "a list of batches, at least one"),
+        (lambda: compress_experts(model, batches[0], codec="packed"), "a list of batches, at least one, each a dict"),
         (lambda: compress_experts(model, batches, codec="packed", samples=0), "samples=0 must be a number"),
         (lambda: compress_experts(model, batches, method="lowrank_sparse", keep=2), "keep=2 must be a share"),
         (lambda: compress_experts(tiny("llama"), batches), "the model has no routed experts"),

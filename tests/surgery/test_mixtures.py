@@ -137,6 +137,10 @@ def test_labels_part_a_usage_and_sum_to_it(tiny: Any, tiny_inputs: Any) -> None:
         model(**inputs)
     with pytest.raises(ValueError, match="list of strings"), record_usage(model, labels="law"):  # type: ignore[arg-type]
         pass
+    with record_usage(model) as usage:
+        usage.labels = "ab"
+        with pytest.raises(ValueError, match="list of strings"):
+            model(**inputs)
 
 
 def test_two_usages_add_and_a_file_brings_them_back(tiny: Any, tiny_inputs: Any, tmp_path: Any) -> None:

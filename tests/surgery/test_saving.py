@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from mixadapters import MoAConfig
 from mixadapters.surgery import expert_layers, load_pruned, merge_experts, prune_experts, record_usage, save_pruned
 from mixadapters.surgery.blocks import BaseExperts
+from mixadapters.surgery.compressed import expand_compressed, load_compressed, save_compressed
 from mixadapters.surgery.saving import EXPERTS_FILE
 from mixadapters.surgery.usage import ExpertUsage
 
@@ -65,6 +66,24 @@ def test_unequal_counts_merged_experts_and_preserved_mass_load_with_ours(kind: s
     assert not save_pruned(again, tmp_path / "again")  # what is loaded can be saved
     prune_experts(again, used(again), 2)
     assert {len(layer.names) for layer in expert_layers(again)} == {2}
+
+
+def test_a_cut_model_goes_through_codes_and_back(tmp_path: Path) -> None:
+    model = moe("mixtral")
+    first, *_ = expert_layers(model)
+    first.keep([0, 2])
+    save_compressed(model, tmp_path / "codes", codec="packed")
+    torch.testing.assert_close(logits(load_compressed(tmp_path / "codes"), BATCH), logits(model, BATCH))
+    expand_compressed(tmp_path / "codes", tmp_path / "plain")
+    torch.testing.assert_close(logits(load_pruned(tmp_path / "plain"), BATCH), logits(model, BATCH))
+
+
+def test_weights_that_are_cut_short_are_refused(tmp_path: Path) -> None:
+    save_pruned(moe("mixtral"), tmp_path / "pruned")
+    file = tmp_path / "pruned" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="its weights are not whole"):
+        load_pruned(tmp_path / "pruned")
 
 
 def test_stock_transformers_refuses_unequal_counts_aloud(tmp_path: Path) -> None:
