@@ -118,7 +118,7 @@ MLP_FORMS: dict[str, tuple[type, Arguments]] = {
     "moa, sigmoid scores, shared": moa(target_modules=["lin0"], scoring_func="sigmoid", n_shared_experts=1),
     "moa, bottleneck": moa(target_modules=["lin0"], expert_type="bottleneck"),
     "moa, glu": moa(target_modules=["lin0"], expert_type="glu", activation="silu"),
-    "moa, constant": moa(target_modules=BOTH, router="constant", router_aux_loss_coef=None),
+    "moa, constant": (MoAConfig, {"r": 4, "num_experts": 3, "target_modules": BOTH, "router": "constant"}),
     "moa, top_p of all": moa(target_modules=["lin0"], router={"kind": "top_p", "p": 1.0}),
     "moa, null arms": moa(target_modules=["lin0"], router="null", num_null_experts=2),
     "moa, cosine": moa(target_modules=["lin0"], router="cosine"),
