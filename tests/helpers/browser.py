@@ -110,10 +110,20 @@ class Page:
                 )  # fmt: skip
 
     def point(self, selector: str) -> None:
-        """Move the mouse onto the first element of a selector."""
-        box = f"document.querySelector({selector!r}).getBoundingClientRect()"
-        x, y = self.run(f"(box => [box.x + box.width / 2, box.y + box.height / 2])({box})")
-        self._call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        """Move the mouse onto the first element of a selector, until the page knows that it is there.
+
+        Before its first frame a page takes no notice of the mouse.
+        """
+        element, deadline = f"document.querySelector({selector!r})", time.monotonic() + 30
+        x, y = self.run(f"(box => [box.x + box.width / 2, box.y + box.height / 2])({element}.getBoundingClientRect())")
+        while True:
+            for place in ({"x": 1, "y": 1}, {"x": x, "y": y}):
+                self._call("Input.dispatchMouseEvent", type="mouseMoved", **place)
+            if self.run(f"{element}.matches(':hover')"):
+                return
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the mouse does not reach {selector!r} at {x}, {y}")
+            time.sleep(0.02)
 
     def accessibility(self) -> list[dict[str, Any]]:
         """What a screen reader is told: the nodes of the accessibility tree."""
