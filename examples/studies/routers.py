@@ -303,10 +303,7 @@ def runs(args: Arguments) -> Iterator[dict[str, Any]]:
             for arm in [a for a in ARMS[part] if args.arms is None or a in args.arms]:
                 path = folder / f"{part}-{arm}-{seed}.json"
                 if path.exists():
-                    found = json.loads(path.read_text())
-                    if found["settings"] != args.settings:
-                        raise ValueError(f"{path} is of {found['settings']}, not {args.settings}: choose another out")
-                    yield found
+                    yield kept(path, args.settings)
                 elif time.process_time() < 60 * args.cpu_minutes:
                     yield one(part, arm, seed, args, path)
 
@@ -335,6 +332,14 @@ def interval(values: list[float]) -> str:
     found = t_interval(values)
     mean = f"{statistics.mean(values):+.3f}"
     return mean if found is None else f"{mean} ({found[0]:+.3f} to {found[1]:+.3f})"
+
+
+def kept(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """A result that is there already. Raises ValueError where it is of other settings."""
+    found = json.loads(path.read_text())
+    if found["settings"] != settings:
+        raise ValueError(f"{path} is of {found['settings']}, not {settings}: choose another out")
+    return found
 
 
 def table(rows: list[list[str]]) -> str:

@@ -52,7 +52,7 @@ from demo_models import Progress, new_base, perplexities, train
 from demo_table import mean, percent
 from demo_text import installation, new_tokenizer, parted, token_rows
 from peft import PeftModel, get_peft_model
-from routers import table
+from routers import kept, table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, HfArgumentParser, MixtralConfig, MixtralForCausalLM
 from transformers import logging as transformers_logging
@@ -307,10 +307,7 @@ def runs(trial: Trial) -> Iterator[dict[str, Any]]:
             for arm in ("whole", *ARMS):
                 path = folder / f"{part}-{arm.replace(', ', '-').replace(' ', '_')}-{seed}.json"
                 if path.exists():
-                    found = json.loads(path.read_text())
-                    if found["settings"] != args.settings:
-                        raise ValueError(f"{path} is of {found['settings']}, not {args.settings}: choose another out")
-                    yield found
+                    yield kept(path, args.settings)
                 elif time.process_time() < 60 * args.cpu_minutes:
                     model = model or trial.model(part, seed)
                     start = time.process_time()

@@ -182,13 +182,22 @@ def _check_choice(keep: Any, factor: Any, criterion: str, scope: str) -> None:
 
 
 def scores_of(layer: ExpertLayer, usage: ExpertUsage | None, criterion: str, seed: int = 0) -> Tensor:
-    """(E,) float64, how much a criterion speaks for each expert."""
+    """(E,) float64, how much a criterion speaks for each expert.
+
+    Raises:
+        ValueError: it speaks for none of them, so that their order alone would decide.
+    """
     if criterion == "random":
         generator = torch.Generator().manual_seed(seed + sum(map(ord, layer.router)))
         return torch.rand(len(layer.names), generator=generator, dtype=torch.float64)
     assert usage is not None
     found = usage[layer.key].cpu()
     values = {"saliency": found.mean_saliency, "router_weighted_norm": found.saliency, "usage": found.tokens.double()}
+    if not bool(values[criterion].any()):
+        raise ValueError(
+            f"criterion={criterion!r}: every expert of {layer.key!r} scores 0 in this usage, so there is nothing to "
+            "choose by (experts before training give 0); record after training, or use 'usage' or 'random'"
+        )
     return values[criterion]
 
 

@@ -269,6 +269,10 @@ def broken(folder: Path, how: str) -> None:
         weights.write_bytes(weights.read_bytes()[:-40])
     elif how == "no config":
         (folder / "adapter_config.json").unlink()
+    elif how == "bad pattern":
+        config = {**json.loads((folder / "adapter_config.json").read_text()), "target_modules": "("}
+        config.pop("digest", None)
+        (folder / "adapter_config.json").write_text(json.dumps(config))
     elif how == "no JSON":
         (folder / "adapter_config.json").write_text("{")
     else:
@@ -284,8 +288,8 @@ def broken(folder: Path, how: str) -> None:
         config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "digest"}))
 
 
-BROKEN = r"safetensors|type None|no adapter config|finite|cannot be read|embed_tokens|missing|lora_B"
-BREAKS = ["no weights", "cut", "no config", "no JSON", "not finite", "embeddings", "missing"]
+BROKEN = r"safetensors|type None|no adapter config|finite|cannot be read|embed_tokens|missing|lora_B|no regular"
+BREAKS = ["no weights", "cut", "no config", "no JSON", "bad pattern", "not finite", "embeddings", "missing"]
 
 
 @pytest.mark.parametrize("how", BREAKS)

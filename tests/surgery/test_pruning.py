@@ -241,6 +241,16 @@ def test_a_curve_cuts_a_copy_step_by_step() -> None:
     assert curve.points[2].value == pytest.approx(float((logits(direct, BATCH) - before).square().mean()), rel=1e-4)
 
 
+def test_scores_of_nothing_choose_nothing(tiny: Any, tiny_inputs: Any) -> None:
+    model = get_peft_model(tiny("llama"), MoAConfig(num_experts=4, r=3, target_modules=["down_proj"])).eval()
+    usage = used(model, tiny_inputs("llama"))
+    for criterion in ("saliency", "router_weighted_norm"):
+        with pytest.raises(ValueError, match=r"every expert of .* scores 0"):
+            prune_experts(model, usage, 2, criterion=criterion, dry_run=True)  # type: ignore[arg-type]
+    done = prune_experts(model, usage, 2, criterion="usage", dry_run=True)
+    assert all(len(layer.kept) == 2 for layer in done.layers)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
