@@ -277,7 +277,13 @@ def test_objectives_work_in_training_and_where_they_say_so_in_evaluation(tiny, t
 
 
 def together(model: PeftModel, *jobs: Callable[[], Any]) -> list[Any]:
-    """Run the jobs in threads of their own, all of them inside the first layer at the same time."""
+    """Run the jobs in threads of their own, all of them inside the first layer at the same time.
+
+    Two threads that record gradients of one parameter can wait for each other for ever in torch 2.13, where both make
+    its accumulator: one has the parameter's lock and waits for the interpreter's, the other has them the other way
+    round. An accumulator that is there already is not made.
+    """
+    made = [p.view_as(p).grad_fn for p in model.parameters() if p.requires_grad and torch.is_grad_enabled()]
     barrier = threading.Barrier(len(jobs), timeout=60)
     results: list[Any] = [None] * len(jobs)
 
@@ -299,6 +305,7 @@ def together(model: PeftModel, *jobs: Callable[[], Any]) -> list[Any]:
     for thread in threads:
         thread.join()
     handle.remove()
+    del made
     for result in results:
         if isinstance(result, Exception):
             raise result
