@@ -112,6 +112,19 @@ class SiteFinder(BaseTuner):
             return layer_index(key) in ([layers] if isinstance(layers, int) else layers)
         return found
 
+    def places(self) -> list[str]:
+        """All modules that are there without adapters, by name."""
+        names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name in self._outside_adapters(self.model))
+        return [name for name in dict.fromkeys(names) if name]
+
+    def _outside_adapters(self, module: nn.Module, path: str = "") -> Iterator[str]:
+        """Names of the modules in `module`, in order, without a look at those of adapters: there may be many."""
+        for name, child in module.named_children():
+            at = f"{path}.{name}" if path else name
+            if not inside_adapters(at, self.prefix):
+                yield at
+                yield from self._outside_adapters(child, at)
+
     def name_all_linear(self, config: Any) -> Any:
         """Give "all-linear" the names of the linear modules; PEFT passes over those that our layers have wrapped."""
         shorthand = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
