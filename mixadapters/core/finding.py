@@ -73,10 +73,15 @@ class SiteFinder(BaseTuner):
             missing = [r for r in (*self.roles(config), *self.taps(config)) if r not in config.sites]
             if missing:
                 raise ValueError(f"sites={config.sites} lacks the roles {missing} that this config needs")
-            union = "|".join(f"(?:{config.sites[role]})" for role in self.roles(config))
+            union = self.union_of(config)
             if config.target_modules not in (None, union):
                 raise ValueError("give either `sites` or `target_modules`, not both")
             config.target_modules = union
+
+    def union_of(self, config: MixtureConfig) -> str:
+        """One pattern of all modules that take adapters by the roles in `sites`."""
+        assert config.sites is not None
+        return "|".join(f"(?:{config.sites[role]})" for role in self.roles(config))
 
     def hosts(self) -> Iterator[AdapterHost]:
         """The layers of this model that hold adapters."""
@@ -187,7 +192,7 @@ class SiteFinder(BaseTuner):
         )  # fmt: skip
 
     def _group(self, role: str, path: str) -> str:
-        if role != TARGET:
+        if role in ROLES:
             return group_of(role)
         try:
             row = find_architecture(self.get_model_config(self.model).get("model_type", "custom"))
