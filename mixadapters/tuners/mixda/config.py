@@ -251,7 +251,7 @@ class MixDAConfig(MixtureConfig):
 
     def task_config(self) -> BottleneckConfig:
         """The task adapter as a config of its own, where it is a bottleneck."""
-        placement = "pfeiffer" if self.task_adapter in (None, "lora") else self.task_adapter
+        placement = "pfeiffer" if self.task_adapter is None or self.task_adapter == "lora" else self.task_adapter
         return BottleneckConfig(
             r=self.task_r, reduction_factor=self.task_reduction_factor, placement=placement,
             activation=self.task_activation, init_weights=self.init_weights,
