@@ -64,7 +64,8 @@ def floor(module: str) -> str | None:
     return parts[1] if parts[0] == "mixadapters" and len(parts) > 1 else None
 
 
-GROUND = ([], ["registration"], ["sources"], ["gates"], ["surgery"])  # modules of tuners/ that belong to no method
+# Modules of tuners/ that belong to no method.
+GROUND = ([], *([name] for name in ("registration", "sources", "gates", "surgery", "lora", "gathering")))
 
 
 def method(module: str) -> str | None:
