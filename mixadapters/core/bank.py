@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -202,8 +202,11 @@ class AdapterBank(nn.Module):
         """
         return self.pack(context)(tokens, routing, base, base_weight, dropout)
 
-    def pack(self, context: ForwardContext | None) -> PackedExperts:
-        """Packed in every forward; once for the steps of a `generate`, which runs with the weights of its first."""
+    def pack(self, context: ForwardContext | None) -> Callable[..., Tensor]:
+        """What runs the experts in this forward, called as `PackedExperts` are.
+
+        They are packed in every forward; once for the steps of a `generate`, which runs with the weights of its first.
+        """
         if context is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not keeps(self):
             return pack([self], context)
         thread = context.records.thread
@@ -243,11 +246,15 @@ class PackedExperts(NamedTuple):
 
 
 def pack(banks: Sequence[AdapterBank], context: ForwardContext | None) -> PackedExperts:
-    """The weights that `banks` give for this forward, one below the other: a copy, unless there is one expert alone.
+    """The weights that `banks` give for this forward, one below the other: a copy, unless there is only one expert."""
+    return packed(banks[0].kind, [bank.weights(context) for bank in banks])
+
+
+def packed(kind: Kind, by_bank: Sequence[Sequence[Weights]]) -> PackedExperts:
+    """The weights of the experts of several banks of one kind, one below the other; of one expert at least.
 
     A LayerNorm is folded in, D(g * n + b) = (D g) n + D b, so that all experts read the same normalised rows.
     """
-    by_bank = [bank.weights(context) for bank in banks]
     weights = [w for some in by_bank for w in some]
     downs, down_biases = zip(*(_folded(w.down, w.b_down, w.norm) for w in weights), strict=True)
     # Several `up` are stacked as their transposes, which keeps each expert's weights together in memory.
@@ -263,7 +270,7 @@ def pack(banks: Sequence[AdapterBank], context: ForwardContext | None) -> Packed
     if weights[0].gate is not None:
         gates, gate_biases = zip(*(_folded(w.gate, w.b_gate, w.norm) for w in weights), strict=True)
         arguments |= {"w_gate": _cat(gates), "b_gate": _cat(gate_biases)}
-    return PackedExperts(banks[0].kind, [len(some) for some in by_bank], arguments)
+    return PackedExperts(kind, [len(some) for some in by_bank], arguments)
 
 
 def keeps(bank: AdapterBank) -> bool:

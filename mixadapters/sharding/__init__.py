@@ -1,5 +1,20 @@
 """Experts spread over processes: who holds what, banks that hold a part, and what that sends."""
 
+from mixadapters.sharding.bank import ShardedBank
+from mixadapters.sharding.experts import ExpertSharding, shard_experts
 from mixadapters.sharding.placement import Placement, deal_tasks, even_placement, plan_placement
+from mixadapters.sharding.traffic import Traffic, ddp_bytes_per_step, experts_bytes_per_step, fsdp2_bytes_per_step
 
-__all__ = ["Placement", "deal_tasks", "even_placement", "plan_placement"]
+__all__ = [
+    "ExpertSharding",
+    "Placement",
+    "ShardedBank",
+    "Traffic",
+    "ddp_bytes_per_step",
+    "deal_tasks",
+    "even_placement",
+    "experts_bytes_per_step",
+    "fsdp2_bytes_per_step",
+    "plan_placement",
+    "shard_experts",
+]
