@@ -82,6 +82,8 @@ def gather(tuner: ExpertSites, config: MoAConfig, name: str, spec: dict[str, Any
     for path, tensors in placed.items():
         _check_shapes(tuner, config, path, tensors, where)
     _refuse_incomplete(tuner, saved, placed, where, LOST_BY_XLORA if of_xlora else "")
+    if kind == "LORA":
+        _refuse_stray(saved, found, where)
     return Gathered(_placed(tuner, {p: s * spec.get("scale", 1.0) for p, s in scales.items()}, where), placed)
 
 
@@ -194,3 +196,9 @@ def _refuse_incomplete(tuner: ExpertSites, saved: Any, placed: Iterable[str], wh
     wanted = [p for p in tuner.places() if saved.target_modules and check_target_module_exists(saved, p)]
     if missing := [path for path in wanted if path not in have]:
         raise ValueError(f"{where} lacks the weights of {missing}, which its own config says that it adapts{why}")
+
+
+def _refuse_stray(saved: Any, paths: Iterable[str], where: str) -> None:
+    """PEFT makes no layers for such weights, so that with it the adapter is another one."""
+    if stray := [path for path in paths if saved.target_modules and not check_target_module_exists(saved, path)]:
+        raise ValueError(f"{where} holds weights for {stray}, which its own config does not adapt")
