@@ -38,6 +38,9 @@ class HttpServer(uvicorn.Server):
         grace: seconds.
     """
 
+    should_exit: bool
+    force_exit: bool
+
     def __init__(self, config: uvicorn.Config, engine: AdapterServer, grace: float) -> None:
         super().__init__(config)
         self.engine, self.grace = engine, grace
