@@ -3,7 +3,13 @@
 from mixadapters.sharding.bank import ShardedBank
 from mixadapters.sharding.experts import ExpertSharding, shard_experts
 from mixadapters.sharding.placement import Placement, deal_tasks, even_placement, plan_placement
-from mixadapters.sharding.traffic import Traffic, ddp_bytes_per_step, experts_bytes_per_step, fsdp2_bytes_per_step
+from mixadapters.sharding.traffic import (
+    Traffic,
+    ddp_bytes_per_step,
+    experts_bytes_per_step,
+    fsdp2_bytes_per_step,
+    padded_bytes,
+)
 
 __all__ = [
     "ExpertSharding",
@@ -15,6 +21,7 @@ __all__ = [
     "even_placement",
     "experts_bytes_per_step",
     "fsdp2_bytes_per_step",
+    "padded_bytes",
     "plan_placement",
     "shard_experts",
 ]

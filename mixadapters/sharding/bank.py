@@ -149,7 +149,7 @@ class ShardedBank(AdapterBank):
             "ranks": (), "w_down": tokens.new_zeros(0, self.in_features),
             "w_up": tokens.new_zeros(self.out_features, 0),
         }  # fmt: skip
-        return PackedExperts(self.kind, [0], nothing)
+        return PackedExperts(self.kind, [0], nothing, None)
 
     def refuse_sharded(self) -> None:
         """Raise RuntimeError where an engine has taken the parameters of the experts apart."""

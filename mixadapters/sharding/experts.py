@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from mixadapters.core.bank import AdapterBank
+from mixadapters.core.hooks import root_of
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.sharding.bank import ShardedBank
@@ -45,6 +47,7 @@ class ExpertSharding:
         self.rank, self.processes = dist.get_rank(group), dist.get_world_size(group)
         self.wholes = {path: mixture.bank for path, mixture in mixtures.items()}
         self._handles: list[RemovableHandle] = []
+        self._before: RemovableHandle | None = None
         self._steps = 0
         self.banks = {
             path: ShardedBank(bank, group, even_placement(len(bank.experts), self.processes))
@@ -181,6 +184,7 @@ class ExpertSharding:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._stop_looking()
         for path, mixture in self.mixtures.items():
             mixture.bank = self.wholes[path]
 
@@ -189,10 +193,21 @@ class ExpertSharding:
     def _watch(self) -> None:
         """Look at the next forward: whether all processes read the same tokens, and nobody has taken experts apart."""
         next(iter(self.banks.values())).checks = self._look
+        if self._before is None:  # before the hooks of any engine, whose processes would wait for each other
+            self._before = register_module_forward_pre_hook(self._look_at_experts)
+
+    def _look_at_experts(self, module: nn.Module, args: tuple) -> None:
+        if module is self.model or module is root_of(self.model):
+            for bank in self.banks.values():
+                bank.refuse_sharded()
+            self._stop_looking()
+
+    def _stop_looking(self) -> None:
+        if self._before is not None:
+            self._before.remove()
+            self._before = None
 
     def _look(self, tokens: Tensor) -> None:
-        for bank in self.banks.values():
-            bank.refuse_sharded()
         read = tokens.detach().double()
         mine = torch.stack([read.new_tensor(len(read)), read.sum(), read.abs().sum()])
         said = [torch.empty_like(mine) for _ in range(self.processes)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+from torch import Tensor
 
 
 class Traffic(NamedTuple):
@@ -12,6 +14,7 @@ class Traffic(NamedTuple):
     all_reduce: int = 0
     all_gather: int = 0  # of what comes out
     reduce_scatter: int = 0  # of what goes in
+    broadcast: int = 0
 
     def __add__(self, other: Traffic) -> Traffic:  # type: ignore[override]
         return Traffic(*(one + more for one, more in zip(self, other, strict=True)))
@@ -19,21 +22,30 @@ class Traffic(NamedTuple):
     def sent(self, processes: int) -> float:
         """Bytes that a process sends where collectives go round a ring: an all-reduce twice, the others once."""
         share = (processes - 1) / processes
-        return share * (2 * self.all_reduce + self.all_gather + self.reduce_scatter)
+        return share * (2 * self.all_reduce + self.all_gather + self.reduce_scatter + self.broadcast)
 
 
-def ddp_bytes_per_step(trainable: int) -> Traffic:
-    """Plain data parallelism sums the gradients. trainable: bytes of the parameters that train."""
-    return Traffic(all_reduce=trainable)
+def padded_bytes(tensors: Iterable[Tensor], processes: int) -> int:
+    """Bytes of tensors whose first dimension is filled up to a multiple of the processes, as FSDP2 splits them."""
+    return sum(-(-t.shape[0] // processes) * processes * t[0].numel() * t.element_size() for t in tensors)
+
+
+def ddp_bytes_per_step(trainable: int, buffers: int = 0) -> Traffic:
+    """Plain data parallelism sums the gradients, and sends the buffers of the first process.
+
+    trainable, buffers: bytes of the parameters that train, and of the model's buffers.
+    """
+    return Traffic(all_reduce=trainable, broadcast=buffers)
 
 
 def fsdp2_bytes_per_step(blocks: Sequence[int], trainable: int, rest: int = 0, micro_batches: int = 1) -> Traffic:
     """FSDP2 gathers the weights of a block before its forward and again before its backward, and scatters gradients.
 
     Args:
-        blocks: bytes of the parameters of each block that is sharded by itself, frozen ones included.
-        trainable: bytes of the parameters that train.
-        rest: bytes of the parameters outside of the blocks, which stay gathered for the backward pass.
+        blocks: bytes of the parameters of each block that is sharded by itself, frozen ones included; all by
+            `padded_bytes`.
+        trainable: of the parameters that train.
+        rest: of the parameters outside of the blocks, which stay gathered for the backward pass.
         micro_batches: of a step, each with its own gradients.
     """
     return Traffic(

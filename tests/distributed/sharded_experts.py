@@ -21,9 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig
 from mixadapters.sharding import (
     ExpertSharding,
+    Traffic,
     ddp_bytes_per_step,
     experts_bytes_per_step,
     fsdp2_bytes_per_step,
+    padded_bytes,
     shard_experts,
 )
 
@@ -216,28 +218,31 @@ def bytes_are_those_of_the_formulas() -> dict[str, Any]:
         found[name] = {"counted": step(model), "formula": {"all_reduce": formula}}
     plain = made(CONFIGS["moa"]())
     trainable = sum(4 * p.numel() for p in plain.parameters() if p.requires_grad)
-    parallel = DistributedDataParallel(plain, broadcast_buffers=False)
+    parallel = DistributedDataParallel(plain)
     forward(parallel).backward()  # the first step may lay out its buckets anew
     counting.counted()
     with parallel.no_sync():
         forward(parallel).backward()
     forward(parallel).backward()
-    found["DDP"] = {"counted": counting.counted(), "formula": {"all_reduce": ddp_bytes_per_step(trainable).all_reduce}}
+    buffers = sum(b.numel() * b.element_size() for b in plain.buffers())
+    found["DDP"] = {"counted": counting.counted(), "formula": of_use(ddp_bytes_per_step(trainable, buffers))}
     sharded = made(CONFIGS["moa"]())
     layers = list(sharded.base_model.model.model.layers)
-    blocks = [sum(4 * p.numel() for p in layer.parameters()) for layer in layers]
-    everything = sum(4 * p.numel() for p in sharded.parameters())
+    blocks = [padded_bytes(layer.parameters(), 2) for layer in layers]
+    everything = padded_bytes(sharded.parameters(), 2)
+    trains = padded_bytes((p for p in sharded.parameters() if p.requires_grad), 2)
     mesh = init_device_mesh("cpu", (2,))
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(sharded, mesh=mesh)
     forward(sharded).backward()
-    formula = fsdp2_bytes_per_step(blocks, trainable, everything - sum(blocks), 2)
-    found["FSDP2"] = {
-        "counted": step(sharded),
-        "formula": {"all_gather": formula.all_gather, "reduce_scatter": formula.reduce_scatter},
-    }
+    formula = fsdp2_bytes_per_step(blocks, trains, everything - sum(blocks), 2)
+    found["FSDP2"] = {"counted": step(sharded), "formula": of_use(formula)}
     return found
+
+
+def of_use(traffic: Traffic) -> dict[str, int]:
+    return {name: size for name, size in traffic._asdict().items() if size}
 
 
 def message(call: Callable[[], Any]) -> str:
@@ -267,16 +272,13 @@ def what_cannot_be_is_refused(rank: int) -> dict[str, str]:
     found["state_dict"] = message(model.state_dict)
     found["merge"] = message(model.merge_and_unload)
     mixed = made(CONFIGS["moa"]())
-    shard_experts(mixed)
     mixed.add_adapter("other", CONFIGS["moa"]())
+    shard_experts(mixed)
     found["mixed"] = message(lambda: mixed(input_ids=IDS, adapter_names=["default", "other"] * 2))
     under = made(CONFIGS["moa"]())
-    sharding = shard_experts(under)
+    shard_experts(under)
     for layer in under.base_model.model.model.layers:
-        for bank in sharding.banks.values():
-            bank.checks = None
-        message(lambda layer=layer: fully_shard(layer, mesh=init_device_mesh("cpu", (2,))))
-    sharding._watch()
+        fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
     found["FSDP2 afterwards"] = message(lambda: forward(under))
     return found
 

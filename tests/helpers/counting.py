@@ -27,6 +27,12 @@ class CountingGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return "counting"
 
+    def setGroupName(self, name: str) -> None:
+        self.name = name
+
+    def getGroupName(self) -> str:
+        return self.name
+
     def allreduce(self, tensors: Any, *options: Any) -> Any:
         self.counted["all_reduce"] += size(tensors)
         return self.inner.allreduce(tensors, *options)
@@ -40,6 +46,14 @@ class CountingGroup(dist.ProcessGroup):
         return self.inner._allgather_base(output, given, *options)
 
     def _reduce_scatter_base(self, output: Tensor, given: Tensor, *options: Any) -> Any:
+        self.counted["reduce_scatter"] += size(given)
+        return self.inner._reduce_scatter_base(output, given, *options)
+
+    def all_gather_single(self, output: Tensor, given: Tensor, *options: Any) -> Any:
+        self.counted["all_gather"] += size(output)
+        return self.inner._allgather_base(output, given, *options)
+
+    def reduce_scatter_single(self, output: Tensor, given: Tensor, *options: Any) -> Any:
         self.counted["reduce_scatter"] += size(given)
         return self.inner._reduce_scatter_base(output, given, *options)
 
