@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from mixadapters.core.config import one_of
 from mixadapters.core.files import folder_aside, new_folder, read_config, weights_of
 from mixadapters.surgery.codec import EncodedRows, PackedRows
+from mixadapters.surgery.layouts import EXPERTS_FILE
 from mixadapters.surgery.qmoe import CODECS, TernaryMatrix, encode_matrix
-from mixadapters.surgery.saving import EXPERTS_FILE, load_pruned, needs_loader, save_pruned
+from mixadapters.surgery.saving import load_pruned
 
 INDEX = "compression.json"  # which tensors lie in codes, by file
 FORMAT = 1
@@ -69,10 +70,7 @@ def save_compressed(
             plain = Path(beside) if adapter_name == "default" else Path(beside) / adapter_name
         else:
             plain = Path(beside) / "model"
-            if needs_loader(model):
-                save_pruned(model, plain)
-            else:
-                model.save_pretrained(plain)
+            model.save_pretrained(plain)
         return compress_folder(plain, target, codec=codec)
 
 
@@ -144,12 +142,22 @@ def expand_compressed(folder: str | Path, target: str | Path) -> None:
         for path in sorted(source.iterdir()):
             if path.is_file() and path.name != INDEX and not path.name.endswith(COMPRESSED):
                 shutil.copyfile(path, aside / path.name)
+        _take_note(aside / "README.md")
         for name, described in files.items():
             path = source / (name.removesuffix(SUFFIX) + COMPRESSED)
             if not path.is_file():
                 raise ValueError(f"{folder} has no {path.name}, which its {INDEX} names: copy it there, or save again")
             with weights_of(path) as weights:
                 save_file(_expand(path, weights, described), aside / name, metadata={"format": "pt"})
+
+
+def _take_note(card: Path) -> None:
+    """Take off a card what is said of codes, and the card if that was all."""
+    if card.exists():
+        text = card.read_text(encoding="utf-8").removesuffix(NOTE)
+        card.write_text(text, encoding="utf-8")
+        if not text:
+            card.unlink()
 
 
 def _expand(path: Path, weights: Mapping[str, Tensor], described: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -217,7 +225,6 @@ def load_compressed(folder: str | Path, base_model: nn.Module | None = None, **o
         ValueError: `folder` is no compressed one, is incomplete or was changed; or it is an adapter's and there is no
             base model, or the other way round.
     """
-    import transformers
     from peft import PeftModel
 
     _read_index(Path(folder))
@@ -230,13 +237,17 @@ def load_compressed(folder: str | Path, base_model: nn.Module | None = None, **o
         expand_compressed(folder, plain)
         if base_model is not None:
             return PeftModel.from_pretrained(base_model, str(plain), **options)
-        if (plain / EXPERTS_FILE).exists():
-            return load_pruned(plain, **options)
-        named = read_config(plain / "config.json").get("architectures")
-        kind: Any = getattr(transformers, str(named[0]), None) if isinstance(named, list) and len(named) == 1 else None
-        is_model = inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)
-        if not is_model:
-            raise ValueError(
-                f"{folder}: architectures={named!r} name no model of transformers; expand the folder first"
-            )
-        return kind.from_pretrained(str(plain), **options)
+        model = load_pruned(plain, **options) if (plain / EXPERTS_FILE).exists() else _whole(plain, folder, options)
+        model.config._name_or_path = model.name_or_path = str(folder)  # what adapters of it will say
+        return model
+
+
+def _whole(plain: Path, folder: str | Path, options: dict[str, Any]) -> Any:
+    """The model of a plain folder. Raises ValueError, naming `folder`, where it says no class of transformers."""
+    import transformers
+
+    named = read_config(plain / "config.json").get("architectures")
+    kind: Any = getattr(transformers, str(named[0]), None) if isinstance(named, list) and len(named) == 1 else None
+    if not (inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)):
+        raise ValueError(f"{folder}: architectures={named!r} name no model of transformers; expand the folder first")
+    return kind.from_pretrained(str(plain), **options)

@@ -12,11 +12,11 @@ from typing import Any
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, load_peft_weights
 from torch import Tensor, nn
 
 from mixadapters.core.fields import fits
-from mixadapters.core.files import read_adapter
+from mixadapters.core.files import read_adapter, read_config
 from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 
@@ -126,6 +126,32 @@ class Entries:
         if not isinstance(given, dict):
             raise ValueError(f"{field}={given!r} must be a list of names or a dict of sources")
         return {name: self._checked(name, entry, from_file) for name, entry in given.items()}
+
+    def refuse_folders(self, given: Any) -> None:
+        """Refuse a list of names, which are new ones, where one of them is a saved adapter that was to be read.
+
+        Raises:
+            ValueError: how to gather it, and how to have a new one of its name.
+        """
+        for name in given if isinstance(given, (list, tuple)) else ():
+            if not isinstance(name, str):
+                continue
+            if "/" in name or "\\" in name:
+                short = PurePath(name.replace("\\", "/")).name
+                raise ValueError(
+                    f"{self.field}: {name!r} is a folder or a hub id, and a list names new ones: write {{{short!r}: "
+                    f"{name!r}}} to read it"
+                )
+            if os.path.isfile(os.path.join(name, CONFIG_NAME)) and not self._is_own(name):
+                raise ValueError(
+                    f"{self.field}: a list names new ones, and {name!r} is a folder here that holds a trained "
+                    f"adapter: write {{{name!r}: {name!r}}} to read it, or {{{name!r}: None}} for {self.noun} of its "
+                    "name that is new"
+                )
+
+    def _is_own(self, folder: str) -> bool:
+        """Whether a folder holds a mixture of this method, which is no source: what a run before this has saved."""
+        return str(read_config(os.path.join(folder, CONFIG_NAME)).get("peft_type", "")).lower() + "_" == self.prefix
 
     def _checked(self, name: Any, given: Any, from_file: bool) -> dict[str, Any]:
         check_name(self.field, name, self.prefix)

@@ -173,6 +173,8 @@ class MoAConfig(OverriddenConfig):
         self.peft_type = peft_type("MOA")
         self._check_kind()
         if self.experts is not None:
+            if not from_file:
+                EXPERTS.refuse_folders(self.experts)
             self.experts = check_experts(self.experts, from_file)
             self._order_experts()
         elif self.expert_order is not None:
