@@ -224,26 +224,32 @@ def merge(arguments: Sequence[str]) -> int:
 def compress(arguments: Sequence[str]) -> int:
     from mixadapters.core.files import folder_aside, new_folder
     from mixadapters.surgery.compressed import save_compressed
-    from mixadapters.surgery.compressing import compress_experts
+    from mixadapters.surgery.compressing import OPTIONS, compress_experts
     from mixadapters.surgery.qmoe import CODECS, ROUNDINGS, SCALES
 
     parser = _parser(
-        "compress", "Experts in ternary weights, calibrated on some texts, in a folder of codes.", 64,
+        "compress", "Smaller experts, calibrated on some texts, in a folder of codes.", 64,
         "olmoe-1b-7b --data texts.jsonl --out compressed",
     )  # fmt: skip
-    parser.add_argument("--scale", choices=SCALES, default="minmax", help="of each row's two values; default: minmax")
-    parser.add_argument("--rounding", choices=ROUNDINGS, default="gptq", help="default: gptq")
-    parser.add_argument("--codec", choices=CODECS, default="qmoe", help="default: qmoe")
+    parser.add_argument(
+        "--method", choices=tuple(OPTIONS), default="qmoe",
+        help="ternary weights, or products of low rank with some rows beside; default: qmoe",
+    )  # fmt: skip
+    parser.add_argument("--scale", choices=SCALES, help="qmoe: of each row's two values; default: minmax")
+    parser.add_argument("--rounding", choices=ROUNDINGS, help="qmoe; default: gptq")
+    parser.add_argument("--codec", choices=CODECS, help="qmoe; default: qmoe")
+    parser.add_argument("--share", type=float, help="lowrank_sparse: of the weights, for the product; default: 0.25")
+    parser.add_argument("--keep-rows", type=float, help="lowrank_sparse: share of rows beside it; default: 0.1")
     parser.add_argument("--dry-run", action="store_true", help="say what would happen, and write nothing")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="new folder, for the result")
     args = parser.parse_args(arguments)
     new_folder(args.out)
+    options = _options_of(args, OPTIONS)
     inputs = Inputs(args)
     batches = [batch for batch, _ in inputs.batches("texts")]
     told = compress_experts(
-        inputs.model, batches, adapter=inputs.owner, scale=args.scale, rounding=args.rounding, codec=args.codec,
-        dry_run=args.dry_run,
-    )  # fmt: skip
+        inputs.model, batches, method=args.method, adapter=inputs.owner, dry_run=args.dry_run, **options
+    )
     print(
         f"{len(told.experts)} experts: {told.nbytes} bytes for {told.plain_bytes}, {told.bits_per_weight:.2f} bits "
         f"per weight; their outputs moved by {told.error:.3f} of their square"
@@ -251,12 +257,27 @@ def compress(arguments: Sequence[str]) -> int:
     if args.dry_run:
         return 0
     with folder_aside(args.out) as aside:
-        save_compressed(inputs.model, aside, codec=args.codec)
+        sizes = save_compressed(inputs.model, aside, codec=args.codec or "qmoe", factors=told.factors)
         (aside / "surgery.json").write_text(json.dumps(told.as_dict(), indent=1), encoding="utf-8")
         if args.adapter is None:
             inputs.tokenizer.save_pretrained(aside)
-    _say(f"wrote {args.out}")
+    _say(f"wrote {args.out}: {sizes.on_disk} bytes of weights for {sizes.plain}")
     return 0
+
+
+def _options_of(args: argparse.Namespace, methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Those of a method that were given. Raises ValueError for those of another, and for shares out of range."""
+    from mixadapters.surgery.lowrank import check_share
+
+    given = {"scale": args.scale, "rounding": args.rounding, "codec": args.codec, "share": args.share,
+             "keep": args.keep_rows}  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    flags = {name: "--keep-rows" if name == "keep" else f"--{name}" for name in given}
+    if odd := [flags[name] for name in given if name not in methods[args.method]]:
+        raise ValueError(f"{odd[0]} is no option of --method {args.method}")
+    for name in given.keys() & {"share", "keep"}:
+        check_share(flags[name], given[name])
+    return given
 
 
 def expand(arguments: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -127,11 +128,11 @@ class Entries:
             raise ValueError(f"{field}={given!r} must be a list of names or a dict of sources")
         return {name: self._checked(name, entry, from_file) for name, entry in given.items()}
 
-    def refuse_folders(self, given: Any) -> None:
-        """Refuse a list of names, which are new ones, where one of them is a saved adapter that was to be read.
+    def look_for_folders(self, given: Any) -> None:
+        """Warn where a list of names, which are new ones, has one that is the folder of a trained adapter.
 
         Raises:
-            ValueError: how to gather it, and how to have a new one of its name.
+            ValueError: it has one that can be no name, but a folder or a hub id.
         """
         for name in given if isinstance(given, (list, tuple)) else ():
             if not isinstance(name, str):
@@ -143,10 +144,11 @@ class Entries:
                     f"{name!r}}} to read it"
                 )
             if os.path.isfile(os.path.join(name, CONFIG_NAME)) and not self._is_own(name):
-                raise ValueError(
-                    f"{self.field}: a list names new ones, and {name!r} is a folder here that holds a trained "
-                    f"adapter: write {{{name!r}: {name!r}}} to read it, or {{{name!r}: None}} for {self.noun} of its "
-                    "name that is new"
+                warnings.warn(
+                    f"{self.field}: a list names new ones, so the trained adapter in the folder {name!r} here is not "
+                    f"read: write {{{name!r}: {name!r}}} to read it, or {{{name!r}: None}} for {self.noun} of its "
+                    "name that is new, without this warning",
+                    stacklevel=4,
                 )
 
     def _is_own(self, folder: str) -> bool:

@@ -167,6 +167,26 @@ def test_merge_of_doubles_takes_those_that_compute_the_same(folder, tmp_path, ca
     assert "tolerance=-1.0 must be a finite number" in capsys.readouterr().err
 
 
+def test_compress_to_products_holds_what_it_says(folder, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    options = ("--method", "lowrank_sparse", "--share", 0.1, "--keep-rows", 0.05, "--out", out)
+    assert run("compress", folder, *options, adapter=False) == 0
+    said = capsys.readouterr()
+    told = json.loads((out / "surgery.json").read_text())
+    assert f"{told['nbytes']} bytes for {told['plain_bytes']}" in said.out
+    on_disk = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    plain = (folder / "base" / "model.safetensors").stat().st_size
+    assert f": {on_disk} bytes of weights for" in said.err
+    assert plain - on_disk > 0.8 * (told["plain_bytes"] - told["nbytes"])
+    for wrong, complaint in (
+        (("--method", "lowrank_sparse", "--codec", "packed"), "--codec is no option of --method lowrank_sparse"),
+        (("--keep-rows", 0.5), "--keep-rows is no option of --method qmoe"),
+        (("--method", "lowrank_sparse", "--share", 2), "--share=2.0 must be a share"),
+    ):
+        assert run("compress", folder, *wrong, "--out", tmp_path / "new") == 1
+        assert complaint in capsys.readouterr().err
+
+
 def test_compress_that_is_tried_or_refused_writes_nothing(folder, tmp_path, capsys) -> None:
     assert run("compress", folder, "--codec", "packed", "--dry-run", "--out", tmp_path / "out") == 0
     assert run("compress", folder, "--out", tmp_path / "out") == 1

@@ -174,7 +174,7 @@ class MoAConfig(OverriddenConfig):
         self._check_kind()
         if self.experts is not None:
             if not from_file:
-                EXPERTS.refuse_folders(self.experts)
+                EXPERTS.look_for_folders(self.experts)
             self.experts = check_experts(self.experts, from_file)
             self._order_experts()
         elif self.expert_order is not None:
