@@ -241,7 +241,7 @@ class BaseExperts(ExpertLayer):
         self._refuse_adapted()
         if not preserve_mass:
             numbers = self._renumbered({e: place for place, e in enumerate(kept)})
-            self._check_columns(_staying(numbers), len(numbers))
+            _check_columns(self, _staying(numbers), len(numbers))
 
     def _renumbered(self, place_of: Mapping[int, int]) -> list[int]:
         """For each of the router's columns the place that its expert gets, -1 for none."""
@@ -266,25 +266,6 @@ class BaseExperts(ExpertLayer):
                 f"adapters sit on the experts at {self.path!r}, or on their router, and would not fit any more: cut "
                 "the base model first, then add adapters"
             )
-
-    def _check_columns(self, stay: Sequence[int], total: int) -> None:
-        """Raise ValueError where the router cannot choose among the columns that stay, of so many."""
-        top_k = self.top_k or 1
-        if len(stay) < top_k:
-            raise ValueError(
-                f"{len(stay)} experts at {self.path!r} are fewer than the {top_k} that a token uses: keep more, or "
-                "preserve their mass"
-            )
-        size = total // self.groups
-        if self.groups > 1:
-            members = [sorted(c for c in stay if c // size == group) for group in range(self.groups)]
-            in_blocks = [c // size for c in stay] == sorted(c // size for c in stay)
-            if len({len(group) for group in members}) > 1 or len(members[0]) < min(2, size) or not in_blocks:
-                raise ValueError(
-                    f"the router at {self.path!r} chooses first among {self.groups} groups of {size} experts, of "
-                    f"which {[len(group) for group in members]} would stay: keep as many of each, two or more, in "
-                    "their order"
-                )
 
     def _keep_columns(self, stay: Sequence[int]) -> None:
         """Shrink the router, and whatever has an entry for each of its columns."""
@@ -369,6 +350,26 @@ class BaseExperts(ExpertLayer):
             if outputs:
                 stack.enter_context(_standing_in(self.experts, watched.forward))
             yield
+
+
+def _check_columns(layer: BaseExperts, stay: Sequence[int], total: int) -> None:
+    """Raise ValueError where the router cannot choose among the columns that stay, of so many."""
+    top_k = layer.top_k or 1
+    if len(stay) < top_k:
+        raise ValueError(
+            f"{len(stay)} experts at {layer.path!r} are fewer than the {top_k} that a token uses: keep more, or "
+            "preserve their mass"
+        )
+    size = total // layer.groups
+    if layer.groups > 1:
+        members = [sorted(c for c in stay if c // size == group) for group in range(layer.groups)]
+        in_blocks = [c // size for c in stay] == sorted(c // size for c in stay)
+        if len({len(group) for group in members}) > 1 or len(members[0]) < min(2, size) or not in_blocks:
+            raise ValueError(
+                f"the router at {layer.path!r} chooses first among {layer.groups} groups of {size} experts, of "
+                f"which {[len(group) for group in members]} would stay: keep as many of each, two or more, in "
+                "their order"
+            )
 
 
 class _Watched:

@@ -134,13 +134,13 @@ class Entries:
             raise ValueError(f"{field}={given!r} must be a list of names or a dict of sources")
         return {name: self._checked(name, entry, from_file) for name, entry in given.items()}
 
-    def look_for_folders(self, given: Any) -> None:
+    def look_for_folders(self, given: Any, from_file: bool) -> None:
         """Warn where a list of names, which are new ones, has one that is the folder of a trained adapter.
 
         Raises:
             ValueError: it has one that can be no name, but a folder or a hub id.
         """
-        for name in given if isinstance(given, (list, tuple)) else ():
+        for name in given if isinstance(given, (list, tuple)) and not from_file else ():
             if not isinstance(name, str):
                 continue
             if "/" in name or "\\" in name:
