@@ -173,8 +173,8 @@ def model_arguments(model: Any, x: Tensor, timestep: Tensor) -> dict[str, Any]:
 
 def refuse_distilled(model: nn.Module) -> None:
     """ValueError for models that were distilled to take the guidance scale as an input, as FLUX dev and LCM."""
-    config = getattr(model, "config", {})
-    if config.get("guidance_embeds") or config.get("time_cond_proj_dim"):
+    setting = getattr(getattr(model, "config", None), "get", lambda name: None)  # those of diffusers are dicts
+    if setting("guidance_embeds") or setting("time_cond_proj_dim"):
         raise ValueError(
             f"{type(model).__name__} embeds the guidance scale itself, so there is no second pass to distil"
         )

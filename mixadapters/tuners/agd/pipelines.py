@@ -47,10 +47,9 @@ def encode_prompts(
                 conditions[name] = torch.cat(column)
     if not conditions:
         raise ValueError(f"{type(pipe).__name__} takes no prompts; give class_labels")
-    if size is None:
-        size = tuple(side * _pixels_of(pipe) for side in usual_shape(pipe, model)[-2:])  # type: ignore[assignment]
+    height, width = size or (side * _pixels_of(pipe) for side in usual_shape(pipe, model)[-2:])
     dtype = next(v.dtype for v in conditions.values() if v.is_floating_point())
-    for name, value in call.sizes(model, *size).items():
+    for name, value in call.sizes(model, height, width).items():
         row = value.to(dtype) if name != "style" else value
         conditions[name] = row.expand(len(prompts), *row.shape[1:])
     return conditions, unconditional
