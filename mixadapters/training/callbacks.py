@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.model import MixtureModel
+from mixadapters.core.processes import gathered
 from mixadapters.routers.base import COEFFICIENTS
 from mixadapters.training.checkpoints import fault, lay_out_moments, note_stage, stage_of
 from mixadapters.training.events import find_tuner, progress, trainer_of_event
@@ -197,7 +198,7 @@ class GateUsageCallback(TrainerCallback):
 
     After every entry of the Trainer with a training loss (each `logging_steps`, or epoch) and at the end of the run
     follows one of `gate/<layer>/<name>`, their means over layers `gate/mean/<name>`, and `loss/<name>`, each a mean
-    since the last report, of the training batches of this process. Names are `weight/<arm>`, `entropy` (nats) and
+    since the last report, of the training batches of all processes. Names are `weight/<arm>`, `entropy` (nats) and
     `dead` (arms with less than 1 % of the weight). Of routers that choose also `load/<arm>` (its share of choices),
     `max_over_mean` (the largest load of an expert over their mean), `active` (experts that a token uses), `null`
     (share of choices without an expert); `dead` are then experts with less than 1 % of the mean load.
@@ -222,15 +223,20 @@ class GateUsageCallback(TrainerCallback):
 
 
 def collect_usage(model: nn.Module, per_layer: bool = False) -> dict[str, float]:
-    """The running gate usage and auxiliary losses of `model`, reset by reading."""
+    """The running gate usage and auxiliary losses of `model`, reset by reading. Of all processes, which all call it."""
     context = next((found for module in model.modules() if (found := ForwardContext.find(module))), None)
     if context is None:
         return {}
-    report = context.usage.report(per_layer)
+    report = context.usage.over_processes().report(per_layer)
     context.usage.reset()
-    report.update({f"loss/{name}": float(total) / count for name, (total, count) in context.loss_log.items()})
+    mine = {name: (float(total), count) for name, (total, count) in context.loss_log.items()}
     context.loss_log.clear()
-    return report
+    sums: dict[str, tuple[float, int]] = {}
+    for losses in gathered(mine):
+        for name, (total, count) in losses.items():
+            before = sums.get(name, (0.0, 0))
+            sums[name] = before[0] + total, before[1] + count
+    return report | {f"loss/{name}": total / count for name, (total, count) in sums.items()}
 
 
 def columns(dataset: Any) -> set[str]:
