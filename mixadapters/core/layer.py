@@ -172,8 +172,8 @@ class AdapterHost(BaseTunerLayer):
         return kept[self]
 
     def _joining(self, named: Sequence[str]) -> list[str]:
-        """Adapters that no row of this process names, but perhaps one of another: they get gradients of zero, not None,
-        and their weights are read, so that all processes meet in the same calls."""
+        """Adapters that no row of this process names, but perhaps one of another: their weights are read, and get
+        gradients of zero, so that all processes meet in the same calls."""
         record = self.context.record
         if not (record.training and record.grad and several()):
             return []

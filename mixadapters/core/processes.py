@@ -14,6 +14,11 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def rank() -> int:
+    """The number of this process; 0 where it is alone."""
+    return dist.get_rank() if several() else 0
+
+
 def sum_in_place(counts: list[Tensor]) -> None:
     """Make each of the vectors its sum over all processes, which all call this."""
     if not counts or not several():

@@ -146,7 +146,7 @@ class SavedModule:
         return output
 
     def _joining(self, module: AuxiliaryTrainingWrapper, kinds: set[str]) -> list[str]:
-        """Copies that no row of this process uses, but perhaps one of another: they get gradients of zero, not None."""
+        """Copies that no row of this process uses, but perhaps one of another: they get gradients of zero."""
         record = self.context.record
         if not (record.training and record.grad and several() and isinstance(module.original_module, MIXABLE)):
             return []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mixadapters.core.files import PREFIX, FileWeights, digest_of, orders_of
 from mixadapters.core.layer import AdapterHost
+from mixadapters.core.processes import rank
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ class SavedForm(BaseTuner):
         Raises:
             ValueError: weights of the adapter are not among those selected, or hold nothing.
         """
+        if not state_dict and rank():  # what is sharded is gathered by the first process, which saves it
+            return {}
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         have = {WRAPPERS.sub("", key) for key in found}
         if missing := sorted(key for key in own_keys(model, cls.prefix, adapter_name) if key not in have):

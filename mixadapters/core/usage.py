@@ -41,7 +41,6 @@ class Usage:
             chosen = (selected if mask is None else selected & mask.unsqueeze(1)).sum(0)
             self.chosen = chosen if self.chosen is None else self.chosen + chosen
 
-
     def join(self, other: Usage) -> None:
         """Add what `other`, of the same arms, has seen."""
         self.weight, self.entropy = self.weight + other.weight, self.entropy + other.entropy

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.processes import gathered
+from mixadapters.core.processes import gathered, several
 from mixadapters.routers.base import COEFFICIENTS
 from mixadapters.training.checkpoints import fault, lay_out_moments, note_stage, stage_of
 from mixadapters.training.events import find_tuner, progress, trainer_of_event
@@ -156,7 +156,8 @@ class StageCallback(TrainerCallback):
             if "labels" in batch:
                 device = next(base.parameters()).device
                 named = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "labels") if k in batch}
-                require_pretrained_head(base, named)
+                # What is sharded runs from its outermost module alone, which gathers it.
+                require_pretrained_head(self.trainer.model_wrapped if self.trainer and several() else base, named)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -223,7 +224,7 @@ class GateUsageCallback(TrainerCallback):
 
 
 def collect_usage(model: nn.Module, per_layer: bool = False) -> dict[str, float]:
-    """The running gate usage and auxiliary losses of `model`, reset by reading. Of all processes, which all call it."""
+    """The gate usage and auxiliary losses of `model`, reset by reading: of all processes, which all call this."""
     context = next((found for module in model.modules() if (found := ForwardContext.find(module))), None)
     if context is None:
         return {}

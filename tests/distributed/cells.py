@@ -91,7 +91,8 @@ def text(equal: bool = False) -> Rows:
     labels = ids.clone()
     for row in range(0, 0 if equal else count, 3):
         labels[row, 3 + row % 5 :] = -100
-    return [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": l} for i, l in zip(ids, labels, strict=True)]
+    return [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": label}
+            for i, label in zip(ids, labels, strict=True)]  # fmt: skip
 
 
 def stacked(rows: Rows) -> dict[str, Any]:
@@ -113,8 +114,11 @@ def named() -> Rows:
 
 
 def stacked_but_names(rows: Rows) -> dict[str, Any]:
-    names = [row["adapter_names"] for row in rows]
-    return {**stacked([{k: v for k, v in row.items() if k != "adapter_names"} for row in rows]), "adapter_names": names}
+    names, tensors = [], []
+    for row in rows:
+        names.append(row["adapter_names"])
+        tensors.append({name: value for name, value in row.items() if name != "adapter_names"})
+    return {**stacked(tensors), "adapter_names": names}
 
 
 def with_images() -> PeftModel:
@@ -251,9 +255,9 @@ def by_hand(cell: Cell, folder: Path, processes: int, **options: Any) -> dict[st
         if accelerator.sync_gradients:
             tuner.update_biases()
     weights = accelerator.get_state_dict(model)
-    accelerator.unwrap_model(model).save_pretrained(
-        str(folder / "end"), state_dict=weights, is_main_process=accelerator.is_main_process
-    )
+    plain = accelerator.unwrap_model(model)
+    if accelerator.is_main_process or not plain.active_peft_config.modules_to_save:
+        plain.save_pretrained(str(folder / "end"), state_dict=weights, is_main_process=accelerator.is_main_process)
     losses = torch.stack(losses).view(STEPS, -1).mean(1)
     return {"losses": losses.tolist(), "usage": collect_usage(root_of(model))}
 

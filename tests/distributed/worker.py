@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-
 from cells import CELLS, LOOPS
 
 
