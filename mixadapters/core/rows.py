@@ -55,7 +55,7 @@ def row_names(value: Any, context: Any, model: nn.Module) -> RowNames:
         return value
     names = RowNames.read(value)
     unknown = set(names) - context.hosted - {BASE}
-    for path, wrapper in _saved_modules(model):
+    for path, wrapper in saved_modules(model):
         unknown -= wrapper._get_available_adapters()
         SavedModule.attach(wrapper, path, context)
     if unknown:
@@ -77,7 +77,7 @@ def _chosen_by(unknown: set[str], model: nn.Module) -> str:
     return ""
 
 
-def _saved_modules(model: nn.Module) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]]:
+def saved_modules(model: nn.Module) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]]:
     """PEFT's own modules in `model`, with their paths. Not looked for inside adapters, of which there may be many."""
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.processes import gathered, several
+from mixadapters.core.saving import restore_frozen
 from mixadapters.routers.base import COEFFICIENTS
 from mixadapters.training.checkpoints import fault, lay_out_moments, note_stage, stage_of
 from mixadapters.training.events import find_tuner, progress, trainer_of_event
@@ -61,7 +62,10 @@ class StageCallback(TrainerCallback):
 
     def _check(self, args: TrainingArguments, tuner: MixtureModel) -> None:
         """Refuses what would go wrong silently in the run."""
-        self._check_columns(args, tuner, trainer_of_event())
+        trainer = trainer_of_event()
+        self._check_columns(args, tuner, trainer)
+        if trainer is not None:
+            check_saves(trainer)
         if args.load_best_model_at_end and (self.adapter_name != "default" or tuner.active_adapters[0] != "default"):
             raise ValueError(
                 f"load_best_model_at_end=True reloads the adapter 'default' only, and {self.adapter_name!r} trains "
@@ -143,6 +147,9 @@ class StageCallback(TrainerCallback):
                 f"the checkpoint {resumed} was made in stage={made!r}, so the state of the optimizer does not belong "
                 f"to what stage={self.stage!r} trains; begin the stage without resume_from_checkpoint"
             )
+        if state.global_step and self._shards():
+            inside = resumed if self.adapter_name == "default" else resumed / self.adapter_name
+            restore_frozen(model, self.adapter_name, inside)
         if optimizer is not None:
             with torch.no_grad():
                 lay_out_moments(optimizer)
@@ -158,6 +165,10 @@ class StageCallback(TrainerCallback):
                 named = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "labels") if k in batch}
                 # What is sharded runs from its outermost module alone, which gathers it.
                 require_pretrained_head(self.trainer.model_wrapped if self.trainer and several() else base, named)
+
+    def _shards(self) -> bool:
+        """Whether the Trainer runs on an engine that shards, and resumes from its own files."""
+        return bool(getattr(self.trainer, "is_fsdp_enabled", 0) or getattr(self.trainer, "is_deepspeed_enabled", 0))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -191,6 +202,23 @@ class StageCallback(TrainerCallback):
         context = find_tuner(model).context
         context.loss_scale = None
         context.steps.ended(self.adapter_name)
+
+
+def check_saves(trainer: Trainer) -> None:
+    """Raises ValueError where the engine that shards the model would write no adapter."""
+    state = trainer.accelerator.state
+    fsdp = getattr(state, "fsdp_plugin", None)
+    if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
+        raise ValueError(
+            f"with state_dict_type={str(fsdp.state_dict_type).rpartition('.')[2]!r} of FSDP no checkpoint and no end "
+            "of a run holds the adapter as a file: set fsdp_state_dict_type: FULL_STATE_DICT"
+        )
+    zero = getattr(getattr(state, "deepspeed_plugin", None), "deepspeed_config", {}).get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            "without stage3_gather_16bit_weights_on_model_save of DeepSpeed no checkpoint and no end of a run holds "
+            "the adapter as a file: set zero3_save_16bit_model: true"
+        )
 
 
 class GateUsageCallback(TrainerCallback):

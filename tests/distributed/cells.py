@@ -5,6 +5,7 @@ The same functions run in one process, whose results are what two processes must
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -230,10 +231,11 @@ def by_trainer(cell: Cell, folder: Path, processes: int, **options: Any) -> dict
     return {"losses": [entry["loss"] for entry in log if "loss" in entry], "usage": gates[-1] if gates else {}}
 
 
-def by_hand(cell: Cell, folder: Path, processes: int, **options: Any) -> dict[str, Any]:
+def by_hand(cell: Cell, folder: Path, processes: int) -> dict[str, Any]:
     """The same in a loop of one's own over accelerate."""
     size, accumulated = batches(cell, processes)
-    accelerator = Accelerator(gradient_accumulation_steps=accumulated, **{"cpu": True, **options})
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # which has its own way to say so
+    accelerator = Accelerator(cpu=not deepspeed, gradient_accumulation_steps=accumulated)
     model = cell.model()
     tuner = find_tuner(model)
     if cell.stage:
@@ -249,6 +251,8 @@ def by_hand(cell: Cell, folder: Path, processes: int, **options: Any) -> dict[st
         with accelerator.accumulate(model):
             loss = model(**batch).loss
             accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
         losses.append(accelerator.reduce(loss.detach(), "mean"))

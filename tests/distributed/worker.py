@@ -6,10 +6,12 @@ import json
 import os
 import sys
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from cells import CELLS, LOOPS
@@ -28,24 +30,45 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = made
 
 
-def main(folder: Path, only: list[str]) -> None:
+def without_compiling() -> None:
+    """DeepSpeed builds an operation for collectives on a CPU, which takes minutes, and goes on without one."""
+    from deepspeed.comm import torch as backend
+
+    backend.build_shm_op = lambda: None
+
+
+def begin() -> None:
+    """Set up the engine; a process that waits for another in vain ends."""
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        without_compiling()
+    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_cpu()
-    for name, cell in CELLS.items():
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+
+
+def end() -> None:
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(folder: Path, only: list[str]) -> None:
+    begin()
+    for name in only or CELLS:
         for loop, run in LOOPS.items():
-            if only and name not in only:
-                continue
             place = folder / f"{name}, {loop}"
-            place.mkdir(exist_ok=True)
+            place.mkdir(parents=True, exist_ok=True)
+            if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+                AcceleratorState._reset_state()  # its settings are those of one run
             try:
-                found = run(cell, place, int(os.environ["WORLD_SIZE"]))
-            except Exception as error:  # the other cells go on
+                found = run(CELLS[name], place, dist.get_world_size())
+            except Exception as error:
                 found = {"error": "".join(traceback.format_exception(error))}
-            (place / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-            if "error" in found:
-                print(name, loop, found["error"], flush=True)
+            (place / f"{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
+            if "error" in found:  # the other process may wait for this one
+                print(f"{place.name}: {found['error']}", flush=True)
+                os._exit(1)
+    end()
 
 
 if __name__ == "__main__":
