@@ -73,10 +73,15 @@ class SiteFinder(BaseTuner):
             missing = [r for r in (*self.roles(config), *self.taps(config)) if r not in config.sites]
             if missing:
                 raise ValueError(f"sites={config.sites} lacks the roles {missing} that this config needs")
-            union = "|".join(f"(?:{config.sites[role]})" for role in self.roles(config))
+            union = self.union_of(config)
             if config.target_modules not in (None, union):
                 raise ValueError("give either `sites` or `target_modules`, not both")
             config.target_modules = union
+
+    def union_of(self, config: MixtureConfig) -> str:
+        """One pattern of all modules that take adapters by the roles in `sites`."""
+        assert config.sites is not None
+        return "|".join(f"(?:{config.sites[role]})" for role in self.roles(config))
 
     def hosts(self) -> Iterator[AdapterHost]:
         """The layers of this model that hold adapters."""
@@ -111,6 +116,19 @@ class SiteFinder(BaseTuner):
         if matched and peft_config.sites is not None and layers is not None:
             return layer_index(key) in ([layers] if isinstance(layers, int) else layers)
         return found
+
+    def places(self) -> list[str]:
+        """All modules that are there without adapters, by name."""
+        names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name in self._outside_adapters(self.model))
+        return [name for name in dict.fromkeys(names) if name]
+
+    def _outside_adapters(self, module: nn.Module, path: str = "") -> Iterator[str]:
+        """Names of the modules in `module`, in order, without a look at those of adapters: there may be many."""
+        for name, child in module.named_children():
+            at = f"{path}.{name}" if path else name
+            if not inside_adapters(at, self.prefix):
+                yield at
+                yield from self._outside_adapters(child, at)
 
     def name_all_linear(self, config: Any) -> Any:
         """Give "all-linear" the names of the linear modules; PEFT passes over those that our layers have wrapped."""
@@ -174,7 +192,7 @@ class SiteFinder(BaseTuner):
         )  # fmt: skip
 
     def _group(self, role: str, path: str) -> str:
-        if role != TARGET:
+        if role in ROLES:
             return group_of(role)
         try:
             row = find_architecture(self.get_model_config(self.model).get("model_type", "custom"))

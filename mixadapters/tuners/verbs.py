@@ -8,18 +8,22 @@ an adapter of the name is there, and transformers asks no tuner at all. A causal
 from __future__ import annotations
 
 import functools
+import os
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import peft
 import peft.peft_model
 import peft.utils.save_and_load
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from transformers.integrations import PeftAdapterMixin
 
 from mixadapters.core.card import complete_card
 from mixadapters.core.config import MixtureConfig
-from mixadapters.core.files import FileWeights, SavedAdapter, being_loaded, loading, read_adapter
+from mixadapters.core.files import FileWeights, SavedAdapter, being_loaded, loading, read_adapter, read_config
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.rows import RowNames
 from mixadapters.tuners.registration import config_class
@@ -36,7 +40,9 @@ def watch_verbs() -> None:
     @functools.wraps(from_pretrained)
     def peft_from_pretrained(cls: type, model: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         with loading(_saved(model_id, model, kwargs)):
-            return from_pretrained(cls, model, model_id, *args, **kwargs)
+            loaded = from_pretrained(cls, model, model_id, *args, **kwargs)
+        _warn_of_others(model_id, loaded)
+        return loaded
 
     peft_load_adapter = PeftModel.load_adapter
 
@@ -121,6 +127,22 @@ def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     """What transformers passes on in other arguments."""
     inner = getattr(kwargs.get("load_config"), "download_kwargs", None) or {}
     return {**inner, **(kwargs.get("adapter_kwargs") or {})}
+
+
+def _warn_of_others(model_id: Any, loaded: PeftModel) -> None:
+    """Say what PEFT passes over: adapters of our types in folders inside, which acted beside the one that it loads."""
+    for path in sorted(Path(model_id).glob(f"*/{CONFIG_NAME}")) if os.path.isdir(model_id) else ():
+        try:
+            config, name = read_config(path), path.parent.name
+        except ValueError:  # it is not what was to be loaded
+            continue
+        beside = config.get("trained_beside") if config_class(config.get("peft_type")) is not None else None
+        if isinstance(beside, dict) and "default" in beside and name not in loaded.peft_config:
+            warnings.warn(
+                f"{path.parent} holds the {config['peft_type']} adapter {name!r}, which acted beside this one and is "
+                "not loaded. To have both, put it into the base model first (inject_adapter_in_model)",
+                stacklevel=3,
+            )
 
 
 def _saved(model_id: Any, model: Any, kwargs: dict[str, Any]) -> SavedAdapter | None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -123,6 +124,35 @@ def test_both_on_the_same_linear_layer_compute_and_train(kind: str, lora_first: 
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     model.disable_adapters()
     torch.testing.assert_close(logits(model, ids), logits(fresh(base), ids))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify")
+@pytest.mark.parametrize("outside", ["ours", "lora"])
+def test_a_peft_model_saves_both_types_and_loads_none_of_them_silently_alone(
+    outside: str, tiny: Any, ids: Any, tmp_path: Path
+) -> None:
+    """LoRA of PEFT injected below, or around: two folders, of which the other is asked for, or warned of."""
+    configs = {"ours": KINDS["mixda"](), "lora": lora()}
+    inside = "lora" if outside == "ours" else "ours"
+
+    def below(config: Any) -> nn.Module:
+        model = tiny("llama")
+        inject_adapter_in_model(config, model, adapter_name="below")
+        return model
+
+    model = get_peft_model(below(configs[inside]), configs[outside])
+    expected = logits(model, ids)
+    model.save_pretrained(tmp_path)
+    assert {path.parent.name for path in tmp_path.glob("*/adapter_model.safetensors")} == {"below"}
+    if outside == "ours":
+        with pytest.raises(ValueError, match=r"was trained beside .*'LORA'.*, and the model has no LORA adapter"):
+            PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    else:
+        with pytest.warns(UserWarning, match="holds the MIXDA adapter 'below', which acted beside"):
+            PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    base = below(PeftConfig.from_pretrained(tmp_path / "below"))
+    set_peft_model_state_dict(base, load_peft_weights(str(tmp_path / "below"), device="cpu"), adapter_name="below")
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path), ids), expected)
 
 
 def activate(model: nn.Module, *names: str) -> None:

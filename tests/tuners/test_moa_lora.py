@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixadapters import BottleneckConfig, MoAConfig
-from mixadapters.tuners.moa.lora import _alpha
+from mixadapters.tuners.lora import _alpha
 from mixadapters.tuners.moa.sources import MOE_PEFT
 
 WEIGHTS = "adapter_model.safetensors"

@@ -9,9 +9,10 @@ from mixadapters.kernels import ACTIVATIONS
 from mixadapters.routers.base import COEFFICIENTS, registered_by
 from mixadapters.routers.pooling import GRANULARITIES, POOLS
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
+from mixadapters.tuners.mixda.fields import check_lora
 from mixadapters.tuners.mixda.router import competes, read_router
 from mixadapters.tuners.registration import peft_type
-from mixadapters.tuners.sources import Entries, public_origin
+from mixadapters.tuners.sources import Entries, public_origin, same_module
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Section 3.3 and appendix A: sigmoid gate on the attention output, one linear layer.
@@ -49,9 +50,25 @@ class MixDAConfig(MixtureConfig):
         default_factory=lambda: ["domain"],
         metadata={"help": "New domains by name, or trained ones by source.", "free": True},
     )
+    domain_type: Literal["bottleneck", "lora"] = field(
+        default="bottleneck",
+        metadata={"help": "Domain adapters beside the FFN (paper), or LoRA at any linear layers, of attention too."},
+    )
     r: int | None = field(
         default=None,
-        metadata={"help": "Width of new domain adapters. None: by reduction_factor.", "least": 1, "free": True},
+        metadata={
+            "help": "Width of new domain adapters. None: by reduction_factor; 8 for LoRA.",
+            "least": 1,
+            "free": True,
+        },
+    )
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "Of new domains of type LoRA, whose factor is lora_alpha / rank. None: the rank.",
+            "above": 0,
+            "free": True,
+        },
     )
     reduction_factor: float = field(
         default=16, metadata={"help": "Input width / adapter width (paper: 16).", "least": 1e-3, "free": True}
@@ -128,11 +145,24 @@ class MixDAConfig(MixtureConfig):
             "free": True,
         },
     )
-    task_adapter: Literal["pfeiffer", "houlsby", "parallel"] | None = field(
+    task_adapter: Literal["pfeiffer", "houlsby", "parallel", "lora"] | None = field(
         default="pfeiffer", metadata={"help": "Task adapter on top, in all layers (paper: pfeiffer). None: none."}
     )
     task_r: int | None = field(
-        default=None, metadata={"help": "Its width. None: by task_reduction_factor.", "least": 1, "free": True}
+        default=None,
+        metadata={"help": "Its width. None: by task_reduction_factor; 8 for LoRA.", "least": 1, "free": True},
+    )
+    task_lora_alpha: float | None = field(
+        default=None, metadata={"help": "Of a LoRA: its factor is task_lora_alpha / rank. None: the rank.", "above": 0}
+    )
+    task_target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Suffixes, or one regular expression, of the modules of a LoRA task adapter. None: query and "
+            "value (paper).",
+            "pattern": True,
+            "free": True,
+        },
     )
     task_reduction_factor: float = field(
         default=16, metadata={"help": "Hidden width / its width (paper: 16).", "least": 1e-3, "free": True}
@@ -161,6 +191,7 @@ class MixDAConfig(MixtureConfig):
             self.domains = {name: self.domains[name] for name in self.domain_order}
         self.domain_order = list(self.domains)
         read_router(self)
+        check_lora(self)
         if self.gate_input == "ffn_intermediate" and self.adapter_input == "ffn_input":
             raise ValueError(
                 "gate_input='ffn_intermediate' with adapter_input='ffn_input' is not possible: the gate would need "
@@ -201,6 +232,8 @@ class MixDAConfig(MixtureConfig):
 
     def bank_options(self) -> dict[str, Any]:
         """Arguments of `AdapterBank` for the domain adapters."""
+        if self.domain_type == "lora":
+            return {"activation": "identity", "bias": False}
         return {
             "activation": self.activation,
             "glu": self.adapter_glu,
@@ -208,10 +241,19 @@ class MixDAConfig(MixtureConfig):
             "scale": 1.0,
         }
 
+    def expert_options(self, name: str, path: str) -> dict[str, Any]:
+        """Arguments of `AdapterBank.add` for the domain `name` at a module."""
+        spec = self.domains[name]
+        if "scales" not in spec:
+            return {}
+        module = next(m for m in spec["scales"] if same_module(m, path))
+        return {"scale": spec["scales"][module], "up_bias": module in spec.get("biases", ())}
+
     def task_config(self) -> BottleneckConfig:
-        """The task adapter as a config of its own."""
+        """The task adapter as a config of its own, where it is a bottleneck."""
+        placement = "pfeiffer" if self.task_adapter is None or self.task_adapter == "lora" else self.task_adapter
         return BottleneckConfig(
-            r=self.task_r, reduction_factor=self.task_reduction_factor, placement=self.task_adapter or "pfeiffer",
+            r=self.task_r, reduction_factor=self.task_reduction_factor, placement=placement,
             activation=self.task_activation, init_weights=self.init_weights,
         )  # fmt: skip
 
@@ -226,6 +268,7 @@ class MixDAConfig(MixtureConfig):
 
 DOMAINS = Entries(
     "domains", "a domain", "mixda_", r"frozen|null\d+",
-    {"source": str, "revision": str, "ranks": dict[str, int], "check_base_model": bool, "origin": str},
-    ("source", "revision", "check_base_model"),
+    {"source": str, "revision": str, "ranks": dict[str, int], "check_base_model": bool, "origin": str, "scale": float,
+     "ignore_modules_to_save": bool, "scales": dict[str, float], "biases": list[str]},
+    ("source", "revision", "check_base_model", "scale", "ignore_modules_to_save"),
 )  # fmt: skip

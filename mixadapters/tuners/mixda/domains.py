@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from mixadapters.routers.counts import CountsRouter
 from mixadapters.tuners.gates import GateVerbs
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.router import require_surgery
-from mixadapters.tuners.mixda.sources import read_source
 from mixadapters.tuners.sources import check_new, same_module
 from mixadapters.tuners.surgery import SurgeryVerbs
 
+BY_MODULE = ("ranks", "scales", "biases")  # entries of a domain
 NEW_ARM_SHARE = 0.05  # of the frozen arm's mass that a domain added later starts with
 
 
@@ -38,6 +39,15 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         raise NotImplementedError
 
     def mixture(self, config: MixDAConfig, site: Site, ranks: dict[str, int]) -> Mixture:
+        raise NotImplementedError
+
+    def read(self, config: MixDAConfig, name: str, spec: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+        raise NotImplementedError
+
+    def new_entry(self, config: MixDAConfig, ranks: dict[str, int]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def widen(self, config: MixDAConfig, name: str, paths: Iterable[str]) -> None:
         raise NotImplementedError
 
     @torch.no_grad()
@@ -85,16 +95,16 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         require_surgery(config, "add_domain")
         others_of_model = self.peft_config.keys() - {adapter_name}
         check_new("domain", name, list(config.domains), others_of_model, share=share, r=r, source=source, like=like)
-        given = MixDAConfig(domains={name: source} if source is not None else [name], r=r)  # checks them
-        spec = dict(given.domains[name])
-        weights = read_source(self, config, name, spec) if "source" in spec else None
-        if weights is not None:
-            spec["ranks"] = {path: w["down.weight"].shape[0] for path, w in weights.items()}
+        asked = {name: source} if source is not None else [name]
+        spec = dict(MixDAConfig(domains=asked, r=r, domain_type=config.domain_type).domains[name])  # checks them
+        weights = self.read(config, name, spec) if "source" in spec else None
+        if weights is not None and config.domain_type == "lora":
+            self.widen(config, name, weights)
         elif like is not None:
-            spec["ranks"] = dict(config.domains[like]["ranks"])
-        else:
+            spec |= {entry: copy(config.domains[like][entry]) for entry in BY_MODULE if entry in config.domains[like]}
+        elif weights is None:
             others = {module for other in config.domains.values() for module in other["ranks"]}
-            spec["ranks"] = self.new_ranks(config, r, others if config.domain_layers is None else ())
+            spec |= self.new_entry(config, self.new_ranks(config, r, others if config.domain_layers is None else ()))
         config.domains[name] = spec
         config.domain_order = list(config.domains)
         for path, rank in spec["ranks"].items():
@@ -120,7 +130,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
             new = host.adapters[adapter_name]
             new.domain.router.start_at(share)
         elif "domain" in (chain := host.adapters[adapter_name]).steps:
-            chain.domain.bank.add(name, rank, config.init_weights)
+            chain.domain.bank.add(name, rank, config.init_weights, **config.expert_options(name, path))
             chain.domain.router.add_expert(name, share)
             new = chain.domain.bank.experts[name]
         else:
@@ -181,8 +191,10 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
             mixture.router.experts.remove(name)
         else:
             mixture.router.remove_expert(name, renormalize)
-        ranks = config.domains[name]["ranks"]
-        config.domains[name]["ranks"] = {m: rank for m, rank in ranks.items() if not same_module(m, path)}
+        entry = config.domains[name]
+        for by_module in (entry[key] for key in BY_MODULE if key in entry):
+            for module in [m for m in by_module if same_module(m, path)]:
+                by_module.remove(module) if isinstance(by_module, list) else by_module.pop(module)
         if mixture.bank.names:
             config.null_arms[path] = getattr(mixture.router, "null_arms", 0)
         else:

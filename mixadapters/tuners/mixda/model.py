@@ -18,30 +18,39 @@ from mixadapters.tuners.bottleneck.config import placement_roles
 from mixadapters.tuners.bottleneck.model import bottleneck
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.domains import DomainVerbs
+from mixadapters.tuners.mixda.lora import LORA_DOMAIN, LORA_RANK, LORA_TASK, LoRADomains, lora_task
 from mixadapters.tuners.mixda.router import mixture_router
-from mixadapters.tuners.mixda.sources import read_source
 from mixadapters.tuners.sources import rank_of, same_module
 
 
-class MixDAModel(DomainVerbs):
+class MixDAModel(LoRADomains, DomainVerbs):
     fields = ("domain_ids", "prompt_mask")
 
     # --- sites ------------------------------------------------------------------------------------------------
 
     def domain_role(self, config: MixDAConfig) -> str:
+        if config.domain_type == "lora":
+            return LORA_DOMAIN
         return placement_roles("parallel", config.adapter_input, self.known_roles(config))[0]
 
+    def task_roles(self, config: MixDAConfig) -> tuple[str, ...]:
+        """Roles of the modules that take the task adapter."""
+        if config.task_adapter in (None, "lora"):
+            return () if config.task_adapter is None else (LORA_TASK,)
+        known = self.known_roles(config)
+        roles = placement_roles(config.task_adapter, "ffn_input", known)
+        if config.domain_type == "bottleneck":  # those of the FFN share the domain adapters' module
+            return tuple(self.domain_role(config) if role.startswith("ffn") else role for role in roles)
+        # Not the whole FFN, in which LoRA may lie.
+        return tuple("ffn_output" if role == "ffn" and "ffn_output" in known else role for role in roles)
+
     def roles(self, config: MixDAConfig) -> tuple[str, ...]:
-        domain = self.domain_role(config)
-        if config.task_adapter is None:
-            return (domain,)
-        # Task adapters of the FFN share the domain adapters' module.
-        task = placement_roles(config.task_adapter, "ffn_input", self.known_roles(config))
-        return tuple(dict.fromkeys((domain, *(role for role in task if not role.startswith("ffn")))))
+        return tuple(dict.fromkeys((self.domain_role(config), *self.task_roles(config))))
 
     def taps(self, config: MixDAConfig) -> tuple[str, ...]:
-        reads_input = "ffn_input" in (config.adapter_input, config.gate_input) or config.task_adapter == "parallel"
-        return ("ffn_input",) if reads_input and self.domain_role(config) == "ffn_output" else ()
+        inputs = (config.gate_input, config.adapter_input if config.domain_type == "bottleneck" else None)
+        reads_input = "ffn_input" in inputs or config.task_adapter == "parallel"
+        return ("ffn_input",) if reads_input and "ffn_output" in self.roles(config) else ()
 
     def domain_paths(self, config: MixDAConfig) -> list[str]:
         """Modules that can hold domain adapters, by name."""
@@ -70,20 +79,24 @@ class MixDAModel(DomainVerbs):
             index = layer_index(path)
             if beside:
                 here = any(same_module(module, path) for module in beside)
-            elif (config.sites is None and config.domain_layers is None) or index is None:
-                here = True  # the user has chosen the modules
+            elif (config.domain_layers is None and self._chosen_by_user(config)) or index is None:
+                here = True
             else:
                 here = index in config.layers(depth[stack_of(path, self.model)])
             if here:
                 width, _ = self.bank_widths(config, path)
-                default = rank or config.r or max(1, int(width // config.reduction_factor))
-                chosen[path] = self.rank_at(config, path, default)
+                usual = LORA_RANK if config.domain_type == "lora" else max(1, int(width // config.reduction_factor))
+                chosen[path] = self.rank_at(config, path, rank or config.r or usual)
         if not chosen:
             raise ValueError(
                 f"domain_layers={config.domain_layers} and layers_to_transform={config.layers_to_transform} leave no "
                 f"place for domain adapters; their sites are {self.domain_paths(config)}"
             )
         return chosen
+
+    def _chosen_by_user(self, config: MixDAConfig) -> bool:
+        """Whether `target_modules` says where new domains lie; LoRA lies in all layers in any case."""
+        return config.sites is None or config.domain_type == "lora"
 
     def bank_widths(self, config: MixDAConfig, path: str) -> tuple[int, int]:
         """Widths in and out of domain adapters at `path`."""
@@ -99,6 +112,15 @@ class MixDAModel(DomainVerbs):
     # --- injection --------------------------------------------------------------------------------------------
 
     def resolve(self, config: MixDAConfig, model_config: dict[str, Any]) -> None:
+        self._gathered: dict[str, dict[str, dict[str, Tensor]]] = {}
+        if config.domain_type == "lora":
+            for name, spec in config.domains.items():
+                if "source" in spec:
+                    self._gathered[name] = self.read(config, name, spec)
+        if config.sites is None and "lora" in (config.domain_type, config.task_adapter):
+            paths = {path for weights in self._gathered.values() for path in weights}
+            config.sites = self.lora_sites(config, model_config.get("model_type", "custom"), paths)
+            config.target_modules = None
         super().resolve(config, model_config)
         if config.sites is None and config.gate_input == "ffn_input" and config.adapter_input != "ffn_input":
             raise ValueError(
@@ -107,15 +129,13 @@ class MixDAModel(DomainVerbs):
             )
 
     def before_injection(self, config: MixDAConfig, adapter_name: str) -> None:
-        self._gathered: dict[str, dict[str, dict[str, Tensor]]] = {}
         new_ranks: dict[str, int] | None = None  # the same for all new domains
         for name, spec in config.domains.items():
-            if "source" in spec:
-                self._gathered[name] = read_source(self, config, name, spec)
-                spec["ranks"] = {path: w["down.weight"].shape[0] for path, w in self._gathered[name].items()}
+            if "source" in spec and name not in self._gathered:
+                self._gathered[name] = self.read(config, name, spec)
             elif "ranks" not in spec:
                 new_ranks = self.new_ranks(config) if new_ranks is None else new_ranks
-                spec["ranks"] = dict(new_ranks)
+                spec |= self.new_entry(config, new_ranks)
         self._refuse_absent_modules(config)
         super().before_injection(config, adapter_name)
 
@@ -148,20 +168,30 @@ class MixDAModel(DomainVerbs):
         ranks = {name: rank for name, spec in config.domains.items() if (rank := rank_of(spec["ranks"], site.path))}
         if ranks:
             steps["domain"] = self.mixture(config, site, ranks)
-        if config.task_adapter is not None:
-            tap = site.tap("ffn_input") if config.task_adapter == "parallel" else None
-            task = bottleneck(config.task_config(), site, config.task_r or 0, tap)
-            task.observes = False
-            steps["task"] = task
+        if self._takes_task(config, site.path):
+            steps["task"] = self.task(config, site)
         return Chain(**steps) if steps else None
 
+    def _takes_task(self, config: MixDAConfig, path: str) -> bool:
+        if config.sites is None:
+            return config.task_adapter is not None
+        return any(re.fullmatch(config.sites[role], path) for role in self.task_roles(config))
+
+    def task(self, config: MixDAConfig, site: Site) -> Mixture:
+        if config.task_adapter == "lora":
+            return lora_task(config, site)
+        tap = site.tap("ffn_input") if config.task_adapter == "parallel" else None
+        task = bottleneck(config.task_config(), site, config.task_r or 0, tap)
+        task.observes = False
+        return task
+
     def mixture(self, config: MixDAConfig, site: Site, ranks: dict[str, int]) -> Mixture:
-        tap = site.tap("ffn_input")
+        tap = site.tap("ffn_input") if config.domain_type == "bottleneck" else None
         reads = tap if config.adapter_input == "ffn_input" else None
         width = site.in_features if reads is None else site.out_features
         bank = AdapterBank(width, site.out_features, **config.bank_options())
         for name, rank in ranks.items():
-            bank.add(name, rank, config.init_weights)
+            bank.add(name, rank, config.init_weights, **config.expert_options(name, site.path))
         gate_tap = tap if config.gate_input == "ffn_input" and reads is None else None
         number_of = {name: number for number, name in enumerate(config.domains)}
         router = mixture_router(

@@ -10,8 +10,15 @@ from torch import Tensor, nn
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.registry import nearest
 from mixadapters.tuners.bottleneck.model import EXPERT
+from mixadapters.tuners.gathering import LORA_PARTS, BaseModules, Gathered, gathered, lora_experts
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.sources import check_base_model, rank_of, read_folder, same_module
+
+
+class LoRASites(BaseModules, Protocol):
+    """What a tuner knows of the places that can hold LoRA domains."""
+
+    def bank_widths(self, config: MixDAConfig, path: str) -> tuple[int, int]: ...
 
 
 class DomainSites(Protocol):
@@ -59,6 +66,25 @@ def read_source(
     return by_path
 
 
+def read_lora(tuner: LoRASites, config: MixDAConfig, name: str, spec: dict[str, Any]) -> Gathered:
+    """A stock LoRA of PEFT as a domain, by module of this model.
+
+    Raises:
+        ValueError: another type of adapter, or one that no domain equals exactly.
+    """
+    where = f"domains[{name!r}]: {spec['source']!r}"
+    saved, weights = read_folder(where, spec)
+    kind = getattr(saved.peft_type, "value", saved.peft_type)
+    if kind != "LORA":
+        remedy = "; write the domain as a LoRA folder first (export_domain)" if kind == "MIXDA" else ""
+        raise ValueError(f"{where} is a {kind} adapter; domain_type='lora' gathers LORA adapters{remedy}")
+    check_base_model(tuner.model, saved, spec, where)
+    scales, found = lora_experts(tuner, saved, weights, spec, where)
+    return gathered(
+        tuner, saved, scales, found, spec, where, widths=lambda path: tuner.bank_widths(config, path), parts=LORA_PARTS
+    )
+
+
 def _paths_of_source(tuner: DomainSites, saved: Any, name: str, paths: list[str]) -> list[str]:
     """Those of our `paths` that a source adapts by its own config."""
     if saved.peft_type.value == "MIXDA":
@@ -101,7 +127,12 @@ def _check_source(config: MixDAConfig, name: str, saved: Any, where: str) -> str
         theirs = {**saved.bank_options(), "adapter_input": saved.adapter_input, "combine": saved.combine}
         ours = {**config.bank_options(), "combine": config.combine}
     else:
-        raise ValueError(f"{where} is a {kind} adapter; domains are gathered from BOTTLENECK or MIXDA adapters")
+        remedy = "; for LoRA folders say domain_type='lora'" if kind == "LORA" else ""
+        raise ValueError(
+            f"{where} is a {kind} adapter; domains are gathered from BOTTLENECK or MIXDA adapters{remedy}"
+        )
+    if kind == "MIXDA" and saved.domain_type != config.domain_type:
+        raise ValueError(f"{where} has domains of type {saved.domain_type!r}, this mixture {config.domain_type!r}")
     for field_name, value in {**ours, "adapter_input": config.adapter_input}.items():
         if theirs[field_name] != value:
             raise ValueError(

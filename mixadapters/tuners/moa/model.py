@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,19 +11,19 @@ from torch import Tensor, nn
 from mixadapters.core.adapter import Site
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.files import FileWeights
-from mixadapters.core.finding import inside_adapters
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.routing import RoutingKey
 from mixadapters.core.sites import layer_index
 from mixadapters.routers.base import Router, build_router
 from mixadapters.tuners.bottleneck.config import placement_roles, placement_taps
+from mixadapters.tuners.gathering import Gathered
 from mixadapters.tuners.moa.absent import refuse_absent
 from mixadapters.tuners.moa.config import MoAConfig, stands_at
 from mixadapters.tuners.moa.cutting import ExpertCutting
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.overriding import ExpertOverriding
 from mixadapters.tuners.moa.router import OPTION_OF, router_spec
-from mixadapters.tuners.moa.sources import Gathered, gather
+from mixadapters.tuners.moa.sources import gather
 from mixadapters.tuners.sources import rank_of, same_module
 
 QUERY = frozenset({"q", "query", "q_proj", "q_lin", "query_proj"})  # what runs first in an attention
@@ -54,19 +53,6 @@ class MoAModel(ExpertOverriding, ExpertCutting):
         if config.expert_type == "lora":
             return ()
         return placement_taps(config.placement, config.adapter_input, self.known_roles(config))
-
-    def places(self) -> list[str]:
-        """All modules that are there without adapters, by name."""
-        names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name in self._outside_adapters(self.model))
-        return [name for name in dict.fromkeys(names) if name]
-
-    def _outside_adapters(self, module: nn.Module, path: str = "") -> Iterator[str]:
-        """Names of the modules in `module`, in order, without a look at those of adapters: there may be many."""
-        for name, child in module.named_children():
-            at = f"{path}.{name}" if path else name
-            if not inside_adapters(at, self.prefix):
-                yield at
-                yield from self._outside_adapters(child, at)
 
     def expert_widths(self, config: MoAConfig, path: str) -> tuple[int, int]:
         """Widths in and out of an expert at `path`."""

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import torch
-from peft.tuners.tuners_utils import check_target_module_exists
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadapters.core.files import PREFIX
 from mixadapters.tuners.bottleneck.model import EXPERT
+from mixadapters.tuners.gathering import LORA_PARTS, BaseModules, Gathered, gathered, lora_experts
 from mixadapters.tuners.moa.config import MoAConfig
-from mixadapters.tuners.moa.lora import read_factors, refuse_inexact
-from mixadapters.tuners.sources import check_base_model, places_of, read_folder
+from mixadapters.tuners.sources import check_base_model, read_folder
 
 XLORA, XLORA_CLASSIFIER = "base_model.lora_model.model.", "base_model.internal_xlora_classifier."  # of its keys
 LOST_BY_XLORA = (
@@ -25,34 +22,16 @@ MOE_PEFT = {  # types of MoE-PEFT -> what helps
     "LORAMOE": "write each of its experts as a LoRA folder; docs/moa.md has the lines",
     "MIXLORA": "its experts are whole FFNs, which no sum of adapters equals",
 }
+BIASED = LORA_PARTS | {"down.bias", "up.bias"}
+PARTS = {  # kind of experts -> their parameters
+    "lora": LORA_PARTS, "bottleneck": BIASED, "glu": BIASED | {"gate.weight", "gate.bias"},
+}  # fmt: skip
 
 
-class ExpertSites(Protocol):
+class ExpertSites(BaseModules, Protocol):
     """What a tuner knows of the places that can hold experts."""
 
-    model: nn.Module
-
-    def places(self) -> list[str]: ...
-
     def expert_widths(self, config: MoAConfig, path: str) -> tuple[int, int]: ...
-
-    def _unwrapped(self, path: str) -> nn.Module: ...
-
-
-class Gathered(NamedTuple):
-    """A trained expert, by module of this model."""
-
-    scales: dict[str, float]
-    weights: dict[str, dict[str, Tensor]]  # parameters of an `Expert` by name
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        return {path: tensors["down.weight"].shape[0] for path, tensors in self.weights.items()}
-
-    @property
-    def biases(self) -> list[str]:
-        """Modules at which it has a bias on its output."""
-        return [path for path, tensors in self.weights.items() if "up.bias" in tensors]
 
 
 def gather(tuner: ExpertSites, config: MoAConfig, name: str, spec: dict[str, Any]) -> Gathered:
@@ -69,7 +48,7 @@ def gather(tuner: ExpertSites, config: MoAConfig, name: str, spec: dict[str, Any
     kind = getattr(saved.peft_type, "value", saved.peft_type)
     check_base_model(tuner.model, saved, spec, where)
     if kind == "LORA" and config.expert_type == "lora":
-        scales, found = _lora(tuner, saved, weights, spec, where)
+        scales, found = lora_experts(tuner, saved, weights, spec, where)
     elif kind == "BOTTLENECK" and config.expert_type != "lora":
         scales, found = _bottleneck(config, saved, weights, where)
     else:
@@ -78,55 +57,10 @@ def gather(tuner: ExpertSites, config: MoAConfig, name: str, spec: dict[str, Any
         raise ValueError(
             f"{where} is a {kind} adapter; expert_type={config.expert_type!r} gathers {takes} adapters{remedy}"
         )
-    placed = _placed(tuner, found, where)
-    for path, tensors in placed.items():
-        _check_shapes(tuner, config, path, tensors, where)
-    _refuse_incomplete(tuner, saved, placed, where, LOST_BY_XLORA if of_xlora else "")
-    return Gathered(_placed(tuner, {p: s * spec.get("scale", 1.0) for p, s in scales.items()}, where), placed)
-
-
-def _lora(
-    tuner: ExpertSites, saved: Any, weights: dict[str, Tensor], spec: dict[str, Any], where: str
-) -> tuple[dict[str, float], dict[str, dict[str, Tensor]]]:
-    refuse_inexact(saved, where, spec.get("ignore_modules_to_save", False))
-    factors, biases = read_factors(saved, _without_base(tuner, saved, weights, where), where)
-    found = {}
-    for path, (down, up, scale, b_up) in factors.items():
-        found[path] = {"down.weight": down, "up.weight": up} | ({} if b_up is None else {"up.bias": b_up})
-        if path in biases:  # absolute ones, which are not scaled
-            (place,) = places_of([path], tuner.places())[path] or [""]
-            bias = getattr(tuner._unwrapped(place), "bias", None) if place else None
-            if bias is None or not scale:
-                raise ValueError(
-                    f"{where} has bias='lora_only', but at {path!r} the base model has no bias to compare"
-                )
-            difference = (biases[path].float() - bias.detach().float().cpu()) / scale
-            found[path]["up.bias"] = difference + (0 if b_up is None else b_up.float())
-    return {path: factor.scale for path, factor in factors.items()}, found
-
-
-def _without_base(tuner: ExpertSites, saved: Any, weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Without embeddings and heads of the base model, which PEFT may save beside: waived ones, or those unchanged."""
-    kept = {}
-    waived = tuple(f".{module}." for module in saved.modules_to_save or ())
-    for key, tensor in weights.items():
-        if any(module in f".{key}" for module in waived):
-            continue
-        part = "weight" if key.endswith(".weight") else "bias"
-        if ".lora_" in key or (part == "bias" and (saved.bias != "none" or not key.endswith(".bias"))):
-            kept[key] = tensor
-            continue
-        path = key.removeprefix(PREFIX).removesuffix(f".{part}").removesuffix(".base_layer")
-        places = places_of([path], tuner.places())[path]
-        own = getattr(tuner._unwrapped(places[0]), part, None) if len(places) == 1 else None
-        if own is None:
-            kept[key] = tensor
-        elif own.shape != tensor.shape or not torch.equal(own.detach().cpu().to(tensor.dtype), tensor):
-            raise ValueError(
-                f"{where} holds a changed {path!r} of the base model, of which a mixture can hold one version only; "
-                "train without it, or load that base model"
-            )
-    return kept
+    return gathered(
+        tuner, saved, scales, found, spec, where, widths=lambda path: tuner.expert_widths(config, path),
+        parts=PARTS[config.expert_type], why=LOST_BY_XLORA if of_xlora else "",
+    )  # fmt: skip
 
 
 def _bottleneck(
@@ -150,47 +84,6 @@ def _bottleneck(
     return dict.fromkeys(found, float(theirs["scale"])), found
 
 
-def _placed(tuner: ExpertSites, by_path: dict[str, Any], where: str) -> dict[str, Any]:
-    """By modules of this model."""
-    if not by_path:
-        raise ValueError(f"{where} holds no weights of an expert")
-    placed = {}
-    for path, places in places_of(by_path, tuner.places()).items():
-        if len(places) != 1:
-            raise ValueError(f"{where} adapts {path!r}, which {'names several modules' if places else 'is no module'} "
-                             "of this model; gather adapters of this architecture")  # fmt: skip
-        placed[places[0]] = by_path[path]
-    return placed
-
-
-def _check_shapes(tuner: ExpertSites, config: MoAConfig, path: str, tensors: dict[str, Tensor], where: str) -> None:
-    width_in, width_out = tuner.expert_widths(config, path)
-    expected = {"down.weight", "up.weight"}
-    if config.expert_type != "lora":
-        expected |= {"down.bias", "up.bias"} | ({"gate.weight", "gate.bias"} if config.expert_type == "glu" else set())
-    if tensors.keys() - {"up.bias"} != expected - {"up.bias"}:
-        raise ValueError(f"{where} has {sorted(tensors)} at {path!r}, expected {sorted(expected)}")
-    rank = tensors["down.weight"].shape[0]
-    inner, outer = {"weight": (rank, width_in), "bias": (rank,)}, {"weight": (width_out, rank), "bias": (width_out,)}
-    for key, tensor in tensors.items():
-        part, _, what = key.partition(".")
-        shape = (outer if part == "up" else inner)[what]
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{where}: {key} at {path!r} is {tuple(tensor.shape)} in the source, expected {shape}: trained on "
-                "another base model?"
-            )
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise ValueError(f"{where}: {key} at {path!r} holds values that are not finite numbers")
-
-
 def _of_lora(key: str) -> str:
     """The key that a weight of an expert of PEFT's X-LoRA has in a folder of that LoRA alone."""
     return PREFIX + key.removeprefix(XLORA) if key.startswith(XLORA) else key
-
-
-def _refuse_incomplete(tuner: ExpertSites, saved: Any, placed: Iterable[str], where: str, why: str) -> None:
-    have = set(placed)
-    wanted = [p for p in tuner.places() if saved.target_modules and check_target_module_exists(saved, p)]
-    if missing := [path for path in wanted if path not in have]:
-        raise ValueError(f"{where} lacks the weights of {missing}, which its own config says that it adapts{why}")

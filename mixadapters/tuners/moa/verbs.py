@@ -12,9 +12,10 @@ from torch import Tensor
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import row_numbers
 from mixadapters.tuners.gates import GateVerbs
+from mixadapters.tuners.gathering import Gathered
 from mixadapters.tuners.moa.config import MoAConfig, check_experts, refuse_while_standing
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
-from mixadapters.tuners.moa.sources import Gathered, gather
+from mixadapters.tuners.moa.sources import gather
 from mixadapters.tuners.moa.weights import ExpertWeights
 from mixadapters.tuners.sources import check_new
 
@@ -32,9 +33,6 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
     # --- what the model says ---------------------------------------------------------------------
 
     def chosen(self, config: MoAConfig, arms: int) -> int:
-        raise NotImplementedError
-
-    def places(self) -> list[str]:
         raise NotImplementedError
 
     def expert_widths(self, config: MoAConfig, path: str) -> tuple[int, int]:

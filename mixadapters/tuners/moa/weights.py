@@ -12,10 +12,10 @@ from mixadapters.core.files import being_loaded
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.registry import nearest
 from mixadapters.surgery.splitting import segment
+from mixadapters.tuners.gathering import Gathered
+from mixadapters.tuners.lora import Factors, save_lora
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
-from mixadapters.tuners.moa.lora import Factors, save_lora
-from mixadapters.tuners.moa.sources import Gathered
 
 
 class ExpertWeights(MixtureModel):

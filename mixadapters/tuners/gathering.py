@@ -1,0 +1,161 @@
+"""A trained adapter as an expert of a mixture of this model: placed at its modules, whole and of their widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import Tensor, nn
+
+from mixadapters.core.files import PREFIX
+from mixadapters.tuners.lora import read_factors, refuse_inexact
+from mixadapters.tuners.sources import places_of
+
+LORA_PARTS = frozenset({"down.weight", "up.weight"})  # of a LoRA as an expert; "up.bias" may be there too
+
+
+class BaseModules(Protocol):
+    """What a tuner knows of the modules of its base model."""
+
+    model: nn.Module
+
+    def places(self) -> list[str]: ...
+
+    def _unwrapped(self, path: str) -> nn.Module: ...
+
+
+class Gathered(NamedTuple):
+    """A trained expert, by module of this model."""
+
+    scales: dict[str, float]
+    weights: dict[str, dict[str, Tensor]]  # parameters of an `Expert` by name
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return {path: tensors["down.weight"].shape[0] for path, tensors in self.weights.items()}
+
+    @property
+    def biases(self) -> list[str]:
+        """Modules at which it has a bias on its output."""
+        return [path for path, tensors in self.weights.items() if "up.bias" in tensors]
+
+
+def gathered(
+    tuner: BaseModules, saved: Any, scales: dict[str, float], found: dict[str, dict[str, Tensor]],
+    spec: dict[str, Any], where: str, *, widths: Callable[[str], tuple[int, int]], parts: Collection[str],
+    why: str = "",
+) -> Gathered:  # fmt: skip
+    """An expert by the modules of this model.
+
+    Args:
+        scales, found: by the modules that the source names.
+        widths: of the input and the output of an expert at a module.
+        parts: names of the parameters that an expert has; "up.bias" may be there too.
+        why: how a source may have come to lack weights.
+
+    Raises:
+        ValueError: modules that are not there, parameters of other names or shapes, or that are missing.
+    """
+    placed = _placed(tuner, found, where)
+    for path, tensors in placed.items():
+        _check_tensors(widths(path), parts, path, tensors, where)
+    _refuse_incomplete(tuner, saved, placed, where, why)
+    return Gathered(_placed(tuner, {p: s * spec.get("scale", 1.0) for p, s in scales.items()}, where), placed)
+
+
+def _check_tensors(
+    widths: tuple[int, int], parts: Collection[str], path: str, tensors: dict[str, Tensor], where: str
+) -> None:
+    width_in, width_out = widths
+    if tensors.keys() - {"up.bias"} != set(parts) - {"up.bias"}:
+        raise ValueError(f"{where} has {sorted(tensors)} at {path!r}, expected {sorted(parts)}")
+    rank = tensors["down.weight"].shape[0]
+    inner, outer = {"weight": (rank, width_in), "bias": (rank,)}, {"weight": (width_out, rank), "bias": (width_out,)}
+    for key, tensor in tensors.items():
+        part, _, what = key.partition(".")
+        shape = (outer if part == "up" else inner)[what]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{where}: {key} at {path!r} is {tuple(tensor.shape)} in the source, expected {shape}: trained on "
+                "another base model?"
+            )
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise ValueError(f"{where}: {key} at {path!r} holds values that are not finite numbers")
+
+
+def lora_experts(
+    tuner: BaseModules, saved: Any, weights: dict[str, Tensor], spec: dict[str, Any], where: str
+) -> tuple[dict[str, float], dict[str, dict[str, Tensor]]]:
+    """What a saved LoRA of PEFT is as an expert: {module: factor}, {module: {parameter of an `Expert`: tensor}}.
+
+    Raises:
+        ValueError: it is more, or other, than what its A and B add.
+    """
+    refuse_inexact(saved, where, spec.get("ignore_modules_to_save", False))
+    factors, biases = read_factors(saved, _without_base(tuner, saved, weights, where), where)
+    _refuse_stray(saved, factors, where)
+    found = {}
+    for path, (down, up, scale, b_up) in factors.items():
+        found[path] = {"down.weight": down, "up.weight": up} | ({} if b_up is None else {"up.bias": b_up})
+        if path in biases:  # absolute ones, which are not scaled
+            (place,) = places_of([path], tuner.places())[path] or [""]
+            bias = getattr(tuner._unwrapped(place), "bias", None) if place else None
+            if bias is None or not scale:
+                raise ValueError(
+                    f"{where} has bias='lora_only', but at {path!r} the base model has no bias to compare"
+                )
+            difference = (biases[path].float() - bias.detach().float().cpu()) / scale
+            found[path]["up.bias"] = difference + (0 if b_up is None else b_up.float())
+    return {path: factor.scale for path, factor in factors.items()}, found
+
+
+def _without_base(tuner: BaseModules, saved: Any, weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Without embeddings and heads of the base model, which PEFT may save beside: waived ones, or those unchanged."""
+    kept = {}
+    waived = tuple(f".{module}." for module in saved.modules_to_save or ())
+    for key, tensor in weights.items():
+        if any(module in f".{key}" for module in waived):
+            continue
+        part = "weight" if key.endswith(".weight") else "bias"
+        if ".lora_" in key or (part == "bias" and (saved.bias != "none" or not key.endswith(".bias"))):
+            kept[key] = tensor
+            continue
+        path = key.removeprefix(PREFIX).removesuffix(f".{part}").removesuffix(".base_layer")
+        places = places_of([path], tuner.places())[path]
+        own = getattr(tuner._unwrapped(places[0]), part, None) if len(places) == 1 else None
+        if own is None:
+            kept[key] = tensor
+        elif own.shape != tensor.shape or not torch.equal(own.detach().cpu().to(tensor.dtype), tensor):
+            raise ValueError(
+                f"{where} holds a changed {path!r} of the base model, of which a mixture can hold one version only; "
+                "train without it, or load that base model"
+            )
+    return kept
+
+
+def _refuse_stray(saved: Any, paths: Iterable[str], where: str) -> None:
+    """PEFT makes no layers for such weights, so that there the adapter is another one."""
+    if stray := [path for path in paths if saved.target_modules and not check_target_module_exists(saved, path)]:
+        raise ValueError(f"{where} holds weights for {stray}, which its own config does not adapt")
+
+
+def _placed(tuner: BaseModules, by_path: dict[str, Any], where: str) -> dict[str, Any]:
+    """By modules of this model."""
+    if not by_path:
+        raise ValueError(f"{where} holds no weights of an expert")
+    placed = {}
+    for path, places in places_of(by_path, tuner.places()).items():
+        if len(places) != 1:
+            raise ValueError(f"{where} adapts {path!r}, which {'names several modules' if places else 'is no module'} "
+                             "of this model; gather adapters of this architecture")  # fmt: skip
+        placed[places[0]] = by_path[path]
+    return placed
+
+
+def _refuse_incomplete(tuner: BaseModules, saved: Any, placed: Iterable[str], where: str, why: str) -> None:
+    have = set(placed)
+    wanted = [p for p in tuner.places() if saved.target_modules and check_target_module_exists(saved, p)]
+    if missing := [path for path in wanted if path not in have]:
+        raise ValueError(f"{where} lacks the weights of {missing}, which its own config says that it adapts{why}")
