@@ -77,7 +77,8 @@ def with_loss(output: Any, loss: Tensor) -> Any:
     if fields is None or "loss" in fields or torch.compiler.is_compiling():
         output["loss"] = loss
         return output
-    return having_loss(type(output))(**output, loss=loss)
+    kind: Any = type(output)
+    return having_loss(kind)(**output, loss=loss)
 
 
 @functools.cache
