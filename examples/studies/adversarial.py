@@ -14,7 +14,8 @@ alternating  `AdversarialTrainerMixin`: one step the experts and the head on tha
              of their own distributions. Twice as many steps, so that the experts take as many.
 
 Flips are decisions of a router for a real token whose first choice the attack of the test changes. Seeds draw rows and
-weights; arms share them. Nothing was chosen on the seeds that are reported.
+weights; arms share them. eps was chosen on seed 7, where 0.5 left nothing of the plain model; nothing else was, and
+nothing on the seeds that are reported.
 
 Expected, written before the run:
 
@@ -79,7 +80,7 @@ class Arguments:
     rank: int = 4
     rate: float = 1e-3
     head_rate: float = 3e-2
-    eps: float = 0.5
+    eps: float = 0.1
     beta: float = 6.0
     test_steps: int = field(default=5, metadata={"help": "Of the attack in the test."})
 

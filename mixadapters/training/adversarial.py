@@ -269,8 +269,8 @@ class AdversarialTrainerMixin:
         delta = self.attack.find(bare, inputs)
         loss, outputs = plain(model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch)
         clean = seen(bare, outputs["logits"])
-        with perturbed(bare, delta):
-            moved = see(model, inputs)
+        with perturbed(bare, delta):  # labels take auxiliary losses along, which count once
+            moved = seen(bare, model(**inputs).logits)
         if self.trains_routers:
             more = self.beta * router_distance(moved, clean)
             if self.router_alpha:
