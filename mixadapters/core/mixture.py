@@ -120,7 +120,8 @@ class Mixture(Adapter):
     def route(self, source: Tensor, context: ForwardContext) -> Routing:
         """The routing of the N rows of source (..., K), published: pinned, by the batch's numbers, or the router's."""
         router = self._modules["router"]  # past `nn.Module.__getattr__`: a decoding step comes here in every layer
-        if self.hard_routes is None and not context.observers and getattr(router, "always_first", False):
+        watched = context.observers or self.watchers
+        if self.hard_routes is None and not watched and getattr(router, "always_first", False):
             return router(source, context)
         record, rows = context.record, source.numel() // source.shape[-1]
         if record.plain and not (self.tunings or self.watchers):  # nobody has a say in it, and nobody asks

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from mixadapters.core.bank import Weights
 from mixadapters.core.registry import nearest
 from mixadapters.routers.permutation import assignment
-from mixadapters.surgery.blocks import settle_config
 from mixadapters.surgery.layers import ExpertLayer
+from mixadapters.surgery.layouts import settle_config
 from mixadapters.surgery.pruning import check_usage, choose_kept, layers_to_cut, scores_of
 from mixadapters.surgery.usage import ExpertUsage
 from mixadapters.surgery.view import expert_output
@@ -91,7 +91,7 @@ class MergeResult:
 def merge_experts(
     model: nn.Module,
     usage: ExpertUsage,
-    groups: int,
+    groups: int | Mapping[str, Sequence[Sequence[str]]],
     *,
     similarity: Similarity = "router_logits",
     align: bool = True,
@@ -109,7 +109,9 @@ def merge_experts(
 
     Args:
         usage: of `record_usage`, on data that says what the model is for.
-        groups: experts that stay in each layer, or on average where the scope is "global".
+        groups: experts that stay in each layer, or on average where the scope is "global". Or `ExpertLayer.key` ->
+            names of experts that become one, such as `Overspecification.groups`; layers and experts that it does not
+            name stay as they are, and similarity and scope have nothing to say.
         similarity: of two experts: the cosine of their columns of "router_logits" in the usage, of their rows of
             "router_weight", of their weights once aligned ("weight"), or of their "output".
         align: permute an expert's neurons to those of the expert it joins (Hungarian algorithm). Of LoRA experts,
@@ -131,11 +133,12 @@ def merge_experts(
     if align:
         assignment()  # now, and not when half of the layers are done
     used = {layer.key: scores_of(layer, usage, "usage") for layer in layers}
-    stay = choose_kept(layers, used, groups, None, scope)
+    given = _named_groups(layers, groups, used) if isinstance(groups, Mapping) else {}
+    stay = choose_kept(layers, used, groups, None, scope) if isinstance(groups, int) else {}
     parts = []
     for layer in layers:  # one after the other: no more than one layer is held twice
         read = _inputs(layer, inputs, seed)
-        stands = _grouped(layer, usage, stay[layer.key], similarity, read)
+        stands = given[layer.key] if given else _grouped(layer, usage, stay[layer.key], similarity, read)
         shares = used[layer.key] if weight == "usage" else torch.ones_like(used[layer.key])
         merged = dict(_merged(layer, stands, shares, align, weight))
         errors = _errors(layer, stands, merged, used[layer.key], read)
@@ -153,8 +156,14 @@ def merge_experts(
 
 
 def _check_choice(groups: Any, similarity: str, weight: str, scope: str) -> None:
-    if type(groups) is not int or groups < 1:
-        raise ValueError(f"groups={groups!r} must be a number of experts, 1 or more")
+    if isinstance(groups, Mapping):
+        if similarity != "router_logits" or scope != "layer":
+            raise ValueError(
+                f"similarity={similarity!r}, scope={scope!r}: groups names the experts that become one, so neither "
+                "has anything to decide; leave them out, or give a number of groups"
+            )
+    elif type(groups) is not int or groups < 1:
+        raise ValueError(f"groups={groups!r} must be a number of experts, 1 or more, or names by layer")
     if similarity not in SIMILARITIES:
         hint = nearest(similarity, SIMILARITIES)
         raise ValueError(f"similarity={similarity!r} is unknown; have {SIMILARITIES}.{hint}")
@@ -162,6 +171,34 @@ def _check_choice(groups: Any, similarity: str, weight: str, scope: str) -> None
         raise ValueError(f"weight={weight!r} is unknown; have {AVERAGINGS}.{nearest(weight, AVERAGINGS)}")
     if scope not in ("layer", "global"):
         raise ValueError(f"scope={scope!r} must be 'layer' or 'global'")
+
+
+def _named_groups(
+    layers: Sequence[ExpertLayer], groups: Mapping[str, Sequence[Sequence[str]]], used: Mapping[str, Tensor]
+) -> dict[str, list[int]]:
+    """For each expert of each layer the one of its group that is used most.
+
+    Raises:
+        ValueError: a layer or an expert that there is not, or one that is in two groups.
+    """
+    keys = [layer.key for layer in layers]
+    if unknown := [key for key in groups if key not in keys]:
+        raise ValueError(f"groups names the layer {unknown[0]!r}; have {keys[:4]}.{nearest(unknown[0], keys)}")
+    found = {}
+    for layer in layers:
+        stands, seen = list(range(len(layer.names))), set[str]()
+        for group in groups.get(layer.key, ()):
+            if isinstance(group, str) or any(name not in layer.names or name in seen for name in group):
+                raise ValueError(
+                    f"groups[{layer.key!r}] has {group!r}: a group is a list of names of {layer.names}, each in one "
+                    "group"
+                )
+            seen.update(group)
+            members = [layer.names.index(name) for name in group]
+            first = max(members, key=lambda e: float(used[layer.key][e]), default=0)
+            stands = [first if e in members else other for e, other in enumerate(stands)]
+        found[layer.key] = stands
+    return found
 
 
 def _inputs(layer: ExpertLayer, inputs: Mapping[str, Tensor] | None, seed: int) -> Tensor:

@@ -131,6 +131,11 @@ class Overspecification:
     def advice(self) -> list[str]:
         return [layer.advice for layer in self.layers.values() if layer.advice is not None]
 
+    @property
+    def groups(self) -> dict[str, tuple[tuple[str, ...], ...]]:
+        """The experts that compute the same, by layer: what `merge_experts` takes as its groups."""
+        return {key: layer.duplicates for key, layer in self.layers.items() if layer.duplicates}
+
     def as_dict(self) -> dict[str, Any]:
         cells = {
             key: {"cells": layer.cells, "top_k": layer.top_k, "needed_k": layer.needed_k}
