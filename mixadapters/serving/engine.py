@@ -83,8 +83,8 @@ class StepWork:
                 request.began = age
                 ready.append((request, options))
             self._waiting = kept
-        for request, error in broken:
-            logger.error("the weights of adapter %r cannot be read: %s", request.adapter, error)
+        for request, why in broken:
+            logger.error("the weights of adapter %r cannot be read: %s", request.adapter, why)
             self._forget(request)
             request.fail(AdapterUnreadable(f"the weights of adapter {request.adapter!r} cannot be read any more"))
         for request, options in ready:

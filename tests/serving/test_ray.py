@@ -31,6 +31,7 @@ def test_replica_of_the_page_answers_as_the_model_alone(causal, save, tmp_path, 
         quiet.load(name, folder)
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
+        serve.start(proxy_location="Disabled")  # no HTTP of Ray's: the handle is asked
         handle = serve.run(found["Adapters"].bind(str(tmp_path / "base"), folders, "cpu"))
         for name in (*folders, "__base__"):
             expected = tokenizer.decode(generated(quiet.model, [8, 16, 9], name, 5), skip_special_tokens=True)
