@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.losses import entropy, real_only
+from mixadapters.core.processes import gathered, several
 from mixadapters.core.routing import FROZEN, Routing, RoutingKey
 
 WITHOUT_EXPERT = re.compile(rf"{FROZEN}|null\d+")  # arms; no expert may have such a name
@@ -40,6 +41,21 @@ class Usage:
             chosen = (selected if mask is None else selected & mask.unsqueeze(1)).sum(0)
             self.chosen = chosen if self.chosen is None else self.chosen + chosen
 
+    def join(self, other: Usage) -> None:
+        """Add what `other`, of the same arms, has seen."""
+        self.weight, self.entropy = self.weight + other.weight, self.entropy + other.entropy
+        self.count = self.count + other.count
+        if other.chosen is not None:
+            self.chosen = other.chosen if self.chosen is None else self.chosen + other.chosen
+
+    def on_cpu(self) -> Usage:
+        copy = Usage(self.arms)
+        copy.weight, copy.entropy, copy.count = (
+            torch.as_tensor(value).cpu() for value in (self.weight, self.entropy, self.count)
+        )
+        copy.chosen = None if self.chosen is None else self.chosen.cpu()
+        return copy
+
 
 class UsageRecorder:
     """An observer of routings that keeps the usage of every router. `report` says what it has seen, `plot` draws."""
@@ -56,6 +72,16 @@ class UsageRecorder:
 
     def reset(self) -> None:
         self.seen.clear()
+
+    def over_processes(self) -> UsageRecorder:
+        """What all processes have seen together. All of them call it, as often as each other."""
+        if not several():
+            return self
+        whole = UsageRecorder()
+        for seen in gathered({place: usage.on_cpu() for place, usage in self.seen.items()}):
+            for place, usage in seen.items():
+                whole.seen.setdefault(place, Usage(usage.arms)).join(usage)
+        return whole
 
     def count(self, key: RoutingKey) -> int:
         """How many rows have been routed at `key`."""
