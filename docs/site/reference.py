@@ -40,6 +40,7 @@ API = {
             )
         ],
     ),
+    "sharding": ("Sharding", ["mixadapters.sharding"]),
     "surgery": ("Surgery", ["mixadapters.surgery"]),
     "serving": ("Serving", ["mixadapters.serving"]),
     "core": (

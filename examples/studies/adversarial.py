@@ -1,9 +1,9 @@
 """Adversarial training of a mixture: experts and routers in turn, against all together, on sentiment in SST-2.
 
-    python examples/studies/adversarial.py --data_dir DATA  # three seeds, about six CPU minutes
+    python examples/studies/adversarial.py --data_dir DATA  # three seeds, about three CPU minutes
     python examples/studies/adversarial.py --data_dir DATA --seeds 0 --rows 32 --eval_rows 16  # a first look
 
-The first three layers of MiniLM, frozen, read sentences of 24 tokens. Four LoRA experts at each query, value and FFN
+The first two layers of MiniLM, frozen, read sentences of 20 tokens. Four LoRA experts at each query, value and FFN
 output, of which a token uses one, and a head learn the label. An attack changes the input embeddings, each entry by no
 more than eps times the spread of the table's entries: in training by two steps against what the model and its routers
 say (`EmbeddingAttack`), in the test by five against the true label.
@@ -71,12 +71,12 @@ class Arguments:
     model: str | None = field(default=None, metadata={"help": "Encoder. Default: MiniLM of the extra `tasks`."})
     out: str = field(default="runs/adversarial", metadata={"help": "Where results and the table go."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    rows: int = field(default=320, metadata={"help": "Training rows."})
-    eval_rows: int = field(default=128, metadata={"help": "Test rows: of the dev set."})
+    rows: int = field(default=256, metadata={"help": "Training rows."})
+    eval_rows: int = field(default=96, metadata={"help": "Test rows: of the dev set."})
     epochs: int = 2
     batch_size: int = 16
-    max_length: int = 24
-    layers: int = field(default=3, metadata={"help": "Of the encoder, from below."})
+    max_length: int = 20
+    layers: int = field(default=2, metadata={"help": "Of the encoder, from below."})
     rank: int = 4
     rate: float = 1e-3
     head_rate: float = 3e-2

@@ -202,7 +202,7 @@ class AdapterBank(nn.Module):
         """
         return self.pack(context)(tokens, routing, base, base_weight, dropout)
 
-    def pack(self, context: ForwardContext | None) -> Callable[..., Tensor]:
+    def pack(self, context: ForwardContext | None) -> PackedExperts | Callable[..., Tensor]:
         """What runs the experts in this forward, called as `PackedExperts` are.
 
         They are packed in every forward; once for the steps of a `generate`, which runs with the weights of its first.

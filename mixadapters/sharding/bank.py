@@ -165,7 +165,8 @@ def _replaced(weights: Weights, shared: dict[Tensor, Tensor]) -> Weights:
         return shared.get(value, value) if isinstance(value, Tensor) else value
 
     norm = None if weights.norm is None else (one(weights.norm[0]), one(weights.norm[1]))
-    return Weights(*(one(value) for value in weights[:6]), norm, one(weights.scale))
+    parts = {name: one(value) for name, value in weights._asdict().items() if name != "norm"}
+    return Weights(**parts, norm=norm)
 
 
 def empty(parameters: Sequence[nn.Parameter] | Iterator[nn.Parameter]) -> None:

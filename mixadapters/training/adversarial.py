@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters.core.fields import finite
+from mixadapters.core.hooks import root_of
 from mixadapters.core.routing import Routing, RoutingKey
 from mixadapters.training.events import find_tuner
 from mixadapters.training.staged_distillation import distillation_loss
@@ -42,13 +43,13 @@ class EmbeddingAttack:
     """
 
     def __init__(self, eps: float = 0.5, steps: int = 2, step_size: float | None = None) -> None:
-        step_size = eps * 5 / 8 if step_size is None and finite(eps) else step_size
-        for name, value in (("eps", eps), ("step_size", step_size)):
-            if not finite(value) or value < 0:
+        step = eps * 5 / 8 if step_size is None and finite(eps) else step_size
+        for name, value in (("eps", eps), ("step_size", step)):
+            if value is None or not finite(value) or value < 0:
                 raise ValueError(f"{name}={value!r} must be a finite number, not below 0")
         if type(steps) is not int or steps < 1:
             raise ValueError(f"steps={steps!r} must be an integer, at least 1")
-        self.eps, self.steps, self.step_size = eps, steps, step_size
+        self.eps, self.steps, self.step_size = eps, steps, float(step or 0.0)
 
     def find(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Tensor:
         """The change (B, T, d).
@@ -120,6 +121,17 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def _unrecorded(model: nn.Module) -> Iterator[None]:
+    """Inside the block forwards have no auxiliary losses and count in no usage, and layers run as they did."""
+    root = root_of(model)
+    training, root.training = root.training, False
+    try:
+        yield
+    finally:
+        root.training = training
 
 
 def see(model: nn.Module, inputs: Mapping[str, Any]) -> Seen:
@@ -269,8 +281,8 @@ class AdversarialTrainerMixin:
         delta = self.attack.find(bare, inputs)
         loss, outputs = plain(model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch)
         clean = seen(bare, outputs["logits"])
-        with perturbed(bare, delta):  # labels take auxiliary losses along, which count once
-            moved = seen(bare, model(**inputs).logits)
+        with perturbed(bare, delta), _unrecorded(bare):
+            moved = see(model, inputs)
         if self.trains_routers:
             more = self.beta * router_distance(moved, clean)
             if self.router_alpha:

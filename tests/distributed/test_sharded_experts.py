@@ -28,7 +28,7 @@ def test_gradients_are_those_of_one_process_and_each_has_its_part(found: list[di
         experts = {key for key in mine["all"] if ".bank.experts." in key and ".task.bank." not in key}
         assert both.isdisjoint(experts), name
         assert min(mine["empty"], theirs["empty"]) > 0, name
-    assert found[0]["gradients"]["moa"]["copied"] == 6
+    assert found[0]["gradients"]["moa"]["copied"] > 3
 
 
 def test_a_process_without_anything_that_trains_goes_along(found: list[dict]) -> None:

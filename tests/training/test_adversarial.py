@@ -40,9 +40,9 @@ def made(config: Any = None, dropout: float = 0.0) -> nn.Module:
 def trained(tmp_path, steps: int, trainer: type = AdversarialTrainer, **options: Any) -> nn.Module:
     model = made()
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=steps, per_device_train_batch_size=4, gradient_accumulation_steps=2, use_cpu=True, logging_strategy="no",
+        str(tmp_path), max_steps=steps, per_device_train_batch_size=4, gradient_accumulation_steps=2, use_cpu=True,
         learning_rate=1e-2, lr_scheduler_type="constant", weight_decay=0.1, report_to=[], save_strategy="no",
-        disable_tqdm=True,
+        disable_tqdm=True, logging_strategy="no",
     )  # fmt: skip
     trainer(model=model, args=arguments, train_dataset=ROWS, **options).train()
     return model
