@@ -123,7 +123,7 @@ def test_a_killed_run_goes_on(together: tuple[str, Path, str], tmp_path: Path) -
     for process in start_together(WORKER, [engine, str(killed), event, str(step), RESUMED[0]]):
         with pytest.raises(RuntimeError):  # the other waits in vain
             process.finish(120)
-    left = {path.name: fault(path) for path in (killed / f"{RESUMED[0]}, Trainer").glob("checkpoint-*")}
+    left = {path.name: fault(path) for path in sorted((killed / f"{RESUMED[0]}, Trainer").glob("checkpoint-*"))}
     assert [name for name, reason in left.items() if not reason][-1:] == [f"checkpoint-{step}"]
     for processes in (2, 1):
         place = tmp_path / str(processes)
