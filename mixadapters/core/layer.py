@@ -152,9 +152,22 @@ class AdapterHost(BaseTunerLayer):
                     "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
                 )
             return self._mixed()(x, y, self.context)
+        if self.merged and record.values:
+            self._refuse_choices(record)
         for name in names:
             y = self.adapters[name](x, y, self.context)
         return y
+
+    def _refuse_choices(self, record: Record) -> None:
+        """Raise ValueError where the batch chooses experts of an adapter that is merged."""
+        for name in self.merged_adapters:
+            for part in self.adapters[name].modules() if name in self.adapters else ():
+                field = getattr(getattr(part, "hard_routes", None), "field", None)
+                if field is not None and record.values.get(field) is not None:
+                    raise ValueError(
+                        f"{field} chooses experts of adapter {name!r}, which is merged, so that no row has a choice: "
+                        "unmerge it, or leave the field out"
+                    )
 
     def _mixed(self) -> MixedBatch:
         """The rows of this batch by the adapters they name; kept for all steps of a `generate`."""

@@ -123,7 +123,8 @@ class Mixture(Adapter):
         if self.hard_routes is None and not context.observers and getattr(router, "always_first", False):
             return router(source, context)
         record, rows = context.record, source.numel() // source.shape[-1]
-        routing = None if record.plain else self._given(rows, source, context)
+        given = not record.plain or (self.hard_routes is not None and self.hard_routes.usual >= 0)
+        routing = self._given(rows, source, context) if given else None
         decides = routing is None and not getattr(router, "follows", False)
         trains = decides and record.training and record.grad  # not in a reference pass
         if routing is None:

@@ -7,8 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mixadapters.core.losses import entropy, real_only
@@ -27,6 +29,19 @@ class Usage:
         self.entropy: Tensor | float = 0.0
         self.count: Tensor | float = 0.0
         self.chosen: Tensor | None = None  # (A,) rows; None: the router chooses none
+
+    def merge(self, weight: Sequence[float], entropy: float, count: float, chosen: Sequence[float] | None) -> None:
+        """Add sums that another process has made over other rows."""
+        self.weight = torch.as_tensor(self.weight) + torch.tensor(weight)
+        self.entropy, self.count = self.entropy + entropy, self.count + count
+        if chosen is not None:
+            own = torch.zeros(len(chosen)) if self.chosen is None else self.chosen
+            self.chosen = own + torch.tensor(chosen)
+
+    def sums(self) -> tuple[list[float], float, float, list[float] | None]:
+        """What `merge` takes."""
+        chosen = None if self.chosen is None else self.chosen.tolist()
+        return torch.as_tensor(self.weight).tolist(), float(self.entropy), float(self.count), chosen
 
     def add(self, probs: Tensor, mask: Tensor | None, selected: Tensor | None = None) -> None:
         """probs (N, A), mask (N,) bool or None, selected (N, A) bool or None."""
@@ -61,9 +76,22 @@ class UsageRecorder:
         """How many rows have been routed at `key`."""
         return sum(int(usage.count) for (other, _), usage in self.seen.items() if other == key)
 
+    def over_processes(self) -> UsageRecorder:
+        """The sums of all processes of torch.distributed; itself where there is one. Every process must call it."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return self
+        mine = [(key, arms, usage.sums()) for (key, arms), usage in self.seen.items()]
+        everybodys: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everybodys, mine)
+        total = UsageRecorder()
+        for key, arms, sums in (one for ones in everybodys for one in ones):
+            total.seen.setdefault((key, arms), Usage(arms)).merge(*sums)
+        return total
+
     def summaries(self, dead_below: float = 0.01) -> dict[RoutingKey, dict[str, float]]:
-        """By router: `weight/<arm>`, the mean weight of each arm; `entropy`, the mean, in nats; `dead`, how many arms
-        get less than `dead_below` of the weight.
+        """By router: `weight/<arm>`, the mean weight of each arm; `entropy`, the mean, in nats; `cv`, the coefficient
+        of variation of the experts' weights, 0 where all get as much; `dead`, how many arms get less than `dead_below`
+        of the weight.
 
         Of routers that choose also: `load/<arm>`, its share of the choices; `max_over_mean`, the largest load of an
         expert over their mean; `active`, experts that a row uses; `null`, the share of choices without an expert; and
@@ -79,6 +107,7 @@ class UsageRecorder:
             summary = {f"weight/{arm}": total / rows for arm, total in sums.items()}
             shares = list(summary.values())
             summary["entropy"] = sum(float(usage.entropy) for usage in mine) / rows
+            summary["cv"] = _variation([total for arm, total in sums.items() if not WITHOUT_EXPERT.fullmatch(arm)])
             summary["dead"] = float(sum(share < dead_below for share in shares))
             chosen = _by_arm((usage.arms, usage.chosen.tolist()) for usage in mine if usage.chosen is not None)
             found[key] = summary | (_choices(chosen, rows, dead_below) if chosen else {})
@@ -120,6 +149,12 @@ class UsageRecorder:
         from mixadapters.core.charts import draw_usage  # only who draws needs matplotlib
 
         draw_usage(self.by_place(), path)
+
+
+def _variation(values: Sequence[float]) -> float:
+    """The standard deviation of `values` over their mean; 0 where there is none."""
+    mean = sum(values) / max(len(values), 1)
+    return (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5 / mean if mean else 0.0
 
 
 def _by_arm(parts: Iterable[tuple[Sequence[str], list[float]]]) -> dict[str, float]:
