@@ -4,6 +4,8 @@ Nothing is downloaded and nothing is trained, so what it says means nothing; eac
 """
 
 import argparse
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -54,6 +56,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=8000)
     port = parser.parse_args().port
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before the server has its own: the folder goes then too
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         print(CURL.format(port=port), flush=True)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # import name -> folder, longest name first
 FOLDERS = {"mixadapters.kernels": "kernels/ops", "mixadapters.tasks": "tasks", "mixadapters": "mixadapters"}
 # low to high; `kernels` is mixadapters.kernels, and so on
-FLOORS = ("kernels", "core", "routers", "surgery", "tuners", "training", "serving", "tasks", "examples")
+FLOORS = ("kernels", "core", "routers", "surgery", "tuners", "training", "sharding", "serving", "tasks", "examples")
 # The one method that others may build on.
 SHARED_METHODS = frozenset({"bottleneck"})
 # The files of core that meet PEFT: what is said, and the parts of the tuner. The rest knows torch only.

@@ -132,25 +132,36 @@ def throughput(folder: Path, rounds: int) -> None:
 
 
 def first_token(folder: Path, rounds: int) -> None:
-    """A short request behind ten long prompts."""
+    """A short request behind ten long prompts, by the order in which a server reads prompts."""
     save(LORA, folder / "law", 0)
-    print("| tokens of a step | first token of a short request behind ten prompts of 512 | alone |\n|---|---|---|")
-    for tokens in (64, 256, 8192):
-        server = AdapterServer(base(), cache_tokens=16384, max_batch_tokens=tokens, share_prefixes=False)
-        server.load("law", folder / "law")
-        with server:
+    long = prompts(10, 512, 512)
+    print("| tokens of a step | prompts are read | first token of a short request | of the last long one | all done |")
+    print("|---|---|---|---|---|", flush=True)
+    for tokens in (64, 256):
+        found: dict[str, list[tuple[float, ...]]] = {"fifo": [], "fair": [], "alone": []}
+        sizes: Any = {"cache_tokens": 16384, "max_batch_tokens": tokens, "share_prefixes": False}
+        servers = {name: AdapterServer(base(), scheduler=name, **sizes) for name in ("fifo", "fair")}
+        for server in servers.values():
+            server.load("law", folder / "law")
+        with servers["fifo"], servers["fair"]:
+            for _ in range(rounds + 1):  # in turn: what else the machine does is shared by all
+                for name, server in servers.items():
+                    found[name].append(behind(server, long))
+                found["alone"].append(behind(servers["fair"], []))
+        for name, times in found.items():
+            short, last, done = (statistics.median(column) for column in zip(*times[1:], strict=True))
+            print(f"| {tokens} | {name} | {short:.3f} s | {last:.2f} s | {done:.2f} s |", flush=True)
 
-            def behind(server: AdapterServer = server, count: int = 10) -> float:
-                long = [server.submit(p, "law", max_new_tokens=4) for p in prompts(count, 512, 512)]
-                short = server.submit([5, 6, 7], "law", max_new_tokens=1)
-                short.result()
-                for request in long:
-                    request.result()
-                assert short.first_token is not None
-                return short.first_token
 
-            alone = median(lambda: behind(count=0), rounds)
-            print(f"| {tokens} | {median(behind, rounds):.3f} s | {alone:.3f} s |", flush=True)
+def behind(server: AdapterServer, long: list[list[int]]) -> tuple[float, float, float]:
+    """Seconds to the first token of a short request behind long ones, to the last first token, and until all end."""
+    start = time.monotonic()
+    requests = [server.submit(prompt, "law", max_new_tokens=4) for prompt in long]
+    short = server.submit([5, 6, 7], "law", max_new_tokens=1)
+    requests.append(short)
+    for request in requests:
+        request.result()
+    return short.first_token or 0.0, max(request.first_token or 0.0 for request in requests), time.monotonic() - start
 
 
 def fill(server: AdapterServer, count: int) -> None:

@@ -3,7 +3,9 @@
     python kernels/bench/mixtures.py --width 512
 
 A Llama of four layers with random weights, all its linear layers adapted: 8 experts of rank 8 under top-2, with a
-router for each layer, block or model; one LoRA of rank 16; and experts run one by one on the rows that chose them.
+router for each layer, block or model; one LoRA of rank 16; experts run one by one on the rows that chose them; and
+the mathematics of a router for each layer as the fewest calls of torch that one would write by hand, which is what a
+library can at best come to.
 Each round runs every contender once; ratios are medians over rounds, of the CPU time of this thread.
 """
 
@@ -17,6 +19,7 @@ from collections.abc import Callable
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixadapters import MoAConfig
@@ -45,6 +48,24 @@ class Loop(nn.Module):
         return self.base(x) + total.view(*x.shape[:-1], -1)
 
 
+class ByHand(nn.Module):
+    """A linear layer with experts of LoRA under the routing of MoA's top-k, and nothing but its products."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.router = base, nn.Linear(base.in_features, EXPERTS)
+        self.down = nn.Parameter(torch.randn(EXPERTS * RANK, base.in_features) * 0.02)
+        self.up = nn.Parameter(torch.randn(EXPERTS * RANK, base.out_features) * 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, rows = self.base(x), x.reshape(-1, x.shape[-1])
+        scores = self.router(F.rms_norm(rows, rows.shape[-1:])).softmax(-1)
+        weights, chosen = scores.topk(CHOSEN)
+        table = torch.zeros_like(scores).scatter(1, chosen, weights)
+        hidden = torch.mm(rows, self.down.t()).view(-1, EXPERTS, RANK) * table.unsqueeze(2)
+        return torch.addmm(y.view(-1, y.shape[-1]), hidden.flatten(1), self.up).view_as(y)
+
+
 def contenders(width: int) -> dict[str, nn.Module]:
     def base() -> LlamaForCausalLM:
         torch.manual_seed(0)
@@ -59,10 +80,10 @@ def contenders(width: int) -> dict[str, nn.Module]:
     for scope in ("module", "block", "model"):
         config = MoAConfig(num_experts=EXPERTS, r=RANK, target_modules=TARGETS, router_scope=scope)
         models[f"MoA, {scope}"] = get_peft_model(base(), config)
-    looped = base().requires_grad_(False)
-    for path in [name for name, _ in looped.named_modules() if name.rpartition(".")[2] in TARGETS]:
-        looped.set_submodule(path, Loop(looped.get_submodule(path)))
-    models["loop"] = looped
+    for name, kind in (("loop", Loop), ("by hand", ByHand)):
+        models[name] = base().requires_grad_(False)
+        for path in [path for path, _ in models[name].named_modules() if path.rpartition(".")[2] in TARGETS]:
+            models[name].set_submodule(path, kind(models[name].get_submodule(path)))
     for model in models.values():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and (".up." in name or "lora_B" in name):
@@ -97,7 +118,11 @@ def main() -> None:
         model(input_ids=ids, labels=ids).loss.backward()
 
     def generate(model: nn.Module) -> None:
-        model.eval().generate(input_ids=ids[:4, :16], max_new_tokens=24, min_new_tokens=24, do_sample=False)
+        prompts = ids[:4, :16]
+        model.eval().generate(
+            input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=24, min_new_tokens=24,
+            do_sample=False, pad_token_id=0,
+        )  # fmt: skip
 
     print("training step, 8 x 64 tokens")
     measure(models, step, given.rounds)

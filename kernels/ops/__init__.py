@@ -5,7 +5,8 @@ The module knows tensors only. `reference` is the definition; the other backends
 
 from mixadapters.kernels.activations import ACTIVATIONS
 from mixadapters.kernels.backends import BACKENDS, adapter_backend, choose_backend, overridden
+from mixadapters.kernels.few import Few
 from mixadapters.kernels.lowrank import lowrank
 from mixadapters.kernels.problem import constant
 
-__all__ = ["ACTIVATIONS", "BACKENDS", "adapter_backend", "choose_backend", "constant", "lowrank", "overridden"]
+__all__ = ["ACTIVATIONS", "BACKENDS", "Few", "adapter_backend", "choose_backend", "constant", "lowrank", "overridden"]

@@ -45,6 +45,21 @@ def constant(indices: Tensor) -> Tensor:
     return indices
 
 
+def bounds_of(indices: Tensor) -> tuple[int, int]:
+    """Least and greatest index; for indices on a CPU."""
+    least, most = _derived(indices, "bounds", indices.aminmax)
+    return int(least), int(most)
+
+
+def _derived(indices: Tensor | None, key: Hashable, make: Callable[[], T]) -> T:
+    known: dict[Hashable, Any] | None = getattr(indices, _DERIVED, None)
+    if known is None:
+        return make()
+    if key not in known:
+        known[key] = make()
+    return known[key]
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """For what is in the dtype of x already; autocast would take float32 sums to half precision as well."""
     kind = x.device.type
@@ -146,8 +161,7 @@ class Problem:
         """Least and greatest index; for indices on a CPU."""
         indices = self.indices
         assert indices is not None
-        least, most = self.derived("bounds", indices.aminmax)
-        return int(least), int(most)
+        return bounds_of(indices)
 
     def every_slot_chosen(self) -> bool:
         """Whether no slot is known to be without expert. On a GPU, which it would wait for, that is not known."""
@@ -155,12 +169,7 @@ class Problem:
 
     def derived(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` derives from the indices (and from what is in `key`), once where they are `constant`."""
-        known: dict[Hashable, Any] | None = getattr(self.indices, _DERIVED, None)
-        if known is None:
-            return make()
-        if key not in known:
-            known[key] = make()
-        return known[key]
+        return _derived(self.indices, key, make)
 
     def cast(self) -> Problem:
         """All weights in the dtype of x."""

@@ -130,7 +130,7 @@ class _Lowrank(torch.autograd.Function):
 
 def call(p: Problem, backend: str) -> Tensor:
     """The operator on a problem, with gradients where any are wanted; backend "" leaves the choice to the rule."""
-    if not torch.is_grad_enabled() and _nobody_looks_on(p.x):
+    if not torch.is_grad_enabled() and nobody_looks_on(p.x):
         return _run(p, backend, keep=False)[0]
     args = (*(getattr(p, name) for name in _NAMES), backend)
     if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in _FLOATS):
@@ -138,7 +138,7 @@ def call(p: Problem, backend: str) -> Tensor:
     return _forward_op(*args, False)[0]
 
 
-def _nobody_looks_on(x: Tensor) -> bool:
+def nobody_looks_on(x: Tensor) -> bool:
     """Whether torch need not see the operators: it casts, compiles, traces, counts and transforms nothing."""
     return (
         type(x) is Tensor

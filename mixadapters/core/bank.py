@@ -220,6 +220,7 @@ class PackedExperts(NamedTuple):
     kind: Kind
     sizes: list[int]  # experts of each bank
     arguments: dict[str, Any]  # of `kernels.lowrank`
+    few: kernels.Few | None  # the op for a few rows without gradient; None where they are packed for one with
 
     def __call__(
         self,
@@ -236,6 +237,10 @@ class PackedExperts(NamedTuple):
             dropout = 0.0
         elif dropout:
             seed = torch.randint(2**63 - 1, (), device=tokens.device)
+        if seed is None and self.few is not None:
+            y = self.few(tokens, routing.indices, routing.weights, base, base_weight, routing.run)
+            if y is not None:
+                return y
         return kernels.lowrank(
             tokens, indices=routing.indices, weights=routing.weights, base=base, base_weight=base_weight,
             act=self.kind.activation, dropout=dropout, seed=seed, run=routing.run, **self.arguments,
@@ -263,7 +268,9 @@ def pack(banks: Sequence[AdapterBank], context: ForwardContext | None) -> Packed
     if weights[0].gate is not None:
         gates, gate_biases = zip(*(_folded(w.gate, w.b_gate, w.norm) for w in weights), strict=True)
         arguments |= {"w_gate": _cat(gates), "b_gate": _cat(gate_biases)}
-    return PackedExperts(banks[0].kind, [len(some) for some in by_bank], arguments)
+    looked_at = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    few = None if looked_at else kernels.Few(banks[0].activation, arguments)
+    return PackedExperts(banks[0].kind, [len(some) for some in by_bank], arguments, few)
 
 
 def keeps(bank: AdapterBank) -> bool:

@@ -292,11 +292,14 @@ class MixtureLayer(nn.Module, AdapterHost):
         if names is None:
             return output
         x = _first_input(args, kwargs)
-        if record.plain and len(names) == 1 and self._stride is None:
-            adapter = self._modules[self.adapter_layer_names[0]]._modules[names[0]]
-            if adapter.lone and (y := adapter.alone(x, output)) is not None:
-                return y
-        return _adapted(self, x, output, names, record)
+        if not record.plain or self._stride is not None or type(output) is not Tensor:
+            return _adapted(self, x, output, names, record)
+        adapters = self._modules[self.adapter_layer_names[0]]._modules
+        for name in names:
+            adapter = adapters[name]
+            y = adapter.alone(x, output) if adapter.lone else None
+            output = adapter(x, output, self.context) if y is None else y
+        return output
 
     def __getattr__(self, name: str) -> Any:
         # The base model reads attributes of a wrapped block (layer_idx, attention_type ...).

@@ -123,8 +123,14 @@ class Mixture(Adapter):
         if self.hard_routes is None and not context.observers and getattr(router, "always_first", False):
             return router(source, context)
         record, rows = context.record, source.numel() // source.shape[-1]
-        given = not record.plain or (self.hard_routes is not None and self.hard_routes.usual >= 0)
-        routing = self._given(rows, source, context) if given else None
+        fixed = self.hard_routes is not None and self.hard_routes.usual >= 0
+        plain = record.plain and not fixed
+        if plain and not (self.tunings or self.watchers):  # nobody has a say in it, and nobody asks
+            reads = source if self.router_tap is None else context.tap(self.router_tap)
+            decided = _in_dtype(self._checked(router(reads, context), rows), source.dtype)
+            record.routings[self.key] = decided
+            return decided
+        routing = None if plain else self._given(rows, source, context)
         decides = routing is None and not getattr(router, "follows", False)
         trains = decides and record.training and record.grad  # not in a reference pass
         if routing is None:
@@ -154,16 +160,16 @@ class Mixture(Adapter):
 
     def _checked(self, routing: Any, rows: int) -> Routing:
         """What a router has returned, if that is a routing of `rows` rows."""
-        whose = f"router {type(self.router).__name__} at {self.key.path!r}"
         if not isinstance(routing, Routing):
-            raise ValueError(f"{whose} returned {type(routing).__name__}; return a Routing")
-        for name in ("indices", "weights"):
-            given = getattr(routing, name)
+            raise self._refusal(type(routing).__name__, "return a Routing")
+        for name, given in (("indices", routing.indices), ("weights", routing.weights)):
             if given is not None and (given.dim() != 2 or given.shape[0] != rows):
-                raise ValueError(
-                    f"{whose} returned {name} {tuple(given.shape)} for {rows} rows; return (N, k), with N = B * T rows"
-                )
+                what = f"{name} {tuple(given.shape)} for {rows} rows"
+                raise self._refusal(what, "return (N, k), with N = B * T rows")
         return routing
+
+    def _refusal(self, what: str, remedy: str) -> ValueError:
+        return ValueError(f"router {type(self.router).__name__} at {self.key.path!r} returned {what}; {remedy}")
 
     def _given(self, rows: int, source: Tensor, context: ForwardContext) -> Routing | None:
         """What a caller or the batch has decided before the router; None where it is the router's to decide."""

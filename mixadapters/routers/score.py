@@ -39,13 +39,15 @@ def score_layers(
 
 def exact(read: Tensor, normalize: bool) -> Tensor:
     """read (..., d) in float32 at least. `normalize`: as vectors of unit root mean square."""
-    read = read.to(torch.promote_types(read.dtype, torch.float32))
+    if read.dtype != torch.float32:
+        read = read.to(torch.promote_types(read.dtype, torch.float32))
     return F.rms_norm(read, (read.shape[-1],)) if normalize else read
 
 
 def linear(read: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """As F.linear, in the dtype of `read`, under autocast too."""
-    weight, bias = weight.to(read.dtype), None if bias is None else bias.to(read.dtype)
+    if weight.dtype != read.dtype or (bias is not None and bias.dtype != read.dtype):
+        weight, bias = weight.to(read.dtype), None if bias is None else bias.to(read.dtype)
     if not torch.is_autocast_enabled(read.device.type):
         return F.linear(read, weight, bias)
     with torch.autocast(read.device.type, enabled=False):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import logging
+import math
 import os
+import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,8 +23,10 @@ from mixadapters.serving.endpoint import Endpoint
 from mixadapters.serving.engine import AdapterServer
 from mixadapters.serving.folder import AdapterFolder
 from mixadapters.serving.pooled_states import PooledStates
+from mixadapters.serving.scheduler import SCHEDULERS
 
 logger = logging.getLogger("mixadapters.serving")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 TOKEN = "MIXADAPTERS_TOKEN"  # of the environment: arguments are seen by everybody on the machine
 
 
@@ -32,14 +38,19 @@ class HttpServer(uvicorn.Server):
         grace: seconds.
     """
 
+    should_exit: bool
+    force_exit: bool
+
     def __init__(self, config: uvicorn.Config, engine: AdapterServer, grace: float) -> None:
         super().__init__(config)
         self.engine, self.grace = engine, grace
         self._ending: threading.Thread | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """End in order. Not uvicorn's own, which raises the signal again at the end: nothing after it would be run."""
         self.end_engine()
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
     def end_engine(self) -> None:
         """Take no more requests. Connections close when theirs are answered."""
@@ -58,6 +69,37 @@ class HttpServer(uvicorn.Server):
             self._ending.join()
 
 
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    def whole(given: str) -> int:
+        if not given.isdecimal() or int(given) < least or (most is not None and int(given) > most):
+            raise argparse.ArgumentTypeError(
+                f"{given!r} must be a whole number from {least}{f' to {most}' if most else ''}"
+            )
+        return int(given)
+
+    return whole
+
+
+def _seconds(above: float = -1e-9) -> Callable[[str], float]:
+    def seconds(given: str) -> float:
+        found = float(given)
+        if not above < found < math.inf:
+            raise argparse.ArgumentTypeError(
+                f"{given!r} must be seconds{' above 0' if above >= 0 else ', not below 0'}"
+            )
+        return found
+
+    return seconds
+
+
+def _device(given: str) -> str:
+    try:
+        torch.empty(0, device=given)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{given!r} is no device here: {str(error).splitlines()[0]}") from None
+    return given
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mixadapters.serving", description="Serve a base model with adapters, as OpenAI's API.",
@@ -69,18 +111,23 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--router", type=Path, help="folder of a CompositionRouter, which serves the model 'auto'")
     parser.add_argument("--name", help="the base's name as a model; default: the last part of --base")
     parser.add_argument("--host", default="127.0.0.1", help="others than loopback need a token")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--dtype", default="auto", help="of the base's weights")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--port", type=_whole(0, 65535), default=8000)
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the base's weights")
+    parser.add_argument("--device", type=_device, default="cpu", help="such as cuda, or cuda:1")
+    parser.add_argument("--check-base-model", action=argparse.BooleanOptionalAction, default=True,
+                        help="refuse LoRA folders that name another base model")  # fmt: skip
+    parser.add_argument("--scheduler", choices=list(SCHEDULERS), default="fair", help="the order of prompts")
     parser.add_argument("--sampling", action="store_true", help="requests may give a temperature")
-    parser.add_argument("--max-requests", type=int, default=256, help="running or waiting; more get status 429")
-    parser.add_argument("--max-running", type=int, default=64, help="requests of a step")
-    parser.add_argument("--max-batch-tokens", type=int, default=512, help="tokens of a step")
-    parser.add_argument("--cache-tokens", type=int, default=16384, help="keys and values of all requests together")
-    parser.add_argument("--max-resident", type=int, default=None, help="adapters on the device; default: all")
-    parser.add_argument("--deadline", type=float, default=None, help="seconds for each request")
-    parser.add_argument("--largest-body", type=int, default=2**20, help="bytes")
-    parser.add_argument("--grace", type=float, default=30.0, help="seconds that running requests have at the end")
+    parser.add_argument("--max-requests", type=_whole(1), default=256, help="running or waiting; more get status 429")
+    parser.add_argument("--max-running", type=_whole(1), default=64, help="requests of a step")
+    parser.add_argument("--max-batch-tokens", type=_whole(1), default=512, help="tokens of a step")
+    parser.add_argument(
+        "--cache-tokens", type=_whole(1), default=16384, help="keys and values of all requests together"
+    )
+    parser.add_argument("--max-resident", type=_whole(1), default=None, help="adapters on the device; default: all")
+    parser.add_argument("--deadline", type=_seconds(above=0.0), default=None, help="seconds for each request")
+    parser.add_argument("--largest-body", type=_whole(1), default=2**20, help="bytes")
+    parser.add_argument("--grace", type=_seconds(), default=30.0, help="seconds that running requests have at the end")
     return parser
 
 
@@ -95,7 +142,7 @@ def http_server(options: argparse.Namespace, model: Any, tokenizer: Any) -> Http
     """The endpoint of a model, with all adapters of its folder.
 
     Raises:
-        ValueError: an adapter that cannot be served, an option out of range, or an open host without a token.
+        ValueError: an adapter with the base's name, an option out of range, or an open host without a token.
     """
     token = os.environ.get(TOKEN) or None
     if token is None and not loopback(options.host):
@@ -105,16 +152,13 @@ def http_server(options: argparse.Namespace, model: Any, tokenizer: Any) -> Http
     engine = AdapterServer(
         model, tokenizer=tokenizer, router=router, max_requests=options.max_requests, max_running=options.max_running,
         max_batch_tokens=options.max_batch_tokens, cache_tokens=options.cache_tokens, sampling=options.sampling,
-        max_resident=options.max_resident,
+        max_resident=options.max_resident, scheduler=options.scheduler, check_base_model=options.check_base_model,
     )  # fmt: skip
     base = options.name or Path(options.base).name
-    for name in folder.names():
-        if name == base:
-            raise ValueError(f"an adapter has the name of the base, {base!r}: give another by --name")
-        engine.load(name, folder.find(name))
     endpoint = Endpoint(
         engine, folder, base=base, token=token, deadline=options.deadline, largest_body=options.largest_body
     )
+    endpoint.load_all()
     config = uvicorn.Config(
         endpoint.app(), host=options.host, port=options.port, log_level="info", access_log=False,
         timeout_graceful_shutdown=int(options.grace) + 5,
@@ -126,8 +170,11 @@ def main(given: list[str] | None = None) -> None:
     parser = arguments()
     options = parser.parse_args(given)
     logging.basicConfig(level=logging.INFO)
-    tokenizer = AutoTokenizer.from_pretrained(options.base)
-    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=options.dtype).to(options.device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.base)
+        model = AutoModelForCausalLM.from_pretrained(options.base, dtype=options.dtype).to(options.device)
+    except (OSError, ValueError) as error:
+        parser.error(f"--base {options.base}: {error}")
     try:
         server = http_server(options, model, tokenizer)
     except ValueError as error:

@@ -38,14 +38,18 @@ class ServedAdapters:
         model: the root, a model of transformers. Adapters of our types that it has are served too.
         changing: () -> a context manager inside which no forward of the model runs.
         max_resident: how many lie in the model at a time; the others wait in host memory. None: all.
+        check_base_model: whether a LoRA that says another base model than this one is refused.
 
     Raises:
         ValueError: the model has active adapters that are not of our types: they would act on every request.
     """
 
-    def __init__(self, model: nn.Module, changing: Changing, max_resident: int | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, changing: Changing, max_resident: int | None = None, check_base_model: bool = True
+    ) -> None:
         self.model: Any = model
         self.changing = changing
+        self.check_base_model = check_base_model
         self.context = ForwardContext.of(model)
         self._lock = threading.Lock()
         self._users: Counter[str] = Counter()  # requests that name it
@@ -92,14 +96,17 @@ class ServedAdapters:
         with self._lock:
             self._refuse(name, self._refused.get(name))
             if name != BASE and (name not in self._served or name in self._leaving):
-                have = [other for other in self._served if other not in self._leaving]
-                gone = " (it is being unloaded)" if name in self._leaving else ""
-                shown = f"{[BASE, *have]}" if len(have) < SHOWN else f"{len(have)} others"
-                raise UnknownAdapter(f"no adapter {name!r}{gone}; have {shown}.{nearest(name, have)}")
+                raise self._unknown(name)
             self._users[name] += 1
             if name != BASE:
                 resident = name in self.residents
                 self.hits, self.misses = self.hits + resident, self.misses + (not resident)
+
+    def _unknown(self, name: str) -> UnknownAdapter:
+        have = [other for other in self._served if other not in self._leaving]
+        gone = " (it is being unloaded)" if name in self._leaving else ""
+        shown = f"{[BASE, *have]}" if len(have) < SHOWN else f"{len(have)} others"
+        return UnknownAdapter(f"no adapter {name!r:.100}{gone}; have {shown}.{nearest(name[:100], have)}")
 
     def begin(self, name: str) -> bool:
         """A request of the adapter may be in the next steps. To be called where no forward runs.
@@ -143,7 +150,7 @@ class ServedAdapters:
 
     def _load_and_try(self, name: str, folder: str | Path, kind: str, saved: SavedAdapter) -> None:
         if kind == "LORA":
-            source = {LORA: {"source": str(folder)}}
+            source = {LORA: {"source": str(folder), "check_base_model": self.check_base_model}}
             config: Any = MoAConfig(experts=source, router={"kind": "single"}, num_experts_per_tok=None)
             self._inject(name, config, None)
         else:
@@ -203,7 +210,7 @@ class ServedAdapters:
         """
         with self._lock:
             if name not in self._served:
-                raise UnknownAdapter(f"no adapter {name!r}; have {list(self._served)}.{nearest(name, self._served)}")
+                raise self._unknown(name)
             self._leaving.add(name)
         with self.changing():
             self.sweep()

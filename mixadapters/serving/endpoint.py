@@ -7,6 +7,7 @@ import hmac
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -68,7 +69,28 @@ class Endpoint:
     ) -> None:
         self.server, self.folder, self.base = server, folder, base
         self.token, self.deadline, self.largest_body = token, deadline, largest_body
+        self.left_out: dict[str, str] = {}  # adapters of the folder that could not be loaded at the start -> why
         self.metrics = Metrics(server)
+
+    def load_all(self) -> None:
+        """Load all adapters of the folder. One that cannot be served is left out: the others have their users.
+
+        Raises:
+            ValueError: an adapter has the base's name.
+        """
+        names = self.folder.names()
+        if self.base in names:
+            raise ValueError(f"an adapter has the name of the base, {self.base!r}: give another by --name")
+        for name in names:
+            try:
+                self.server.load(name, self.folder.find(name))
+            except ValueError as error:
+                self.left_out[name] = self._said(error)
+                logger.error("adapter %r is left out: %s", name, error)
+
+    def _said(self, error: Exception) -> str:
+        """A message as clients may read it: where our folders lie is nobody's business."""
+        return str(error).replace(f"{self.folder.path}/", "")
 
     def app(self) -> FastAPI:
         app = FastAPI(title="mixadapters", docs_url=None, redoc_url=None, openapi_url=None)
@@ -146,8 +168,12 @@ class Endpoint:
     async def one_model(self, http: HttpRequest) -> Response:
         name = http.path_params["name"]
         if name != self.base and name not in self._names:
-            raise _no_model(name)
+            raise self._no_model(name)
         return JSONResponse(self._model(name))
+
+    def _no_model(self, name: str) -> WireError:
+        why = f": its folder could not be served ({self.left_out[name]})" if name in self.left_out else ""
+        return WireError(404, f"no model {name!r:.100}{why}", code="model_not_found", param="model")
 
     @property
     def _names(self) -> list[str]:
@@ -180,6 +206,8 @@ class Endpoint:
         stops = body.stops
         if body.stream and len(prompts) > 1:
             raise WireError(400, "stream=true takes one prompt", param="prompt")
+        if body.model in self.left_out:
+            raise self._no_model(body.model)
         adapter = BASE if body.model == self.base else body.model
         requests: list[Request] = []
         try:
@@ -188,6 +216,7 @@ class Endpoint:
                     self.server.submit, prompt, adapter, max_new_tokens=most, deadline=self.deadline,
                     temperature=body.temperature, top_p=1.0 if body.top_p is None else body.top_p,
                 )  # fmt: skip
+                request.when_done(partial(self.metrics.finished, request))
                 requests.append(request)
             answer = Answer(body.model, chat)
             if body.stream:
@@ -249,8 +278,7 @@ class Endpoint:
             text = stopping.add(detokenizer.add(tokens[given:])) if len(tokens) > given else ""
             given = len(tokens)
             if stopping.stopped:
-                request.cancel()
-                self.metrics.finished(request)
+                request.stop()
                 yield text, "stop"
                 return
             if text:
@@ -265,7 +293,6 @@ class Endpoint:
                 look = loop.time() + LOOK
                 if await http.is_disconnected():
                     request.cancel()
-        self.metrics.finished(request)
         result = request.result(0)  # or what it has failed with
         text = stopping.add(detokenizer.rest())
         yield (
@@ -289,13 +316,16 @@ class Endpoint:
             raise WireError(400, str(error), param="lora_path" if body.lora_path else "lora_name") from None
         try:
             await asyncio.to_thread(self.server.load, name, path)
-        except ValueError as error:  # where our folders lie is nobody's business
-            raise WireError(400, str(error).replace(f"{self.folder.path}/", ""), param="lora_name") from None
+        except ValueError as error:
+            raise WireError(400, self._said(error), param="lora_name") from None
+        self.left_out.pop(name, None)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(self, http: HttpRequest) -> Response:
         body: UnloadBody = await self._body(http, UnloadBody)
-        await asyncio.to_thread(self.server.unload, body.lora_name)
+        if not await asyncio.to_thread(self.server.unload, body.lora_name):
+            text = f"Accepted: LoRA adapter '{body.lora_name}' takes no more requests, and goes when its own are done."
+            return PlainTextResponse(text, 202)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
@@ -316,10 +346,6 @@ def as_wire_error(error: Exception) -> WireError:
     if isinstance(error, ValueError):
         return WireError(400, str(error))
     return WireError(500, "an error of the server", kind="server_error")
-
-
-def _no_model(name: str) -> WireError:
-    return WireError(404, f"no model {name!r:.100}", code="model_not_found", param="model")
 
 
 async def _no_route(http: HttpRequest, error: HTTPException) -> Response:

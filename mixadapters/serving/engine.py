@@ -25,6 +25,7 @@ from mixadapters.core.streams import PackedRequests
 from mixadapters.serving.adapters import ServedAdapters
 from mixadapters.serving.manager import ServingManager
 from mixadapters.serving.requests import Request, ServerBusy, ServerStopped
+from mixadapters.serving.scheduler import SCHEDULERS
 
 logger = logging.getLogger(__name__)
 AUTO = "auto"  # the name by which a request leaves the choice of its adapter to the router
@@ -150,10 +151,13 @@ class AdapterServer(StepWork):
             when a request names them. None: all lie in it.
         share_prefixes: whether requests of one adapter share the pages of a common beginning.
         sampling: whether requests may ask for a temperature. Otherwise all are greedy, which costs less.
+        scheduler: "fair": short prompts are read before longer ones, which have their steps too; "fifo": prompts are
+            read in the order in which they came.
+        check_base_model: whether a LoRA folder that names another base model than this one is refused.
         router: input_ids (1, T) -> [name], such as a `CompositionRouter`: chooses the adapter of requests for "auto".
 
     Raises:
-        ValueError: a model that cannot generate so, or a size that is no positive integer.
+        ValueError: a model that cannot generate so, a size that is no positive integer, or an unknown scheduler.
     """
 
     def __init__(
@@ -169,6 +173,8 @@ class AdapterServer(StepWork):
         max_resident: int | None = None,
         share_prefixes: bool = True,
         sampling: bool = False,
+        scheduler: str = "fair",
+        check_base_model: bool = True,
         router: Callable[..., Sequence[str]] | None = None,
     ) -> None:
         sizes = {"max_requests": max_requests, "max_running": max_running, "max_batch_tokens": max_batch_tokens,
@@ -179,6 +185,8 @@ class AdapterServer(StepWork):
                 raise ValueError(f"{name}={size!r} must be a positive integer")
         if page_size < 4 or cache_tokens < page_size:
             raise ValueError(f"page_size={page_size} must be 4 or more, and cache_tokens={cache_tokens} hold a page")
+        if scheduler not in SCHEDULERS:
+            raise ValueError(f"scheduler={scheduler!r} must be one of {list(SCHEDULERS)}")
         self.model: Any = root_of(model)
         if not hasattr(self.model, "init_continuous_batching") or self.model.get_output_embeddings() is None:
             raise ValueError(f"{type(self.model).__name__} is no causal language model of transformers")
@@ -186,7 +194,7 @@ class AdapterServer(StepWork):
         self.capacity = cache_tokens // page_size * page_size
         self.context = ForwardContext.of(self.model)
         self.router, self._alone = router, threading.RLock()
-        self.adapters = ServedAdapters(self.model, self._changing, max_resident)
+        self.adapters = ServedAdapters(self.model, self._changing, max_resident, check_base_model)
         self._refuse_auto(*self.adapters.names)
         self._settings = generation_settings(self.model, sampling)
         self._batching = ContinuousBatchingConfig(
@@ -196,6 +204,7 @@ class AdapterServer(StepWork):
             max_requests_per_batch=min(max_running, max_batch_tokens),
             allow_block_sharing=share_prefixes,
             per_request_processors=sampling,
+            scheduler_type=SCHEDULERS[scheduler],
             # A graph that is replayed, or compiled, would have the adapters of the step that it was made in.
             use_cuda_graph=False,
             use_async_batching=False,

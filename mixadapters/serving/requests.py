@@ -36,7 +36,7 @@ class Result(NamedTuple):
     """What a request has come to."""
 
     tokens: list[int]  # generated ids, with the one that ends a text where it has come
-    finish_reason: str  # "stop": such an id has come; "length": as many tokens as were asked for
+    finish_reason: str  # "stop": such an id has come, or `stop` was called; "length": as many tokens as were asked for
 
 
 class Request:
@@ -70,7 +70,9 @@ class Request:
         self._tokens: list[int] = []
         self._error: Exception | None = None
         self._done = False
+        self._stopped = False
         self._listeners: list[Callable[[], None]] = []
+        self._waits: list[Callable[[], None]] = []  # for the end
 
     # --- for the caller -----------------------------------------------------------------------------------------
 
@@ -128,6 +130,12 @@ class Request:
                 raise self._error
             return Result(list(self._tokens), self._reason)
 
+    def stop(self) -> None:
+        """End it here, as done: what has come is enough. Nothing happens where it is done."""
+        self._stopped = not self._done
+        self.finish()
+        self._give_up(self)
+
     def cancel(self) -> None:
         """Give it up; what has come so far stays in `tokens`. Nothing happens where it is done."""
         self.fail(RequestCancelled(f"request {self.request_id} was cancelled"))
@@ -138,6 +146,14 @@ class Request:
         with self._changed:
             self._listeners.append(listener)
         listener()
+
+    def when_done(self, call: Callable[[], None]) -> None:
+        """Have `call` called once when it has ended, in whatever thread ends it, or now: it must be quick."""
+        with self._changed:
+            if not self._done:
+                self._waits.append(call)
+                return
+        call()
 
     # --- for the server -----------------------------------------------------------------------------------------
 
@@ -174,6 +190,8 @@ class Request:
             self._error, self._done = error, True
             self._changed.notify_all()
         self._tell()
+        for call in self._waits:
+            call()
 
     def _tell(self) -> None:
         for listener in list(self._listeners):
@@ -190,4 +208,4 @@ class Request:
 
     @property
     def _reason(self) -> str:
-        return "stop" if self._tokens and self._tokens[-1] in self.stops else "length"
+        return "stop" if self._stopped or (self._tokens and self._tokens[-1] in self.stops) else "length"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 MOST_STOPS = 4  # as OpenAI's
 
@@ -22,6 +22,20 @@ class WireError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def _is_zero(value: object) -> object:
+    return 0 if isinstance(value, float) and value == 0 else value
+
+
+def _refuse_content(value: Any) -> Any:
+    if value:
+        raise ValueError("it would have no effect here: leave it out")
+    return value
+
+
+Zero = Annotated[Literal[0], BeforeValidator(_is_zero)]  # 0.0 too
+Nothing = Annotated[dict[str, Any] | list[Any], AfterValidator(_refuse_content)]
+
+
 class Body(BaseModel):
     """A body whose every field is known: what would have no effect is refused."""
 
@@ -30,6 +44,7 @@ class Body(BaseModel):
 
 class StreamOptions(Body):
     include_usage: bool = False
+    include_obfuscation: Literal[False] | None = None
 
 
 class Generation(Body):
@@ -43,8 +58,17 @@ class Generation(Body):
     stream_options: StreamOptions | None = None
     user: str | None = None
     n: Literal[1] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
+    logit_bias: Nothing | None = None
+    seed: int | None = None
+
+    @model_validator(mode="after")
+    def _seed_is_neutral(self) -> Generation:
+        """Greedy answers are the same under every seed; those that are drawn have none here."""
+        if self.seed is not None and self.temperature:
+            raise ValueError("seed has no effect on what is drawn here: leave it out, or temperature")
+        return self
 
     @property
     def stops(self) -> list[str]:
@@ -87,10 +111,19 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+    refusal: None = None
+    tool_calls: Nothing | None = None
+    function_call: None = None
+    annotations: Nothing | None = None
+    audio: None = None
 
     def plain(self) -> dict[str, str]:
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+class TextFormat(Body):
+    type: Literal["text"]
 
 
 class ChatBody(Generation):
@@ -98,6 +131,17 @@ class ChatBody(Generation):
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: Literal[False] | None = None
+    top_logprobs: Zero | None = None
+    response_format: TextFormat | None = None
+    tools: Nothing | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+    store: Literal[False] | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     @property
     def most(self) -> int | None:

@@ -95,6 +95,7 @@ def lora_experts(
     """
     refuse_inexact(saved, where, spec.get("ignore_modules_to_save", False))
     factors, biases = read_factors(saved, _without_base(tuner, saved, weights, where), where)
+    _refuse_stray(saved, factors, where)
     found = {}
     for path, (down, up, scale, b_up) in factors.items():
         found[path] = {"down.weight": down, "up.weight": up} | ({} if b_up is None else {"up.bias": b_up})
@@ -132,6 +133,12 @@ def _without_base(tuner: BaseModules, saved: Any, weights: dict[str, Tensor], wh
                 "train without it, or load that base model"
             )
     return kept
+
+
+def _refuse_stray(saved: Any, paths: Iterable[str], where: str) -> None:
+    """PEFT makes no layers for such weights, so that there the adapter is another one."""
+    if stray := [path for path in paths if saved.target_modules and not check_target_module_exists(saved, path)]:
+        raise ValueError(f"{where} holds weights for {stray}, which its own config does not adapt")
 
 
 def _placed(tuner: BaseModules, by_path: dict[str, Any], where: str) -> dict[str, Any]:

@@ -74,11 +74,17 @@ def check_base_model(model: nn.Module, saved: Any, spec: dict[str, Any], where: 
     """Refuse an adapter of another base model, by the names that both give."""
     theirs = saved.base_model_name_or_path
     ours = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
-    if spec.get("check_base_model", True) and theirs and ours and theirs != ours:
+    same = theirs == ours or (theirs and ours and _same_folder(theirs, ours))
+    if spec.get("check_base_model", True) and theirs and ours and not same:
         raise ValueError(
             f"{where} was trained on {theirs!r}, this model is {ours!r}; if they are the same, say so by "
             "{'source': ..., 'check_base_model': False}"
         )
+
+
+def _same_folder(a: str, b: str) -> bool:
+    """Whether two names are one folder, such as a relative path and an absolute one."""
+    return os.path.isdir(a) and os.path.isdir(b) and os.path.samefile(a, b)
 
 
 def same_module(a: str, b: str) -> bool:

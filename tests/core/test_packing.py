@@ -181,6 +181,20 @@ def test_steps_of_a_generation_copy_no_weight(monkeypatch) -> None:
         assert all(kept.pack(None) is first for _ in range(3))
 
 
+def test_a_few_rows_of_a_generation_go_past_the_operation(monkeypatch) -> None:
+    banks, routes = adapters(4, 4, 4), torch.tensor([[0, 1], [2, 1], [2, 2]])
+    x, base, weights = rows(banks, 3), torch.randn(3, WIDTH_OUT), torch.rand(3, 2)
+    by_operation = pack(banks, None)(x, Routing(routes, weights), base)
+    with torch.no_grad():
+        packed = KeptExperts(banks).pack(None)
+        calls = []
+        monkeypatch.setattr(kernels, "lowrank", lambda *args, **kwargs: calls.append(args))
+        torch.testing.assert_close(packed(x, Routing(routes, weights), base), by_operation)
+        assert not calls
+        packed(x, Routing(routes, weights), base, dropout=0.5)
+        assert len(calls) == 1
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_generation_runs_with_the_weights_of_its_first_step(form) -> None:
     banks = adapters(3, 1, 4, **FORMS[form])

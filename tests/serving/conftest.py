@@ -17,7 +17,9 @@ from served import KINDS
 def no_thread_is_left() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    others = (t for t in threading.enumerate() if not t.daemon and not t.name.startswith("asyncio_"))  # of a loop
+    others = (
+        t for t in threading.enumerate() if not t.daemon and not t.name.startswith(("asyncio_", "uvloop_"))
+    )  # of a loop
     for thread in set(others) - before:
         thread.join(30)
         assert not thread.is_alive(), thread

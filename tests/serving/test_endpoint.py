@@ -227,6 +227,31 @@ def test_adapters_are_loaded_and_unloaded_while_it_runs(served, folder, alone, t
         shutil.rmtree(folder / "late")
 
 
+def test_adapter_in_use_is_not_said_to_be_gone(served, folder) -> None:
+    assert served.post("/v1/load_lora_adapter", lora_name="used", lora_path="law").status_code == 200
+    held = served.engine.submit(IDS, "used", max_new_tokens=240)
+    answer = served.post("/v1/unload_lora_adapter", lora_name="used")
+    assert (answer.status_code, answer.text.partition(":")[0]) == (202, "Accepted")
+    held.cancel()
+    assert waits_until(lambda: "used" not in served.engine.context.hosted)
+    assert served.post("/v1/unload_lora_adapter", lora_name="used").status_code == 404
+
+
+def test_fields_that_change_nothing_are_taken(served, alone) -> None:
+    """What stock clients send beside: each at the value at which it asks for nothing."""
+    neutral: dict[str, Any] = {
+        "n": 1, "seed": 5, "user": "u", "logprobs": False, "top_logprobs": 0, "tools": [], "tool_choice": "auto",
+        "parallel_tool_calls": True, "response_format": {"type": "text"}, "presence_penalty": 0.0,
+        "frequency_penalty": 0, "logit_bias": {}, "store": False, "metadata": {"a": "b"}, "service_tier": "auto",
+        "modalities": ["text"], "stop": None, "stream": False, "prompt_cache_key": "k", "safety_identifier": "s",
+    }  # fmt: skip
+    messages: list[Any] = [{"role": "user", "content": "w8 w16"}]
+    done = served.client.chat.completions.create(model="law", messages=messages, max_tokens=5, **neutral)
+    assert done.choices[0].message.content == alone([4, 8, 16, 5], "law", 5)
+    messages = [*messages, done.choices[0].message.model_dump(), {"role": "user", "content": "w9"}]
+    assert served.client.chat.completions.create(model="law", messages=messages, max_tokens=1, seed=None)  # type: ignore[call-overload]
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -253,7 +278,9 @@ def error_of(answer: Answer) -> dict[str, Any]:
         ({"model": "law", "prompt": "w8", "max_tokens": 1000}, None, "more than the 256 tokens"),
         ({"model": "law", "prompt": "w8", "temperature": 3}, "temperature", "less than or equal to 2"),
         ({"model": "law", "prompt": "w8", "n": 2}, "n", "should be 1"),
-        ({"model": "law", "prompt": "w8", "logit_bias": {"5": 1}}, "logit_bias", "not permitted"),
+        ({"model": "law", "prompt": "w8", "logit_bias": {"5": 1}}, "logit_bias", "no effect here"),
+        ({"model": "law", "prompt": "w8", "min_p": 0.1}, "min_p", "not permitted"),
+        ({"model": "law", "prompt": "w8", "seed": 3, "temperature": 1}, None, "seed has no effect"),
         ({"model": "law", "prompt": "w8", "stop": [""]}, "stop", "1 to 200"),
         ({"model": "law", "prompt": "w8", "stop": list("abcde")}, "stop", "at most 4"),
         ({"model": "law", "prompt": ["w8", "w9"], "stream": True}, "prompt", "one prompt"),
@@ -266,6 +293,28 @@ def test_bodies_that_ask_for_nothing_that_there_is(served, body, param, message)
     assert message in error["message"]
     assert error["param"] == param
     assert served.engine.waiting == 0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"tools": [{"type": "function"}]}, {"response_format": {"type": "json_object"}}, {"logprobs": True},
+     {"tool_choice": "required"}, {"store": True}, {"seed": 1, "temperature": 0.5}, {"top_logprobs": 2}],
+)  # fmt: skip
+def test_fields_that_would_have_no_effect_are_refused(served, more) -> None:
+    answer = served.post("/v1/chat/completions", model="law", messages=[{"role": "user", "content": "w8"}], **more)
+    assert answer.status_code == 400
+    assert next(iter(more)) in error_of(answer)["message"]
+
+
+def test_long_names_are_not_said_again(served) -> None:
+    name = "x" * 3000
+    for answer in (
+        served.post("/v1/completions", model=name, prompt="w8"),
+        served.post("/v1/unload_lora_adapter", lora_name=name),
+        served.send("GET", f"/v1/models/{name}"),
+    ):
+        assert answer.status_code == 404
+        assert len(error_of(answer)["message"]) < 300
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"[" * 2000, b'{"model": NaN}'])
@@ -422,6 +471,76 @@ def test_metrics_count_requests_tokens_and_answers(served) -> None:
     assert value("up ") == 1
     assert value("first_token_seconds_count") >= 1
     assert ask(served.port, "GET", "/health").json() == {"status": "ok"}
+
+
+def test_metrics_say_how_requests_end(served, alone) -> None:
+    def ended(how: str) -> float:
+        lines = ask(served.port, "GET", "/metrics").text.splitlines()
+        return sum(
+            float(line.split()[-1]) for line in lines if line.startswith(f'mixadapters_requests_total{{how="{how}"')
+        )
+
+    done, cancelled = ended("done"), ended("RequestCancelled")
+    served.client.completions.create(model="law", prompt=WORDS, max_tokens=12, stop=alone(IDS, "law", 12).split()[4])
+    assert (ended("done"), ended("RequestCancelled")) == (done + 1, cancelled)
+    with served.client.completions.create(model="law", prompt=WORDS, max_tokens=250, stream=True) as stream:
+        next(iter(stream))
+    assert waits_until(lambda: ended("RequestCancelled") == cancelled + 1, 5)
+    assert ended("done") == done + 1
+
+
+def test_folder_that_cannot_be_served_is_left_out_and_said(causal, folder, monkeypatch, caplog, tmp_path) -> None:
+    monkeypatch.delenv("MIXADAPTERS_TOKEN", raising=False)
+    shutil.copytree(folder / "law", tmp_path / "law")
+    shutil.copytree(folder / "law", tmp_path / "cut")
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-40])
+    found, thread = running(causal(), tmp_path)
+    try:
+        assert "adapter 'cut' is left out" in caplog.text
+        assert [model.id for model in found.client.models.list()] == ["tiny", "law"]
+        for answer in (found.post("/v1/completions", model="cut", prompt="w8"), found.send("GET", "/v1/models/cut")):
+            assert answer.status_code == 404
+            assert "its folder could not be served" in error_of(answer)["message"]
+            assert str(tmp_path) not in answer.text
+        weights.write_bytes(whole)
+        assert found.post("/v1/load_lora_adapter", lora_name="cut").status_code == 200
+        assert found.post("/v1/completions", model="cut", prompt="w8", max_tokens=1).status_code == 200
+    finally:
+        found.client.close()
+        found.server.should_exit = True
+        thread.join(30)
+
+
+def test_what_follows_the_server_is_run_after_a_signal(causal, folder, monkeypatch) -> None:
+    monkeypatch.delenv("MIXADAPTERS_TOKEN", raising=False)
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    options = arguments().parse_args(["--base", "tiny", "--adapters", str(folder), "--port", str(free_port())])
+    server = http_server(options, causal(), word_tokenizer())
+    timer = threading.Thread(
+        target=lambda: (waits_until(lambda: server.started), os.kill(os.getpid(), signal.SIGTERM))
+    )
+    try:
+        timer.start()
+        server.serve_until_stopped()
+    finally:
+        timer.join()
+        signal.signal(signal.SIGTERM, before)
+    assert seen == []
+    assert not server.engine.running
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [("--deadline", "-1"), ("--deadline", "nan"), ("--grace", "-1"), ("--dtype", "float99"), ("--port", "70000"),
+     ("--max-requests", "0"), ("--device", "abacus"), ("--largest-body", "x")],
+)  # fmt: skip
+def test_arguments_out_of_range_are_refused_before_anything_is_read(wrong, capsys) -> None:
+    with pytest.raises(SystemExit):
+        arguments().parse_args(["--base", "tiny", "--adapters", ".", *wrong])
+    assert f"error: argument {wrong[0]}: " in capsys.readouterr().err
 
 
 def test_signal_lets_requests_end_and_fails_those_that_do_not(causal, folder, monkeypatch) -> None:

@@ -307,6 +307,31 @@ def test_broken_folder_changes_nothing(server, folders, alone, tmp_path, how, ki
     assert request.result(30).tokens == alone(PROMPTS[0], "a2", 30)
 
 
+def test_lora_with_weights_beside_its_targets_is_refused(server, folders, tmp_path) -> None:
+    shutil.copytree(folders["a3"], tmp_path / "x")
+    config = tmp_path / "x" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "target_modules": ["q_proj"]}))
+    with pytest.raises(ValueError, match=r"holds weights for \[.*mlp\.down_proj.*which its own config does not adapt"):
+        server.load("x", tmp_path / "x")
+
+
+def test_lora_of_the_same_base_by_another_path_is_served(causal, folders, tmp_path, monkeypatch) -> None:
+    shutil.copytree(folders["a3"], tmp_path / "x")
+    (tmp_path / "base").mkdir()
+    config = tmp_path / "x" / "adapter_config.json"
+    said = {**json.loads(config.read_text()), "base_model_name_or_path": str(tmp_path / "base")}
+    config.write_text(json.dumps(said))
+    monkeypatch.chdir(tmp_path)
+    model = causal()
+    model.config._name_or_path = "base"
+    AdapterServer(model, **SMALL).load("x", tmp_path / "x")
+    model = causal()
+    model.config._name_or_path = "another"
+    with pytest.raises(ValueError, match=r"was trained on .*this model is 'another'"):
+        AdapterServer(model, **SMALL).load("x", tmp_path / "x")
+    AdapterServer(model, check_base_model=False, **SMALL).load("x", tmp_path / "x")
+
+
 def test_name_that_is_taken_is_refused(server, folders) -> None:
     for name in ("a0", BASE):
         with pytest.raises(ValueError, match="is taken"):
