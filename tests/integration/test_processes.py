@@ -79,6 +79,7 @@ def staged(stage, **more):
         tempfile.mkdtemp(), max_steps=2, per_device_train_batch_size=2, optim="sgd", learning_rate=1.0,
         logging_steps=2, lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, ddp_backend="gloo",
         save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential", report_to=[],
+        average_tokens_across_devices=False,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows_of("classes"),
                       callbacks=[StageCallback(stage, **more)])
@@ -203,7 +204,9 @@ def test_both_stages_train_over_processes_as_in_one(stage: str, inside: tuple, f
     assert all(any(part in name for part in inside) for name in got)
     assert all(any(part in name for name in got) for part in inside)
     for name, moved in whole.items():
-        torch.testing.assert_close(got[name], moved, atol=1e-5, rtol=1e-3, msg=name)
+        torch.testing.assert_close(
+            got[name], moved, atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
     if stage == "task":
         for name, value in alone.items():
             assert gates[name] == pytest.approx(value, abs=1e-5), name

@@ -214,21 +214,21 @@ def _side_by_side(weights: Sequence[Weights], shares: Sequence[float]) -> dict[s
     parts = [(w, share * w.scale) for w, share in zip(weights, shares, strict=True) if share]
     if not parts:
         return {}
-    found = {"down.weight": torch.cat([_normed(w.down, w.norm) for w, _ in parts])}
-    found["up.weight"] = torch.cat([share * w.up for w, share in parts], 1)
-    if parts[0][0].b_down is not None:
-        biases = [(w.b_down if w.norm is None else w.b_down + w.down @ w.norm[1]) for w, _ in parts]
-        found["down.bias"] = torch.cat(biases)
-    if parts[0][0].gate is not None:
-        found["gate.weight"] = torch.cat([_normed(w.gate, w.norm) for w, _ in parts])
-        gates = [(w.b_gate if w.norm is None else w.b_gate + w.gate @ w.norm[1]) for w, _ in parts]
-        found["gate.bias"] = torch.cat(gates)
+    found = {"up.weight": torch.cat([share * w.up for w, share in parts], 1)}
     ends = [share * w.b_up for w, share in parts if w.b_up is not None]
     if ends:
         found["up.bias"] = torch.stack(ends).sum(0)
+    for name in ("down", "gate"):
+        rows = [_without_norm(getattr(w, name), getattr(w, f"b_{name}"), w.norm) for w, _ in parts]
+        for key, tensors in zip(("weight", "bias"), zip(*rows, strict=True), strict=True):
+            if tensors[0] is not None:  # as in all: they are of one bank
+                found[f"{name}.{key}"] = torch.cat(tensors)
     return found
 
 
-def _normed(weight: Any, norm: tuple[Tensor, Tensor] | None) -> Tensor:
-    """With the factors of a LayerNorm in it: what is left of that normalises alone."""
-    return weight if norm is None else weight * norm[0]
+def _without_norm(weight: Tensor | None, bias: Tensor | None, norm: Any) -> tuple[Tensor | None, Tensor | None]:
+    """With the factors and the shift of a LayerNorm in them: what is left of that normalises alone."""
+    if weight is None or norm is None:
+        return weight, bias
+    factor, shift = norm
+    return weight * factor, weight @ shift if bias is None else bias + weight @ shift
