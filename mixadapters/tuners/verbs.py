@@ -85,8 +85,8 @@ def watch_verbs() -> None:
         if kwargs.get("adapter_names") is not None and context is not None and context.hosted:
             raise ValueError(
                 f"adapter_names of a LoRA model does not reach the adapters {sorted(context.hosted)} of other types "
-                "in it: inject the LoRA first (inject_adapter_in_model), and make the PeftModel of the other type, whose "
-                "adapter_names reaches both"
+                "in it: inject the LoRA first (inject_adapter_in_model), and make the PeftModel of the other type, "
+                "whose adapter_names reach both"
             )
         return lora_hooks(self, *args, **kwargs)
 
