@@ -21,8 +21,8 @@ HARMLESS = (
 )  # fmt: skip
 # Numbers of a run that are None or at least 1.
 COUNTS = (
-    "shots", "dev_rows", "test_rows", "max_length", "parameters", "layers", "stage1_steps", "stage1_batch",
-    "max_new_tokens",
+    "shots", "train_rows", "dev_rows", "test_rows", "max_length", "parameters", "layers", "stage1_steps",
+    "stage1_batch", "max_new_tokens",
 )  # fmt: skip
 # Numbers of TrainingArguments that are at least 1, and those that are at least 0.
 SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -54,6 +54,7 @@ class RunArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     shots: int | None = field(default=None, metadata={"help": "Rows per class for train and for dev. Default: all."})
     shots_from: str = field(default="published", metadata={"help": "Few-shot index files, 'published', or 'rule'."})
+    train_rows: int | None = field(default=None, metadata={"help": "At most so many train rows, drawn by the seed."})
     dev_rows: int = field(default=1000, metadata={"help": "At most so many dev rows (full data)."})
     test_rows: int | None = field(default=None, metadata={"help": "At most so many test rows, the same in all runs."})
     max_length: int = 128
@@ -94,6 +95,8 @@ class RunArguments:
                 raise ValueError(f"{name}={value!r} must be 1 or more")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or not all(0 <= s < 2**32 for s in self.seeds):
             raise ValueError(f"seeds={self.seeds} must be one or more different numbers from 0 to {2**32 - 1}")
+        if self.shots is not None and self.train_rows is not None:
+            raise ValueError(f"shots={self.shots} and train_rows={self.train_rows}: give one of the two")
         if self.pooling not in ("mean", "first"):
             raise ValueError(f"pooling={self.pooling!r} must be 'mean' or 'first'")
         if self.model is None and set(self.methods) - set(UNTRAINED):

@@ -10,8 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from torch import nn
+from peft import PeftConfig, PeftModel
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from mixadapters.core.context import Objective
@@ -19,6 +18,8 @@ from mixadapters.tasks.sources import read_texts
 from mixadapters.training.callbacks import StageCallback
 from mixadapters.training.collators import PairCollator, WithGeneralText
 from mixadapters.training.objectives import ContrastiveObjective, PreservationObjective
+from mixadapters.tuners.bottleneck.config import BottleneckConfig
+from mixadapters.tuners.moa.config import MoAConfig
 
 # Computer science has no unlabelled file of its own: the training texts of its two tasks serve, without their labels.
 UNLABELLED = {
@@ -29,6 +30,8 @@ UNLABELLED = {
 GENERAL = {"glue/mnli/train": "premise", "glue/qnli/train": "sentence"}  # ten genres of English; Wikipedia
 HELD_OUT = 200  # general texts that stage 1 does not see
 SIZE = 40_000  # sentences of a domain at most
+COUNTED = 10_000  # sentences of a kind of text that a gate counts
+RANK = 32  # of a domain's LoRA
 
 
 def key(text: str) -> str:
@@ -83,11 +86,30 @@ def halves(text: str) -> dict[str, str]:
     return {"text": " ".join(words[:middle]), "positive": " ".join(words[middle:])}
 
 
+def new_domain(method: str, name: str, layers: list[int], task_type: str | None) -> PeftConfig:
+    """The untrained adapter of a domain: a bottleneck for MixDA, a LoRA under MoA (which takes objectives) for MoA."""
+    if method == "moa":
+        return MoAConfig(
+            experts=[name], router="single", r=RANK, lora_alpha=2 * RANK, layers_to_transform=layers,
+            task_type=task_type,
+        )  # fmt: skip
+    return BottleneckConfig(
+        placement="parallel", adapter_input="ffn_intermediate", layers_to_transform=layers, task_type=task_type
+    )
+
+
 def save_whole(model: PeftModel, folder: Path) -> None:
-    """Save an adapter aside and rename its folder: whole or not at all. What a killed process left there goes."""
+    """Save a domain's adapter aside and rename its folder: whole or not at all. What a killed process left there goes.
+
+    A LoRA is written as PEFT's.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
-        model.save_pretrained(str(Path(aside) / folder.name))
+        config, path = model.peft_config["default"], Path(aside) / folder.name
+        if isinstance(config, MoAConfig):
+            model.base_model.export_expert(config.all_names()[0], path)
+        else:
+            model.save_pretrained(str(path))
         if folder.is_dir() and not (folder / "adapter_config.json").is_file():
             shutil.rmtree(folder)
         try:
@@ -98,7 +120,7 @@ def save_whole(model: PeftModel, folder: Path) -> None:
 
 
 def train_domain(
-    model: nn.Module,
+    model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     general: Sequence[str],
@@ -112,6 +134,7 @@ def train_domain(
     of the next token where the model `generates`.
     """
     objectives: list[Objective] = [PreservationObjective()]
+    stage = "experts" if isinstance(model.peft_config["default"], MoAConfig) else "domain"
     rows: list[dict[str, Any]]
     if generates:
         rows = [{"input_ids": tokenizer(t, truncation=True, max_length=max_length)["input_ids"]} for t in texts]
@@ -128,5 +151,5 @@ def train_domain(
             collator, general, tokenizer, max_length=max_length,
             batch_size=arguments.per_device_train_batch_size, seed=0,
         ),
-        callbacks=[StageCallback("domain", objectives=objectives)],
+        callbacks=[StageCallback(stage, objectives=objectives)],
     ).train()  # fmt: skip

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ from transformers import TrainerCallback
 
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.registry import nearest
+from mixadapters.core.routing import FROZEN
 from mixadapters.tasks.models import Base, LikelihoodRanker
 from mixadapters.training.callbacks import StageCallback
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
 from mixadapters.tuners.mixda.config import MixDAConfig
+from mixadapters.tuners.moa.config import MoAConfig
 
 UNTRAINED = ("majority", "tfidf")  # no model at all; see baselines
-METHODS = (*UNTRAINED, "frozen", "probe", "full", "lora", "bottleneck", "mixda_untuned", "mixda")
+MIXTURES = {"mixda": "mixda_untuned", "moa": "lora"}  # methods of domain adapters -> the same without any
+METHODS = (*UNTRAINED, "frozen", "probe", "full", "lora", "bottleneck", "mixda_untuned", *MIXTURES)
 HEAD = "classifier"
 
 
@@ -33,13 +36,15 @@ class Method:
         name: one of METHODS, or the path of a JSON file with the config of any PEFT type.
         parameters: trainable parameters besides the head, for adapters that this module sizes.
         layers: adapters sit in so many of the upper layers; None: in all.
-        domains: name -> folder of a trained domain adapter, for MixDA.
+        domains: name -> folder of a trained domain adapter, for MixDA (bottlenecks) and MoA (LoRA).
+        texts: domain, and "frozen" for general text -> token ids of its text, that MoA's gate counts.
     """
 
     name: str
     parameters: int
     layers: int | None
     domains: Mapping[str, str]
+    texts: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.name not in METHODS and not self.name.endswith(".json"):
@@ -73,6 +78,9 @@ class Method:
         elif self.name != "full":
             config, settings = self.config(base)
             model = get_peft_model(model, config)
+            if self.name == "moa":
+                domains = {name: text for name, text in self.texts.items() if name != FROZEN}
+                model.base_model.fit_gate(domains, self.texts[FROZEN])
             if isinstance(config, MixtureConfig) and "task" in type(config).stages:
                 callbacks.append(StageCallback("task"))
         return (LikelihoodRanker(model) if base.form == "likelihood" else model), callbacks, settings
@@ -86,18 +94,24 @@ class Method:
             given = read_config(self.name)
             return get_peft_config({**saved, **given}), given
         make = self._maker(base, saved)
-        rank = rank_for(self.parameters, lambda r: make(r, True), base)
+        # Experts with weights cannot be gathered on the meta device.
+        rank = rank_for(self.parameters, lambda r: make(r, True), base, empty=self.name != "moa")
         return make(rank, False), {"rank": rank}
 
     def _maker(self, base: Base, saved: dict[str, Any]) -> Callable[[int, bool], PeftConfig]:
         """(rank, only to count) -> config."""
         depth = base.config.get_text_config().num_hidden_layers
-        upper = list(range(depth - self.layers, depth)) if self.layers else None
+        upper = upper_layers(depth, self.layers) if self.layers else None
         shared: dict[str, Any] = {**saved, "layers_to_transform": upper}
         if self.name == "lora":
             return lambda r, _: LoraConfig(r=r, lora_alpha=2 * r, **shared)
         if self.name == "bottleneck":
             return lambda r, _: BottleneckConfig(r=r, activation="relu", **shared)
+        if self.name == "moa":  # the domains' LoRA are frozen; one more, where they are, is always on and trains
+            return lambda r, _: MoAConfig(
+                experts=dict(self.domains), router="counts", router_scope="model", n_shared_experts=1, r=r,
+                lora_alpha=2 * r, **saved,
+            )  # fmt: skip
         shared["domain_layers"] = domain_layers(depth, self.layers)
         # Domain adapters are frozen, so that their width does not count: new ones stand for the trained.
         new = list(self.domains) or ["domain"]
@@ -122,9 +136,14 @@ def read_config(file: str) -> dict[str, Any]:
     return found
 
 
+def upper_layers(depth: int, layers: int | None) -> list[int]:
+    """The layers that have adapters: all, or so many of the upper ones."""
+    return list(range(depth - (layers or depth), depth))
+
+
 def domain_layers(depth: int, layers: int | None) -> list[int]:
     """Layers of domain adapters: a third and half of the depth up (the paper), or the lower two that have adapters."""
-    return [depth // 3, depth // 2] if layers is None else list(range(depth - layers, depth))[:2]
+    return [depth // 3, depth // 2] if layers is None else upper_layers(depth, layers)[:2]
 
 
 def trainable(model: nn.Module, head: bool = False) -> int:
@@ -132,14 +151,16 @@ def trainable(model: nn.Module, head: bool = False) -> int:
     return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and (HEAD in n.split(".")) == head)
 
 
-def rank_for(parameters: int, make: Callable[[int], PeftConfig], base: Base) -> int:
+def rank_for(parameters: int, make: Callable[[int], PeftConfig], base: Base, empty: bool = True) -> int:
     """The rank at which an adapter's trainable size is nearest to `parameters`; a size is linear in the rank.
+
+    empty: count on a model without weights.
 
     Raises ValueError: not even rank 1 is as small.
     """
 
     def size(rank: int) -> int:
-        model = get_peft_model(base.load(empty=True), make(rank))
+        model = get_peft_model(base.load(empty), make(rank))
         if isinstance(config := model.peft_config["default"], MixtureConfig) and "task" in type(config).stages:
             model.base_model.set_stage("task")
         return trainable(model)

@@ -58,6 +58,7 @@ def select(
     shots_from: str = "published",
     dev_rows: int = 1000,
     test_rows: int | None = None,
+    train_rows: int | None = None,
 ) -> Rows:
     """The rows of a run.
 
@@ -67,6 +68,7 @@ def select(
             one class.
         shots_from: "published", the package's index files, or "rule", which made them.
         dev_rows, test_rows: at most so many, the same for every seed; None: all.
+        train_rows: at most so many of full data, drawn by the seed; None: all.
 
     Raises:
         ValueError: a split is missing; no published file, or one of other rows, seeds or sizes.
@@ -89,6 +91,7 @@ def select(
         shared = 0
     else:
         chosen, dev, shared = whole(train, clean, dev)
+        chosen = chosen if train_rows is None else [chosen[i] for i in ranked(chosen, str(seed))[:train_rows]]
         dev = [dev[i] for i in ranked(dev, "dev")[:dev_rows]]
         shots_from = ""
     if not chosen or not dev:

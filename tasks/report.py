@@ -52,7 +52,7 @@ class Table:
     @property
     def title(self) -> str:
         shots = self.protocol["shots"]
-        data = f"{shots} per class" if shots else "full data"
+        data = f"{shots} per class" if shots else "some of train" if self.protocol.get("train_rows") else "full data"
         if (drawn := self.protocol.get("draw", 1)) != VERSION:
             data += f" (drawn by version {drawn})"
         model = "/".join(Path(self.setup["model"]).parts[-2:]) if self.setup else "no model"

@@ -17,6 +17,26 @@ from mixadapters.training.objectives import pool
 BATCH = 64
 
 
+class Inside(nn.Module):
+    """The encoder in a model with a head, called by way of the model: adapters read what that is given.
+
+    model: gives its `encoder` the inputs that it takes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> Any:
+        outputs: list[Any] = []
+        hook = self.model.encoder.register_forward_hook(lambda *call: outputs.append(call[-1]))
+        try:
+            self.model(**inputs)
+        finally:
+            hook.remove()
+        return outputs[-1]
+
+
 @torch.no_grad()
 def embed(encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> Tensor:
     """(N, d) masked means of the last hidden states, on the CPU; the model is left in evaluation mode."""

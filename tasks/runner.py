@@ -6,7 +6,7 @@ import copy
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PrinterCallback, Seq2SeqTrainer, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from mixadapters.core.routing import FROZEN
 from mixadapters.tasks import baselines, checkpoints, domains, retention
 from mixadapters.tasks.arguments import RunArguments, TrainArguments
-from mixadapters.tasks.methods import HEAD, UNTRAINED, Method, domain_layers, trainable
+from mixadapters.tasks.methods import HEAD, MIXTURES, UNTRAINED, Method, domain_layers, trainable, upper_layers
 from mixadapters.tasks.metrics import score
 from mixadapters.tasks.models import Base
 from mixadapters.tasks.protocols import VERSION, Rows, select
@@ -29,7 +30,6 @@ from mixadapters.tasks.provenance import FORMAT, fingerprint, provenance
 from mixadapters.tasks.registry import TASKS, Task, get_task
 from mixadapters.tasks.results import check_folder, read_result, save_result
 from mixadapters.tasks.sources import Example, check_source, read_task
-from mixadapters.tuners.bottleneck.config import BottleneckConfig
 
 SETUP = (  # arguments that decide how models train
     "model", "max_length", "pooling", "parameters", "layers", "rates", "full_rates", "head_rate", "domains",
@@ -72,7 +72,9 @@ class Runner:
         self.args, self.training, self.out = args, training, Path(args.out)
         self.failed = 0
         self.first = training.device is not None and training.process_index == 0  # `device` joins the processes
-        self._folders: dict[str, str] = {}  # domain -> its adapter
+        self._folders: dict[tuple[str, str], str] = {}  # method, domain -> its adapter
+        self._texts: dict[str, list[str]] = {}  # domain -> its unlabelled text
+        self._counted: dict[str, list[list[int]]] = {}  # kind of text -> token ids that gates count
 
     def main(self) -> int:
         """Every run that has no result yet. Returns how many failed."""
@@ -91,8 +93,8 @@ class Runner:
             if name not in UNTRAINED:
                 base = self.base(task)
                 Method(name, self.args.parameters, self.args.layers, {}).check(base)
-                if name == "mixda":
-                    self.domain_names(base)
+                if name in MIXTURES:
+                    self.domain_names(base, name)
 
     def base(self, task: Task) -> Base:
         """The pretrained model as the task needs it. Raises ValueError: it cannot do it, or not at this length."""
@@ -117,7 +119,7 @@ class Runner:
     def _task(self, task: Task) -> None:
         a, splits = self.args, read_task(task, self.args.data_dir)
         for seed in a.seeds[:1] if a.dry_run else a.seeds:
-            rows = select(task, splits, seed, a.shots, a.shots_from, a.dev_rows, a.test_rows)
+            rows = select(task, splits, seed, a.shots, a.shots_from, a.dev_rows, a.test_rows, a.train_rows)
             for method in a.methods:
                 run = Run(self, task, rows, method, seed)
                 self._guard(run.describe if a.dry_run else run.do, f"{task.name} {method} seed {seed}")
@@ -151,49 +153,70 @@ class Runner:
             found.update(domains.key(s) for text in texts for s in domains.split_text(text))
         return found
 
-    def domain_names(self, base: Base) -> tuple[str, ...]:
-        """The domains that `mixda` mixes. Raises ValueError: none are given, and none can be trained."""
+    def domain_names(self, base: Base, method: str) -> tuple[str, ...]:
+        """The domains that a method mixes. Raises ValueError: none are given, and none can be trained or counted."""
+        instead = f"pass --domains name=folder, or take {MIXTURES[method]}"
         if self.args.domains:
-            return tuple(given.split("=", 1)[0] for given in self.args.domains)
-        instead = "pass --domains name=folder, or take mixda_untuned"
+            names = tuple(given.split("=", 1)[0] for given in self.args.domains)
+            unknown = [name for name in names if name not in domains.UNLABELLED]
+            if method == "moa" and (unknown or not self.general):
+                raise ValueError(
+                    f"domains={unknown or self.args.domains}: moa counts text of each domain and {len(self.general)} "
+                    f"general texts of the folder, which has domains {', '.join(domains.UNLABELLED)}; name them so"
+                )
+            return names
         if base.config.is_encoder_decoder:
             raise ValueError(
-                "mixda trains domain adapters of encoders and of decoders, not of an encoder-decoder model_type="
+                f"{method} trains domain adapters of encoders and of decoders, not of an encoder-decoder model_type="
                 f"{base.config.model_type!r}; {instead}"
             )
         if not base.task.domain or not self.general:
             raise ValueError(
-                f"mixda trains domain adapters on unlabelled text, and task {base.task.name!r} has domain="
+                f"{method} trains domain adapters on unlabelled text, and task {base.task.name!r} has domain="
                 f"{base.task.domain!r} and {len(self.general)} general texts; {instead}"
             )
         return domains.domains_for(base.task.domain)
 
-    def domains(self, base: Base) -> dict[str, str]:
+    def domains(self, base: Base, method: str) -> dict[str, str]:
         """Folders of the domain adapters of a task, trained unless given or there already."""
-        names = self.domain_names(base)
+        names = self.domain_names(base, method)
         if self.args.domains:
             return dict(given.split("=", 1) for given in self.args.domains)
         for name in names:
-            if name not in self._folders:
-                self._folders[name] = self._domain(base, name)
-        return {name: self._folders[name] for name in names}
+            if (method, name) not in self._folders:
+                self._folders[method, name] = self._domain(base, name, method)
+        return {name: self._folders[method, name] for name in names}
 
-    def _domain(self, base: Base, name: str) -> str:
-        a = self.args
-        texts, _ = domains.unlabelled(Path(str(a.data_dir)), name, self.unseen, random.Random(13))
-        layers = domain_layers(base.config.get_text_config().num_hidden_layers, a.layers)
+    def unlabelled(self, name: str) -> list[str]:
+        """Sentences of a domain without those of any dev or test set."""
+        if name not in self._texts:
+            folder = Path(str(self.args.data_dir))
+            self._texts[name], _ = domains.unlabelled(folder, name, self.unseen, random.Random(13))
+        return self._texts[name]
+
+    def counted(self, base: Base, names: Iterable[str]) -> dict[str, list[list[int]]]:
+        """Token ids of some text of each domain and of general text, for a gate that counts."""
+        for name in (*names, FROZEN):
+            if name not in self._counted:
+                texts = self.general[: -domains.HELD_OUT] if name == FROZEN else self.unlabelled(name)
+                some = random.Random(13).sample(texts, min(len(texts), domains.COUNTED))
+                self._counted[name] = base.tokenizer(some, add_special_tokens=False)["input_ids"]
+        return {name: self._counted[name] for name in (*names, FROZEN)}
+
+    def _domain(self, base: Base, name: str, method: str) -> str:
+        a, texts = self.args, self.unlabelled(name)
+        depth = base.config.get_text_config().num_hidden_layers
+        layers = domain_layers(depth, a.layers) if method == "mixda" else upper_layers(depth, a.layers)
         steps = [a.stage1_steps, a.stage1_batch, a.stage1_rate]
         decides = [FORMAT, a.model, layers, *steps, a.max_length, texts, self.general]
+        decides += [] if method == "mixda" else [method, domains.RANK]
         folder = self.out / "domains" / f"{name}-{fingerprint(decides)}"
         if (folder / "adapter_config.json").is_file():
             return str(folder)
         set_seed(0)
         generates = base.form != "head"
         auto = AutoModelForCausalLM if generates else AutoModel
-        config = BottleneckConfig(
-            placement="parallel", adapter_input="ffn_intermediate", layers_to_transform=layers,
-            task_type="CAUSAL_LM" if generates else None,
-        )  # fmt: skip
+        config = domains.new_domain(method, name, layers, "CAUSAL_LM" if generates else None)
         model = get_peft_model(auto.from_pretrained(base.path, dtype=torch.float32), config)
         arguments = self.arguments(a.stage1_rate, 0, self.out / "trainer" / folder.name)
         arguments.max_steps, arguments.per_device_train_batch_size = a.stage1_steps, a.stage1_batch
@@ -229,6 +252,8 @@ class Run:
             "task": task.name, "shots": self.args.shots, "shots_from": rows.shots_from, "draw": VERSION,
             "dev_rows": self.args.dev_rows, "test_rows": self.args.test_rows, "test": rows.digests["test"],
         }  # fmt: skip
+        if self.args.train_rows is not None:
+            self.protocol["train_rows"] = self.args.train_rows
         setup = {**{n: getattr(self.args, n) for n in SETUP}, "training": runner.training.changes()}
         self.setup: dict[str, Any] = {} if method in UNTRAINED else setup
         config = Path(method).read_text(encoding="utf-8") if method.endswith(".json") else ""
@@ -282,8 +307,9 @@ class Run:
 
     def _train(self) -> dict[str, Any]:
         """Train with each rate, keep the best on dev, and only that one meets test."""
-        known = self.runner.domains(self.base) if self.method == "mixda" else {}
-        method = Method(self.method, self.args.parameters, self.args.layers, known)
+        known = self.runner.domains(self.base, self.method) if self.method in MIXTURES else {}
+        texts = self.runner.counted(self.base, known) if self.method == "moa" else {}
+        method = Method(self.method, self.args.parameters, self.args.layers, known, texts)
         best: tuple[float, TaskTrainer, dict[str, Any]] | None = None
         candidates: list[dict[str, Any]] = []
         for rate in self.rates:
@@ -400,9 +426,10 @@ class Run:
         if self.base.form != "head":
             lm = getattr(model, "lm", model)
             return {"token loss": retention.token_loss(lm, tokenizer, texts, length), "untouched": before}
-        found = {"drift": retention.drift(before, retention.embed(model.encoder, tokenizer, texts, length))}
+        encoder = retention.Inside(model)
+        found = {"drift": retention.drift(before, retention.embed(encoder, tokenizer, texts, length))}
         if self.runner.pairs:
-            found["STS-B"] = retention.similarity(model.encoder, tokenizer, self.runner.pairs, length)
+            found["STS-B"] = retention.similarity(encoder, tokenizer, self.runner.pairs, length)
         return found
 
     def describe(self) -> None:
@@ -412,8 +439,8 @@ class Run:
             self.runner.say(f"{self.label}: {sizes} rows")
             return
         # Domain adapters that are still to be trained are stood for by new ones.
-        new = dict.fromkeys(self.runner.domain_names(self.base), "") if self.method == "mixda" else {}
-        name = "mixda_untuned" if self.method == "mixda" else self.method
+        new = dict.fromkeys(self.runner.domain_names(self.base, self.method), "") if self.method in MIXTURES else {}
+        name = MIXTURES.get(self.method, self.method)
         trainer, settings = self._trainer(Method(name, self.args.parameters, self.args.layers, new), self.rates[0])
         model, args = trainer.model, trainer.args
         names = [n for n, p in model.named_parameters() if p.requires_grad]

@@ -3,7 +3,9 @@
     python examples/studies/domains.py  # text that an installation carries
     python examples/studies/domains.py --domains biomed=biomed.txt film=film.txt product=product.txt code=code.txt \
         --later headers=headers.txt --general general.txt  # text of your own
-    python examples/studies/domains.py ... --tokens 300000 --base_tokens 3000000 --width 256  # on a larger machine
+    python examples/studies/domains.py ... --size large  # 300,000 tokens of each kind: a GPU, or hours
+    python examples/studies/domains.py ... --size large --base_tokens 1200000 --choosing_tokens 60000 \
+        --kinds lora --cells main  # the same text, and what the main claims need: 20 CPU minutes a seed
 
 For each seed a small decoder learns general text; each domain has an adapter of its own, from its text alone; mixtures
 of them stand against adapters that read all text, general text included. All that is compared has the same seed, base
@@ -12,12 +14,13 @@ Two kinds of adapters: LoRA on all linear layers (MoA), and bottlenecks of that 
 
 Each result is a file of its own: the command goes on where it was ended. Cells run in the order of CELLS, kind by kind
 and seed by seed; none begins after `--cpu_minutes`, and what is dropped then is dropped from the end and reported as
-missing. Where there is less time than that, bottlenecks run the cells of FEWER alone. The claims are in
+missing. Where there is less time than that, run the cells of FEWER or MAIN alone. The claims are in
 `domains_claims.py`, with what was expected of them before the first run.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -52,6 +55,11 @@ GATES: dict[str, Any] = {  # router -> its specification; how it is fitted is in
     "uniform": "constant",
 }
 CHOOSING = 100  # the seed that rates are chosen with
+# size -> what it is where it is not given; tokens but those of `base_tokens` are of each kind of text
+SIZES: dict[str, dict[str, int]] = {
+    "small": {"tokens": 24_000, "dev_tokens": 4_000, "test_tokens": 6_000, "base_tokens": 400_000},
+    "large": {"tokens": 300_000, "dev_tokens": 12_000, "test_tokens": 24_000, "base_tokens": 3_000_000},
+}
 # kind -> what is chosen -> the values to choose from, or what it has the value of
 CHOICES: dict[str, dict[str, Any]] = {
     "lora": {
@@ -65,6 +73,13 @@ CHOICES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# What more text moves: the joint adapter and the shared one had their best at the lower edge, or near it.
+LARGE_CHOICES: dict[str, dict[str, Any]] = {
+    "lora": {"expert": (5e-3, 1e-2), "joint": (1e-3, 2e-3, 5e-3), "twice": (1e-3, 2e-3), "shared": (2e-3, 5e-3)},
+    "bottleneck": {},
+}
+
+
 @dataclass
 class Arguments:
     """What to run. The defaults are the evaluation on one CPU."""
@@ -74,15 +89,17 @@ class Arguments:
     general: str | None = field(default=None, metadata={"help": "FILE of general text. None: the installation's."})
     later: str | None = field(default=None, metadata={"help": "name=FILE of a domain that is added later."})
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    cells: list[str] | None = field(default=None, metadata={"help": "Some of CELLS, or `fewer`. None: all."})
+    cells: list[str] | None = field(default=None, metadata={"help": "Some of CELLS, `fewer` or `main`. None: all."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    tokens: int = field(default=24_000, metadata={"help": "Of training text per kind of text."})
-    dev_tokens: int = field(default=4_000, metadata={"help": "Of dev text per kind."})
-    test_tokens: int = field(default=6_000, metadata={"help": "Of test text per kind."})
+    size: str = field(default="small", metadata={"help": "What the next four are unless given: small or large."})
+    tokens: int | None = field(default=None, metadata={"help": "Of training text per kind of text."})
+    dev_tokens: int | None = field(default=None, metadata={"help": "Of dev text per kind."})
+    test_tokens: int | None = field(default=None, metadata={"help": "Of test text per kind."})
+    base_tokens: int | None = field(default=None, metadata={"help": "Tokens that a base model is trained on."})
+    choosing_tokens: int | None = field(default=None, metadata={"help": "`tokens` while rates are chosen. None: all."})
     length: int = field(default=128, metadata={"help": "Tokens of a row."})
     rank: int = field(default=8, metadata={"help": "Of a domain's LoRA; bottlenecks have its size."})
     batch: int = field(default=4, metadata={"help": "Rows of a training step."})
-    base_tokens: int = field(default=400_000, metadata={"help": "Tokens that a base model is trained on."})
     base_rate: float = field(default=3e-3, metadata={"help": "Learning rate of base models."})
     vocabulary: int = field(default=3000, metadata={"help": "Tokens that they know."})
     width: int = field(default=160, metadata={"help": "Of a base model; a multiple of 32."})
@@ -90,8 +107,15 @@ class Arguments:
     cpu_minutes: float = field(default=70.0, metadata={"help": "No cell begins after these; run again to go on."})
 
     def __post_init__(self) -> None:
-        if self.cells == ["fewer"]:
-            self.cells = list(FEWER)
+        if self.cells in (["fewer"], ["main"]):
+            self.cells = list(FEWER if self.cells == ["fewer"] else MAIN)
+        if self.size not in SIZES:
+            raise ValueError(f"size={self.size!r} is unknown; choose from {list(SIZES)}")
+        for name, value in SIZES[self.size].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if not 0 < (self.choosing_tokens or self.tokens) <= self.tokens:
+            raise ValueError(f"choosing_tokens={self.choosing_tokens} must be 1 to tokens={self.tokens}")
         for name, known in (("kinds", KINDS), ("cells", CELLS)):
             if unknown := set(getattr(self, name) or ()) - set(known):
                 raise ValueError(f"{name}={sorted(unknown)} are unknown; choose from {list(known)}")
@@ -101,8 +125,14 @@ class Arguments:
     @property
     def settings(self) -> dict[str, Any]:
         """What a result depends on."""
-        left_out = ("out", "kinds", "cells", "seeds", "cpu_minutes")
+        left_out = ["out", "kinds", "cells", "seeds", "cpu_minutes", "size"]
+        if self.choosing_tokens is None:
+            left_out.append("choosing_tokens")
         return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    def choices(self, kind: str) -> dict[str, Any]:
+        """What is chosen for a kind of adapters -> the values to choose from."""
+        return {**CHOICES[kind], **(LARGE_CHOICES[kind] if self.size == "large" else {})}
 
 
 class Texts:
@@ -132,6 +162,12 @@ class Texts:
 
     def of(self, kinds: list[str]) -> Tensor:
         return torch.cat([self.train[kind] for kind in kinds])
+
+    def shorter(self, tokens: int, length: int) -> Texts:
+        """The same with less text to train on."""
+        found = copy.copy(self)
+        found.train = {kind: rows[: tokens // length] for kind, rows in self.train.items()}
+        return found
 
 
 # --- one seed of one kind of adapters -----------------------------------------------------------------------------
@@ -386,6 +422,8 @@ CELLS: dict[str, Cell] = {
 }  # fmt: skip
 FEWER = ("base", "own", "counts", "joint", "added", "removed", "shared", "joint_twice", "added_shared", "features",
          "uniform", "posterior")  # fmt: skip
+MAIN = ("base", "own", "counts", "joint", "added", "joint_anew", "joint_new_alone", "removed", "shared", "joint_twice",
+        "added_shared", "uniform")  # fmt: skip
 
 
 # --- choices on dev text ------------------------------------------------------------------------------------------
@@ -397,7 +435,9 @@ def choose(args: Arguments, texts: Texts, kind: str) -> dict[str, float]:
     known = json.loads(path.read_text()) if path.exists() else {"settings": args.settings, "tried": {}, "chosen": {}}
     _refuse_other(path, known, args)
     chosen = known["chosen"]
-    for what, values in CHOICES[kind].items():
+    if args.choosing_tokens is not None:
+        texts = texts.shorter(args.choosing_tokens, args.length)
+    for what, values in args.choices(kind).items():
         trains_gates = args.cells is None or any(cell.startswith("lm_") for cell in args.cells)
         if what not in chosen and (what != "gate" or trains_gates):
             if isinstance(values, str):

@@ -124,6 +124,17 @@ def test_texts_that_differ_by_blanks_are_one(tmp_path, write) -> None:
     assert (rows.leaked, rows.shared) == (1, 2)
 
 
+def test_some_rows_of_train_are_drawn_by_the_seed(splits) -> None:
+    all_rows, some, others = (
+        select(IMDB, splits, seed, None, train_rows=n) for seed, n in ((0, None), (0, 9), (1, 9))
+    )
+    assert len(some.train) == len(others.train) == 9
+    assert some.train != others.train
+    assert {e.key for e in some.train} < {e.key for e in all_rows.train}
+    assert (some.dev, some.test) == (others.dev, others.test) == (all_rows.dev, all_rows.test)
+    assert select(IMDB, splits, 0, None, train_rows=9).train == some.train
+
+
 def test_rows_of_dev_never_train(splits) -> None:
     splits["train"] += [splits["dev"][0], Example(splits["dev"][1].texts, 1 - splits["dev"][1].target)]
     rows = select(IMDB, splits, 0, None, dev_rows=3)

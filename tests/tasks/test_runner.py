@@ -33,12 +33,12 @@ def results(out: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
 
 
 def test_all_methods_run_once_and_are_then_cached(encoder, data, tmp_path, capsys, monkeypatch) -> None:
-    methods = "majority tfidf probe lora bottleneck mixda_untuned mixda full"
+    methods = "majority tfidf probe lora bottleneck mixda_untuned mixda moa full"
     line = f"--tasks imdb --methods {methods} --seeds 1 {SHOTS} --layers 2"
     assert run(encoder, data, tmp_path, line) == 0
     found = results(tmp_path)
     assert {m for _, m, _ in found} == set(methods.split())
-    assert len(found) == 8
+    assert len(found) == 9
     one = found["imdb", "mixda", 1]
     assert one["rows"] == {"train": 8, "dev": 8, "test": 8}
     assert len(one["predictions"]) == len(one["gold"]) == 8
@@ -47,7 +47,9 @@ def test_all_methods_run_once_and_are_then_cached(encoder, data, tmp_path, capsy
     assert one["setup"]["training"]["max_steps"] == "2"
     assert len({r["digests"]["test"] for r in found.values()}) == 1
     assert len({r["digests"]["train"] for r in found.values()}) == 1
-    assert len(list((tmp_path / "domains").iterdir())) == 2
+    assert len(list((tmp_path / "domains").iterdir())) == 4
+    sizes = [found["imdb", m, 1]["trainable_parameters"] for m in ("lora", "moa")]
+    assert sizes[0] == sizes[1]
     assert "mixda seed 1: accuracy 0." in capsys.readouterr().out
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -55,11 +57,32 @@ def test_all_methods_run_once_and_are_then_cached(encoder, data, tmp_path, capsy
 
     monkeypatch.setattr(runner_module.TaskTrainer, "train", refuse)
     assert run(encoder, data, tmp_path, line) == 0
-    assert capsys.readouterr().out.count(": cached, ") == 8
+    assert capsys.readouterr().out.count(": cached, ") == 9
     with pytest.raises(AssertionError, match="trained again"):
         run(encoder, data, tmp_path, f"{line} --weight_decay 0.5")
     # Where results go, and how often they are logged, decides nothing.
     assert run(encoder, data, tmp_path, f"{line} --logging_steps 1 --per_device_eval_batch_size 3") == 0
+
+
+def test_lora_domains_are_frozen_and_chosen_by_counted_text(encoder, data, tmp_path, monkeypatch) -> None:
+    built = []
+    build = runner_module.Method.build
+    monkeypatch.setattr(runner_module.Method, "build", lambda self, base: built.append(build(self, base)) or built[-1])
+    assert (
+        run(encoder, data, tmp_path, f"--tasks imdb --methods moa --seeds 0 {SHOTS} --layers 2 --stage1_steps 2") == 0
+    )
+    model = built[0][0]
+    for folder in (tmp_path / "domains").iterdir():
+        before = load_file(folder / "adapter_model.safetensors")
+        assert all(key.startswith("base_model.model.encoder.layer.") for key in before)
+        assert any(tensor.any() for key, tensor in before.items() if "lora_B" in key)  # from zero
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(".shared0." in name or "classifier" in name for name in trained)
+    router = next(iter(model.base_model.mixtures().values())).router
+    assert router.counted.domains == ["reviews", "biomed"]
+    assert router.counted.totals[:2].tolist() == [480, 360]  # 40 and 30 texts of 12 words
+    assert router.counted.totals[2] in range(6 * 60, 7 * 60)  # of general text all but the last 200 of 260
 
 
 def test_a_run_can_be_repeated(encoder, data, tmp_path) -> None:
@@ -179,7 +202,7 @@ def test_dry_run_trains_nothing_and_tells_sizes_and_time(encoder, data, tmp_path
     assert not list(tmp_path.glob("imdb"))
 
 
-@pytest.mark.parametrize("method", ["mixda_untuned", "mixda"])
+@pytest.mark.parametrize("method", ["mixda_untuned", "mixda", "moa"])
 def test_dry_run_counts_what_the_run_trains(encoder, data, tmp_path, capsys, method) -> None:
     line = f"--tasks imdb --methods {method} --seeds 0 {SHOTS}"
     run(encoder, data, tmp_path, f"{line} --dry-run")
@@ -196,6 +219,8 @@ def test_dry_run_counts_what_the_run_trains(encoder, data, tmp_path, capsys, met
         ("encoder", "--tasks imdb rte --methods majority", r"has no file glue/rte/train\*\.jsonl"),
         ("encoder", "--tasks imdb fever --methods probe mixda", "task 'fever' has domain='' and 260 general texts"),
         ("t5", "--tasks imdb --methods majority mixda", "not of an encoder-decoder model_type='t5'; pass --domains"),
+        ("encoder", "--tasks fever --methods moa", "moa trains domain .* pass --domains name=folder, or take lora"),
+        ("encoder", "--tasks imdb --methods moa --domains law=x", r"domains=\['law'\]: moa counts text .* name them"),
         ("encoder", "--tasks imdb --methods majority no/such.json", r"method 'no/such\.json' is no file"),
     ],
 )
@@ -258,6 +283,7 @@ def test_a_run_that_fails_does_not_stop_the_others(encoder, data, tmp_path, caps
         ("--tasks imdb --domains =x", "domains='=x' must be name=folder"),
         ("--tasks imdb --test_rows 0", "test_rows=0 must be 1 or more"),
         ("--tasks imdb --shots -1", "shots=-1 must be 1 or more"),
+        ("--tasks imdb --shots 4 --train_rows 9", "shots=4 and train_rows=9: give one of the two"),
         ("--tasks imdb --layers 4 --methods lora", "layers=4 must be at most the 3 layers of model"),
         ("--tasks imdb --pooling max", "pooling='max' must be 'mean' or 'first'"),
         ("--tasks fever --methods mixda", "pass --domains name=folder, or take mixda_untuned"),

@@ -3,6 +3,8 @@
 Everything that a user of the method needs is imported from here.
 """
 
+from typing import Any
+
 from mixadapters.tuners.agd.config import AGDConfig
 from mixadapters.tuners.agd.distillation import (
     GuidanceDistillation,
@@ -21,6 +23,7 @@ from mixadapters.tuners.agd.trajectories import Trajectories, TrajectoryCollator
 __all__ = [
     "AGDConfig",
     "AGDModel",
+    "AdapterGuidance",
     "GuidanceDistillation",
     "LanguageGuidanceDistillation",
     "OnePass",
@@ -41,3 +44,11 @@ __all__ = [
     "scale_at",
     "snr_weights",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AdapterGuidance":  # a class of diffusers, which only pipelines need
+        from mixadapters.tuners.agd.guider import AdapterGuidance
+
+        return AdapterGuidance
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixadapters.tuners.agd.calls import model_arguments, timestep_factor, unwrapped
+
 Conditions = dict[str, Tensor]  # argument of the model's forward -> (B, ...); "a.b" is entry b of a dict argument a
 Predict = Callable[[Tensor, Tensor, Conditions], Tensor]  # x (B, ...), timestep (B,), conditions -> prediction
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # conditional, unconditional, scale (B,), timestep (B,)
@@ -24,15 +26,16 @@ class Denoiser:
     """`predict` of a model; knows the model again by its weights."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model, self.timestep_factor = model, timestep_factor(model)
         self.dtype = next((p.dtype for _, p in self._frozen() if p.is_floating_point()), torch.float32)
 
     def __call__(self, x: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        return prediction_of(self.model(x.to(self.dtype), timestep=timestep, **nested(conditions))).float()
+        x = x.to(self.dtype)
+        return prediction_of(self.model(x, **model_arguments(self.model, x, timestep), **nested(conditions))).float()
 
     def digest(self) -> str:
         """Of class and weights, without adapters of ours: integer sums, which do not depend on device or order."""
-        found = hashlib.sha256(type(self._base()).__name__.encode())
+        found = hashlib.sha256(type(unwrapped(self.model)).__name__.encode())
         for name, tensor in sorted(self._frozen(), key=lambda item: item[0]):
             found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):  # offloaded; quantized
@@ -42,11 +45,8 @@ class Denoiser:
             found.update(f"{int(bits.sum(dtype=torch.int64))} {bits[:: 1 + len(bits) // 256].tolist()}".encode())
         return found.hexdigest()[:16]
 
-    def _base(self) -> nn.Module:
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-
     def _frozen(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, p) for name, p in self._base().named_parameters() if "adapters." not in name)
+        return ((name, p) for name, p in unwrapped(self.model).named_parameters() if "adapters." not in name)
 
 
 def denoiser(model: nn.Module) -> Denoiser:
@@ -124,7 +124,7 @@ def guided(
 def sample(
     step: Callable[[Tensor, Tensor], Tensor], scheduler: Any, noise: Tensor, steps: int, *,
     generator: torch.Generator | None = None, visit: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
-    **schedule: Any,
+    timestep_factor: float = 1.0, **schedule: Any,
 ) -> Tensor:  # fmt: skip
     """Runs a scheduler of diffusers from standard noise (B, C, ...) to a sample.
 
@@ -132,6 +132,7 @@ def sample(
         step: x, timestep (B,) -> prediction. Channels beyond those of x (a learned variance) are left aside.
         scheduler: not changed; a copy runs.
         visit: called with (index, model input, timesteps (B,), prediction) at every step.
+        timestep_factor: of the timesteps that `step` is given, the scheduler's being 1; `Denoiser` knows its model's.
         schedule: further arguments of `set_timesteps`, such as `mu` of flow matching.
     """
     scheduler = copy.deepcopy(scheduler)
@@ -142,6 +143,7 @@ def sample(
     for index, timestep in enumerate(scheduler.timesteps):
         given = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
         rows = timestep.to(x.device).expand(len(x))
+        rows = rows if timestep_factor == 1 else rows * timestep_factor
         prediction = step(given, rows)[:, : x.shape[1]]
         if visit is not None:
             visit(index, given, rows, prediction)

@@ -7,19 +7,12 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from mixadapters.core.adapter import Site
+from mixadapters.core.files import being_loaded
 from mixadapters.core.layer import AdapterHost, HookedLayer
 from mixadapters.core.model import MixtureModel
+from mixadapters.tuners.agd.calls import CALLS, refuse_distilled, timestep_factor
 from mixadapters.tuners.agd.config import AGDConfig
 from mixadapters.tuners.agd.layer import ADAPTERS, GuidanceAdapter
-
-# Where the paper puts its adapters: on self-attention in class-conditional models, on cross-attention in those that
-# read a prompt by it, on joint attention where image and text are one sequence.
-SITES = {
-    "DiTTransformer2DModel": r"transformer_blocks\.\d+\.attn1",
-    "SD3Transformer2DModel": r"transformer_blocks\.\d+\.attn",
-    "PixArtTransformer2DModel": r"transformer_blocks\.\d+\.attn2",
-    "UNet2DConditionModel": r"(.*\.)?transformer_blocks\.\d+\.attn2",
-}
 
 
 class AGDModel(MixtureModel):
@@ -35,8 +28,12 @@ class AGDModel(MixtureModel):
             raise ValueError(
                 f"base_class={config.base_class!r}: the adapter was made for this class of model, not for a {base!r}"
             )
-        if config.sites is None and config.target_modules is None and base in SITES:
-            config.sites = {"attention": SITES[base]}
+        if being_loaded() is None:
+            refuse_distilled(self.model)
+            if config.timestep_scale == 1 and "timestep" not in (config.conditions or {}):
+                config.timestep_scale = 1 / timestep_factor(self.model)
+        if config.sites is None and config.target_modules is None and base in CALLS:
+            config.sites = {"attention": CALLS[base].site}
         super().resolve(config, model_config)
         config.base_class = base
         self._read_conditions(config)
@@ -55,8 +52,9 @@ class AGDModel(MixtureModel):
             for name, (argument, _) in widths.items():
                 if argument.partition(".")[0] in arguments:
                     config.conditions[name] = argument
-            if "prompt" in config.conditions and "encoder_attention_mask" in arguments:
-                config.conditions["prompt_mask"] = "encoder_attention_mask"
+            masks = [name for name in ("encoder_attention_mask", "text_embedding_mask") if name in arguments]
+            if "prompt" in config.conditions and masks:
+                config.conditions["prompt_mask"] = masks[0]
         for name, argument in config.conditions.items():
             if argument.partition(".")[0] not in arguments:
                 raise ValueError(
@@ -110,7 +108,7 @@ def _widths_of_conditions(setting: Any) -> dict[str, tuple[str, int]]:
         found["class"] = ("class_labels", setting("num_embeds_ada_norm") + 1)
     elif setting("num_class_embeds"):
         found["class"] = ("class_labels", setting("num_class_embeds"))
-    for name in ("encoder_hid_dim", "joint_attention_dim", "caption_channels", "cross_attention_dim"):
+    for name in ("encoder_hid_dim", "joint_attention_dim", "caption_channels", "cross_attention_dim", "text_dim"):
         if isinstance(setting(name), int):
             found["prompt"] = ("encoder_hidden_states", setting(name))
             break

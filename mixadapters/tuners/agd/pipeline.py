@@ -15,6 +15,7 @@ from mixadapters.core.config import one_of
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.numbers import real_numbers
+from mixadapters.tuners.agd.calls import refuse_distilled, unwrapped
 from mixadapters.tuners.agd.layer import GuidanceAdapter, check_interval, check_scale
 
 NEGATIVE_PROMPTS = ("refuse", "ignore", "two_passes")
@@ -22,8 +23,10 @@ NEGATIVE_PROMPTS = ("refuse", "ignore", "two_passes")
 # conditioned on, and what is done with the two predictions. tests/tuners/test_agd_pipeline.py reads them all.
 SECOND_PASS = re.compile(
     r"neg(ative)?_\w+|(\w+_)?(guidance|cfg)(_\w+)?|(sld|edit|sem)_\w+|reverse_editing_direction|guess_mode"
-    r"|use_zero_init|zero_steps"
+    r"|use_zero_init|zero_steps|pag_\w+|sag_scale|(\w+_)?stg_scale"
 )
+# Of these, what acts by default, and its value that does not: passes of perturbed attention, around the others.
+OFF = {"pag_scale": 0.0, "sag_scale": 0.0, "stg_scale": 0.0, "audio_stg_scale": 0.0}
 # Named like them, and at work in any pass; the first is what OnePass takes over.
 ANY_PASS = frozenset(
     {
@@ -34,7 +37,6 @@ ANY_PASS = frozenset(
         "guidance_latents",
         "input_frames_guidance",
         "cross_attention_guidance_amount",
-        "spatio_temporal_guidance_blocks",
     }
 )
 
@@ -44,8 +46,16 @@ def denoiser_of(pipe: Any) -> nn.Module:
     model = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     if model is None:
         raise ValueError(f"{type(pipe).__name__} has neither unet nor transformer")
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return unwrapped(model)
+
+
+def refuse_two_models(pipe: Any) -> None:
+    """ValueError for pipelines of two models, one for each part of the timesteps, as Wan 2.2."""
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise ValueError(
+            f"{type(pipe).__name__} has a second denoiser, transformer_2, for a part of the timesteps; guidance in "
+            "one pass is for pipelines of one model"
+        )
 
 
 def guidance_adapters(model: nn.Module) -> list[GuidanceAdapter]:
@@ -102,9 +112,8 @@ class OnePass:
         if "guidance_scale" not in inspect.signature(plain.__call__).parameters:
             raise ValueError(f"{plain.__name__} takes no guidance_scale")
         model = denoiser_of(pipe)
-        config = getattr(model, "config", {})
-        if config.get("guidance_embeds") or config.get("time_cond_proj_dim"):
-            raise ValueError(f"{type(model).__name__} embeds the guidance scale itself, so there is no second pass")
+        refuse_distilled(model)
+        refuse_two_models(pipe)
         guidance_adapters(model)
         if scale is not None:
             real_numbers("scale", scale)
@@ -143,7 +152,8 @@ class OnePass:
         if asked and self.negative_prompts == "refuse":
             raise ValueError(
                 f"{asked} would do nothing: they belong to a second pass, and adapters imitate guidance by the rule "
-                "and against the unconditional prediction that they were trained with. Leave them out, or choose "
+                "and against the unconditional prediction that they were trained with. Leave them out"
+                f"{_off(asked)}, or choose "
                 "OnePass(pipe, negative_prompts='two_passes') or 'ignore'; record(rule=...) distils other rules"
             )
         if asked:
@@ -208,17 +218,22 @@ def _listen(plain: type) -> None:
 
 
 def acts_in_second_pass(name: str) -> bool:
-    """Whether an argument of a pipeline acts under classifier-free guidance in two passes, and only there."""
+    """Whether an argument of a pipeline acts in a pass besides the conditional one, and only there."""
     return name not in ANY_PASS and SECOND_PASS.fullmatch(name) is not None
 
 
 def _of_second_pass(plain: Callable[..., Any], arguments: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """(name, (value, default)) of the arguments that act in a second pass only."""
+    """(name, (value, the one without effect)) of the arguments that act in a second pass only."""
     for name, parameter in inspect.signature(plain).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             yield from ((n, (v, None)) for n, v in arguments[name].items() if acts_in_second_pass(n))
         elif acts_in_second_pass(name):
-            yield name, (arguments[name], parameter.default)
+            yield name, (arguments[name], OFF.get(name, parameter.default))
+
+
+def _off(asked: list[str]) -> str:
+    values = ", ".join(f"{name}={OFF[name]:g}" for name in asked if name in OFF)
+    return f" (where they act by default, pass {values})" if values else ""
 
 
 def _is_default(value: Any, default: Any) -> bool:

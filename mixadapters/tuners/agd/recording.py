@@ -145,6 +145,10 @@ class Recorder:
             raise ValueError(f"info={info}: {taken} are facts of the record itself; give them other names")
         return json.loads(json.dumps({**facts, **info}, default=str))
 
+    @property
+    def _timestep_factor(self) -> float:
+        return getattr(self.predict, "timestep_factor", 1.0)
+
     def part(self, number: int) -> tuple[Conditions, Conditions]:
         """Conditional and unconditional conditions of the shard `number`."""
         rows = slice(number * self.plan.batch_size, (number + 1) * self.plan.batch_size)
@@ -159,6 +163,7 @@ class Recorder:
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.set_timesteps(self.plan.steps, device=self.device, **self.plan.schedule)
         timestep = scheduler.timesteps[len(scheduler.timesteps) // 2].to(self.device).expand(1)
+        timestep = timestep if self._timestep_factor == 1 else timestep * self._timestep_factor
         x = torch.randn(1, *self.plan.shape, generator=torch.Generator().manual_seed(0)).to(self.device)
         values = self.predict(x, timestep, conditions).flatten().float().cpu()
         return values[:: max(1, len(values) // 16)].tolist()
@@ -185,7 +190,7 @@ class Recorder:
         noise_generator = torch.Generator(device).manual_seed((plan.seed << 20) + number)
         sample(
             guided(self.predict, conditions, null, scale, self.rule, plan.interval), self.scheduler, noise, plan.steps,
-            generator=noise_generator, visit=visit, **plan.schedule,
+            generator=noise_generator, visit=visit, timestep_factor=self._timestep_factor, **plan.schedule,
         )  # fmt: skip
         taken = len(seen["timestep"])  # schedulers of second order visit more states than steps
         if plan.keep is not None or taken != plan.steps:
@@ -193,7 +198,8 @@ class Recorder:
         shard = {}
         for name, values in seen.items():
             stacked = torch.stack(values, 1)
-            shard[name] = stacked if chosen is None else stacked[torch.arange(rows).unsqueeze(1), chosen].contiguous()
+            stacked = stacked if chosen is None else stacked[torch.arange(rows).unsqueeze(1), chosen]
+            shard[name] = stacked.contiguous()
         return shard | {f"condition.{name}": value.cpu().contiguous() for name, value in conditions.items()}
 
     def _stored(self, name: str, index: int, timestep: Tensor, value: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from mixadapters.tuners.agd.calls import model_arguments, unwrapped
 from mixadapters.tuners.agd.guidance import nested
 from mixadapters.tuners.agd.storage import INDEX, read_index, read_shards
 
@@ -110,9 +111,10 @@ class TrajectoryCollator:
     """Items of `Trajectories` -> arguments of a model's forward, with the targets."""
 
     def __init__(self, model: nn.Module) -> None:
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.first = list(inspect.signature(type(model).forward).parameters)[1]
+        self.model = unwrapped(model)
+        self.first = list(inspect.signature(type(self.model).forward).parameters)[1]
 
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
-        return nested({self.first: batch.pop("sample"), **batch})
+        x = batch.pop("sample")
+        return {**nested({self.first: x, **batch}), **model_arguments(self.model, x, batch["timestep"])}
