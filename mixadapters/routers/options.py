@@ -33,7 +33,7 @@ CHECKS: dict[str, Check] = {
     "noise": NOT_NEGATIVE, "init_range": NOT_NEGATIVE, "capacity_factor": NOT_NEGATIVE,
     "bias_update_rate": NOT_NEGATIVE, "balance_coef": NOT_NEGATIVE, "z_coef": NOT_NEGATIVE, "entropy_coef": NUMBER,
     "importance_coef": NOT_NEGATIVE, "load_coef": NOT_NEGATIVE, "frozen_bias": NUMBER, "dropout": SHARE,
-    "jitter": SHARE, "floor": SHARE, "expert_dropout": SHARE,
+    "jitter": SHARE, "min_weight": SHARE, "expert_dropout": SHARE,
     "p": (lambda v: finite(v) and 0 < v <= 1, "above 0 and at most 1"),
     "duration": (lambda v: finite(v) and 0 < v <= 1, "above 0 and at most 1"),
     "threshold": (lambda v: v == "mean" or (finite(v) and 0 <= v < 1), "'mean', or at least 0 and below 1"),

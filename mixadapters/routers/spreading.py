@@ -16,39 +16,46 @@ class SpreadingRouter(LearnedRouter):
     """Part of gates that weigh every expert.
 
     Args:
-        floor: the least weight of an expert, and of the frozen arm. Null arms have none.
+        min_weight: the least weight of an expert, and of the frozen arm. Null arms have none.
         expert_dropout: in training, the probability with which an expert is absent from a whole sequence, at each
             layer by itself. Where weights compete the others share what it would get.
 
     Raises:
-        ValueError: floors that leave nothing to decide.
+        ValueError: least weights that leave nothing to decide.
     """
 
-    scheduled: tuple[str, ...] = (*LearnedRouter.scheduled, "floor", "expert_dropout")
+    scheduled: tuple[str, ...] = (*LearnedRouter.scheduled, "min_weight", "expert_dropout")
 
     def __init__(
-        self, in_features: int, experts: list[str], *, floor: float = 0.0, expert_dropout: float = 0.0, **options: Any
+        self,
+        in_features: int,
+        experts: list[str],
+        *,
+        min_weight: float = 0.0,
+        expert_dropout: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__(in_features, experts, **options)
-        self.floor, self.expert_dropout = 0.0, expert_dropout
-        check_options(floor=floor, expert_dropout=expert_dropout)
-        self._check_floor(floor, len(self.experts))
-        self.floor = floor
+        self.min_weight, self.expert_dropout = 0.0, expert_dropout
+        check_options(min_weight=min_weight, expert_dropout=expert_dropout)
+        self._check_least(min_weight, len(self.experts))
+        self.min_weight = min_weight
 
     def check_option(self, name: str, value: Any) -> None:
         super().check_option(name, value)
-        if name == "floor":
-            self._check_floor(value, len(self.experts))
+        if name == "min_weight":
+            self._check_least(value, len(self.experts))
 
     def add_expert(self, name: str, share: float) -> None:
-        self._check_floor(self.floor, len(self.experts) + 1)
+        self._check_least(self.min_weight, len(self.experts) + 1)
         super().add_expert(name, share)
 
-    def _check_floor(self, floor: float, experts: int) -> None:
+    def _check_least(self, min_weight: float, experts: int) -> None:
         arms = experts + self.has_frozen_arm
-        if self.competes and floor and floor * arms >= 1:
+        if self.competes and min_weight and min_weight * arms >= 1:
             raise ValueError(
-                f"floor={floor} for each of {arms} arms leaves nothing to decide; it must be below {1 / arms:.3g}"
+                f"min_weight={min_weight} for each of {arms} arms leaves nothing to decide; it must be below "
+                f"{1 / arms:.3g}"
             )
 
     def disturbed(self, logits: Tensor, context: ForwardContext) -> Tensor:
@@ -65,13 +72,13 @@ class SpreadingRouter(LearnedRouter):
 
     def weigh(self, logits: Tensor) -> Tensor:
         weights = self.spread(logits)
-        if not self.floor:
+        if not self.min_weight:
             return weights
         real = logits != -torch.inf  # what is absent stays at 0
         real[:, len(self.experts) : len(self.experts) + self.null_arms] = False
-        left = 1 - self.floor * (real.sum(1, keepdim=True) if self.competes else 1)
-        return left * weights + self.floor * real
+        left = 1 - self.min_weight * (real.sum(1, keepdim=True) if self.competes else 1)
+        return left * weights + self.min_weight * real
 
     def spread(self, logits: Tensor) -> Tensor:
-        """logits (N, A) -> weights (N, A) without a floor."""
+        """logits (N, A) -> weights (N, A) without a least weight."""
         raise NotImplementedError

@@ -77,6 +77,19 @@ def watch_verbs() -> None:
         weights = load_weights(model_id, *args, **kwargs)
         return weights if saved is None else FileWeights(weights, saved)
 
+    for name in ("get_alora_offsets_for_forward", "get_alora_offsets_for_generate"):
+        setattr(peft.peft_model, name, _with_read_names(getattr(peft.peft_model, name)))
+    setattr(peft_from_pretrained, MARK, True)
+    for module in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):
+        module.load_peft_weights = load_peft_weights
+    PeftModel.from_pretrained = classmethod(peft_from_pretrained)
+    PeftModel.load_adapter = load_adapter
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    _watch_lora()
+    _watch_transformers()
+
+
+def _watch_lora() -> None:
     lora_hooks = LoraModel._enable_peft_forward_hooks
 
     @functools.wraps(lora_hooks)
@@ -91,15 +104,6 @@ def watch_verbs() -> None:
         return lora_hooks(self, *args, **kwargs)
 
     LoraModel._enable_peft_forward_hooks = enable_peft_forward_hooks
-    for name in ("get_alora_offsets_for_forward", "get_alora_offsets_for_generate"):
-        setattr(peft.peft_model, name, _with_read_names(getattr(peft.peft_model, name)))
-    setattr(peft_from_pretrained, MARK, True)
-    for module in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):
-        module.load_peft_weights = load_peft_weights
-    PeftModel.from_pretrained = classmethod(peft_from_pretrained)
-    PeftModel.load_adapter = load_adapter
-    PeftModel.create_or_update_model_card = create_or_update_model_card
-    _watch_transformers()
 
 
 def _watch_transformers() -> None:

@@ -21,32 +21,34 @@ def weights_of(kind: str, logits: list[float], **options: Any) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_no_weight_is_below_the_floor_and_the_sum_stays(kind: str) -> None:
-    plain, floored = weights_of(kind, [30.0, -30.0]), weights_of(kind, [30.0, -30.0], floor=0.1)
+    plain, floored = weights_of(kind, [30.0, -30.0]), weights_of(kind, [30.0, -30.0], min_weight=0.1)
     assert plain[1] < 1e-9
     assert floored.min() == pytest.approx(0.1)
     if kind == "softmax":
         assert floored.tolist() == pytest.approx([0.8, 0.1, 0.1])
-    assert (weights_of(kind, [2.0, 1.0], floor=0.1).argsort() == weights_of(kind, [2.0, 1.0]).argsort()).all()
+    assert (weights_of(kind, [2.0, 1.0], min_weight=0.1).argsort() == weights_of(kind, [2.0, 1.0]).argsort()).all()
 
 
 def test_null_arms_have_no_floor_and_a_floor_leaves_something_to_decide() -> None:
-    router = build_router({"kind": "softmax", "floor": 0.2, "null_arms": 1}, 4, ["a", "b"])
+    router = build_router({"kind": "softmax", "min_weight": 0.2, "null_arms": 1}, 4, ["a", "b"])
     weights = router.weigh(torch.tensor([[0.0, -30.0, -30.0, -30.0]]))[0]
     assert weights.tolist() == pytest.approx([0.6, 0.2, 0.0, 0.2], abs=1e-6)
     router.add_expert("c", 0.1)
-    with pytest.raises(ValueError, match=r"floor=0\.2 for each of 5 arms leaves nothing to decide; it must be below"):
+    with pytest.raises(
+        ValueError, match=r"min_weight=0\.2 for each of 5 arms leaves nothing to decide; it must be below"
+    ):
         router.add_expert("d", 0.1)
     assert router.experts == ["a", "b", "c"]
-    with pytest.raises(ValueError, match=r"floor=0\.5 for each of 3 arms"):
-        MixDAConfig(domains=["a", "b"], router={"kind": "softmax", "floor": 0.5})
+    with pytest.raises(ValueError, match=r"min_weight=0\.5 for each of 3 arms"):
+        MixDAConfig(domains=["a", "b"], router={"kind": "softmax", "min_weight": 0.5})
     with pytest.raises(ValueError, match=r"expert_dropout=1\.5 must be at least 0 and below 1"):
         MixDAConfig(domains=["a", "b"], router={"kind": "softmax", "expert_dropout": 1.5})
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("floor", [0.0, 0.05])
-def test_an_expert_is_absent_from_whole_sequences_in_training_only(kind: str, floor: float, tiny, tiny_inputs) -> None:
-    router = {"kind": kind, "expert_dropout": 0.5, "floor": floor}
+@pytest.mark.parametrize("least", [0.0, 0.05])
+def test_an_expert_is_absent_from_whole_sequences_in_training_only(kind: str, least: float, tiny, tiny_inputs) -> None:
+    router = {"kind": kind, "expert_dropout": 0.5, "min_weight": least}
     model = get_peft_model(tiny("llama"), MixDAConfig(domains=["a", "b"], router=router, domain_layers=[1]))
     inputs = tiny_inputs("llama", batch=32)
     seen: list[Tensor] = []
