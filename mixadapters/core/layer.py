@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from mixadapters.core.adapter import Adapter
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixed import MixedBatch
+from mixadapters.core.processes import several
 from mixadapters.core.record import Record
 
 
@@ -100,7 +101,8 @@ class AdapterHost(BaseTunerLayer):
     def prepare(self) -> None:
         if not self.disable_adapters:
             named = self.context.record.values.get("adapter_names")
-            for name in self.active_adapters if named is None else dict.fromkeys(named):
+            acting = self.active_adapters if named is None else dict.fromkeys([*named, *self._joining(named)])
+            for name in acting:
                 if name in self.adapters:
                     self.adapters[name].prepare(self.context)
 
@@ -172,14 +174,24 @@ class AdapterHost(BaseTunerLayer):
     def _mixed(self) -> MixedBatch:
         """The rows of this batch by the adapters they name; kept for all steps of a `generate`."""
         named = self.context.record.values["adapter_names"]
-        kept = {} if torch.compiler.is_compiling() else getattr(named, "batches", {})
+        joining = self._joining(named)
+        kept = {} if joining or torch.compiler.is_compiling() else getattr(named, "batches", {})
         if self not in kept:
-            asked = set(named)
+            asked = {*named, *joining}
             mine = [name for name in self.adapters if name in asked]
             place = {name: i for i, name in enumerate(mine)}
             owner = [place.get(name, -1) for name in named]
             kept[self] = MixedBatch([self.adapters[name] for name in mine], owner)
         return kept[self]
+
+    def _joining(self, named: Sequence[str]) -> list[str]:
+        """Adapters that no row of this process names, but perhaps one of another: their weights are read, and get
+        gradients of zero, so that all processes meet in the same calls."""
+        record = self.context.record
+        if not (record.training and record.grad and several()):
+            return []
+        others = [name for name in self.adapters if name not in named]
+        return [name for name in others if any(p.requires_grad for p in self.adapters[name].parameters())]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)

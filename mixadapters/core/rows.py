@@ -11,6 +11,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
+from mixadapters.core.processes import several
+
 BASE = "__base__"  # the name that PEFT gives to rows without an adapter
 # Modules of which PEFT makes a mixed batch: a row of their output depends on the same row of their input alone.
 MIXABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -79,6 +81,11 @@ def _chosen_by(unknown: set[str], model: nn.Module) -> str:
                 f"{routes.field}, one number for each row"
             )
     return ""
+
+
+def saved_modules(model: nn.Module) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]]:
+    """Modules that PEFT has copied for adapters, with their paths."""
+    return ((path, module) for path, module in _of_peft(model) if isinstance(module, AuxiliaryTrainingWrapper))
 
 
 def _of_peft(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -169,14 +176,15 @@ class SavedModule:
         have = module._get_available_adapters()
         wanted = [name if name in have else BASE for name in names]
         kinds = set(wanted)
-        if kinds == {_used(module)}:
+        joining = self._joining(module, kinds)
+        if kinds == {_used(module)} and not joining:
             return output
         if args:
             x, args = args[0], args[1:]
         else:
             first = next(iter(kwargs))
             x, kwargs = kwargs[first], {name: value for name, value in kwargs.items() if name != first}
-        if len(kinds) == 1:
+        if len(kinds) == 1 and not joining:
             return _run(module, kinds.pop(), x, *args, **kwargs)
         if not isinstance(module.original_module, MIXABLE):
             raise TypeError(  # as PEFT says it
@@ -185,13 +193,25 @@ class SavedModule:
                 f"in one batch: it is a {type(module.original_module).__name__}; give rows {sorted(kinds)} in batches "
                 "of their own"
             )
-        place = {name: i for i, name in enumerate(dict.fromkeys(wanted))}
+        place = {name: i for i, name in enumerate(dict.fromkeys([*wanted, *joining]))}
         owner = self.context.stream().spread([place[name] for name in wanted], x.shape[0], "adapter_names")
         for name, i in place.items():
             if name != _used(module):
                 rows = (owner == i).nonzero()[:, 0].to(x.device)
                 output = output.index_copy(0, rows, _run(module, name, x[rows], *args, **kwargs).to(output.dtype))
         return output
+
+    def _joining(self, module: AuxiliaryTrainingWrapper, kinds: set[str]) -> list[str]:
+        """Copies that no row of this process uses, but perhaps one of another: they get gradients of zero."""
+        record = self.context.record
+        if not (record.training and record.grad and several() and isinstance(module.original_module, MIXABLE)):
+            return []
+        trains = {name for name in module._get_available_adapters() if _trains(module, name)}
+        return sorted(trains - kinds)
+
+
+def _trains(module: AuxiliaryTrainingWrapper, name: str) -> bool:
+    return any(p.requires_grad for key, p in module.named_parameters() if f".{name}." in f".{key}.")
 
 
 def _used(module: AuxiliaryTrainingWrapper) -> str | None:

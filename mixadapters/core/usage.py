@@ -7,13 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mixadapters.core.losses import entropy, real_only
+from mixadapters.core.processes import gathered, several
 from mixadapters.core.routing import FROZEN, Routing, RoutingKey
 
 WITHOUT_EXPERT = re.compile(rf"{FROZEN}|null\d+")  # arms; no expert may have such a name
@@ -30,19 +29,6 @@ class Usage:
         self.count: Tensor | float = 0.0
         self.chosen: Tensor | None = None  # (A,) rows; None: the router chooses none
 
-    def merge(self, weight: Sequence[float], entropy: float, count: float, chosen: Sequence[float] | None) -> None:
-        """Add sums that another process has made over other rows."""
-        self.weight = torch.as_tensor(self.weight) + torch.tensor(weight)
-        self.entropy, self.count = self.entropy + entropy, self.count + count
-        if chosen is not None:
-            own = torch.zeros(len(chosen)) if self.chosen is None else self.chosen
-            self.chosen = own + torch.tensor(chosen)
-
-    def sums(self) -> tuple[list[float], float, float, list[float] | None]:
-        """What `merge` takes."""
-        chosen = None if self.chosen is None else self.chosen.tolist()
-        return torch.as_tensor(self.weight).tolist(), float(self.entropy), float(self.count), chosen
-
     def add(self, probs: Tensor, mask: Tensor | None, selected: Tensor | None = None) -> None:
         """probs (N, A), mask (N,) bool or None, selected (N, A) bool or None."""
         probs = probs.detach().float()
@@ -54,6 +40,21 @@ class Usage:
         if selected is not None:
             chosen = (selected if mask is None else selected & mask.unsqueeze(1)).sum(0)
             self.chosen = chosen if self.chosen is None else self.chosen + chosen
+
+    def join(self, other: Usage) -> None:
+        """Add what `other`, of the same arms, has seen."""
+        self.weight, self.entropy = self.weight + other.weight, self.entropy + other.entropy
+        self.count = self.count + other.count
+        if other.chosen is not None:
+            self.chosen = other.chosen if self.chosen is None else self.chosen + other.chosen
+
+    def on_cpu(self) -> Usage:
+        copy = Usage(self.arms)
+        copy.weight, copy.entropy, copy.count = (
+            torch.as_tensor(value).cpu() for value in (self.weight, self.entropy, self.count)
+        )
+        copy.chosen = None if self.chosen is None else self.chosen.cpu()
+        return copy
 
 
 class UsageRecorder:
@@ -72,21 +73,19 @@ class UsageRecorder:
     def reset(self) -> None:
         self.seen.clear()
 
+    def over_processes(self) -> UsageRecorder:
+        """What all processes have seen together. All of them call it, as often as each other."""
+        if not several():
+            return self
+        whole = UsageRecorder()
+        for seen in gathered({place: usage.on_cpu() for place, usage in self.seen.items()}):
+            for place, usage in seen.items():
+                whole.seen.setdefault(place, Usage(usage.arms)).join(usage)
+        return whole
+
     def count(self, key: RoutingKey) -> int:
         """How many rows have been routed at `key`."""
         return sum(int(usage.count) for (other, _), usage in self.seen.items() if other == key)
-
-    def over_processes(self) -> UsageRecorder:
-        """The sums of all processes of torch.distributed; itself where there is one. Every process must call it."""
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return self
-        mine = [(key, arms, usage.sums()) for (key, arms), usage in self.seen.items()]
-        everybodys: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everybodys, mine)
-        total = UsageRecorder()
-        for key, arms, sums in (one for ones in everybodys for one in ones):
-            total.seen.setdefault((key, arms), Usage(arms)).merge(*sums)
-        return total
 
     def summaries(self, dead_below: float = 0.01) -> dict[RoutingKey, dict[str, float]]:
         """By router: `weight/<arm>`, the mean weight of each arm; `entropy`, the mean, in nats; `cv`, the coefficient

@@ -111,6 +111,11 @@ class Router(nn.Module):
         """tokens (B, T, d) or (N, d) -> Routing over N = B * T rows. Its weights may have any floating dtype."""
         raise NotImplementedError
 
+    def brief(self, tokens: Tensor) -> Routing | None:
+        """As `forward`, bit for bit and the shortest way, where nothing is recorded and nobody asks; None where only
+        `forward` will do."""
+        return None
+
     def weigh_given(self, routing: Routing, tokens: Tensor) -> Routing:
         """What becomes of a routing that the batch has given by number, where the router has weights for it."""
         return routing

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.model import MixtureModel
+from mixadapters.core.processes import gathered, several
+from mixadapters.core.saving import restore_frozen
 from mixadapters.routers.base import COEFFICIENTS
 from mixadapters.training.checkpoints import fault, lay_out_moments, note_stage, stage_of
 from mixadapters.training.events import find_tuner, progress, trainer_of_event
@@ -64,7 +65,10 @@ class StageCallback(TrainerCallback):
 
     def _check(self, args: TrainingArguments, tuner: MixtureModel) -> None:
         """Refuses what would go wrong silently in the run."""
-        self._check_columns(args, tuner, trainer_of_event())
+        trainer = trainer_of_event()
+        self._check_columns(args, tuner, trainer)
+        if trainer is not None:
+            check_saves(trainer)
         if args.load_best_model_at_end and (self.adapter_name != "default" or tuner.active_adapters[0] != "default"):
             raise ValueError(
                 f"load_best_model_at_end=True reloads the adapter 'default' only, and {self.adapter_name!r} trains "
@@ -148,6 +152,9 @@ class StageCallback(TrainerCallback):
                 f"the checkpoint {resumed} was made in stage={made!r}, so the state of the optimizer does not belong "
                 f"to what stage={self.noted!r} trains; begin the stage without resume_from_checkpoint"
             )
+        if state.global_step and self._shards():
+            inside = resumed if self.adapter_name == "default" else resumed / self.adapter_name
+            restore_frozen(model, self.adapter_name, inside)
         if optimizer is not None:
             with torch.no_grad():
                 lay_out_moments(optimizer)
@@ -161,7 +168,12 @@ class StageCallback(TrainerCallback):
             if "labels" in batch:
                 device = next(base.parameters()).device
                 named = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "labels") if k in batch}
-                require_pretrained_head(base, named)
+                # What is sharded runs from its outermost module alone, which gathers it.
+                require_pretrained_head(self.trainer.model_wrapped if self.trainer and several() else base, named)
+
+    def _shards(self) -> bool:
+        """Whether the Trainer runs on an engine that shards, and resumes from its own files."""
+        return bool(getattr(self.trainer, "is_fsdp_enabled", 0) or getattr(self.trainer, "is_deepspeed_enabled", 0))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -197,6 +209,23 @@ class StageCallback(TrainerCallback):
         context.steps.ended(self.adapter_name)
 
 
+def check_saves(trainer: Trainer) -> None:
+    """Raises ValueError where the engine that shards the model would write no adapter."""
+    state = trainer.accelerator.state
+    fsdp = getattr(state, "fsdp_plugin", None)
+    if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
+        raise ValueError(
+            f"with state_dict_type={str(fsdp.state_dict_type).rpartition('.')[2]!r} of FSDP no checkpoint and no end "
+            "of a run holds the adapter as a file: set fsdp_state_dict_type: FULL_STATE_DICT"
+        )
+    zero = getattr(getattr(state, "deepspeed_plugin", None), "deepspeed_config", {}).get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            "without stage3_gather_16bit_weights_on_model_save of DeepSpeed no checkpoint and no end of a run holds "
+            "the adapter as a file: set zero3_save_16bit_model: true"
+        )
+
+
 class GateUsageCallback(TrainerCallback):
     """Reports through the Trainer's own loggers (TensorBoard, W&B and the rest) how each router spread its weight and
     what it chose, and the auxiliary losses by name.
@@ -223,40 +252,26 @@ class GateUsageCallback(TrainerCallback):
         logs: dict[str, Any] | None = None, **_: Any,
     ) -> None:  # fmt: skip
         if logs and ("loss" in logs or "train_loss" in logs):  # of evaluation or of others there is more to come
-            report = collect_usage(model, self.per_layer, everywhere=True)
+            report = collect_usage(model, self.per_layer)
             if report:
                 self.trainer.log(report)
 
 
-def collect_usage(model: nn.Module, per_layer: bool = False, *, everywhere: bool = False) -> dict[str, float]:
-    """The running gate usage and auxiliary losses of `model`, reset by reading.
-
-    everywhere: over all processes of torch.distributed, each of which must call it.
-    """
+def collect_usage(model: nn.Module, per_layer: bool = False) -> dict[str, float]:
+    """The gate usage and auxiliary losses of `model`, reset by reading: of all processes, which all call this."""
     context = next((found for module in model.modules() if (found := ForwardContext.find(module))), None)
     if context is None:
         return {}
-    usage = context.usage.over_processes() if everywhere else context.usage
-    report = usage.report(per_layer)
+    report = context.usage.over_processes().report(per_layer)
     context.usage.reset()
-    losses = {name: (float(total), count) for name, (total, count) in context.loss_log.items()}
+    mine = {name: (float(total), count) for name, (total, count) in context.loss_log.items()}
     context.loss_log.clear()
-    for name, (total, count) in (over_processes(losses) if everywhere else losses).items():
-        report[f"loss/{name}"] = total / count
-    return report
-
-
-def over_processes(sums: dict[str, tuple[float, int]]) -> dict[str, tuple[float, int]]:
-    """Sums and counts by name, of all processes together."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return sums
-    everybodys: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everybodys, sums)
-    joined: dict[str, tuple[float, int]] = {}
-    for name, (total, count) in (item for ones in everybodys for item in ones.items()):
-        before, counted = joined.get(name, (0.0, 0))
-        joined[name] = (before + total, counted + count)
-    return joined
+    sums: dict[str, tuple[float, int]] = {}
+    for losses in gathered(mine):
+        for name, (total, count) in losses.items():
+            before = sums.get(name, (0.0, 0))
+            sums[name] = before[0] + total, before[1] + count
+    return report | {f"loss/{name}": total / count for name, (total, count) in sums.items()}
 
 
 def columns(dataset: Any) -> set[str]:

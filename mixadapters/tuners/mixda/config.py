@@ -184,6 +184,7 @@ class MixDAConfig(MixtureConfig):
         from_file = type(self.__dict__["peft_type"]) is str  # as JSON has it; in Python: None, or of PEFT's enum
         super().__post_init__()
         self.peft_type = peft_type("MIXDA")
+        DOMAINS.look_for_folders(self.domains, from_file)
         self.domains = DOMAINS.check(self.domains, from_file)
         if self.domain_order is not None:  # JSON files are sorted by key
             if sorted(self.domain_order) != sorted(self.domains):

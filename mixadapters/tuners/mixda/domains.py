@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.adapter import Chain, Site
-from mixadapters.core.context import ROUTES
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.registry import nearest
@@ -94,10 +93,11 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         """
         config = self.config_of(adapter_name)
         require_surgery(config, "add_domain")
+        self.refuse_in_blocks("add_domain")
         others_of_model = self.peft_config.keys() - {adapter_name}
         check_new("domain", name, list(config.domains), others_of_model, share=share, r=r, source=source, like=like)
-        asked = {name: source} if source is not None else [name]
-        spec = dict(MixDAConfig(domains=asked, r=r, domain_type=config.domain_type).domains[name])  # checks them
+        given = MixDAConfig(domains={name: source}, r=r, domain_type=config.domain_type)  # checks them
+        spec = dict(given.domains[name])
         weights = self.read(config, name, spec) if "source" in spec else None
         if weights is not None and config.domain_type == "lora":
             self.widen(config, name, weights)
@@ -156,6 +156,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         if name not in config.domains:
             raise ValueError(f"unknown domain {name!r}; have {list(config.domains)}.{nearest(name, config.domains)}")
         require_surgery(config, "remove_domain")
+        self.refuse_in_blocks("remove_domain")
         for path, mixture in list(self._mixtures(adapter_name)):
             if name in mixture.bank.experts:
                 self._take_domain(config, path, mixture, name, renormalize, everywhere=True)
@@ -167,10 +168,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         """As `CuttingVerbs.keep_experts`, of domains. Make optimizers anew afterwards."""
         config, mixtures = self.config_of(adapter_name), dict(self._mixtures(adapter_name))
         require_surgery(config, "remove_domain")
-        if self.context.held.get(ROUTES):
-            raise ValueError(
-                "routes are pinned by numbers of experts, which would mean others: leave pin_routes first"
-            )
+        self.refuse_in_blocks("cutting domains")
         lost: dict[str, list[str]] = {}
         for path, names in kept.items():
             have = mixtures[path].bank.names if path in mixtures else []
