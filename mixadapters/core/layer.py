@@ -64,9 +64,16 @@ class AdapterHost(BaseTunerLayer):
         return next((reason for name in acting if (reason := self.packed_refusal(name))), None)
 
     def packed_refusal(self, name: str) -> str | None:
-        """Why the adapter of this name cannot run where requests are packed into one row; None if it can."""
+        """Why the adapter of this name cannot run in a packed row whose requests are known; None if it can."""
         parts = self.adapters[name].modules() if name in self.adapters else ()
-        return next((reason for part in parts if (reason := getattr(part, "refuses_packed", None))), None)
+        reasons = (getattr(part, "refuses_packed", None) for part in parts if not getattr(part, "by_request", False))
+        return next((reason for reason in reasons if reason), None)
+
+    def by_request(self, name: str) -> bool:
+        """Whether the adapter of this name keeps something of earlier tokens of a request (`RequestMemory`)."""
+        return name in self.adapters and any(
+            getattr(part, "by_request", False) for part in self.adapters[name].modules()
+        )
 
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool = False) -> None:
         self.adapters[name] = adapter
