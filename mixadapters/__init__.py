@@ -8,11 +8,22 @@ from mixadapters.core import checkout as _checkout  # noqa: F401  # says where k
 
 # isort: split
 
-from mixadapters.core.context import ForwardContext
-from mixadapters.core.model import MixtureModel
-from mixadapters.routers import ROUTERS, Router
-from mixadapters.tuners import AGDConfig, BottleneckConfig, LazyAdamW, MixDAConfig, MoAConfig, MoSAConfig, PILLConfig
-from mixadapters.tuners.registration import register
+from mixadapters.core.starting import ended_quietly
+
+with ended_quietly():
+    from mixadapters.core.context import ForwardContext
+    from mixadapters.core.model import MixtureModel
+    from mixadapters.routers import ROUTERS, Router
+    from mixadapters.tuners import (
+        AGDConfig,
+        BottleneckConfig,
+        LazyAdamW,
+        MixDAConfig,
+        MoAConfig,
+        MoSAConfig,
+        PILLConfig,
+    )
+    from mixadapters.tuners.registration import register
 
 __version__ = "0.1.0.dev0"
 

@@ -136,9 +136,9 @@ def read_domains(data_dir: str | None) -> dict[str, list[str]]:
 class Trial:
     """The text, and the models that are trained on it."""
 
-    def __init__(self, args: Arguments) -> None:
+    def __init__(self, args: Arguments, documents: dict[str, list[str]]) -> None:
         self.args, self.out = args, Path(args.out)
-        texts = {kind: parted(documents) for kind, documents in read_domains(args.data_dir).items()}
+        texts = {kind: parted(texts) for kind, texts in documents.items()}
         self.domains = [kind for kind in texts if kind != "general"]
         self.tokenizer = new_tokenizer((text for read, _ in texts.values() for text in read), args.vocabulary)
         self.rows: dict[str, Tensor] = {}
@@ -154,12 +154,15 @@ class Trial:
         """(n, T) of all domains, in an order that the training shuffles."""
         return torch.cat([self.rows[kind] for kind in self.domains])
 
-    def train(self, model: Any, rows: Tensor, what: str, seed: int, folder: Path, epochs: float = 1) -> None:
+    def train(
+        self, model: Any, rows: Tensor, what: str, seed: int, folder: Path, epochs: float = 1,
+        rate: float | None = None,
+    ) -> None:  # fmt: skip
         start = time.process_time()
         self.progress.step(what)
         self.progress.expect(int(rows.numel() * epochs))
         train(
-            model, rows, self.progress, rate=self.args.rate, batch=self.args.batch, epochs=epochs,
+            model, rows, self.progress, rate=rate or self.args.rate, batch=self.args.batch, epochs=epochs,
             out=str(self.out / "trainer"), seed=seed,
         )  # fmt: skip
         _save(model, folder, time.process_time() - start)
@@ -338,9 +341,10 @@ def changes(found: list[dict[str, Any]], part: str) -> Change:
     return made
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 1) -> str:
     """Mean and standard deviation, in per cent."""
-    return f"{statistics.mean(values):+.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):+.{digits}f} ± {deviation:.{digits}f}"
 
 
 def interval(values: list[float], digits: int = 1) -> str:
@@ -445,7 +449,7 @@ def draw_pages(trial: Trial) -> None:
 def main(args: Arguments) -> dict[str, Any]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    trial = Trial(args)
+    trial = Trial(args, read_domains(args.data_dir))
     found = list(runs(trial))
     draw_pages(trial)
     trial.progress.bar.close()

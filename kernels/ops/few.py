@@ -55,7 +55,7 @@ class Few:
         h = F.linear(x, self.down, self.b_down)
         if self.gate is not None or self.act != "identity":
             h = hidden(self.act, h, None if self.gate is None else F.linear(x, self.gate, self.b_gate))
-        h = (h.view(rows, experts, -1) * factors.unsqueeze(2)).view(rows, -1)
+        h.view(rows, experts, -1).mul_(factors.unsqueeze(2))
         y = base if base_weight is None else base * base_weight.to(base.dtype).unsqueeze(1)
         if self.b_up is not None:
             y = torch.addmm(y, factors, self.b_up)
@@ -80,8 +80,11 @@ class Few:
         if indices.shape[0] != rows or weights.shape != indices.shape:
             return None  # the operation says what is wrong
         # An expert that a row names in several slots has the sum of their weights.
-        table = weights.new_zeros(rows, experts, dtype=self.wide)
-        factors = table.scatter_add_(1, indices.long(), weights.to(self.wide)).to(self.dtype)
+        if self.wide is self.dtype:
+            factors = weights.new_zeros(rows, experts).scatter_add_(1, indices.long(), weights)
+        else:
+            table = weights.new_zeros(rows, experts, dtype=self.wide)
+            factors = table.scatter_add_(1, indices.long(), weights.to(self.wide)).to(self.dtype)
         return factors if self.scale is None else factors * self.scale
 
     def _by_one_product(self, slots: int, run: int) -> bool:

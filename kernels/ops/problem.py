@@ -33,20 +33,22 @@ T = TypeVar("T")
 _DERIVED = "_mixadapters_derived"
 
 
-def constant(indices: Tensor) -> Tensor:
+def constant(indices: Tensor, bounds: tuple[int, int] | None = None) -> Tensor:
     """Promise that the values of `indices` never change again: what one call derives from them serves the next.
 
     For indices that many calls share, as those of a mixed batch in the layers of a model. Returns the tensor itself,
     with whom all that was derived is forgotten. On a GPU nothing is kept: what is derived while a CUDA graph is
     captured has no values before the graph runs.
+
+    bounds: the least and the greatest that an index can be, where whoever made them knows; it is not checked.
     """
     if indices.is_cpu and not torch.compiler.is_compiling() and not hasattr(indices, _DERIVED):
-        setattr(indices, _DERIVED, {})
+        setattr(indices, _DERIVED, {} if bounds is None else {"bounds": bounds})
     return indices
 
 
 def bounds_of(indices: Tensor) -> tuple[int, int]:
-    """Least and greatest index; for indices on a CPU."""
+    """Bounds of the indices, the least and the greatest unless they were promised; for indices on a CPU."""
     least, most = _derived(indices, "bounds", indices.aminmax)
     return int(least), int(most)
 

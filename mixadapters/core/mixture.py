@@ -98,7 +98,8 @@ class Mixture(Adapter):
         return self._modules["bank"].alone(x if self.insertion == "parallel" else y, y)
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
-        source = self.source(x, y, context).to(y.dtype)
+        source = self.source(x, y, context)
+        source = source if source.dtype == y.dtype else source.to(y.dtype)
         routing = self.dispatch(source, context)
         tokens, base = source.reshape(-1, source.shape[-1]), y.reshape(-1, y.shape[-1])
         packed = self._modules["bank"].pack(context)
@@ -120,15 +121,19 @@ class Mixture(Adapter):
     def route(self, source: Tensor, context: ForwardContext) -> Routing:
         """The routing of the N rows of source (..., K), published: pinned, by the batch's numbers, or the router's."""
         router = self._modules["router"]  # past `nn.Module.__getattr__`: a decoding step comes here in every layer
-        if self.hard_routes is None and not context.observers and getattr(router, "always_first", False):
+        watched = context.observers or self.watchers
+        if self.hard_routes is None and not watched and getattr(router, "always_first", False):
             return router(source, context)
         record, rows = context.record, source.numel() // source.shape[-1]
-        if record.plain and not (self.tunings or self.watchers):  # nobody has a say in it, and nobody asks
+        fixed = self.hard_routes is not None and self.hard_routes.usual >= 0
+        plain = record.plain and not fixed
+        if plain and not (self.tunings or self.watchers):  # nobody has a say in it, and nobody asks
             reads = source if self.router_tap is None else context.tap(self.router_tap)
-            decided = _in_dtype(self._checked(router(reads, context), rows), source.dtype)
-            record.routings[self.key] = decided
+            brief = getattr(router, "brief", _nothing)(reads)
+            decided = self._checked(router(reads, context), rows) if brief is None else brief
+            record.routings[self.key] = decided = _in_dtype(decided, source.dtype)
             return decided
-        routing = None if record.plain else self._given(rows, source, context)
+        routing = None if plain else self._given(rows, source, context)
         decides = routing is None and not getattr(router, "follows", False)
         trains = decides and record.training and record.grad  # not in a reference pass
         if routing is None:
@@ -240,6 +245,10 @@ class Mixture(Adapter):
         else:
             weight, new = weight + delta @ weight, old + delta @ old + shift
         return weight, new if bias is not None or bool(shift.any()) else None
+
+
+def _nothing(reads: Tensor) -> None:
+    """What a router that is none of ours has in place of `Router.brief`."""
 
 
 def _in_dtype(routing: Routing, dtype: torch.dtype) -> Routing:

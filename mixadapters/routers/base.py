@@ -40,6 +40,7 @@ class Router(nn.Module):
     """
 
     refuses_packed: str | None = None  # why it cannot route requests that are packed into one row; None: it can
+    by_request = False  # whether it can where a server says whose tokens these are, and keeps what it remembers
     learns = False  # whether its weights are made by training
     always_first = False  # every row uses expert 0 with weight 1: lets mixed batches skip the routing
     fields: tuple[str, ...] = ()  # batch fields that it reads
@@ -110,6 +111,11 @@ class Router(nn.Module):
     def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
         """tokens (B, T, d) or (N, d) -> Routing over N = B * T rows. Its weights may have any floating dtype."""
         raise NotImplementedError
+
+    def brief(self, tokens: Tensor) -> Routing | None:
+        """As `forward`, bit for bit and the shortest way, where nothing is recorded and nobody asks; None where only
+        `forward` will do."""
+        return None
 
     def weigh_given(self, routing: Routing, tokens: Tensor) -> Routing:
         """What becomes of a routing that the batch has given by number, where the router has weights for it."""

@@ -111,6 +111,10 @@ class LearnedRouter(ArmSurgery):
         return None if self.granularity == "token" else self.pooling.said
 
     @property
+    def by_request(self) -> bool:  # type: ignore[override]
+        return self.pooling.by_request
+
+    @property
     def granularity(self) -> str:
         return self.pooling.granularity
 
@@ -145,9 +149,10 @@ class LearnedRouter(ArmSurgery):
         read = exact(tokens, self.normalize)
         if self.training and self.jitter:
             read = read * torch.empty_like(read).uniform_(1 - self.jitter, 1 + self.jitter)
-        output = self.output
+        parts: Any = self._modules  # past `nn.Module.__getattr__`: a decoding step comes here in every layer
+        output, hidden = parts["output"], parts["hidden"]
         learned = None if self.log_temperature is None else self.log_temperature.weight
-        return self.logits(features(read, self.hidden), output.weight, output.bias, learned)
+        return self.logits(features(read, hidden), output.weight, output.bias, learned)
 
     def logits(
         self, read: Tensor, weight: Tensor, bias: Tensor | None, log_temperature: Tensor | None = None

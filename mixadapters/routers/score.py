@@ -56,7 +56,7 @@ def linear(read: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def features(read: Tensor, hidden: nn.Sequential) -> Tensor:
     """read (..., d) -> what the output layer reads (..., h)."""
-    for layer in hidden:
+    for layer in hidden._modules.values():
         if isinstance(layer, nn.Linear):
             read = linear(read, layer.weight, layer.bias)
         elif layer.training or not isinstance(layer, nn.Dropout):  # dropout does nothing then, but costs a call

@@ -90,8 +90,9 @@ class SparseRouter(LearnedRouter):
         count = scores.shape[1]
         if full and count == len(self.experts):  # an expert in each slot: nothing is to be left out
             indices, weights = arms, scores.gather(1, arms)
-            chosen = weights
+            chosen, bounds = weights, (0, count - 1)
         else:
+            bounds = None
             indices = torch.where(arms < len(self.experts), arms, -1)
             chosen = torch.where(arms >= 0, scores.gather(1, arms.clamp_min(0)), 0.0)
             weights = torch.where(indices >= 0, chosen, 0.0)
@@ -106,7 +107,7 @@ class SparseRouter(LearnedRouter):
         read_off = not (self.training or torch.is_grad_enabled()) and count == len(self.experts)
         selected = None if read_off else chosen_experts(arms, count)
         # New here, and changed by nobody: layers that share the routing share what is derived from its choices.
-        return Routing(kernels.constant(indices), weights, base_weight, probs, selected=selected)
+        return Routing(kernels.constant(indices, bounds), weights, base_weight, probs, selected=selected)
 
     def completed(self, routing: Routing, noisy: Tensor, context: ForwardContext) -> Routing:
         if not (self.training and self.capacity_factor):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixadapters import kernels
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.losses import win_chances
 from mixadapters.core.routes import real_rows
@@ -15,7 +16,11 @@ from mixadapters.routers.balancing import ChoiceBias
 from mixadapters.routers.base import ROUTERS
 from mixadapters.routers.options import check_options
 from mixadapters.routers.schedules import Points
+from mixadapters.routers.score import exact, linear
 from mixadapters.routers.sparse import SparseRouter
+
+# The options of a gate that asks for nothing: a softmax of W x + b for each token, and an expert for each arm.
+PLAIN = ("softmax", False, 1.0, 1.0, None, False, 0, None, (), "token", 1)
 
 
 @ROUTERS.register("top_k")
@@ -42,6 +47,24 @@ class TopKRouter(SparseRouter):
         self._check_k(k, len(self.arms))
         self.k, self.bias_update_rate = k, bias_update_rate
         self.balancing = ChoiceBias(len(self.arms)) if bias_update_rate else None
+
+    def brief(self, tokens: Tensor) -> Routing | None:
+        """For a linear gate without options, as most are: a step of decoding passes here once for each layer."""
+        parts: Any = self._modules
+        layers, output = parts["hidden"]._modules, parts["output"]
+        said = (
+            self.scoring_func, self.norm_topk_prob, self.routed_scaling_factor, self.temperature, self.activation,
+            self.convex, self.null_arms, self.balancing, self.masked, self.granularity, len(layers),
+        )  # fmt: skip
+        hooked = self._forward_hooks or self._forward_pre_hooks
+        if type(self) is not TopKRouter or said != PLAIN or self.training or hooked:
+            return None
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        logits = linear(exact(rows, self.normalize), output.weight, output.bias)
+        scores = logits.softmax(-1)
+        indices = scores.topk(scores.shape[1] if self.k is None else self.k).indices
+        indices = kernels.constant(indices, (0, scores.shape[1] - 1))
+        return Routing(indices, scores.gather(1, indices), None, scores, logits=logits)
 
     @property
     def fills_slots(self) -> bool:

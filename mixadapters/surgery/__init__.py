@@ -1,19 +1,22 @@
 """Seeing and cutting experts: those of our mixtures and those of MoE base models."""
 
-from mixadapters.surgery.compressed import compress_folder, expand_compressed, load_compressed, save_compressed
-from mixadapters.surgery.compressing import Compression, compress_experts
-from mixadapters.surgery.extraction import Extraction, extract_experts, using_experts
-from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers
-from mixadapters.surgery.merging import MergeResult, merge_experts
-from mixadapters.surgery.overspecification import Overspecification, overspecification_report
-from mixadapters.surgery.page import write_page
-from mixadapters.surgery.pruning import PruneCurve, PruneResult, prune_curve, prune_experts
-from mixadapters.surgery.reporting import Report, report
-from mixadapters.surgery.saving import load_pruned, save_pruned
-from mixadapters.surgery.splitting import join_experts, split_expert
-from mixadapters.surgery.tracing import LayerRoutes, RouteTable, routes
-from mixadapters.surgery.tuning import Ranked, ftri, rank_by_usage, selectivity, tune_experts
-from mixadapters.surgery.usage import ExpertUsage, LayerUsage, record_usage
+from mixadapters.core.starting import ended_quietly
+
+with ended_quietly():
+    from mixadapters.surgery.compressed import compress_folder, expand_compressed, load_compressed, save_compressed
+    from mixadapters.surgery.compressing import Compression, compress_experts
+    from mixadapters.surgery.extraction import Extraction, extract_experts, using_experts
+    from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers
+    from mixadapters.surgery.merging import MergeResult, merge_experts
+    from mixadapters.surgery.overspecification import Overspecification, overspecification_report
+    from mixadapters.surgery.page import write_page
+    from mixadapters.surgery.pruning import PruneCurve, PruneResult, prune_curve, prune_experts
+    from mixadapters.surgery.reporting import Report, report
+    from mixadapters.surgery.saving import load_pruned, save_pruned
+    from mixadapters.surgery.splitting import join_experts, split_expert
+    from mixadapters.surgery.tracing import LayerRoutes, RouteTable, routes
+    from mixadapters.surgery.tuning import Ranked, ftri, rank_by_usage, selectivity, tune_experts
+    from mixadapters.surgery.usage import ExpertUsage, LayerUsage, record_usage
 
 __all__ = [
     "Compression",

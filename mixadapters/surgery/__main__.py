@@ -15,13 +15,24 @@ USAGE = """usage: python -m mixadapters.surgery COMMAND MODEL [--adapter ADAPTER
   routes   a page in which text is coloured by the expert that took each token, layer by layer
   prune    the experts that matter least for the texts leave
   merge    experts that serve the same tokens become one
-  compress their weights become ternary, and lie in codes
-COMMAND --help lists all arguments. A text of FILE is a line of a .txt, or a field of a line of a .jsonl."""
+  compress their weights become smaller, and lie in codes; `expand` is the way back
+  expand   the folder that `compress` has written as an ordinary one
+COMMAND --help lists all arguments, with an example. A text of FILE is a line of a .txt, or a field of a line of a
+.jsonl."""
+ADAPTERS = "mistral-7b --adapter runs/mixture"  # of examples
 
 
-def _parser(command: str, about: str, texts: int) -> argparse.ArgumentParser:
-    """What all commands take. texts: of each label, where the user does not say how many."""
-    parser = argparse.ArgumentParser(f"python -m mixadapters.surgery {command}", description=about)
+def _bare_parser(command: str, about: str, example: str) -> argparse.ArgumentParser:
+    name = f"python -m mixadapters.surgery {command}"
+    shape = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        name, description=about, epilog=f"example:\n  {name} {example}", formatter_class=shape
+    )
+
+
+def _parser(command: str, about: str, texts: int, example: str) -> argparse.ArgumentParser:
+    """What all commands that read texts take. texts: of each label, where the user does not say how many."""
+    parser = _bare_parser(command, about, example)
     parser.add_argument("model", metavar="MODEL", help="base model: a folder, or a name on the hub")
     parser.add_argument("--adapter", help="adapter on it: a folder, or a name on the hub; its experts alone are meant")
     parser.add_argument("--data", required=True, type=Path, metavar="FILE", help="texts: .txt or .jsonl, also .gz")
@@ -38,7 +49,7 @@ class Inputs:
     """The texts, the model and its tokenizer. What can be wrong with arguments is found before these load."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from mixadapters.surgery.loading import load_model, load_tokenizer
+        from mixadapters.surgery.loading import check_name, load_model, load_tokenizer
         from mixadapters.surgery.texts import read_texts
 
         for name in ("limit", "length", "batch", "keep", "factor", "groups"):
@@ -52,6 +63,9 @@ class Inputs:
             raise ValueError(f"--label {wanted!r} is no label of {str(args.data)!r}; have {have}")
         if self.read.left_out:
             _say(f"{len(self.read.texts)} texts are read, {self.read.left_out} are left out by --limit {args.limit}")
+        check_name("MODEL", args.model, "config.json")
+        if args.adapter is not None:
+            check_name("--adapter", args.adapter, "adapter_config.json")
         self.tokenizer = load_tokenizer(args.model)
         self.model: Any = load_model(args.model, args.adapter, args.device)
         # Of an adapter's experts, or of the base's.
@@ -96,7 +110,10 @@ def report(arguments: Sequence[str]) -> int:
     from mixadapters.surgery.overspecification import overspecification_report
     from mixadapters.surgery.reporting import report as reported
 
-    parser = _parser("report", "What the experts of a model are, cost, and do with some texts.", 256)
+    parser = _parser(
+        "report", "What the experts of a model are, cost, and do with some texts.", 256,
+        f"{ADAPTERS} --data texts.jsonl --out report",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="new folder; without it tables are printed alone")
     args = parser.parse_args(arguments)
     if args.out is not None:
@@ -124,7 +141,10 @@ def routes(arguments: Sequence[str]) -> int:
     from mixadapters.surgery.page import write_page
     from mixadapters.surgery.tracing import routes as routed
 
-    parser = _parser("routes", "A page of text, coloured by the expert that took each token.", 6)
+    parser = _parser(
+        "routes", "A page of text, coloured by the expert that took each token.", 6,
+        f"{ADAPTERS} --data texts.jsonl --out routes.html",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, type=Path, metavar="FILE.html", help="new file")
     parser.add_argument("--title", help="of the page; default: the model's name")
     args = parser.parse_args(arguments)
@@ -143,7 +163,10 @@ def routes(arguments: Sequence[str]) -> int:
 def prune(arguments: Sequence[str]) -> int:
     from mixadapters.surgery.pruning import CRITERIA, prune_experts
 
-    parser = _parser("prune", "The experts that matter least for some texts leave.", 256)
+    parser = _parser(
+        "prune", "The experts that matter least for some texts leave.", 256,
+        "olmoe-1b-7b --data texts.jsonl --label law --factor 2 --out pruned",
+    )  # fmt: skip
     count = parser.add_mutually_exclusive_group(required=True)
     count.add_argument("--keep", type=int, metavar="N", help="experts that stay in each layer")
     count.add_argument("--factor", type=float, help="instead: a layer of E experts keeps E / factor")
@@ -154,55 +177,80 @@ def prune(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     return _cut(
         args,
-        lambda model, usage, **options: prune_experts(
-            model, usage, args.keep, factor=args.factor, criterion=args.criterion, scope=args.scope,
+        lambda inputs, usage, **options: prune_experts(
+            inputs.model, usage, args.keep, factor=args.factor, criterion=args.criterion, scope=args.scope,
             preserve_mass=args.preserve_mass, **options,
         ),
     )  # fmt: skip
 
 
 def merge(arguments: Sequence[str]) -> int:
-    from mixadapters.surgery.merging import AVERAGINGS, SIMILARITIES, merge_experts
+    from mixadapters.surgery.merging import AVERAGINGS, GROUPINGS, SIMILARITIES, merge_experts
+    from mixadapters.surgery.overspecification import check_tolerance, overspecification_report
 
-    parser = _parser("merge", "Experts that serve the same tokens of some texts become one.", 256)
-    parser.add_argument(
-        "--groups", type=int, required=True, metavar="N", help="experts that each layer has afterwards"
-    )
-    parser.add_argument("--similarity", choices=SIMILARITIES, default="router_logits")
+    parser = _parser(
+        "merge", "Experts that serve the same tokens of some texts, or compute the same, become one.", 256,
+        f"{ADAPTERS} --data texts.jsonl --groups 4 --out merged",
+    )  # fmt: skip
+    count = parser.add_mutually_exclusive_group(required=True)
+    count.add_argument("--groups", type=int, metavar="N", help="experts that each layer has afterwards")
+    count.add_argument(
+        "--doubles", type=float, metavar="TOLERANCE",
+        help="instead: those alone that compute the same, up to this distance from 0 to 2, such as 0.01",
+    )  # fmt: skip
+    parser.add_argument("--similarity", choices=SIMILARITIES, default="router_logits", help="default: router_logits")
+    parser.add_argument("--grouping", choices=GROUPINGS, default="dominant", help="default: dominant")
     parser.add_argument("--weight", choices=AVERAGINGS, default="usage", help="default: usage")
     parser.add_argument("--no-align", action="store_true", help="add up neurons as they are numbered")
     parser.add_argument("--scope", choices=("layer", "global"), default="layer", help="of the budget; default: layer")
     _add_cutting(parser)
     args = parser.parse_args(arguments)
-    return _cut(
-        args,
-        lambda model, usage, **options: merge_experts(
-            model, usage, args.groups, similarity=args.similarity, align=not args.no_align, weight=args.weight,
-            scope=args.scope, **options,
-        ),
-    )  # fmt: skip
+    if args.doubles is not None:
+        check_tolerance(args.doubles)
+
+    def verb(inputs: Inputs, usage: Any, **options: Any) -> Any:
+        groups: Any = args.groups
+        if args.doubles is not None:
+            batches = (batch for batch, _ in inputs.batches("experts that compute the same"))
+            same = overspecification_report(inputs.model, batches, tolerance=args.doubles, adapter=inputs.owner)
+            groups = same.groups
+        return merge_experts(
+            inputs.model, usage, groups, similarity=args.similarity, grouping=args.grouping,
+            align=not args.no_align, weight=args.weight, scope=args.scope, **options,
+        )  # fmt: skip
+
+    return _cut(args, verb)
 
 
 def compress(arguments: Sequence[str]) -> int:
     from mixadapters.core.files import folder_aside, new_folder
     from mixadapters.surgery.compressed import save_compressed
-    from mixadapters.surgery.compressing import compress_experts
+    from mixadapters.surgery.compressing import OPTIONS, compress_experts
     from mixadapters.surgery.qmoe import CODECS, ROUNDINGS, SCALES
 
-    parser = _parser("compress", "Experts in ternary weights, calibrated on some texts, in a folder of codes.", 64)
-    parser.add_argument("--scale", choices=SCALES, default="minmax", help="of each row's two values; default: minmax")
-    parser.add_argument("--rounding", choices=ROUNDINGS, default="gptq", help="default: gptq")
-    parser.add_argument("--codec", choices=CODECS, default="qmoe", help="default: qmoe")
+    parser = _parser(
+        "compress", "Smaller experts, calibrated on some texts, in a folder of codes.", 64,
+        "olmoe-1b-7b --data texts.jsonl --out compressed",
+    )  # fmt: skip
+    parser.add_argument(
+        "--method", choices=tuple(OPTIONS), default="qmoe",
+        help="ternary weights, or products of low rank with some rows beside; default: qmoe",
+    )  # fmt: skip
+    parser.add_argument("--scale", choices=SCALES, help="qmoe: of each row's two values; default: minmax")
+    parser.add_argument("--rounding", choices=ROUNDINGS, help="qmoe; default: gptq")
+    parser.add_argument("--codec", choices=CODECS, help="qmoe; default: qmoe")
+    parser.add_argument("--share", type=float, help="lowrank_sparse: of the weights, for the product; default: 0.25")
+    parser.add_argument("--keep-rows", type=float, help="lowrank_sparse: share of rows beside it; default: 0.1")
     parser.add_argument("--dry-run", action="store_true", help="say what would happen, and write nothing")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="new folder, for the result")
     args = parser.parse_args(arguments)
     new_folder(args.out)
+    options = _options_of(args, OPTIONS)
     inputs = Inputs(args)
     batches = [batch for batch, _ in inputs.batches("texts")]
     told = compress_experts(
-        inputs.model, batches, adapter=inputs.owner, scale=args.scale, rounding=args.rounding, codec=args.codec,
-        dry_run=args.dry_run,
-    )  # fmt: skip
+        inputs.model, batches, method=args.method, adapter=inputs.owner, dry_run=args.dry_run, **options
+    )
     print(
         f"{len(told.experts)} experts: {told.nbytes} bytes for {told.plain_bytes}, {told.bits_per_weight:.2f} bits "
         f"per weight; their outputs moved by {told.error:.3f} of their square"
@@ -210,10 +258,44 @@ def compress(arguments: Sequence[str]) -> int:
     if args.dry_run:
         return 0
     with folder_aside(args.out) as aside:
-        save_compressed(inputs.model, aside, codec=args.codec)
+        sizes = save_compressed(inputs.model, aside, codec=args.codec or "qmoe", factors=told.factors)
         (aside / "surgery.json").write_text(json.dumps(told.as_dict(), indent=1), encoding="utf-8")
         if args.adapter is None:
             inputs.tokenizer.save_pretrained(aside)
+    _say(f"wrote {args.out}: {sizes.on_disk} bytes of weights for {sizes.plain}")
+    return 0
+
+
+def _options_of(args: argparse.Namespace, methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Those of a method that were given. Raises ValueError for those of another, and for shares out of range."""
+    from mixadapters.surgery.lowrank import check_share
+
+    given = {"scale": args.scale, "rounding": args.rounding, "codec": args.codec, "share": args.share,
+             "keep": args.keep_rows}  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    flags = {name: "--keep-rows" if name == "keep" else f"--{name}" for name in given}
+    if odd := [flags[name] for name in given if name not in methods[args.method]]:
+        raise ValueError(f"{odd[0]} is no option of --method {args.method}")
+    for name in given.keys() & {"share", "keep"}:
+        check_share(flags[name], given[name])
+    return given
+
+
+def expand(arguments: Sequence[str]) -> int:
+    from mixadapters.core.files import new_folder
+    from mixadapters.surgery.compressed import expand_compressed
+
+    parser = _bare_parser(
+        "expand", "The folder that `compress` has written as an ordinary one, for stock libraries.",
+        "compressed --out expanded",
+    )  # fmt: skip
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="a model or an adapter in codes")
+    parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="new folder")
+    args = parser.parse_args(arguments)
+    if not args.folder.is_dir():
+        raise ValueError(f"FOLDER {str(args.folder)!r}: there is no such folder")
+    new_folder(args.out)
+    expand_compressed(args.folder, args.out)
     _say(f"wrote {args.out}")
     return 0
 
@@ -233,7 +315,7 @@ def _cut(args: argparse.Namespace, verb: Callable[..., Any]) -> int:
     inputs = Inputs(args)
     usage = inputs.usage()
     usage = usage if args.label is None else usage.by_label[args.label]
-    result = verb(inputs.model, usage, adapter=inputs.owner, seed=args.seed, dry_run=args.dry_run)
+    result = verb(inputs, usage, adapter=inputs.owner, seed=args.seed, dry_run=args.dry_run)
     print(result)
     if args.dry_run:
         return 0
@@ -267,19 +349,20 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "prune": prune,
     "merge": merge,
     "compress": compress,
+    "expand": expand,
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    from transformers import logging as transformers_logging
-
     command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     if command not in COMMANDS:
         print(USAGE, file=sys.stderr)
         return 0 if command in ("-h", "--help") else 2
-    if not _on_terminal():
-        transformers_logging.disable_progress_bar()
     try:
+        from transformers import logging as transformers_logging
+
+        if not _on_terminal():
+            transformers_logging.disable_progress_bar()
         return COMMANDS[command](arguments)
     except (ValueError, OSError) as error:
         _say(f"error: {error}")

@@ -13,10 +13,8 @@ from mixadapters.core.bank import Weights
 from mixadapters.core.hooks import root_of
 from mixadapters.core.routing import chosen_experts
 from mixadapters.surgery.bases import BASES, Base
+from mixadapters.surgery.layouts import FUSED, holds_experts, hook_saving, recount
 from mixadapters.surgery.view import ExpertLayer, Routed, Watcher, check_map, check_order, context_of
-
-FUSED = ("gate_up_proj", "up_proj", "down_proj")
-COUNTS = ("num_experts", "n_routed_experts", "num_local_experts")  # attributes of modules
 
 
 def base_layers(model: nn.Module) -> list[ExpertLayer]:
@@ -30,7 +28,7 @@ def base_layers(model: nn.Module) -> list[ExpertLayer]:
     for name, module in root.named_modules():
         if not holds_experts(module):
             continue
-        kind = getattr(getattr(module, "config", None), "model_type", None) or _type_of(root)
+        kind = getattr(getattr(module, "config", None), "model_type", None) or type_of(root)
         if kind not in BASES:
             raise ValueError(
                 f"the experts at {name!r} are of model_type={kind!r}, which is not in the table of MoE base models; "
@@ -41,39 +39,8 @@ def base_layers(model: nn.Module) -> list[ExpertLayer]:
     return found
 
 
-def settle_config(model: nn.Module) -> None:
-    """Have the config, and modules that repeat it, say how many experts the blocks have, where all have as many."""
-    root: Any = root_of(model)
-    layers: list[Any] = base_layers(root)
-    counts = {len(layer.names) for layer in layers}
-    if not layers or len(counts) > 1 or any(layer.map is not None for layer in layers):
-        return
-    config = getattr(layers[0].experts, "config", root.config)
-    field = count_field(config)
-    before, now = getattr(config, field), counts.pop()
-    setattr(config, field, now)
-    for module in root.modules():
-        if before != now:
-            _recount(module, before, now)
-
-
-def count_field(config: Any) -> str:
-    """The field of a model's config that says how many experts a block has."""
-    said = config.to_dict()
-    return next(name for name in (*COUNTS, "moe_num_experts") if name in said)
-
-
-def holds_experts(module: nn.Module) -> bool:
-    """Whether a module holds fused experts, in whatever form, or is a list of experts beside a router."""
-    if "Experts" not in type(module).__name__:
-        return False
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    if any(t is not None and t.dim() >= 3 for t in tensors) or isinstance(module, nn.ModuleList):
-        return True
-    return any(name.startswith(FUSED) for name in (*module._parameters, *module._buffers))
-
-
-def _type_of(root: nn.Module) -> str:
+def type_of(root: nn.Module) -> str:
+    """What a model's config says that it is; of one without, its class."""
     return str(getattr(getattr(root, "config", None), "model_type", type(root).__name__))
 
 
@@ -163,6 +130,14 @@ class BaseExperts(ExpertLayer):
         return tuple(map(str, range(len(self._down))))
 
     @property
+    def form(self) -> str:
+        return f"{self.model_type}: {self.width} to {self.width}"
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        return (self._down.shape[-2 if self._transposed else -1],) * len(self._down)
+
+    @property
     def top_k(self) -> int | None:
         return int(self.gate.top_k)
 
@@ -236,6 +211,7 @@ class BaseExperts(ExpertLayer):
 
     @torch.no_grad()
     def run(self, e: int, x: Tensor) -> Tensor:
+        x = x.to(self._down.dtype)
         return _each(type(self.experts).forward, self.experts, x, x.new_full((len(x), 1), e, dtype=torch.long))[:, 0]
 
     def router_rows(self) -> Tensor | None:
@@ -258,13 +234,14 @@ class BaseExperts(ExpertLayer):
             numbers = [numbers[c] for c in stay]
         self._keep_experts(kept)
         self.settle_map(numbers)
+        hook_saving(self.root)
 
     def check_keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
         kept = check_order(self, order)
         self._refuse_adapted()
         if not preserve_mass:
             numbers = self._renumbered({e: place for place, e in enumerate(kept)})
-            self._check_columns(_staying(numbers), len(numbers))
+            _check_columns(self, _staying(numbers), len(numbers))
 
     def _renumbered(self, place_of: Mapping[int, int]) -> list[int]:
         """For each of the router's columns the place that its expert gets, -1 for none."""
@@ -279,6 +256,7 @@ class BaseExperts(ExpertLayer):
         numbers = self._renumbered({e: kept.index(other) for e, other in enumerate(stands)})
         self._keep_experts(kept)
         self.settle_map(numbers)
+        hook_saving(self.root)
 
     def _refuse_adapted(self) -> None:
         """Raise ValueError where adapters of PEFT sit on the experts or their router."""
@@ -288,25 +266,6 @@ class BaseExperts(ExpertLayer):
                 f"adapters sit on the experts at {self.path!r}, or on their router, and would not fit any more: cut "
                 "the base model first, then add adapters"
             )
-
-    def _check_columns(self, stay: Sequence[int], total: int) -> None:
-        """Raise ValueError where the router cannot choose among the columns that stay, of so many."""
-        top_k = self.top_k or 1
-        if len(stay) < top_k:
-            raise ValueError(
-                f"{len(stay)} experts at {self.path!r} are fewer than the {top_k} that a token uses: keep more, or "
-                "preserve their mass"
-            )
-        size = total // self.groups
-        if self.groups > 1:
-            members = [sorted(c for c in stay if c // size == group) for group in range(self.groups)]
-            in_blocks = [c // size for c in stay] == sorted(c // size for c in stay)
-            if len({len(group) for group in members}) > 1 or len(members[0]) < min(2, size) or not in_blocks:
-                raise ValueError(
-                    f"the router at {self.path!r} chooses first among {self.groups} groups of {size} experts, of "
-                    f"which {[len(group) for group in members]} would stay: keep as many of each, two or more, in "
-                    "their order"
-                )
 
     def _keep_columns(self, stay: Sequence[int]) -> None:
         """Shrink the router, and whatever has an entry for each of its columns."""
@@ -320,7 +279,7 @@ class BaseExperts(ExpertLayer):
             else:
                 owner._buffers[name] = new
         for module in (self.block, *self.gate.modules()):
-            _recount(module, before, len(stay))
+            recount(module, before, len(stay))
 
     def _keep_experts(self, kept: Sequence[int]) -> None:
         before = len(self.names)
@@ -329,7 +288,7 @@ class BaseExperts(ExpertLayer):
                 index = torch.tensor(kept, device=tensor.device)
                 new = nn.Parameter(tensor.detach().index_select(0, index), tensor.requires_grad)
                 self.experts._parameters[name] = new
-        _recount(self.experts, before, len(kept))
+        recount(self.experts, before, len(kept))
 
     def shrink(self, experts: int, columns: int) -> None:
         """Have the shapes of so many experts and columns of the router; for a model that has no weights yet.
@@ -391,6 +350,26 @@ class BaseExperts(ExpertLayer):
             if outputs:
                 stack.enter_context(_standing_in(self.experts, watched.forward))
             yield
+
+
+def _check_columns(layer: BaseExperts, stay: Sequence[int], total: int) -> None:
+    """Raise ValueError where the router cannot choose among the columns that stay, of so many."""
+    top_k = layer.top_k or 1
+    if len(stay) < top_k:
+        raise ValueError(
+            f"{len(stay)} experts at {layer.path!r} are fewer than the {top_k} that a token uses: keep more, or "
+            "preserve their mass"
+        )
+    size = total // layer.groups
+    if layer.groups > 1:
+        members = [sorted(c for c in stay if c // size == group) for group in range(layer.groups)]
+        in_blocks = [c // size for c in stay] == sorted(c // size for c in stay)
+        if len({len(group) for group in members}) > 1 or len(members[0]) < min(2, size) or not in_blocks:
+            raise ValueError(
+                f"the router at {layer.path!r} chooses first among {layer.groups} groups of {size} experts, of "
+                f"which {[len(group) for group in members]} would stay: keep as many of each, two or more, in "
+                "their order"
+            )
 
 
 class _Watched:
@@ -475,13 +454,6 @@ def _found(block: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
     path, _, last = name.rpartition(".")
     owner = block.get_submodule(path)
     return owner, last, getattr(owner, last)
-
-
-def _recount(module: Any, before: int, now: int) -> None:
-    """Set what a module says of the number of experts."""
-    for name in (*COUNTS, *(("out_features",) if isinstance(module, nn.Linear) else ())):
-        if module.__dict__.get(name) == before:
-            setattr(module, name, now)
 
 
 def _plain(tensor: Tensor | None) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,14 @@ from mixadapters.core.bank import Weights
 from mixadapters.core.config import one_of
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers
-from mixadapters.surgery.lowrank import check_share, low_rank_sparse_expert
+from mixadapters.surgery.lowrank import LowRankSparse, check_share, content_digest, low_rank_sparse_expert
 from mixadapters.surgery.qmoe import CODECS, MATRICES, ROUNDINGS, SCALES, encode_matrix, ternary_expert
 from mixadapters.surgery.view import expert_output
 
-METHODS = ("qmoe", "lowrank_sparse")
+OPTIONS: dict[str, dict[str, Any]] = {  # of each method, with their defaults
+    "qmoe": {"scale": "minmax", "rounding": "gptq", "damping": 0.1, "codec": "qmoe"},
+    "lowrank_sparse": {"share": 0.25, "keep": 0.1},
+}
 
 
 class Shrunk(NamedTuple):
@@ -26,6 +29,7 @@ class Shrunk(NamedTuple):
 
     weights: Weights  # as it is computed with from now on
     nbytes: int  # of its matrices in that form
+    forms: Mapping[str, LowRankSparse] = {}  # of those by name that are products
 
 
 Shrink = Callable[[Weights, "Tensor | None", str], Shrunk]  # weights, inputs (N, K) of the expert, activation
@@ -50,6 +54,8 @@ class Compression:
     method: str
     options: dict[str, Any]
     layers: dict[str, tuple[ExpertCompression, ...]]  # by `ExpertLayer.key`
+    # The products that matrices have become, by `content_digest`: for `save_compressed`. None of a dry run.
+    factors: dict[str, LowRankSparse] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def experts(self) -> list[ExpertCompression]:
@@ -76,7 +82,8 @@ class Compression:
 
     def as_dict(self) -> dict[str, Any]:
         sums = {name: getattr(self, name) for name in ("plain_bytes", "nbytes", "bits_per_weight", "error")}
-        return {**asdict(self), **sums}
+        layers = {key: [asdict(expert) for expert in layer] for key, layer in self.layers.items()}
+        return {"method": self.method, "options": self.options, "layers": layers, **sums}
 
 
 @torch.no_grad()
@@ -93,7 +100,7 @@ def compress_experts(
     """Make the experts of a model smaller, in place, layer by layer: each for what the layers before have become.
 
     The model computes with the smaller experts as they are, in its own dtype; `save_compressed` writes ternary ones as
-    codes.
+    codes, and products as their factors where it is given those that are returned here.
 
     Args:
         calibration: batches, as arguments of the model. They are run once for each layer.
@@ -120,11 +127,19 @@ def compress_experts(
         raise ValueError(f"samples={samples!r} must be a number of rows, at least 1")
     for layer in layers:
         _refuse(layer, method, options)
-    done = {}
+    done: dict[str, tuple[ExpertCompression, ...]] = {}
+    factors: dict[str, LowRankSparse] = {}
     for layer in layers:
         inputs = routed_inputs(model, layer, batches, samples)
-        done[layer.key] = tuple(_compress(layer, e, inputs[e], shrink, dry_run) for e in range(len(layer.names)))
-    return Compression(method, options, done)
+        found = []
+        for e in range(len(layer.names)):
+            told, shrunk = _compress(layer, e, inputs[e], shrink, dry_run)
+            found.append(told)
+            if not dry_run:
+                held = layer.weights(e)
+                factors |= {content_digest(getattr(held, name)): form for name, form in shrunk.forms.items()}
+        done[layer.key] = tuple(found)
+    return Compression(method, options, done, factors)
 
 
 def routed_inputs(
@@ -154,7 +169,9 @@ def routed_inputs(
     return [torch.cat(rows) if rows else torch.zeros(0, width) for rows in found]
 
 
-def _compress(layer: ExpertLayer, e: int, inputs: Tensor, shrink: Shrink, dry_run: bool) -> ExpertCompression:
+def _compress(
+    layer: ExpertLayer, e: int, inputs: Tensor, shrink: Shrink, dry_run: bool
+) -> tuple[ExpertCompression, Shrunk]:
     old = layer.weights(e)
     shrunk = shrink(old, inputs, layer.activation)
     matrices = [matrix for name in MATRICES if (matrix := getattr(old, name)) is not None]
@@ -168,17 +185,13 @@ def _compress(layer: ExpertLayer, e: int, inputs: Tensor, shrink: Shrink, dry_ru
     )  # fmt: skip
     if not dry_run:
         layer.set_weights(e, shrunk.weights)
-    return report
+    return report, shrunk
 
 
 def _shrink(method: str, given: dict[str, Any]) -> tuple[Shrink, dict[str, Any]]:
     """What a method makes of an expert, and all of its options. Raises ValueError for those that it does not have."""
-    one_of("method", method, METHODS)
-    defaults: dict[str, Any] = (
-        {"scale": "minmax", "rounding": "gptq", "damping": 0.1, "codec": "qmoe"}
-        if method == "qmoe"
-        else {"share": 0.25, "keep": 0.1}
-    )
+    one_of("method", method, OPTIONS)
+    defaults = OPTIONS[method]
     for name in given:
         one_of(f"option of method={method!r}", name, defaults)
     options = defaults | given
@@ -188,7 +201,7 @@ def _shrink(method: str, given: dict[str, Any]) -> tuple[Shrink, dict[str, Any]]
 
         def low_rank(weights: Weights, inputs: Tensor | None, activation: str) -> Shrunk:
             smaller, forms = low_rank_sparse_expert(weights, inputs, activation, **options)
-            return Shrunk(smaller, sum(form.nbytes for form in forms.values()))
+            return Shrunk(smaller, sum(form.nbytes for form in forms.values()), forms)
 
         return low_rank, options
     for name, choices in (("scale", SCALES), ("rounding", ROUNDINGS), ("codec", CODECS)):

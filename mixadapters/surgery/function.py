@@ -14,7 +14,8 @@ from mixadapters.kernels import ACTIVATIONS
 
 
 def read_by(weights: Weights, inputs: Tensor) -> Tensor:
-    """inputs (N, K) as down and gate read them: behind the expert's LayerNorm, if it has one."""
+    """inputs (N, K) as down and gate read them: in the expert's dtype, behind its LayerNorm if it has one."""
+    inputs = inputs.to(weights.down.dtype)  # what a forward under autocast has shown is of a smaller one
     if weights.norm is None:
         return inputs
     return F.layer_norm(inputs, inputs.shape[-1:], *weights.norm)
@@ -47,7 +48,7 @@ def expert_norms(every: Sequence[Weights], activation: str, x: Tensor) -> Tensor
         matrices, biases = [getattr(w, name) for w in every], [getattr(w, f"b_{name}") for w in every]
         if every[0].norm is None:
             bias = None if biases[0] is None else torch.cat(biases)
-            return F.linear(x, torch.cat(matrices), bias).unflatten(1, (len(every), -1))
+            return F.linear(read_by(every[0], x), torch.cat(matrices), bias).unflatten(1, (len(every), -1))
         read = [read_by(weights, x) for weights in every]
         return torch.stack([F.linear(*part) for part in zip(read, matrices, biases, strict=True)], 1)
 

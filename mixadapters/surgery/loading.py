@@ -2,23 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import HfApi, try_to_load_from_cache
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from mixadapters.core.card import CLASSES
-from mixadapters.surgery.saving import EXPERTS_FILE, load_pruned
+from mixadapters.core.registry import nearest
+from mixadapters.surgery.compressed import INDEX, expand_compressed
+from mixadapters.surgery.layouts import EXPERTS_FILE
+from mixadapters.surgery.saving import load_pruned
+
+PATIENCE = 10.0  # seconds for the hub's answer whether it has a repository
+
+
+def check_name(what: str, name: str, file: str) -> None:
+    """Find out whether a folder, or a repository of the hub, is there, without the hub's retries.
+
+    Args:
+        what: of the message, such as "MODEL".
+        file: that it holds; what lies in the hub's cache needs no network.
+
+    Raises:
+        ValueError: there is none, or the hub cannot say so.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return
+    if path.exists():
+        raise ValueError(f"{what} {name!r} is a file: name the folder that holds the model")
+    missing = f"{what} {name!r}: there is no such folder"
+    if _looks_like_a_path(name):
+        beside = sorted(other.name for other in path.parent.iterdir()) if path.parent.is_dir() else []
+        raise ValueError(f"{missing}.{nearest(path.name, beside)}")
+    try:
+        if isinstance(try_to_load_from_cache(name, file), str):
+            return
+        HfApi().repo_info(name, timeout=PATIENCE)
+    except Exception as error:  # not there, not open, no network, no name of a repository
+        said = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{missing} here, and the hub gives none of this name: {said}") from None
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Whether a name can be no repository of the hub, or lies in a folder that is here."""
+    if name.startswith((".", "/", "~")) or "\\" in name or name.endswith("/") or name.count("/") > 1:
+        return True
+    return "/" in name and Path(name).parent.is_dir()
 
 
 def load_model(name: str, adapter: str | None = None, device: str = "cpu") -> nn.Module:
-    """A base model, in evaluation, with the adapter if one is named.
+    """A base model, in evaluation, with the adapter if one is named. Folders of `save_compressed` are read too.
 
     Raises:
         ValueError: there is no such model or adapter, or it cannot be loaded; the error says which.
@@ -29,17 +72,33 @@ def load_model(name: str, adapter: str | None = None, device: str = "cpu") -> nn
         raise ValueError(f"--adapter {adapter!r} has no adapter_config.json: it is no saved adapter")
     task = None if adapter is None else _read("--adapter", adapter, PeftConfig).task_type
     config = _read("MODEL", name, AutoConfig)
-    if (Path(name) / EXPERTS_FILE).is_file():  # what transformers cannot load
-        base = _try("MODEL", name, lambda: load_pruned(name, dtype="auto"))
-    else:
-        base = _read("MODEL", name, _class_for(config, task), dtype="auto")
+    with _expanded("MODEL", name) as folder:
+        if (Path(folder) / EXPERTS_FILE).is_file():  # what transformers cannot load
+            base = _try("MODEL", name, lambda: load_pruned(folder, dtype="auto"))
+        else:
+            kind = _class_for(config, task)
+            base = _try("MODEL", name, lambda: kind.from_pretrained(folder, dtype="auto"))
+    base.config._name_or_path = base.name_or_path = name
     model: Any = base
     if adapter is not None:
-        model = _try("--adapter", adapter, lambda: PeftModel.from_pretrained(base, adapter))
+        with _expanded("--adapter", adapter) as folder:
+            model = _try("--adapter", adapter, lambda: PeftModel.from_pretrained(base, folder))
     try:
         return model.to(torch.device(device)).eval()
     except (RuntimeError, AssertionError) as error:  # no such device, or no room there
         raise ValueError(f"--device {device!r}: {error}") from None
+
+
+@contextmanager
+def _expanded(what: str, name: str) -> Iterator[str]:
+    """The folder of a name; of one whose weights lie in codes a plain one, for the time of the block."""
+    if not (Path(name) / INDEX).is_file():
+        yield name
+        return
+    with tempfile.TemporaryDirectory() as parent:
+        plain = Path(parent) / "plain"
+        _try(what, name, lambda: expand_compressed(name, plain))
+        yield str(plain)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -57,8 +116,8 @@ def _class_for(config: Any, task: Any) -> Any:
     return found if whole else AutoModel
 
 
-def _read(what: str, name: str, kind: Any, **options: Any) -> Any:
-    return _try(what, name, lambda: kind.from_pretrained(name, **options))
+def _read(what: str, name: str, kind: Any) -> Any:
+    return _try(what, name, lambda: kind.from_pretrained(name))
 
 
 def _try(what: str, name: str, load: Callable[[], Any]) -> Any:

@@ -7,6 +7,7 @@ chosen at once: those without which the outputs of given inputs would change mos
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any, NamedTuple
 
@@ -33,6 +34,13 @@ class LowRankSparse(NamedTuple):
     def dense(self) -> Tensor:
         """(M, K)."""
         return (self.left @ self.right).index_add(0, self.kept, self.sparse)
+
+
+def content_digest(matrix: Tensor) -> str:
+    """Of the shape, the dtype and the entries of a matrix."""
+    plain = matrix.detach().cpu().contiguous()
+    said = f"{plain.dtype} {tuple(plain.shape)} ".encode()
+    return hashlib.sha256(said + plain.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def rank_for(rows: int, columns: int, share: float) -> int:

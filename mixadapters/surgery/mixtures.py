@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.bank import Weights, keeps
+from mixadapters.core.hooks import root_of
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.routing import Routing
 from mixadapters.routers.arms import ArmSurgery
@@ -18,7 +19,7 @@ from mixadapters.routers.modality import ModalityRouter
 from mixadapters.routers.recurrent import RecurrentRouter
 from mixadapters.routers.task import TaskRouter
 from mixadapters.routers.tree import TreeRouter
-from mixadapters.surgery.blocks import joined_logits
+from mixadapters.surgery.blocks import joined_logits, type_of
 from mixadapters.surgery.function import expert_norms
 from mixadapters.surgery.view import ExpertLayer, Routed, Watcher, check_map, check_order, expert_output
 
@@ -71,6 +72,16 @@ class MixtureExperts(ExpertLayer):
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.mixture.bank.names[place] for place in self.places)
+
+    @property
+    def form(self) -> str:
+        bank = self.mixture.bank
+        return f"{type_of(root_of(self.tuner))}: {bank.in_features} to {bank.out_features}"
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        bank = self.mixture.bank
+        return tuple(bank.experts[name].rank for name in self.names) if keeps(bank) else ()
 
     @property
     def top_k(self) -> int | None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from mixadapters.core.registry import nearest
-from mixadapters.surgery.blocks import settle_config
 from mixadapters.surgery.layers import ExpertLayer, expert_layers
+from mixadapters.surgery.layouts import settle_config
 from mixadapters.surgery.mixtures import MixtureExperts, mixture_layers
 from mixadapters.surgery.usage import ExpertUsage, LayerUsage
 
@@ -159,11 +159,7 @@ def check_usage(layers: Sequence[ExpertLayer], usage: ExpertUsage | None, withou
         found = usage.layers.get(layer.key)
         if found is None:
             raise ValueError(f"the usage has nothing of {layer.key!r}; it has {list(usage.layers)[:4]}")
-        if found.names != layer.names:
-            raise ValueError(
-                f"the usage of {layer.key!r} is of the experts {found.names}, and it has {layer.names} now: "
-                "record anew"
-            )
+        found.refuse_others(layer)
         if not int(found.rows):
             raise ValueError(f"the usage of {layer.key!r} has seen no rows: run the model inside record_usage")
 
@@ -387,10 +383,10 @@ def after_pruning(usage: ExpertUsage, result: PruneResult) -> ExpertUsage:
         if (found := layers.get(part.key)) is not None:
             kept = list(part.kept)
             names = [part.names[e] for e in kept] if found.adapter else [str(e) for e in range(len(kept))]
-            layers[part.key] = LayerUsage(
-                found.path, found.adapter, tuple(names), found.tokens[kept], found.mass[kept], found.saliency[kept],
-                found.entropy, found.rows, found.pairs[kept][:, kept], found.logits[:, kept], found.draws,
-                found.samples,
+            layers[part.key] = replace(
+                found, names=tuple(names), tokens=found.tokens[kept], mass=found.mass[kept],
+                saliency=found.saliency[kept], pairs=found.pairs[kept][:, kept], logits=found.logits[:, kept],
+                units=tuple(found.units[e] for e in kept if found.units),
             )  # fmt: skip
     by_label = {label: after_pruning(labelled, result) for label, labelled in usage.by_label.items()}
     return ExpertUsage(layers, by_label)

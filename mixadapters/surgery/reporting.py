@@ -180,10 +180,8 @@ def _looked_up(model: nn.Module) -> int:
 def _layer(layer: ExpertLayer, usage: ExpertUsage | None, found: Overspecification | None) -> LayerReport:
     experts = [layer.weights(e) for e in range(len(layer.names))]
     recorded = None if usage is None else usage.layers.get(layer.key)
-    if recorded is not None and recorded.names != layer.names:
-        raise ValueError(
-            f"usage of {layer.key!r} is of the experts {recorded.names}, but the model has {layer.names}: record anew"
-        )
+    if recorded is not None:
+        recorded.refuse_others(layer)
     active = float(len(experts)) if layer.top_k is None else float(layer.top_k)
     if layer.top_k is None and recorded is not None and recorded.rows:
         active = float(recorded.tokens.sum() / recorded.rows)

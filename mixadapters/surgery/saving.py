@@ -20,10 +20,9 @@ from transformers import AutoConfig, PreTrainedModel
 from mixadapters.core.files import folder_aside
 from mixadapters.core.hooks import root_of
 from mixadapters.surgery.bases import BASES
-from mixadapters.surgery.blocks import BaseExperts, base_layers, holds_experts, settle_config
+from mixadapters.surgery.blocks import BaseExperts, base_layers
+from mixadapters.surgery.layouts import EXPERTS_FILE, FORMAT, holds_experts, hook_saving, save_cut
 
-EXPERTS_FILE = "mixadapters_experts.json"
-FORMAT = 1
 LARGEST_FILE = 2**22  # bytes of the file above
 OPTIONS = ("dtype", "device_map", "attn_implementation", "experts_implementation", "max_memory", "offload_folder")
 
@@ -47,36 +46,10 @@ def save_pruned(model: nn.Module, folder: str | Path) -> bool:
         raise ValueError(
             "the model has adapters in it: save those by save_pretrained, and the base without them (model.unload())"
         )
-    layers = base_layers(root)
-    if not layers or not isinstance(root, PreTrainedModel):
+    if not base_layers(root) or not isinstance(root, PreTrainedModel):
         raise ValueError(f"{type(root).__name__} has no experts of a base model; use its own save_pretrained")
-    settle_config(root)
-    layouts = {layer.path: _layout(layer) for layer in layers}
-    plain = _is_plain(layouts)
     with folder_aside(folder) as aside:
-        root.save_pretrained(str(aside))
-        if not plain:
-            said = {"format": FORMAT, "layers": layouts}
-            (aside / EXPERTS_FILE).write_text(json.dumps(said, indent=1), encoding="utf-8")
-        (aside / "README.md").write_text(_card(root, layouts, plain), encoding="utf-8")
-    return plain
-
-
-def needs_loader(model: nn.Module) -> bool:
-    """Whether the experts of a base lie as stock transformers cannot load them, so that `save_pruned` must save it."""
-    return not _is_plain({layer.path: _layout(layer) for layer in base_layers(root_of(model))})
-
-
-def _layout(layer: Any) -> dict[str, Any]:
-    """How many experts a layer has, and which takes the rows of each of its router's columns."""
-    count = len(layer.names)
-    return {"experts": count, "columns": list(range(count)) if layer.map is None else layer.map.numbers.tolist()}
-
-
-def _is_plain(layouts: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether layers have as many experts, each with a column of its own."""
-    counts = {layout["experts"] for layout in layouts.values()}
-    return len(counts) <= 1 and all(said["columns"] == list(range(said["experts"])) for said in layouts.values())
+        return save_cut(root, aside)
 
 
 def load_pruned(folder: str | Path, **options: Any) -> Any:
@@ -113,6 +86,7 @@ def load_pruned(folder: str | Path, **options: Any) -> Any:
         model.__class__ = cls
         for layer in base_layers(model):
             layer.settle_map(layouts[layer.path]["columns"])  # type: ignore[attr-defined]
+        hook_saving(model)
     return model.eval()
 
 
@@ -168,22 +142,3 @@ def _shaped(cls: Any, layouts: Mapping[str, Mapping[str, Any]]) -> Any:
             layer.shrink(layouts[name]["experts"], len(layouts[name]["columns"]))
 
     return type(cls.__name__, (cls,), {"__init__": init, "__module__": cls.__module__})
-
-
-def _card(root: Any, layouts: Mapping[str, Mapping[str, Any]], plain: bool) -> str:
-    """The model card: what it is, and what loads it."""
-    base = str(getattr(root.config, "_name_or_path", "") or "")
-    named = base if base.count("/") == 1 and not Path(base).exists() else Path(base).name
-    cls = type(root).__name__
-    load = [f"from transformers import {cls}", "", f'model = {cls}.from_pretrained("PATH")']
-    if not plain:
-        load = ["from mixadapters.surgery import load_pruned", "", 'model = load_pruned("PATH")']
-    head = ["---", f"library_name: {'transformers' if plain else 'mixadapters'}", "tags: [mixadapters, moe, pruned]"]
-    head += [f"base_model: {json.dumps(named)}"] if named and named == base else []
-    text = ["---", "", f"# {named or cls}, with fewer experts", ""]
-    text += [f"A {cls} whose experts have been cut with mixadapters."]
-    if not plain:
-        text += ["Its layers have different experts, which stock transformers refuses to load: use mixadapters."]
-    text += ["", "```python", *load, "```", "", "| layer | experts | columns of the router |", "|---|---|---|"]
-    text += [f"| `{path}` | {layout['experts']} | {len(layout['columns'])} |" for path, layout in layouts.items()]
-    return "\n".join([*head, *text, ""])

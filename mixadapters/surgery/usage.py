@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.view import ExpertLayer, Routed, context_of
 
 SAMPLES = 4096  # logits that are kept of each layer
-FORMAT = 1
+FORMAT = 2
+OLD = 1  # format of files that do not say of which model they are
 MOST = 2**16  # layers and labels that a file may have
 SUMS = ("tokens", "mass", "saliency", "entropy", "rows", "pairs")
 PARTS = (*SUMS, "logits", "draws")
@@ -32,6 +33,7 @@ class LayerUsage:
 
     Attributes:
         path, adapter, names: of the `ExpertLayer`.
+        form, units: of the `ExpertLayer`, what tells it from those of another model; "" and () in files of before.
         tokens: (E,) int64, rows that used each expert.
         mass: (E,) float64, the sum of the weights that it had.
         saliency: (E,) float64, the sum of weight * ||E_e(x)||, which is what it has added to the layer's output.
@@ -55,11 +57,14 @@ class LayerUsage:
     logits: Tensor
     draws: Tensor
     samples: int = SAMPLES
+    form: str = ""
+    units: tuple[int, ...] = ()
 
     @classmethod
     def empty(
-        cls, path: str, adapter: str, names: Sequence[str], samples: int = SAMPLES, device: Any = "cpu"
-    ) -> LayerUsage:
+        cls, path: str, adapter: str, names: Sequence[str], samples: int = SAMPLES, device: Any = "cpu",
+        form: str = "", units: Sequence[int] = (),
+    ) -> LayerUsage:  # fmt: skip
         count = len(names)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -68,7 +73,7 @@ class LayerUsage:
         return cls(
             path, adapter, tuple(names), zeros(count, dtype=torch.long), zeros(count), zeros(count), zeros(),
             zeros(dtype=torch.long), zeros(count, count, dtype=torch.long), zeros(0, count, dtype=torch.float32),
-            zeros(0), samples,
+            zeros(0), samples, form, tuple(units),
         )  # fmt: skip
 
     @property
@@ -123,7 +128,15 @@ class LayerUsage:
                 f"usage of {self.path!r} with the experts {self.names} cannot be added to that of {other.path!r} with "
                 f"{other.names}: they are not of the same layer, or experts have left it since"
             )
-        made = LayerUsage.empty(self.path, self.adapter, self.names, max(self.samples, other.samples))
+        if self.form and other.form and (self.form, self.units) != (other.form, other.units):
+            raise ValueError(
+                f"usage of {self.path!r} in {_told(self)} cannot be added to that of {_told(other)}: they are of "
+                "different models"
+            )
+        known = self if self.form else other
+        made = LayerUsage.empty(
+            self.path, self.adapter, self.names, max(self.samples, other.samples), form=known.form, units=known.units
+        )
         for usage in (self.cpu(), other.cpu()):
             for name in SUMS:
                 setattr(made, name, getattr(made, name) + getattr(usage, name))
@@ -136,7 +149,19 @@ class LayerUsage:
         parts = {name: getattr(self, name).cpu() for name in PARTS}
         real = parts["draws"] >= 0
         parts |= {"logits": parts["logits"][real], "draws": parts["draws"][real]}
-        return LayerUsage(self.path, self.adapter, self.names, **parts, samples=self.samples)
+        return replace(self, **parts)
+
+    def refuse_others(self, layer: ExpertLayer) -> None:
+        """Raise ValueError where it is not of these experts."""
+        if self.names != layer.names:
+            raise ValueError(
+                f"the usage of {layer.key!r} is of the experts {self.names}, and it has {layer.names} now: record anew"
+            )
+        if self.form and (self.form, self.units) != (layer.form, layer.units):
+            raise ValueError(
+                f"the usage of {layer.key!r} is of {_told(self)}, and here it is {_told(layer)}: it was recorded in "
+                "another model; record anew"
+            )
 
 
 @dataclass
@@ -174,7 +199,8 @@ class ExpertUsage:
         for label, usage in every:
             for layer in usage.layers.values():
                 said.append({"label": label, "path": layer.path, "adapter": layer.adapter, "names": layer.names,
-                             "samples": layer.samples, "key": _key_of(usage, layer)})  # fmt: skip
+                             "samples": layer.samples, "key": _key_of(usage, layer), "form": layer.form,
+                             "units": layer.units})  # fmt: skip
                 plain = layer.cpu()
                 tensors |= {f"{len(said) - 1}.{name}": getattr(plain, name).contiguous() for name in PARTS}
         with written_aside(Path(file)) as aside:
@@ -191,9 +217,10 @@ class ExpertUsage:
         try:
             with safe_open(str(file), "pt") as opened:
                 told = opened.metadata() or {}
-                if told.get("mixadapters_usage") != str(FORMAT):
+                if told.get("mixadapters_usage") not in (str(OLD), str(FORMAT)):
                     raise ValueError("it has no usage of this format")
-                for number, said in enumerate(_entries(told.get("layers"))):
+                old = told["mixadapters_usage"] == str(OLD)
+                for number, said in enumerate(_entries(told.get("layers"), old)):
                     tensors = {name: opened.get_tensor(f"{number}.{name}") for name in PARTS}
                     owner = usage if said["label"] is None else usage.by_label.setdefault(said["label"], cls())
                     owner.layers[said["key"]] = _read_layer(said, tensors)
@@ -206,9 +233,16 @@ def _key_of(usage: ExpertUsage, layer: LayerUsage) -> str:
     return next(key for key, other in usage.layers.items() if other is layer)
 
 
-def _entries(text: Any) -> list[dict[str, Any]]:
+def _told(layer: LayerUsage | ExpertLayer) -> str:
+    """The model's type and the sizes of a layer's experts."""
+    units = sorted(set(layer.units))
+    return f"{layer.form} by {'/'.join(map(str, units))}" if units else layer.form
+
+
+def _entries(text: Any, old: bool) -> list[dict[str, Any]]:
     entries = json.loads(text)
     kinds = {"path": str, "adapter": str, "names": list, "samples": int, "key": str}
+    kinds |= {} if old else {"form": str, "units": list}
     if not isinstance(entries, list) or len(entries) > MOST:
         raise ValueError("its layers are no list")
     for entry in entries:
@@ -218,11 +252,15 @@ def _entries(text: Any) -> list[dict[str, Any]]:
             raise ValueError(f"{entry!r:.100} is no layer")
         if not all(isinstance(name, str) for name in entry["names"]):
             raise ValueError("names of experts must be strings")
+        if not all(type(unit) is int for unit in entry.setdefault("units", [])):
+            raise ValueError("units of experts must be whole numbers")
     return entries
 
 
 def _read_layer(said: Mapping[str, Any], tensors: dict[str, Tensor]) -> LayerUsage:
-    empty = LayerUsage.empty(said["path"], said["adapter"], said["names"], said["samples"])
+    empty = LayerUsage.empty(
+        said["path"], said["adapter"], said["names"], said["samples"], form=said.get("form", ""), units=said["units"]
+    )
     for name in PARTS:
         old, new = getattr(empty, name), tensors[name]
         shape = (len(tensors["draws"]), *old.shape[1:]) if name in ("logits", "draws") else tuple(old.shape)
@@ -247,7 +285,7 @@ class _Recorder:
 
     def __init__(self, layer: ExpertLayer, usage: ExpertUsage, context: Any, samples: int, seed: int) -> None:
         self.layer, self.usage, self.context, self.samples = layer, usage, context, samples
-        self.key, self.names = layer.key, layer.names
+        self.key, self.names, self.form, self.units = layer.key, layer.names, layer.form, layer.units
         self.drawn = torch.Generator().manual_seed(seed)  # all layers draw the same rows
 
     @torch.no_grad()
@@ -269,7 +307,9 @@ class _Recorder:
 
     def _of(self, usage: ExpertUsage, device: torch.device) -> LayerUsage:
         if self.key not in usage.layers:
-            made = LayerUsage.empty(self.layer.path, self.layer.adapter, self.names, self.samples, device)
+            made = LayerUsage.empty(
+                self.layer.path, self.layer.adapter, self.names, self.samples, device, self.form, self.units
+            )
             usage.layers[self.key] = made
         return usage.layers[self.key]
 

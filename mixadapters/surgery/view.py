@@ -71,6 +71,16 @@ class ExpertLayer(ABC):
 
     @property
     @abstractmethod
+    def form(self) -> str:
+        """The type of the model that the layer is of, and what an expert reads and gives: "mixtral: 32 to 32"."""
+
+    @property
+    @abstractmethod
+    def units(self) -> tuple[int, ...]:
+        """Hidden units, or the rank, of each expert; () where experts compute their weights."""
+
+    @property
+    @abstractmethod
     def top_k(self) -> int | None:
         """Experts that a row uses. None: it varies, or all."""
 

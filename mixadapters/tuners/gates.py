@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixadapters.core.context import ForwardContext
+from mixadapters.core.context import ROUTES, ForwardContext
 from mixadapters.core.inspection import RoutingVerbs
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import FROZEN
@@ -146,6 +146,17 @@ class GateVerbs(RoutingVerbs):
             yield router
         finally:
             objectives.remove(router)
+
+    def refuse_in_blocks(self, verb: str) -> None:
+        """Raise ValueError where a block is open that knows experts by their numbers, which `verb` would change."""
+        if self.context.held.get(ROUTES):
+            raise ValueError(
+                f"{verb}: routes are pinned by numbers of experts, which would mean others: leave pin_routes first"
+            )
+        if any(isinstance(objective, PosteriorRouter) for objective in self.context.objectives):
+            raise ValueError(
+                f"{verb}: a block of posterior weighs the experts that there were when it began: leave it first"
+            )
 
     # --- counted tokens ---------------------------------------------------------------------------------------
 

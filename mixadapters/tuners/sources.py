@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mixadapters.core.config import MixtureConfig
 from mixadapters.core.fields import fits
-from mixadapters.core.files import read_adapter
+from mixadapters.core.files import digest_of, read_adapter, read_config, written_aside
 from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 
@@ -49,6 +52,23 @@ def read_folder(
         return saved, dict(load_peft_weights(source, device="cpu", revision=revision))
     except (ValueError, OSError, KeyError, TypeError) as error:  # of PEFT, for what is no adapter of its types
         raise ValueError(f"{where} cannot be read as an adapter folder or hub id: {error}") from error
+
+
+def check_folder(verb: str, folder: Any) -> None:
+    """Refuse what is no path of a folder to write to."""
+    if not isinstance(folder, (str, os.PathLike)) or Path(folder).is_file():
+        raise ValueError(f"{verb}: folder={folder!r} is no folder; give the path of one, new or old")
+
+
+def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write an adapter as PEFT saves one, for `PeftModel.from_pretrained`. weights: by the keys of a file."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+    if isinstance(config, MixtureConfig):
+        config.digest = digest_of(tensors, config.peft_type.value, config.modules_to_save)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with written_aside(Path(folder) / SAFETENSORS_WEIGHTS_NAME) as aside:
+        save_file(tensors, aside, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 def check_base_model(model: nn.Module, saved: Any, spec: dict[str, Any], where: str) -> None:
@@ -132,6 +152,33 @@ class Entries:
         if not isinstance(given, dict):
             raise ValueError(f"{field}={given!r} must be a list of names or a dict of sources")
         return {name: self._checked(name, entry, from_file) for name, entry in given.items()}
+
+    def look_for_folders(self, given: Any, from_file: bool) -> None:
+        """Warn where a list of names, which are new ones, has one that is the folder of a trained adapter.
+
+        Raises:
+            ValueError: it has one that can be no name, but a folder or a hub id.
+        """
+        for name in given if isinstance(given, (list, tuple)) and not from_file else ():
+            if not isinstance(name, str):
+                continue
+            if "/" in name or "\\" in name:
+                short = PurePath(name.replace("\\", "/")).name
+                raise ValueError(
+                    f"{self.field}: {name!r} is a folder or a hub id, and a list names new ones: write {{{short!r}: "
+                    f"{name!r}}} to read it"
+                )
+            if os.path.isfile(os.path.join(name, CONFIG_NAME)) and not self._is_own(name):
+                warnings.warn(
+                    f"{self.field}: a list names new ones, so the trained adapter in the folder {name!r} here is not "
+                    f"read: write {{{name!r}: {name!r}}} to read it, or {{{name!r}: None}} for {self.noun} of its "
+                    "name that is new, without this warning",
+                    stacklevel=4,
+                )
+
+    def _is_own(self, folder: str) -> bool:
+        """Whether a folder holds a mixture of this method, which is no source: what a run before this has saved."""
+        return str(read_config(os.path.join(folder, CONFIG_NAME)).get("peft_type", "")).lower() + "_" == self.prefix
 
     def _checked(self, name: Any, given: Any, from_file: bool) -> dict[str, Any]:
         check_name(self.field, name, self.prefix)

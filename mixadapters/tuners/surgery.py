@@ -26,7 +26,7 @@ class SurgeryVerbs(MixtureModel):
         return prune_experts(self, usage, keep, adapter=adapter_name, **options)
 
     def merge_experts(
-        self, usage: ExpertUsage, groups: int, *, adapter_name: str = "default", **options: Any
+        self, usage: ExpertUsage, groups: Any, *, adapter_name: str = "default", **options: Any
     ) -> MergeResult:
         """Make one expert of several. See `mixadapters.surgery.merge_experts`.
 

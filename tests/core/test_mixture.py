@@ -134,3 +134,13 @@ def test_what_no_single_weight_equals_is_refused(mixture, message) -> None:
 def test_what_a_router_returns_is_checked(context, x, y, returned, message) -> None:
     with pytest.raises(ValueError, match=f"router Given at '.*' {message}"):
         routed(returned, 3)(x, y, context)
+
+
+def test_who_watches_a_single_expert_is_told(context, x, y) -> None:
+    mixture = single(3)
+    seen: list[tuple[Tensor, Routing, Tensor | None]] = []
+    mixture.watchers.append(lambda *told: seen.append(told))
+    mixture(x, y, context)
+    ((read, routing, _),) = seen
+    assert torch.equal(read, x.flatten(0, 1))
+    assert routing.arms == ("expert0",)

@@ -60,8 +60,7 @@ def test_every_arm_of_every_part_has_a_result(study, finished) -> None:
 
 def test_it_goes_on_where_it_was_ended(study, finished, monkeypatch) -> None:
     args, made = finished
-    monkeypatch.setattr(study, "read_domains", lambda folder: {kind: documents(kind) for kind in WORDS})
-    trial = study.Trial(args)
+    trial = study.Trial(args, {kind: documents(kind) for kind in WORDS})
     monkeypatch.setattr(study, "one", None)  # nothing is computed again
     monkeypatch.setattr(study.Trial, "model", None)
     assert list(study.runs(trial)) == made["runs"]

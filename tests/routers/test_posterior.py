@@ -219,3 +219,17 @@ def test_only_models_of_next_tokens(tiny, kind) -> None:
     model = get_peft_model(tiny(kind), MixDAConfig(domains=["law"], r=4))
     with pytest.raises(ValueError, match="predictions of the next token"), of(model):
         pass
+
+
+def test_experts_neither_come_nor_go_inside_a_block(both) -> None:
+    kind, model = both
+    tuner = model.base_model
+    names = {"mixda": ("add_domain", "remove_domain"), "moa": ("add_expert", "remove_expert")}[kind]
+    with tuner.posterior():
+        for verb, name in zip(names, ("new", "law"), strict=True):
+            with pytest.raises(ValueError, match=rf"{verb}: a block of posterior .* leave it first"):
+                getattr(tuner, verb)(name)
+    pins, said = {"*": torch.tensor([0, 1])}, rf"{names[1]}: .* leave pin_routes first"
+    with tuner.pin_routes(pins), pytest.raises(ValueError, match=said):
+        getattr(tuner, names[1])("law")
+    model(input_ids=IDS)

@@ -405,3 +405,44 @@ def test_random_logits_use_k_e_over_e_plus_m_experts() -> None:
     router = build_router({"kind": "null", "k": 3, "null_arms": 4, "init_range": 1.0}, 64, NAMES).eval()
     used = (run(router, torch.randn(20, 100, 64)).indices >= 0).float().sum(1).mean()
     assert float(used) == pytest.approx(3 * 4 / 8, rel=0.05)
+
+
+# --- the shortest way -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"k": 1}, {"k": None}, {"normalize": False}])
+def test_the_shortest_way_gives_the_same_bits(options) -> None:
+    router, tokens = make(init_range=1.0, **options).eval(), torch.randn(2, 3, D)
+    with torch.no_grad():
+        short, whole = router.brief(tokens), run(router, tokens)
+    assert short is not None
+    assert short._fields == whole._fields
+    for name, one, other in zip(short._fields, short, whole, strict=True):
+        assert torch.equal(one, other) if isinstance(one, Tensor) else one == other, name
+
+
+OTHERWISE = [
+    {"scoring_func": "sigmoid"}, {"norm_topk_prob": True}, {"routed_scaling_factor": 2.0}, {"temperature": 0.5},
+    {"convex": True}, {"null_arms": 1}, {"bias_update_rate": 0.1}, {"hidden": [4]}, {"activation": "relu"},
+    {"granularity": "causal_prefix"}, {"kind": "null"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OTHERWISE, ids=str)
+def test_other_gates_do_not_take_the_shortest_way(options) -> None:
+    assert make(**options).eval().brief(torch.randn(2, 3, D)) is None
+
+
+def test_whoever_changes_a_gate_afterwards_is_heard() -> None:
+    router, tokens = make().eval(), torch.randn(2, 3, D)
+    router.masked = (NAMES[0],)
+    assert router.brief(tokens) is None
+    router.masked = ()
+    assert router.brief(tokens) is not None
+    router.set_option("temperature", 2.0)
+    assert router.brief(tokens) is None
+    router.set_option("temperature", 1.0)
+    with router.register_forward_hook(lambda *_: None):
+        assert router.brief(tokens) is None
+    assert router.train().brief(tokens) is None
+    assert type("Mine", (TopKRouter,), {})(D, NAMES).eval().brief(tokens) is None

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mixadapters import MoAConfig
+from mixadapters.core.starting import ended_quietly
 from mixadapters.surgery import __main__ as command
 from mixadapters.surgery import load_compressed, loading
 from mixadapters.surgery.layers import expert_layers
@@ -134,6 +135,58 @@ def test_compress_writes_a_folder_of_codes_that_loads(folder, tmp_path, capsys, 
     assert (out / "tokenizer.json").is_file() != adapter
 
 
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_folder_of_codes_goes_into_other_commands_and_is_expanded(folder, tmp_path, capsys, adapter) -> None:
+    codes, plain = tmp_path / "codes", tmp_path / "plain"
+    assert run("compress", folder, "--codec", "packed", "--out", codes, adapter=adapter) == 0
+    assert command.main(["expand", str(codes), "--out", str(plain)]) == 0
+    both = [(folder / "base", path) if adapter else (path, None) for path in (codes, plain)]
+    models = [loading.load_model(*(None if part is None else str(part) for part in pair)) for pair in both]
+    with torch.no_grad():
+        coded, expanded = (model(input_ids=torch.arange(12).view(1, -1)).logits for model in models)
+    assert torch.equal(coded, expanded)
+    assert models[0].config.name_or_path == str(both[0][0])
+    data = ["--data", str(folder / "texts.jsonl"), "--keep", "2", "--out", str(tmp_path / "out")]
+    whose = [str(both[0][0]), *(["--adapter", str(codes)] if adapter else [])]
+    assert command.main(["prune", *whose, *data]) == 0
+    assert not any("ompressed" in file.read_text() for file in plain.glob("*.md"))
+    capsys.readouterr()
+    for wrong, said in (("plain", "holds no compression.json"), ("nowhere", "there is no such folder")):
+        assert command.main(["expand", str(tmp_path / wrong), "--out", str(tmp_path / "new")]) == 1
+        assert said in capsys.readouterr().err
+    assert command.main(["expand", str(codes), "--out", str(plain)]) == 1
+    assert "holds something already" in capsys.readouterr().err
+
+
+def test_merge_of_doubles_takes_those_that_compute_the_same(folder, tmp_path, capsys) -> None:
+    assert run("merge", folder, "--doubles", 0, "--out", tmp_path / "out", adapter=True) == 0
+    assert "merged 8 experts to 8" in capsys.readouterr().out
+    assert run("merge", folder, "--doubles", 4, "--dry-run", "--out", tmp_path / "new", adapter=True) == 0
+    assert "would merge 8 experts to 2" in capsys.readouterr().out
+    assert run("merge", folder, "--doubles", -1, "--out", tmp_path / "new", adapter=True) == 1
+    assert "tolerance=-1.0 must be a finite number" in capsys.readouterr().err
+
+
+def test_compress_to_products_holds_what_it_says(folder, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    options = ("--method", "lowrank_sparse", "--share", 0.1, "--keep-rows", 0.05, "--out", out)
+    assert run("compress", folder, *options, adapter=False) == 0
+    said = capsys.readouterr()
+    told = json.loads((out / "surgery.json").read_text())
+    assert f"{told['nbytes']} bytes for {told['plain_bytes']}" in said.out
+    on_disk = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    plain = (folder / "base" / "model.safetensors").stat().st_size
+    assert f": {on_disk} bytes of weights for" in said.err
+    assert plain - on_disk > 0.8 * (told["plain_bytes"] - told["nbytes"])
+    for wrong, complaint in (
+        (("--method", "lowrank_sparse", "--codec", "packed"), "--codec is no option of --method lowrank_sparse"),
+        (("--keep-rows", 0.5), "--keep-rows is no option of --method qmoe"),
+        (("--method", "lowrank_sparse", "--share", 2), "--share=2.0 must be a share"),
+    ):
+        assert run("compress", folder, *wrong, "--out", tmp_path / "new") == 1
+        assert complaint in capsys.readouterr().err
+
+
 def test_compress_that_is_tried_or_refused_writes_nothing(folder, tmp_path, capsys) -> None:
     assert run("compress", folder, "--codec", "packed", "--dry-run", "--out", tmp_path / "out") == 0
     assert run("compress", folder, "--out", tmp_path / "out") == 1
@@ -224,15 +277,46 @@ def test_arguments_are_refused_before_anything_loads(
     [
         ("adapter", None, "is an adapter: name its base model first, and the folder by --adapter"),
         ("base", "base", "has no adapter_config.json: it is no saved adapter"),
-        ("base", "nowhere", "--adapter '.*nowhere' cannot be loaded"),
+        ("base", "nowhere", "--adapter '.*nowhere': there is no such folder"),
         ("empty", None, "MODEL '.*empty' cannot be loaded"),
     ],
 )
 def test_models_that_are_none_are_refused(folder, tmp_path, model, adapter, message) -> None:
     (tmp_path / "empty").mkdir()
     where = {name: str((tmp_path if name == "empty" else folder) / name) for name in (model, adapter) if name}
+    if adapter == "nowhere":
+        with pytest.raises(ValueError, match=message):
+            loading.check_name("--adapter", where[adapter], "adapter_config.json")
+        return
     with pytest.raises(ValueError, match=message):
         loading.load_model(where[model], where.get(adapter))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("models/bsae", r"MODEL 'models/bsae': there is no such folder\. Did you mean 'base'\?"),
+        ("./bsae", r"MODEL './bsae': there is no such folder"),
+        ("bsae", r"MODEL 'bsae': there is no such folder here, and the hub gives none of this name: no network"),
+        ("user/bsae", "MODEL 'user/bsae': there is no such folder here, and the hub gives none"),
+        ("models/file", "is a file: name the folder"),
+    ],
+)
+def test_a_misspelt_folder_is_told_at_once(tmp_path, monkeypatch, name, said) -> None:
+    def ask(self: Any, name: str, timeout: float) -> None:
+        asked.append(name)
+        raise OSError("no network\nand more")
+
+    asked: list[str] = []
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", ask)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    (tmp_path / "models" / "file").touch()
+    with pytest.raises(ValueError, match=said):
+        loading.check_name("MODEL", name, "config.json")
+    assert asked == ([name] if name in ("bsae", "user/bsae") else [])
+    loading.check_name("MODEL", "models/base", "config.json")
 
 
 def test_a_model_is_loaded_as_what_it_was_saved_as(folder) -> None:
@@ -249,14 +333,28 @@ def test_a_model_without_experts_ends_with_an_error(folder, tmp_path, tiny, caps
 
 @pytest.mark.parametrize(("name", "out"), [("routes", "page.html"), ("report", "out")])
 def test_an_interruption_leaves_nothing(folder, tmp_path, monkeypatch, capsys, name, out) -> None:
-    def interrupted(*args: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr("mixadapters.surgery.usage.ExpertUsage.save", interrupted)
     monkeypatch.setattr("os.replace", interrupted)
     assert run(name, folder, "--out", tmp_path / out) == 130
     assert "interrupted" in capsys.readouterr().err
     assert left(tmp_path) == []
+
+
+def test_an_interruption_of_the_imports_of_a_command_has_no_traceback(monkeypatch, capsys) -> None:
+    """While Python looks for the module of `python -m`; elsewhere it is what it is."""
+    for argv, expected in ((["-m", "report"], SystemExit), (["train.py"], KeyboardInterrupt)):
+        monkeypatch.setattr("sys.argv", argv)
+        with pytest.raises(expected) as ended, ended_quietly():
+            raise KeyboardInterrupt
+        if expected is SystemExit:
+            assert ended.value.code == 130  # type: ignore[attr-defined]
+            assert capsys.readouterr().err == "interrupted\n"
+    monkeypatch.setitem(command.COMMANDS, "report", interrupted)
+    assert command.main(["report"]) == 130
+
+
+def interrupted(*args: Any, **options: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 def test_commands_are_listed(capsys) -> None:
@@ -269,6 +367,7 @@ def test_commands_are_listed(capsys) -> None:
         with pytest.raises(SystemExit) as ended:
             command.main([name, "--help"])
         assert ended.value.code == 0
+        assert f"example:\n  python -m mixadapters.surgery {name} " in capsys.readouterr().out
 
 
 # --- files of texts -----------------------------------------------------------------------------------------------

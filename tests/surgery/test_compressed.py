@@ -7,10 +7,12 @@ import json
 import peft
 import pytest
 import torch
+from moe_bases import batch, logits, moe
 from processes import Process
 from safetensors.torch import load_file, save_file
 
 import mixadapters
+from mixadapters.surgery import compress_experts, expert_layers
 from mixadapters.surgery.compressed import INDEX, compress_folder, expand_compressed, load_compressed, save_compressed
 from mixadapters.surgery.qmoe import ternarize
 
@@ -159,8 +161,73 @@ def test_codes_that_were_changed_are_refused(folder, tiny) -> None:
     tensors = load_file(path)
     key = next(key for key in tensors if key.endswith(".levels"))
     save_file({**tensors, key: tensors[key] * 2}, path)
+    with pytest.raises(ValueError, match=r"is not what compression\.json was written with"):
+        load_compressed(folder, tiny("llama"))
+    said = json.loads((folder / INDEX).read_text())
+    said.pop("digests")  # as folders of before
+    (folder / INDEX).write_text(json.dumps(said))
     with pytest.raises(ValueError, match=r"is not what adapter_config\.json was saved with"):
         load_compressed(folder, tiny("llama"))
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match="cannot be read as weights"):
         load_compressed(folder, tiny("llama"))
+
+
+@pytest.fixture(params=["adapter", "mixtral", "granitemoe", "aria_text"])
+def products(request, tiny):
+    """A model whose experts are products of low rank and some rows, what is told of them, and its base, if any."""
+    model = moe(request.param if request.param != "adapter" else "mixtral")
+    if request.param == "adapter":
+        config = mixadapters.MoAConfig(num_experts=2, r=8, expert_type="glu", init_weights=False, target_modules=None)
+        model = peft.get_peft_model(tiny("llama"), config).eval()
+    told = compress_experts(model, [batch()], method="lowrank_sparse", share=0.2, keep=0.1)
+    return model, told, tiny("llama") if request.param == "adapter" else None
+
+
+def test_products_lie_as_their_factors_of_the_size_that_is_told(products, tmp_path) -> None:
+    model, told, base = products
+    sizes = save_compressed(model, tmp_path / "codes", factors=told.factors)
+    assert (sizes.coded, sizes.uncoded) == (told.nbytes, told.plain_bytes)
+    assert sizes.coded < 0.6 * sizes.uncoded
+    before = logits(model, batch())
+    loaded = load_compressed(tmp_path / "codes", base)
+    torch.testing.assert_close(logits(loaded, batch()), before, rtol=1e-5, atol=1e-6)
+    assert save_compressed(model, tmp_path / "plain").coded == 0  # nobody says that they are products
+    layer = expert_layers(model)[0]
+    layer.weights(0).down.add_(1)
+    changed = save_compressed(model, tmp_path / "changed", factors=told.factors)
+    assert changed.coded < sizes.coded
+    again = load_compressed(tmp_path / "changed", base)
+    torch.testing.assert_close(logits(again, batch()), logits(model, batch()), rtol=1e-5, atol=1e-6)
+
+
+def test_factors_that_were_changed_are_refused(tmp_path) -> None:
+    model = moe("mixtral")
+    told = compress_experts(model, [batch()], method="lowrank_sparse", share=0.2, keep=0.1)
+    save_compressed(model, tmp_path / "codes", factors=told.factors)
+    file, index = tmp_path / "codes" / "model.compressed.safetensors", tmp_path / "codes" / INDEX
+    tensors, said = load_file(file), json.loads(index.read_text())
+    key = next(key.removesuffix(".left") for key in tensors if key.endswith(".left"))
+    kept = tensors[f"{key}.kept"]
+    save_file({**tensors, f"{key}.kept": kept + 10**6}, file)
+    with pytest.raises(ValueError, match=r"is not what compression\.json was written with"):
+        load_compressed(tmp_path / "codes")
+    said.pop("digests")
+    index.write_text(json.dumps(said))
+    for changed, complaint in (
+        ({}, "it keeps rows that it does not have"),
+        ({"kept": kept, "left": tensors[f"{key}.left"][:, :-1].contiguous()}, "do not make up"),
+        ({"kept": kept, "left": tensors[f"{key}.left"].double()}, "do not make up"),
+        ({"kept": kept.long()}, "do not make up"),
+    ):
+        odd = {f"{key}.{name}": part for name, part in {"kept": kept + 10**6, **changed}.items()}
+        save_file({**tensors, **odd}, file)
+        with pytest.raises(ValueError, match=complaint):
+            load_compressed(tmp_path / "codes")
+    long = {"left": torch.ones(1, 9000, 1), "right": torch.ones(1, 1, 9000), "kept": kept[:1, :0],
+            "sparse": torch.ones(1, 0, 9000)}  # fmt: skip
+    save_file({**tensors, **{f"{key}.{name}": part for name, part in long.items()}}, file)
+    said["files"]["model.safetensors"][key]["shape"] = [9000, 9000]
+    index.write_text(json.dumps(said))
+    with pytest.raises(ValueError, match="more than 256 times smaller"):
+        load_compressed(tmp_path / "codes")

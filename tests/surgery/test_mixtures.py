@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +18,8 @@ from mixadapters.core.bank import Weights
 from mixadapters.surgery.function import expert_norms
 from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.mixtures import MixtureExperts
+from mixadapters.surgery.pruning import prune_experts
+from mixadapters.surgery.reporting import report
 from mixadapters.surgery.usage import ExpertUsage, record_usage
 from mixadapters.surgery.view import expert_output
 
@@ -168,6 +173,55 @@ def test_two_usages_add_and_a_file_brings_them_back(tiny: Any, tiny_inputs: Any,
     (tmp_path / "broken").write_bytes(b"\x00" * 40)
     with pytest.raises(ValueError, match=r"no file that ExpertUsage\.save has written"):
         ExpertUsage.load(tmp_path / "broken")
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        ({"r": 4}, "by 3, and here it is llama: .* by 4"),
+        ({"hidden_size": 48, "r": 3}, r"and here it is llama: \d+ to 48"),
+    ],
+)
+def test_a_usage_of_another_model_with_equal_names_is_refused(
+    tiny: Any, tiny_inputs: Any, tmp_path: Any, other: dict[str, int], told: str
+) -> None:
+    """Whose layers and experts have the same names: other ranks, other widths."""
+    model, inputs = moa(tiny), tiny_inputs("llama")
+    with torch.no_grad(), record_usage(model) as usage:
+        model(**inputs)
+    usage.save(tmp_path / "usage")
+    usage = ExpertUsage.load(tmp_path / "usage")
+    prune_experts(model, usage, 2, dry_run=True)
+    options = dict(other)
+    rank, sizes = options.pop("r"), options
+    config = MoAConfig(num_experts=4, r=rank, target_modules=["down_proj"], init_weights=False)
+    stranger = get_peft_model(tiny("llama", num_hidden_layers=2, **sizes), config)
+    assert [layer.names for layer in expert_layers(stranger)] == [u.names for u in usage.layers.values()]
+    for verb in (lambda: prune_experts(stranger, usage, 2), lambda: report(stranger, usage)):
+        with pytest.raises(ValueError, match=rf"{told}.*: it was recorded in another model"):
+            verb()
+    with torch.no_grad(), record_usage(stranger) as theirs:
+        stranger(**inputs)
+    with pytest.raises(ValueError, match="they are of different models"):
+        usage + theirs
+
+
+def test_a_file_of_before_models_were_told_apart_is_read(tiny: Any, tiny_inputs: Any, tmp_path: Any) -> None:
+    model = moa(tiny)
+    with torch.no_grad(), record_usage(model) as usage:
+        model(**tiny_inputs("llama"))
+    usage.save(tmp_path / "new")
+    with safe_open(str(tmp_path / "new"), "pt") as opened:
+        tensors, told = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()  # noqa: SIM118
+    said = [{k: v for k, v in entry.items() if k not in ("form", "units")} for entry in json.loads(told["layers"])]
+    save_file(tensors, tmp_path / "old", metadata={"mixadapters_usage": "1", "layers": json.dumps(said)})
+    old = ExpertUsage.load(tmp_path / "old")
+    assert prune_experts(model, old, 2, dry_run=True) == prune_experts(model, usage, 2, dry_run=True)
+    both = old + usage
+    assert next(iter(both.layers.values())).form.startswith("llama: ")
+    save_file(tensors, tmp_path / "odd", metadata={"mixadapters_usage": "2", "layers": json.dumps(said)})
+    with pytest.raises(ValueError, match="is no layer"):
+        ExpertUsage.load(tmp_path / "odd")
 
 
 def test_generation_is_recorded_token_by_token(tiny: Any, tiny_inputs: Any) -> None:

@@ -117,7 +117,7 @@ def test_experts_that_compute_the_same_are_named(base) -> None:
 def test_a_record_of_other_experts_is_refused(base) -> None:
     first = report(base).layers[0].key
     made = LayerUsage.empty(first, "", ["0", "1"])
-    with pytest.raises(ValueError, match=r"but the model has .* record anew"):
+    with pytest.raises(ValueError, match=r"and it has .* now: record anew"):
         report(base, SimpleNamespace(layers={first: made}))  # type: ignore[arg-type]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import weakref
 from pathlib import Path
@@ -18,7 +19,7 @@ from mixadapters import MoAConfig
 from mixadapters.surgery import expert_layers, load_pruned, merge_experts, prune_experts, record_usage, save_pruned
 from mixadapters.surgery.blocks import BaseExperts
 from mixadapters.surgery.compressed import expand_compressed, load_compressed, save_compressed
-from mixadapters.surgery.saving import EXPERTS_FILE
+from mixadapters.surgery.layouts import EXPERTS_FILE
 from mixadapters.surgery.usage import ExpertUsage
 
 BATCH = batch()
@@ -76,6 +77,27 @@ def test_a_cut_model_goes_through_codes_and_back(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(load_compressed(tmp_path / "codes"), BATCH), logits(model, BATCH))
     expand_compressed(tmp_path / "codes", tmp_path / "plain")
     torch.testing.assert_close(logits(load_pruned(tmp_path / "plain"), BATCH), logits(model, BATCH))
+
+
+@pytest.mark.parametrize("how", ["copied", "loaded"])
+def test_what_a_trainer_saves_of_an_uneven_base_can_be_read(how: str, tmp_path: Path) -> None:
+    """Its own `save_pretrained`, also of a copy, of a loaded one, and once more where it has become even."""
+    model = moe("mixtral")
+    layers = expert_layers(model)
+    layers[0].keep([0, 2])
+    model.save_pretrained(tmp_path / "cut")
+    again = load_pruned(tmp_path / "cut") if how == "loaded" else copy.deepcopy(model)
+    layers[0].set_weights(0, layers[0].weights(1))  # of the first model alone
+    again.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logits(load_pruned(tmp_path / "again"), BATCH), logits(again, BATCH))
+    assert "load_pruned" in (tmp_path / "again" / "README.md").read_text()
+    with pytest.raises(ValueError, match="push_to_hub=True would leave out"):
+        again.save_pretrained(tmp_path / "more", push_to_hub=True)
+    expert_layers(again)[1].keep([3, 4])
+    again.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / EXPERTS_FILE).exists()
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    torch.testing.assert_close(logits(stock, BATCH), logits(again, BATCH), rtol=1e-5, atol=1e-6)
 
 
 def test_weights_that_are_cut_short_are_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -516,3 +517,23 @@ def test_an_expert_like_another_begins_as_that_and_survives_a_file(segments, tin
     ):
         with pytest.raises(ValueError, match=match):
             tuner.add_expert("other", **given)
+
+
+@pytest.mark.parametrize(("config", "field"), [(MoAConfig, "experts"), (MixDAConfig, "domains")])
+def test_a_list_of_names_that_are_saved_adapters_is_warned_of(config: Any, field: str, tmp_path, monkeypatch) -> None:
+    """A list names new experts; who writes the names of trained ones may mean these."""
+    monkeypatch.chdir(tmp_path)
+    for name, kind in (("law", "LORA"), ("mine", config.__name__.removesuffix("Config").upper())):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    (tmp_path / "code").mkdir()
+    with pytest.warns(UserWarning, match=rf"{field}: .*'law' here is not read: write {{'law': 'law'}} to read it, or"):
+        config(**{field: ["code", "law"]})
+    with pytest.raises(
+        ValueError, match=rf"{field}: 'user/law' is a folder or a hub id.* write {{'law': 'user/law'}}"
+    ):
+        config(**{field: ["user/law"]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = config(**{field: ["code", "mine"]})  # no adapter; and what an earlier run has saved
+        assert getattr(config(**{field: {"law": None}}), field)["law"] == getattr(made, field)["code"]

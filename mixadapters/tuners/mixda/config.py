@@ -98,7 +98,7 @@ class MixDAConfig(MixtureConfig):
         default=None,
         metadata={
             "help": "A router by name, or {'kind': name, option: value}. None: softmax, and the fields below.",
-            "free_keys": ("dropout", "jitter", "noise", *COEFFICIENTS),  # only for training
+            "free_keys": ("dropout", "jitter", "noise", "expert_dropout", *COEFFICIENTS),  # only for training
         },
     )
     gate: str | None = field(default=None, metadata={"help": "Short for router['kind']. None: 'softmax'."})
@@ -184,6 +184,7 @@ class MixDAConfig(MixtureConfig):
         from_file = type(self.__dict__["peft_type"]) is str  # as JSON has it; in Python: None, or of PEFT's enum
         super().__post_init__()
         self.peft_type = peft_type("MIXDA")
+        DOMAINS.look_for_folders(self.domains, from_file)
         self.domains = DOMAINS.check(self.domains, from_file)
         if self.domain_order is not None:  # JSON files are sorted by key
             if sorted(self.domain_order) != sorted(self.domains):

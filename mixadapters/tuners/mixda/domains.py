@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from glob import escape
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixadapters.core.adapter import Chain, Site
-from mixadapters.core.context import ROUTES
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.registry import nearest
@@ -93,10 +93,11 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         """
         config = self.config_of(adapter_name)
         require_surgery(config, "add_domain")
+        self.refuse_in_blocks("add_domain")
         others_of_model = self.peft_config.keys() - {adapter_name}
         check_new("domain", name, list(config.domains), others_of_model, share=share, r=r, source=source, like=like)
-        asked = {name: source} if source is not None else [name]
-        spec = dict(MixDAConfig(domains=asked, r=r, domain_type=config.domain_type).domains[name])  # checks them
+        given = MixDAConfig(domains={name: source}, r=r, domain_type=config.domain_type)  # checks them
+        spec = dict(given.domains[name])
         weights = self.read(config, name, spec) if "source" in spec else None
         if weights is not None and config.domain_type == "lora":
             self.widen(config, name, weights)
@@ -155,6 +156,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         if name not in config.domains:
             raise ValueError(f"unknown domain {name!r}; have {list(config.domains)}.{nearest(name, config.domains)}")
         require_surgery(config, "remove_domain")
+        self.refuse_in_blocks("remove_domain")
         for path, mixture in list(self._mixtures(adapter_name)):
             if name in mixture.bank.experts:
                 self._take_domain(config, path, mixture, name, renormalize, everywhere=True)
@@ -166,10 +168,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         """As `CuttingVerbs.keep_experts`, of domains. Make optimizers anew afterwards."""
         config, mixtures = self.config_of(adapter_name), dict(self._mixtures(adapter_name))
         require_surgery(config, "remove_domain")
-        if self.context.held.get(ROUTES):
-            raise ValueError(
-                "routes are pinned by numbers of experts, which would mean others: leave pin_routes first"
-            )
+        self.refuse_in_blocks("cutting domains")
         lost: dict[str, list[str]] = {}
         for path, names in kept.items():
             have = mixtures[path].bank.names if path in mixtures else []
@@ -221,13 +220,37 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         for _, mixture in self._mixtures(adapter_name):
             assert mixture.hard_routes is not None
             mixture.hard_routes.number([number_of[name] for name in mixture.bank.names], len(number_of))
-        stage = self.stage.get(adapter_name)
+        stage, domain = self.stage.get(adapter_name), self.single_domain.get(adapter_name)
         if self.config_of(adapter_name).inference_mode:
             for host in self.hosts():
                 if adapter_name in host.adapters:
                     host.adapters[adapter_name].requires_grad_(False)
         elif stage is not None and number_of:
-            self.set_stage(stage, adapter_name)
+            self.set_stage(stage, adapter_name, domain if domain in number_of else None)
+
+    # --- one domain of several ---------------------------------------------------------------------------------
+
+    def set_stage(self, stage: str, adapter_name: str = "default", domain: str | None = None) -> None:
+        """As every method's; with `domain` that domain alone trains.
+
+        As long as the stage is set, rows to which the batch gives no `domain_ids` take that domain, past the gate.
+        """
+        super().set_stage(stage, adapter_name, domain)
+        names = list(self.config_of(adapter_name).domains)
+        for _, mixture in self._mixtures(adapter_name):
+            assert mixture.hard_routes is not None
+            mixture.hard_routes.usual = -1 if domain is None else names.index(domain)
+
+    def patterns_of(self, stage: str, adapter_name: str, domain: str | None = None) -> tuple[str, ...]:
+        config = self.config_of(adapter_name)
+        if domain is None:
+            return config.trained_in(stage)
+        if stage != "domain":
+            raise ValueError(f"domain={domain!r}: one domain trains alone in the stage 'domain', not in {stage!r}")
+        if domain not in config.domains:
+            raise ValueError(f"domain={domain!r} is unknown; have {list(config.domains)}."
+                             f"{nearest(domain, config.domains)}")  # fmt: skip
+        return (f"domain.bank.experts.{escape(domain)}.*",)
 
     def _mixtures(self, adapter_name: str) -> Iterator[tuple[str, Mixture]]:
         for host in self.hosts():

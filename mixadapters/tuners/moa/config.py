@@ -173,6 +173,7 @@ class MoAConfig(OverriddenConfig):
         self.peft_type = peft_type("MOA")
         self._check_kind()
         if self.experts is not None:
+            EXPERTS.look_for_folders(self.experts, from_file)
             self.experts = check_experts(self.experts, from_file)
             self._order_experts()
         elif self.expert_order is not None:

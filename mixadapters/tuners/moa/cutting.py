@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from mixadapters.core.bank import Expert
-from mixadapters.core.context import ROUTES
 from mixadapters.core.registry import nearest
 from mixadapters.routers.counts import CountsRouter
 from mixadapters.tuners.moa.config import MoAConfig
@@ -108,10 +107,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
                 f"segments={config.segments}: pieces of one expert cannot leave by themselves; use remove_expert, or "
                 "a mixture without segments"
             )
-        if self.context.held.get(ROUTES):
-            raise ValueError(
-                "routes are pinned by numbers of experts, which would mean others: leave pin_routes first"
-            )
+        self.refuse_in_blocks("cutting experts")
         return config, dict(self._mixtures(adapter_name))
 
     def _lost(self, path: str, mixture: ExpertMixture, kept: Sequence[str]) -> list[str]:
