@@ -24,20 +24,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input $(shell [ -t 
 INSTALL := $(PIP) install --constraint constraints.txt --no-compile
 
 # Tests need no network. Several processes share the cores: one thread each, and none that spins while it waits.
-tests test-peft: export HF_HUB_OFFLINE = 1
-tests test-peft: export TOKENIZERS_PARALLELISM = false
-tests test-peft: export OMP_NUM_THREADS = 1
-tests test-peft: export OMP_WAIT_POLICY = PASSIVE
+tests test-peft test-distributed: export HF_HUB_OFFLINE = 1
+tests test-peft test-distributed: export TOKENIZERS_PARALLELISM = false
+tests test-peft test-distributed: export OMP_NUM_THREADS = 1
+tests test-peft test-distributed: export OMP_WAIT_POLICY = PASSIVE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo serve-demo test tests lint types format test-peft docs kernels-check bench clean build/tree
+.PHONY: help demo serve-demo test tests lint types format test-peft test-distributed docs kernels-check bench clean build/tree
 
 help:  ## this list
 	@echo "usage: make TARGET"
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name text; do \
-	    printf '%-12s %s\n' "$$name" "$$text"; done
+	    printf '%-16s %s\n' "$$name" "$$text"; done
 
 demo: $(VENV)/.demo  ## domains that come and go, against one adapter for all (writes runs/demo/)
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -73,6 +73,9 @@ endif
 
 test-peft: $(VENV)/.test  ## PEFT's own test suite on the types of this package
 	$(BIN)/python tests/peft_suite/run.py $(ARGS)
+
+test-distributed: $(VENV)/.distributed  ## train under DDP, FSDP2 and DeepSpeed, two processes on the CPU against one
+	$(BIN)/python -m pytest tests/distributed $(ARGS)
 
 docs: $(VENV)/.docs build/tree  ## the documentation as a site, strictly checked (writes build/site/)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
@@ -113,8 +116,9 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.made
 $(VENV)/.demo: EXTRAS = [demo]
 $(VENV)/.serve: EXTRAS = [serve]
 $(VENV)/.test: EXTRAS = [test]
+$(VENV)/.distributed: EXTRAS = [distributed,test]
 $(VENV)/.docs: EXTRAS = [docs]
-$(VENV)/.demo $(VENV)/.serve $(VENV)/.test $(VENV)/.docs: setup.cfg pyproject.toml constraints.txt $(VENV)/.torch
+$(VENV)/.demo $(VENV)/.serve $(VENV)/.test $(VENV)/.distributed $(VENV)/.docs: setup.cfg pyproject.toml constraints.txt $(VENV)/.torch
 	@echo "==> mixadapters$(EXTRAS) and what it needs"
 	@$(INSTALL) --editable '.$(EXTRAS)'
 	@touch $@

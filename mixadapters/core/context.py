@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core import hooks
+from mixadapters.core.engines import Engine
 from mixadapters.core.record import Record, Records
 from mixadapters.core.routing import Routing, RoutingKey, find_routing
 from mixadapters.core.sites import has_two_stacks
@@ -53,6 +54,7 @@ class ForwardContext:
         loss_scale: factor on auxiliary losses that are attached to the outputs for want of a loss (1 / number of
             accumulated micro-batches); `StageCallback` sets it. None: nobody has said, and none accumulate.
         loss_log: running (sum, count) of each loss by name, detached; read and cleared by the callbacks.
+        engine: looks at what shards the model over processes.
         cache_owner: says which adapters are at work; a key-value cache that others have filled is then refused.
             None: no such check.
     """
@@ -69,6 +71,7 @@ class ForwardContext:
         self.preparing: list[Any] = []  # layers with an adapter to prepare before each forward
         self.hosted: set[str] = set()  # names of adapters that this model holds
         self.cache_owner: Callable[[], str] | None = None
+        self.engine = Engine(self)
         self.argument_names = argument_names  # of the root's forward
         self.records = Records()
         self._hooks = hooks.RootHooks(self)
@@ -158,7 +161,9 @@ class ForwardContext:
         if tokens.dim() == 3:
             return tokens
         if self.stream(stack).packed:
-            raise refuse_packed("a router over sequences")
+            if self.stream(stack).requests is None:
+                raise refuse_packed("a router over sequences")
+            return tokens.unsqueeze(0)
         batch = self.stream(stack).batch
         if tokens.dim() != 2 or batch == 0 or tokens.shape[0] % batch:
             raise ValueError(

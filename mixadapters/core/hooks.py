@@ -19,6 +19,7 @@ from torch import nn
 from mixadapters import kernels
 from mixadapters.core.cache import claim, settle
 from mixadapters.core.joining import countable, join_losses
+from mixadapters.core.processes import several
 from mixadapters.core.record import Record, Records
 from mixadapters.core.rows import row_names
 from mixadapters.core.sites import has_two_stacks, layer_index
@@ -71,6 +72,8 @@ class RootHooks:
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} and {stream.batch // stream.copies} respectively."
             )
+        if not torch.compiler.is_compiling() and several():
+            context.engine.look(module, record.training and record.grad)
         record.plain = not (record.grad or record.values or context.observers) and undisturbed()
         self._claim_cache(record, stream.cache)
         self.carry_into_checkpoints(module)

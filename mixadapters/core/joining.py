@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
 import re
 from typing import TYPE_CHECKING, Any
@@ -64,8 +66,25 @@ def join_losses(record: Record, module: nn.Module, output: Any, scale: Tensor | 
         output = attach(output, carried, optional=loss is not None)
     if loss is not None:
         loss = loss * record.main_scale * (1.0 if record.main_loss is None else share)
-        output["loss"] = loss if extra is None else loss + extra
+        output = with_loss(output, loss if extra is None else loss + extra)
     return output
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """`output` with this loss, also where its class has no place for one: data parallelism makes it anew from its
+    fields."""
+    fields = getattr(output, "__dataclass_fields__", None)
+    if fields is None or "loss" in fields or torch.compiler.is_compiling():
+        output["loss"] = loss
+        return output
+    kind: Any = type(output)
+    return having_loss(kind)(**output, loss=loss)
+
+
+@functools.cache
+def having_loss(kind: type) -> type:
+    """A kind of outputs with one field more."""
+    return dataclasses.make_dataclass(kind.__name__, [("loss", Any, None)], bases=(kind,))
 
 
 def counts_items(loss: Tensor, record: Record, module: nn.Module, output: Any) -> bool:

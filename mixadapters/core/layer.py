@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from mixadapters.core.adapter import Adapter
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixed import MixedBatch
+from mixadapters.core.processes import several
 from mixadapters.core.record import Record
 
 
@@ -63,9 +64,16 @@ class AdapterHost(BaseTunerLayer):
         return next((reason for name in acting if (reason := self.packed_refusal(name))), None)
 
     def packed_refusal(self, name: str) -> str | None:
-        """Why the adapter of this name cannot run where requests are packed into one row; None if it can."""
+        """Why the adapter of this name cannot run in a packed row whose requests are known; None if it can."""
         parts = self.adapters[name].modules() if name in self.adapters else ()
-        return next((reason for part in parts if (reason := getattr(part, "refuses_packed", None))), None)
+        reasons = (getattr(part, "refuses_packed", None) for part in parts if not getattr(part, "by_request", False))
+        return next((reason for reason in reasons if reason), None)
+
+    def by_request(self, name: str) -> bool:
+        """Whether the adapter of this name keeps something of earlier tokens of a request (`RequestMemory`)."""
+        return name in self.adapters and any(
+            getattr(part, "by_request", False) for part in self.adapters[name].modules()
+        )
 
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool = False) -> None:
         self.adapters[name] = adapter
@@ -100,7 +108,8 @@ class AdapterHost(BaseTunerLayer):
     def prepare(self) -> None:
         if not self.disable_adapters:
             named = self.context.record.values.get("adapter_names")
-            for name in self.active_adapters if named is None else dict.fromkeys(named):
+            acting = self.active_adapters if named is None else dict.fromkeys([*named, *self._joining(named)])
+            for name in acting:
                 if name in self.adapters:
                     self.adapters[name].prepare(self.context)
 
@@ -146,11 +155,9 @@ class AdapterHost(BaseTunerLayer):
                     if record.open:  # where checkpointing runs the layer again, the first run's are in use
                         record.observed += deltas
             return y
+        if self.merged and record.values:
+            _refuse_choices(self, record)
         if record.values.get("adapter_names") is not None:
-            if self.merged:
-                raise ValueError(
-                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-                )
             return self._mixed()(x, y, self.context)
         for name in names:
             y = self.adapters[name](x, y, self.context)
@@ -159,14 +166,24 @@ class AdapterHost(BaseTunerLayer):
     def _mixed(self) -> MixedBatch:
         """The rows of this batch by the adapters they name; kept for all steps of a `generate`."""
         named = self.context.record.values["adapter_names"]
-        kept = {} if torch.compiler.is_compiling() else getattr(named, "batches", {})
+        joining = self._joining(named)
+        kept = {} if joining or torch.compiler.is_compiling() else getattr(named, "batches", {})
         if self not in kept:
-            asked = set(named)
+            asked = {*named, *joining}
             mine = [name for name in self.adapters if name in asked]
             place = {name: i for i, name in enumerate(mine)}
             owner = [place.get(name, -1) for name in named]
             kept[self] = MixedBatch([self.adapters[name] for name in mine], owner)
         return kept[self]
+
+    def _joining(self, named: Sequence[str]) -> list[str]:
+        """Adapters that no row of this process names, but perhaps one of another: their weights are read, and get
+        gradients of zero, so that all processes meet in the same calls."""
+        record = self.context.record
+        if not (record.training and record.grad and several()):
+            return []
+        others = [name for name in self.adapters if name not in named]
+        return [name for name in others if any(p.requires_grad for p in self.adapters[name].parameters())]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
@@ -390,6 +407,22 @@ def _adapted(host: AdapterHost, x: Tensor, output: Any, names: list[str], record
     with _trained_as_before(host, names, record) if record.checkpointed else NOTHING:
         y = host.apply_adapters(x, y, names, record)
     return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+def _refuse_choices(host: AdapterHost, record: Record) -> None:
+    """Raise ValueError where the batch chooses adapters, or experts of one, and a merged one acts on all rows."""
+    if record.values.get("adapter_names") is not None:
+        raise ValueError(  # as PEFT says it
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+    for name in host.merged_adapters:
+        for part in host.adapters[name].modules() if name in host.adapters else ():
+            field = getattr(getattr(part, "hard_routes", None), "field", None)
+            if field is not None and record.values.get(field) is not None:
+                raise ValueError(
+                    f"{field} chooses experts of adapter {name!r}, which is merged, so that no row has a choice: "
+                    "unmerge it, or leave the field out"
+                )
 
 
 NOTHING = nullcontext()

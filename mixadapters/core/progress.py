@@ -10,10 +10,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixture import Mixture
+from mixadapters.core.processes import sum_in_place
 from mixadapters.core.routing import RoutingKey
 
 
@@ -82,12 +81,7 @@ class StepVerbs:
         """After a step of the optimizer: move the biases of routers that balance by them (`bias_update_rate`), by the
         rows that all processes have routed since the last call. All processes call it."""
         routers = [r for r in self.routers_of(adapter_name) if getattr(r, "balancing", None) is not None]
-        counts = [router.balancing.counts for router in routers]
-        if counts and torch.distributed.is_available() and torch.distributed.is_initialized():
-            summed = torch.cat([count.to(counts[0].device) for count in counts])
-            torch.distributed.all_reduce(summed)
-            for count, total in zip(counts, summed.split([len(count) for count in counts]), strict=True):
-                count.copy_(total)
+        sum_in_place([router.balancing.counts for router in routers])
         for router in routers:
             router.update_bias()
         self.context.steps.told.add((adapter_name, "update_biases"))

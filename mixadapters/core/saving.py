@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from mixadapters.core.files import PREFIX, FileWeights, digest_of, orders_of
+from mixadapters.core.context import ForwardContext
+from mixadapters.core.engines import overwrite
+from mixadapters.core.files import PREFIX, FileWeights, digest_of, orders_of, weights_of
 from mixadapters.core.layer import AdapterHost
+from mixadapters.core.processes import rank
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,9 @@ class SavedForm(BaseTuner):
         Raises:
             ValueError: weights of the adapter are not among those selected, or hold nothing.
         """
+        if not state_dict and rank():  # what is sharded is gathered by the first process, which saves it
+            return {}
+        complete(state_dict, model)
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         have = {WRAPPERS.sub("", key) for key in found}
         if missing := sorted(key for key in own_keys(model, cls.prefix, adapter_name) if key not in have):
@@ -106,6 +113,38 @@ class SavedForm(BaseTuner):
             )  # fmt: skip
         # Embeddings that are a saved module too come twice; the other copy has been mapped.
         return {key: tensor for key, tensor in remapped.items() if (key.removeprefix(PREFIX) if bare else key) in here}
+
+
+def complete(state_dict: dict[str, Tensor], model: nn.Module) -> None:
+    """Put in what ZeRO-3 leaves out of the weights that it gathers for a save: all that the stage has frozen."""
+    context = ForwardContext.find(model)
+    kept = {} if context is None else context.engine.kept
+    prefix = PREFIX if any(isinstance(module, BaseTuner) for module in model.modules()) else ""
+    for name, tensor in kept.items():
+        state_dict.setdefault(f"{prefix}{name}", tensor)
+
+
+def restore_frozen(model: nn.Module, adapter_name: str, folder: Path) -> None:
+    """Give the frozen weights of an adapter what its folder holds: engines that shard a model resume without them.
+
+    All processes call it.
+
+    Raises:
+        ValueError: the folder lacks one.
+    """
+    file = next((f for f in (folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME) if f.is_file()), None)
+    if file is None:
+        return
+    with weights_of(file) as weights:
+        for path, host in model.named_modules():
+            if not isinstance(host, AdapterHost) or adapter_name not in host.adapters:
+                continue
+            for name, parameter in host.adapters[adapter_name].named_parameters():
+                key = f"{WRAPPERS.sub('', path)}.{host.prefix}adapters.{name}"
+                if not parameter.requires_grad:
+                    if key not in weights:
+                        raise ValueError(f"{file} holds no {key!r}, with which the run was to go on")
+                    overwrite(parameter, weights[key])
 
 
 def _refuse_twice(cls: type[SavedForm], adapter_name: str, given: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.losses import entropy, real_only
+from mixadapters.core.processes import gathered, several
 from mixadapters.core.routing import FROZEN, Routing, RoutingKey
 
 WITHOUT_EXPERT = re.compile(rf"{FROZEN}|null\d+")  # arms; no expert may have such a name
@@ -40,6 +41,21 @@ class Usage:
             chosen = (selected if mask is None else selected & mask.unsqueeze(1)).sum(0)
             self.chosen = chosen if self.chosen is None else self.chosen + chosen
 
+    def join(self, other: Usage) -> None:
+        """Add what `other`, of the same arms, has seen."""
+        self.weight, self.entropy = self.weight + other.weight, self.entropy + other.entropy
+        self.count = self.count + other.count
+        if other.chosen is not None:
+            self.chosen = other.chosen if self.chosen is None else self.chosen + other.chosen
+
+    def on_cpu(self) -> Usage:
+        copy = Usage(self.arms)
+        copy.weight, copy.entropy, copy.count = (
+            torch.as_tensor(value).cpu() for value in (self.weight, self.entropy, self.count)
+        )
+        copy.chosen = None if self.chosen is None else self.chosen.cpu()
+        return copy
+
 
 class UsageRecorder:
     """An observer of routings that keeps the usage of every router. `report` says what it has seen, `plot` draws."""
@@ -57,13 +73,24 @@ class UsageRecorder:
     def reset(self) -> None:
         self.seen.clear()
 
+    def over_processes(self) -> UsageRecorder:
+        """What all processes have seen together. All of them call it, as often as each other."""
+        if not several():
+            return self
+        whole = UsageRecorder()
+        for seen in gathered({place: usage.on_cpu() for place, usage in self.seen.items()}):
+            for place, usage in seen.items():
+                whole.seen.setdefault(place, Usage(usage.arms)).join(usage)
+        return whole
+
     def count(self, key: RoutingKey) -> int:
         """How many rows have been routed at `key`."""
         return sum(int(usage.count) for (other, _), usage in self.seen.items() if other == key)
 
     def summaries(self, dead_below: float = 0.01) -> dict[RoutingKey, dict[str, float]]:
-        """By router: `weight/<arm>`, the mean weight of each arm; `entropy`, the mean, in nats; `dead`, how many arms
-        get less than `dead_below` of the weight.
+        """By router: `weight/<arm>`, the mean weight of each arm; `entropy`, the mean, in nats; `cv`, the coefficient
+        of variation of the experts' weights, 0 where all get as much; `dead`, how many arms get less than `dead_below`
+        of the weight.
 
         Of routers that choose also: `load/<arm>`, its share of the choices; `max_over_mean`, the largest load of an
         expert over their mean; `active`, experts that a row uses; `null`, the share of choices without an expert; and
@@ -79,6 +106,7 @@ class UsageRecorder:
             summary = {f"weight/{arm}": total / rows for arm, total in sums.items()}
             shares = list(summary.values())
             summary["entropy"] = sum(float(usage.entropy) for usage in mine) / rows
+            summary["cv"] = _variation([total for arm, total in sums.items() if not WITHOUT_EXPERT.fullmatch(arm)])
             summary["dead"] = float(sum(share < dead_below for share in shares))
             chosen = _by_arm((usage.arms, usage.chosen.tolist()) for usage in mine if usage.chosen is not None)
             found[key] = summary | (_choices(chosen, rows, dead_below) if chosen else {})
@@ -120,6 +148,12 @@ class UsageRecorder:
         from mixadapters.core.charts import draw_usage  # only who draws needs matplotlib
 
         draw_usage(self.by_place(), path)
+
+
+def _variation(values: Sequence[float]) -> float:
+    """The standard deviation of `values` over their mean; 0 where there is none."""
+    mean = sum(values) / max(len(values), 1)
+    return (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5 / mean if mean else 0.0
 
 
 def _by_arm(parts: Iterable[tuple[Sequence[str], list[float]]]) -> dict[str, float]:

@@ -185,7 +185,7 @@ def prune(arguments: Sequence[str]) -> int:
 
 
 def merge(arguments: Sequence[str]) -> int:
-    from mixadapters.surgery.merging import AVERAGINGS, SIMILARITIES, merge_experts
+    from mixadapters.surgery.merging import AVERAGINGS, GROUPINGS, SIMILARITIES, merge_experts
     from mixadapters.surgery.overspecification import check_tolerance, overspecification_report
 
     parser = _parser(
@@ -199,6 +199,7 @@ def merge(arguments: Sequence[str]) -> int:
         help="instead: those alone that compute the same, up to this distance from 0 to 2, such as 0.01",
     )  # fmt: skip
     parser.add_argument("--similarity", choices=SIMILARITIES, default="router_logits", help="default: router_logits")
+    parser.add_argument("--grouping", choices=GROUPINGS, default="dominant", help="default: dominant")
     parser.add_argument("--weight", choices=AVERAGINGS, default="usage", help="default: usage")
     parser.add_argument("--no-align", action="store_true", help="add up neurons as they are numbered")
     parser.add_argument("--scope", choices=("layer", "global"), default="layer", help="of the budget; default: layer")
@@ -214,8 +215,8 @@ def merge(arguments: Sequence[str]) -> int:
             same = overspecification_report(inputs.model, batches, tolerance=args.doubles, adapter=inputs.owner)
             groups = same.groups
         return merge_experts(
-            inputs.model, usage, groups, similarity=args.similarity, align=not args.no_align, weight=args.weight,
-            scope=args.scope, **options,
+            inputs.model, usage, groups, similarity=args.similarity, grouping=args.grouping,
+            align=not args.no_align, weight=args.weight, scope=args.scope, **options,
         )  # fmt: skip
 
     return _cut(args, verb)

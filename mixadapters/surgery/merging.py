@@ -1,8 +1,9 @@
 """Several experts become one, and the router stays as it is.
 
 Source: Li et al. 2024 (MC-SMoE, arXiv 2310.01334): align neurons, group by the router's logits around the experts that
-are used most, average by usage. LoRA experts are averaged as products and factored anew: a mean of factors depends on
-how each product happens to be factored.
+are used most, average by usage. Spectral grouping is that of UNCURL (Sarkar et al. 2024, arXiv 2409.01483). LoRA
+experts are averaged as products and factored anew: a mean of factors depends on how each product happens to be
+factored.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mixadapters.core.registry import nearest
 from mixadapters.routers.permutation import assignment
 from mixadapters.surgery.layers import ExpertLayer
 from mixadapters.surgery.layouts import settle_config
+from mixadapters.surgery.overspecification import same_cells
 from mixadapters.surgery.pruning import check_usage, choose_kept, layers_to_cut, scores_of
 from mixadapters.surgery.usage import ExpertUsage
 from mixadapters.surgery.view import expert_output
@@ -29,6 +31,8 @@ Similarity = Literal["router_logits", "router_weight", "weight", "output"]
 SIMILARITIES: tuple[str, ...] = get_args(Similarity)
 Averaging = Literal["usage", "uniform", "dominant"]
 AVERAGINGS: tuple[str, ...] = get_args(Averaging)
+Grouping = Literal["dominant", "spectral"]
+GROUPINGS: tuple[str, ...] = get_args(Grouping)
 ROWS = 256  # random inputs on which experts are compared where none are given
 
 
@@ -94,6 +98,7 @@ def merge_experts(
     groups: int | Mapping[str, Sequence[Sequence[str]]],
     *,
     similarity: Similarity = "router_logits",
+    grouping: Grouping = "dominant",
     align: bool = True,
     weight: Averaging = "usage",
     scope: Literal["layer", "global"] = "layer",
@@ -104,16 +109,18 @@ def merge_experts(
 ) -> MergeResult:
     """Merge the experts of each layer into so many. Make optimizers anew afterwards.
 
-    The experts that are used most stay, each joined by those most similar to it. The router keeps its columns: what
-    it gives to the members of a group goes to the one that stands for them.
+    The router keeps its columns: what it gives to the members of a group goes to the one that stands for them, the one
+    that is used most.
 
     Args:
         usage: of `record_usage`, on data that says what the model is for.
         groups: experts that stay in each layer, or on average where the scope is "global". Or `ExpertLayer.key` ->
             names of experts that become one, such as `Overspecification.groups`; layers and experts that it does not
-            name stay as they are, and similarity and scope have nothing to say.
+            name stay as they are, and similarity, grouping and scope have nothing to say.
         similarity: of two experts: the cosine of their columns of "router_logits" in the usage, of their rows of
             "router_weight", of their weights once aligned ("weight"), or of their "output".
+        grouping: "dominant": the experts that are used most stay, each joined by those most similar to it; "spectral":
+            the clusters of the graph of similarities.
         align: permute an expert's neurons to those of the expert it joins (Hungarian algorithm). Of LoRA experts,
             which are merged as products, there is nothing to align.
         weight: of the members in the mean: by "usage", "uniform", or "dominant": the expert that stays, as it is.
@@ -129,44 +136,59 @@ def merge_experts(
     """
     layers = layers_to_cut(model, adapter)
     check_usage(layers, usage)
-    _check_choice(groups, similarity, weight, scope)
+    _check_choice(groups, similarity, grouping, weight, scope)
     if align:
         assignment()  # now, and not when half of the layers are done
     used = {layer.key: scores_of(layer, usage, "usage") for layer in layers}
-    given = _named_groups(layers, groups, used) if isinstance(groups, Mapping) else {}
-    stay = choose_kept(layers, used, groups, None, scope) if isinstance(groups, int) else {}
-    parts = []
-    for layer in layers:  # one after the other: no more than one layer is held twice
-        read = _inputs(layer, inputs, seed)
-        stands = given[layer.key] if given else _grouped(layer, usage, stay[layer.key], similarity, read)
-        shares = used[layer.key] if weight == "usage" else torch.ones_like(used[layer.key])
-        merged = dict(_merged(layer, stands, shares, align, weight))
-        errors = _errors(layer, stands, merged, used[layer.key], read)
-        parts.append(LayerMerging(layer.key, layer.names, tuple(stands), *errors))
-        if not dry_run:
-            names = layer.names
-            layer.assign(stands)
-            stayed = [names[e] for e in sorted(set(stands))]
-            for e, weights in merged.items():
-                layer.set_weights(stayed.index(names[e]), weights)
+    if isinstance(groups, Mapping):
+        stands = _named_groups(layers, groups, used)
+    else:
+        stay = choose_kept(layers, used, groups, None, scope)
+        stands = {}
+        for layer in layers:
+            among = stay[layer.key] if grouping == "dominant" else range(len(layer.names))
+            alike = _likeness(layer, usage, similarity, _inputs(layer, inputs, seed), among)
+            stands[layer.key] = _grouped(alike, stay[layer.key], grouping, used[layer.key])
+    for layer in layers:
+        _refuse_unlike(layer, stands[layer.key], weight)
+        _inputs(layer, inputs, seed)
+    parts = [_merge_layer(layer, stands[layer.key], used[layer.key], inputs, seed, align, weight, dry_run)
+             for layer in layers]  # one after the other: no more than one layer is held twice  # fmt: skip
     bases: list[Any] = [layer for layer in layers if layer.kind == "base"]
     if bases and not dry_run:
         settle_config(bases[0].root)
     return MergeResult(similarity, weight, align, tuple(parts), not dry_run)
 
 
-def _check_choice(groups: Any, similarity: str, weight: str, scope: str) -> None:
+def _merge_layer(
+    layer: ExpertLayer, stands: Sequence[int], used: Tensor, inputs: Mapping[str, Tensor] | None, seed: int,
+    align: bool, weight: str, dry_run: bool,
+) -> LayerMerging:  # fmt: skip
+    read, names = _inputs(layer, inputs, seed), layer.names
+    merged = dict(_merged(layer, stands, used if weight == "usage" else torch.ones_like(used), align, weight))
+    errors = _errors(layer, stands, merged, used, read)
+    if not dry_run:
+        layer.assign(stands)
+        stayed = [names[e] for e in sorted(set(stands))]
+        for e, weights in merged.items():
+            layer.set_weights(stayed.index(names[e]), weights)
+    return LayerMerging(layer.key, names, tuple(stands), *errors)
+
+
+def _check_choice(groups: Any, similarity: str, grouping: str, weight: str, scope: str) -> None:
     if isinstance(groups, Mapping):
-        if similarity != "router_logits" or scope != "layer":
+        if (similarity, grouping, scope) != ("router_logits", "dominant", "layer"):
             raise ValueError(
-                f"similarity={similarity!r}, scope={scope!r}: groups names the experts that become one, so neither "
-                "has anything to decide; leave them out, or give a number of groups"
+                f"similarity={similarity!r}, grouping={grouping!r}, scope={scope!r}: groups names the experts that "
+                "become one, so these have nothing to decide; leave them out, or give a number of groups"
             )
     elif type(groups) is not int or groups < 1:
         raise ValueError(f"groups={groups!r} must be a number of experts, 1 or more, or names by layer")
     if similarity not in SIMILARITIES:
         hint = nearest(similarity, SIMILARITIES)
         raise ValueError(f"similarity={similarity!r} is unknown; have {SIMILARITIES}.{hint}")
+    if grouping not in GROUPINGS:
+        raise ValueError(f"grouping={grouping!r} is unknown; have {GROUPINGS}.{nearest(grouping, GROUPINGS)}")
     if weight not in AVERAGINGS:
         raise ValueError(f"weight={weight!r} is unknown; have {AVERAGINGS}.{nearest(weight, AVERAGINGS)}")
     if scope not in ("layer", "global"):
@@ -214,8 +236,8 @@ def _inputs(layer: ExpertLayer, inputs: Mapping[str, Tensor] | None, seed: int) 
     return given.to(like.device, like.dtype)
 
 
-def _grouped(layer: ExpertLayer, usage: ExpertUsage, stay: Sequence[int], similarity: str, read: Tensor) -> list[int]:
-    """For each expert the one of those that stay that it joins: the most similar."""
+def _likeness(layer: ExpertLayer, usage: ExpertUsage, similarity: str, read: Tensor, among: Sequence[int]) -> Tensor:
+    """(E, n) float64, how similar the experts of a layer are to those `among` them: cosines."""
     if similarity == "router_logits":
         features = usage[layer.key].logits.double().T
         if not features.shape[1]:
@@ -231,13 +253,13 @@ def _grouped(layer: ExpertLayer, usage: ExpertUsage, stay: Sequence[int], simila
     elif similarity == "output":
         features = torch.stack([layer.run(e, read).double().flatten() for e in range(len(layer.names))])
     else:
-        return _grouped_by_weight(layer, stay)
-    cosine = F.normalize(features, dim=-1) @ F.normalize(features[list(stay)], dim=-1).T
-    best = cosine.argmax(1).tolist()
-    return [e if e in stay else stay[best[e]] for e in range(len(layer.names))]
+        return _likeness_of_weights(layer, among)
+    features = F.normalize(features, dim=-1)
+    return (features @ features[list(among)].T).cpu()
 
 
-def _grouped_by_weight(layer: ExpertLayer, stay: Sequence[int]) -> list[int]:
+def _likeness_of_weights(layer: ExpertLayer, among: Sequence[int]) -> Tensor:
+    """[e, n]: of an expert that is aligned to the other."""
     every = [_plain(layer.weights(e)) for e in range(len(layer.names))]
 
     def alike(e: int, other: int) -> float:
@@ -248,7 +270,39 @@ def _grouped_by_weight(layer: ExpertLayer, stay: Sequence[int]) -> list[int]:
             a, b = _flat(aligned(every[e], every[other])), _flat(every[other])
         return float(F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
 
-    return [e if e in stay else max(stay, key=lambda other: alike(e, other)) for e in range(len(every))]
+    return torch.tensor([[alike(e, other) for other in among] for e in range(len(every))], dtype=torch.float64)
+
+
+def _grouped(alike: Tensor, stay: Sequence[int], grouping: str, used: Tensor) -> list[int]:
+    """For each expert the one that stands for it, of as many as `stay`.
+
+    Args:
+        alike: of `_likeness`, (E, n) among those that stay; for "spectral" (E, E).
+        stay: experts around which the others gather; for "spectral", of them the number alone.
+        used: (E,) how much each expert is used; in a spectral cluster the one that is used most stands for all.
+    """
+    if grouping == "dominant":
+        best = alike.argmax(1).tolist()
+        return [e if e in stay else stay[best[e]] for e in range(len(alike))]
+    stands = list(range(len(alike)))
+    for cluster in spectral_clusters(alike, len(stay)):
+        first = max(cluster, key=lambda e: float(used[e]))
+        for e in cluster:
+            stands[e] = first
+    return stands
+
+
+def spectral_clusters(alike: Tensor, count: int) -> list[list[int]]:
+    """So many clusters of the graph whose edges are (1 + cosine) / 2 of alike (E, E).
+
+    The rows of the largest eigenvectors of the normalised graph (Ng, Jordan and Weiss 2001), parted by complete
+    linkage instead of by k-means, whose outcome depends on a draw.
+    """
+    edges = ((1 + (alike + alike.T) / 2) / 2).clamp_min(0).fill_diagonal_(0)
+    root = edges.sum(1).clamp_min(1e-12).rsqrt()
+    vectors = torch.linalg.eigh(root.unsqueeze(1) * edges * root).eigenvectors[:, -count:]
+    vectors = F.normalize(vectors, dim=1)
+    return same_cells(torch.cdist(vectors, vectors), math.inf, count)
 
 
 # --- what a group becomes -------------------------------------------------------------------------------------
@@ -269,8 +323,14 @@ def _merged(
         if layer.activation == "identity":
             yield e, merge_lora(every, parts.tolist(), like)
         else:
-            _refuse_ranks(layer, members)
             yield e, merge_neurons(every, parts.tolist(), like, align)
+
+
+def _refuse_unlike(layer: ExpertLayer, stands: Sequence[int], weight: str) -> None:
+    """Raise ValueError where experts that are to become one have neurons that cannot be merged one to one."""
+    if layer.activation != "identity" and weight != "dominant":
+        for e in set(stands):
+            _refuse_ranks(layer, [other for other, mine in enumerate(stands) if mine == e])
 
 
 def _refuse_ranks(layer: ExpertLayer, members: Sequence[int]) -> None:

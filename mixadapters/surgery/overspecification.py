@@ -59,15 +59,15 @@ def function_distances(outputs: Tensor) -> Tensor:
     return torch.where(mean > 0, between / mean.clamp_min(torch.finfo(mean.dtype).tiny), 0.0)
 
 
-def same_cells(distances: Tensor, tolerance: float) -> list[list[int]]:
+def same_cells(distances: Tensor, tolerance: float, least: int = 1) -> list[list[int]]:
     """Clusters of complete linkage: within one, no two are farther apart than `tolerance`. The largest first.
 
-    distances: (E, E), symmetric.
+    distances: (E, E), symmetric. least: clusters that there are in the end.
     """
     cells = [[e] for e in range(len(distances))]
     far = distances.to(torch.float64).clone()  # of two cells, their farthest members
     far.fill_diagonal_(torch.inf)
-    while len(cells) > 1 and float(far.min()) <= tolerance:
+    while len(cells) > least and float(far.min()) <= tolerance:
         first, second = sorted(divmod(int(far.argmin()), len(cells)))
         cells[first] += cells.pop(second)
         row = torch.maximum(far[first], far[second])

@@ -14,6 +14,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.model import MixtureModel
+from mixadapters.core.processes import gathered, several
+from mixadapters.core.saving import restore_frozen
 from mixadapters.routers.base import COEFFICIENTS
 from mixadapters.training.checkpoints import fault, lay_out_moments, note_stage, stage_of
 from mixadapters.training.events import find_tuner, progress, trainer_of_event
@@ -33,18 +35,21 @@ class StageCallback(TrainerCallback):
         objectives: what changes inputs, outputs and loss. They stay on the model, so that `Trainer.evaluate` knows
             them after the run too, until the StageCallback of another Trainer replaces them.
         check_head: before the first step, refuse a language-model head that looks newly initialised.
+        domain: the only domain that trains, in MixDA's stage "domain". Rows without `domain_ids` take it.
 
     Raises:
-        ValueError: unknown adapter or stage; a Trainer that would drop columns which an objective or the adapter
-            needs, or which the train dataset has and adapters read; load_best_model_at_end with another adapter than
-            "default"; reentrant activation checkpointing together with auxiliary losses; a Trainer that trains after
-            the model was set to another stage, or goes on from a checkpoint of another stage.
+        ValueError: unknown adapter, stage or domain; a Trainer that would drop columns which an objective or the
+            adapter needs, or which the train dataset has and adapters read; load_best_model_at_end with another
+            adapter than "default"; reentrant activation checkpointing together with auxiliary losses; a Trainer that
+            trains after the model was set to another stage, or goes on from a checkpoint of another stage.
     """
 
     def __init__(
-        self, stage: str, adapter_name: str = "default", objectives: Sequence[Objective] = (), check_head: bool = True
-    ) -> None:
-        self.stage, self.adapter_name = stage, adapter_name
+        self, stage: str, adapter_name: str = "default", objectives: Sequence[Objective] = (), check_head: bool = True,
+        *, domain: str | None = None,
+    ) -> None:  # fmt: skip
+        self.stage, self.adapter_name, self.domain = stage, adapter_name, domain
+        self.noted = stage if domain is None else f"{stage} {domain}"  # in checkpoints
         self.objectives, self.check_head = list(objectives), check_head
         self.trainer: Trainer | None = None
 
@@ -54,13 +59,16 @@ class StageCallback(TrainerCallback):
         tuner = find_tuner(model)
         if self.adapter_name in tuner.peft_config:
             self._check(args, tuner)
-        tuner.set_stage(self.stage, self.adapter_name)  # refuses unknown names
+        tuner.set_stage(self.stage, self.adapter_name, self.domain)  # refuses unknown names
         self._attach(tuner.context)
         self._look_at_checkpoints(args)
 
     def _check(self, args: TrainingArguments, tuner: MixtureModel) -> None:
         """Refuses what would go wrong silently in the run."""
-        self._check_columns(args, tuner, trainer_of_event())
+        trainer = trainer_of_event()
+        self._check_columns(args, tuner, trainer)
+        if trainer is not None:
+            check_saves(trainer)
         if args.load_best_model_at_end and (self.adapter_name != "default" or tuner.active_adapters[0] != "default"):
             raise ValueError(
                 f"load_best_model_at_end=True reloads the adapter 'default' only, and {self.adapter_name!r} trains "
@@ -107,9 +115,9 @@ class StageCallback(TrainerCallback):
                     "one as resume_from_checkpoint",
                     stacklevel=2,
                 )
-            elif (made := stage_of(folder, self.adapter_name)) not in (None, self.stage):
+            elif (made := stage_of(folder, self.adapter_name)) not in (None, self.noted):
                 warnings.warn(
-                    f"the checkpoint {folder} was made in stage={made!r}; a run of stage={self.stage!r} cannot go on "
+                    f"the checkpoint {folder} was made in stage={made!r}; a run of stage={self.noted!r} cannot go on "
                     "from it. Load its adapter with PeftModel.from_pretrained(..., is_trainable=True), and give this "
                     "stage an output_dir of its own",
                     stacklevel=2,
@@ -131,17 +139,22 @@ class StageCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         self.trainer = trainer_of_event()
         tuner = find_tuner(model)
-        if (now := tuner.stage.get(self.adapter_name)) != self.stage:
+        now, domain = tuner.stage.get(self.adapter_name), tuner.single_domain.get(self.adapter_name)
+        if (now, domain) != (self.stage, self.domain):
             raise ValueError(
-                f"the model has been set to stage={now!r} since this Trainer was made for stage={self.stage!r}; make "
+                f"the model has been set to stage={now!r}, domain={domain!r} since this Trainer was made for "
+                f"stage={self.stage!r}, domain={self.domain!r}; make "
                 "the Trainer of a stage when the run before it has ended"
             )
         resumed = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.global_step and (made := stage_of(resumed, self.adapter_name)) not in (None, self.stage):
+        if state.global_step and (made := stage_of(resumed, self.adapter_name)) not in (None, self.noted):
             raise ValueError(
                 f"the checkpoint {resumed} was made in stage={made!r}, so the state of the optimizer does not belong "
-                f"to what stage={self.stage!r} trains; begin the stage without resume_from_checkpoint"
+                f"to what stage={self.noted!r} trains; begin the stage without resume_from_checkpoint"
             )
+        if state.global_step and self._shards():
+            inside = resumed if self.adapter_name == "default" else resumed / self.adapter_name
+            restore_frozen(model, self.adapter_name, inside)
         if optimizer is not None:
             with torch.no_grad():
                 lay_out_moments(optimizer)
@@ -155,7 +168,12 @@ class StageCallback(TrainerCallback):
             if "labels" in batch:
                 device = next(base.parameters()).device
                 named = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "labels") if k in batch}
-                require_pretrained_head(base, named)
+                # What is sharded runs from its outermost module alone, which gathers it.
+                require_pretrained_head(self.trainer.model_wrapped if self.trainer and several() else base, named)
+
+    def _shards(self) -> bool:
+        """Whether the Trainer runs on an engine that shards, and resumes from its own files."""
+        return bool(getattr(self.trainer, "is_fsdp_enabled", 0) or getattr(self.trainer, "is_deepspeed_enabled", 0))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -181,7 +199,7 @@ class StageCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if args.should_save and folder.is_dir():
-            note_stage(folder, self.adapter_name, self.stage)
+            note_stage(folder, self.adapter_name, self.noted)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -191,16 +209,34 @@ class StageCallback(TrainerCallback):
         context.steps.ended(self.adapter_name)
 
 
+def check_saves(trainer: Trainer) -> None:
+    """Raises ValueError where the engine that shards the model would write no adapter."""
+    state = trainer.accelerator.state
+    fsdp = getattr(state, "fsdp_plugin", None)
+    if fsdp is not None and "FULL_STATE_DICT" not in str(fsdp.state_dict_type):
+        raise ValueError(
+            f"with state_dict_type={str(fsdp.state_dict_type).rpartition('.')[2]!r} of FSDP no checkpoint and no end "
+            "of a run holds the adapter as a file: set fsdp_state_dict_type: FULL_STATE_DICT"
+        )
+    zero = getattr(getattr(state, "deepspeed_plugin", None), "deepspeed_config", {}).get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        raise ValueError(
+            "without stage3_gather_16bit_weights_on_model_save of DeepSpeed no checkpoint and no end of a run holds "
+            "the adapter as a file: set zero3_save_16bit_model: true"
+        )
+
+
 class GateUsageCallback(TrainerCallback):
     """Reports through the Trainer's own loggers (TensorBoard, W&B and the rest) how each router spread its weight and
     what it chose, and the auxiliary losses by name.
 
     After every entry of the Trainer with a training loss (each `logging_steps`, or epoch) and at the end of the run
     follows one of `gate/<layer>/<name>`, their means over layers `gate/mean/<name>`, and `loss/<name>`, each a mean
-    since the last report, of the training batches of this process. Names are `weight/<arm>`, `entropy` (nats) and
-    `dead` (arms with less than 1 % of the weight). Of routers that choose also `load/<arm>` (its share of choices),
-    `max_over_mean` (the largest load of an expert over their mean), `active` (experts that a token uses), `null`
-    (share of choices without an expert); `dead` are then experts with less than 1 % of the mean load.
+    since the last report, of the training batches of all processes. Names are `weight/<arm>`, `entropy` (nats), `cv`
+    (the coefficient of variation of the experts' weights) and `dead` (arms with less than 1 % of the weight). Of
+    routers that choose also `load/<arm>` (its share of choices), `max_over_mean` (the largest load of an expert over
+    their mean), `active` (experts that a token uses), `null` (share of choices without an expert); `dead` are then
+    experts with less than 1 % of the mean load.
 
     Args:
         trainer: as in `trainer.add_callback(GateUsageCallback(trainer))`; its `log` takes the report.
@@ -222,15 +258,20 @@ class GateUsageCallback(TrainerCallback):
 
 
 def collect_usage(model: nn.Module, per_layer: bool = False) -> dict[str, float]:
-    """The running gate usage and auxiliary losses of `model`, reset by reading."""
+    """The gate usage and auxiliary losses of `model`, reset by reading: of all processes, which all call this."""
     context = next((found for module in model.modules() if (found := ForwardContext.find(module))), None)
     if context is None:
         return {}
-    report = context.usage.report(per_layer)
+    report = context.usage.over_processes().report(per_layer)
     context.usage.reset()
-    report.update({f"loss/{name}": float(total) / count for name, (total, count) in context.loss_log.items()})
+    mine = {name: (float(total), count) for name, (total, count) in context.loss_log.items()}
     context.loss_log.clear()
-    return report
+    sums: dict[str, tuple[float, int]] = {}
+    for losses in gathered(mine):
+        for name, (total, count) in losses.items():
+            before = sums.get(name, (0.0, 0))
+            sums[name] = before[0] + total, before[1] + count
+    return report | {f"loss/{name}": total / count for name, (total, count) in sums.items()}
 
 
 def columns(dataset: Any) -> set[str]:

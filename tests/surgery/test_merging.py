@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from mixadapters import MixDAConfig, MoAConfig
 from mixadapters.core.bank import Weights
 from mixadapters.surgery import expert_layers, prune_experts, record_usage
-from mixadapters.surgery.merging import aligned, merge_experts, merge_lora, merge_neurons
+from mixadapters.surgery.merging import (
+    _grouped,
+    aligned,
+    merge_experts,
+    merge_lora,
+    merge_neurons,
+    spectral_clusters,
+)
+from mixadapters.surgery.overspecification import overspecification_report
 from mixadapters.surgery.usage import ExpertUsage
 
 BATCH = batch()
@@ -206,8 +214,64 @@ def test_similar_experts_are_grouped(similarity: Any, tiny: Any, tiny_inputs: An
     usage = used(model, tiny_inputs("llama", batch=4))
     for found in usage.layers.values():
         found.tokens = torch.tensor([5, 4, 1, 1])
-    done = merge_experts(model, usage, 2, similarity=similarity, dry_run=True)
-    assert [part.expert_map for part in done.layers] == [(0, 1, 0, 1)] * 2
+    for grouping in ("dominant", "spectral"):
+        done = merge_experts(model, usage, 2, similarity=similarity, grouping=grouping, dry_run=True)
+        assert [part.expert_map for part in done.layers] == [(0, 1, 0, 1)] * 2
+
+
+def test_spectral_clusters_gather_a_blob_that_the_most_used_would_part() -> None:
+    """Two experts of one blob are used most: those who stay are these, and clusters are the blobs."""
+    angles = torch.tensor([0.0, 0.2, 0.1, 1.4, 1.5, 1.6])
+    alike = torch.cos(angles - angles.unsqueeze(1)).double()
+    assert sorted(map(sorted, spectral_clusters(alike, 2))) == [[0, 1, 2], [3, 4, 5]]
+    assert sorted(map(sorted, spectral_clusters(alike, 6))) == [[e] for e in range(6)]
+    assert spectral_clusters(torch.ones(4, 4).double(), 1) == [[0, 1, 2, 3]]
+    assert len(spectral_clusters(torch.ones(4, 4).double(), 3)) == 3
+    used = torch.tensor([9.0, 8, 1, 1, 2, 1])
+    assert _grouped(alike[:, [0, 1]], [0, 1], "dominant", used) == [0, 1, 0, 1, 1, 1]
+    assert _grouped(alike, [0, 1], "spectral", used) == [0, 0, 0, 4, 4, 4]
+
+
+def test_groups_by_name_are_merged_and_no_others(tiny: Any, tiny_inputs: Any) -> None:
+    """What `overspecification_report` finds, or a user says; the most used of a group stands for it."""
+    model, inputs = moa(tiny, num_experts_per_tok=1), tiny_inputs("llama", batch=4)
+    first, second = expert_layers(model)
+    double(second, 3, 1)
+    found = overspecification_report(model, [inputs], tolerance=1e-6)
+    assert found.groups == {second.key: (("expert1", "expert3"),)}
+    usage = used(model, inputs)
+    usage[second.key].tokens = torch.tensor([5, 1, 1, 4])
+    before = logits(model, inputs)
+    done = merge_experts(model, usage, found.groups)
+    assert [part.expert_map for part in done.layers] == [(0, 1, 2, 3), (0, 3, 2, 3)]
+    assert done.layers[1].error < 1e-6
+    torch.testing.assert_close(logits(model, inputs), before, rtol=1e-4, atol=1e-5)
+    assert [len(layer.names) for layer in expert_layers(model)] == [4, 3]
+    usage = used(model, inputs)
+    for groups, options, said in (
+        ({"nowhere": [["expert0"]]}, {}, "groups names the layer 'nowhere'"),
+        ({first.key: [["expert0", "expert9"]]}, {}, "a group is a list of names"),
+        ({first.key: [["expert0"], ["expert0"]]}, {}, "each in one group"),
+        ({first.key: ["expert0"]}, {}, "a group is a list of names"),
+        ({first.key: [["expert0"]]}, {"scope": "global"}, "these have nothing to decide"),
+        ({first.key: [["expert0"]]}, {"similarity": "weight"}, "these have nothing to decide"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            merge_experts(model, usage, groups, **options)
+
+
+def test_a_merge_that_is_refused_at_a_later_layer_has_changed_none(tiny: Any, tiny_inputs: Any) -> None:
+    model, inputs = moa(tiny, "glu"), tiny_inputs("llama")
+    second = expert_layers(model)[1]
+    weights = second.weights(0)
+    wider = {n: torch.cat([getattr(weights, n)] * 2) for n in ("down", "gate", "b_down", "b_gate")
+             if getattr(weights, n) is not None}  # fmt: skip
+    second.set_weights(0, weights._replace(**wider, up=torch.cat([weights.up / 2] * 2, 1)))
+    usage, before = used(model, inputs), logits(model, inputs)
+    with pytest.raises(ValueError, match="have different widths"):
+        merge_experts(model, usage, 1)
+    assert torch.equal(logits(model, inputs), before)
+    assert [len(layer.names) for layer in expert_layers(model)] == [4, 4]
 
 
 def test_what_cannot_be_merged_is_refused(tiny: Any, tiny_inputs: Any) -> None:
@@ -218,6 +282,7 @@ def test_what_cannot_be_merged_is_refused(tiny: Any, tiny_inputs: Any) -> None:
         ({"groups": 2}, "no logits to compare"),
         ({"groups": 2, "similarity": "logits"}, "Did you mean 'router_logits'"),
         ({"groups": 2, "weight": "mean"}, "is unknown"),
+        ({"groups": 2, "grouping": "spectrum"}, "Did you mean 'spectral'"),
         ({"groups": 2, "similarity": "output", "inputs": {}}, "give rows"),
     ):
         with pytest.raises(ValueError, match=said):

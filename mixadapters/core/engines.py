@@ -1,0 +1,122 @@
+"""What engines that shard a model over processes need of its adapters, and what they leave out without a word."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixadapters.core.processes import rank
+from mixadapters.core.rows import saved_modules
+
+
+class Engine:
+    """Looks at what shards a model when its training begins, and keeps what the engine would not save.
+
+    Attributes:
+        kept: name in the root model -> weight on the CPU, of the frozen weights of adapters and heads that ZeRO-3 has
+            shared out; in the first process alone. Its trainers save trainable weights only, and the first process
+            cannot ask the others while it writes.
+    """
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+        self.kept: dict[str, Tensor] = {}
+        self._checked = False
+        self._known: set[str] | None = None  # names of the frozen weights that have been looked at
+
+    def look(self, root: nn.Module, trains: bool) -> None:
+        """Called before each forward of several processes.
+
+        Raises:
+            ValueError: parts of adapters are sharded by themselves.
+        """
+        if trains and not self._checked:
+            self._check(root)
+            self._checked = True
+        # The first forward of all is the best: in later ones DeepSpeed fetches weights before it needs them.
+        if not is_partitioned(next(root.parameters())) or not (trains or self._known is None):
+            return
+        frozen = {name: p for name, p in self._own(root) if not p.requires_grad and is_partitioned(p)}
+        if self._known != frozen.keys():
+            self._known = set(frozen)
+            with gathered_parameters(list(frozen.values())):
+                self.kept = {} if rank() else {name: p.detach().cpu().clone() for name, p in frozen.items()}
+
+    def _check(self, root: nn.Module) -> None:
+        for host in root.modules():
+            if getattr(host, "context", None) is self.context and hasattr(host, "adapters"):
+                for path, part in host.adapters.named_modules():
+                    if isinstance(part, loaded("torch.distributed.fsdp", "FSDPModule")):
+                        raise ValueError(
+                            f"FSDP shards the part {path!r} of the adapters at {host.path!r} by itself, but experts "
+                            "are read together: wrap whole transformer blocks (fsdp_auto_wrap_policy: "
+                            "TRANSFORMER_BASED_WRAP)"
+                        )
+        sharded = any(is_dtensor(p) or is_partitioned(p) for p in root.parameters())
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not sharded and not on_accelerator(root):
+            warnings.warn(
+                "accelerate has been asked for FSDP, which it keeps for GPUs and the like: on the CPU every process "
+                "trains the whole model, as under DDP. The results are the same, the memory is not; call "
+                "torch.distributed.fsdp.fully_shard on the blocks to shard on a CPU",
+                stacklevel=2,
+            )
+
+    def _own(self, root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights of adapters in `root` and of the modules that are saved with them, by their names in it."""
+        for path, host in root.named_modules():
+            if getattr(host, "context", None) is self.context and hasattr(host, "adapters"):
+                for name, parameter in host.adapters.named_parameters():
+                    yield f"{path}.{host.prefix}adapters.{name}", parameter
+        for path, wrapper in saved_modules(root):
+            for name, parameter in wrapper.named_parameters():
+                if not name.startswith("original_module."):
+                    yield f"{path}.{name}", parameter
+
+
+def loaded(module: str, name: str) -> Any:
+    """A class of a module that nobody may have imported, which takes seconds: then nothing is of it."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def is_dtensor(parameter: Tensor) -> bool:
+    return isinstance(parameter, loaded("torch.distributed.tensor", "DTensor"))
+
+
+def is_partitioned(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has shared the parameter out."""
+    return hasattr(parameter, "ds_id")
+
+
+def on_accelerator(module: nn.Module) -> bool:
+    return any(parameter.device.type != "cpu" for parameter in module.parameters())
+
+
+def gathered_parameters(parameters: list[nn.Parameter], writes: bool = False) -> Any:
+    """A block in which parameters that ZeRO-3 has shared out are whole. All processes enter it together.
+
+    writes: the first process changes them, and the others get what it has made of them.
+    """
+    zero: Any = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    partitioned = [p for p in parameters if is_partitioned(p)]
+    if zero is None or not partitioned:
+        return torch.no_grad()
+    return zero.GatheredParameters(partitioned, modifier_rank=0 if writes else None)
+
+
+@torch.no_grad()
+def overwrite(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter another value, however it is sharded. All processes call it with the same value."""
+    if is_dtensor(parameter):
+        like: Any = parameter
+        share: Any = loaded("torch.distributed.tensor", "distribute_tensor")
+        like.copy_(share(value.to(like.device), like.device_mesh, like.placements))
+        return
+    with gathered_parameters([parameter], writes=True):
+        if not is_partitioned(parameter) or rank() == 0:
+            parameter.copy_(value)
