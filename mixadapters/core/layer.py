@@ -155,11 +155,9 @@ class AdapterHost(BaseTunerLayer):
                     if record.open:  # where checkpointing runs the layer again, the first run's are in use
                         record.observed += deltas
             return y
+        if self.merged and record.values:
+            _refuse_choices(self, record)
         if record.values.get("adapter_names") is not None:
-            if self.merged:
-                raise ValueError(
-                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-                )
             return self._mixed()(x, y, self.context)
         for name in names:
             y = self.adapters[name](x, y, self.context)
@@ -409,6 +407,22 @@ def _adapted(host: AdapterHost, x: Tensor, output: Any, names: list[str], record
     with _trained_as_before(host, names, record) if record.checkpointed else NOTHING:
         y = host.apply_adapters(x, y, names, record)
     return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+def _refuse_choices(host: AdapterHost, record: Record) -> None:
+    """Raise ValueError where the batch chooses adapters, or experts of one, and a merged one acts on all rows."""
+    if record.values.get("adapter_names") is not None:
+        raise ValueError(  # as PEFT says it
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+    for name in host.merged_adapters:
+        for part in host.adapters[name].modules() if name in host.adapters else ():
+            field = getattr(getattr(part, "hard_routes", None), "field", None)
+            if field is not None and record.values.get(field) is not None:
+                raise ValueError(
+                    f"{field} chooses experts of adapter {name!r}, which is merged, so that no row has a choice: "
+                    "unmerge it, or leave the field out"
+                )
 
 
 NOTHING = nullcontext()
