@@ -30,6 +30,7 @@ API = {
             f"mixadapters.training.{name}"
             for name in (
                 "callbacks",
+                "adversarial",
                 "routing",
                 "spawning",
                 "pruning",
