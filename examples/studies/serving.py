@@ -202,6 +202,41 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def memory(folder: Path, adapters: int, rounds: int) -> None:
+    """Many adapters of which 16 lie in the model: the others in host memory, or in files."""
+    size, config = {"width": 64, "layers": 2}, BottleneckConfig(r=64, task_type="CAUSAL_LM")
+    save(config, folder / "n", 0, **size)
+    print("| adapters | the others lie | memory of each | in files | first token, in the model | away |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for where in ("in files", "in host memory"):
+        (folder / where).mkdir()
+        files = {"offload_folder": folder / where} if where == "in files" else {}
+        server = AdapterServer(base(**size), cache_tokens=1024, max_resident=16, share_prefixes=False, **files)
+        for i in range(20):  # what is made once
+            server.load(f"warm{i}", folder / "n")
+        gc.collect()
+        before = resident_bytes()
+        for i in range(adapters):
+            server.load(f"n{i}", folder / "n")
+        gc.collect()
+        each = (resident_bytes() - before) / adapters / 2**10
+        filed = server.adapters.residents.filed_bytes / (adapters + 4) / 2**10
+        with server:
+
+            def first(name: str, server: AdapterServer = server) -> float:
+                request = server.submit([5, 6, 7], name, max_new_tokens=1)
+                request.result()
+                return request.first_token or 0.0
+
+            first(f"n{adapters - 1}")
+            near = statistics.median(first(f"n{adapters - 1}") for _ in range(rounds))
+            away = statistics.median(first(f"n{i}") for i in range(rounds))
+        print(
+            f"| {adapters} | {where} | {each:.0f} KiB | {filed:.0f} KiB | {1e3 * near:.1f} ms | {1e3 * away:.1f} ms |",
+            flush=True,
+        )
+
+
 def soak(folder: Path, count: int, clients: int = 8) -> None:
     """Clients that ask one request after the other, over 16 adapters of three types of which 8 lie in the model."""
     server = AdapterServer(base(64, 2), cache_tokens=4096, max_batch_tokens=128, max_resident=8)
@@ -250,7 +285,9 @@ def soak(folder: Path, count: int, clients: int = 8) -> None:
 
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["throughput", "first", "many", "soak"], help="one table; default: all")
+    parser.add_argument(
+        "--part", choices=["throughput", "first", "many", "memory", "soak"], help="one table; default: all"
+    )
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=2000, help="of the soak")
     parser.add_argument("--rounds", type=int, default=5)
@@ -260,6 +297,7 @@ def main(given: list[str] | None = None) -> None:
         "throughput": lambda folder: throughput(folder, options.rounds),
         "first": lambda folder: first_token(folder, options.rounds),
         "many": lambda folder: many(folder, options.adapters, 3 * options.rounds),
+        "memory": lambda folder: memory(folder, options.adapters, 3 * options.rounds),
         "soak": lambda folder: soak(folder, options.requests),
     }
     for name, part in parts.items():

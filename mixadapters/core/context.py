@@ -161,7 +161,9 @@ class ForwardContext:
         if tokens.dim() == 3:
             return tokens
         if self.stream(stack).packed:
-            raise refuse_packed("a router over sequences")
+            if self.stream(stack).requests is None:
+                raise refuse_packed("a router over sequences")
+            return tokens.unsqueeze(0)
         batch = self.stream(stack).batch
         if tokens.dim() != 2 or batch == 0 or tokens.shape[0] % batch:
             raise ValueError(

@@ -64,9 +64,16 @@ class AdapterHost(BaseTunerLayer):
         return next((reason for name in acting if (reason := self.packed_refusal(name))), None)
 
     def packed_refusal(self, name: str) -> str | None:
-        """Why the adapter of this name cannot run where requests are packed into one row; None if it can."""
+        """Why the adapter of this name cannot run in a packed row whose requests are known; None if it can."""
         parts = self.adapters[name].modules() if name in self.adapters else ()
-        return next((reason for part in parts if (reason := getattr(part, "refuses_packed", None))), None)
+        reasons = (getattr(part, "refuses_packed", None) for part in parts if not getattr(part, "by_request", False))
+        return next((reason for reason in reasons if reason), None)
+
+    def by_request(self, name: str) -> bool:
+        """Whether the adapter of this name keeps something of earlier tokens of a request (`RequestMemory`)."""
+        return name in self.adapters and any(
+            getattr(part, "by_request", False) for part in self.adapters[name].modules()
+        )
 
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool = False) -> None:
         self.adapters[name] = adapter
@@ -148,11 +155,9 @@ class AdapterHost(BaseTunerLayer):
                     if record.open:  # where checkpointing runs the layer again, the first run's are in use
                         record.observed += deltas
             return y
+        if self.merged and record.values:
+            _refuse_choices(self, record)
         if record.values.get("adapter_names") is not None:
-            if self.merged:
-                raise ValueError(
-                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-                )
             return self._mixed()(x, y, self.context)
         for name in names:
             y = self.adapters[name](x, y, self.context)
@@ -402,6 +407,22 @@ def _adapted(host: AdapterHost, x: Tensor, output: Any, names: list[str], record
     with _trained_as_before(host, names, record) if record.checkpointed else NOTHING:
         y = host.apply_adapters(x, y, names, record)
     return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+def _refuse_choices(host: AdapterHost, record: Record) -> None:
+    """Raise ValueError where the batch chooses adapters, or experts of one, and a merged one acts on all rows."""
+    if record.values.get("adapter_names") is not None:
+        raise ValueError(  # as PEFT says it
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+    for name in host.merged_adapters:
+        for part in host.adapters[name].modules() if name in host.adapters else ():
+            field = getattr(getattr(part, "hard_routes", None), "field", None)
+            if field is not None and record.values.get(field) is not None:
+                raise ValueError(
+                    f"{field} chooses experts of adapter {name!r}, which is merged, so that no row has a choice: "
+                    "unmerge it, or leave the field out"
+                )
 
 
 NOTHING = nullcontext()

@@ -125,13 +125,15 @@ class Mixture(Adapter):
         if self.hard_routes is None and not watched and getattr(router, "always_first", False):
             return router(source, context)
         record, rows = context.record, source.numel() // source.shape[-1]
-        if record.plain and not (self.tunings or self.watchers):  # nobody has a say in it, and nobody asks
+        fixed = self.hard_routes is not None and self.hard_routes.usual >= 0
+        plain = record.plain and not fixed
+        if plain and not (self.tunings or self.watchers):  # nobody has a say in it, and nobody asks
             reads = source if self.router_tap is None else context.tap(self.router_tap)
             brief = getattr(router, "brief", _nothing)(reads)
             decided = self._checked(router(reads, context), rows) if brief is None else brief
             record.routings[self.key] = decided = _in_dtype(decided, source.dtype)
             return decided
-        routing = None if record.plain else self._given(rows, source, context)
+        routing = None if plain else self._given(rows, source, context)
         decides = routing is None and not getattr(router, "follows", False)
         trains = decides and record.training and record.grad  # not in a reference pass
         if routing is None:

@@ -35,30 +35,47 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
         """Adapter name -> the stage that it was set to. The others train as a whole."""
         return self.__dict__.setdefault("_stage", {})
 
+    @property
+    def single_domain(self) -> dict[str, str]:
+        """Adapter name -> the only domain that trains in the stage that it was set to."""
+        return self.__dict__.setdefault("_single_domain", {})
+
     def config_of(self, adapter_name: str) -> Any:
         """The config of an adapter. Raises ValueError where there is none of the name."""
         if adapter_name not in self.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r} is unknown; have {list(self.peft_config)}")
         return self.peft_config[adapter_name]
 
-    def set_stage(self, stage: str, adapter_name: str = "default") -> None:
+    def set_stage(self, stage: str, adapter_name: str = "default", domain: str | None = None) -> None:
         """Train the parameters of one stage of a method, freeze the rest of the adapter and its saved modules.
 
+        domain: the only one that trains; for methods that have domains.
+
         Raises:
-            ValueError: unknown adapter or stage, or a stage without a parameter in this model.
+            ValueError: unknown adapter, stage or domain, or a stage without a parameter in this model.
         """
         stages = type(self.config_of(adapter_name)).stages
         if stage not in stages:
             raise ValueError(f"stage={stage!r} is unknown; have {list(stages)}.{nearest(stage, stages)}")
-        patterns = self.peft_config[adapter_name].trained_in(stage)
+        patterns = self.patterns_of(stage, adapter_name, domain)
         chosen = list(self._stage_parameters(patterns, adapter_name))
         if not any(matches for _, matches in chosen):
             raise ValueError(f"stage={stage!r} trains nothing: no parameter of {adapter_name!r} is in {patterns}")
         for parameter, matches in chosen:
             parameter.requires_grad_(matches)
         self.stage[adapter_name] = stage
+        self.single_domain.pop(adapter_name, None)
+        if domain is not None:
+            self.single_domain[adapter_name] = domain
         for host in self.hosts():
             host.stages[adapter_name] = patterns
+
+    def patterns_of(self, stage: str, adapter_name: str, domain: str | None = None) -> tuple[str, ...]:
+        """Patterns of the parameters that train in a stage. Raises ValueError for a domain that cannot train alone."""
+        if domain is not None:
+            kind = self.config_of(adapter_name).peft_type.value
+            raise ValueError(f"domain={domain!r}: adapter {adapter_name!r} is of type {kind}, which has no domains")
+        return self.peft_config[adapter_name].trained_in(stage)
 
     def _stage_parameters(self, patterns: tuple[str, ...], adapter_name: str) -> Iterator[tuple[nn.Parameter, bool]]:
         for host in self.hosts():
@@ -87,12 +104,14 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
         super().delete_adapter(adapter_name)
         self.context.hosted.discard(adapter_name)
         self.stage.pop(adapter_name, None)
+        self.single_domain.pop(adapter_name, None)
         self._keep_stages()
 
     def _keep_stages(self) -> None:
         """PEFT's verbs make adapters trainable as a whole, their heads included: freeze what stages do not train."""
         for name, stage in self.stage.items():
-            for parameter, matches in self._stage_parameters(self.peft_config[name].trained_in(stage), name):
+            patterns = self.patterns_of(stage, name, self.single_domain.get(name))
+            for parameter, matches in self._stage_parameters(patterns, name):
                 if not matches:
                     parameter.requires_grad_(False)
 

@@ -32,6 +32,7 @@ class HardRoutes(nn.Module):
     def __init__(self, field: str, numbers: Sequence[int], total: int | None = None) -> None:
         super().__init__()
         self.field = field
+        self.usual = -1  # the number of rows to which the batch gives none; -1: the router decides
         self.register_buffer("expert_of", torch.zeros(0, dtype=torch.long), persistent=False)
         self.number(numbers, total)
 
@@ -49,14 +50,15 @@ class HardRoutes(nn.Module):
         return len(self.expert_of) - 1
 
     def forward(self, context: ForwardContext, rows: int, key: RoutingKey, stack: str = "") -> Routing | None:
-        """The routing of `rows` rows, None where the batch has no such field.
+        """The routing of `rows` rows; None where the batch has no such field, and there is no usual number.
 
         Raises:
             ValueError: numbers out of range.
         """
         given = context.record.values.get(self.field)
         if given is None:
-            return None
+            usual = torch.full((rows,), self.usual, device=self.expert_of.device)
+            return None if self.usual < 0 else self.of(usual)
         by_token = whole_numbers(self.field, given).dim() == 2
         numbers = context.token_field(self.field, stack) if by_token else context.rows(self.field, rows, stack)
         assert numbers is not None

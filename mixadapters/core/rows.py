@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
@@ -49,15 +50,20 @@ def row_names(value: Any, context: Any, model: nn.Module) -> RowNames:
     """The names of a call's rows, known to be adapters of the root `model`.
 
     Raises:
-        ValueError: see `RowNames.read`; no layer of the model has an adapter of that name.
+        ValueError: see `RowNames.read`; no layer of the model has an adapter of that name, or an adapter of another
+            library's type acts here whose layers know no rows.
     """
     if isinstance(value, RowNames):
         return value
     names = RowNames.read(value)
     unknown = set(names) - context.hosted - {BASE}
-    for path, wrapper in saved_modules(model):
-        unknown -= wrapper._get_available_adapters()
-        SavedModule.attach(wrapper, path, context)
+    for path, module in _of_peft(model):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            unknown -= module._get_available_adapters()
+            SavedModule.attach(module, path, context)
+        elif not module.disable_adapters:
+            unknown -= set(module._all_available_adapter_names())
+            OtherLayer.attach(module, path, context)
     if unknown:
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}{_chosen_by(unknown, model)}"
@@ -78,17 +84,67 @@ def _chosen_by(unknown: set[str], model: nn.Module) -> str:
 
 
 def saved_modules(model: nn.Module) -> Iterator[tuple[str, AuxiliaryTrainingWrapper]]:
-    """PEFT's own modules in `model`, with their paths. Not looked for inside adapters, of which there may be many."""
+    """Modules that PEFT has copied for adapters, with their paths."""
+    return ((path, module) for path, module in _of_peft(model) if isinstance(module, AuxiliaryTrainingWrapper))
+
+
+def _of_peft(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's own modules in `model`, with their paths: saved modules, and layers of its types, around ours or inside.
+
+    Not looked for inside adapters, of which there may be many.
+    """
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
         path, module = waiting.pop()
         if isinstance(module, AuxiliaryTrainingWrapper):
             yield path, module
             continue
+        if isinstance(module, BaseTunerLayer) and not hasattr(module, "apply_adapters"):  # not one of ours
+            yield path, module
         adapters = getattr(module, "adapter_layer_names", ())
         for name, child in module._modules.items():
             if child is not None and name not in adapters:
                 waiting.append((f"{path}.{name}" if path else name, child))
+
+
+class OtherLayer:
+    """Tells a layer of PEFT's LoRA the adapter of each row, as PEFT tells it in a model of LoRA alone."""
+
+    def __init__(self, path: str, context: Any) -> None:
+        self.path, self.context = path, context
+
+    @classmethod
+    def attach(cls, layer: Any, path: str, context: Any) -> None:
+        """Hook one up to `layer`, once.
+
+        Raises:
+            ValueError: adapters act there that cannot be told.
+        """
+        owners = (getattr(hook, "__self__", None) for hook in layer._forward_pre_hooks.values())
+        if any(isinstance(owner, cls) and owner.context is context for owner in owners):
+            return
+        if not hasattr(layer, "_mixed_batch_forward"):
+            names = sorted(layer._all_available_adapter_names())
+            raise ValueError(
+                f"adapter_names does not reach {type(layer).__name__} at {path!r}, with the adapters {names}: that "
+                "type knows no rows. Delete them, or run rows in batches of their own, by set_adapter"
+            )
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                f"{path!r} has adapters of another type, which a compiled model cannot prepare for adapter_names: "
+                "call the model with adapter_names once before it is compiled"
+            )
+        layer.register_forward_pre_hook(cls(path, context).tell, with_kwargs=True)
+
+    def tell(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        names = self.context.records.names
+        if names is None or "adapter_names" in kwargs:
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        rows = self.context.stream().spread([numbers[name] for name in names], x.shape[0], "adapter_names")
+        order = list(numbers)
+        return args, {**kwargs, "adapter_names": [order[number] for number in rows.tolist()]}
 
 
 class SavedModule:

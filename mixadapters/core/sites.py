@@ -139,6 +139,9 @@ CLIP = replace(
 CONVNEXT = Architecture(  # (B, height, width, d), and no attention
     ffn_norm="layernorm", ffn_input="pwconv1", ffn_output="pwconv2", ffn_activation="hidden_act",
 )
+# (B, d, height, width). The convolution of kernel 1 that ends a bottleneck layer; what comes before it has other
+# widths and strides. Layers of two convolutions (ResNet-18 and -34) have none.
+RESNET = Architecture(ffn_output="layer.(?:2|3).convolution", ffn_activation="hidden_act")
 WAV2VEC2 = Architecture(  # post-norm, but pre-norm in the large models
     attention="attention", attention_output="attention.out_proj", value="attention.v_proj",
     ffn="feed_forward", ffn_input="feed_forward.intermediate_dense", ffn_output="feed_forward.output_dense",
@@ -196,6 +199,7 @@ ROWS: tuple[tuple[str, Architecture, str], ...] = (
     ("layers.#.blocks.#", replace(VIT, ffn=None), "swin"),  # stages differ in width, so no `ffn`
     ("layers.#.blocks.#", replace(BERT, cross_attention_output=None), "swinv2"),
     ("stages.#.layers.#", CONVNEXT, "convnext convnextv2"),
+    ("stages.#.layers.#", RESNET, "resnet regnet"),
     ("layer.#", DINOV2, "dinov2 dinov2_with_registers"),
     ("layer.#", DINOV3, "dinov3_vit"),
     # Text and images differ in width, so no `ffn`.

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(eq=False)
+class RequestMemory:
+    """What routers keep of the tokens of one request, from step to step: a server holds it beside the request.
+
+    Attributes:
+        length: tokens that have been read.
+        state: tensors of routers by name.
+    """
+
+    length: int = 0
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def read(self, past: int, length: int) -> bool:
+        """A step reads `length` tokens after `past`: from the first again where a request was put back.
+
+        Returns:
+            Whether the tokens before are those that it knows.
+        """
+        if past == 0:
+            self.state = {}
+        known, self.length = past in (0, self.length), past + length
+        return known
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,11 +45,13 @@ class PackedRequests:
         lengths: tokens of each request in the row, in their order.
         adapters: the adapters that requests may name (`RowNames`).
         named: of each request its number in `adapters`.
+        memories: of each request what routers keep of it; None for one whose adapter keeps nothing.
     """
 
     lengths: tuple[int, ...]
     adapters: Any
     named: tuple[int, ...]
+    memories: Sequence[RequestMemory | None] = ()
 
     def spread(self, values: Tensor, count: int, name: str) -> Tensor:
         """values (R, ...), one for each request -> (count, ...), one for each token of the row.
@@ -38,6 +65,27 @@ class PackedRequests:
                 f"{len(self.lengths)} requests of {sum(self.lengths)} tokens are packed into this row"
             )
         return values.repeat_interleave(torch.tensor(self.lengths, device=values.device), dim=0)
+
+    def running_sums(self, values: Tensor, key: str) -> Tensor:
+        """values (T, ...) of the tokens of the row -> (T, ...) the sum up to each in its own request.
+
+        Requests go on from what they keep under `key`. Each is summed by itself, so that its neighbours change no bit.
+        """
+        sums = values
+        if max(self.lengths) > 1:
+            sums = torch.cat([part.cumsum(0) for part in values.split(list(self.lengths))])
+        zero = torch.zeros_like(values[0])
+        past = [zero if memory is None else memory.state.get(key, zero) for memory in self._memories]
+        sums = sums + self.spread(torch.stack(past), len(values), key)
+        ends = torch.tensor(self.lengths, device=values.device).cumsum(0) - 1
+        for memory, last in zip(self._memories, sums[ends].unbind(), strict=True):
+            if memory is not None:
+                memory.state[key] = last
+        return sums
+
+    @property
+    def _memories(self) -> Sequence[RequestMemory | None]:
+        return self.memories or [None] * len(self.lengths)
 
 
 @dataclass(eq=False)

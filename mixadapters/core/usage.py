@@ -88,8 +88,9 @@ class UsageRecorder:
         return sum(int(usage.count) for (other, _), usage in self.seen.items() if other == key)
 
     def summaries(self, dead_below: float = 0.01) -> dict[RoutingKey, dict[str, float]]:
-        """By router: `weight/<arm>`, the mean weight of each arm; `entropy`, the mean, in nats; `dead`, how many arms
-        get less than `dead_below` of the weight.
+        """By router: `weight/<arm>`, the mean weight of each arm; `entropy`, the mean, in nats; `cv`, the coefficient
+        of variation of the experts' weights, 0 where all get as much; `dead`, how many arms get less than `dead_below`
+        of the weight.
 
         Of routers that choose also: `load/<arm>`, its share of the choices; `max_over_mean`, the largest load of an
         expert over their mean; `active`, experts that a row uses; `null`, the share of choices without an expert; and
@@ -105,6 +106,7 @@ class UsageRecorder:
             summary = {f"weight/{arm}": total / rows for arm, total in sums.items()}
             shares = list(summary.values())
             summary["entropy"] = sum(float(usage.entropy) for usage in mine) / rows
+            summary["cv"] = _variation([total for arm, total in sums.items() if not WITHOUT_EXPERT.fullmatch(arm)])
             summary["dead"] = float(sum(share < dead_below for share in shares))
             chosen = _by_arm((usage.arms, usage.chosen.tolist()) for usage in mine if usage.chosen is not None)
             found[key] = summary | (_choices(chosen, rows, dead_below) if chosen else {})
@@ -146,6 +148,12 @@ class UsageRecorder:
         from mixadapters.core.charts import draw_usage  # only who draws needs matplotlib
 
         draw_usage(self.by_place(), path)
+
+
+def _variation(values: Sequence[float]) -> float:
+    """The standard deviation of `values` over their mean; 0 where there is none."""
+    mean = sum(values) / max(len(values), 1)
+    return (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5 / mean if mean else 0.0
 
 
 def _by_arm(parts: Iterable[tuple[Sequence[str], list[float]]]) -> dict[str, float]:

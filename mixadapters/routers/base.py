@@ -40,6 +40,7 @@ class Router(nn.Module):
     """
 
     refuses_packed: str | None = None  # why it cannot route requests that are packed into one row; None: it can
+    by_request = False  # whether it can where a server says whose tokens these are, and keeps what it remembers
     learns = False  # whether its weights are made by training
     always_first = False  # every row uses expert 0 with weight 1: lets mixed batches skip the routing
     fields: tuple[str, ...] = ()  # batch fields that it reads

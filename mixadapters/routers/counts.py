@@ -242,6 +242,10 @@ class CountsRouter(Router):
     def refuses_packed(self) -> str | None:  # type: ignore[override]
         return None if self.granularity == "token" else self.pooling.said
 
+    @property
+    def by_request(self) -> bool:  # type: ignore[override]
+        return self.pooling.by_request
+
     # --- domains that come and go -----------------------------------------------------------------------------
 
     def add_expert(self, name: str, share: float) -> None:

@@ -111,6 +111,10 @@ class LearnedRouter(ArmSurgery):
         return None if self.granularity == "token" else self.pooling.said
 
     @property
+    def by_request(self) -> bool:  # type: ignore[override]
+        return self.pooling.by_request
+
+    @property
     def granularity(self) -> str:
         return self.pooling.granularity
 

@@ -32,6 +32,7 @@ class Pooling:
     granularity = ""
     field = "granularity"  # what the config calls it, for messages
     by_row = False  # whether all tokens of a row share one decision
+    by_request = False  # whether it goes on, by request, where a server packs several into a row
 
     def __init__(self, pool: str = "masked_mean", *, total: bool = False) -> None:
         self.pool, self.total = pool, total
@@ -118,14 +119,15 @@ class Remembering(Pooling):
         super().__init__(pool, total=total)
         self.mark = uuid4().hex  # tells the gates of several adapters at one site apart
 
-    def memory(self, stream: Stream, context: ForwardContext) -> tuple[dict[str, Tensor] | None, str]:
-        """Where to keep what later tokens need, None where nothing comes after; and the key of it there.
-
-        Layers that share their weights share their gate, which then runs several times in a forward.
-        """
+    def key(self, context: ForwardContext) -> str:
+        """Of what it keeps. Layers that share weights share their gate, which runs several times in a forward."""
         runs = context.record.runs
         runs[self.mark] = runs.get(self.mark, 0) + 1
-        key = f"{self.path}/{self.mark}/{runs[self.mark]}"
+        return f"{self.path}/{self.mark}/{runs[self.mark]}"
+
+    def memory(self, stream: Stream, context: ForwardContext) -> tuple[dict[str, Tensor] | None, str]:
+        """Where to keep what later tokens need, None where nothing comes after; and the key of it there."""
+        key = self.key(context)
         if context.record.training:
             if stream.cached:
                 raise ValueError(f"{self.said} cannot train on a sequence that a cache begins")
@@ -146,13 +148,23 @@ class PrefixPooling(Remembering):
     """The mean (or the total) of the logits of the real tokens up to each one. Packed sequences start anew."""
 
     granularity = "causal_prefix"
+    by_request = True
 
     def pooled(
         self, score: Score, sequences: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext
     ) -> Tensor:
         logits = score(sequences)
         weight = torch.ones_like(logits[..., :1]) if mask is None else mask.to(logits.dtype).unsqueeze(-1)
-        sums = torch.cat([logits * weight, weight], dim=-1).cumsum(1)  # (B, T, A + 1)
+        weighed = torch.cat([logits * weight, weight], dim=-1)  # (B, T, A + 1)
+        if stream.requests is not None:
+            sums = stream.requests.running_sums(weighed[0], self.key(context)).unsqueeze(0)
+        else:
+            sums = self._sums(weighed, mask, stream, context)
+        return sums[..., :-1] if self.total else sums[..., :-1] / sums[..., -1:].clamp_min(1)
+
+    def _sums(self, weighed: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext) -> Tensor:
+        """weighed (B, T, A + 1) -> its running sums, in each row and after what the cache holds of it."""
+        sums = weighed.cumsum(1)
         state, key = self.memory(stream, context)
         past = None if state is None else state.get(key)
         if past is not None:
@@ -161,7 +173,7 @@ class PrefixPooling(Remembering):
             sums = sums - _before_document(sums, stream.position_ids, mask)
         if state is not None:
             state[key] = sums if past is None else torch.cat([past, sums], dim=1)
-        return sums[..., :-1] if self.total else sums[..., :-1] / sums[..., -1:].clamp_min(1)
+        return sums
 
 
 class RequestPooling(Remembering):

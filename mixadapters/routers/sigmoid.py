@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 
 from mixadapters.routers.base import ROUTERS
-from mixadapters.routers.learned import LearnedRouter
+from mixadapters.routers.spreading import SpreadingRouter
 
 
 @ROUTERS.register("sigmoid")
-class SigmoidGate(LearnedRouter):
+class SigmoidGate(SpreadingRouter):
     """Each weight on its own, between 0 and 1 (the paper's formula). Without `convex` there is no frozen arm."""
 
     frozen_arm = competes = False
 
-    def weigh(self, logits: Tensor) -> Tensor:
+    def spread(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
 
     def _insert_row(self, place: int, share: float) -> None:

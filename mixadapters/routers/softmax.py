@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from mixadapters.routers.base import ROUTERS
-from mixadapters.routers.learned import LearnedRouter
+from mixadapters.routers.spreading import SpreadingRouter
 
 
 @ROUTERS.register("softmax")
-class SoftmaxGate(LearnedRouter):
+class SoftmaxGate(SpreadingRouter):
     """Weights that sum to 1 over experts and the frozen arm."""
 
-    def weigh(self, logits: Tensor) -> Tensor:
+    def spread(self, logits: Tensor) -> Tensor:
         return logits.softmax(-1)
 
     def _insert_row(self, place: int, share: float) -> None:

@@ -9,6 +9,7 @@ from mixadapters.serving.global_local import FeatureGaussian, GlobalLocalMixture
 from mixadapters.serving.pooled_states import PooledStates
 from mixadapters.serving.requests import (
     AdapterRefused,
+    AdapterUnreadable,
     DeadlineExceeded,
     Request,
     RequestCancelled,
@@ -23,6 +24,7 @@ from mixadapters.serving.selection import Budget, Selection, fit_mapping, mask_g
 __all__ = [
     "AdapterRefused",
     "AdapterServer",
+    "AdapterUnreadable",
     "Budget",
     "Calibration",
     "CascadeOutput",

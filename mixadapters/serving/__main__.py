@@ -125,6 +125,7 @@ def arguments() -> argparse.ArgumentParser:
         "--cache-tokens", type=_whole(1), default=16384, help="keys and values of all requests together"
     )
     parser.add_argument("--max-resident", type=_whole(1), default=None, help="adapters on the device; default: all")
+    parser.add_argument("--offload-folder", type=Path, help="the others wait in files there; default: in host memory")
     parser.add_argument("--deadline", type=_seconds(above=0.0), default=None, help="seconds for each request")
     parser.add_argument("--largest-body", type=_whole(1), default=2**20, help="bytes")
     parser.add_argument("--grace", type=_seconds(), default=30.0, help="seconds that running requests have at the end")
@@ -153,6 +154,7 @@ def http_server(options: argparse.Namespace, model: Any, tokenizer: Any) -> Http
         model, tokenizer=tokenizer, router=router, max_requests=options.max_requests, max_running=options.max_running,
         max_batch_tokens=options.max_batch_tokens, cache_tokens=options.cache_tokens, sampling=options.sampling,
         max_resident=options.max_resident, scheduler=options.scheduler, check_base_model=options.check_base_model,
+        offload_folder=options.offload_folder,
     )  # fmt: skip
     base = options.name or Path(options.base).name
     endpoint = Endpoint(

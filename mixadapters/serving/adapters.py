@@ -6,6 +6,7 @@ import re
 import threading
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,17 @@ class ServedAdapters:
         changing: () -> a context manager inside which no forward of the model runs.
         max_resident: how many lie in the model at a time; the others wait in host memory. None: all.
         check_base_model: whether a LoRA that says another base model than this one is refused.
+        offload_folder: the others wait in files there.
+        ready: called, in another thread, when an adapter has come from its file.
 
     Raises:
         ValueError: the model has active adapters that are not of our types: they would act on every request.
     """
 
     def __init__(
-        self, model: nn.Module, changing: Changing, max_resident: int | None = None, check_base_model: bool = True
-    ) -> None:
+        self, model: nn.Module, changing: Changing, max_resident: int | None = None, check_base_model: bool = True,
+        offload_folder: Path | None = None, ready: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self.model: Any = model
         self.changing = changing
         self.check_base_model = check_base_model
@@ -57,10 +61,13 @@ class ServedAdapters:
         self._versions: Counter[str] = Counter()  # how often a name has been given to an adapter
         self._refused: dict[str, str] = {}  # adapters that are there and cannot be served -> why
         self._leaving: set[str] = set()
+        self._remembering: set[str] = set()
         self._served: dict[str, None] = {}
         self.hits = self.misses = 0
         self._refuse_foreign()
-        self.residents = Residents(model, self.context, max_resident, lambda name: not self._running[name])
+        self.residents = Residents(
+            model, self.context, max_resident, lambda name: not self._running[name], offload_folder, ready
+        )
         for name in list(getattr(model, "peft_config", {})):
             if name in self.context.hosted:
                 reason = self._refusal(name)
@@ -112,7 +119,10 @@ class ServedAdapters:
         """A request of the adapter may be in the next steps. To be called where no forward runs.
 
         Returns:
-            False where the adapter is in host memory, and all that are in the model are in use.
+            False where the adapter is not in the model, and all that are there are in use, or it is being read.
+
+        Raises:
+            OSError, ValueError: its weights cannot be read.
         """
         if name != BASE and not self.residents.use(name):
             return False
@@ -125,6 +135,10 @@ class ServedAdapters:
         with self._lock:
             self._users[name] -= 1
             self._running[name] -= began
+
+    def remembers(self, name: str) -> bool:
+        """Whether the adapter has gates that keep something of a request's earlier tokens."""
+        return name in self._remembering
 
     def salt(self, name: str) -> str:
         """Requests of other adapters, or of earlier ones of the name, have another."""
@@ -225,10 +239,13 @@ class ServedAdapters:
                 del self._served[name]
         for name in going:
             self.residents.forget(name)
+        self.residents.drop_unwanted(lambda name: bool(self._users[name]))
 
     def _enlist(self, name: str) -> None:
+        remembers = any(host.by_request(name) for host, _ in self.residents.parts_of(name))
         self.residents.enlist(name)
         with self._lock:
+            (self._remembering.add if remembers else self._remembering.discard)(name)
             self._served[name] = None
             self._versions[name] += 1
 

@@ -21,10 +21,10 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.hooks import root_of
 from mixadapters.core.rows import BASE, RowNames
-from mixadapters.core.streams import PackedRequests
+from mixadapters.core.streams import PackedRequests, RequestMemory
 from mixadapters.serving.adapters import ServedAdapters
 from mixadapters.serving.manager import ServingManager
-from mixadapters.serving.requests import Request, ServerBusy, ServerStopped
+from mixadapters.serving.requests import AdapterUnreadable, Request, ServerBusy, ServerStopped
 from mixadapters.serving.scheduler import SCHEDULERS
 
 logger = logging.getLogger(__name__)
@@ -64,33 +64,54 @@ class StepWork:
 
         Others may go before one whose adapter finds none, but not for long: they keep theirs in use.
         """
-        now, ready, blocked = time.monotonic(), [], False
+        now, ready, broken, blocked = time.monotonic(), [], [], False
         kept: deque[tuple[Request, dict[str, Any]]] = deque()
         with self._lock:
             for request, options in self._waiting:
                 age = now - request.created
                 if request.request_id not in self._live:  # given up
                     continue
-                if (blocked and request.adapter != BASE) or not self.adapters.begin(request.adapter):
-                    blocked = blocked or age > PATIENCE
+                try:
+                    begins = (not blocked or request.adapter == BASE) and self.adapters.begin(request.adapter)
+                except (OSError, ValueError) as error:
+                    broken.append((request, error))
+                    continue
+                if not begins:
+                    blocked = blocked or (age > PATIENCE and not self.adapters.residents.coming(request.adapter))
                     kept.append((request, options))
                     continue
                 request.began = age
                 ready.append((request, options))
             self._waiting = kept
+        for request, why in broken:
+            logger.error("the weights of adapter %r cannot be read: %s", request.adapter, why)
+            self._forget(request)
+            request.fail(AdapterUnreadable(f"the weights of adapter {request.adapter!r} cannot be read any more"))
         for request, options in ready:
             assert self._manager is not None
             self._manager.add_request(
                 request.prompt, request.request_id, max_new_tokens=request.max_new_tokens, streaming=True, **options
             )
 
-    def packed(self, ids: Sequence[str], lengths: Sequence[int]) -> PackedRequests:
+    def packed(self, ids: Sequence[str], lengths: Sequence[int], past: Sequence[int]) -> PackedRequests:
         with self._lock:
             live = [request.adapter for request in self._live.values()]
-            names = [self._live[i].adapter if i in self._live else BASE for i in ids]  # given up: whatever comes
+            known = [self._live.get(i) for i in ids]  # None: given up, whatever comes
+        names = [BASE if request is None else request.adapter for request in known]
         roster = self._roster_for(set(names), live)
         place = {name: number for number, name in enumerate(roster)}
-        return PackedRequests(tuple(lengths), roster, tuple(place[name] for name in names))
+        memories = [self._memory(request, *step) for request, *step in zip(known, past, lengths, strict=True)]
+        return PackedRequests(tuple(lengths), roster, tuple(place[name] for name in names), memories)
+
+    def _memory(self, request: Request | None, past: int, length: int) -> RequestMemory | None:
+        """What gates keep of a request. It lives as long as this, and begins anew where the request is read again."""
+        if request is None or not self.adapters.remembers(request.adapter):
+            return None
+        if not request.memory.read(past, length):
+            raise RuntimeError(
+                f"request {request.request_id} goes on at token {past}, which its gates have not reached"
+            )
+        return request.memory
 
     def _roster_for(self, wanted: set[str], live: list[str]) -> RowNames:
         """The adapters of this step, and of those that come: what layers have packed for it serves the next steps."""
@@ -106,7 +127,9 @@ class StepWork:
     def salt(self, request_id: str) -> str:
         with self._lock:
             request = self._live.get(request_id)
-        return request_id if request is None else self.adapters.salt(request.adapter)
+        if request is None or self.adapters.remembers(request.adapter):  # a gate must see every token of its request
+            return request_id
+        return self.adapters.salt(request.adapter)
 
     def deliver(self, output: Any) -> None:
         with self._lock:
@@ -149,6 +172,8 @@ class AdapterServer(StepWork):
         page_size: tokens of a page of that cache; shared prefixes are whole pages.
         max_resident: how many adapters lie in the model, on its device; the others wait in host memory, and come in
             when a request names them. None: all lie in it.
+        offload_folder: those others wait in files of a folder that the server makes here, from which a thread reads
+            them when they are named. None: in host memory.
         share_prefixes: whether requests of one adapter share the pages of a common beginning.
         sampling: whether requests may ask for a temperature. Otherwise all are greedy, which costs less.
         scheduler: "fair": short prompts are read before longer ones, which have their steps too; "fifo": prompts are
@@ -175,6 +200,7 @@ class AdapterServer(StepWork):
         sampling: bool = False,
         scheduler: str = "fair",
         check_base_model: bool = True,
+        offload_folder: str | Path | None = None,
         router: Callable[..., Sequence[str]] | None = None,
     ) -> None:
         sizes = {"max_requests": max_requests, "max_running": max_running, "max_batch_tokens": max_batch_tokens,
@@ -183,6 +209,10 @@ class AdapterServer(StepWork):
         for name, size in sizes.items():
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"{name}={size!r} must be a positive integer")
+        if offload_folder is not None and (max_resident is None or not Path(offload_folder).is_dir()):
+            raise ValueError(
+                f"offload_folder={str(offload_folder)!r} must be a folder, for a server with max_resident adapters"
+            )
         if page_size < 4 or cache_tokens < page_size:
             raise ValueError(f"page_size={page_size} must be 4 or more, and cache_tokens={cache_tokens} hold a page")
         if scheduler not in SCHEDULERS:
@@ -194,7 +224,15 @@ class AdapterServer(StepWork):
         self.capacity = cache_tokens // page_size * page_size
         self.context = ForwardContext.of(self.model)
         self.router, self._alone = router, threading.RLock()
-        self.adapters = ServedAdapters(self.model, self._changing, max_resident, check_base_model)
+        self._manager: ServingManager | None = None
+        self.adapters = ServedAdapters(
+            self.model,
+            self._changing,
+            max_resident,
+            check_base_model,
+            None if offload_folder is None else Path(offload_folder),
+            self._wake,
+        )
         self._refuse_auto(*self.adapters.names)
         self._settings = generation_settings(self.model, sampling)
         self._batching = ContinuousBatchingConfig(
@@ -213,7 +251,6 @@ class AdapterServer(StepWork):
         self._live: dict[str, Request] = {}
         self._waiting = deque()  # for a step, or for their adapter
         self._roster, self._roster_of = RowNames([BASE]), [""]
-        self._manager: ServingManager | None = None
         self._error: Exception | None = None
         self._accepts = False
 
@@ -318,9 +355,12 @@ class AdapterServer(StepWork):
             self.adapters.hold(adapter)
             self._live[request.request_id] = request
             self._waiting.append((request, sampling_options(self, temperature, top_p) if self.sampling else {}))
-            if self._manager is not None:
-                self._manager.wake()
+            self._wake()
         return request
+
+    def _wake(self) -> None:
+        if self._manager is not None:
+            self._manager.wake()
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -361,6 +401,7 @@ class AdapterServer(StepWork):
         with self._lock:
             known = self._live.pop(request.request_id, None) is not None
         if known:
+            request.memory.state = {}
             self.adapters.release(request.adapter, request.began is not None)
         return known
 

@@ -26,8 +26,8 @@ class Work(Protocol):
     def before_step(self) -> None:
         """Called before the tokens of a step are chosen."""
 
-    def packed(self, ids: Sequence[str], lengths: Sequence[int]) -> PackedRequests:
-        """Whose tokens a step packs: these requests, each with so many."""
+    def packed(self, ids: Sequence[str], lengths: Sequence[int], past: Sequence[int]) -> PackedRequests:
+        """Whose tokens a step packs: these requests, each with so many, after so many that are in the cache."""
 
     def salt(self, request_id: str) -> str:
         """Requests of other salts share no prefix."""
@@ -78,7 +78,9 @@ class ServingManager(ContinuousBatchingManager):
 
     def _generation_step(self) -> None:
         batch = self.batch_processor.inputs_and_outputs.requests_in_batch
-        requests = self.work.packed([one.state.request_id for one in batch], [one.query_length for one in batch])
+        lengths = [one.query_length for one in batch]
+        past = [one.state.position_offset - one.query_length for one in batch]  # it counts those of the step already
+        requests = self.work.packed([one.state.request_id for one in batch], lengths, past)
         with self.context.packing(requests):
             super()._generation_step()
 

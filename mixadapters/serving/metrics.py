@@ -51,12 +51,13 @@ class Metrics:
         gauges = {
             "requests_held": ("Requests that the server holds, running or waiting.", self.server.waiting),
             "adapters": ("Adapters that requests may name.", len(adapters.names)),
+            "filed_bytes": ("Weights of adapters that lie in files alone.", adapters.residents.filed_bytes),
             "resident_adapters": ("Those of them that lie in the model.", len(adapters.residents)),
             "up": ("Whether the server takes requests.", int(self.server.running)),
         }
         counts = {
             "adapter_hits": ("Requests whose adapter lay in the model.", adapters.hits),
-            "adapter_misses": ("Requests whose adapter was in host memory.", adapters.misses),
+            "adapter_misses": ("Requests whose adapter was not in the model.", adapters.misses),
             "adapter_evictions": ("Adapters that have left the model for others.", adapters.residents.evictions),
         }
         return [

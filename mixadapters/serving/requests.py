@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
+from mixadapters.core.streams import RequestMemory
+
 
 class ServerBusy(RuntimeError):
     """The server holds as many requests as it takes: try again later."""
@@ -22,6 +24,10 @@ class UnknownAdapter(ValueError):
 
 class AdapterRefused(ValueError):
     """The adapter, as it is, cannot be right where requests are packed into one row."""
+
+
+class AdapterUnreadable(RuntimeError):
+    """The weights of the adapter, which had left the model, cannot be read from their file."""
 
 
 class RequestCancelled(RuntimeError):
@@ -65,6 +71,7 @@ class Request:
         self.deadline = None if deadline is None else self.created + deadline
         self.began: float | None = None  # seconds after its creation: its adapter was there, and steps could hold it
         self.first_token: float | None = None  # seconds after its creation
+        self.memory = RequestMemory()  # of its adapter's gates
         self._give_up = give_up
         self._changed = threading.Condition()
         self._tokens: list[int] = []

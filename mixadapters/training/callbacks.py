@@ -35,18 +35,21 @@ class StageCallback(TrainerCallback):
         objectives: what changes inputs, outputs and loss. They stay on the model, so that `Trainer.evaluate` knows
             them after the run too, until the StageCallback of another Trainer replaces them.
         check_head: before the first step, refuse a language-model head that looks newly initialised.
+        domain: the only domain that trains, in MixDA's stage "domain". Rows without `domain_ids` take it.
 
     Raises:
-        ValueError: unknown adapter or stage; a Trainer that would drop columns which an objective or the adapter
-            needs, or which the train dataset has and adapters read; load_best_model_at_end with another adapter than
-            "default"; reentrant activation checkpointing together with auxiliary losses; a Trainer that trains after
-            the model was set to another stage, or goes on from a checkpoint of another stage.
+        ValueError: unknown adapter, stage or domain; a Trainer that would drop columns which an objective or the
+            adapter needs, or which the train dataset has and adapters read; load_best_model_at_end with another
+            adapter than "default"; reentrant activation checkpointing together with auxiliary losses; a Trainer that
+            trains after the model was set to another stage, or goes on from a checkpoint of another stage.
     """
 
     def __init__(
-        self, stage: str, adapter_name: str = "default", objectives: Sequence[Objective] = (), check_head: bool = True
-    ) -> None:
-        self.stage, self.adapter_name = stage, adapter_name
+        self, stage: str, adapter_name: str = "default", objectives: Sequence[Objective] = (), check_head: bool = True,
+        *, domain: str | None = None,
+    ) -> None:  # fmt: skip
+        self.stage, self.adapter_name, self.domain = stage, adapter_name, domain
+        self.noted = stage if domain is None else f"{stage} {domain}"  # in checkpoints
         self.objectives, self.check_head = list(objectives), check_head
         self.trainer: Trainer | None = None
 
@@ -56,7 +59,7 @@ class StageCallback(TrainerCallback):
         tuner = find_tuner(model)
         if self.adapter_name in tuner.peft_config:
             self._check(args, tuner)
-        tuner.set_stage(self.stage, self.adapter_name)  # refuses unknown names
+        tuner.set_stage(self.stage, self.adapter_name, self.domain)  # refuses unknown names
         self._attach(tuner.context)
         self._look_at_checkpoints(args)
 
@@ -112,9 +115,9 @@ class StageCallback(TrainerCallback):
                     "one as resume_from_checkpoint",
                     stacklevel=2,
                 )
-            elif (made := stage_of(folder, self.adapter_name)) not in (None, self.stage):
+            elif (made := stage_of(folder, self.adapter_name)) not in (None, self.noted):
                 warnings.warn(
-                    f"the checkpoint {folder} was made in stage={made!r}; a run of stage={self.stage!r} cannot go on "
+                    f"the checkpoint {folder} was made in stage={made!r}; a run of stage={self.noted!r} cannot go on "
                     "from it. Load its adapter with PeftModel.from_pretrained(..., is_trainable=True), and give this "
                     "stage an output_dir of its own",
                     stacklevel=2,
@@ -136,16 +139,18 @@ class StageCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         self.trainer = trainer_of_event()
         tuner = find_tuner(model)
-        if (now := tuner.stage.get(self.adapter_name)) != self.stage:
+        now, domain = tuner.stage.get(self.adapter_name), tuner.single_domain.get(self.adapter_name)
+        if (now, domain) != (self.stage, self.domain):
             raise ValueError(
-                f"the model has been set to stage={now!r} since this Trainer was made for stage={self.stage!r}; make "
+                f"the model has been set to stage={now!r}, domain={domain!r} since this Trainer was made for "
+                f"stage={self.stage!r}, domain={self.domain!r}; make "
                 "the Trainer of a stage when the run before it has ended"
             )
         resumed = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.global_step and (made := stage_of(resumed, self.adapter_name)) not in (None, self.stage):
+        if state.global_step and (made := stage_of(resumed, self.adapter_name)) not in (None, self.noted):
             raise ValueError(
                 f"the checkpoint {resumed} was made in stage={made!r}, so the state of the optimizer does not belong "
-                f"to what stage={self.stage!r} trains; begin the stage without resume_from_checkpoint"
+                f"to what stage={self.noted!r} trains; begin the stage without resume_from_checkpoint"
             )
         if state.global_step and self._shards():
             inside = resumed if self.adapter_name == "default" else resumed / self.adapter_name
@@ -194,7 +199,7 @@ class StageCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if args.should_save and folder.is_dir():
-            note_stage(folder, self.adapter_name, self.stage)
+            note_stage(folder, self.adapter_name, self.noted)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -227,10 +232,11 @@ class GateUsageCallback(TrainerCallback):
 
     After every entry of the Trainer with a training loss (each `logging_steps`, or epoch) and at the end of the run
     follows one of `gate/<layer>/<name>`, their means over layers `gate/mean/<name>`, and `loss/<name>`, each a mean
-    since the last report, of the training batches of all processes. Names are `weight/<arm>`, `entropy` (nats) and
-    `dead` (arms with less than 1 % of the weight). Of routers that choose also `load/<arm>` (its share of choices),
-    `max_over_mean` (the largest load of an expert over their mean), `active` (experts that a token uses), `null`
-    (share of choices without an expert); `dead` are then experts with less than 1 % of the mean load.
+    since the last report, of the training batches of all processes. Names are `weight/<arm>`, `entropy` (nats), `cv`
+    (the coefficient of variation of the experts' weights) and `dead` (arms with less than 1 % of the weight). Of
+    routers that choose also `load/<arm>` (its share of choices), `max_over_mean` (the largest load of an expert over
+    their mean), `active` (experts that a token uses), `null` (share of choices without an expert); `dead` are then
+    experts with less than 1 % of the mean load.
 
     Args:
         trainer: as in `trainer.add_callback(GateUsageCallback(trainer))`; its `log` takes the report.

@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
 from torch import Tensor
 
-from mixadapters.core.files import written_aside
+from mixadapters.tuners.sources import write_adapter
 
 EXACT_INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base model's weights alone
 # Fields that say how the adapter was trained or where it lay, and nothing of what its weights compute.
@@ -157,14 +155,11 @@ def save_lora(factors: Mapping[str, Factors], folder: str | Path, config: Any, p
     for path, (down, up, _, b_up) in factors.items():
         extra = ranks[path] - down.shape[0]
         key = f"base_model.model.{path}"
-        tensors[f"{key}.lora_A.weight"] = torch.nn.functional.pad(down, (0, 0, 0, extra)).cpu().contiguous()
-        tensors[f"{key}.lora_B.weight"] = torch.nn.functional.pad(up, (0, extra)).cpu().contiguous()
+        tensors[f"{key}.lora_A.weight"] = torch.nn.functional.pad(down, (0, 0, 0, extra))
+        tensors[f"{key}.lora_B.weight"] = torch.nn.functional.pad(up, (0, extra))
         if with_bias:
-            tensors[f"{key}.lora_B.bias"] = (up.new_zeros(up.shape[0]) if b_up is None else b_up).cpu().contiguous()
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lora.save_pretrained(str(folder))
-    with written_aside(Path(folder) / SAFETENSORS_WEIGHTS_NAME) as aside:
-        save_file(tensors, aside, metadata={"format": "pt"})
+            tensors[f"{key}.lora_B.bias"] = up.new_zeros(up.shape[0]) if b_up is None else b_up
+    write_adapter(folder, lora, tensors)
 
 
 def _unscaled(factor: Factors) -> Factors:

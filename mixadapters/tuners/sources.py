@@ -8,16 +8,18 @@ import re
 import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import CONFIG_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mixadapters.core.config import MixtureConfig
 from mixadapters.core.fields import fits
-from mixadapters.core.files import read_adapter, read_config
+from mixadapters.core.files import digest_of, read_adapter, read_config, written_aside
 from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 
@@ -50,6 +52,23 @@ def read_folder(
         return saved, dict(load_peft_weights(source, device="cpu", revision=revision))
     except (ValueError, OSError, KeyError, TypeError) as error:  # of PEFT, for what is no adapter of its types
         raise ValueError(f"{where} cannot be read as an adapter folder or hub id: {error}") from error
+
+
+def check_folder(verb: str, folder: Any) -> None:
+    """Refuse what is no path of a folder to write to."""
+    if not isinstance(folder, (str, os.PathLike)) or Path(folder).is_file():
+        raise ValueError(f"{verb}: folder={folder!r} is no folder; give the path of one, new or old")
+
+
+def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, weights: Mapping[str, Tensor]) -> None:
+    """Write an adapter as PEFT saves one, for `PeftModel.from_pretrained`. weights: by the keys of a file."""
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+    if isinstance(config, MixtureConfig):
+        config.digest = digest_of(tensors, config.peft_type.value, config.modules_to_save)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with written_aside(Path(folder) / SAFETENSORS_WEIGHTS_NAME) as aside:
+        save_file(tensors, aside, metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 def check_base_model(model: nn.Module, saved: Any, spec: dict[str, Any], where: str) -> None:

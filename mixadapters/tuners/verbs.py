@@ -17,12 +17,13 @@ from typing import Any
 import peft
 import peft.peft_model
 import peft.utils.save_and_load
-from peft import PeftModel
+from peft import LoraModel, PeftModel
 from peft.utils import CONFIG_NAME
 from transformers.integrations import PeftAdapterMixin
 
 from mixadapters.core.card import complete_card
 from mixadapters.core.config import MixtureConfig
+from mixadapters.core.context import ForwardContext
 from mixadapters.core.files import FileWeights, SavedAdapter, being_loaded, loading, read_adapter, read_config
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.rows import RowNames
@@ -84,7 +85,25 @@ def watch_verbs() -> None:
     PeftModel.from_pretrained = classmethod(peft_from_pretrained)
     PeftModel.load_adapter = load_adapter
     PeftModel.create_or_update_model_card = create_or_update_model_card
+    _watch_lora()
     _watch_transformers()
+
+
+def _watch_lora() -> None:
+    lora_hooks = LoraModel._enable_peft_forward_hooks
+
+    @functools.wraps(lora_hooks)
+    def enable_peft_forward_hooks(self: Any, *args: Any, **kwargs: Any) -> Any:
+        context = ForwardContext.find(self.model)
+        if kwargs.get("adapter_names") is not None and context is not None and context.hosted:
+            raise ValueError(
+                f"adapter_names of a LoRA model does not reach the adapters {sorted(context.hosted)} of other types "
+                "in it: inject the LoRA first (inject_adapter_in_model), and make the PeftModel of the other type, "
+                "whose adapter_names reach both"
+            )
+        return lora_hooks(self, *args, **kwargs)
+
+    LoraModel._enable_peft_forward_hooks = enable_peft_forward_hooks
 
 
 def _watch_transformers() -> None:

@@ -117,7 +117,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "stablelm parallel": {"use_parallel_residual": True},
     "t5 gated": {"feed_forward_proj": "gated-gelu"},
 }
-CASES = [*ARCHITECTURES, *VARIANTS]
+CONVOLUTIONAL = {"resnet", "regnet"}  # channels come second, and there is no more than the last of a layer
+CASES = [*(name for name in ARCHITECTURES if name not in CONVOLUTIONAL), *VARIANTS]
 # By the module: all tests of a case run one after the other, in the one process that has made its model.
 every_case = pytest.mark.parametrize("case", CASES, scope="module")
 # Modules per role where they are not one per layer.

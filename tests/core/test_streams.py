@@ -9,7 +9,7 @@ from transformers import BertConfig, BertForMultipleChoice
 
 from mixadapters import BottleneckConfig, MixDAConfig
 from mixadapters.core.rows import RowNames
-from mixadapters.core.streams import PackedRequests, read_stream
+from mixadapters.core.streams import PackedRequests, RequestMemory, read_stream
 
 
 def test_choices_of_a_row_are_rows_next_to_each_other() -> None:
@@ -84,3 +84,29 @@ def test_multiple_choice_rows_name_their_adapters() -> None:
     for row, name in enumerate("xy"):
         model.set_adapter(name)
         torch.testing.assert_close(mixed[row], model(**inputs).logits[row])
+
+
+def test_sums_of_packed_requests_go_on_from_what_each_keeps() -> None:
+    """Each as by itself, to the bit, whatever its neighbours are; one without a memory begins at 0."""
+    texts = [torch.randn(9, 2, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    memories = [RequestMemory(), RequestMemory(), None]
+    for cut in ((slice(0, 4), slice(0, 1), slice(0, 9)), (slice(4, 9), slice(1, 2), slice(0, 1))):
+        parts = [text[piece] for text, piece in zip(texts, cut, strict=True)]
+        lengths = tuple(map(len, parts))
+        found = PackedRequests(lengths, None, (), memories).running_sums(torch.cat(parts), "gate").split(list(lengths))
+        before = [text[: piece.start].sum(0) for text, piece in zip(texts, cut, strict=True)]
+        for sums, part, past in zip(found, parts, before, strict=True):
+            torch.testing.assert_close(sums, part.cumsum(0) + past)
+        alone = PackedRequests((lengths[2],), None, ()).running_sums(parts[2], "gate")
+        assert torch.equal(alone, found[2])
+
+
+def test_memory_of_a_request_begins_anew_where_it_is_read_again() -> None:
+    memory = RequestMemory()
+    assert memory.read(0, 5)
+    memory.state["gate"] = torch.ones(2)
+    assert memory.read(5, 1)
+    assert "gate" in memory.state
+    assert memory.read(0, 3)
+    assert not memory.state
+    assert not memory.read(5, 1)

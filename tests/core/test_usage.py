@@ -50,11 +50,19 @@ def test_arms_below_the_share_are_dead() -> None:
     assert usage.summaries(dead_below=0.007)[KEY]["dead"] == 1
 
 
+def test_variation_is_that_of_the_experts_alone() -> None:
+    usage = recorded(([[0.3, 0.1, 0.6], [0.3, 0.1, 0.6]], None), arms=("a", "b", "frozen"))
+    assert usage.summaries()[KEY]["cv"] == pytest.approx(0.1 / 0.2)
+    even = recorded(([[0.2, 0.2, 0.6]], None), arms=("a", "b", "frozen"))
+    assert even.summaries()[KEY]["cv"] == pytest.approx(0, abs=1e-6)
+    assert recorded(([[0.0, 1.0]], None), arms=("a", "frozen")).summaries()[KEY]["cv"] == 0
+
+
 def test_arms_that_come_and_go_share_one_count() -> None:
     usage = recorded(([[1.0, 0.0]], None))
     usage(KEY, Routing(probs=torch.tensor([[0.0, 1.0, 0.0]]), arms=("a", "b", "c")), None)
     assert usage.summaries()[KEY] == pytest.approx(
-        {"weight/a": 0.5, "weight/b": 0.5, "weight/c": 0, "entropy": 0, "dead": 1}
+        {"weight/a": 0.5, "weight/b": 0.5, "weight/c": 0, "entropy": 0, "dead": 1, "cv": 0.5**0.5}
     )
 
 
@@ -75,7 +83,7 @@ def test_report_is_a_mean_over_routers_and_each_by_its_module() -> None:
     usage = recorded(([[1.0, 0.0]], None))
     usage(KEY._replace(layer=4, path="layers.4.mlp"), Routing(probs=torch.tensor([[0.5, 0.5]]), arms=("a", "b")), None)
     assert usage.report()["gate/mean/weight/a"] == 0.75
-    assert set(usage.report()) == {f"gate/mean/{name}" for name in ("weight/a", "weight/b", "entropy", "dead")}
+    assert set(usage.report()) == {f"gate/mean/{name}" for name in ("weight/a", "weight/b", "entropy", "dead", "cv")}
     assert usage.report(per_layer=True)["gate/layers.4.mlp/weight/b"] == 0.5
     usage(KEY._replace(adapter="other"), Routing(probs=torch.tensor([[0.0, 1.0]]), arms=("a", "b")), None)
     report = usage.report(per_layer=True)
@@ -184,7 +192,7 @@ def choosing(*batches: tuple[list[list[int]], list[bool] | None], arms: tuple[st
 def test_what_a_router_chooses_is_counted_by_hand() -> None:
     arms = ("a", "b", "c", "null0", "frozen")
     found = choosing(([[0, 1], [0, 3], [0, 4]], None), ([[1, 0], [2, 2]], [True, False]), arms=arms)
-    assert {k: v for k, v in found.items() if not k.startswith(("weight", "entropy"))} == pytest.approx(
+    assert {k: v for k, v in found.items() if not k.startswith(("weight", "entropy", "cv"))} == pytest.approx(
         {
             "load/a": 4 / 8, "load/b": 2 / 8, "load/c": 0, "load/null0": 1 / 8, "load/frozen": 1 / 8,
             "max_over_mean": 4 / 2, "active": 6 / 4, "null": 2 / 8, "dead": 1,
@@ -208,7 +216,7 @@ def test_rows_that_choose_nothing_make_no_shares() -> None:
 
 
 def test_routers_that_do_not_choose_have_no_load() -> None:
-    assert set(recorded(([[1.0, 0.0]], None)).summaries()[KEY]) == {"weight/a", "weight/b", "entropy", "dead"}
+    assert set(recorded(([[1.0, 0.0]], None)).summaries()[KEY]) == {"weight/a", "weight/b", "entropy", "dead", "cv"}
 
 
 CHOOSING: dict[str, tuple[Any, dict[str, float]]] = {

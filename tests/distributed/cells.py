@@ -217,11 +217,13 @@ def by_trainer(cell: Cell, folder: Path, processes: int, **options: Any) -> dict
         "logging_steps": 1, "save_steps": 1, "report_to": [], "disable_tqdm": True, "remove_unused_columns": False,
         "train_sampling_strategy": "sequential", "use_cpu": True, "seed": 5, **options,
     }  # fmt: skip
-    resume = arguments.pop("resume", None)
+    resume, callbacks = arguments.pop("resume", None), arguments.pop("callbacks", [])
+    if cell.stage:
+        callbacks = [StageCallback(cell.stage, objectives=cell.objectives()), *callbacks]
     trainer = Trainer(
         model=model, args=TrainingArguments(str(folder), **arguments), train_dataset=cell.rows(),
         data_collator=cell.collate(model),
-        callbacks=[StageCallback(cell.stage, objectives=cell.objectives())] if cell.stage else [],
+        callbacks=callbacks,
     )  # fmt: skip
     trainer.add_callback(GateUsageCallback(trainer))
     trainer.train(resume_from_checkpoint=resume)

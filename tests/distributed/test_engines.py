@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import random
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cells import CELLS, LOOPS, STEPS
+from cells import CELLS, LOOPS, STEPS, llama
 from conftest import launch
+from peft import PeftModel, get_peft_model_state_dict
+from processes import start_together
 from safetensors.torch import load_file
 from torch import Tensor
+
+from mixadapters.training.checkpoints import fault
 
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 
@@ -37,7 +44,7 @@ def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         pytest.skip("deepspeed is not installed: pip install mixadapters[distributed]")
     folder = tmp_path_factory.mktemp(engine)
     try:
-        said = launch(engine, "worker.py", str(folder))
+        said = launch(engine, "worker.py", engine, str(folder))
     except AssertionError as error:  # some cells may have ended before
         said = str(error)
     return engine, folder, said
@@ -76,5 +83,67 @@ def read(file: Path, said: str) -> dict[str, Any]:
     return found
 
 
-def frozen(file: Path, patterns: tuple[str, ...]) -> dict[str, Tensor]:
-    return {key: value for key, value in load_file(file).items() if any(part in key for part in patterns)}
+@pytest.mark.parametrize("name", ["MixDA, stage domain", "MixDA, stage task", "MoA, a router for each block"])
+def test_files_hold_every_weight_whatever_a_stage_has_frozen(name: str, together: tuple[str, Path, str]) -> None:
+    _, folder, said = together
+    model = CELLS[name].model()
+    began = digests(get_peft_model_state_dict(model))
+    model.base_model.set_stage(CELLS[name].stage)
+    trains = {key.replace(".default.", ".") for key, p in model.named_parameters() if p.requires_grad}
+    assert 0 < len(trains) < len(began)
+    for loop in LOOPS:
+        read(folder / f"{name}, {loop}" / "0.json", said)
+        files = sorted((folder / f"{name}, {loop}").rglob("adapter_model.safetensors"))
+        assert len(files) == (STEPS + 1 if loop == "Trainer" else 1)
+        for file in files:
+            ended = digests(load_file(file))
+            assert {key for key in began if ended[key] == began[key]} == began.keys() - trains
+            PeftModel.from_pretrained(llama(), file.parent)  # strict, and checks the digest of the whole
+
+
+def digests(weights: dict[str, Tensor]) -> dict[str, str]:
+    return {key: hashlib.sha256(value.numpy().tobytes()).hexdigest() for key, value in weights.items()}
+
+
+# --- killed runs --------------------------------------------------------------------------------------------------
+
+RESUMED = ("MixDA, stage task", "MoSA", "MoA, balanced by bias")
+WORKER = (Path(__file__).parent / "resume_worker.py").read_text(encoding="utf-8")
+
+
+def test_a_killed_run_goes_on(together: tuple[str, Path, str], tmp_path: Path) -> None:
+    """kill -9 of one of two processes anywhere in a step, then on with two, and with one."""
+    engine, folder, _ = together
+    if engine == "zero2":
+        pytest.skip("as zero3")
+    event = random.choice(["on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step"])
+    step = random.randint(1, STEPS - 1)
+    print(f"killed at {event} after step {step}")
+    killed = tmp_path / "killed"
+    for process in start_together(WORKER, [engine, str(killed), event, str(step), RESUMED[0]]):
+        with pytest.raises(RuntimeError):  # the other waits in vain
+            process.finish(120)
+    left = {path.name: fault(path) for path in sorted((killed / f"{RESUMED[0]}, Trainer").glob("checkpoint-*"))}
+    assert [name for name, reason in left.items() if not reason][-1:] == [f"checkpoint-{step}"]
+    for processes in (2, 1):
+        place = tmp_path / str(processes)
+        for name in RESUMED[1:]:
+            source = f"{name}, Trainer/checkpoint-{step}"
+            shutil.copytree(folder / source, place / source)
+        shutil.copytree(killed / f"{RESUMED[0]}, Trainer", place / f"{RESUMED[0]}, Trainer")
+        running = start_together(WORKER, [engine, str(place), "", str(step), *RESUMED], processes)
+        if engine == "zero3" and processes == 1:
+            with pytest.raises(RuntimeError, match="world size"):
+                running[0].finish(120)
+            continue
+        for process in running:
+            process.finish(120)
+        for name in RESUMED:
+            file = f"{name}, Trainer/end/adapter_model.safetensors"
+            whole, resumed = load_file(folder / file), load_file(place / file)
+            assert whole.keys() == resumed.keys()
+            for key, value in whole.items():
+                if processes == 2:
+                    assert torch.equal(resumed[key], value), f"{name}: {key}"
+                else:
+                    torch.testing.assert_close(resumed[key], value, atol=1e-5, rtol=1e-3, msg=f"{name}: {key}")

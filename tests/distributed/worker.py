@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from cells import CELLS, LOOPS
 
 
@@ -30,19 +30,27 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = made
 
 
-def without_compiling() -> None:
-    """DeepSpeed builds an operation for collectives on a CPU, which takes minutes, and goes on without one."""
+def share_out_all() -> None:
+    """DeepSpeed builds an operation for collectives on a CPU, which takes minutes, and goes on without one. Small
+    parameters, and here all are, it would keep whole."""
     from deepspeed.comm import torch as backend
 
     backend.build_shm_op = lambda: None
+    plain = DeepSpeedPlugin.__post_init__
+
+    def made(self: DeepSpeedPlugin) -> None:
+        plain(self)
+        self.hf_ds_config.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    DeepSpeedPlugin.__post_init__ = made
 
 
-def begin() -> None:
+def begin(engine: str) -> None:
     """Set up the engine; a process that waits for another in vain ends."""
     torch.set_num_threads(1)
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        without_compiling()
-    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if engine.startswith("zero"):
+        share_out_all()
+    elif engine == "fsdp2":
         shard_on_cpu()
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
 
@@ -52,13 +60,13 @@ def end() -> None:
     dist.destroy_process_group()
 
 
-def main(folder: Path, only: list[str]) -> None:
-    begin()
+def main(engine: str, folder: Path, only: list[str]) -> None:
+    begin(engine)
     for name in only or CELLS:
         for loop, run in LOOPS.items():
             place = folder / f"{name}, {loop}"
             place.mkdir(parents=True, exist_ok=True)
-            if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            if engine.startswith("zero"):
                 AcceleratorState._reset_state()  # its settings are those of one run
             try:
                 found = run(CELLS[name], place, dist.get_world_size())
@@ -72,4 +80,4 @@ def main(folder: Path, only: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

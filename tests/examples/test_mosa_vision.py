@@ -166,3 +166,31 @@ def test_missing_data_is_said_with_the_remedy(example, tmp_path) -> None:
         example.load_images("mnist", str(tmp_path), size=28)
     with pytest.raises(SystemExit, match="--methods 'bitfit' is unknown"):
         example.main(["--methods", "bitfit"])
+
+
+def test_widths_and_sizes_run_the_same_steps_on_the_same_rows(
+    example: ModuleType, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "mosa_width", raising=False)
+    import mosa_width
+
+    class Stub:
+        def __init__(self, args: example.Arguments) -> None:
+            self.args, self.asked = args, []
+
+        def split(self, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.arange(self.args.shots * 5), torch.arange(5)
+
+        def run(self, method: str, seed: int, rate: float, test: bool) -> dict:
+            batches = -(-self.args.shots * 5 // self.args.batch_size)
+            assert self.args.epochs * batches == 60
+            gain = 0.1 if method == "mosa" and self.args.r == 64 else 0.0
+            return {"method": method, "seed": seed, "rate": rate, "accuracy": 0.5 + gain + seed / 100}
+
+    monkeypatch.setattr(mosa_width, "Experiment", Stub)
+    mosa_width.main(["--out", str(tmp_path), "--widths", "4", "64", "--sizes", "2", "8", "--seeds", "0", "1"])
+    table = (tmp_path / "table.md").read_text().splitlines()
+    assert len(table) == 2 + 4
+    assert table[2].startswith("| 4 | 2 | 0.505 | 0.505 | +0.000")
+    assert table[5].startswith("| 64 | 8 | 0.505 | 0.605 | +0.100")
+    assert len(json.loads((tmp_path / "report.json").read_text())) == 2 * 2 * 2 * 2

@@ -10,8 +10,12 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "transformers.trainer", "transformers.generation", "peft"])
@@ -45,15 +49,30 @@ class Process:
 
 def run_together(code: str, folder: str | Path, count: int = 2, timeout: float = 400) -> None:
     """Run `code` with the argument `folder` in `count` processes that torch.distributed knows by their ranks."""
+    for process in start_together(code, [str(folder)], count):
+        process.finish(timeout)
+
+
+def start_together(code: str, arguments: Sequence[str], count: int = 2) -> list[Process]:
+    """Start `code` in `count` processes that torch.distributed knows by their ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     running = []
     for rank in range(count):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        running.append(Process(code, [str(folder)], **own))
-    for process in running:
-        process.finish(timeout)
+        running.append(Process(code, arguments, **own))
+    return running
+
+
+@contextmanager
+def one_of_two(rank: int = 0) -> Iterator[None]:
+    """This process as one of two, of which the other is not there: collective calls return at once."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _run(code: str, arguments: list[str], cwd: str, environment: Mapping[str, str | int], folder: str) -> None:

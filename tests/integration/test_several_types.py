@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor
 
 from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, MoAConfig
@@ -51,6 +52,63 @@ def test_layer_of_a_type_is_found_inside_those_of_others(tiny, tiny_inputs) -> N
         torch.testing.assert_close(together[row : row + 1], rows(model, own, [name]))
     torch.testing.assert_close(together[-1:], tiny("llama")(**own).logits)
     assert len({together[row].norm().item() for row in range(len(names) + 1)}) == len(names) + 1
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify")
+def test_rows_of_one_peft_model_name_adapters_of_three_types_and_loras(tiny, tiny_inputs) -> None:
+    """A PeftModel has one type; the others are injected below it, LoRA of PEFT among them. Rows name any."""
+    below = {
+        "lora": LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+        "bottleneck": MAKERS["bottleneck"](), "moa": MAKERS["moa"](),
+    }  # fmt: skip
+    base = tiny("llama")
+    for name, config in below.items():
+        inject_adapter_in_model(config, base, adapter_name=name)
+    model = get_peft_model(base, MAKERS["mixda"](), adapter_name="mixda").eval()
+    names = [*below, "mixda", "__base__"]
+    inputs = tiny_inputs("llama", batch=len(names), padding="right")
+    together = rows(model, inputs, names)
+    for row, name in enumerate(names):
+        own = {key: value[row : row + 1] for key, value in inputs.items()}
+        torch.testing.assert_close(together[row : row + 1], rows(model, own, [name]))
+    torch.testing.assert_close(together[-1:], tiny("llama")(**own).logits)  # no adapter, of no type
+    assert len({together[row].norm().item() for row in range(len(names))}) == len(names)
+    prompt = {key: value[:, :5] for key, value in tiny_inputs("llama", batch=len(names)).items()}
+    beams = {"max_new_tokens": 2, "num_beams": 2, "num_return_sequences": 2, "do_sample": False}
+    made = model.generate(**prompt, adapter_names=names, **beams)
+    for row, name in enumerate(names):
+        own = {key: value[row : row + 1] for key, value in prompt.items()}
+        assert torch.equal(made[2 * row : 2 * row + 2], model.generate(**own, adapter_names=[name], **beams))
+
+
+def test_adapter_names_reach_lora_in_a_model_of_transformers_verbs(tiny, tiny_inputs) -> None:
+    model = adapted(tiny, ["mixda"])
+    model.add_adapter(LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False), adapter_name="lora")
+    model.eval()
+    inputs = tiny_inputs("llama", batch=3)
+    together = rows(model, inputs, ["lora", "mixda0", "__base__"])
+    torch.testing.assert_close(together[2:], tiny("llama")(**{k: v[2:] for k, v in inputs.items()}).logits)
+    for row, name in enumerate(["lora", "mixda0"]):
+        model.set_adapter(name)
+        with torch.no_grad():
+            alone = model(**{key: value[row : row + 1] for key, value in inputs.items()}).logits
+        torch.testing.assert_close(together[row : row + 1], alone)
+    with pytest.raises(ValueError, match=r"non-existing adapter.*: unknown"):
+        rows(model, inputs, ["lora", "unknown", "__base__"])
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify")
+def test_types_that_know_no_rows_refuse_adapter_names(tiny, tiny_inputs) -> None:
+    inputs = tiny_inputs("llama", batch=2)
+    model = adapted(tiny, ["bottleneck"])
+    model.add_adapter(IA3Config(target_modules=["k_proj"], feedforward_modules=[]), adapter_name="ia3")
+    with pytest.raises(ValueError, match=r"does not reach Linear at .*k_proj', with the adapters .'ia3'"):
+        rows(model, inputs, ["bottleneck0", "__base__"])
+    base = tiny("llama")
+    inject_adapter_in_model(MAKERS["mixda"](), base, adapter_name="ours")
+    outer = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj"]), adapter_name="lora")
+    with pytest.raises(ValueError, match=r"of a LoRA model does not reach the adapters \['ours'\] of other types"):
+        rows(outer, inputs, ["lora", "__base__"])
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

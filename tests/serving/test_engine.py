@@ -341,9 +341,8 @@ def test_name_that_is_taken_is_refused(server, folders) -> None:
 @pytest.mark.parametrize(
     ("kind", "fields", "reason"),
     [
-        ("mixda", {"gate_granularity": "causal_prefix"}, "gate_granularity='causal_prefix' at"),
         ("mixda", {"gate_granularity": "request"}, "gate_granularity='request' at"),
-        ("moa", {"granularity": "causal_prefix"}, "granularity='causal_prefix' at"),
+        ("moa", {"granularity": "request"}, "granularity='request' at"),
         ("moa", {"target_modules": ["lm_head"]}, "adapts 'lm_head'"),
         ("bottleneck", {"modules_to_save": ["lm_head"]}, "'lm_head' of its own"),
     ],
@@ -358,12 +357,12 @@ def test_adapter_that_cannot_be_right_is_refused_by_name(causal, save, tmp_path,
 
 def test_adapters_that_the_model_has_are_served_or_refused(causal, save, tmp_path) -> None:
     model = get_peft_model(causal(), KINDS["mixda"]())
-    model.add_adapter("prefix", KINDS["mixda"](gate_granularity="causal_prefix"))
+    model.add_adapter("whole", KINDS["mixda"](gate_granularity="request"))
     with AdapterServer(model, **SMALL) as server:
         assert server.adapters.names == ["default"]
         assert server.submit([5, 6], "default", max_new_tokens=2).result(30)
-        with pytest.raises(AdapterRefused, match=r"'prefix'.*causal_prefix"):
-            server.submit([5, 6], "prefix", max_new_tokens=2)
+        with pytest.raises(AdapterRefused, match=r"'whole'.*request"):
+            server.submit([5, 6], "whole", max_new_tokens=2)
 
 
 def test_foreign_adapters_that_would_act_on_all_are_refused(causal) -> None:

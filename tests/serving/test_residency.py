@@ -12,7 +12,8 @@ import torch
 from served import KINDS, generated
 
 from mixadapters.core.layer import AdapterHost
-from mixadapters.serving import AdapterServer
+from mixadapters.serving import AdapterServer, AdapterUnreadable
+from mixadapters.serving.residency import Reading
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 SMALL = {"page_size": 8, "cache_tokens": 2048, "max_batch_tokens": 48}
@@ -34,9 +35,10 @@ def alone(causal, folders) -> dict[str, list[int]]:
     return {name: generated(quiet.model, PROMPT, name, 6) for name in [*folders, "__base__"]}
 
 
-@pytest.fixture
-def server(causal, folders) -> AdapterServer:
-    server = AdapterServer(causal(), max_resident=2, **SMALL)
+@pytest.fixture(params=["memory", "files"])
+def server(causal, folders, request, tmp_path) -> AdapterServer:
+    where = {"offload_folder": tmp_path} if request.param == "files" else {}
+    server = AdapterServer(causal(), max_resident=2, **where, **SMALL)
     for name, folder in folders.items():
         server.load(name, folder)
     return server
@@ -135,6 +137,63 @@ def test_load_that_fails_leaves_layers_and_adapters(server, folders, alone, tmp_
     with server:
         for name in NAMES:
             assert server.submit(PROMPT, name, max_new_tokens=6).result(30).tokens == alone[name]
+
+
+@pytest.fixture
+def filed(causal, folders, tmp_path) -> AdapterServer:
+    server = AdapterServer(causal(), max_resident=2, offload_folder=tmp_path, **SMALL)
+    for name, folder in folders.items():
+        server.load(name, folder)
+    return server
+
+
+def test_adapters_outside_the_model_take_no_memory_and_their_files_go_with_them(filed, tmp_path) -> None:
+    residents = filed.adapters.residents
+    tensors = {name: parts.tensors() for name, parts in residents._parts.items()}
+    away = set(NAMES) - inside(filed)
+    assert all(t.numel() == 0 for name in away for t in tensors[name].values())
+    assert residents.filed_bytes > 0
+    assert len(list(tmp_path.rglob("*.safetensors"))) == len(away) == 4
+    for name in NAMES:
+        assert filed.unload(name)
+    assert residents.filed_bytes == 0
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_others_go_on_while_weights_are_read(filed, alone, monkeypatch) -> None:
+    may, read = threading.Event(), Reading._read
+    monkeypatch.setattr(Reading, "_read", lambda self: (may.wait(30), read(self)))
+    monkeypatch.setattr("mixadapters.serving.engine.PATIENCE", 0.0)
+    (near, *_), (far, *_) = sorted(inside(filed)), sorted(set(NAMES) - inside(filed))
+    with filed:
+        late = filed.submit(PROMPT, far, max_new_tokens=6)
+        for name in (near, "__base__", near):
+            assert filed.submit(PROMPT, name, max_new_tokens=6).result(30).tokens == alone[name]
+        assert not late.done
+        given_up = filed.submit(PROMPT, sorted(set(NAMES) - inside(filed))[-1], max_new_tokens=6)
+        may.set()
+        assert late.result(30).tokens == alone[far]
+        given_up.cancel()
+        for _ in range(2):
+            filed.submit(PROMPT, max_new_tokens=2).result(30)
+    assert not filed.adapters.residents._readings
+
+
+def test_weights_that_cannot_be_read_fail_their_request_alone(filed, alone, tmp_path) -> None:
+    (near, *_), (far, *_) = sorted(inside(filed)), sorted(set(NAMES) - inside(filed))
+    for path in tmp_path.rglob("*.safetensors"):
+        path.unlink()
+    with filed:
+        with pytest.raises(AdapterUnreadable, match=f"adapter {far!r} cannot be read any more"):
+            filed.submit(PROMPT, far, max_new_tokens=6).result(30)
+        assert filed.submit(PROMPT, near, max_new_tokens=6).result(30).tokens == alone[near]
+        assert filed.waiting == 0
+
+
+def test_offload_folder_must_be_there_and_of_use(causal, tmp_path) -> None:
+    for options in ({"max_resident": 2, "offload_folder": tmp_path / "absent"}, {"offload_folder": tmp_path}):
+        with pytest.raises(ValueError, match=r"offload_folder=.* must be a folder, for a server with max_resident"):
+            AdapterServer(causal(), **options, **SMALL)
 
 
 def test_verbs_look_at_no_other_adapter(causal, folders, monkeypatch) -> None:

@@ -23,9 +23,9 @@ def run(model: Any, prompts: list[list[int]], new: int = 3, **options: Any) -> t
     number: dict[str, int] = {}
     packed = server.packed
 
-    def noted(ids: Any, lengths: Any) -> Any:
+    def noted(ids: Any, lengths: Any, past: Any) -> Any:
         steps.append({number[one]: length for one, length in zip(ids, lengths, strict=True)})
-        return packed(ids, lengths)
+        return packed(ids, lengths, past)
 
     server.packed = noted  # type: ignore[method-assign]
     with server:

@@ -557,6 +557,7 @@ def test_gate_usage_counts_training_batches_since_the_last_report(tiny: Any, tin
     report = collect_usage(model, per_layer=True)
     assert {key for key in report if "mean" in key} == {
         "gate/mean/weight/a", "gate/mean/weight/b", "gate/mean/weight/frozen", "gate/mean/entropy", "gate/mean/dead",
+        "gate/mean/cv",
     }  # fmt: skip
     sharp = "gate/bert.encoder.layer.1.output.dense"
     assert report[f"{sharp}/weight/a"] > 0.99

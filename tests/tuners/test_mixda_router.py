@@ -128,7 +128,7 @@ def test_fields_have_their_values_after_all() -> None:
         ({"gate": "constant", "gate_hidden": [3]}, "ConstantRouter takes no argument 'hidden'"),
         ({"router": "single"}, r"one expert, not \['a', 'b'\]"),
         ({"router": "constant", "combine": "convex"}, r"weighs the frozen layer's output.*ConstantRouter"),
-        ({"router": {"kind": "constant", "weights": [1.0]}}, "one entry for each expert"),
+        ({"router": {"kind": "constant", "weights": [1.0]}}, "one entry for each domain"),
         ({"router": {"kind": "softmax", "temperature": torch.tensor(2.0)}}, "temperature=.*Tensor cannot be saved"),
         ({"domains": ["frozen"]}, "domains: 'frozen' is the name of an arm"),
         ({"domains": ["a", "null0"]}, "domains: 'null0' is the name of an arm"),

@@ -1182,6 +1182,105 @@ ARCHITECTURES = {
 }
 
 
+CONVOLUTIONS = {
+    "resnet": ("ResNet", transformers.ResNetConfig, {"layer_type": "bottleneck"}),
+    "regnet x": ("RegNet", transformers.RegNetConfig, {"layer_type": "x", "groups_width": 8}),
+    "regnet y": ("RegNet", transformers.RegNetConfig, {"layer_type": "y", "groups_width": 8}),
+}
+
+
+def convolutional(name: str, **fields: Any) -> nn.Module:
+    family, config, own = CONVOLUTIONS[name]
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 2], "num_labels": 3}
+    return getattr(transformers, f"{family}ForImageClassification")(config(**{**sizes, **own, **fields})).eval()
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutional_models_take_adapters_after_the_last_convolution_of_a_layer(name, tmp_path) -> None:
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 2])}
+    with torch.no_grad():
+        expected = convolutional(name)(**inputs).logits
+    model = get_peft_model(convolutional(name), MoSAConfig(r=8, style="pfeiffer"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, expected)
+    places = [host.path for host in model.base_model.hosts()]
+    assert len(places) == 3
+    assert all(model.base_model._unwrapped(path).kernel_size == (1, 1) for path in places)
+    randomize(model).train()
+    model(**inputs).loss.backward()
+    assert all(part.weight.grad.abs().max() > 0 for part in parts(model))
+    with torch.no_grad():
+        trained = model.eval()(**inputs).logits
+    assert not torch.allclose(trained, expected, atol=1e-3)
+    model.base_model.save_merged(tmp_path)
+    fresh = convolutional(name)
+    fresh.load_state_dict({  # running means of the norms have moved in training
+        key.replace(".base_layer", ""): value
+        for key, value in model.base_model.model.state_dict().items() if "_adapters" not in key
+    })  # fmt: skip
+    plain = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(**inputs).logits, trained)
+
+
+@pytest.mark.parametrize(
+    ("fields", "layer_type", "message"),
+    [
+        ({"style": "adaptformer"}, "bottleneck", "no module for the role 'ffn_input'.*choose another placement"),
+        ({"base": "lora"}, "bottleneck", "no module for the role 'qkv'.*choose another placement"),
+        (
+            {"base": "lora", "target_modules": ["layer.1.convolution"]},
+            "bottleneck",
+            "of kernel 1 without",
+        ),
+        ({"style": "pfeiffer"}, "basic", "not found in the base model"),
+    ],
+)
+def test_what_convolutional_models_do_not_have_is_refused_by_name(fields, layer_type, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(convolutional("resnet", layer_type=layer_type), MoSAConfig(**fields))
+
+
+class Tasks(transformers.ViTPreTrainedModel):
+    """Heads by task on one backbone, as in the paper's second scenario."""
+
+    def __init__(self) -> None:
+        super().__init__(transformers.ViTConfig(**SMALL, **IMAGES))
+        torch.manual_seed(0)
+        self.backbone = without_dropout(transformers.ViTModel(self.config))
+        self.head_birds, self.head_cars = nn.Linear(SMALL["hidden_size"], 4), nn.Linear(SMALL["hidden_size"], 2)
+
+    def forward(self, pixel_values: Tensor, task: str, labels: Tensor | None = None) -> Any:
+        logits = getattr(self, f"head_{task}")(self.backbone(pixel_values).last_hidden_state[:, 0])
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return transformers.modeling_outputs.ImageClassifierOutput(loss=loss, logits=logits)
+
+
+def test_one_split_adapter_serves_heads_by_task(tmp_path) -> None:
+    fields = {"style": "pfeiffer", "r": 8, "num_experts": 2, "split": "both", "scale": 1.0}
+    heads = ["head_birds", "head_cars"]
+    model = randomize(get_peft_model(Tasks(), MoSAConfig(**fields, modules_to_save=heads)))
+    images = {"birds": torch.randn(4, 3, 16, 16), "cars": torch.randn(3, 3, 16, 16)}
+    labels = {"birds": torch.tensor([0, 1, 2, 3]), "cars": torch.tensor([0, 1, 1])}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for task, other in (("birds", "cars"), ("cars", "birds")):
+        model.train()(images[task], task=task, labels=labels[task]).loss.backward()
+        assert losses(model)["consistency"] > 0
+        touched = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        assert any(f"head_{task}" in n for n in touched)
+        assert not any(f"head_{other}" in n for n in touched)
+        assert any("mosa_adapters" in n for n in touched)  # the same one for both
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Tasks(), tmp_path).eval()
+    with torch.no_grad():
+        for task, pixels in images.items():
+            expected = model.eval()(pixels, task=task).logits
+            assert torch.equal(loaded(pixels, task=task).logits, expected)
+
+
 @pytest.mark.parametrize("style", ["adaptformer", "pfeiffer", "lora"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_vision_models_take_adapters_by_the_table(name, style) -> None:

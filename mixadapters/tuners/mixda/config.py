@@ -98,7 +98,7 @@ class MixDAConfig(MixtureConfig):
         default=None,
         metadata={
             "help": "A router by name, or {'kind': name, option: value}. None: softmax, and the fields below.",
-            "free_keys": ("dropout", "jitter", "noise", *COEFFICIENTS),  # only for training
+            "free_keys": ("dropout", "jitter", "noise", "expert_dropout", *COEFFICIENTS),  # only for training
         },
     )
     gate: str | None = field(default=None, metadata={"help": "Short for router['kind']. None: 'softmax'."})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from glob import escape
 from typing import Any
 
 import torch
@@ -219,13 +220,37 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         for _, mixture in self._mixtures(adapter_name):
             assert mixture.hard_routes is not None
             mixture.hard_routes.number([number_of[name] for name in mixture.bank.names], len(number_of))
-        stage = self.stage.get(adapter_name)
+        stage, domain = self.stage.get(adapter_name), self.single_domain.get(adapter_name)
         if self.config_of(adapter_name).inference_mode:
             for host in self.hosts():
                 if adapter_name in host.adapters:
                     host.adapters[adapter_name].requires_grad_(False)
         elif stage is not None and number_of:
-            self.set_stage(stage, adapter_name)
+            self.set_stage(stage, adapter_name, domain if domain in number_of else None)
+
+    # --- one domain of several ---------------------------------------------------------------------------------
+
+    def set_stage(self, stage: str, adapter_name: str = "default", domain: str | None = None) -> None:
+        """As every method's; with `domain` that domain alone trains.
+
+        As long as the stage is set, rows to which the batch gives no `domain_ids` take that domain, past the gate.
+        """
+        super().set_stage(stage, adapter_name, domain)
+        names = list(self.config_of(adapter_name).domains)
+        for _, mixture in self._mixtures(adapter_name):
+            assert mixture.hard_routes is not None
+            mixture.hard_routes.usual = -1 if domain is None else names.index(domain)
+
+    def patterns_of(self, stage: str, adapter_name: str, domain: str | None = None) -> tuple[str, ...]:
+        config = self.config_of(adapter_name)
+        if domain is None:
+            return config.trained_in(stage)
+        if stage != "domain":
+            raise ValueError(f"domain={domain!r}: one domain trains alone in the stage 'domain', not in {stage!r}")
+        if domain not in config.domains:
+            raise ValueError(f"domain={domain!r} is unknown; have {list(config.domains)}."
+                             f"{nearest(domain, config.domains)}")  # fmt: skip
+        return (f"domain.bank.experts.{escape(domain)}.*",)
 
     def _mixtures(self, adapter_name: str) -> Iterator[tuple[str, Mixture]]:
         for host in self.hosts():

@@ -18,12 +18,13 @@ from mixadapters.tuners.bottleneck.config import placement_roles
 from mixadapters.tuners.bottleneck.model import bottleneck
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.domains import DomainVerbs
+from mixadapters.tuners.mixda.forms import DomainForms
 from mixadapters.tuners.mixda.lora import LORA_DOMAIN, LORA_RANK, LORA_TASK, LoRADomains, lora_task
 from mixadapters.tuners.mixda.router import mixture_router
 from mixadapters.tuners.sources import rank_of, same_module
 
 
-class MixDAModel(LoRADomains, DomainVerbs):
+class MixDAModel(LoRADomains, DomainVerbs, DomainForms):
     fields = ("domain_ids", "prompt_mask")
 
     # --- sites ------------------------------------------------------------------------------------------------

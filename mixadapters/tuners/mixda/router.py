@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mixadapters.core.fields import finite
 from mixadapters.core.registry import nearest
 from mixadapters.routers import ROUTERS, Router, SoftmaxGate, build_router
 from mixadapters.routers.arms import ArmSurgery
@@ -94,12 +95,36 @@ def router_spec(config: Any) -> dict[str, Any]:
 def mixture_router(config: Any, in_features: int, experts: list[str], null_arms: int = 0) -> Router:
     """The router of one layer, over the domains that it has."""
     spec = router_spec(config)
+    if spec["kind"] == "constant" and spec.get("weights") is not None:
+        spec["weights"] = weights_of(spec["weights"], experts, list(config.domains))
     defaults = {"frozen_bias": config.frozen_bias(len(experts)), "convex": config.combine == "convex"}
     if null_arms:
         defaults["null_arms"] = null_arms
     router = build_router(spec, in_features, experts, **defaults)
     name_field(router, "gate_granularity")
     return router
+
+
+def weights_of(weights: Any, experts: list[str], domains: list[str]) -> list[float]:
+    """The fixed weights of the domains that lie at one layer, in order.
+
+    Args:
+        weights: by name, 0 for those that are not named; or a list, in the order of the domains.
+
+    Raises:
+        ValueError: an unknown domain, or a list of another length.
+    """
+    if not isinstance(weights, Mapping):
+        if not isinstance(weights, (list, tuple)) or len(weights) != len(domains):
+            raise ValueError(f"router: weights={weights!r} must have one entry for each domain of {domains}, or be a "
+                             "dict of domains to weights")  # fmt: skip
+        weights = dict(zip(domains, weights, strict=True))
+    for name, weight in weights.items():
+        if name not in domains:
+            raise ValueError(f"weights: unknown domain {name!r}; have {domains}.{nearest(str(name), domains)}")
+        if not finite(weight):
+            raise ValueError(f"weights[{name!r}]={weight!r} must be a finite number")
+    return [float(weights.get(name, 0.0)) for name in experts]
 
 
 def trial_router(config: Any, experts: list[str]) -> Router:

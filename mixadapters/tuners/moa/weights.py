@@ -16,6 +16,7 @@ from mixadapters.tuners.gathering import Gathered
 from mixadapters.tuners.lora import Factors, save_lora
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
+from mixadapters.tuners.sources import check_folder
 
 
 class ExpertWeights(MixtureModel):
@@ -70,8 +71,7 @@ class ExpertWeights(MixtureModel):
             raise ValueError(f"unknown expert {name!r}; have {config.all_names()}.{nearest(name, config.all_names())}")
         if config.expert_type != "lora":
             raise ValueError(f"export_expert writes LoRA, and expert_type={config.expert_type!r}")
-        if not isinstance(folder, (str, Path)) or Path(folder).is_file():
-            raise ValueError(f"export_expert: folder={folder!r} is no folder; give the path of one, new or old")
+        check_folder("export_expert", folder)
         factors = {}
         for path, mixture in self._mixtures(adapter_name):
             by_name = dict(zip(mixture.bank.names, mixture.bank.weights(None), strict=True))

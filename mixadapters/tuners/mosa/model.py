@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
-from safetensors.torch import save_file
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +19,7 @@ from mixadapters.tuners.bottleneck.model import EXPERT, bottleneck
 from mixadapters.tuners.mosa.config import MoSAConfig
 from mixadapters.tuners.mosa.objective import ConsistencyObjective
 from mixadapters.tuners.mosa.split import HALVES, PassRouter, SplitBank, SplitMixture
+from mixadapters.tuners.sources import write_adapter
 
 
 class MoSAModel(MixtureModel):
@@ -134,9 +134,7 @@ class MoSAModel(MixtureModel):
         """Write the plain adapter of `merge_experts` as PEFT saves one, for `PeftModel.from_pretrained`."""
         config, weights = self.merge_experts(adapter_name)
         inference_mode, config.inference_mode = config.inference_mode, True
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(weights, Path(folder) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(str(folder))
+        write_adapter(folder, config, weights)
         config.inference_mode = inference_mode
 
     def _modules_to_save(self, adapter_name: str) -> dict[str, Tensor]:

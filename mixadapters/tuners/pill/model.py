@@ -170,8 +170,8 @@ class PILLModel(MixtureModel):
         if config.stage == "align" and not config.inference_mode:
             self.set_stage("align", adapter_name)
 
-    def set_stage(self, stage: str, adapter_name: str = "default") -> None:
-        super().set_stage(stage, adapter_name)
+    def set_stage(self, stage: str, adapter_name: str = "default", domain: str | None = None) -> None:
+        super().set_stage(stage, adapter_name, domain)
         self.peft_config[adapter_name].stage = stage
         for host in self.hosts():
             if adapter_name in host.adapters and isinstance(gate := host.adapters[adapter_name], ValueGate):

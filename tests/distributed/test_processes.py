@@ -15,7 +15,8 @@ from peft import get_peft_model
 from transformers import (
     BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments,
 )
-from mixadapters import MixDAConfig, StageCallback
+from mixadapters import GateUsageCallback, MixDAConfig, StageCallback
+from mixadapters.training.callbacks import collect_usage
 
 torch.set_num_threads(1)
 folder, rank = sys.argv[1], int(os.environ["RANK"])
@@ -69,6 +70,45 @@ found = {}
 for name, case in CASES.items():
     pairs = [trained(case[0], 3.0, *case[1:]), trained(case[0], 0.0, *case[1:])]
     found[name] = {"got": pairs, "parts": [list(parts(case[0], 3.0)), list(parts(case[0], 0.0))]}
+
+def staged(stage, **more):
+    # Two steps of one stage, of 4 rows each in all processes together; what moved, and what the gates reported.
+    model = model_of("classes", 0.0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    arguments = TrainingArguments(
+        tempfile.mkdtemp(), max_steps=2, per_device_train_batch_size=2, optim="sgd", learning_rate=1.0,
+        logging_steps=2, lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True, ddp_backend="gloo",
+        save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential", report_to=[],
+        average_tokens_across_devices=False,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows_of("classes"),
+                      callbacks=[StageCallback(stage, **more)])
+    trainer.add_callback(GateUsageCallback(trainer))
+    trainer.train()
+    moved = {n: p.detach() - before[n] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    gates = next(entry for entry in trainer.state.log_history if "gate/mean/cv" in entry) if stage == "task" else {}
+    return moved, gates
+
+def whole(stage, **more):
+    # The same in this process alone.
+    model = model_of("classes", 0.0).train()
+    model.base_model.set_stage(stage, **more)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    batch = {k: torch.stack([row[k] for row in rows_of("classes")]) for k in ("input_ids", "attention_mask", "labels")}
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for _ in range(2):
+        model(**batch).loss.backward()
+        with torch.no_grad():
+            for p in weights:
+                p -= 0 if p.grad is None else p.grad
+                p.grad = None
+    moved = {n: p.detach() - before[n] for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    return moved, collect_usage(model)
+
+STAGES = {"task": {}, "domain": {"domain": "b"}}
+found["stages"] = {
+    stage: {"got": staged(stage, **more), "whole": whole(stage, **more)} for stage, more in STAGES.items()
+}
 torch.save(found, f"{folder}/{rank}")
 """
 
@@ -143,9 +183,33 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     run_together(WORKER, folder)
     both = [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(2)]
     for name, case in both[0].items():
+        if name == "stages":
+            continue
         for one, other in zip(case["got"], both[1][name]["got"], strict=True):
             assert all(torch.equal(value, other[key]) for key, value in one.items())
+    for stage, case in both[0]["stages"].items():
+        other = both[1]["stages"][stage]["got"]
+        assert case["got"][1] == {**other[1], **{k: v for k, v in case["got"][1].items() if k in ("step", "epoch")}}
+        assert all(torch.equal(moved, other[0][name]) for name, moved in case["got"][0].items())
     return both[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "inside"), [("task", (".router.", ".task.")), ("domain", (".experts.b.",))])
+def test_both_stages_train_over_processes_as_in_one(stage: str, inside: tuple, found: dict[str, dict]) -> None:
+    """What a stage trains, by the mean of all processes' gradients; and usage is that of all rows together."""
+    (got, gates), (whole, alone) = found["stages"][stage]["got"], found["stages"][stage]["whole"]
+    assert got
+    assert got.keys() == whole.keys()
+    assert all(any(part in name for part in inside) for name in got)
+    assert all(any(part in name for name in got) for part in inside)
+    for name, moved in whole.items():
+        torch.testing.assert_close(
+            got[name], moved, atol=1e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    if stage == "task":
+        for name, value in alone.items():
+            assert gates[name] == pytest.approx(value, abs=1e-5), name
 
 
 @pytest.mark.slow

@@ -1,0 +1,122 @@
+"""What engines that shard a model need of its adapters, as far as one process shows it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from processes import one_of_two
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils import _pytree
+
+from mixadapters import BottleneckConfig, MixDAConfig
+from mixadapters.core.joining import with_loss
+from mixadapters.core.saving import complete, own_keys, restore_frozen
+from mixadapters.training.callbacks import check_saves
+
+IDS = torch.arange(5, 17).view(2, 6)
+
+
+def adapted(tiny: Any, **fields: Any) -> PeftModel:
+    config = {"r": 4, "init_weights": False, "modules_to_save": ["lm_head"], "task_type": "CAUSAL_LM", **fields}
+    model = get_peft_model(tiny("llama"), BottleneckConfig(**config))
+    model.add_adapter("other", BottleneckConfig(**config))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".default." in name or ".other." in name)
+    return model.train()
+
+
+def test_adapters_that_other_processes_name_get_gradients_of_zero(tiny: Any) -> None:
+    model = adapted(tiny)
+    model(input_ids=IDS, labels=IDS, adapter_names=["default", "__base__"]).loss.backward()
+    alone = {name: p.grad for name, p in model.named_parameters()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and ".other." in name]
+    assert len(others) > 2
+    assert all(alone[name] is None for name in others)
+    model.zero_grad()
+    with one_of_two():
+        model(input_ids=IDS, labels=IDS, adapter_names=["default", "__base__"]).loss.backward()
+        for name, p in model.named_parameters():
+            if name in others:
+                assert p.grad is not None, name
+                assert not p.grad.any()
+            elif alone[name] is not None:
+                torch.testing.assert_close(p.grad, alone[name])
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS, adapter_names=["__base__", "__base__"]).loss.backward()  # nothing of its own
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_fsdp_that_accelerate_leaves_out_is_warned_of(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    model = adapted(tiny)
+    with one_of_two(), pytest.warns(UserWarning, match=r"keeps for GPUs.*fully_shard"):
+        model(input_ids=IDS, labels=IDS)
+
+
+def test_parts_of_adapters_that_are_sharded_by_themselves_are_refused(tiny: Any) -> None:
+    with one_of_two():
+        model = get_peft_model(tiny("llama"), BottleneckConfig(r=4, task_type="CAUSAL_LM")).train()
+        host = next(iter(model.base_model.hosts()))
+        fully_shard(host.adapters["default"].bank.experts["adapter"].down, mesh=init_device_mesh("cpu", (2,)))
+        with pytest.raises(ValueError, match=r"experts\.adapter\.down.*TRANSFORMER_BASED_WRAP"):
+            model(input_ids=IDS, labels=IDS)
+
+
+def test_only_the_first_process_saves_what_it_has_gathered(tiny: Any) -> None:
+    model = get_peft_model(tiny("llama"), BottleneckConfig(r=4, task_type="CAUSAL_LM"))
+    with one_of_two(rank=1):
+        assert get_peft_model_state_dict(model, state_dict={}) == {}
+    with one_of_two(rank=0), pytest.raises(ValueError, match="weights are missing"):
+        get_peft_model_state_dict(model, state_dict={})
+
+
+def test_weights_that_an_engine_has_frozen_come_from_what_is_kept_and_from_files(tiny: Any, tmp_path: Any) -> None:
+    model = get_peft_model(tiny("llama"), MixDAConfig(domains=["a"], r=4, init_weights=False, task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    model.base_model.set_stage("task")
+    whole = {name: p.detach().clone() for name, p in model.named_parameters()}
+    kept = model.base_model.context.engine.kept
+    kept.update({k.removeprefix("base_model.model."): v for k, v in whole.items() if ".domain.bank." in k})
+    given = {k: v for k, v in model.state_dict().items() if ".domain.bank." not in k}
+    complete(given, model)
+    assert set(own_keys(model, "mixda_", "default")) <= given.keys()
+    assert all(torch.equal(given[name], whole[name]) for name in whole if name in given)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1)
+    restore_frozen(model, "default", tmp_path)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, whole[name]) == (".domain.bank." in name)
+
+
+def test_engines_that_would_write_no_adapter_are_refused() -> None:
+    def trainer(**state: Any) -> Any:
+        return SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(**state)))
+
+    check_saves(trainer())
+    check_saves(trainer(fsdp_plugin=SimpleNamespace(state_dict_type="StateDictType.FULL_STATE_DICT")))
+    with pytest.raises(ValueError, match=r"'SHARDED_STATE_DICT'.*FULL_STATE_DICT"):
+        check_saves(trainer(fsdp_plugin=SimpleNamespace(state_dict_type="StateDictType.SHARDED_STATE_DICT")))
+    for stage, gathers, refused in ((2, False, False), (3, True, False), (3, False, True)):
+        zero = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": gathers}
+        plugin = SimpleNamespace(deepspeed_config={"zero_optimization": zero})
+        if refused:
+            with pytest.raises(ValueError, match="zero3_save_16bit_model: true"):
+                check_saves(trainer(deepspeed_plugin=plugin))
+        else:
+            check_saves(trainer(deepspeed_plugin=plugin))
+
+
+def test_a_loss_stays_in_outputs_that_have_no_place_for_one() -> None:
+    outputs = pytest.importorskip("diffusers.models.modeling_outputs")
+    output = with_loss(outputs.Transformer2DModelOutput(sample=torch.ones(2)), torch.tensor(3.0))
+    assert isinstance(output, outputs.Transformer2DModelOutput)
+    values, spec = _pytree.tree_flatten(output)  # as data parallelism does it
+    again = _pytree.tree_unflatten(values, spec)
+    assert (float(again.loss), float(output["loss"])) == (3.0, 3.0)
+    assert torch.equal(again.sample, output.sample)
