@@ -363,7 +363,8 @@ class Evaluation:
 
 
 def time_steps(base: nn.Module, student: nn.Module, rounds: int, rows: int = 200, steps: int = 25) -> dict[str, float]:
-    """Seconds per image of `steps` steps: medians of steps that take turns, so that load strikes all alike."""
+    """Seconds per image of `steps` steps on one thread: medians of steps that take turns, so that load strikes all
+    alike. Of several threads, those that wait would count."""
     x, timestep = torch.randn(rows, *SHAPE), torch.full((rows,), 500)
     labels, scale = labels_of(rows), torch.full((rows,), 3.0)
     plain, one_pass = denoiser(base), denoiser(student)
@@ -373,13 +374,16 @@ def time_steps(base: nn.Module, student: nn.Module, rounds: int, rows: int = 200
         "film": lambda: one_pass(x, timestep, {**labels, "guidance_scale": scale}),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
         for turn in range(rounds + 3):
             for name, run in ways.items():
-                start = time.process_time()
+                start = time.thread_time()
                 run()
                 if turn >= 3:
-                    times[name].append(time.process_time() - start)
+                    times[name].append(time.thread_time() - start)
+    torch.set_num_threads(threads)
     middle = {name: statistics.median(values) * steps / rows for name, values in times.items()}
     ratios = [c / s for c, s in zip(times["cfg"], times["film"], strict=True)]
     return {**middle, "ratio": middle["cfg"] / middle["film"], "median_of_ratios": statistics.median(ratios)}

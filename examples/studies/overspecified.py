@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 import statistics
 import sys
@@ -57,7 +56,7 @@ from demo_text import installation
 from peft import PeftModel, get_peft_model
 from routers import kept, table
 from surgery import Arguments as SurgeryArguments
-from surgery import Trial, interval, spread
+from surgery import Trial, interval, spread, written
 from torch import Tensor
 from transformers import HfArgumentParser
 from transformers import logging as transformers_logging
@@ -209,10 +208,7 @@ def runs(trial: OverspecifiedTrial) -> Iterator[dict[str, Any]]:
             elif time.process_time() < 60 * args.cpu_minutes:
                 model, start = trial.model(part, seed), time.process_time()
                 result = {"part": part, "seed": seed, "settings": args.settings, **one(model, seed, trial)}
-                result["cpu_seconds"] = time.process_time() - start
-                path.with_suffix(".part").write_text(json.dumps(result))
-                os.replace(path.with_suffix(".part"), path)
-                yield result
+                yield written(path, result, start)
 
 
 def report(found: list[dict[str, Any]]) -> str:

@@ -317,10 +317,15 @@ def runs(trial: Trial) -> Iterator[dict[str, Any]]:
                     trial.progress.step(f"{part}, seed {seed}: {arm}")
                     result = {"part": part, "arm": arm, "seed": seed, "settings": args.settings,
                               **one(part, arm, seed, model, trial)}  # fmt: skip
-                    result["cpu_seconds"] = time.process_time() - start
-                    path.with_suffix(".part").write_text(json.dumps(result))
-                    os.replace(path.with_suffix(".part"), path)
-                    yield result
+                    yield written(path, result, start)
+
+
+def written(path: Path, result: dict[str, Any], start: float) -> dict[str, Any]:
+    """The result with what it has taken since `start`; its file is there when it is whole."""
+    result["cpu_seconds"] = time.process_time() - start
+    path.with_suffix(".part").write_text(json.dumps(result))
+    os.replace(path.with_suffix(".part"), path)
+    return result
 
 
 # --- report -------------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Inputs:
     """The texts, the model and its tokenizer. What can be wrong with arguments is found before these load."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from mixadapters.surgery.loading import check_name, load_model, load_tokenizer
+        from mixadapters.surgery.loading import check_names, load_model, load_tokenizer
         from mixadapters.surgery.texts import read_texts
 
         for name in ("limit", "length", "batch", "keep", "factor", "groups"):
@@ -63,13 +63,15 @@ class Inputs:
             raise ValueError(f"--label {wanted!r} is no label of {str(args.data)!r}; have {have}")
         if self.read.left_out:
             _say(f"{len(self.read.texts)} texts are read, {self.read.left_out} are left out by --limit {args.limit}")
-        check_name("MODEL", args.model, "config.json")
-        if args.adapter is not None:
-            check_name("--adapter", args.adapter, "adapter_config.json")
+        check_names(args.model, args.adapter)
         self.tokenizer = load_tokenizer(args.model)
         self.model: Any = load_model(args.model, args.adapter, args.device)
         # Of an adapter's experts, or of the base's.
         self.owner = "" if args.adapter is None else "default"
+        if args.adapter is not None:
+            trained = self.model.peft_config["default"].base_model_name_or_path
+            if trained and Path(trained).name != Path(args.model).name:
+                _say(f"note: the adapter says that it was trained on {trained!r}, and MODEL is {args.model!r}")
 
     def batches(self, what: str) -> Iterator[tuple[dict[str, Any], list[str] | None]]:
         """Arguments of the model and the labels of their rows, under a progress bar."""
@@ -175,13 +177,17 @@ def prune(arguments: Sequence[str]) -> int:
     parser.add_argument("--preserve-mass", action="store_true", help="those that stay get nothing of the others'")
     _add_cutting(parser)
     args = parser.parse_args(arguments)
-    return _cut(
-        args,
-        lambda inputs, usage, **options: prune_experts(
-            inputs.model, usage, args.keep, factor=args.factor, criterion=args.criterion, scope=args.scope,
+
+    def verb(inputs: Inputs, usage: Any, criterion: Any = args.criterion, **options: Any) -> Any:
+        return prune_experts(
+            inputs.model, usage, args.keep, factor=args.factor, criterion=criterion, scope=args.scope,
             preserve_mass=args.preserve_mass, **options,
-        ),
-    )  # fmt: skip
+        )  # fmt: skip
+
+    def check(inputs: Inputs) -> None:
+        verb(inputs, None, "random", adapter=inputs.owner, dry_run=True)
+
+    return _cut(args, verb, check)
 
 
 def merge(arguments: Sequence[str]) -> int:
@@ -207,6 +213,8 @@ def merge(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     if args.doubles is not None:
         check_tolerance(args.doubles)
+        if (args.similarity, args.grouping, args.scope) != ("router_logits", "dominant", "layer"):
+            raise ValueError("--doubles says which experts become one: leave out --similarity, --grouping and --scope")
 
     def verb(inputs: Inputs, usage: Any, **options: Any) -> Any:
         groups: Any = args.groups
@@ -307,12 +315,15 @@ def _add_cutting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="new folder, for the result")
 
 
-def _cut(args: argparse.Namespace, verb: Callable[..., Any]) -> int:
-    """Record, cut and save."""
+def _cut(
+    args: argparse.Namespace, verb: Callable[..., Any], check: Callable[[Inputs], object] = lambda inputs: None
+) -> int:
+    """Record, cut and save. check: raises ValueError for what cannot be cut so, before the texts are read."""
     from mixadapters.core.files import folder_aside, new_folder
 
     new_folder(args.out)
     inputs = Inputs(args)
+    check(inputs)
     usage = inputs.usage()
     usage = usage if args.label is None else usage.by_label[args.label]
     result = verb(inputs, usage, adapter=inputs.owner, seed=args.seed, dry_run=args.dry_run)

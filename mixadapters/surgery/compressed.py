@@ -149,6 +149,8 @@ def _compress(
                 continue
             used = LOW_RANK if isinstance(form, Products) else codec
             described[key] = {"shape": list(form.shape), "by_columns": form.by_columns, "codec": used, "dtype": dtype}
+            if tuple(form.shape) != tuple(tensor.shape):
+                described[key]["halves"] = True
             tensors |= {f"{key}.{name}": part for name, part in _parts(form).items()}
             coded, uncoded = coded + form.nbytes, uncoded + tensor.nbytes
     return tensors, described, (plain, coded, uncoded)
@@ -188,7 +190,13 @@ class Products(NamedTuple):
 
 
 def _form_of(tensor: Tensor, codec: str, factors: Mapping[str, LowRankSparse]) -> TernaryMatrix | Products | None:
-    return _products_of(tensor, factors) if factors else encode_matrix(tensor, codec)
+    """The codes of a tensor; of gate and up in one, which may be ternary each by its columns, of these two halves."""
+    if factors:
+        return _products_of(tensor, factors)
+    form = encode_matrix(tensor, codec)
+    if form is None and tensor.dim() > 2 and not tensor.shape[-2] % 2:
+        return encode_matrix(tensor.unflatten(-2, (2, -1)), codec)
+    return form
 
 
 def _products_of(tensor: Tensor, factors: Mapping[str, LowRankSparse]) -> Products | None:
@@ -300,7 +308,8 @@ def _decoded(parts: list[Tensor], about: Mapping[str, Any]) -> Tensor:
     width = shape[-2 if by_columns else -1]
     form: EncodedRows | PackedRows
     form = EncodedRows(parts[0], parts[1], width) if about["codec"] == "qmoe" else PackedRows(parts[0], width)
-    return TernaryMatrix(form, parts[-1], shape, by_columns).dense(dtype)
+    made = TernaryMatrix(form, parts[-1], shape, by_columns).dense(dtype)
+    return made.flatten(-3, -2) if "halves" in about else made
 
 
 def _read_index(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -330,11 +339,12 @@ def _read_index(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]
 
 
 def _is_described(about: Any) -> bool:
-    if not isinstance(about, dict) or about.keys() != {"shape", "by_columns", "codec", "dtype"}:
+    if not isinstance(about, dict) or about.keys() - {"halves"} != {"shape", "by_columns", "codec", "dtype"}:
         return False
     shape = about["shape"]
     return (
-        isinstance(shape, list) and len(shape) >= 2 and all(type(n) is int and n > 0 for n in shape)
+        isinstance(shape, list) and len(shape) >= (4 if "halves" in about else 2)
+        and about.get("halves", True) is True and all(type(n) is int and n > 0 for n in shape)
         and math.prod(shape) < 2**48 and type(about["by_columns"]) is bool and about["codec"] in PARTS
         and about["dtype"] in DTYPES
     )  # fmt: skip

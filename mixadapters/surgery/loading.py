@@ -22,6 +22,7 @@ from mixadapters.surgery.compressed import INDEX, expand_compressed
 from mixadapters.surgery.layouts import EXPERTS_FILE
 from mixadapters.surgery.saving import load_pruned
 
+ADAPTER_FILE = "adapter_config.json"
 PATIENCE = 10.0  # seconds for the hub's answer whether it has a repository
 
 
@@ -37,6 +38,10 @@ def check_name(what: str, name: str, file: str) -> None:
     """
     path = Path(name)
     if path.is_dir():
+        if what == "MODEL" and (path / ADAPTER_FILE).is_file():
+            raise ValueError(f"MODEL {name!r} is an adapter: name its base model first, and the folder by --adapter")
+        if file == ADAPTER_FILE and not (path / file).is_file():
+            raise ValueError(f"{what} {name!r} has no {file}: it is no saved adapter")
         return
     if path.exists():
         raise ValueError(f"{what} {name!r} is a file: name the folder that holds the model")
@@ -53,6 +58,13 @@ def check_name(what: str, name: str, file: str) -> None:
         raise ValueError(f"{missing} here, and the hub gives none of this name: {said}") from None
 
 
+def check_names(model: str, adapter: str | None = None) -> None:
+    """As `check_name`, of both. Raises ValueError also where one is in the place of the other."""
+    check_name("MODEL", model, "config.json")
+    if adapter is not None:
+        check_name("--adapter", adapter, ADAPTER_FILE)
+
+
 def _looks_like_a_path(name: str) -> bool:
     """Whether a name can be no repository of the hub, or lies in a folder that is here."""
     if name.startswith((".", "/", "~")) or "\\" in name or name.endswith("/") or name.count("/") > 1:
@@ -66,10 +78,7 @@ def load_model(name: str, adapter: str | None = None, device: str = "cpu") -> nn
     Raises:
         ValueError: there is no such model or adapter, or it cannot be loaded; the error says which.
     """
-    if (Path(name) / "adapter_config.json").is_file():
-        raise ValueError(f"MODEL {name!r} is an adapter: name its base model first, and the folder by --adapter")
-    if adapter is not None and Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").is_file():
-        raise ValueError(f"--adapter {adapter!r} has no adapter_config.json: it is no saved adapter")
+    check_names(name, adapter)
     task = None if adapter is None else _read("--adapter", adapter, PeftConfig).task_type
     config = _read("MODEL", name, AutoConfig)
     with _expanded("MODEL", name) as folder:

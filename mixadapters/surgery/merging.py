@@ -85,7 +85,11 @@ class MergeResult:
         before, after = self.counts
         lines = [f"{'merged' if self.applied else 'would merge'} {before} experts to {after}"]
         for layer in self.layers:
-            groups = "; ".join(f"{name} for {', '.join(members)}" for name, members in layer.groups.items())
+            joined = {name: members for name, members in layer.groups.items() if len(members) > 1}
+            if not joined:
+                lines.append(f"  {layer.key}: every expert stays by itself")
+                continue
+            groups = "; ".join(f"{name} for {', '.join(members)}" for name, members in joined.items())
             better = " (so keep those!)" if layer.dominant_error < layer.error else ""
             lines.append(f"  {layer.key}: {groups}; error {layer.error:.3g}, of the dominant experts alone "
                          f"{layer.dominant_error:.3g}{better}")  # fmt: skip

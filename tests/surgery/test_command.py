@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,8 @@ def test_prune_for_a_label_goes_by_its_texts_alone(folder, tmp_path, monkeypatch
     seen = []
 
     def keep(model, usage, *args, **options):
-        seen.append(sum(int(layer.rows) for layer in usage.layers.values()))
+        if usage is not None:  # of the texts; before them it is tried without
+            seen.append(sum(int(layer.rows) for layer in usage.layers.values()))
         return prune_experts(model, usage, *args, **options)
 
     monkeypatch.setattr("mixadapters.surgery.pruning.prune_experts", keep)
@@ -219,6 +221,25 @@ def test_prune_for_a_label_goes_by_its_texts_alone(folder, tmp_path, monkeypatch
         assert run("prune", folder, "--keep", 2, "--dry-run", "--out", tmp_path / "out", *label, adapter=True) == 0
     assert seen == [2 * 24, 2 * 12]
     assert left(tmp_path) == []  # a dry run
+
+
+def test_what_cannot_be_cut_is_refused_before_the_texts_are_run(folder, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(command.Inputs, "usage", None)
+    assert run("prune", folder, "--keep", 9, "--out", tmp_path / "out", adapter=True) == 1
+    assert "keep=9: no layer has more than 4" in capsys.readouterr().err
+
+
+def test_an_adapter_of_another_base_is_told(folder, tmp_path, capsys) -> None:
+    told = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    for base, said in (("models/other", True), (str(folder / "base"), False)):
+        config = json.dumps({**told, "base_model_name_or_path": base})
+        (tmp_path / "adapter" / "adapter_config.json").write_text(config)
+        args = command._parser("report", "", 2, "").parse_args(
+            [str(folder / "base"), "--adapter", str(tmp_path / "adapter"), "--data", str(folder / "texts.jsonl")]
+        )
+        command.Inputs(args)
+        assert ("says that it was trained on 'models/other'" in capsys.readouterr().err) == said
 
 
 def test_prune_of_an_unknown_label_is_refused(folder, tmp_path, capsys) -> None:
@@ -255,6 +276,8 @@ def unloaded(monkeypatch) -> None:
         ("prune", ["--keep", "0", "--out", "new"], "--keep 0 must be 1 or more"),
         ("prune", ["--factor", "nan", "--out", "new"], "--factor nan must be 1 or more"),
         ("merge", ["--groups", "0", "--out", "new"], "--groups 0 must be 1 or more"),
+        ("merge", ["--doubles", "0.1", "--scope", "global", "--out", "new"], "leave out --similarity, --grouping"),
+        ("merge", ["--doubles", "nan", "--out", "new"], "must be a finite number"),
         ("prune", ["--keep", "2", "--out", "new", "--label", "lwa"], "--label 'lwa' is no label of"),
     ],
 )
@@ -284,10 +307,6 @@ def test_arguments_are_refused_before_anything_loads(
 def test_models_that_are_none_are_refused(folder, tmp_path, model, adapter, message) -> None:
     (tmp_path / "empty").mkdir()
     where = {name: str((tmp_path if name == "empty" else folder) / name) for name in (model, adapter) if name}
-    if adapter == "nowhere":
-        with pytest.raises(ValueError, match=message):
-            loading.check_name("--adapter", where[adapter], "adapter_config.json")
-        return
     with pytest.raises(ValueError, match=message):
         loading.load_model(where[model], where.get(adapter))
 

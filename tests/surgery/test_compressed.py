@@ -173,6 +173,25 @@ def test_codes_that_were_changed_are_refused(folder, tiny) -> None:
         load_compressed(folder, tiny("llama"))
 
 
+def test_gate_and_up_in_one_lie_in_codes_where_each_is_ternary_by_columns(tmp_path) -> None:
+    """Where an expert has more hidden units than it reads, and the base saves both as one tensor."""
+    sizes = {"intermediate_size": 48}
+    model = moe("granitemoe", **sizes)
+    told = compress_experts(model, [batch()], codec="packed")
+    found = save_compressed(model, tmp_path / "codes", codec="packed")
+    assert (found.coded, found.uncoded) == (told.nbytes, told.plain_bytes)
+    loaded = load_compressed(tmp_path / "codes")
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in model.state_dict().items())
+    said = json.loads((tmp_path / "codes" / INDEX).read_text())
+    name, described = next(iter(said["files"].items()))
+    key = next(key for key, about in described.items() if "halves" in about)
+    for wrong in ({"halves": 1}, {"halves": True, "shape": [6, 96, 32]}):
+        odd = {**said, "files": {name: {**described, key: {**described[key], **wrong}}}}
+        (tmp_path / "codes" / INDEX).write_text(json.dumps(odd))
+        with pytest.raises(ValueError, match="is no shape, dtype and codec"):
+            load_compressed(tmp_path / "codes")
+
+
 @pytest.fixture(params=["adapter", "mixtral", "granitemoe", "aria_text"])
 def products(request, tiny):
     """A model whose experts are products of low rank and some rows, what is told of them, and its base, if any."""

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from single_experts import activation_of, make_expert, make_inputs
 
+from mixadapters import MoAConfig
+from mixadapters.core.hooks import root_of
+from mixadapters.surgery.compressing import compress_experts
 from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.overspecification import (
     expert_cells,
@@ -106,6 +110,27 @@ def test_duplicates_in_a_model_are_found_and_told(planted, tiny_inputs) -> None:
     assert found.dead == {first: (), second: ()}
     assert found.dependence.keys() == {second}
     assert found.as_dict()["layers"][first]["top_k"] == 2
+
+
+@pytest.mark.parametrize("adapter", ["", "default"])
+def test_a_model_whose_forward_runs_under_autocast_is_compared_and_compressed(planted, tiny_inputs, adapter) -> None:
+    """As a Trainer leaves it that has trained in bfloat16: experts read another dtype than their weights have."""
+    model = planted
+    if adapter:
+        config = MoAConfig(num_experts=4, r=3, target_modules=["q_proj"], init_weights=False)
+        model = get_peft_model(planted, config)
+    batch = tiny_inputs("mixtral")
+    root = root_of(model)
+    root.forward = torch.autocast("cpu", torch.bfloat16)(root.forward)
+    layer = expert_layers(model, adapter)[0]
+    with layer.watch(lambda routed: dtypes.append(routed.inputs.dtype)):
+        dtypes: list[torch.dtype] = []
+        model(**batch)
+    found = overspecification_report(model, [batch], adapter=adapter)
+    assert len(found.layers) == 2
+    assert compress_experts(model, [batch], adapter=adapter, codec="packed").error > 0
+    if adapter:
+        assert dtypes == [torch.bfloat16]
 
 
 def test_experts_that_nothing_reaches_are_told_and_padding_is_no_row(planted, tiny_inputs) -> None:

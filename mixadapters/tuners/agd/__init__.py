@@ -12,6 +12,7 @@ from mixadapters.tuners.agd.distillation import (
     guided_log_probabilities,
     relative_error,
     snr_weights,
+    space_weights,
 )
 from mixadapters.tuners.agd.guidance import classifier_free, denoiser, guided, nested, prediction_of, sample, scale_at
 from mixadapters.tuners.agd.model import AGDModel
@@ -43,6 +44,7 @@ __all__ = [
     "sample",
     "scale_at",
     "snr_weights",
+    "space_weights",
 ]
 
 

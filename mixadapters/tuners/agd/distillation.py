@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from mixadapters.core.config import one_of
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.numbers import real_numbers
+from mixadapters.tuners.agd.calls import timestep_factor
 from mixadapters.tuners.agd.guidance import Rule, classifier_free, prediction_of
 
 LOSSES = ("normalized", "native")
+SPACES = ("noise", "sample", "velocity")
 BASE = {"guidance_scale": None}  # a forward without guidance, whatever is pinned
 
 
@@ -32,7 +34,7 @@ class GuidanceDistillation:
     Args:
         loss: "normalized" or "native" (Jensen and Sadat 2025).
         delta: as above.
-        timestep_weights: (T,) factors on the loss, by timestep; see `snr_weights`.
+        timestep_weights: (T,) factors on the loss, by the scheduler's timestep; see `snr_weights` and `space_weights`.
         rule: guidance of the teacher, where the batch has no target.
     """
 
@@ -79,7 +81,8 @@ class GuidanceDistillation:
             error = error / ((scale - 1).square() + self.delta)
         if self.timestep_weights is not None:
             table = self.timestep_weights.to(error.device)
-            error = error * table[timestep.round().long().clamp(0, len(table) - 1)]
+            steps = timestep / timestep_factor(module)
+            error = error * table[steps.round().long().clamp(0, len(table) - 1)]
         if isinstance(output, (Tensor, tuple)):
             output = {"sample": prediction_of(output)}
         context.set_loss(error.mean())
@@ -117,6 +120,39 @@ def snr_weights(scheduler: Any, clip: float = 25.0) -> Tensor:
             "leave out timestep_weights, or pass (T,) weights of your own"
         )
     return (1 / alphas).clamp(max=clip).float()
+
+
+def space_weights(scheduler: Any, loss_space: str, clip: float = 25.0) -> Tensor:
+    """(T,) weights, clipped, that make the loss on a model's predictions one on what they imply of `loss_space`.
+
+    With x_t = alpha x_0 + sigma noise, a prediction of either of the two gives the other and the velocity at once, so
+    errors differ by a factor of the timestep alone.
+
+    Args:
+        scheduler: that of the training data; says what the model predicts.
+        loss_space: "noise", "sample" or "velocity" (alpha noise - sigma x_0; with flow matching noise - x_0).
+
+    Raises:
+        ValueError: another space, or a scheduler that does not say what its model predicts.
+    """
+    one_of("loss_space", loss_space, SPACES)
+    if (alphas := getattr(scheduler, "alphas_cumprod", None)) is not None:
+        alpha, sigma = alphas.sqrt(), (1 - alphas).sqrt()
+        predicted = scheduler.config.get("prediction_type", "epsilon")
+    else:
+        sigma = torch.arange(scheduler.config.num_train_timesteps + 1) / scheduler.config.num_train_timesteps
+        alpha, predicted = 1 - sigma, "v_prediction"
+    # The error of each space for an error of 1 in the velocity, with x_t given.
+    errors = {"noise": alpha, "sample": sigma, "velocity": torch.ones_like(sigma)}
+    own = {"epsilon": "noise", "sample": "sample", "v_prediction": "velocity"}
+    one_of("prediction_type of the scheduler", predicted, own)
+    return (
+        (errors[loss_space] / errors[own[predicted]])
+        .square()
+        .nan_to_num(nan=clip, posinf=clip)
+        .clamp(max=clip)
+        .float()
+    )
 
 
 @torch.no_grad()

@@ -45,6 +45,10 @@ class Denoiser:
             found.update(f"{int(bits.sum(dtype=torch.int64))} {bits[:: 1 + len(bits) // 256].tolist()}".encode())
         return found.hexdigest()[:16]
 
+    def dtypes(self) -> list[str]:
+        """Of the weights; in others the same weights have another digest."""
+        return sorted({f"{type(p).__name__} of {p.dtype}" for _, p in self._frozen()})
+
     def _frozen(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, p) for name, p in unwrapped(self.model).named_parameters() if "adapters." not in name)
 
@@ -52,6 +56,22 @@ class Denoiser:
 def denoiser(model: nn.Module) -> Denoiser:
     """`predict` of a model that takes its noisy input first and `timestep` by name; computes in the model's dtype."""
     return Denoiser(model)
+
+
+def refuse_another_model(model: nn.Module, teacher: dict[str, Any]) -> None:
+    """ValueError where a record (`Trajectories.info`) says that it was made by other weights than the model's.
+
+    Weights in another dtype, or quantized, are not compared, and nothing is where an older record does not say.
+    """
+    made_by, name = teacher.get("model_class"), type(unwrapped(model)).__name__
+    if made_by not in (None, name):
+        raise ValueError(f"the record was made by a {made_by}, and teaches no {name}; record() with this model")
+    asked = Denoiser(model)
+    if teacher.get("model_dtypes") == asked.dtypes() and teacher.get("model_digest") not in (None, asked.digest()):
+        raise ValueError(
+            f"the record was made by a {name} of other weights, whose guidance is not that of this model; record() "
+            "with this one, or leave out `teacher` of the AGDConfig to train on it all the same"
+        )
 
 
 def prediction_of(output: Any) -> Tensor:

@@ -24,8 +24,8 @@ WAVES = 32
 class Features(NamedTuple):
     """What a forward is conditioned on, in fp32."""
 
-    scale: Tensor  # (B,) guidance scales
-    summary: Tensor  # (B, r)
+    phi: Tensor | None  # (B,) what the outputs are multiplied by; None: 1
+    summary: Tensor  # (B, r); for film as its blocks read it
     tokens: Tensor | None = None  # (B, S, r), for cross-attention
     mask: Tensor | None = None  # (B, S) bool, False at padding; None: no padding
 
@@ -56,7 +56,8 @@ class Trunk(nn.Module):
         super().__init__()
         conditions = config.conditions or {}
         self.timestep_scale = config.timestep_scale
-        self.as_tokens = config.kind == "cross_attention"
+        self.kind = config.kind
+        self.gate = 2 / (config.max_scale - 1) if config.gate else None
         self.scale = self._mlp(config.r)
         self.timestep = self._mlp(config.r) if "timestep" in conditions else None
         self.classes = nn.Embedding(config.num_classes or 0, config.r) if "class" in conditions else None
@@ -73,6 +74,7 @@ class Trunk(nn.Module):
 
     def forward(self, scale: Tensor, inputs: dict[str, Tensor]) -> Features:
         """scale: (B,). inputs: timestep (B,), class (B,), prompt (B, S, P), prompt_mask (B, S), pooled (B, P)."""
+        phi = None if self.gate is None else (scale - 1) * self.gate
         singles = [self.scale(waves(scale, SCALE_PERIODS))]
         if self.timestep is not None:
             singles.append(self.timestep(waves(inputs["timestep"] * self.timestep_scale, TIMESTEP_PERIODS)))
@@ -84,17 +86,20 @@ class Trunk(nn.Module):
         if self.prompt is not None:
             prompt = self.prompt(inputs["prompt"].float())
             mask = None if mask is None else mask.bool()
-        if self.as_tokens:
+        if self.kind == "cross_attention":
             tokens = torch.stack(singles, dim=1)
             if prompt is not None:
                 known = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
                 tokens = torch.cat([tokens, prompt], dim=1)
                 mask = None if mask is None else torch.cat([known, mask], dim=1)
-            return Features(scale, tokens[:, 0], tokens, mask)
+            return Features(phi, tokens[:, 0], tokens, mask)
         if prompt is not None:
             real = torch.ones_like(prompt[..., :1]) if mask is None else mask.unsqueeze(-1).to(prompt.dtype)
             singles.append((prompt * real).sum(1) / real.sum(1).clamp_min(1))
-        return Features(scale, torch.stack(singles).sum(0))
+        summary = torch.stack(singles).sum(0)
+        if self.kind == "film":  # here, since it is the same for every block
+            summary = F.silu(F.layer_norm(summary, summary.shape[-1:]))
+        return Features(phi, summary)
 
 
 class GuidanceAdapter(Adapter):
@@ -107,7 +112,6 @@ class GuidanceAdapter(Adapter):
         super().__init__()
         self.__dict__["first"] = first or self  # no child: its parameters are the first one's
         self.path, self.stack = site.path, site.stack
-        self.gate = 2 / (config.max_scale - 1) if config.gate else None
         self.config = config
         if first is None:
             self.trunk = Trunk(config)
@@ -150,10 +154,9 @@ class GuidanceAdapter(Adapter):
             return y
         features = Features._make(None if f is None else _like(f, x, self.path) for f in features)
         delta = self.delta(x.to(y.dtype), features).to(y.dtype)
-        if self.gate is None:
+        if features.phi is None:
             return y + delta
-        phi = ((features.scale - 1) * self.gate).to(y.dtype)
-        return torch.addcmul(y, phi.view(-1, *[1] * (y.dim() - 1)), delta)
+        return torch.addcmul(y, features.phi.to(y.dtype).view(-1, *[1] * (y.dim() - 1)), delta)
 
     def delta(self, x: Tensor, features: Features) -> Tensor:
         """g: (B, ..., M), or with ones in place of the token axes."""
@@ -170,8 +173,7 @@ class FilmAdapter(GuidanceAdapter):
         self.up = CastLinear(rank, site.out_features)
 
     def delta(self, x: Tensor, features: Features) -> Tensor:
-        summary = F.silu(F.layer_norm(features.summary, features.summary.shape[-1:]))
-        gamma, beta = _between(self.film(summary), x).to(x.dtype).chunk(2, dim=-1)
+        gamma, beta = _between(self.film(features.summary), x).to(x.dtype).chunk(2, dim=-1)
         return self.up(F.silu(torch.addcmul(beta, self.down(x), 1 + gamma)))
 
 
@@ -221,10 +223,12 @@ def check_scale(scale: Any, config: AGDConfig) -> None:
     values = real_numbers("guidance_scale", scale)
     if torch.compiler.is_compiling() or values.device.type != "cpu":
         return
+    trained = (values >= config.min_scale) & (values <= config.max_scale)
+    if trained.all():
+        return
     if not values.isfinite().all():
         raise ValueError(f"guidance_scale={scale} must be finite")
-    outside = ((values < config.min_scale) | (values > config.max_scale)) & (values != 1)
-    if outside.any():
+    if not (trained | (values == 1)).all():
         warnings.warn(
             f"guidance_scale={scale} lies outside the trained range [{config.min_scale}, {config.max_scale}]",
             stacklevel=2,

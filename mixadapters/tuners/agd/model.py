@@ -12,6 +12,7 @@ from mixadapters.core.layer import AdapterHost, HookedLayer
 from mixadapters.core.model import MixtureModel
 from mixadapters.tuners.agd.calls import CALLS, refuse_distilled, timestep_factor
 from mixadapters.tuners.agd.config import AGDConfig
+from mixadapters.tuners.agd.guidance import refuse_another_model
 from mixadapters.tuners.agd.layer import ADAPTERS, GuidanceAdapter
 
 
@@ -30,6 +31,7 @@ class AGDModel(MixtureModel):
             )
         if being_loaded() is None:
             refuse_distilled(self.model)
+            refuse_another_model(self.model, config.teacher or {})
             if config.timestep_scale == 1 and "timestep" not in (config.conditions or {}):
                 config.timestep_scale = 1 / timestep_factor(self.model)
         if config.sites is None and config.target_modules is None and base in CALLS:

@@ -157,7 +157,6 @@ def record_pipeline(
         unconditional = {"class_labels": torch.tensor([null])}
     scheduler = scheduler or pipe.scheduler
     info = {
-        "model_class": type(model).__name__,
         "model": str(getattr(model, "name_or_path", None) or getattr(pipe, "name_or_path", "")),
         "prediction_type": getattr(scheduler.config, "prediction_type", "flow"),
         "negative_prompt": negative_prompt,

@@ -17,7 +17,17 @@ from torch import Tensor
 from transformers.utils import logging
 
 from mixadapters.core.fields import fits
-from mixadapters.tuners.agd.guidance import Conditions, Predict, Rule, classifier_free, guided, sample, scale_at
+from mixadapters.tuners.agd.calls import unwrapped
+from mixadapters.tuners.agd.guidance import (
+    Conditions,
+    Denoiser,
+    Predict,
+    Rule,
+    classifier_free,
+    guided,
+    sample,
+    scale_at,
+)  # fmt: skip
 from mixadapters.tuners.agd.layer import check_interval
 from mixadapters.tuners.agd.storage import FORMAT_VERSION, claim, shard_file, shard_stands, write_shard
 from mixadapters.tuners.agd.trajectories import Trajectories
@@ -141,6 +151,9 @@ class Recorder:
             "unconditional": {n: _digest(v) for n, v in sorted(self.unconditional.items())},
             **({"model_says": self._words()} if digest is None else {"model_digest": digest()}),
         }
+        if isinstance(self.predict, Denoiser):
+            facts |= {"model_class": type(unwrapped(self.predict.model)).__name__}
+            facts |= {"model_dtypes": self.predict.dtypes()}
         if taken := sorted(info.keys() & facts):
             raise ValueError(f"info={info}: {taken} are facts of the record itself; give them other names")
         return json.loads(json.dumps({**facts, **info}, default=str))
