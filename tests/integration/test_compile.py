@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
 
 from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig
 from mixadapters.routers import LearnedRouter
@@ -186,3 +187,21 @@ def test_steps_of_training_are_not_each_compiled(kind: str, tiny: Any, tiny_inpu
     assert counter.frame_count <= 2  # the first step begins the running sums of usage
     for name, value in ends[0].items():
         torch.testing.assert_close(ends[1][name], value, msg=name, **CLOSE)
+
+
+@pytest.mark.parametrize("granularity", ["causal_prefix", "request"])
+@pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
+def test_gates_that_remember_decode_in_one_graph(cache: Any, granularity: str, tiny: Any) -> None:
+    config = MoAConfig(num_experts=3, r=3, granularity=granularity, target_modules=["q_proj"], init_weights=False)
+    model = get_peft_model(tiny("llama", num_hidden_layers=1), config).eval()
+    ids = torch.randint(1, 20, (2, 6), generator=torch.Generator().manual_seed(0))
+
+    def decoded(run: Any) -> Tensor:
+        held = cache(config=model.config, **({} if cache is DynamicCache else {"max_cache_len": 8}))
+        found = [model(input_ids=ids[:, :3], past_key_values=held, use_cache=True).logits[:, -1]]
+        found += [run(input_ids=ids[:, [i]], past_key_values=held, use_cache=True).logits[:, 0] for i in range(3, 6)]
+        return torch.stack(found)
+
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)  # raises where the graph would break
+        torch.testing.assert_close(decoded(compiled), decoded(model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +171,13 @@ def test_others_go_on_while_weights_are_read(filed, alone, monkeypatch) -> None:
         for name in (near, "__base__", near):
             assert filed.submit(PROMPT, name, max_new_tokens=6).result(30).tokens == alone[name]
         assert not late.done
-        given_up = filed.submit(PROMPT, sorted(set(NAMES) - inside(filed))[-1], max_new_tokens=6)
+        other = sorted(set(NAMES) - inside(filed))[-1]
+        given_up = filed.submit(PROMPT, other, max_new_tokens=6)
+        while not filed.adapters.residents.coming(other):
+            time.sleep(0.005)
+        given_up.cancel()
         may.set()
         assert late.result(30).tokens == alone[far]
-        given_up.cancel()
         for _ in range(2):
             filed.submit(PROMPT, max_new_tokens=2).result(30)
     assert not filed.adapters.residents._readings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +343,16 @@ def test_exported_expert_is_stock_lora(pad, tiny, tiny_inputs, tmp_path) -> None
         saved = json.loads((tmp_path / "one-back" / "adapter_config.json").read_text())
         assert (saved["r"], saved["lora_alpha"]) == (8, 8)  # all that a server reads
         assert saved["rank_pattern"] == saved["alpha_pattern"] == {}
+        # What vLLM's and SGLang's readers ask beside: these files, these keys, and none of LoRA's variants.
+        assert {path.name for path in (tmp_path / "one-back").iterdir()} >= {"adapter_config.json", WEIGHTS}
+        assert not any(key.endswith(".bias") for key in load_file(tmp_path / "one-back" / WEIGHTS))
+        assert all(
+            re.fullmatch(r"base_model\.model\..+\.lora_[AB]\.weight", key)
+            for key in load_file(tmp_path / "one-back" / WEIGHTS)
+        )
+        assert isinstance(saved["target_modules"], (list, str))
+        assert saved["target_modules"]
+        assert not any(saved[name] for name in ("use_rslora", "use_dora", "modules_to_save", "lora_bias"))
 
 
 def test_scale_of_an_exported_expert_is_the_same_to_the_last_bit() -> None:
