@@ -214,7 +214,8 @@ class SiteFinder(BaseTuner):
             )
         weight = getattr(base, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() == 1:  # a norm
-            return weight.shape[0], weight.shape[0]
+            width = getattr(weight, "ds_shape", weight.shape)[0]  # where ZeRO-3 has shared it out
+            return width, width
         width = config.hidden_size or hidden_size_of(getattr(self.model, "config", None))
         if width is None:
             raise ValueError(f"cannot tell the width of {path!r} ({type(base).__name__}); pass hidden_size")

@@ -142,8 +142,8 @@ class StageCallback(TrainerCallback):
         now, domain = tuner.stage.get(self.adapter_name), tuner.single_domain.get(self.adapter_name)
         if (now, domain) != (self.stage, self.domain):
             raise ValueError(
-                f"the model has been set to stage={now!r}, domain={domain!r} since this Trainer was made for "
-                f"stage={self.stage!r}, domain={self.domain!r}; make "
+                f"the model has been set to stage={now if domain is None else f'{now} {domain}'!r} since this Trainer "
+                f"was made for stage={self.noted!r}; make "
                 "the Trainer of a stage when the run before it has ended"
             )
         resumed = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

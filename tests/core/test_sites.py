@@ -162,7 +162,7 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
         and name not in default.attribute_map
         and not hasattr(kind.__dict__.get(name), "fget")
     }
-    for part in ("text_config", "vision_config"):
+    for part in ("text_config", "vision_config", "audio_config"):
         if part in kind.sub_configs:
             sizes = {name: value for name, value in SIZES.items() if hasattr(getattr(default, part), name)}
             named[part] = {**sizes, **overrides.pop(part, {})}
@@ -177,6 +177,8 @@ def inputs_of(model: nn.Module) -> dict[str, Tensor]:
         "input_features": {"input_features": torch.randn(2, 80, 128)},
         "input_values": {"input_values": torch.randn(2, 400)},
     }[main]
+    if model.config.model_type == "qwen2_audio":
+        return {"input_ids": ids}
     if model.config.model_type == "audio-spectrogram-transformer":
         return {"input_values": torch.randn(2, 32, 16)}
     if model.config.model_type in ("clip", "siglip"):

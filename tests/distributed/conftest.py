@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE: dict[tuple[str, str], dict[str, str]] = {}  # (cell, engine) -> loop -> what came of it
 
 
-def launch(engine: str, script: str, *arguments: str, processes: int = 2, timeout: float = 200) -> str:
+def launch(engine: str, script: str, *arguments: str, processes: int = 2, timeout: float = 300) -> str:
     """Run a script of this folder by `accelerate launch`, and return what it says. Never longer than `timeout` s.
 
     Raises:

@@ -147,3 +147,17 @@ def test_a_killed_run_goes_on(together: tuple[str, Path, str], tmp_path: Path) -
                     assert torch.equal(resumed[key], value), f"{name}: {key}"
                 else:
                     torch.testing.assert_close(resumed[key], value, atol=1e-5, rtol=1e-3, msg=f"{name}: {key}")
+
+
+def test_bases_that_zero_3_shares_out_while_they_load_take_adapters(alone: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    names = ["MixDA, stage task", "MoSA", "PILL"]
+    worker = (Path(__file__).parent / "loaded_worker.py").read_text(encoding="utf-8")
+    for process in start_together(worker, [str(tmp_path), *names]):
+        process.finish(120)
+    for name in names:
+        file = f"{name}, Trainer/end/adapter_model.safetensors"
+        mine, its = load_file(alone / file), load_file(tmp_path / file)
+        assert mine.keys() == its.keys()
+        for key, value in mine.items():
+            torch.testing.assert_close(its[key], value, atol=1e-5, rtol=1e-3, msg=f"{name}: {key}")

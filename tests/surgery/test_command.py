@@ -316,6 +316,7 @@ def test_models_that_are_none_are_refused(folder, tmp_path, model, adapter, mess
     [
         ("models/bsae", r"MODEL 'models/bsae': there is no such folder\. Did you mean 'base'\?"),
         ("./bsae", r"MODEL './bsae': there is no such folder"),
+        ("no/such/folder", r"MODEL 'no/such/folder': there is no such folder\.$"),
         ("bsae", r"MODEL 'bsae': there is no such folder here, and the hub gives none of this name: no network"),
         ("user/bsae", "MODEL 'user/bsae': there is no such folder here, and the hub gives none"),
         ("models/file", "is a file: name the folder"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import mixadapters
 from mixadapters.surgery import compress_experts, expert_layers
 from mixadapters.surgery.compressed import INDEX, compress_folder, expand_compressed, load_compressed, save_compressed
+from mixadapters.surgery.lowrank import LowRankSparse
 from mixadapters.surgery.qmoe import ternarize
 
 
@@ -218,6 +219,18 @@ def test_products_lie_as_their_factors_of_the_size_that_is_told(products, tmp_pa
     assert changed.coded < sizes.coded
     again = load_compressed(tmp_path / "changed", base)
     torch.testing.assert_close(logits(again, batch()), logits(model, batch()), rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_of_products_loads_where_they_are_rounded_otherwise(tiny, tmp_path, monkeypatch) -> None:
+    """As on another machine: the digest in its config is of what the products were where it was written."""
+    config = mixadapters.MoAConfig(num_experts=2, r=8, init_weights=False, target_modules=["down_proj"])
+    model = peft.get_peft_model(tiny("llama"), config)
+    told = compress_experts(model, [batch()], method="lowrank_sparse", share=0.2, keep=0.1)
+    save_compressed(model, tmp_path / "codes", factors=told.factors)
+    plain = LowRankSparse.dense
+    monkeypatch.setattr(LowRankSparse, "dense", lambda self: plain(self) * (1 + 1e-6))
+    loaded = load_compressed(tmp_path / "codes", tiny("llama"))
+    torch.testing.assert_close(logits(loaded, batch()), logits(model, batch()), rtol=1e-4, atol=1e-4)
 
 
 def test_factors_that_were_changed_are_refused(tmp_path) -> None:

@@ -1165,7 +1165,7 @@ def test_one_dominant_domain_is_the_same_as_routing_to_it(tiny, tiny_inputs, siz
         ({"adapter_input": "ffn"}, "adapter_input='ffn' is unknown"),
         ({"activation": "relu6"}, "activation='relu6' is unknown"),
         ({"task_activation": "swish"}, "task_activation='swish' is unknown"),
-        ({"task_adapter": "lora"}, "task_adapter='lora' is unknown"),
+        ({"task_adapter": "ia3"}, "task_adapter='ia3' is unknown"),
         ({"r": 0}, "`r` should be a positive integer"),
         ({"task_r": -1}, "`task_r` should be a positive integer"),
         ({"reduction_factor": 0}, "reduction_factor=0 must be a finite number, at least 0.001"),
