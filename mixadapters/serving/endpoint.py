@@ -233,8 +233,8 @@ class Endpoint:
     ) -> dict[str, Any]:
         choices = []
         for request in requests:
-            pieces = [piece async for piece in self._pieces(request, stops, http)]
-            choices.append(("".join(text for text, _ in pieces), pieces[-1][1] or "stop"))
+            found = [piece async for piece in pieces(request, self.server.tokenizer, stops, http)]
+            choices.append(("".join(text for text, _ in found), found[-1][1] or "stop"))
         prompt, generated = (
             sum(map(len, lists)) for lists in zip(*((r.prompt, r.tokens) for r in requests), strict=True)
         )
@@ -246,7 +246,7 @@ class Endpoint:
         try:
             if answer.chat:
                 yield answer.piece(None)
-            async for text, reason in self._pieces(request, stops, None):
+            async for text, reason in pieces(request, self.server.tokenizer, stops, None):
                 if text or reason:
                     yield answer.piece(text, reason)
             if counts_usage:
@@ -256,49 +256,6 @@ class Endpoint:
             yield answer.event(as_wire_error(error).body)
         finally:  # also where the client has gone
             request.cancel()
-
-    async def _pieces(
-        self, request: Request, stops: list[str], http: HttpRequest | None
-    ) -> AsyncIterator[tuple[str, str | None]]:
-        """(text, None) as it comes, and at the end (text, finish_reason).
-
-        Raises RequestCancelled where the client of `http` has gone.
-        """
-        news, loop = asyncio.Event(), asyncio.get_running_loop()
-
-        def tell() -> None:
-            with suppress(RuntimeError):  # the loop has ended, and with it who would be told
-                loop.call_soon_threadsafe(news.set)
-
-        request.listen(tell)
-        detokenizer, stopping, given = Detokenizer(self.server.tokenizer), StopStrings(stops), 0
-        look = loop.time() + LOOK
-        while True:
-            done, tokens = request.done, request.tokens
-            text = stopping.add(detokenizer.add(tokens[given:])) if len(tokens) > given else ""
-            given = len(tokens)
-            if stopping.stopped:
-                request.stop()
-                yield text, "stop"
-                return
-            if text:
-                yield text, None
-            if done:
-                break
-            news.clear()
-            if not request.done and len(request.tokens) == given:
-                with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(news.wait(), LOOK)
-            if http is not None and loop.time() >= look:
-                look = loop.time() + LOOK
-                if await http.is_disconnected():
-                    request.cancel()
-        result = request.result(0)  # or what it has failed with
-        text = stopping.add(detokenizer.rest())
-        yield (
-            text + ("" if stopping.stopped else stopping.rest()),
-            "stop" if stopping.stopped else result.finish_reason,
-        )
 
     # --- adapters -----------------------------------------------------------------------------------------------
 
@@ -327,6 +284,50 @@ class Endpoint:
             text = f"Accepted: LoRA adapter '{body.lora_name}' takes no more requests, and goes when its own are done."
             return PlainTextResponse(text, 202)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def pieces(
+    request: Request, tokenizer: Any, stops: list[str], http: HttpRequest | None
+) -> AsyncIterator[tuple[str, str | None]]:
+    """What a request generates: (text, None) as it comes, and at the end (text, finish_reason).
+
+    Raises RequestCancelled where the client of `http` has gone.
+    """
+    news, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def tell() -> None:
+        with suppress(RuntimeError):  # the loop has ended, and with it who would be told
+            loop.call_soon_threadsafe(news.set)
+
+    request.listen(tell)
+    detokenizer, stopping, given = Detokenizer(tokenizer), StopStrings(stops), 0
+    look = loop.time() + LOOK
+    while True:
+        done, tokens = request.done, request.tokens
+        text = stopping.add(detokenizer.add(tokens[given:])) if len(tokens) > given else ""
+        given = len(tokens)
+        if stopping.stopped:
+            request.stop()
+            yield text, "stop"
+            return
+        if text:
+            yield text, None
+        if done:
+            break
+        news.clear()
+        if not request.done and len(request.tokens) == given:
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(news.wait(), LOOK)
+        if http is not None and loop.time() >= look:
+            look = loop.time() + LOOK
+            if await http.is_disconnected():
+                request.cancel()
+    result = request.result(0)  # or what it has failed with
+    text = stopping.add(detokenizer.rest())
+    yield (
+        text + ("" if stopping.stopped else stopping.rest()),
+        "stop" if stopping.stopped else result.finish_reason,
+    )
 
 
 def as_wire_error(error: Exception) -> WireError:

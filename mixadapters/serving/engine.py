@@ -206,17 +206,12 @@ class AdapterServer(StepWork):
         sizes = {"max_requests": max_requests, "max_running": max_running, "max_batch_tokens": max_batch_tokens,
                  "cache_tokens": cache_tokens, "page_size": page_size,
                  "max_resident": 1 if max_resident is None else max_resident}  # fmt: skip
-        for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name}={size!r} must be a positive integer")
+        check_sizes(sizes)
         if offload_folder is not None and (max_resident is None or not Path(offload_folder).is_dir()):
             raise ValueError(
                 f"offload_folder={str(offload_folder)!r} must be a folder, for a server with max_resident adapters"
             )
-        if page_size < 4 or cache_tokens < page_size:
-            raise ValueError(f"page_size={page_size} must be 4 or more, and cache_tokens={cache_tokens} hold a page")
-        if scheduler not in SCHEDULERS:
-            raise ValueError(f"scheduler={scheduler!r} must be one of {list(SCHEDULERS)}")
+        self._batching = batching_settings(sizes, share_prefixes, sampling, scheduler)
         self.model: Any = root_of(model)
         if not hasattr(self.model, "init_continuous_batching") or self.model.get_output_embeddings() is None:
             raise ValueError(f"{type(self.model).__name__} is no causal language model of transformers")
@@ -235,18 +230,6 @@ class AdapterServer(StepWork):
         )
         self._refuse_auto(*self.adapters.names)
         self._settings = generation_settings(self.model, sampling)
-        self._batching = ContinuousBatchingConfig(
-            page_size=page_size,
-            num_blocks=cache_tokens // page_size,
-            max_batch_tokens=max_batch_tokens,
-            max_requests_per_batch=min(max_running, max_batch_tokens),
-            allow_block_sharing=share_prefixes,
-            per_request_processors=sampling,
-            scheduler_type=SCHEDULERS[scheduler],
-            # A graph that is replayed, or compiled, would have the adapters of the step that it was made in.
-            use_cuda_graph=False,
-            use_async_batching=False,
-        )
         self._lock = threading.Lock()
         self._live: dict[str, Request] = {}
         self._waiting = deque()  # for a step, or for their adapter
@@ -415,6 +398,35 @@ class AdapterServer(StepWork):
     def unload(self, name: str) -> bool:
         """As `ServedAdapters.unload`."""
         return self.adapters.unload(name)
+
+
+def check_sizes(sizes: dict[str, Any]) -> None:
+    """Refuse sizes of a server that are no positive integers, or too small for each other."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name}={size!r} must be a positive integer")
+    page_size, cache_tokens = sizes["page_size"], sizes["cache_tokens"]
+    if page_size < 4 or cache_tokens < page_size:
+        raise ValueError(f"page_size={page_size} must be 4 or more, and cache_tokens={cache_tokens} hold a page")
+
+
+def batching_settings(
+    sizes: dict[str, Any], share_prefixes: bool, sampling: bool, scheduler: str
+) -> ContinuousBatchingConfig:
+    if scheduler not in SCHEDULERS:
+        raise ValueError(f"scheduler={scheduler!r} must be one of {list(SCHEDULERS)}")
+    return ContinuousBatchingConfig(
+        page_size=sizes["page_size"],
+        num_blocks=sizes["cache_tokens"] // sizes["page_size"],
+        max_batch_tokens=sizes["max_batch_tokens"],
+        max_requests_per_batch=min(sizes["max_running"], sizes["max_batch_tokens"]),
+        allow_block_sharing=share_prefixes,
+        per_request_processors=sampling,
+        scheduler_type=SCHEDULERS[scheduler],
+        # A graph that is replayed, or compiled, would have the adapters of the step that it was made in.
+        use_cuda_graph=False,
+        use_async_batching=False,
+    )
 
 
 def generation_settings(model: Any, sampling: bool) -> GenerationConfig:
