@@ -87,6 +87,11 @@ class Injection(SiteFinder):
         if adapter is None:
             return
         self._refuse_offloaded(base, path)
+        if getattr(base, "_is_hooked", False):  # as transformers marks what it has shared out
+            raise ValueError(
+                f"{path!r} is shared out by tensor parallelism, so that its input or output is a part of what an "
+                "adapter needs: place adapters at whole blocks (an FFN), or load the model without tp_plan"
+            )
         adapter.bind(site)
         for _role, tapped in site.taps:
             Tap.attach(self._unwrapped(tapped), tapped, self.context)

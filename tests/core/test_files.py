@@ -468,6 +468,14 @@ def test_offloaded_layers_are_refused(tiny: Any) -> None:
         get_peft_model(model, CONFIGS["bottleneck"]())
 
 
+def test_layers_of_which_a_process_has_a_part_are_refused(tiny: Any) -> None:
+    model = tiny("llama")
+    model.model.layers[1].mlp.down_proj._is_hooked = True  # as tensor parallelism of transformers leaves it
+    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj' is shared out by tensor parallelism"):
+        get_peft_model(model, CONFIGS["bottleneck"]())
+    get_peft_model(model, BottleneckConfig(target_modules=["mlp"]))
+
+
 # --- the card -----------------------------------------------------------------------------------------------------
 
 
