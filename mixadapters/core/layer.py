@@ -20,6 +20,16 @@ from mixadapters.core.processes import several
 from mixadapters.core.record import Record
 
 
+def refusal_of(adapter: nn.Module, known: bool) -> str | None:
+    """Why an adapter cannot run where requests are packed into one row; None if it can. `known`: a server says whose
+    tokens lie in the row, and keeps what routers remember of each request."""
+    for part in adapter.modules():
+        reason = getattr(part, "refuses_packed", None)
+        if reason and not (known and getattr(part, "by_request", False)):
+            return reason
+    return None
+
+
 class AdapterHost(BaseTunerLayer):
     """Named adapters at one frozen module. `MixtureLayer` and `HookedLayer` say how they are attached.
 
@@ -61,13 +71,11 @@ class AdapterHost(BaseTunerLayer):
     def refuses_packed(self) -> str | None:
         """Why an adapter that acts here cannot run where requests are packed into one row; None if all can."""
         acting = [] if self.disable_adapters else self.active_adapters
-        return next((reason for name in acting if (reason := self.packed_refusal(name))), None)
+        return next((reason for name in acting if (reason := self.packed_refusal(name, known=False))), None)
 
-    def packed_refusal(self, name: str) -> str | None:
-        """Why the adapter of this name cannot run in a packed row whose requests are known; None if it can."""
-        parts = self.adapters[name].modules() if name in self.adapters else ()
-        reasons = (getattr(part, "refuses_packed", None) for part in parts if not getattr(part, "by_request", False))
-        return next((reason for reason in reasons if reason), None)
+    def packed_refusal(self, name: str, known: bool = True) -> str | None:
+        """Why the adapter of this name cannot run in a packed row; None if it can (see `refusal_of`)."""
+        return refusal_of(self.adapters[name], known) if name in self.adapters else None
 
     def by_request(self, name: str) -> bool:
         """Whether the adapter of this name keeps something of earlier tokens of a request (`RequestMemory`)."""

@@ -12,10 +12,11 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from mixadapters import BottleneckConfig
 from mixadapters.tasks import __main__ as cli
 from mixadapters.tasks import checkpoints, domains
 from mixadapters.tasks import runner as runner_module
@@ -158,6 +159,8 @@ def test_domain_adapters_are_there_whole_or_not_at_all(encoder, data, tmp_path, 
 
 def test_what_a_killed_process_left_of_a_domain_adapter_goes(tmp_path) -> None:
     class Saved:
+        peft_config: ClassVar = {"default": BottleneckConfig()}
+
         def save_pretrained(self, folder: str) -> None:
             Path(folder).mkdir()
             (Path(folder) / "adapter_config.json").write_text("{}")
