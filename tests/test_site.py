@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import configparser
 import importlib.util
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,6 +43,14 @@ def test_the_nav_has_every_page_once(reference) -> None:
     written = [path.name for path in (ROOT / "docs").glob("*.md")]
     of_code = ["api/index.md", *(f"api/{name}.md" for name in reference.API)]
     assert sorted(pages_of(CONFIG["nav"])) == sorted([*written, *reference.PAGES.values(), *of_code])
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_links_lead_to_what_the_site_has(reference, page) -> None:
+    prose = re.sub(r"^```.*?^```$", "", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+    files = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in link} - {""}
+    places = {Path(os.path.normpath(f"docs/{file}")).as_posix() for file in files}
+    assert not {place for place in places if place not in reference.PAGES and not place.startswith("docs/")}
 
 
 def test_pages_that_lie_elsewhere_exist_and_hide_none_of_the_folder(reference) -> None:

@@ -149,6 +149,20 @@ def test_a_killed_run_goes_on(together: tuple[str, Path, str], tmp_path: Path) -
                     torch.testing.assert_close(resumed[key], value, atol=1e-5, rtol=1e-3, msg=f"{name}: {key}")
 
 
+def test_a_run_of_one_process_goes_on_in_two(alone: Path, tmp_path: Path) -> None:
+    step = random.randint(1, STEPS - 1)
+    for name in RESUMED:
+        shutil.copytree(alone / f"{name}, Trainer/checkpoint-{step}", tmp_path / f"{name}, Trainer/checkpoint-{step}")
+    for process in start_together(WORKER, ["ddp", str(tmp_path), "", str(step), *RESUMED]):
+        process.finish(120)
+    for name in RESUMED:
+        file = f"{name}, Trainer/end/adapter_model.safetensors"
+        whole, resumed = load_file(alone / file), load_file(tmp_path / file)
+        assert whole.keys() == resumed.keys()
+        for key, value in whole.items():
+            torch.testing.assert_close(resumed[key], value, atol=1e-5, rtol=1e-3, msg=f"{name}: {key}")
+
+
 def test_bases_that_zero_3_shares_out_while_they_load_take_adapters(alone: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     names = ["MixDA, stage task", "MoSA", "PILL"]
