@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from mixadapters.core.bank import Weights
 from mixadapters.core.config import one_of
 from mixadapters.kernels import ACTIVATIONS
-from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers
+from mixadapters.surgery.layers import ExpertLayer, Routed
 from mixadapters.surgery.lowrank import LowRankSparse, check_share, content_digest, low_rank_sparse_expert
+from mixadapters.surgery.pruning import layers_to_cut
 from mixadapters.surgery.qmoe import CODECS, MATRICES, ROUNDINGS, SCALES, encode_matrix, ternary_expert
 from mixadapters.surgery.view import expert_output
 
@@ -107,18 +108,16 @@ def compress_experts(
         method: "qmoe": ternary weights. Options: `scale` "minmax" or "mean", `rounding` "gptq" or "nearest",
             `damping` of GPTQ, `codec` "qmoe" or "packed". "lowrank_sparse": a product of low rank and some rows.
             Options: `share` of the weights that the product may have, `keep`, the share of rows beside it.
-        adapter: as in `expert_layers`.
+        adapter: of this adapter, "" for the base. None: of the adapter that has experts, else of the base.
         samples: rows that each expert is calibrated with, at most: the first that come.
         dry_run: change nothing.
 
     Raises:
-        ValueError: the model has no experts, or some whose function is not known; an unknown method or option;
-            `calibration` cannot be run again; or rows too narrow for QMoE's codec.
+        ValueError: the model has no experts, those of several adapters, or some whose function is not known; an unknown
+            method or option; `calibration` cannot be run again; or rows too narrow for QMoE's codec.
     """
     shrink, options = _shrink(method, options)
-    layers = expert_layers(model, adapter)
-    if not layers:
-        raise ValueError("the model has no routed experts: no mixture of an adapter, and no MoE block in its base")
+    layers = layers_to_cut(model, adapter)
     if iter(calibration) is iter(calibration):
         raise ValueError("calibration can be run only once, and each layer needs it: pass a list of batches")
     if not (batches := list(calibration)) or not all(isinstance(batch, Mapping) for batch in batches):

@@ -66,6 +66,16 @@ def test_an_adapter_of_wide_rows_goes_through_the_codec(moa, tiny, batches, tmp_
     assert torch.equal(outputs(load_compressed(tmp_path / "codes", base).eval(), batches), outputs(moa, batches))
 
 
+def test_an_adapter_is_compressed_and_the_base_below_it_is_not(tiny, batches) -> None:
+    config = mixadapters.MoAConfig(num_experts=2, r=4, target_modules=["q_proj"], init_weights=False)
+    model = peft.get_peft_model(tiny("mixtral"), config)
+    base = {n: p.clone() for n, p in model.named_parameters() if ".mlp.experts." in n}
+    told = compress_experts(model, batches, codec="packed")
+    assert len(base) > 0
+    assert all("q_proj" in path for path in told.layers)
+    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+
+
 def test_gptq_keeps_outputs_better_than_rounding_to_nearest(tiny, batches) -> None:
     model = tiny("mixtral", num_hidden_layers=2)
     before = outputs(model, batches)
