@@ -113,8 +113,8 @@ def compress_experts(
         dry_run: change nothing.
 
     Raises:
-        ValueError: the model has no experts, those of several adapters, or some whose function is not known; an unknown
-            method or option; `calibration` cannot be run again; or rows too narrow for QMoE's codec.
+        ValueError: the model has no experts, those of several adapters, or some whose function is not known; a method
+            or an option is unknown; `calibration` cannot be run again; or rows too narrow for QMoE's codec.
     """
     shrink, options = _shrink(method, options)
     layers = layers_to_cut(model, adapter)

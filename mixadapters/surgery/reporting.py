@@ -164,9 +164,20 @@ def report(
     found = tuple(_layer(layer, usage, overspecification) for layer in layers)
     held = list(model.parameters())
     total = sum(parameter.numel() for parameter in held)
-    active = total - sum(layer.parameters - layer.active_parameters for layer in found)
+    others = [
+        _layer(layer, usage, None) for layer in _known_layers(model) if layer.key not in {of.key for of in found}
+    ]
+    active = total - sum(layer.parameters - layer.active_parameters for layer in (*found, *others))
     nbytes = sum(parameter.numel() * parameter.element_size() for parameter in held)
     return Report(total, active, 2 * (active - _looked_up(model)), nbytes, found)
+
+
+def _known_layers(model: nn.Module) -> list[ExpertLayer]:
+    """All layers of experts: a token passes by experts that the report is not of, too. [] where some are unknown."""
+    try:
+        return expert_layers(model)
+    except ValueError:
+        return []
 
 
 def _looked_up(model: nn.Module) -> int:

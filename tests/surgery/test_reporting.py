@@ -59,6 +59,14 @@ def test_adapters_are_counted_beside_the_base(tiny) -> None:
     assert found.parameters == sum(p.numel() for p in model.parameters())
 
 
+def test_a_token_passes_by_the_experts_that_a_report_is_not_of(tiny) -> None:
+    config = MoAConfig(num_experts=4, r=4, target_modules=["q_proj"], init_weights=False)
+    model = get_peft_model(tiny("mixtral"), config)
+    whole, ours, base = (report(model, adapter=adapter) for adapter in (None, "default", ""))
+    assert ours.active_parameters == base.active_parameters == whole.active_parameters < whole.parameters
+    assert len(ours.layers) + len(base.layers) == len(whole.layers)
+
+
 def test_where_the_number_of_experts_varies_the_record_says_it(tiny) -> None:
     model = get_peft_model(tiny("llama"), MixDAConfig(domains=["law", "code"])).eval()
     assert {layer.active for layer in report(model).layers} == {2.0}
