@@ -57,9 +57,9 @@ class Few:
             h = hidden(self.act, h, None if self.gate is None else F.linear(x, self.gate, self.b_gate))
         h.view(rows, experts, -1).mul_(factors.unsqueeze(2))
         y = base if base_weight is None else base * base_weight.to(base.dtype).unsqueeze(1)
-        if self.b_up is not None:
-            y = torch.addmm(y, factors, self.b_up)
         y = torch.addmm(y, h, self.up)
+        if self.b_up is not None:  # in the order of `dense`, whose bits these are
+            y += factors @ self.b_up
         # What is broken stays with those who chose it: the operation sees to that.
         return y if indices is None or math.isfinite(y.sum(dtype=self.wide).item()) else None
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.hooks import root_of
 from mixadapters.core.rows import BASE, row_names
 from mixadapters.training.objectives import pool
@@ -42,15 +43,10 @@ class PooledStates:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask {tuple(mask.shape)} must be {tuple(input_ids.shape)}, as input_ids")
-        modes = {module: module.training for module in self.root.modules()}
-        self.root.eval()
-        try:
+        with in_evaluation(self.root):
             # Rows of like length go together, so that little padding is read.
             order = mask.sum(1).argsort(stable=True).split(self.batch_size)
             parts = [self._rows(input_ids[rows], mask[rows]) for rows in order]
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         if not parts:
             raise ValueError("input_ids has no rows")
         return torch.cat(parts)[torch.cat(order).argsort()]

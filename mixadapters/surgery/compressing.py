@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mixadapters.core.bank import Weights
 from mixadapters.core.config import one_of
+from mixadapters.core.evaluation import in_evaluation
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.surgery.layers import ExpertLayer, Routed
 from mixadapters.surgery.lowrank import LowRankSparse, check_share, content_digest, low_rank_sparse_expert
@@ -156,14 +157,9 @@ def routed_inputs(
                 found[e].append(rows)
                 missing[e] -= len(rows)
 
-    training = model.training
-    model.eval()
-    try:
-        with layer.watch(take):
-            for batch in batches:
-                model(**batch)
-    finally:
-        model.train(training)
+    with in_evaluation(model), layer.watch(take):
+        for batch in batches:
+            model(**batch)
     width = layer.width
     return [torch.cat(rows) if rows else torch.zeros(0, width) for rows in found]
 

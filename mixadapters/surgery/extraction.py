@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters.core.bank import AdapterBank, Weights
+from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import finite
 from mixadapters.core.files import weights_of, written_aside
 from mixadapters.core.hooks import root_of
@@ -238,16 +239,14 @@ def _seen(model: nn.Module, ffn: Any, batches: Iterable[dict[str, Any]], samples
         left = samples - sum(map(len, active))
         (active if module is ffn.down_proj else inputs).append(hidden[real][:left].float())
 
-    training = model.training
-    model.eval()
     handles = [ffn.gate_proj.register_forward_pre_hook(look), ffn.down_proj.register_forward_pre_hook(look)]
     try:
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            if sum(map(len, active)) < samples:
-                model(**batch)
+        with in_evaluation(model):
+            for batch in batches:
+                mask = batch.get("attention_mask")
+                if sum(map(len, active)) < samples:
+                    model(**batch)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     if not active:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.bank import Weights
+from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import finite
 from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers
 from mixadapters.surgery.view import expert_output
@@ -189,16 +190,11 @@ def overspecification_report(
     if not layers:
         raise ValueError("the model has no routed experts: no mixture of an adapter, and no MoE block in its base")
     seen: dict[str, _Sample] = {layer.key: _Sample() for layer in layers}
-    training = model.training
-    model.eval()
-    try:
-        with ExitStack() as stack:
-            for layer in layers:
-                stack.enter_context(layer.watch(partial(seen[layer.key].add, samples=samples)))
-            for batch in data:
-                model(**batch)
-    finally:
-        model.train(training)
+    with in_evaluation(model), ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.watch(partial(seen[layer.key].add, samples=samples)))
+        for batch in data:
+            model(**batch)
     if idle := [key for key, sample in seen.items() if not sum(map(len, sample.rows))]:
         raise ValueError(f"no row of data reaches the experts at {idle[0]!r}: give batches that do")
     cells = {layer.key: _cells(layer, torch.cat(seen[layer.key].rows), tolerance) for layer in layers}

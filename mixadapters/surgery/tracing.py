@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.routing import FROZEN
 from mixadapters.core.sites import has_two_stacks
 from mixadapters.surgery.layers import expert_layers
@@ -183,14 +184,8 @@ def read_tokens(model: nn.Module, tokenizer: Any, texts: Sequence[str], length: 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation and without gradients; afterwards every module is as it was."""
-    trains = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in trains:
-            module.training = True
+    with in_evaluation(model), torch.no_grad():
+        yield
 
 
 def padded(model: nn.Module, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:

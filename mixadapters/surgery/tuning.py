@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.config import one_of
+from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import finite
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.registry import nearest
@@ -341,17 +342,13 @@ def ftri(
         ValueError: the model has no experts, an unknown score, or no rows.
     """
     one_of("score", score, SCORES)
-    training = model.training
-    model.eval()
     usages = []
-    try:
+    with in_evaluation(model):
         for batches in (one, other):
             with record_usage(model, samples=0, adapter=adapter) as usage:
                 for batch in batches:
                     model(**batch)
             usages.append(usage)
-    finally:
-        model.train(training)
     return rank_by_usage(usages[0], usages[1], score)
 
 

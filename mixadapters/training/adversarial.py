@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import finite
 from mixadapters.core.hooks import root_of
 from mixadapters.core.routing import Routing, RoutingKey
@@ -59,7 +60,7 @@ class EmbeddingAttack:
         table = embeddings_of(model).weight
         unit = float(table.detach().float().std())
         shape = (*inputs["input_ids"].shape, table.shape[1])
-        with _in_evaluation(model):
+        with in_evaluation(model):
             with torch.no_grad():
                 clean = None if labels is not None else see(model, inputs)
             delta = NOISE * unit * torch.randn(shape, device=table.device, dtype=table.dtype)
@@ -110,17 +111,6 @@ def perturbed(model: nn.Module, delta: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager
@@ -202,7 +192,7 @@ def robustness(model: nn.Module, batches: Iterable[Mapping[str, Any]], attack: E
     """Attack a classifier of rows. batches: with `labels` (B,), on the model's device."""
     right = stood = rows = 0
     flipped = 0.0
-    with _in_evaluation(model):
+    with in_evaluation(model):
         for batch in batches:
             labels = batch["labels"]
             delta = attack.find(model, batch, labels)

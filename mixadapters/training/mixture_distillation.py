@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixadapters.core.config import one_of
+from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import finite
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
@@ -65,7 +66,7 @@ class MixtureTeacher:
     @torch.no_grad()
     def routed(self, batch: Batch) -> Tensor:
         """(R, d) features of the mixture as it is."""
-        with _evaluated(self.model):
+        with in_evaluation(self.model):
             return self.features(self.model, batch)
 
     @torch.no_grad()
@@ -79,7 +80,7 @@ class MixtureTeacher:
         for key, mixture in _active(self.tuner).items():
             names = mixture.expert_names
             pins[key] = torch.full((rows,), names.index(name) if name in names else -1)
-        with _evaluated(self.model), self.tuner.pin_routes(pins):
+        with in_evaluation(self.model), self.tuner.pin_routes(pins):
             return self.features(self.model, batch)
 
 
@@ -185,7 +186,7 @@ class MixtureDistiller:
             raise ValueError("the only expert is the domain's own, so nothing would be left to learn from")
         if self.aggregator is None:  # its width is that of the features
             self.aggregator = TransformerAggregator(features.shape[-1], self.heads).to(features)
-        with nullcontext() if training else _evaluated(self.aggregator):
+        with nullcontext() if training else in_evaluation(self.aggregator):
             return self.aggregator(features, left_out)
 
     def adapt(self, batch: Batch, *, left_out: int | None = None, create_graph: bool = False) -> dict[str, Tensor]:
@@ -194,7 +195,7 @@ class MixtureDistiller:
         create_graph: keep how they depend on the student's own parameters and the aggregator's, as `meta_fit` needs.
         """
         parameters: dict[str, Tensor] = dict(self.own_parameters())
-        with torch.enable_grad(), _evaluated(self.student), _differentiable(create_graph):
+        with torch.enable_grad(), in_evaluation(self.student), _differentiable(create_graph):
             target = self.target(batch, left_out, training=create_graph)
             for _ in range(self.steps):
                 made = self._call(parameters, lambda model: self.features(model, batch))
@@ -212,7 +213,7 @@ class MixtureDistiller:
 
     def predict(self, batch: Batch, parameters: dict[str, Tensor]) -> Any:
         """The student's output with parameters that `adapt` has returned."""
-        with _evaluated(self.student):
+        with in_evaluation(self.student):
             return self._call(parameters, lambda model: model(**batch))
 
     def _call(self, parameters: dict[str, Tensor], run: Callable[[nn.Module], Any]) -> Any:
@@ -322,18 +323,6 @@ class _Run(nn.Module):
 def _write(own: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
     for name, parameter in own.items():
         parameter.copy_(values[name])
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """With dropout off."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

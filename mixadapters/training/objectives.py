@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixadapters.core.evaluation import in_evaluation
+
 if TYPE_CHECKING:
     from mixadapters.core.context import ForwardContext
 
@@ -218,13 +220,8 @@ def require_pretrained_head(model: nn.Module, batch: Mapping[str, Any]) -> float
         ValueError: the loss is above 0.8 * ln(V), or there is none to judge.
     """
     device = next(model.parameters()).device
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with in_evaluation(model):
         output = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-    finally:
-        for module, flag in flags:
-            module.training = flag
     loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
     if loss is None or logits is None or not isfinite(loss):
         raise ValueError(

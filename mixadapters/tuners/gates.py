@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters.core.context import ROUTES, ForwardContext
+from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.inspection import RoutingVerbs
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import FROZEN
@@ -221,15 +222,14 @@ class GateVerbs(RoutingVerbs):
                 )
         reader = _Reader(self.context)
         hooks = [router.register_forward_pre_hook(reader) for router in routers]
-        training = self.model.training
-        self.model.eval()
         try:
-            for arm, found in rows.items():
-                reader.arm = arm
-                for start in range(0, len(found), batch_size):
-                    self.model(**_padded([row[:max_length] for row in found[start : start + batch_size]], self.model))
+            with in_evaluation(self.model):
+                for arm, found in rows.items():
+                    reader.arm = arm
+                    for start in range(0, len(found), batch_size):
+                        batch = [row[:max_length] for row in found[start : start + batch_size]]
+                        self.model(**_padded(batch, self.model))
         finally:
-            self.model.train(training)
             for hook in hooks:
                 hook.remove()
         if silent := [router.path for router in routers if router not in reader.seen]:

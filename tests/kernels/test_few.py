@@ -61,6 +61,21 @@ def test_the_numbers_are_those_of_the_definition(experts: str, routed: str) -> N
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("routed", ROUTED)
+@pytest.mark.parametrize("experts", EXPERTS_OF)
+def test_the_bits_are_those_of_dense(experts: str, routed: str, dtype: torch.dtype) -> None:
+    """So that a forward without gradients is that with them, where the rule takes `dense` for both."""
+    held, given = arguments(dtype, **EXPERTS_OF[experts]), call(dtype, **ROUTED[routed])
+    act = "identity" if experts == "LoRA" else "gelu"
+    with torch.no_grad():
+        found = Few(act, held)(**given)
+        with adapter_backend("dense"):
+            expected = lowrank(**given, act=act, **held)
+    assert found is not None
+    assert torch.equal(found, expected)
+
+
 def test_half_precision_is_near_the_definition() -> None:
     held, given = arguments(torch.bfloat16), call(torch.bfloat16)
     with torch.no_grad():
