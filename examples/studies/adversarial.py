@@ -39,6 +39,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from routers import kept
 from sentences_corpus import minilm_path
 from torch import Tensor, nn
 from transformers import (
@@ -187,14 +188,12 @@ def main(argv: list[str] | None = None) -> None:
     for seed in args.seeds:
         path = folder / f"seed{seed}.json"
         if path.exists():
-            kept = json.loads(path.read_text())
-            if kept["settings"] != args.settings:
-                raise SystemExit(f"{path} is of {kept['settings']}, not {args.settings}: choose another --out")
+            result = kept(path, args.settings)
         else:
-            kept = {"settings": args.settings, "arms": {arm: study.run(arm, seed) for arm in ARMS}}
-            path.write_text(json.dumps(kept, indent=2))
-        results.append(kept["arms"])
-        print(f"seed {seed}: {kept['arms']}", flush=True)
+            result = {"settings": args.settings, "arms": {arm: study.run(arm, seed) for arm in ARMS}}
+            path.write_text(json.dumps(result, indent=2))
+        results.append(result["arms"])
+        print(f"seed {seed}: {result['arms']}", flush=True)
     table = tables(results)
     (folder / "table.md").write_text(table + "\n")
     print(f"\n{table}")

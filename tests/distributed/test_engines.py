@@ -7,6 +7,7 @@ import importlib.util
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,19 @@ RESUMED = ("MixDA, stage task", "MoSA", "MoA, balanced by bias")
 WORKER = (Path(__file__).parent / "resume_worker.py").read_text(encoding="utf-8")
 
 
+def ends_are_equal(one: Path, other: Path, names: Sequence[str], exactly: bool = False) -> None:
+    """The adapters at the end of runs of Trainer; `exactly`: bit for bit, else but for rounding."""
+    for name in names:
+        file = f"{name}, Trainer/end/adapter_model.safetensors"
+        expected, found = load_file(one / file), load_file(other / file)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            if exactly:
+                assert torch.equal(found[key], value), f"{name}: {key}"
+            else:
+                torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-3, msg=f"{name}: {key}")
+
+
 def test_a_killed_run_goes_on(together: tuple[str, Path, str], tmp_path: Path) -> None:
     """kill -9 of one of two processes anywhere in a step, then on with two, and with one."""
     engine, folder, _ = together
@@ -138,15 +152,7 @@ def test_a_killed_run_goes_on(together: tuple[str, Path, str], tmp_path: Path) -
             continue
         for process in running:
             process.finish(120)
-        for name in RESUMED:
-            file = f"{name}, Trainer/end/adapter_model.safetensors"
-            whole, resumed = load_file(folder / file), load_file(place / file)
-            assert whole.keys() == resumed.keys()
-            for key, value in whole.items():
-                if processes == 2:
-                    assert torch.equal(resumed[key], value), f"{name}: {key}"
-                else:
-                    torch.testing.assert_close(resumed[key], value, atol=1e-5, rtol=1e-3, msg=f"{name}: {key}")
+        ends_are_equal(folder, place, RESUMED, exactly=processes == 2)
 
 
 def test_a_run_of_one_process_goes_on_in_two(alone: Path, tmp_path: Path) -> None:
@@ -155,12 +161,7 @@ def test_a_run_of_one_process_goes_on_in_two(alone: Path, tmp_path: Path) -> Non
         shutil.copytree(alone / f"{name}, Trainer/checkpoint-{step}", tmp_path / f"{name}, Trainer/checkpoint-{step}")
     for process in start_together(WORKER, ["ddp", str(tmp_path), "", str(step), *RESUMED]):
         process.finish(120)
-    for name in RESUMED:
-        file = f"{name}, Trainer/end/adapter_model.safetensors"
-        whole, resumed = load_file(alone / file), load_file(tmp_path / file)
-        assert whole.keys() == resumed.keys()
-        for key, value in whole.items():
-            torch.testing.assert_close(resumed[key], value, atol=1e-5, rtol=1e-3, msg=f"{name}: {key}")
+    ends_are_equal(alone, tmp_path, RESUMED)
 
 
 def test_bases_that_zero_3_shares_out_while_they_load_take_adapters(alone: Path, tmp_path: Path) -> None:
@@ -169,9 +170,4 @@ def test_bases_that_zero_3_shares_out_while_they_load_take_adapters(alone: Path,
     worker = (Path(__file__).parent / "loaded_worker.py").read_text(encoding="utf-8")
     for process in start_together(worker, [str(tmp_path), *names]):
         process.finish(120)
-    for name in names:
-        file = f"{name}, Trainer/end/adapter_model.safetensors"
-        mine, its = load_file(alone / file), load_file(tmp_path / file)
-        assert mine.keys() == its.keys()
-        for key, value in mine.items():
-            torch.testing.assert_close(its[key], value, atol=1e-5, rtol=1e-3, msg=f"{name}: {key}")
+    ends_are_equal(alone, tmp_path, names)
