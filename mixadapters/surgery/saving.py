@@ -78,6 +78,10 @@ def load_pruned(folder: str | Path, **options: Any) -> Any:
         )  # fmt: skip
     except SafetensorError as error:
         raise ValueError(f"folder={str(folder)!r}: its weights are not whole: {error}") from None
+    except OSError as error:
+        raise ValueError(
+            f"folder={str(folder)!r} has no weights that save_pruned writes (load_compressed reads codes): {error}"
+        ) from None
     wrong = {name: sorted(map(str, told[name]))[:3] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
              if told.get(name)}  # fmt: skip
     if wrong:

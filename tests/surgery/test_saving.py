@@ -106,6 +106,9 @@ def test_weights_that_are_cut_short_are_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match="its weights are not whole"):
         load_pruned(tmp_path / "pruned")
+    file.unlink()  # as in a folder of codes
+    with pytest.raises(ValueError, match=r"has no weights that save_pruned writes \(load_compressed reads codes\)"):
+        load_pruned(tmp_path / "pruned")
 
 
 def test_stock_transformers_refuses_unequal_counts_aloud(tmp_path: Path) -> None:
