@@ -50,10 +50,9 @@ class AudioInputs(EncodedInputs):
         self, model: PreTrainedModel, encoder: PreTrainedModel, token_id: int | None = None, tokens: int = 8,
         projector: nn.Module | None = None,
     ) -> None:  # fmt: skip
-        name, config = getattr(encoder, "main_input_name", None), encoder.config
-        width = hidden_size_of(config)
-        wrong = name not in ("input_features", "input_values") or width is None
-        if wrong or hasattr(encoder, "decoder") or hasattr(config, "patch_size"):
+        name, config = str(encoder.main_input_name), encoder.config
+        width, listens = hidden_size_of(config), name in ("input_features", "input_values")
+        if width is None or not listens or hasattr(encoder, "decoder") or hasattr(config, "patch_size"):
             raise ValueError(
                 f"encoder={type(encoder).__name__} is no audio encoder that gives a state per stretch of time, such "
                 "as Wav2Vec2Model; of a model of two stacks, such as Whisper, give the encoder: model.get_encoder()"

@@ -35,6 +35,7 @@ class EncodedInputs(nn.Module):
     modality: ClassVar[str]  # one of TOKEN_TYPES
     medium: ClassVar[str]  # many of them, in messages
     takes: ClassVar[tuple[str, ...]]  # arguments of the model's forward; the first is needed where there are any
+    token_id: int
 
     def __init__(
         self, model: PreTrainedModel, encoder: PreTrainedModel, *, width: int, tokens: int, token_id: int | None,
@@ -49,7 +50,8 @@ class EncodedInputs(nn.Module):
             raise ValueError(f"token_id={token_id} stands for another medium already; {sorted(taken)} are taken")
         if token_id is None:
             token_id = next(i for i in range(table.num_embeddings, LARGEST) if i not in taken)
-        self.token_id, self.tokens, self.width = token_id, tokens, width
+        self.token_id = token_id
+        self.tokens, self.width = tokens, width
         self.__dict__["model"] = model  # not a child: it is the parent
         self.__dict__["encoder"] = encoder.requires_grad_(False).eval()
         if projector is None:
