@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from mixadapters.kernels import products
 from mixadapters.kernels.problem import Problem
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ BATCH_INVARIANT = ("triton", "gathered")
 
 # Rows that are gathered and scattered cost as much as this many columns of the dense product (CPU, one thread).
 GATHER_COST = {torch.float32: 30, torch.bfloat16: 65}
+# The same where columns are cheap, by oneDNN, and rows dear: what several experts give to one row is added up as well.
+GATHER_COST_OF_SEVERAL = 48
 
 # Rows of one expert that stand together in such numbers are worth a product of their own.
 TOGETHER = 32
@@ -194,7 +197,7 @@ def choose_backend(
     if batch_invariant:
         return "gathered"
     together = run >= TOGETHER
-    gather_cost = 0 if together else GATHER_COST.get(dtype, 30)
+    gather_cost = 0 if together else _gather_cost(slots, dtype)
     mean_rank = total_rank / max(num_experts, 1)
     if slots >= num_experts or slots * (mean_rank + gather_cost) >= total_rank:
         return "dense"
@@ -208,3 +211,9 @@ def choose_backend(
         return "gathered"
     rows_each = 256 if dtype in FEW_CALLS else 64
     return "grouped" if places <= min(MOST_GROUPED, rows_each * num_experts) else "segments"
+
+
+def _gather_cost(slots: int, dtype: torch.dtype) -> int:
+    if slots > 1 and dtype == torch.float32 and products.pays():
+        return GATHER_COST_OF_SEVERAL
+    return GATHER_COST.get(dtype, 30)
