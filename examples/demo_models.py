@@ -83,7 +83,7 @@ def check_base(model: Any, name: str, tests: dict[str, Rows]) -> None:
     other[:, -1] = (rows[:, -1] + 1) % known
     one, two = (model(input_ids=part.to(model.device)).logits.float() for part in (rows, other))
     moved = (one - two).abs().amax((0, 2))  # (T,), by another last token: nothing before it, up to rounding
-    if moved[:-1].max() > 0.01 * moved[-1]:
+    if moved[:-1].max() > 1e-4 * moved[-1]:
         raise ValueError(
             f"--base {name} is no decoder: what {type(model).__name__} says of a token depends on later ones. Name a "
             "causal language model"

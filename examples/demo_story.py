@@ -76,9 +76,10 @@ class Story:
         setup.train(model, setup.rows[name], f"domain {name}", seed=self.seed)
         self.own[name] = own = perplexities(model, {name: setup.tests[name]})[name]
         if own > LEAST_GAIN * self.base[name]:
+            other = "a smaller" if own > self.base[name] else "a larger"
             setup.progress.say(
                 f"note: on {name} its own adapter is at {own:.1f}, and the base model at {self.base[name]:.1f}: try "
-                f"another --rate than {setup.args.rate:g}, or more --tokens"
+                f"{other} --rate than {setup.args.rate:g}, or more --tokens"
             )
         self.folders[name] = str(self.out / "domains" / name)
         model.save_pretrained(self.folders[name])

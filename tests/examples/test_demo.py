@@ -133,12 +133,11 @@ def test_a_users_model_and_text(demo, base, users, tmp_path, monkeypatch, capsys
     assert {file.name for file in (tmp_path / "out").iterdir()} >= {"report.json", "table.md", "text.html"}
     assert not {"base", "adding.png"} & {file.name for file in (tmp_path / "out").iterdir()}
     said = capsys.readouterr().out
-    assert "code: trains on 980 tokens (all that there is), is tested on" in said
+    assert "code: trains on 1,000 tokens, is tested on 100 of other documents" in said
     assert re.search(r"[\d,]+ tokens of training in all, fewer by --tokens", said)
 
 
 def test_a_rate_that_teaches_nothing_is_said_at_once(demo, base, users, tmp_path, monkeypatch, capsys) -> None:
-    import demo_run
     import demo_story
 
     class Enough(Exception):
@@ -150,11 +149,12 @@ def test_a_rate_that_teaches_nothing_is_said_at_once(demo, base, users, tmp_path
     monkeypatch.setattr(demo_story.Story, "mixture", mixture)
     told = given(users, base("LlamaForCausalLM"), "code=code.txt", "science=science.jsonl", general="general.txt")
     told[told.index("--rate") + 1] = "1e-9"
+    told[told.index("--tokens") + 1] = "100000"
     with pytest.raises(Enough):
         demo.main([*told, "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert said.count("try another --rate than 1e-09") == 2  # of two domains
-    assert demo_run
+    assert said.count("er --rate than 1e-09") == 2  # of two domains
+    assert re.search(r"code: trains on [\d,]+ tokens \(all that there is\)", said)
 
 
 def test_the_verdict_names_whoever_is_ahead(demo) -> None:
@@ -236,7 +236,7 @@ def test_what_cannot_be_run_is_named_before_anything_is_written(
         ("BertForMaskedLM", {}, "is no decoder: what BertLMHeadModel says of a token depends on later ones"),
         ("BertModel", {}, "has no weights of cls.predictions.* BertLMHeadModel foretells with"),
         ("T5ForConditionalGeneration", {}, "cannot be loaded: Unrecognized configuration class .*T5Config[^\n]*$"),
-        ("LlamaForCausalLM", {"max_position_embeddings": 8}, "--length 20 is too long: --base .* reads 8 tokens"),
+        ("LlamaForCausalLM", {"max_position_embeddings": 8}, "length 20 is too long: --base .* reads 8 tokens"),
         ("GPT2LMHeadModel", {"vocab_size": 100}, "its tokenizer gives token .* and it knows 100"),
     ],
 )
@@ -252,7 +252,7 @@ def test_a_base_that_does_not_fit_is_named_before_anything_is_written(
 def test_text_that_is_too_little_for_a_row_or_a_step_is_named(demo, base, users, tmp_path) -> None:
     llama = base("LlamaForCausalLM")
     for file, batch, message in (
-        ("short.txt", "2", "b, test: 8 tokens of text make no row of 20"),
+        ("short.txt", "2", "b, test: 12 tokens of text make no row of 20"),
         ("lines.txt", "90", "code has 49 rows of text, fewer than a step of --batch 90 reads"),
     ):
         told = given(users, llama, "code=code.txt", f"b={file}", general="general.txt")
