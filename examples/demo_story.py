@@ -30,11 +30,15 @@ class Story:
         self.change: dict[str, Perplexities] = {}  # system -> how others changed when a domain came, in per cent
 
     def reads(self) -> int:
-        """How many tokens all adapters read."""
-        new = self.count.get(self.setup.later or "", 0)
-        old = sum(self.count.values()) - new
-        domains = old - self.count["general"]
-        return domains + 4 * old + (old + 3 * new if new else 0)
+        """How many tokens all adapters read; no step has fewer rows than a batch."""
+        rows, args = self.setup.rows, self.setup.args
+
+        def read(*kinds: str) -> int:
+            return sum(len(rows[kind]) for kind in kinds) // args.batch * args.batch * args.length
+
+        old, new = self.setup.domains, self.setup.later
+        total = sum(map(read, old)) + 4 * read(*old, "general")
+        return total + (2 * read(new) + read(*old, new, "general") if new else 0)
 
     def tell(self, base: Perplexities) -> None:
         self.base, old = base, self.setup.domains

@@ -28,4 +28,6 @@ COMPRESSIONS: dict[str, dict[str, Any]] = {  # method -> its options, with their
 def check_tolerance(name: str, value: Any) -> None:
     """Raises ValueError where `value` is no distance between experts."""
     if not finite(value) or not 0 <= value <= 2:
-        raise ValueError(f"{name}={value!r} must be a distance from 0 (the same) to 2 (opposites), such as 0.01")
+        raise ValueError(
+            f"{name}={value!r} must be a distance from 0 (the same) to 2 (nothing in common), such as 0.01"
+        )

@@ -201,12 +201,12 @@ def choose_kept(
     keep: int | None,
     factor: float | None,
     scope: str,
-    name: str = "keep",
+    called: str = "keep",
 ) -> dict[str, list[int]]:
     """The numbers of the experts that stay, by layer. Layers of one router lose the same, by the sum of their shares.
 
     Args:
-        name: of `keep` for the caller, in messages.
+        called: what the caller calls `keep`, in messages.
 
     Raises:
         ValueError: more experts than there are would stay; or a global scope, and a router that chooses among groups.
@@ -219,7 +219,7 @@ def choose_kept(
             unit[name] = unit.get(name, 0.0) + share
     most = max(map(len, units.values()))
     if keep is not None and keep > most:
-        raise ValueError(f"{name}={keep}: no layer has more than {most} experts")
+        raise ValueError(f"{called}={keep}: no layer has more than {most} experts")
     wanted = {r: min(len(u), math.ceil(len(u) / factor) if factor else keep or 1) for r, u in units.items()}
     groups = {layer.router: layer.groups for layer in layers}
     if scope == "global":

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = {
@@ -121,10 +122,13 @@ def test_a_users_model_and_text(demo, base, users, tmp_path, monkeypatch, capsys
     import demo_run
 
     monkeypatch.setattr(demo_run.Demo, "fresh_process", lambda self, expected: True)
+    bars: list[Any] = []
+    monkeypatch.setattr("demo_models.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adding.png").touch()
     told = given(users, base("LlamaForCausalLM"), "code=code.txt", "science=science.jsonl", general="general.txt")
     report = demo.main([*told, "--out", str(tmp_path / "out")])
+    assert [bar.n for bar in bars] == [bars[0].total]  # it ends where it was to end
     assert report["kinds"] == ["code", "science", "general"]
     assert [s["name"] for s in report["systems"]] == [
         "base model", "mixture", "joint adapter", "mixture, without code", "mixture + shared adapter",
@@ -253,7 +257,7 @@ def test_text_that_is_too_little_for_a_row_or_a_step_is_named(demo, base, users,
     llama = base("LlamaForCausalLM")
     for file, batch, message in (
         ("short.txt", "2", "b, test: 12 tokens of text make no row of 20"),
-        ("lines.txt", "90", "code has 49 rows of text, fewer than a step of --batch 90 reads"),
+        ("lines.txt", "90", "code has 50 rows of text, fewer than a step of --batch 90 reads"),
     ):
         told = given(users, llama, "code=code.txt", f"b={file}", general="general.txt")
         with pytest.raises(SystemExit, match=message):
