@@ -120,14 +120,14 @@ def has_bfloat16() -> bool:
 
 
 class Progress:
-    """The one progress bar: tokens of training."""
+    """The one progress bar: tokens of training, or what else is counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str = "tok") -> None:
         often = 0.1 if sys.stderr.isatty() else 30  # seconds: a log keeps every line
-        self.bar = tqdm(total=0, unit="tok", unit_scale=True, smoothing=0.05, leave=False, mininterval=often)
+        self.bar = tqdm(total=0, unit=unit, unit_scale=True, smoothing=0.05, leave=False, mininterval=often)
 
-    def expect(self, tokens: int) -> None:
-        self.bar.total += tokens
+    def expect(self, count: int) -> None:
+        self.bar.total += count
 
     def step(self, text: str) -> None:
         self.bar.set_description(f"{text:<34.34}", refresh=sys.stderr.isatty())
@@ -137,13 +137,13 @@ class Progress:
 
 
 class Advance(TrainerCallback):
-    """Moves the bar with each step."""
+    """Moves the bar with each step, which counts so much."""
 
-    def __init__(self, progress: Progress, tokens: int) -> None:
-        self.progress, self.tokens = progress, tokens
+    def __init__(self, progress: Progress, count: int) -> None:
+        self.progress, self.count = progress, count
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.progress.bar.update(self.tokens)
+        self.progress.bar.update(self.count)
 
 
 def train(
