@@ -14,7 +14,8 @@ Two kinds of adapters: LoRA on all linear layers (MoA), and bottlenecks of that 
 
 Each result is a file of its own: the command goes on where it was ended. Cells run in the order of CELLS, kind by kind
 and seed by seed; none begins after `--cpu_minutes`, and what is dropped then is dropped from the end and reported as
-missing. Where there is less time than that, run the cells of FEWER or MAIN alone. The claims are in
+missing. Where there is less time than that, run the cells of FEWER or MAIN alone. Those of MORE were
+thought of after the others. The claims are in
 `domains_claims.py`, with what was expected of them before the first run.
 """
 
@@ -28,6 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the demo's models and text
 
 import torch
-from demo_models import Progress, lora, mixture, new_base, perplexities, size, train
+from demo_models import Progress, lora, mixture, new_base, perplexities, routing, size, token_losses, train
 from demo_table import mean
 from demo_text import new_tokenizer, parted, read_text, token_rows
 from domains_claims import report
@@ -54,6 +56,7 @@ GATES: dict[str, Any] = {  # router -> its specification; how it is fitted is in
     "lm_prefix": {"kind": "softmax", "granularity": "causal_prefix"},
     "uniform": "constant",
 }
+FEATURE_ROWS = 200  # of each kind of text, for gates that a regression on states fits
 CHOOSING = 100  # the seed that rates are chosen with
 # size -> what it is where it is not given; tokens but those of `base_tokens` are of each kind of text
 SIZES: dict[str, dict[str, int]] = {
@@ -77,7 +80,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 LARGE_CHOICES: dict[str, dict[str, Any]] = {
     "lora": {
         "expert": (5e-3, 1e-2, 2e-2),
-        "joint": (1e-3, 2e-3, 5e-3, 1e-2),
+        "joint": "twice",  # chosen on twice as many tokens, which is nearer to what a joint adapter reads at full size
         "twice": (1e-3, 2e-3, 5e-3),
         "shared": (2e-3, 5e-3, 1e-2),
     },
@@ -94,7 +97,9 @@ class Arguments:
     general: str | None = field(default=None, metadata={"help": "FILE of general text. None: the installation's."})
     later: str | None = field(default=None, metadata={"help": "name=FILE of a domain that is added later."})
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    cells: list[str] | None = field(default=None, metadata={"help": "Some of CELLS, `fewer` or `main`. None: all."})
+    cells: list[str] = field(
+        default_factory=lambda: ["usual"], metadata={"help": "Of CELLS; or usual, fewer, main, more."}
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     size: str = field(default="small", metadata={"help": "What the next four are unless given: small or large."})
     tokens: int | None = field(default=None, metadata={"help": "Of training text per kind of text."})
@@ -112,8 +117,8 @@ class Arguments:
     cpu_minutes: float = field(default=70.0, metadata={"help": "No cell begins after these; run again to go on."})
 
     def __post_init__(self) -> None:
-        if self.cells in (["fewer"], ["main"]):
-            self.cells = list(FEWER if self.cells == ["fewer"] else MAIN)
+        if len(self.cells) == 1:
+            self.cells = list(NAMED.get(self.cells[0], self.cells))
         if self.size not in SIZES:
             raise ValueError(f"size={self.size!r} is unknown; choose from {list(SIZES)}")
         for name, value in SIZES[self.size].items():
@@ -122,8 +127,12 @@ class Arguments:
         if not 0 < (self.choosing_tokens or self.tokens) <= self.tokens:
             raise ValueError(f"choosing_tokens={self.choosing_tokens} must be 1 to tokens={self.tokens}")
         for name, known in (("kinds", KINDS), ("cells", CELLS)):
-            if unknown := set(getattr(self, name) or ()) - set(known):
+            if unknown := set(getattr(self, name)) - set(known):
                 raise ValueError(f"{name}={sorted(unknown)} are unknown; choose from {list(known)}")
+        if "bottleneck" in self.kinds and "shared_first" in self.cells:
+            raise ValueError(
+                "cells: shared_first needs --kinds lora, since a bottleneck cannot be merged into its base"
+            )
         if CHOOSING in self.seeds:
             raise ValueError(f"seeds={self.seeds}: {CHOOSING} is the seed that rates are chosen with")
 
@@ -185,21 +194,21 @@ class Trial:
         self.args, self.texts, self.kind, self.seed, self.choices = args, texts, kind, seed, choices
         self.folder = Path(args.out) / f"seed{seed}"
         self.own = self.folder / kind
+        self.start = self.folder / "base"  # the frozen model under the adapters
         self.progress = Progress()
         self.read = 0  # tokens that the last training has read, besides those of the domains' own adapters
         self.adds = 0  # parameters of what is measured
 
     def base(self) -> Any:
         """The frozen model of this seed, anew."""
-        folder = self.folder / "base"
-        if not (folder / "config.json").exists():
+        if not (self.start / "config.json").exists():
             args, rows = self.args, self.texts.base
             model = new_base(len(self.texts.tokenizer), args.width, args.layers, args.length, self.seed)
             epochs = args.base_tokens / rows.numel()
             self.train(model, rows, args.base_rate, epochs, batch=16)
             self.read = 0
-            model.save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder)
+            model.save_pretrained(self.start)
+        return AutoModelForCausalLM.from_pretrained(self.start)
 
     def train(self, model: Any, rows: Tensor, rate: float, epochs: float = 1, batch: int | None = None) -> Any:
         out = str(Path(self.args.out) / "trainer")
@@ -278,23 +287,25 @@ class Trial:
         names = domains or self.texts.domains
         self.read = 0
         if gate in ("counts", "features"):
-            texts = {name: self.texts.train[name] for name in names}
-            model.base_model.fit_gate(texts, self.texts.train["general"], method=gate)
+            some = None if gate == "counts" else FEATURE_ROWS
+            texts = {name: self.texts.train[name][:some] for name in [*names, "general"]}
+            model.base_model.fit_gate(texts, texts.pop("general"), method=gate)
         elif gate.startswith("lm_"):
             model.base_model.set_stage("router" if self.kind == "lora" else "task")
             self.train(model, self.texts.of(self.texts.old), self.choices["gate"])
         return model
 
-    def shared(self) -> Any:
-        """The mixture under the counts gate, with one more adapter that reads all text under it."""
-        folder = self.own / "shared"
+    def shared(self, parts: int = 1) -> Any:
+        """The mixture under the counts gate, with one more adapter that reads all text under it, or a part of it."""
+        folder = self.own / ("shared" if parts == 1 else f"shared_{parts}")
+        rows = self.texts.of(self.texts.old)[::parts]
         if (folder / "adapter_config.json").exists():
-            self.read = self.texts.of(self.texts.old).numel()
+            self.read = rows.numel()
             return PeftModel.from_pretrained(self.base(), folder).eval()
         model = self.gate("counts", shared=True)
         if self.kind == "bottleneck":
             model.base_model.set_stage("task")
-        self.train(model, self.texts.of(self.texts.old), self.choices["shared"])
+        self.train(model, rows, self.choices["shared"])
         model.save_pretrained(folder)
         return model
 
@@ -417,18 +428,72 @@ def removed(trial: Trial) -> Any:
     return model
 
 
+def shared_of(parts: int) -> Cell:
+    return lambda trial: trial.shared(parts)
+
+
+def shared_first(trial: Trial) -> dict[str, float]:
+    """One adapter reads all text first and becomes part of the base; the domains' adapters learn on top of it."""
+    first = joint_active(trial)
+    read, adds = trial.read, size(first)
+    after = copy.copy(trial)
+    after.start, after.own = trial.own / "base_shared", trial.own / "after_shared"
+    if not (after.start / "config.json").exists():
+        first.merge_and_unload().save_pretrained(after.start)
+    model = after.gate("counts")
+    trial.read, trial.adds = read, adds + size(model)
+    return perplexities(model, trial.texts.test)
+
+
+def product(trial: Trial) -> dict[str, float]:
+    """Counts and features as a product of experts: at each gate its probabilities times those of counts."""
+    counts, features = trial.gate("counts"), trial.gate("features")
+    trial.read, trial.adds = 0, size(features)
+    order = next(iter(features.base_model.mixtures().values())).router.arms
+    found = {}
+    for kind, rows in trial.texts.test.items():
+        losses = []
+        for part in rows.split(16):
+            arms, prior = routing(counts, part)
+            prior = prior.flatten(0, 1)[:, [arms.index(arm) for arm in order]]
+            with features.base_model.pin_routes({"*": partial(times, prior, len(trial.texts.domains))}):
+                losses.append(token_losses(features, part))
+        found[kind] = math.exp(torch.cat(losses).mean().item())
+    return found
+
+
+def times(prior: Tensor, experts: int, decided: Any) -> Any:
+    """What a gate has decided, times the prior (N, A) over its arms: the experts, then the frozen layer."""
+    probs = decided.probs.float() * prior
+    probs = probs / probs.sum(1, keepdim=True)
+    return decided._replace(probs=probs, weights=probs[:, :experts].to(decided.weights.dtype))
+
+
+def counts_few(trial: Trial) -> Any:
+    """The gate has counted the first 24 rows of each kind alone: 3,072 tokens where rows have 128."""
+    model = trial.mixture("counts")
+    texts = {name: trial.texts.train[name][:24] for name in trial.texts.old}
+    model.base_model.fit_gate(texts, texts.pop("general"))
+    trial.read = 0
+    return model
+
+
 CELLS: dict[str, Cell] = {
     "base": base, "own": own_adapters, "counts": under("counts"), "joint": joint, "joint_active": joint_active,
     "added": added, "joint_anew": joint_anew, "joint_replay": joint_replay, "joint_new_alone": joint_new_alone,
     "removed": removed, "shared": shared, "joint_twice": joint_twice, "added_shared": added_shared,
     "features": under("features"), "uniform": under("uniform"), "lm_token": under("lm_token"),
     "lm_prefix": under("lm_prefix"), "added_warm": added_warm, "added_features": added_features,
-    "posterior": posterior, "posterior_added": posterior_added,
+    "posterior": posterior, "posterior_added": posterior_added, "shared_half": shared_of(2),
+    "shared_quarter": shared_of(4), "shared_first": shared_first, "product": product, "counts_few": counts_few,
 }  # fmt: skip
 FEWER = ("base", "own", "counts", "joint", "added", "removed", "shared", "joint_twice", "added_shared", "features",
          "uniform", "posterior")  # fmt: skip
 MAIN = ("base", "own", "counts", "joint", "added", "joint_anew", "joint_new_alone", "removed", "shared", "joint_twice",
         "added_shared", "uniform")  # fmt: skip
+# What may do more; run when it is asked for. A bottleneck cannot become part of the base model.
+MORE = ("shared_half", "shared_quarter", "shared_first", "product", "counts_few")
+NAMED = {"usual": [cell for cell in CELLS if cell not in MORE], "fewer": FEWER, "main": MAIN, "more": MORE}
 
 
 # --- choices on dev text ------------------------------------------------------------------------------------------
@@ -442,8 +507,9 @@ def choose(args: Arguments, texts: Texts, kind: str) -> dict[str, float]:
     chosen = known["chosen"]
     if args.choosing_tokens is not None:
         texts = texts.shorter(args.choosing_tokens, args.length)
-    for what, values in args.choices(kind).items():
-        trains_gates = args.cells is None or any(cell.startswith("lm_") for cell in args.cells)
+    choices = args.choices(kind)
+    for what, values in sorted(choices.items(), key=lambda item: isinstance(item[1], str)):  # values of others last
+        trains_gates = any(cell.startswith("lm_") for cell in args.cells)
         if what not in chosen and (what != "gate" or trains_gates):
             if isinstance(values, str):
                 chosen[what] = chosen[values]
@@ -493,7 +559,7 @@ def runs(args: Arguments, texts: Texts) -> Iterator[dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     for kind in args.kinds:
         for seed in args.seeds:
-            for cell in [cell for cell in CELLS if args.cells is None or cell in args.cells]:
+            for cell in [cell for cell in CELLS if cell in args.cells]:
                 path = folder / f"{kind}-{cell}-{seed}.json"
                 if path.exists():
                     found = json.loads(path.read_text())
@@ -526,7 +592,7 @@ def main(args: Arguments) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()
     texts, out = Texts(args), Path(args.out)
     found = list(runs(args, texts))
-    wanted = len(args.kinds) * len(args.seeds) * len(CELLS if args.cells is None else args.cells)
+    wanted = len(args.kinds) * len(args.seeds) * len(args.cells)
     cpu_minutes = sum(run["cpu_seconds"] for run in found) / 60
     kinds = {"domains": texts.domains, "later": texts.later, "removed": texts.domains[-1]}
     chosen = {kind: json.loads(path.read_text()) for kind in args.kinds
