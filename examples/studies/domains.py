@@ -28,7 +28,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,10 +129,8 @@ class Arguments:
         for name, known in (("kinds", KINDS), ("cells", CELLS)):
             if unknown := set(getattr(self, name)) - set(known):
                 raise ValueError(f"{name}={sorted(unknown)} are unknown; choose from {list(known)}")
-        if "bottleneck" in self.kinds and "shared_first" in self.cells:
-            raise ValueError(
-                "cells: shared_first needs --kinds lora, since a bottleneck cannot be merged into its base"
-            )
+        if "bottleneck" in self.kinds and any(cell.startswith("shared_first") for cell in self.cells):
+            raise ValueError("cells: shared_first needs --kinds lora, since no bottleneck can be merged into its base")
         if CHOOSING in self.seeds:
             raise ValueError(f"seeds={self.seeds}: {CHOOSING} is the seed that rates are chosen with")
 
@@ -432,17 +430,23 @@ def shared_of(parts: int) -> Cell:
     return lambda trial: trial.shared(parts)
 
 
-def shared_first(trial: Trial) -> dict[str, float]:
-    """One adapter reads all text first and becomes part of the base; the domains' adapters learn on top of it."""
-    first = joint_active(trial)
-    read, adds = trial.read, size(first)
-    after = copy.copy(trial)
-    after.start, after.own = trial.own / "base_shared", trial.own / "after_shared"
-    if not (after.start / "config.json").exists():
-        first.merge_and_unload().save_pretrained(after.start)
-    model = after.gate("counts")
-    trial.read, trial.adds = read, adds + size(model)
-    return perplexities(model, trial.texts.test)
+def first_shared(times: int, share: float) -> Cell:
+    """One adapter, `times` as large as a domain's, reads all text first and becomes part of the base model; the
+    domains' adapters, of `share` of their usual rank, learn on top of it."""
+
+    def cell(trial: Trial) -> dict[str, float]:
+        first = trial.adapter("joint_active" if times == 1 else f"joint_{times}", trial.texts.old, "joint", times)
+        read, adds = trial.read, size(first)
+        after = copy.copy(trial)
+        after.start, after.own = trial.own / f"base_shared_{times}", trial.own / f"after_shared_{times}"
+        after.args = replace(trial.args, rank=max(1, round(share * trial.args.rank)))
+        if not (after.start / "config.json").exists():
+            first.merge_and_unload().save_pretrained(after.start)
+        model = after.gate("counts")
+        trial.read, trial.adds = read, adds + size(model)
+        return perplexities(model, trial.texts.test)
+
+    return cell
 
 
 def product(trial: Trial) -> dict[str, float]:
@@ -485,14 +489,15 @@ CELLS: dict[str, Cell] = {
     "features": under("features"), "uniform": under("uniform"), "lm_token": under("lm_token"),
     "lm_prefix": under("lm_prefix"), "added_warm": added_warm, "added_features": added_features,
     "posterior": posterior, "posterior_added": posterior_added, "shared_half": shared_of(2),
-    "shared_quarter": shared_of(4), "shared_first": shared_first, "product": product, "counts_few": counts_few,
+    "shared_quarter": shared_of(4), "shared_first": first_shared(1, 1), "shared_first_wide": first_shared(3, 0.5),
+    "product": product, "counts_few": counts_few,
 }  # fmt: skip
 FEWER = ("base", "own", "counts", "joint", "added", "removed", "shared", "joint_twice", "added_shared", "features",
          "uniform", "posterior")  # fmt: skip
 MAIN = ("base", "own", "counts", "joint", "added", "joint_anew", "joint_new_alone", "removed", "shared", "joint_twice",
         "added_shared", "uniform")  # fmt: skip
 # What may do more; run when it is asked for. A bottleneck cannot become part of the base model.
-MORE = ("shared_half", "shared_quarter", "shared_first", "product", "counts_few")
+MORE = ("shared_half", "shared_quarter", "shared_first", "shared_first_wide", "product", "counts_few")
 NAMED = {"usual": [cell for cell in CELLS if cell not in MORE], "fewer": FEWER, "main": MAIN, "more": MORE}
 
 
