@@ -62,7 +62,7 @@ CLAIMS = (
     Claim("a quarter of it is better than no shared adapter", "shared_quarter", "counts", "domains", (-INFINITE, 0)),
     Claim("shared first and experts after is at least as good", "shared_first", "shared", "domains", (-4, 1)),
     Claim("and before a joint one that reads twice", "shared_first", "joint_twice", "domains", (-INFINITE, 0)),
-    Claim("with three fifths of the size first, better", "shared_first_wide", "shared_first", "domains", (-INFINITE, 0)),
+    Claim("better with 3/5 of the size first", "shared_first_wide", "shared_first", "domains", (-INFINITE, 0)),
     Claim("and no worse than a joint one that reads twice", "shared_first_wide", "joint_twice", "domains", (-6, 3)),
     Claim("counts times features is counts", "product", "counts", "old", (-1, 1)),
     Claim("3,000 counted tokens of each kind are nearly enough", "counts_few", "counts", "old", (0, 3)),
