@@ -193,6 +193,7 @@ class Trial:
         self.folder = Path(args.out) / f"seed{seed}"
         self.own = self.folder / kind
         self.start = self.folder / "base"  # the frozen model under the adapters
+        self.readings = 1  # of its text by a domain's own adapter
         self.progress = Progress()
         self.read = 0  # tokens that the last training has read, besides those of the domains' own adapters
         self.adds = 0  # parameters of what is measured
@@ -245,7 +246,7 @@ class Trial:
         return PeftModel.from_pretrained(self.base(), self.own / name, is_trainable=True)
 
     def expert(self, name: str) -> Any:
-        return self.adapter(name, [name], "expert")
+        return self.adapter(name, [name], "expert", epochs=self.readings)
 
     def joint(self) -> Any:
         return self.adapter("joint", self.texts.old, "joint", len(self.texts.domains))
@@ -449,6 +450,16 @@ def first_shared(times: int, share: float) -> Cell:
     return cell
 
 
+def counts_twice(trial: Trial) -> Any:
+    """The domains' adapters read their text twice, and are as large together as the joint adapter that reads twice."""
+    twice, texts = copy.copy(trial), trial.texts
+    twice.own, twice.readings = trial.own / "twice", 2
+    twice.args = replace(trial.args, rank=round(trial.args.rank * (1 + 1 / len(texts.domains))))
+    model = twice.gate("counts")
+    trial.read = texts.of(texts.domains).numel()
+    return model
+
+
 def product(trial: Trial) -> dict[str, float]:
     """Counts and features as a product of experts: at each gate its probabilities times those of counts."""
     counts, features = trial.gate("counts"), trial.gate("features")
@@ -490,14 +501,15 @@ CELLS: dict[str, Cell] = {
     "lm_prefix": under("lm_prefix"), "added_warm": added_warm, "added_features": added_features,
     "posterior": posterior, "posterior_added": posterior_added, "shared_half": shared_of(2),
     "shared_quarter": shared_of(4), "shared_first": first_shared(1, 1), "shared_first_wide": first_shared(3, 0.5),
-    "product": product, "counts_few": counts_few,
+    "counts_twice": counts_twice, "product": product, "counts_few": counts_few,
 }  # fmt: skip
 FEWER = ("base", "own", "counts", "joint", "added", "removed", "shared", "joint_twice", "added_shared", "features",
          "uniform", "posterior")  # fmt: skip
 MAIN = ("base", "own", "counts", "joint", "added", "joint_anew", "joint_new_alone", "removed", "shared", "joint_twice",
         "added_shared", "uniform")  # fmt: skip
 # What may do more; run when it is asked for. A bottleneck cannot become part of the base model.
-MORE = ("shared_half", "shared_quarter", "shared_first", "shared_first_wide", "product", "counts_few")
+MORE = ("shared_half", "shared_quarter", "shared_first", "shared_first_wide", "counts_twice", "product",
+        "counts_few")  # fmt: skip
 NAMED = {"usual": [cell for cell in CELLS if cell not in MORE], "fewer": FEWER, "main": MAIN, "more": MORE}
 
 

@@ -64,6 +64,7 @@ CLAIMS = (
     Claim("and before a joint one that reads twice", "shared_first", "joint_twice", "domains", (-INFINITE, 0)),
     Claim("better with 3/5 of the size first", "shared_first_wide", "shared_first", "domains", (-INFINITE, 0)),
     Claim("and no worse than a joint one that reads twice", "shared_first_wide", "joint_twice", "domains", (-6, 3)),
+    Claim("experts that read twice are behind it", "counts_twice", "joint_twice", "domains", (0, 10)),
     Claim("counts times features is counts", "product", "counts", "old", (-1, 1)),
     Claim("3,000 counted tokens of each kind are nearly enough", "counts_few", "counts", "old", (0, 3)),
 )  # fmt: skip

@@ -100,6 +100,8 @@ def test_what_may_do_more(made, given, study) -> None:
         460,
     ]  # in rows
     assert runs["shared_first"]["parameters"] == shared["parameters"] > counts["parameters"]
+    assert runs["counts_twice"]["parameters"] == 1.5 * counts["parameters"]  # as joint_twice: rank 3 of two domains
+    assert runs["counts_twice"]["tokens"] == 1200
     assert runs["shared_first_wide"]["parameters"] == 3 * counts["parameters"] / 2 + counts["parameters"] / 2
     assert runs["shared_first"]["tokens"] == shared["tokens"]
     assert all(runs["shared_first"]["perplexity"][name] < counts["perplexity"][name] for name in ("law", "code"))
