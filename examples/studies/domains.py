@@ -4,8 +4,8 @@
     python examples/studies/domains.py --domains biomed=biomed.txt film=film.txt product=product.txt code=code.txt \
         --later headers=headers.txt --general general.txt  # text of your own
     python examples/studies/domains.py ... --size large  # 300,000 tokens of each kind: a GPU, or hours
-    python examples/studies/domains.py ... --size large --base_tokens 1200000 --choosing_tokens 60000 \
-        --kinds lora --cells main  # the same text, and what the main claims need: 20 CPU minutes a seed
+    python examples/studies/domains.py ... --size large --base_tokens 1200000 --kinds lora --cells main \
+        --rates expert=5e-3 temperature=3 joint=2e-3 twice=2e-3 shared=2e-3  # the main claims: 20 CPU minutes a seed
 
 For each seed a small decoder learns general text; each domain has an adapter of its own, from its text alone; mixtures
 of them stand against adapters that read all text, general text included. All that is compared has the same seed, base
@@ -76,11 +76,11 @@ CHOICES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# Where more text is read lower rates may do; these have their best inside, on 60,000 tokens of each kind.
+# Where more text is read lower rates do: on 60,000 tokens of each kind these have their best inside.
 LARGE_CHOICES: dict[str, dict[str, Any]] = {
     "lora": {
         "expert": (5e-3, 1e-2, 2e-2),
-        "joint": "twice",  # chosen on twice as many tokens, which is nearer to what a joint adapter reads at full size
+        "joint": (1e-3, 2e-3, 5e-3, 1e-2),
         "twice": (1e-3, 2e-3, 5e-3),
         "shared": (2e-3, 5e-3, 1e-2),
     },
@@ -106,7 +106,9 @@ class Arguments:
     dev_tokens: int | None = field(default=None, metadata={"help": "Of dev text per kind."})
     test_tokens: int | None = field(default=None, metadata={"help": "Of test text per kind."})
     base_tokens: int | None = field(default=None, metadata={"help": "Tokens that a base model is trained on."})
-    choosing_tokens: int | None = field(default=None, metadata={"help": "`tokens` while rates are chosen. None: all."})
+    rates: list[str] = field(
+        default_factory=list, metadata={"help": "what=value that is not to be chosen, of CHOICES."}
+    )
     length: int = field(default=128, metadata={"help": "Tokens of a row."})
     rank: int = field(default=8, metadata={"help": "Of a domain's LoRA; bottlenecks have its size."})
     batch: int = field(default=4, metadata={"help": "Rows of a training step."})
@@ -124,8 +126,10 @@ class Arguments:
         for name, value in SIZES[self.size].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if not 0 < (self.choosing_tokens or self.tokens) <= self.tokens:
-            raise ValueError(f"choosing_tokens={self.choosing_tokens} must be 1 to tokens={self.tokens}")
+        known_rates = {what for choices in CHOICES.values() for what in choices}
+        for what, value in self.given.items():
+            if what not in known_rates or not 0 < value < math.inf:
+                raise ValueError(f"rates: {what}={value} must be one of {sorted(known_rates)} and a number above 0")
         for name, known in (("kinds", KINDS), ("cells", CELLS)):
             if unknown := set(getattr(self, name)) - set(known):
                 raise ValueError(f"{name}={sorted(unknown)} are unknown; choose from {list(known)}")
@@ -138,9 +142,17 @@ class Arguments:
     def settings(self) -> dict[str, Any]:
         """What a result depends on."""
         left_out = ["out", "kinds", "cells", "seeds", "cpu_minutes", "size"]
-        if self.choosing_tokens is None:
-            left_out.append("choosing_tokens")
+        if not self.rates:
+            left_out.append("rates")
         return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    @property
+    def given(self) -> dict[str, float]:
+        """What is not to be chosen -> its value."""
+        try:
+            return {what: float(value) for what, _, value in (rate.partition("=") for rate in self.rates)}
+        except ValueError:
+            raise ValueError(f"rates={self.rates} must be what=value, such as expert=5e-3") from None
 
     def choices(self, kind: str) -> dict[str, Any]:
         """What is chosen for a kind of adapters -> the values to choose from."""
@@ -174,12 +186,6 @@ class Texts:
 
     def of(self, kinds: list[str]) -> Tensor:
         return torch.cat([self.train[kind] for kind in kinds])
-
-    def shorter(self, tokens: int, length: int) -> Texts:
-        """The same with less text to train on."""
-        found = copy.copy(self)
-        found.train = {kind: rows[: tokens // length] for kind, rows in self.train.items()}
-        return found
 
 
 # --- one seed of one kind of adapters -----------------------------------------------------------------------------
@@ -246,7 +252,7 @@ class Trial:
         return PeftModel.from_pretrained(self.base(), self.own / name, is_trainable=True)
 
     def expert(self, name: str) -> Any:
-        return self.adapter(name, [name], "expert", epochs=self.readings)
+        return self.adapter(name, [name], "expert" if self.readings == 1 else "twice", epochs=self.readings)
 
     def joint(self) -> Any:
         return self.adapter("joint", self.texts.old, "joint", len(self.texts.domains))
@@ -522,10 +528,8 @@ def choose(args: Arguments, texts: Texts, kind: str) -> dict[str, float]:
     known = json.loads(path.read_text()) if path.exists() else {"settings": args.settings, "tried": {}, "chosen": {}}
     _refuse_other(path, known, args)
     chosen = known["chosen"]
-    if args.choosing_tokens is not None:
-        texts = texts.shorter(args.choosing_tokens, args.length)
-    choices = args.choices(kind)
-    for what, values in sorted(choices.items(), key=lambda item: isinstance(item[1], str)):  # values of others last
+    chosen.update(args.given)
+    for what, values in args.choices(kind).items():
         trains_gates = any(cell.startswith("lm_") for cell in args.cells)
         if what not in chosen and (what != "gate" or trains_gates):
             if isinstance(values, str):

@@ -142,7 +142,9 @@ def test_what_has_no_time_is_missing_and_its_claims_are_not_run(made, given, stu
         ({"cells": ["nonesuch"]}, "cells="),
         ({"cells": ["more"]}, "shared_first needs --kinds lora"),
         ({"size": "huge"}, "size='huge' is unknown; choose from"),
-        ({"choosing_tokens": 601}, "choosing_tokens=601 must be 1 to tokens=600"),
+        ({"rates": ["expert=0"]}, "expert=0.0 must be one of .* above 0"),
+        ({"rates": ["nonesuch=1"]}, "nonesuch=1.0 must be one of"),
+        ({"rates": ["expert"]}, "must be what=value, such as"),
         ({"seeds": [100]}, "seed that rates are chosen with"),
         ({"later": None}, "--later is missing"),
         ({"tokens": 60_000}, "there are only"),
@@ -153,16 +155,14 @@ def test_wrong_arguments_are_refused(given, study, wrong, match) -> None:
         study.main(study.Arguments(**{**given, **wrong}))
 
 
-def test_a_size_fills_in_what_is_not_given_and_rates_may_be_chosen_on_less_text(study, given) -> None:
+def test_a_size_fills_in_what_is_not_given_and_rates_may_be_given(study, given, tmp_path) -> None:
     large = study.Arguments(size="large", base_tokens=5, cells=["main"])
     assert (large.tokens, large.base_tokens, large.cells) == (300_000, 5, list(study.MAIN))
     assert study.Arguments().choices("lora") == study.CHOICES["lora"] != large.choices("lora")
-    assert "choosing_tokens" not in study.Arguments().settings  # results that are there stay those of their settings
-    texts = study.Texts(study.Arguments(**given))
-    short = texts.shorter(100, SIZES["length"])
-    assert {len(rows) for rows in short.train.values()} == {5}
-    assert {len(rows) for rows in texts.train.values()} == {30}
-    assert short.dev is texts.dev
+    assert "rates" not in study.Arguments().settings  # results that are there stay those of their settings
+    rates = [f"{what}=0.5" for what in study.CHOICES["lora"]]
+    args = study.Arguments(**{**given, "out": str(tmp_path), "rates": rates})
+    assert set(study.choose(args, study.Texts(args), "lora").values()) == {0.5}
 
 
 @pytest.mark.parametrize(
