@@ -88,9 +88,9 @@ class PILLModel(MixtureModel):
     def _refuse_other_placeholders(self, config: PILLConfig) -> None:
         """Refuse images or sounds that stand at a token which the config does not name: it would count as text."""
         for module in self.model.modules():
-            if isinstance(module, EncodedInputs) and module.modality in (config.token_ids or {}):
-                named = config.token_ids[module.modality]
-                if module.token_id not in named:
+            if isinstance(module, EncodedInputs):
+                named = (config.token_ids or {}).get(module.modality)
+                if named and module.token_id not in named:
                     raise ValueError(
                         f"{type(module).__name__} puts {module.medium} at token {module.token_id}, and "
                         f"token_ids={config.token_ids} names {named}: attach it with token_id={named[0]}, or name its "
