@@ -30,7 +30,8 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the demo's text
 
 import torch
-from demo_text import from_files, installation, new_tokenizer, parted
+from demo_files import from_files, installation, parted
+from demo_text import new_tokenizer
 from pill_vqa import Arguments, Comparison, size_of_adapters, spread
 from pill_vqa_data import Row
 from torch import nn

@@ -119,6 +119,14 @@ def test_rule_counts_columns_as_cheap_where_onednn_multiplies(monkeypatch) -> No
         assert rule(2048, 2, 8, 16, dtype=torch.bfloat16) == "dense"
 
 
+def test_rule_takes_one_product_for_few_rows_of_bfloat16_where_it_is_small() -> None:
+    few, half = {"rows": 64, "slots": 1, "rank": 16}, torch.bfloat16
+    assert rule(**few, experts=8, dtype=half) == "dense"
+    assert rule(**few, experts=8) == "grouped"
+    assert rule(**few, experts=64, dtype=half) == "gathered"
+    assert rule(**few, experts=8, dtype=half, training=True) == "grouped"  # what is kept knows no number of rows
+
+
 def test_rule_knows_what_is_kept_for_backward_without_the_number_of_rows() -> None:
     """A compiled graph has one layout of the kept tensors for every number of rows."""
     for slots in (1, 2, 8):
