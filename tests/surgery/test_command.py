@@ -412,9 +412,17 @@ def test_arguments_are_read_before_what_takes_seconds_is_imported(tmp_path, argu
 
 
 def test_packages_wait_for_a_command_and_for_nothing_else(monkeypatch) -> None:
-    monkeypatch.setattr("sys.argv", ["train.py"])
-    assert not starting.waits("mixadapters")
-    monkeypatch.setattr("sys.argv", ["-m", "report"])  # so it is while Python looks for the module of `python -m`
+    started = ["python", "-u", "-m", "mixadapters.surgery", "report"]
+    for argv, original in (
+        (["train.py"], ["python", "train.py"]),
+        (["-m"], ["python", "-m", "mine.train"]),  # whose package imports this one
+        (["-m"], ["python", "-mmixadapters.surgery"]),
+        (["__main__.py"], started),
+    ):
+        monkeypatch.setattr("sys.argv", argv)
+        monkeypatch.setattr("sys.orig_argv", original)
+        assert not starting.waits("mixadapters")
+    monkeypatch.setattr("sys.argv", ["-m", "report"])  # so it is while Python looks for the module
     assert starting.waits("mixadapters.surgery")
     monkeypatch.setattr("sys.argv", ["__main__.py"])
     reloaded: list[str] = []
