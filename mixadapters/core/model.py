@@ -17,6 +17,7 @@ from mixadapters.core.layer import AdapterHost, HookedLayer, in_stage
 from mixadapters.core.progress import StepVerbs
 from mixadapters.core.registry import nearest
 from mixadapters.core.saving import SavedForm
+from mixadapters.core.walking import outside_adapters
 
 
 class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, CuttingVerbs):
@@ -82,7 +83,7 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
             if adapter_name in host.adapters:
                 for name, parameter in host.adapters[adapter_name].named_parameters():
                     yield parameter, in_stage(name, patterns)
-        for module in self.model.modules():
+        for _, module in outside_adapters(self.model):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 for name, parameter in module.named_parameters():
                     if f".{adapter_name}." in f".{name}":
