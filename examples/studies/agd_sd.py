@@ -31,7 +31,7 @@ from mixadapters.tuners.agd import (
     record_pipeline,
     relative_error,
 )
-from mixadapters.tuners.agd.pipeline import denoiser_of
+from mixadapters.tuners.agd.calls import denoiser_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

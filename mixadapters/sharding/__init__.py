@@ -10,10 +10,13 @@ from mixadapters.sharding.traffic import (
     fsdp2_bytes_per_step,
     padded_bytes,
 )
+from mixadapters.sharding.trainer import ExpertShardingCallback, SameBatchesMixin
 
 __all__ = [
     "ExpertSharding",
+    "ExpertShardingCallback",
     "Placement",
+    "SameBatchesMixin",
     "ShardedBank",
     "Traffic",
     "ddp_bytes_per_step",

@@ -26,8 +26,9 @@ class ShardedBank(AdapterBank):
 
     Every process of the group runs the same rows. An expert that others hold is -1 in the indices; the op runs without
     base; one sum over the group makes the output, and one in the backward pass the gradients of tokens, of weights and
-    of experts that lie in several processes, whose rows these share out. Parameters that lie elsewhere are empty here;
-    names, numbers and keys are those of the whole bank.
+    of experts that lie in several processes, whose rows these share out. What lies elsewhere is not read here, gets no
+    gradient, and may be empty; names, numbers and keys are those of the whole bank. `shard_experts` does this for a
+    whole model, and empties it.
 
     Args:
         whole: the bank, whose experts this one takes over.
@@ -55,7 +56,20 @@ class ShardedBank(AdapterBank):
         self.place(placement)
 
     def place(self, placement: Placement) -> None:
-        """Say where experts lie; to move them is the caller's."""
+        """Say where experts lie; to move them, and to empty what others hold, is the caller's (`moving.move`).
+
+        Raises:
+            ValueError: a placement of other experts or processes, or one that leaves an expert out.
+        """
+        processes = dist.get_world_size(self.group)
+        if len(placement.holders) != len(self.experts) or placement.devices != processes:
+            raise ValueError(
+                f"a placement of {len(placement.holders)} experts on {placement.devices} devices does not fit "
+                f"{len(self.experts)} experts and {processes} processes"
+            )
+        for name, held in zip(self.experts, placement.holders, strict=True):
+            if not held or list(held) != sorted(set(held)) or not 0 <= held[0] <= held[-1] < processes:
+                raise ValueError(f"holders={held!r} of expert {name!r} must name processes of {processes}, ascending")
         self.placement = placement
         own = placement.on(self.rank)
         places = [own.index(e) if e in own else -1 for e in range(len(self.experts))]

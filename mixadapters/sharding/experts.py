@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from mixadapters.core.bank import AdapterBank
+from mixadapters.core.fields import finite
 from mixadapters.core.hooks import root_of
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
@@ -29,6 +30,7 @@ from mixadapters.training.events import find_tuner
 logger = logging.getLogger(__name__)
 
 TYPES = ("MIXDA", "MOA")
+IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks for names
 
 
 class ExpertSharding:
@@ -48,15 +50,20 @@ class ExpertSharding:
         self.wholes = {path: mixture.bank for path, mixture in mixtures.items()}
         self._handles: list[RemovableHandle] = []
         self._before: RemovableHandle | None = None
+        keep_from_ddp(model, list(self.wholes.values()))
         self._steps = 0
         self.banks = {
             path: ShardedBank(bank, group, even_placement(len(bank.experts), self.processes))
             for path, bank in self.wholes.items()
         }
         for bank in self.banks.values():
-            for name in set(bank.names).difference(bank.own):
-                forget(list(bank.experts[name].parameters()), optimizer)
+            self._forget_others(bank, optimizer)
         self._begin()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this process holds all experts now: inside of `whole`, and once it is closed."""
+        return not self._handles
 
     # --- for a training loop -----------------------------------------------------------------------------------
 
@@ -76,12 +83,32 @@ class ExpertSharding:
 
         Weights move, and with them what the optimizer keeps for them; gradients of what moves are dropped, so call it
         after a step. An optimizer that has made steps must be given.
+
+        Raises:
+            ValueError: an optimizer that does not have all experts, those elsewhere too.
+            RuntimeError: inside of `whole`, or after `close`.
         """
+        if self.is_whole:
+            raise RuntimeError("every process holds all experts now: deal them outside of `whole`, and before `close`")
+        self._check_optimizer(optimizer)
         plans = [self._plan(bank) for bank in self.banks.values()]
         move(list(self.banks.values()), plans, optimizer)
         for bank in self.banks.values():
             bank.used.zero_()
         self._watch()
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        """An expert that comes must find its place in the optimizer, or it would never train again."""
+        if optimizer is None:
+            return
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for path, bank in self.banks.items():
+            for name, expert in bank.experts.items():
+                if any(p.requires_grad and id(p) not in held for p in expert.parameters()):
+                    raise ValueError(
+                        f"the optimizer does not have expert {name!r} at {path!r}: give it the parameters of all "
+                        "experts, also of those that lie in other processes and are empty here"
+                    )
 
     def _plan(self, bank: ShardedBank) -> Placement:
         used = bank.used.clone()
@@ -101,31 +128,35 @@ class ExpertSharding:
         """Scale gradients to a norm of at most `max_norm` over all parameters, wherever they lie; in every process.
 
         In place of torch.nn.utils.clip_grad_norm_, which would take each process's own norm for the whole, and scale
-        the router by another factor in each.
+        the router by another factor in each. Returns the norm before.
+
+        Raises:
+            ValueError: a number that is not above 0.
         """
-        counted = {id(p) for p in self._elsewhere_first()}
-        ours = {id(p) for bank in self.banks.values() for p in bank.experts.parameters()}
+        if not finite(max_norm) or max_norm <= 0:
+            raise ValueError(f"max_norm={max_norm!r} must be a finite number above 0")
+        experts = list(self._experts())
+        squares = next(iter(self.banks.values())).used.new_zeros(len(experts) + 1)
+        for place, (parameter, counts) in enumerate(experts):
+            if counts and parameter.grad is not None:
+                squares[place] = parameter.grad.double().square().sum()
+        dist.all_reduce(squares, group=self.group)  # each from one process: the sum does not depend on who has which
+        ours = {id(parameter) for parameter, _ in experts}
         grads = {id(p): p.grad for p in self.model.parameters() if p.grad is not None}
-        like = next(iter(self.banks.values())).used
-        mine = like.new_zeros(1)
-        common = like.new_zeros(1)
         for key, grad in grads.items():
             if key not in ours:
-                common += grad.double().square().sum().to(like.device)
-            elif key in counted:
-                mine += grad.double().square().sum().to(like.device)
-        dist.all_reduce(mine, group=self.group)
-        norm = float((mine + common).sqrt())
+                squares[-1] += grad.double().square().sum().to(squares.device)
+        norm = float(squares.sum().sqrt())
         for grad in grads.values() if norm > max_norm else ():
             grad.mul_(max_norm / (norm + 1e-6))
         return norm
 
-    def _elsewhere_first(self) -> Iterator[nn.Parameter]:
-        """Parameters of the experts of which this process is the first holder: each expert counts once."""
+    def _experts(self) -> Iterator[tuple[nn.Parameter, bool]]:
+        """The parameters of all experts, and whether this process is the first holder: each expert counts once."""
         for bank in self.banks.values():
             for name, held in zip(bank.experts, bank.placement.holders, strict=True):
-                if held[0] == self.rank:
-                    yield from bank.experts[name].parameters()
+                for parameter in bank.experts[name].parameters():
+                    yield parameter, held[0] == self.rank
 
     # --- whole ---------------------------------------------------------------------------------------------------
 
@@ -136,16 +167,33 @@ class ExpertSharding:
         All processes enter it. With `optimizer`, what it keeps for the experts is whole too. Do not train inside: most
         of it would be lost.
         """
-        before = [bank.placement for bank in self.banks.values()]
-        self._gather(optimizer)
+        self.gather(optimizer)
         try:
             yield
         finally:
-            for bank, placement in zip(self.banks.values(), before, strict=True):
-                bank.place(placement)
-                for name in set(bank.names).difference(bank.own):
-                    forget(list(bank.experts[name].parameters()), optimizer)
-            self._begin()
+            self.spread(optimizer)
+
+    def gather(self, optimizer: Any = None) -> None:
+        """What `whole` does where it begins, for those who end it elsewhere, by `spread`."""
+        if self.is_whole:
+            raise RuntimeError("every process holds all experts already")
+        everywhere = tuple(range(self.processes))
+        plans = [Placement((everywhere,) * len(bank.experts), self.processes) for bank in self.banks.values()]
+        self._placements = [bank.placement for bank in self.banks.values()]
+        move(list(self.banks.values()), plans, optimizer)
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._stop_looking()
+        for path, mixture in self.mixtures.items():
+            mixture.bank = self.wholes[path]
+
+    def spread(self, optimizer: Any = None) -> None:
+        """The end of `gather`: each process keeps its part, and gives up the rest."""
+        for bank, placement in zip(self.banks.values(), self._placements, strict=True):
+            bank.place(placement)
+            self._forget_others(bank, optimizer)
+        self._begin()
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """`model.save_pretrained` of the whole adapter, by the first process; all of them call it.
@@ -168,8 +216,9 @@ class ExpertSharding:
 
     def close(self, optimizer: Any = None) -> None:
         """End it: the model is an ordinary one in every process, with all experts; all of them call it."""
-        if self._handles:
-            self._gather(optimizer)
+        if not self.is_whole:
+            self.gather(optimizer)
+        give_to_ddp(self.model, list(self.wholes.values()))
 
     def _begin(self) -> None:
         for path, bank in self.banks.items():
@@ -177,16 +226,9 @@ class ExpertSharding:
             self._handles.append(bank.register_state_dict_pre_hook(_refuse_to_save))
         self._watch()
 
-    def _gather(self, optimizer: Any) -> None:
-        everywhere = tuple(range(self.processes))
-        plans = [Placement((everywhere,) * len(bank.experts), self.processes) for bank in self.banks.values()]
-        move(list(self.banks.values()), plans, optimizer)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._stop_looking()
-        for path, mixture in self.mixtures.items():
-            mixture.bank = self.wholes[path]
+    def _forget_others(self, bank: ShardedBank, optimizer: Any) -> None:
+        for name in set(bank.names).difference(bank.own):
+            forget(list(bank.experts[name].parameters()), optimizer)
 
     # --- what cannot be --------------------------------------------------------------------------------------------
 
@@ -267,14 +309,12 @@ def shard_experts(
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("call torch.distributed.init_process_group first: experts are spread over its processes")
     group = dist.group.WORLD if group is None else group
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"process {dist.get_rank()} is not in the group: only its processes call shard_experts")
     _refuse_engines(model)
-    mixtures = _mixtures(find_tuner(model), adapter_name)
+    mixtures = mixtures_to_spread(find_tuner(model), adapter_name)
     _refuse_different(model, group)
     sharding = ExpertSharding(model, mixtures, group, every, copies, optimizer)
-    # A data parallel wrapper would send what others have not, and wait for gradients that never come.
-    names = {id(p): name for name, p in model.named_parameters()}
-    inside = [names[id(p)] for bank in sharding.banks.values() for p in bank.experts.parameters() if id(p) in names]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, inside)
     if sharding.rank == 0:
         logger.warning("%s", arithmetic(sharding))
     return sharding
@@ -299,7 +339,31 @@ def arithmetic(sharding: ExpertSharding, rows: int = 1024) -> str:
     )
 
 
-def _mixtures(tuner: MixtureModel, adapter_name: str) -> dict[str, Mixture]:
+def keep_from_ddp(model: nn.Module, banks: list[AdapterBank]) -> None:
+    """Tell DistributedDataParallel, before it wraps `model`, to leave the experts alone: it would send what others
+    have not, and wait for gradients that never come."""
+    ignored = set(getattr(model, IGNORED, ())) | set(_names(model, banks))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+
+
+def give_to_ddp(model: nn.Module, banks: list[AdapterBank]) -> None:
+    """Take `keep_from_ddp` back: what is wrapped later trains them as everything else."""
+    ignored = set(getattr(model, IGNORED, ())) - set(_names(model, banks))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+
+
+def _names(model: nn.Module, banks: list[AdapterBank]) -> list[str]:
+    """Of the parameters of all experts, as `model` names them."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for bank in banks for p in bank.experts.parameters() if id(p) in names]
+
+
+def mixtures_to_spread(tuner: MixtureModel, adapter_name: str) -> dict[str, Mixture]:
+    """The mixtures of an adapter whose experts can be spread, by where they are.
+
+    Raises:
+        ValueError: they cannot.
+    """
     kind = tuner.config_of(adapter_name).peft_type.value
     if kind not in TYPES:
         raise ValueError(

@@ -25,7 +25,13 @@ class Placement(NamedTuple):
         return [expert for expert, devices in enumerate(self.holders) if device in devices]
 
     def loads(self, load: Sequence[float]) -> list[float]:
-        """By device, what it has to do where expert e has load[e]."""
+        """By device, what it has to do where expert e has load[e].
+
+        Raises:
+            ValueError: another number of loads than experts.
+        """
+        if len(load) != len(self.holders):
+            raise ValueError(f"{len(load)} loads for {len(self.holders)} experts; give each its own")
         found = [0.0] * self.devices
         for amount, devices in zip(load, self.holders, strict=True):
             for device in devices:
@@ -39,7 +45,14 @@ class Placement(NamedTuple):
 
 
 def even_placement(experts: int, devices: int) -> Placement:
-    """Each expert on one device, in turn."""
+    """Each expert on one device, in turn.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+    for name, value, least in (("experts", experts, 0), ("devices", devices, 1)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name}={value!r} must be an integer, at least {least}")
     return Placement(tuple((expert % devices,) for expert in range(experts)), devices)
 
 

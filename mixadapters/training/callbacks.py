@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from mixadapters.core.context import ForwardContext, Objective
+from mixadapters.core.engines import loaded
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.processes import gathered, several
 from mixadapters.core.saving import restore_frozen
@@ -69,6 +70,7 @@ class StageCallback(TrainerCallback):
         self._check_columns(args, tuner, trainer)
         if trainer is not None:
             check_saves(trainer)
+            check_sharded_once(trainer)
         if args.load_best_model_at_end and (self.adapter_name != "default" or tuner.active_adapters[0] != "default"):
             raise ValueError(
                 f"load_best_model_at_end=True reloads the adapter 'default' only, and {self.adapter_name!r} trains "
@@ -223,6 +225,20 @@ def check_saves(trainer: Trainer) -> None:
         raise ValueError(
             "without stage3_gather_16bit_weights_on_model_save of DeepSpeed no checkpoint and no end of a run holds "
             "the adapter as a file: set zero3_save_16bit_model: true"
+        )
+
+
+def check_sharded_once(trainer: Trainer) -> None:
+    """Raises ValueError where FSDP has sharded the model in an earlier Trainer: it finds no blocks in it again."""
+    loads = getattr(trainer, "is_distributed_loading_by_transformers", False)  # sharded once, by `from_pretrained`
+    sharded = any(
+        isinstance(module, loaded("torch.distributed.fsdp", "FSDPModule")) for module in trainer.model.modules()
+    )
+    if sharded and getattr(trainer, "is_fsdp_enabled", False) and not loads:
+        raise ValueError(
+            "the Trainer of an earlier stage has sharded this model by FSDP, and no other Trainer can take it: save "
+            "the adapter, and make the model of the next stage anew, PeftModel.from_pretrained(base, folder, "
+            "is_trainable=True)"
         )
 
 

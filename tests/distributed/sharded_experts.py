@@ -12,15 +12,18 @@ import counting
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig
 from mixadapters.sharding import (
     ExpertSharding,
+    ExpertShardingCallback,
+    SameBatchesMixin,
     Traffic,
     ddp_bytes_per_step,
     experts_bytes_per_step,
@@ -164,6 +167,76 @@ def training_with_dealing_is_that_of_one_process(folder: Path) -> dict[str, Any]
     return {"moved": moved, "kept": kept, "whole": whole}
 
 
+def trainer_deals_as_it_trains(folder: Path) -> dict[str, Any]:
+    """Trainer with experts that stay, that move, and with none that are spread."""
+    ids = torch.randint(5, 64, (8, 6), generator=torch.Generator().manual_seed(3))
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+
+    def run(name: str, callbacks: list[Any], resume: str | None = None) -> tuple[dict[str, Tensor], list[float]]:
+        model = made(MoAConfig(num_experts=5, num_experts_per_tok=1, router_aux_loss_coef=0.1, **LORA))
+        arguments = TrainingArguments(
+            str(folder / name), max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            learning_rate=1e-2, optim="adamw_torch", weight_decay=0.1, max_grad_norm=0.0 if callbacks else 0.3,
+            save_steps=2, eval_strategy="steps", eval_steps=1, use_cpu=True, ddp_backend="gloo", report_to=[],
+            disable_tqdm=True,
+        )  # fmt: skip
+        trainer = ExpertTrainer(model, arguments, train_dataset=rows, eval_dataset=rows[:4], callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=resume)
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, losses
+
+    callback = ExpertShardingCallback(every=1, max_grad_norm=0.3)
+    watched = Watched(callback)
+    plain, losses = run("plain", [])
+    still, same = run("still", [ExpertShardingCallback(every=0, max_grad_norm=0.3)])
+    moving, moved = run("moving", [callback, watched])
+    on, _ = run("still", [ExpertShardingCallback(max_grad_norm=0.3)], str(folder / "still/checkpoint-2"))
+    assert callback.sharding is None
+    for found in (still, moving):
+        equal(found, plain)
+    torch.testing.assert_close([same, moved], [losses, losses])
+    assert all(torch.equal(on[name], value) for name, value in still.items())
+    last = folder / "moving/checkpoint-4"
+    saved = load_file(last / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name.replace(".default.", ".")], value) for name, value in moving.items())
+    moments = torch.load(last / "optimizer.pt", weights_only=True)["state"].values()
+    assert sorted(state["exp_avg"].shape for state in moments) == sorted(value.shape for value in plain.values())
+    return {"held": watched.held, "parameters": sorted(still)}
+
+
+class ExpertTrainer(SameBatchesMixin, Trainer):
+    pass
+
+
+class Watched(TrainerCallback):
+    """Which parameters of experts lie here in each step; all, and what the optimizer keeps, must outlast each deal."""
+
+    def __init__(self, callback: ExpertShardingCallback) -> None:
+        self.callback = callback
+        self.held: list[list[str]] = []
+        self.before: list[Tensor] = []
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        assert self.callback.sharding is not None
+        self.held.append([name for name, p in model.named_parameters() if ".bank.experts." in name and p.numel()])
+        with self.callback.sharding.whole(optimizer.optimizer):
+            self.before = self.everything(model, optimizer)
+
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        after = self.everything(model, optimizer)  # the experts are whole: an evaluation comes
+        assert len(after) > len(list(model.parameters()))
+        assert all(torch.equal(one, other) for one, other in zip(self.before, after, strict=True))
+
+    def everything(self, model: Any, optimizer: Any) -> list[Tensor]:
+        found = list(model.parameters())
+        kept = [value for p in found for value in optimizer.optimizer.state.get(p, {}).values()]
+        return [value.detach().clone() for value in (*found, *kept)]
+
+
 def load_is_dealt_evenly() -> dict[str, Any]:
     """Rows by Zipf's law on 16 experts; and tasks of uneven size, each with its own expert."""
     experts = 16
@@ -292,6 +365,7 @@ def main(folder: Path) -> None:
         "gradients": gradients_are_those_of_one_process(),
         "numbers": numbers_choose_where_nothing_else_trains(),
         "training": training_with_dealing_is_that_of_one_process(folder),
+        "trainer": trainer_deals_as_it_trains(folder),
         "load": load_is_dealt_evenly(),
         "bytes": bytes_are_those_of_the_formulas(),
         "refused": what_cannot_be_is_refused(rank),

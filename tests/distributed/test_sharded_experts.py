@@ -46,6 +46,16 @@ def test_training_in_which_experts_move_is_that_of_one_process(found: list[dict]
     assert max(mine["kept"], theirs["kept"]) < mine["whole"]  # no process keeps the moments of all experts
 
 
+def test_experts_move_under_trainer_and_change_nothing(found: list[dict]) -> None:
+    """Weights, losses, checkpoints, and what goes on from them are compared in the processes."""
+    mine, theirs = (part["trainer"]["held"] for part in found)
+    assert mine[0] != mine[-1]  # after the first deal
+    experts = {name for name in found[0]["trainer"]["parameters"] if ".bank.experts." in name}
+    for here, there in zip(mine, theirs, strict=True):
+        assert set(here).isdisjoint(there)  # no copies
+        assert {*here, *there} == experts
+
+
 def test_load_is_dealt_within_a_quarter_of_even(found: list[dict]) -> None:
     for part in found:
         load = part["load"]

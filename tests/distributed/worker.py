@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -33,9 +34,8 @@ def shard_on_cpu() -> None:
 def share_out_all() -> None:
     """DeepSpeed builds an operation for collectives on a CPU, which takes minutes, and goes on without one. Small
     parameters, and here all are, it would keep whole."""
-    from deepspeed.comm import torch as backend
-
-    backend.build_shm_op = lambda: None
+    backend = importlib.import_module("deepspeed.comm.torch")  # `from deepspeed.comm import torch` is torch itself
+    backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
     plain = DeepSpeedPlugin.__post_init__
 
     def made(self: DeepSpeedPlugin) -> None:

@@ -92,3 +92,11 @@ def test_tasks_are_copied_no_more_than_balance_asks_for() -> None:
         deal_tasks({"a": 100}, 1, at_most=0.5)
     with pytest.raises(ValueError, match="1 or more"):
         deal_tasks({"a": 0}, 1)
+
+
+def test_even_placements_and_loads_are_checked_by_name() -> None:
+    for numbers, message in (((3, 0), "devices=0"), ((-1, 2), "experts=-1"), ((3, True), "devices=True")):
+        with pytest.raises(ValueError, match=message):
+            even_placement(*numbers)
+    with pytest.raises(ValueError, match="2 loads for 3 experts"):
+        even_placement(3, 2).max_over_mean([1.0, 2.0])

@@ -310,12 +310,23 @@ def test_image_embeddings_of_two_passes_are_refused(tmp_path) -> None:
         draw(pipe, ip_adapter_image_embeds=[torch.randn(4, 1, 10)])
 
 
+def test_compiled_unet_is_found(tmp_path) -> None:
+    """It has no length, and so no truth value; before it is called nothing is compiled."""
+    pipe = stable_diffusion(tmp_path / "words")
+    guided(pipe)
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    OnePass(pipe, 4.0).remove()
+
+
 def test_scale_of_the_call_that_means_no_guidance_is_the_base(tmp_path) -> None:
     pipe = stable_diffusion(tmp_path / "words")
     guided(pipe)
     base = draw(pipe, guidance_scale=0.0)
     with OnePass(pipe):
         assert torch.equal(draw(pipe, guidance_scale=0.0), base)
+        for scale in (float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=r"^guidance_scale=(nan|inf) must be finite"):
+                draw(pipe, guidance_scale=scale)
         with pytest.raises(ValueError, match="guidance_scale=None: give OnePass a scale"):
             draw(pipe, guidance_scale=None)
 

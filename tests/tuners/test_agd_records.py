@@ -135,6 +135,23 @@ def test_record_needs_prompts_or_classes(tmp_path) -> None:
         record_pipeline(pipe, class_labels=[1])
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompts": "a cab"}, "prompts='a cab': give a list"),
+        ({"prompts": []}, r"prompts=\[\]: give a list of one or several"),
+        ({"prompts": ["a", 3]}, "prompts holds 3, which is no text"),
+        ({"prompts": ["a"], "negative_prompt": [3]}, "negative_prompt holds 3, which is no text"),
+        ({"class_labels": [1], "negative_prompt": "bad"}, "negative_prompt='bad' belongs to prompts"),
+    ],
+)
+def test_prompts_that_are_none_are_refused(given, message, tmp_path) -> None:
+    """One string is no list of its letters."""
+    pipe = PIPELINES["dit" if "class_labels" in given else "sd"](tmp_path / "words")
+    with pytest.raises(ValueError, match=message):
+        record_pipeline(pipe, steps=2, **given)
+
+
 def test_negative_prompt_of_the_teacher_is_recorded(tmp_path) -> None:
     pipe = stable_diffusion(tmp_path / "words")
     plain, other = (

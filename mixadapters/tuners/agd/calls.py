@@ -145,7 +145,16 @@ CALLS = {
 }  # fmt: skip
 
 
-# --- asked of any model --------------------------------------------------------------------------------------------
+# --- asked of any pipeline or model --------------------------------------------------------------------------------
+
+
+def denoiser_of(pipe: Any) -> nn.Module:
+    """The model of a pipeline that predicts noise or velocity, without what wraps it."""
+    found = [getattr(pipe, name, None) for name in ("unet", "transformer")]
+    model = next((model for model in found if model is not None), None)  # compiled ones have no truth value
+    if model is None:
+        raise ValueError(f"{type(pipe).__name__} has neither unet nor transformer")
+    return unwrapped(model)
 
 
 def unwrapped(model: Any) -> Any:
@@ -169,6 +178,18 @@ def model_arguments(model: Any, x: Tensor, timestep: Tensor) -> dict[str, Any]:
     if call is None:
         return {"timestep": timestep}
     return {"timestep": timestep.to(x.dtype) if call.timestep_as_input else timestep, **call.shared(model, x)}
+
+
+def null_class(model: nn.Module) -> Tensor:
+    """(1,) the class of a class-conditional model that stands for none.
+
+    Raises:
+        ValueError: a model whose config does not tell it.
+    """
+    null = model.config.get("num_embeds_ada_norm")
+    if null is None:
+        raise ValueError(f"the config of {type(model).__name__} does not tell its null class; use record()")
+    return torch.tensor([null])
 
 
 def refuse_distilled(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from mixadapters.core.registry import nearest
 from mixadapters.tuners.registration import peft_type
 
 CONDITIONS = ("timestep", "class", "prompt", "prompt_mask", "pooled")
+VARIED = frozenset({"class", "prompt", "pooled"})  # what the second pass of guidance has otherwise
 
 
 @dataclass
@@ -62,6 +63,10 @@ class AGDConfig(MixtureConfig):
             "help": "Factor that brings timesteps to 0 ... 1000 (for models that take 0 ... 1: 1000).",
             "above": 0,
         },
+    )
+    negative: Literal["fixed", "distil"] = field(
+        default="fixed",
+        metadata={"help": 'Negative prompts: "fixed" in training, or read by the adapters ("distil").'},
     )
     base_class: str | None = field(
         default=None, metadata={"help": "Class of the base model; filled in, and checked when loading."}

@@ -172,7 +172,7 @@ def relative_error(
         target = batch.pop("target").float()
         _check_finite(target, batch["timestep"])
         place = torch.bucketize(batch[by].float(), torch.tensor(edges), right=True).cpu()
-        for row, arguments in enumerate((batch, {**batch, **BASE})):
+        for row, arguments in enumerate((batch, {**batch, **BASE, "unconditional": None})):
             prediction = prediction_of(model(**arguments)).float()[:, : target.shape[1]]
             error = (prediction - target).square().flatten(1).sum(1)
             bins[row].index_add_(0, place, error.double().cpu())

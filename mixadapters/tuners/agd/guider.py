@@ -21,13 +21,15 @@ class AdapterGuidance(BaseGuidance):
 
         pipe.update_components(guider=AdapterGuidance(guidance_scale=5.0))
 
-    What the pipeline has for an unconditional pass, negative prompts among it, is not read.
+    What the pipeline has for an unconditional pass, negative prompts among it, is not read, so adapters that read it
+    (`negative="distil"`) are refused.
 
     Args:
         start, stop: the share of the steps that are guided; elsewhere the model is its base.
 
     Raises:
-        ValueError: when the denoiser runs: it has no active guidance adapter, or embeds the guidance scale.
+        ValueError: when the denoiser runs: it has no active guidance adapter, or one that
+            reads negative prompts, or embeds the guidance scale.
     """
 
     _input_predictions: ClassVar = ["pred_cond"]
@@ -48,6 +50,11 @@ class AdapterGuidance(BaseGuidance):
         scale = self.guidance_scale if self._guides() else 1.0
         for adapter in guidance_adapters(model):
             check_scale(scale, adapter.config)
+            if adapter.config.negative == "distil":
+                raise ValueError(
+                    "the adapters read negative prompts (negative='distil'), of which a guider is not told; use the "
+                    "pipeline that is not modular, with OnePass"
+                )
         rows = torch.tensor(float(scale), device=next(model.parameters()).device)
         self._pinned = ForwardContext.of(model).pin_in_thread(guidance_scale=rows)
         self._pinned.__enter__()

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.numbers import real_numbers
-from mixadapters.core.streams import repeat_rows
-from mixadapters.tuners.agd.config import AGDConfig
+from mixadapters.core.streams import Stream, repeat_rows
+from mixadapters.tuners.agd.config import VARIED, AGDConfig
 
 SCALE_PERIODS = (50.0, 0.25)  # of the waves that stand for a guidance scale: smooth over its whole range
 TIMESTEP_PERIODS = (2 * math.pi * 1e4, 2 * math.pi)
@@ -28,6 +28,14 @@ class Features(NamedTuple):
     summary: Tensor  # (B, r); for film as its blocks read it
     tokens: Tensor | None = None  # (B, S, r), for cross-attention
     mask: Tensor | None = None  # (B, S) bool, False at padding; None: no padding
+
+
+class Embedded(NamedTuple):
+    """The conditions of one pass, as vectors of width r."""
+
+    singles: list[Tensor]  # (B, r) each
+    prompt: Tensor | None  # (B, S, r)
+    mask: Tensor | None  # (B, S) bool, False at padding; None: no padding
 
 
 class CastLinear(nn.Linear):
@@ -45,7 +53,28 @@ def waves(values: Tensor, periods: tuple[float, float]) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-class Trunk(nn.Module):
+class Conditions(nn.Module):
+    """Embeddings of what a pass is conditioned on: class, prompt and pooled text, as far as the config names them."""
+
+    def add_embeddings(self, config: AGDConfig) -> None:
+        conditions = config.conditions or {}
+        self.classes = nn.Embedding(config.num_classes or 0, config.r) if "class" in conditions else None
+        self.prompt = CastLinear(config.prompt_width or 0, config.r) if "prompt" in conditions else None
+        self.pooled = CastLinear(config.pooled_width or 0, config.r) if "pooled" in conditions else None
+
+    def embed(self, inputs: dict[str, Tensor]) -> Embedded:
+        """inputs: class (B,), prompt (B, S, P), prompt_mask (B, S), pooled (B, P)."""
+        singles, prompt, mask = [], None, None
+        if self.classes is not None:
+            singles.append(self.classes(inputs["class"].long()).float())
+        if self.pooled is not None:
+            singles.append(self.pooled(inputs["pooled"].float()))
+        if self.prompt is not None:
+            prompt, mask = self.prompt(inputs["prompt"].float()), inputs.get("prompt_mask")
+        return Embedded(singles, prompt, None if mask is None else mask.bool())
+
+
+class Trunk(Conditions):
     """Features of guidance scale, timestep and condition, in fp32: the sum of one embedding for each.
 
     A half-precision guidance scale, or features that are fast waves of it, would tell neighbouring scales apart as if
@@ -60,9 +89,11 @@ class Trunk(nn.Module):
         self.gate = 2 / (config.max_scale - 1) if config.gate else None
         self.scale = self._mlp(config.r)
         self.timestep = self._mlp(config.r) if "timestep" in conditions else None
-        self.classes = nn.Embedding(config.num_classes or 0, config.r) if "class" in conditions else None
-        self.prompt = CastLinear(config.prompt_width or 0, config.r) if "prompt" in conditions else None
-        self.pooled = CastLinear(config.pooled_width or 0, config.r) if "pooled" in conditions else None
+        self.add_embeddings(config)
+        self.negative: Conditions | None = None
+        if config.negative == "distil":
+            self.negative = Conditions()
+            self.negative.add_embeddings(config)
 
     @staticmethod
     def _mlp(width: int) -> nn.Sequential:
@@ -72,30 +103,22 @@ class Trunk(nn.Module):
     def device(self) -> torch.device:
         return self.scale[0].weight.device
 
-    def forward(self, scale: Tensor, inputs: dict[str, Tensor]) -> Features:
-        """scale: (B,). inputs: timestep (B,), class (B,), prompt (B, S, P), prompt_mask (B, S), pooled (B, P)."""
+    def forward(self, scale: Tensor, inputs: dict[str, Tensor], negative: dict[str, Tensor] | None = None) -> Features:
+        """scale: (B,). inputs: timestep (B,), and what `Conditions.embed` takes, as `negative` of the second pass."""
         phi = None if self.gate is None else (scale - 1) * self.gate
         singles = [self.scale(waves(scale, SCALE_PERIODS))]
         if self.timestep is not None:
             singles.append(self.timestep(waves(inputs["timestep"] * self.timestep_scale, TIMESTEP_PERIODS)))
-        if self.classes is not None:
-            singles.append(self.classes(inputs["class"].long()).float())
-        if self.pooled is not None:
-            singles.append(self.pooled(inputs["pooled"].float()))
-        prompt, mask = None, inputs.get("prompt_mask")
-        if self.prompt is not None:
-            prompt = self.prompt(inputs["prompt"].float())
-            mask = None if mask is None else mask.bool()
+        passes = [self.embed(inputs)]
+        if self.negative is not None and negative is not None:
+            passes.append(self.negative.embed(negative))
+        singles += [single for one in passes for single in one.singles]
         if self.kind == "cross_attention":
-            tokens = torch.stack(singles, dim=1)
+            return Features(phi, singles[0], *_as_tokens(singles, passes))
+        for prompt, mask in ((one.prompt, one.mask) for one in passes):
             if prompt is not None:
-                known = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-                tokens = torch.cat([tokens, prompt], dim=1)
-                mask = None if mask is None else torch.cat([known, mask], dim=1)
-            return Features(phi, tokens[:, 0], tokens, mask)
-        if prompt is not None:
-            real = torch.ones_like(prompt[..., :1]) if mask is None else mask.unsqueeze(-1).to(prompt.dtype)
-            singles.append((prompt * real).sum(1) / real.sum(1).clamp_min(1))
+                real = torch.ones_like(prompt[..., :1]) if mask is None else mask.unsqueeze(-1).to(prompt.dtype)
+                singles.append((prompt * real).sum(1) / real.sum(1).clamp_min(1))
         summary = torch.stack(singles).sum(0)
         if self.kind == "film":  # here, since it is the same for every block
             summary = F.silu(F.layer_norm(summary, summary.shape[-1:]))
@@ -130,14 +153,15 @@ class GuidanceAdapter(Adapter):
         check_scale(scale, config)
         scale = _rows("guidance_scale", scale, stream.batch // stream.copies, device)
         scale = stream.spread(scale, stream.batch, "guidance_scale")
-        inputs = {name: _argument(record.inputs, path) for name, path in (config.conditions or {}).items()}
-        inputs = {name: value for name, value in inputs.items() if value is not None}
+        inputs = self._conditions_in(record.inputs)
         if missing := [n for n in config.conditions or {} if n not in inputs and n != "prompt_mask"]:
             names = [(config.conditions or {})[n] for n in missing]
             raise ValueError(f"the forward has no {names}, which the adapters read as {missing}")
+        negative = self._negative(inputs, record.values, stream)
         if "timestep" in inputs:
             inputs["timestep"] = _rows("timestep", inputs["timestep"], stream.batch, device, single=True)
         inputs = {name: value.to(device) for name, value in inputs.items()}
+        negative = negative and {name: value.to(device) for name, value in negative.items()}
         interval = record.values.get("guidance_interval")
         if interval is not None:
             if "timestep" not in inputs:
@@ -145,7 +169,30 @@ class GuidanceAdapter(Adapter):
             low, high = check_interval("guidance_interval", interval)
             scale = torch.where((inputs["timestep"] >= low) & (inputs["timestep"] <= high), scale, 1.0)
         with torch.autocast(device.type, enabled=False):
-            record.shared[self] = self.trunk(scale, inputs)
+            record.shared[self] = self.trunk(scale, inputs, negative)
+
+    def _conditions_in(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What the adapters read, by its name, as far as it is among the arguments of a forward."""
+        found = {name: _argument(arguments, path) for name, path in (self.config.conditions or {}).items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _negative(self, inputs: dict[str, Any], values: dict[str, Any], stream: Stream) -> dict[str, Any] | None:
+        """The conditions of the second pass, (B, ...): `unconditional`, and for the rest those of the first."""
+        if self.config.negative != "distil":
+            return None
+        given = values.get("unconditional")
+        if not isinstance(given, dict) or not (own := self._conditions_in(given)).keys() & VARIED:
+            names = [path for name, path in (self.config.conditions or {}).items() if name in VARIED]
+            raise ValueError(
+                "the adapters read what the second pass is conditioned on (negative='distil'): give `unconditional`, "
+                f"a dict with one or several of {names} for it; in pipelines OnePass does"
+            )
+        for name, value in own.items():
+            _check_like(name, value, inputs.get(name))
+        if "prompt" in own:  # of a mask that is not given, the other prompt's is none
+            inputs = {name: value for name, value in inputs.items() if name != "prompt_mask"}
+        rows = {name: value for name, value in {**inputs, **own}.items() if name != "timestep"}
+        return {name: _of_all_rows(value, stream, f"unconditional of {name}") for name, value in rows.items()}
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         """x (B, ..., K), y (B, ..., M) -> (B, ..., M); B may be a multiple of the forward's batch."""
@@ -214,6 +261,19 @@ class CrossAttentionAdapter(GuidanceAdapter):
 ADAPTERS: dict[str, Any] = {"film": FilmAdapter, "offset": OffsetAdapter, "cross_attention": CrossAttentionAdapter}
 
 
+def _as_tokens(singles: list[Tensor], passes: list[Embedded]) -> tuple[Tensor, Tensor | None]:
+    """singles (B, r) and the prompts of all passes -> tokens (B, S, r) and their mask (B, S), where there is one."""
+    tokens = [torch.stack(singles, dim=1)] + [one.prompt for one in passes if one.prompt is not None]
+    masks = [None] + [one.mask for one in passes if one.prompt is not None]
+    if all(mask is None for mask in masks):
+        return torch.cat(tokens, dim=1), None
+    known = [
+        torch.ones(part.shape[:2], dtype=torch.bool, device=part.device) if mask is None else mask
+        for part, mask in zip(tokens, masks, strict=True)
+    ]
+    return torch.cat(tokens, dim=1), torch.cat(known, dim=1)
+
+
 def check_scale(scale: Any, config: AGDConfig) -> None:
     """Warn of a scale that was not trained; not of one on an accelerator, which would have to be waited for.
 
@@ -261,6 +321,28 @@ def _argument(inputs: dict[str, Any], path: str) -> Any:
     for part in path.split("."):
         found = None if found is None else found.get(part)
     return found
+
+
+def _check_like(name: str, value: Any, first: Tensor | None) -> None:
+    """ValueError where a condition of the second pass is nothing like that of the first, (B, ...)."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"unconditional of {name}={value!r} is no tensor")
+    if first is None:
+        return
+    if value.dim() != first.dim() or (name in ("prompt", "pooled") and value.shape[-1] != first.shape[-1]):
+        raise ValueError(
+            f"unconditional of {name} has the shape {tuple(value.shape)}, and that of the first pass "
+            f"{tuple(first.shape)}; they differ in rows, and prompts in their length"
+        )
+
+
+def _of_all_rows(value: Tensor, stream: Stream, name: str) -> Tensor:
+    """value (1, ...), of each row of the caller's batch, or of this forward's -> (B, ...)."""
+    if value.shape[0] == stream.batch:
+        return value
+    if value.shape[0] == 1:
+        return value.expand(stream.batch, *value.shape[1:])
+    return stream.spread(value, stream.batch, name)
 
 
 def _like(feature: Tensor, x: Tensor, path: str) -> Tensor:

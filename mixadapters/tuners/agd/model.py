@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 from peft.utils import AuxiliaryTrainingWrapper
@@ -12,13 +13,13 @@ from mixadapters.core.layer import AdapterHost, HookedLayer
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.walking import outside_adapters
 from mixadapters.tuners.agd.calls import CALLS, refuse_distilled, timestep_factor
-from mixadapters.tuners.agd.config import AGDConfig
+from mixadapters.tuners.agd.config import VARIED, AGDConfig
 from mixadapters.tuners.agd.guidance import refuse_another_model
 from mixadapters.tuners.agd.layer import ADAPTERS, GuidanceAdapter
 
 
 class AGDModel(MixtureModel):
-    fields = ("guidance_scale", "guidance_interval")
+    fields = ("guidance_scale", "guidance_interval", "unconditional")
     attachment = HookedLayer
 
     def roles(self, config: AGDConfig) -> tuple[str, ...]:
@@ -69,6 +70,18 @@ class AGDModel(MixtureModel):
                 if name not in widths:
                     raise ValueError(f"the model's config does not tell {size}; pass it, to read {name!r}")
                 setattr(config, size, widths[name][1])
+
+        if config.negative == "distil" and not VARIED & config.conditions.keys():
+            raise ValueError(
+                f"negative='distil' needs conditions that a second pass has otherwise, of {sorted(VARIED)}; have "
+                f"conditions={config.conditions}"
+            )
+        if config.negative == "fixed" and (config.teacher or {}).get("unconditional_varies") and not being_loaded():
+            warnings.warn(
+                "the record has a negative prompt for each trajectory, and negative='fixed' learns the mean over "
+                "them; AGDConfig(negative='distil') reads them",
+                stacklevel=2,
+            )
 
     def _widths(self, config: Any, base: nn.Module, path: str) -> tuple[int, int]:
         """Widths of a block: those of its first and last linear layer, in the order in which they were made."""

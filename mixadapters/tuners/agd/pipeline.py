@@ -15,7 +15,9 @@ from mixadapters.core.config import one_of
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.numbers import real_numbers
-from mixadapters.tuners.agd.calls import refuse_distilled, unwrapped
+from mixadapters.tuners.agd.calls import CALLS, denoiser_of, null_class, refuse_distilled
+from mixadapters.tuners.agd.encoding import encode_both
+from mixadapters.tuners.agd.guidance import nested
 from mixadapters.tuners.agd.layer import GuidanceAdapter, check_interval, check_scale
 
 NEGATIVE_PROMPTS = ("refuse", "ignore", "two_passes")
@@ -39,14 +41,6 @@ ANY_PASS = frozenset(
         "cross_attention_guidance_amount",
     }
 )
-
-
-def denoiser_of(pipe: Any) -> nn.Module:
-    """The model of a pipeline that predicts noise or velocity, without what wraps it."""
-    model = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    if model is None:
-        raise ValueError(f"{type(pipe).__name__} has neither unet nor transformer")
-    return unwrapped(model)
 
 
 def refuse_two_models(pipe: Any) -> None:
@@ -88,10 +82,10 @@ class OnePass:
 
     Args:
         scale: a number, or one for each prompt. None: the call's `guidance_scale`.
-        negative_prompts: what to do with those that are not empty, and with whatever else acts in a second pass alone
-            (`guidance_rescale`, `skip_guidance_layers`, `negative_original_size` ...), since adapters have learned one
-            unconditional prediction and one rule: "refuse", "ignore" (with a warning), or "two_passes" of the model
-            without adapters.
+        negative_prompts: what to do with whatever acts in a second pass alone (`guidance_rescale`,
+            `skip_guidance_layers`, `negative_original_size` ...), since adapters have learned one rule, and with
+            negative prompts, unless all adapters read these (`AGDConfig(negative="distil")`): "refuse", "ignore" (with
+            a warning), or "two_passes" of the model without adapters.
         interval: timesteps at which to guide, both ends inclusive.
 
     Raises:
@@ -141,8 +135,12 @@ class OnePass:
             raise ValueError("guidance_scale=None: give OnePass a scale, or the call a guidance_scale")
         model = denoiser_of(pipe)
         context = ForwardContext.of(model)
+        reads_negatives = [adapter.config.negative == "distil" for adapter in guidance_adapters(model)]
         second = dict(_of_second_pass(plain, arguments))
-        asked = [name for name, (value, default) in second.items() if not _is_default(value, default)]
+        encodes = getattr(pipe, "encode_prompt", None) if all(reads_negatives) else None
+        served = inspect.signature(encodes).parameters if encodes else {}
+        given_negatives = {name: arguments[name] for name in second if name in served}
+        asked = [n for n, (value, default) in second.items() if n not in served and not _is_default(value, default)]
         if asked and self.negative_prompts == "two_passes":
             if real_numbers("guidance_scale", scale).numel() != 1:
                 raise ValueError(f"scale={scale}: two passes, for {asked}, take one number")
@@ -163,22 +161,25 @@ class OnePass:
             arguments["true_cfg_scale"] = 1.0
         _refuse_doubled_images(arguments)
         rows = self._rows(pipe, model, scale, arguments)
+        held: dict[str, Any] = {"guidance_scale": rows, "guidance_interval": self.interval}
+        prompted = any(arguments.get(name) is not None for name in ("prompt", "prompt_embeds", "class_labels"))
+        if any(reads_negatives) and prompted:  # else the pipeline says what it wants
+            held["unconditional"] = _second_conditions(pipe, {**arguments, **given_negatives})
         arguments["guidance_scale"] = 1.0
         _watch_callbacks(pipe, arguments, rows)
-        with context.pin_in_thread(guidance_scale=rows, guidance_interval=self.interval):
+        with context.pin_in_thread(**held):
             return plain(*given.args, **given.kwargs)
 
     def _rows(self, pipe: Any, model: nn.Module, scale: Any, arguments: dict[str, Any]) -> Tensor:
         """The scale as a tensor of its own, () or (B,)."""
         rows = real_numbers("guidance_scale", scale, getattr(pipe, "_execution_device", None)).clone()
+        if not rows.isfinite().all():
+            raise ValueError(f"guidance_scale={scale} must be finite")
         if self.scale is None:
             rows = rows.where(rows > 1, 1.0)  # what a pipeline takes for no guidance
         for adapter in guidance_adapters(model):
             check_scale(rows, adapter.config)
-        if rows.dim():
-            counts = (arguments.get(f"num_{what}_per_prompt") for what in ("images", "videos", "waveforms"))
-            rows = rows.repeat_interleave(next((n for n in counts if n), 1))
-        return rows
+        return rows.repeat_interleave(_copies(arguments)) if rows.dim() else rows
 
     def remove(self) -> None:
         """The pipeline as it was, and copies that were made meanwhile likewise."""
@@ -246,6 +247,36 @@ def _is_empty(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(_is_empty(v) for v in value)
     return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _copies(arguments: dict[str, Any]) -> int:
+    """How many pictures, or films, each prompt is to have."""
+    counts = (arguments.get(f"num_{what}_per_prompt") for what in ("images", "videos", "waveforms"))
+    return next((n for n in counts if n), 1)
+
+
+def _second_conditions(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the second pass of a call would be conditioned on: arguments of the model, nested, of (B, ...).
+
+    Raises:
+        ValueError: a pipeline whose way of encoding prompts is not known; a negative prompt as words and embeddings.
+    """
+    for name, value in arguments.items():
+        if name.startswith("negative") and value is not None and arguments.get(f"{name}_embeds") is not None:
+            raise ValueError(f"{name} and {name}_embeds are given; give one of them")
+    model = denoiser_of(pipe)
+    call = CALLS.get(type(model).__name__)
+    if call is None:
+        raise ValueError(
+            f"the adapters read negative prompts (negative='distil'), and how {type(pipe).__name__} encodes them for "
+            f"a {type(model).__name__} is not known. Call it with guidance_scale=1 inside "
+            "ForwardContext.of(model).pin(guidance_scale=..., unconditional=...)"
+        )
+    if not call.encodings(model.config):
+        return {"class_labels": null_class(model)}
+    copies = _copies(arguments)
+    second = encode_both(pipe, arguments)[1]
+    return nested({name: value.repeat_interleave(copies, 0) for name, value in second.items()})
 
 
 def _refuse_doubled_images(arguments: dict[str, Any]) -> None:

@@ -8,80 +8,73 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mixadapters.tuners.agd.calls import CALLS, Encoding, refuse_distilled
+from mixadapters.tuners.agd.calls import CALLS, denoiser_of, null_class, refuse_distilled
+from mixadapters.tuners.agd.encoding import encode_both
 from mixadapters.tuners.agd.guidance import Conditions, Rule, classifier_free, denoiser
-from mixadapters.tuners.agd.pipeline import denoiser_of, refuse_two_models
+from mixadapters.tuners.agd.pipeline import refuse_two_models
 from mixadapters.tuners.agd.recording import TrajectoryPlan, record
 from mixadapters.tuners.agd.trajectories import Trajectories
 
 
-@torch.no_grad()
 def encode_prompts(
-    pipe: Any, prompts: Sequence[str], negative_prompt: str | None = None, batch_size: int = 16,
+    pipe: Any, prompts: Sequence[str], negative_prompt: str | Sequence[str | None] | None = None, batch_size: int = 16,
     size: tuple[int, int] | None = None,
 ) -> tuple[Conditions, Conditions]:  # fmt: skip
-    """Conditions of the model for prompts, and for the unconditional pass (one row); on the CPU.
+    """Conditions of the model for prompts, and for the unconditional pass; on the CPU.
 
     For pipelines with a model of `CALLS`. Prompts are encoded as the pipeline's own call does by default.
 
     Args:
+        negative_prompt: None: the pipeline's usual one. A list has one for each prompt.
         size: height and width of the pictures in pixels, which some models read; None: the model's usual ones.
 
+    Returns:
+        Conditions of as many rows as prompts; those of the unconditional pass of one row, or of as many where
+        `negative_prompt` is a list.
+
     Raises:
-        ValueError: a pipeline that calls its model otherwise, or whose `encode_prompt` gives something else.
+        ValueError: a pipeline that calls its model otherwise, or whose `encode_prompt` gives something else; a list of
+            another length.
     """
     model = known_model(pipe)
     call = CALLS[type(model).__name__]
-    conditions: Conditions = {}
-    unconditional: Conditions = {}
-    for encoding in call.encodings(model.config):
-        parts = []
-        for start in range(0, len(prompts), batch_size):
-            parts.append(_encode(pipe, encoding, list(prompts[start : start + batch_size]), negative_prompt))
-        for name, column in zip(encoding.returns, zip(*parts, strict=True), strict=True):
-            if name.startswith("-"):
-                unconditional[name[1:]] = column[0][:1]
-            elif name:
-                conditions[name] = torch.cat(column)
-    if not conditions:
+    if not call.encodings(model.config):
         raise ValueError(f"{type(pipe).__name__} takes no prompts; give class_labels")
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts={prompts!r}: give a list of one or several, a trajectory for each")
+    alike = negative_prompt is None or isinstance(negative_prompt, str)
+    negatives: list[Any] = [negative_prompt] * len(prompts) if alike else list(negative_prompt or ())
+    for name, texts in (("prompts", list(prompts)), ("negative_prompt", [n for n in negatives if n is not None])):
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"{name} holds {wrong[0]!r}, which is no text")
+    if len(negatives) != len(prompts):
+        raise ValueError(f"negative_prompt has {len(negatives)} entries for {len(prompts)} prompts; give one for each")
+    order: list[int] = []
+    parts: list[tuple[Conditions, Conditions]] = []
+    # None is not the empty prompt: SDXL has zeros for it.
+    for rows in ([i for i, n in enumerate(negatives) if (n is None) is usual] for usual in (True, False)):
+        for start in range(0, len(rows), batch_size):
+            chunk = rows[start : start + batch_size]
+            given: dict[str, Any] = {"prompt": [prompts[i] for i in chunk]}
+            if negatives[chunk[0]] is not None:
+                given["negative_prompt"] = [negatives[i] for i in chunk]
+            parts.append(encode_both(pipe, given))
+            order += chunk
+    back = torch.tensor(order).argsort()
+    conditions, unconditional = (
+        {name: torch.cat([part[half][name].cpu() for part in parts])[back] for name in parts[0][half]}
+        for half in (0, 1)
+    )
+    if alike:
+        unconditional = {name: value[:1] for name, value in unconditional.items()}
     height, width = size or (side * _pixels_of(pipe) for side in usual_shape(pipe, model)[-2:])
     dtype = next(v.dtype for v in conditions.values() if v.is_floating_point())
     for name, value in call.sizes(model, height, width).items():
         row = value.to(dtype) if name != "style" else value
         conditions[name] = row.expand(len(prompts), *row.shape[1:])
     return conditions, unconditional
-
-
-def _encode(pipe: Any, encoding: Encoding, prompts: list[str], negative_prompt: str | None) -> list[Tensor]:
-    """What `encode_prompt` returns for the conditional and the unconditional pass, on the CPU."""
-    call, takes = (inspect.signature(f).parameters for f in (type(pipe).__call__, pipe.encode_prompt))
-    options = {name: call[name].default for name in takes if name in call and name != "prompt"}
-    options |= {"device": pipe._execution_device, "do_classifier_free_guidance": True}
-    options |= {f"num_{what}_per_prompt": 1 for what in ("images", "videos") if f"num_{what}_per_prompt" in takes}
-    options |= {name: None for name in ("prompt_2", "prompt_3") if name in takes}
-    options |= encoding.options
-    if negative_prompt is not None:
-        options["negative_prompt"] = [negative_prompt] * len(prompts)
-    given = pipe.encode_prompt(prompt=prompts, **options)
-    if len(given) != len(encoding.returns) or not all(map(_fits, encoding.returns, given)):
-        raise ValueError(
-            f"{type(pipe).__name__}.encode_prompt gives {[tuple(getattr(t, 'shape', ())) for t in given]}, not what "
-            f"its model is known to be given, {list(encoding.returns)} ('-': of the unconditional pass). Use record() "
-            "with conditions of your own"
-        )
-    return [tensor.cpu() for tensor in given]
-
-
-def _fits(name: str, value: Any) -> bool:
-    """Whether a tensor may be what it is said to be: tokens (B, T, d), their mask (B, T), or one vector (B, d)."""
-    if not name:
-        return True
-    if not isinstance(value, Tensor):
-        return False
-    return value.dim() == (3 if "hidden_states" in name else 2) and value.is_floating_point() != ("mask" in name)
 
 
 def known_model(pipe: Any) -> nn.Module:
@@ -127,14 +120,15 @@ def _pixels_of(pipe: Any) -> int:
 
 def record_pipeline(
     pipe: Any, prompts: Sequence[str] | None = None, folder: str | os.PathLike[str] | None = None, *,
-    class_labels: Sequence[int] | None = None, negative_prompt: str | None = None, rule: Rule = classifier_free,
-    scheduler: Any = None, shape: Sequence[int] | None = None, **plan: Any,
+    class_labels: Sequence[int] | None = None, negative_prompt: str | Sequence[str | None] | None = None,
+    rule: Rule = classifier_free, scheduler: Any = None, shape: Sequence[int] | None = None, **plan: Any,
 ) -> Trajectories:  # fmt: skip
     """Guided trajectories of a pipeline's model, one for each prompt or class label.
 
     Args:
         folder: see `record`.
-        negative_prompt: of the unconditional pass, for all prompts; None: the pipeline's usual one.
+        negative_prompt: of the unconditional pass, for all prompts; None: the pipeline's usual one. A list has one for
+            each prompt, and teaches adapters that read them (`AGDConfig(negative="distil")`).
         scheduler: None: the pipeline's.
         shape: (C, ...) of a noisy input, for pictures or films of another size than the pipeline's usual one.
         plan: further fields of `TrajectoryPlan`.
@@ -144,22 +138,23 @@ def record_pipeline(
     """
     if (prompts is None) == (class_labels is None):
         raise ValueError("give either prompts or class_labels")
+    if prompts is None and negative_prompt is not None:
+        raise ValueError(
+            f"negative_prompt={negative_prompt!r} belongs to prompts; by classes the second pass has none"
+        )
     model = known_model(pipe)
     shape = usual_shape(pipe, model) if shape is None else tuple(shape)
     if prompts is not None:
         size = shape[-2] * _pixels_of(pipe), shape[-1] * _pixels_of(pipe)
         conditions, unconditional = encode_prompts(pipe, prompts, negative_prompt, size=size)
     else:
-        null = model.config.get("num_embeds_ada_norm")
-        if null is None:
-            raise ValueError(f"the config of {type(model).__name__} does not tell its null class; use record()")
+        unconditional = {"class_labels": null_class(model)}
         conditions = {"class_labels": torch.tensor(list(class_labels or ()))}
-        unconditional = {"class_labels": torch.tensor([null])}
     scheduler = scheduler or pipe.scheduler
     info = {
         "model": str(getattr(model, "name_or_path", None) or getattr(pipe, "name_or_path", "")),
         "prediction_type": getattr(scheduler.config, "prediction_type", "flow"),
-        "negative_prompt": negative_prompt,
+        "negative_prompt": negative_prompt if isinstance(negative_prompt, str) else None,
     }
     return record(
         denoiser(model), scheduler, conditions, unconditional,

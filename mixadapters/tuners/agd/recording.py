@@ -149,6 +149,7 @@ class Recorder:
             "scheduler": _scheduler_facts(self.scheduler),
             "conditions": {n: _digest(v) for n, v in sorted(self.conditions.items())},
             "unconditional": {n: _digest(v) for n, v in sorted(self.unconditional.items())},
+            **({"unconditional_varies": True} if self.unconditional_varies else {}),
             **({"model_says": self._words()} if digest is None else {"model_digest": digest()}),
         }
         if isinstance(self.predict, Denoiser):
@@ -157,6 +158,11 @@ class Recorder:
         if taken := sorted(info.keys() & facts):
             raise ValueError(f"info={info}: {taken} are facts of the record itself; give them other names")
         return json.loads(json.dumps({**facts, **info}, default=str))
+
+    @property
+    def unconditional_varies(self) -> bool:
+        """Whether trajectories differ in what the second pass is conditioned on."""
+        return any(bool((v != v[:1]).any()) for v in self.unconditional.values())
 
     @property
     def _timestep_factor(self) -> float:
@@ -213,7 +219,10 @@ class Recorder:
             stacked = torch.stack(values, 1)
             stacked = stacked if chosen is None else stacked[torch.arange(rows).unsqueeze(1), chosen]
             shard[name] = stacked.contiguous()
-        return shard | {f"condition.{name}": value.cpu().contiguous() for name, value in conditions.items()}
+        kept_conditions = {f"condition.{name}": value for name, value in conditions.items()}
+        if self.unconditional_varies:
+            kept_conditions |= {f"unconditional.{n}": v.expand(rows, *v.shape[1:]) for n, v in null.items()}
+        return shard | {name: value.cpu().contiguous() for name, value in kept_conditions.items()}
 
     def _stored(self, name: str, index: int, timestep: Tensor, value: Tensor) -> Tensor:
         """value (B, ...) in the plan's dtype; ValueError where it is not finite before or after."""

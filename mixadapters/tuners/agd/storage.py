@@ -21,7 +21,7 @@ LONGEST_INDEX = 2**24  # bytes; those that are written have some thousand
 PARTS = ("sample", "target", "timestep", "guidance_scale")
 # What tells models apart, and what indices of version 1 lacked at first.
 IDENTITY = ("model_digest", "model_says")
-LATER = frozenset({*IDENTITY, "trajectories", "model_class", "model_dtypes"})
+LATER = frozenset({*IDENTITY, "trajectories", "model_class", "model_dtypes", "unconditional_varies"})
 
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:

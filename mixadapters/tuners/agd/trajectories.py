@@ -21,7 +21,8 @@ from mixadapters.tuners.agd.storage import INDEX, read_index, read_shards
 
 
 class Trajectories(Dataset):
-    """Recorded states. An item has sample, target (C, ...), timestep, guidance_scale () and the conditions, by name.
+    """Recorded states. An item has sample, target (C, ...), timestep, guidance_scale () and the conditions, by name;
+    also "unconditional." and a name for each condition of the second pass, where trajectories differ in these.
 
     Attributes:
         info: how they were made; goes into `AGDConfig.teacher`.
@@ -55,7 +56,8 @@ class Trajectories(Dataset):
     def config_fields(self) -> dict[str, Any]:
         """Fields of an `AGDConfig` that follow from the data."""
         low, high = self.info["plan"]["scales"]
-        return {"min_scale": low, "max_scale": high, "teacher": self.info}
+        fields = {"min_scale": low, "max_scale": high, "teacher": self.info}
+        return fields | ({"negative": "distil"} if self.info.get("unconditional_varies") else {})
 
     def split(self, held_out: int) -> tuple[Trajectories, Trajectories]:
         """The record without its last `held_out` trajectories, and those."""
@@ -86,6 +88,8 @@ class Trajectories(Dataset):
         for name, value in shard.items():
             if name.startswith("condition."):
                 item[name.removeprefix("condition.")] = value[row]
+            elif name.startswith("unconditional."):
+                item[name] = value[row]
             else:
                 item[name] = value[row, step].float()
         for name in ("sample", "target"):
