@@ -23,7 +23,7 @@ class StepVerbs:
     def context(self) -> ForwardContext:
         raise NotImplementedError
 
-    def mixtures(self) -> dict[RoutingKey, Mixture]:
+    def mixtures(self, adapter_name: str | None = None) -> dict[RoutingKey, Mixture]:
         raise NotImplementedError
 
     def config_of(self, adapter_name: str) -> Any:

@@ -65,7 +65,9 @@ def our_visits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
                 assert caller.f_back is not None
                 caller = caller.f_back
             # AGD's digest of the frozen model reads weights, those of other libraries' adapters too.
-            if caller.f_code.co_filename.startswith(OURS) and not caller.f_code.co_filename.endswith("agd/guidance.py"):
+            if caller.f_code.co_filename.startswith(OURS) and not caller.f_code.co_filename.endswith(
+                "agd/guidance.py"
+            ):
                 visits[f"{caller.f_code.co_filename}:{caller.f_code.co_name}"] += 1
             return walk(self, *args, **kwargs)
 
