@@ -18,12 +18,12 @@ def main(name: str, folder: str, verb: str, domain: str, source: str = "", file:
         model.base_model.add_expert(domain, source)
         with open(file, encoding="utf-8") as text:
             model.base_model.fit_gate({domain: list(text)}, tokenizer=AutoTokenizer.from_pretrained(name))
-    elif verb == "remove":
-        model.base_model.remove_expert(domain)
     else:
-        raise SystemExit(f"{verb!r} is neither add nor remove")
+        model.base_model.remove_expert(domain)
     model.save_pretrained(folder)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != {"add": 7, "remove": 5}.get("".join(sys.argv[3:4])):
+        raise SystemExit(__doc__)
     main(*sys.argv[1:])

@@ -1,8 +1,8 @@
 """Domains that come and go in one frozen language model, against one adapter for everything; measured by perplexity.
 
     python examples/demo.py                                         # text that an installation carries
-    python examples/demo.py --base Qwen/Qwen3-0.6B --rate 2e-4 --domains law=law.txt code=code.txt \
-        --general general.txt --later tax=tax.txt --out runs/mine   # a model and text of your own
+    python examples/demo.py --base Qwen/Qwen3-0.6B --domains law=law.txt code=code.jsonl --general general.txt \
+        --later tax=tax.txt --out runs/mine                         # a model and text of your own
 
 A LoRA adapter is trained on each domain's text alone, and MoA puts them side by side under a gate of counted tokens,
 which is not trained. A joint LoRA adapter of the same total size reads the same text, general text included. Then a
@@ -13,128 +13,29 @@ reloads the mixtures and must find the same perplexities.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
-import time
-from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from demo_models import perplexities, routing
-from demo_pictures import coloured_page, plot_bars, plot_routing
-from demo_setup import Arguments, Setup
-from demo_story import SAVED, Story
-from demo_table import JOINT, MIXTURE, SHARED, TWICE, mean, over_seeds, percent, table, verdict
-from peft import PeftModel
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, HfArgumentParser
-from transformers import logging as transformers_logging
-
-
-class Demo:
-    """The story by seeds, and what is written of it."""
-
-    def __init__(self, args: Arguments) -> None:
-        self.args, self.out = args, Path(args.out)
-        self.started = time.perf_counter()
-        self.setup = Setup(args)
-
-    def main(self) -> dict[str, Any]:
-        setup, stories = self.setup, []
-        for seed in range(self.args.seeds):
-            setup.progress.expect(Story(setup, seed).reads())
-        setup.train_base()
-        base = perplexities(setup.base(), setup.tests)
-        for seed in range(self.args.seeds):
-            story = Story(setup, seed)
-            story.tell(base)
-            stories.append(story)
-            if seed == 0:
-                self.draw(story, base)
-                same = self.fresh_process(story.saved)
-            report = self.report(stories, same)  # after each seed: what is there stays, whatever ends the next one
-        setup.progress.bar.close()
-        return report
-
-    def draw(self, story: Story, base: dict[str, float]) -> None:
-        """Three pictures, and the page, of one seed."""
-        setup = self.setup
-        mixed = PeftModel.from_pretrained(setup.base(), self.out / "mixture").eval()
-        texts: dict[str, tuple[Tensor, Tensor]] = {}
-        self.weights: dict[str, dict[str, float]] = {}  # kind of text -> arm -> mean weight
-        for kind, rows in setup.tests.items():
-            arms, weights = routing(mixed, rows)
-            texts[kind] = rows[:3], weights[:3]
-            self.weights[kind] = dict(zip(arms, weights.mean((0, 1)).tolist(), strict=True))
-        plot_routing(self.weights, self.out / "routing.png")
-        old = [kind for kind in setup.kinds if kind != setup.later]
-        found = {system["name"]: system["perplexity"] for system in story.systems}
-        bars = {
-            name: {kind: percent(found[name][kind], base[kind]) for kind in old}
-            for name in (MIXTURE, JOINT, SHARED, TWICE)
-        }
-        plot_bars(bars, self.out / "perplexity.png", "Perplexity against the base model", "%")
-        if story.change:
-            plot_bars(story.change, self.out / "adding.png", f"After {setup.later} came: change of the others", "%")
-        coloured_page(setup.tokenizer, arms, texts, self.out / "text.html")
-
-    def fresh_process(self, expected: dict[str, dict[str, float]]) -> bool:
-        """Whether another process finds the same perplexities in the saved mixtures."""
-        command = [sys.executable, __file__, "--check", "True", "--out", str(self.out)]
-        command += ["--base", self.args.base] if self.args.base else []
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr[-2000:]}")
-        return json.loads(run.stdout.splitlines()[-1]) == expected
-
-    def report(self, stories: list[Story], same: bool) -> dict[str, Any]:
-        setup = self.setup
-        report = {
-            "arguments": asdict(self.args), "kinds": setup.kinds, "domains": setup.domains, "later": setup.later,
-            "systems": over_seeds([story.systems for story in stories], setup.domains),
-            "own_adapter": {kind: mean([story.own[kind] for story in stories]) for kind in stories[0].own},
-            "routing": self.weights, "seconds": time.perf_counter() - self.started,
-            "cpu_seconds": time.process_time(), "gate_seconds": stories[0].gate_seconds,
-            "equal_in_a_fresh_process": same,
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "mixadapters")},
-        }  # fmt: skip
-        (self.out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-        (self.out / "table.md").write_text(f"{table(report)}\n\n{verdict(report)}\n", encoding="utf-8")
-        return report
-
-
-def check(args: Arguments) -> None:
-    """In a fresh process: the saved mixtures' perplexities, as JSON."""
-    out, found = Path(args.out), {}
-    for name in SAVED:
-        base = AutoModelForCausalLM.from_pretrained(args.base or out / "base")
-        model = PeftModel.from_pretrained(base, out / name).eval()
-        found[name] = perplexities(model, load_file(out / "tests.safetensors"))
-    print(json.dumps(found))
+from demo_arguments import Arguments
+from demo_files import read_text
+from transformers import HfArgumentParser
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    if args.check:
-        return check(args)
     try:
-        demo = Demo(args)
-    except (OSError, ValueError) as error:  # of arguments and files, before anything is trained
+        (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+        text = None if args.check else read_text(args.domains, args.general, args.later)
+        from demo_run import check, run  # torch and the rest, which take seconds: after what is wrong has been said
+
+        return check(args) if text is None else run(args, text)
+    except ValueError as error:  # of arguments and files, before anything is trained
         raise SystemExit(f"error: {error}") from error
-    report = demo.main()
-    text = (Path(args.out) / "table.md").read_text(encoding="utf-8")
-    print(f"\n{text}\nThe gate counted in {report['gate_seconds']:.1f} s. A fresh process found "
-          f"{'the same' if report['equal_in_a_fresh_process'] else 'OTHER'} perplexities. "
-          f"{report['seconds']:.0f} s in all; see {args.out}/ for pictures and text.html.")  # fmt: skip
-    return report
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from mixadapters import MoAConfig
 
 Rows = Tensor  # (n, T) token ids
+
+MOST_LOGITS = 2**27  # half a gigabyte
 
 
 def new_base(vocabulary: int, width: int, layers: int, length: int, seed: int = 0) -> LlamaForCausalLM:
@@ -28,6 +41,53 @@ def new_base(vocabulary: int, width: int, layers: int, length: int, seed: int = 
             bos_token_id=0, eos_token_id=0, pad_token_id=0,
         )
     )  # fmt: skip
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_base(name: str | Path) -> Any:
+    """A frozen decoder, on the device that trains it. Half precision stays where that is the faster one.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no trained head that foretells tokens.
+    """
+    dtype = "auto" if has_bfloat16() else torch.float32
+    try:
+        model, told = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"--base {name} cannot be loaded: {str(error).partition(chr(10))[0]}") from error
+    if missing := sorted(told["missing_keys"]):
+        raise ValueError(f"--base {name} has no weights of {missing[0]}, which {type(model).__name__} foretells with")
+    return model.to(device()).eval()
+
+
+@torch.no_grad()
+def check_base(model: Any, name: str, tests: dict[str, Rows]) -> None:
+    """Find out whether a user's model can read these rows, and go from left to right, before anything is trained.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    rows = next(iter(tests.values()))[:1]
+    reads = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(reads, int) and rows.shape[1] > reads:
+        raise ValueError(f"--length {rows.shape[1]} is too long: --base {name} reads {reads} tokens")
+    known, largest = model.get_input_embeddings().num_embeddings, max(int(of.max()) for of in tests.values())
+    if largest >= known:
+        raise ValueError(
+            f"--base {name}: its tokenizer gives token {largest}, and it knows {known}: they are not of one model"
+        )
+    other = rows.clone()
+    other[:, -1] = (rows[:, -1] + 1) % known
+    one, two = (model(input_ids=part.to(model.device)).logits.float() for part in (rows, other))
+    moved = (one - two).abs().amax((0, 2))  # (T,), by another last token: nothing before it, up to rounding
+    if moved[:-1].max() > 1e-4 * moved[-1]:
+        raise ValueError(
+            f"--base {name} is no decoder: what {type(model).__name__} says of a token depends on later ones. Name a "
+            "causal language model"
+        )
 
 
 def lora(base: nn.Module, rank: int, seed: int = 0) -> Any:
@@ -60,30 +120,30 @@ def has_bfloat16() -> bool:
 
 
 class Progress:
-    """The one progress bar: tokens of training."""
+    """The one progress bar: tokens of training, or what else is counted."""
 
-    def __init__(self) -> None:
-        self.bar = tqdm(total=0, unit="tok", unit_scale=True, smoothing=0.05, leave=False)
+    def __init__(self, unit: str = "tok") -> None:
+        often = 0.1 if sys.stderr.isatty() else 30  # seconds: a log keeps every line
+        self.bar = tqdm(total=0, unit=unit, unit_scale=True, smoothing=0.05, leave=False, mininterval=often)
 
-    def expect(self, tokens: int) -> None:
-        self.bar.total += tokens
-        self.bar.refresh()
+    def expect(self, count: int) -> None:
+        self.bar.total += count
 
     def step(self, text: str) -> None:
-        self.bar.set_description(f"{text:<34.34}")
+        self.bar.set_description(f"{text:<34.34}", refresh=sys.stderr.isatty())
 
     def say(self, text: str) -> None:
         self.bar.write(text)
 
 
 class Advance(TrainerCallback):
-    """Moves the bar with each step."""
+    """Moves the bar with each step, which counts so much."""
 
-    def __init__(self, progress: Progress, tokens: int) -> None:
-        self.progress, self.tokens = progress, tokens
+    def __init__(self, progress: Progress, count: int) -> None:
+        self.progress, self.count = progress, count
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.progress.bar.update(self.tokens)
+        self.progress.bar.update(self.count)
 
 
 def train(
@@ -105,13 +165,14 @@ def train(
 
 
 @torch.no_grad()
-def token_losses(model: nn.Module, rows: Rows, batch: int = 16) -> Tensor:
-    """(n, T - 1) nats of each token after the first."""
+def token_losses(model: Any, rows: Rows, batch: int = 16) -> Tensor:
+    """(n, T - 1) nats of each token after the first. No forward has more than `MOST_LOGITS` of them."""
     model.eval()
     device = next(model.parameters()).device
+    fit = MOST_LOGITS // (rows.shape[1] * model.get_input_embeddings().num_embeddings)
     found = []
     with autocast(device):
-        for part in rows.to(device).split(batch):
+        for part in rows.to(device).split(max(1, min(batch, fit))):
             logits = model(input_ids=part, attention_mask=torch.ones_like(part)).logits[:, :-1].float()
             flat = nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
             found.append(flat.view(len(part), -1).cpu())

@@ -44,7 +44,7 @@ def plot_bars(values: dict[str, dict[str, float]], path: Path, title: str, label
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set(ylabel=label, title=title)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=140)
     pyplot.close(figure)
 

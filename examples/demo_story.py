@@ -12,6 +12,7 @@ from demo_table import ANEW, JOINT, MIXTURE, SHARED, TWICE, percent
 
 Perplexities = dict[str, float]  # by kind of text
 SAVED = ("mixture", "mixture_shared")  # folders
+LEAST_GAIN = 0.98  # of the base's perplexity, by a domain's own adapter; where it is less, a user hears of it
 
 
 class Story:
@@ -22,20 +23,25 @@ class Story:
         self.out = setup.out / f"seed{seed}" if seed else setup.out
         self.count = {kind: rows.numel() for kind, rows in setup.rows.items()}
         self.systems: list[dict[str, Any]] = []
+        self.base: Perplexities = {}
         self.own: Perplexities = {}  # domain -> that of its own adapter
         self.folders: dict[str, str] = {}  # domain -> its adapter
         self.saved: dict[str, Perplexities] = {}  # folder of a mixture -> what it has
         self.change: dict[str, Perplexities] = {}  # system -> how others changed when a domain came, in per cent
 
     def reads(self) -> int:
-        """How many tokens all adapters read."""
-        new = self.count.get(self.setup.later or "", 0)
-        old = sum(self.count.values()) - new
-        domains = old - self.count["general"]
-        return domains + 4 * old + (old + 3 * new if new else 0)
+        """How many tokens all adapters read; no step has fewer rows than a batch."""
+        rows, args = self.setup.rows, self.setup.args
+
+        def read(*kinds: str) -> int:
+            return sum(len(rows[kind]) for kind in kinds) // args.batch * args.batch * args.length
+
+        old, new = self.setup.domains, self.setup.later
+        total = sum(map(read, old)) + 4 * read(*old, "general")
+        return total + (2 * read(new) + read(*old, new, "general") if new else 0)
 
     def tell(self, base: Perplexities) -> None:
-        old = self.setup.domains
+        self.base, old = base, self.setup.domains
         self.measure("base model", None, 0, base)
         for name in old:
             self.domain(name)
@@ -72,7 +78,13 @@ class Story:
         setup = self.setup
         model = lora(setup.base(), setup.args.rank, self.seed)
         setup.train(model, setup.rows[name], f"domain {name}", seed=self.seed)
-        self.own[name] = perplexities(model, {name: setup.tests[name]})[name]
+        self.own[name] = own = perplexities(model, {name: setup.tests[name]})[name]
+        if own > LEAST_GAIN * self.base[name]:
+            other = "a smaller" if own > self.base[name] else "a larger"
+            setup.progress.say(
+                f"note: on {name} its own adapter is at {own:.1f}, and the base model at {self.base[name]:.1f}: try "
+                f"{other} --rate than {setup.args.rate:g}, or more --tokens"
+            )
         self.folders[name] = str(self.out / "domains" / name)
         model.save_pretrained(self.folders[name])
 
@@ -128,6 +140,7 @@ class Story:
 
     def measure(self, name: str, model: Any, tokens: int, found: Perplexities | None = None) -> Perplexities:
         """Note the perplexities of a system on every kind of text."""
+        self.setup.progress.step(f"measure {name}")
         found = found or perplexities(model, self.setup.tests)
         added = 0 if model is None else size(model)
         self.systems.append({"name": name, "parameters": added, "tokens": tokens, "perplexity": found})

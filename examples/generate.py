@@ -23,4 +23,6 @@ def main(name: str, folder: str, prompt: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        raise SystemExit(__doc__)
     main(*sys.argv[1:])

@@ -32,4 +32,6 @@ def main(name: str, out: str, general: str, *domains: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 5 or any(pair.count("=") != 2 for pair in sys.argv[4:]):
+        raise SystemExit(__doc__)
     main(*sys.argv[1:])

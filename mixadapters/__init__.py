@@ -8,9 +8,9 @@ from mixadapters.core import checkout as _checkout  # noqa: F401  # says where k
 
 # isort: split
 
-from mixadapters.core.starting import ended_quietly
+from mixadapters.core.starting import waits
 
-with ended_quietly():
+if not waits(__name__):  # a command reads its arguments first
     from mixadapters.core.context import ForwardContext
     from mixadapters.core.model import MixtureModel
     from mixadapters.routers import ROUTERS, Router

@@ -1,10 +1,16 @@
-"""`python -m mixadapters.tasks list | run | table | shots | kilt`: see docs/tasks.md, or `run --help`."""
+"""`python -m mixadapters.tasks list | run | table | shots | kilt`: see docs/tasks.md, or `run --help`.
+
+Arguments are read before torch and the rest are imported; those of `run` are in part transformers' own, which take
+seconds.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
+from mixadapters.core.starting import import_what_waits
 from mixadapters.tasks.registry import TASKS, get_task
 
 USAGE = """usage: python -m mixadapters.tasks COMMAND ...
@@ -29,6 +35,7 @@ def show_list(arguments: list[str]) -> int:
 
 
 def run(arguments: list[str]) -> int:
+    import_what_waits()
     from transformers import HfArgumentParser
     from transformers import logging as transformers_logging
 
@@ -45,16 +52,15 @@ def run(arguments: list[str]) -> int:
 
 
 def table(arguments: list[str]) -> int:
-    import argparse
-
-    from mixadapters.tasks import report
-
     parser = argparse.ArgumentParser("python -m mixadapters.tasks table")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--reference", help="the method that others are compared with; default: bottleneck")
     parser.add_argument("--latex", action="store_true")
     parser.add_argument("--plot", type=Path, help="write a figure to this file")
     args = parser.parse_args(arguments)
+    import_what_waits()
+    from mixadapters.tasks import report
+
     results = report.read_results(args.folder)
     methods = sorted({result["method"] for result in results})
     if args.reference is not None and args.reference not in methods:
@@ -67,31 +73,28 @@ def table(arguments: list[str]) -> int:
 
 
 def shots(arguments: list[str]) -> int:
-    import argparse
-
-    from mixadapters.tasks.protocols import publish
-    from mixadapters.tasks.sources import read_task
-
     parser = argparse.ArgumentParser("python -m mixadapters.tasks shots")
     parser.add_argument("tasks", nargs="+")
     parser.add_argument("--data-dir", type=Path)
     args = parser.parse_args(arguments)
-    for task in map(get_task, args.tasks):
+    tasks = list(map(get_task, args.tasks))
+    from mixadapters.tasks.protocols import publish
+    from mixadapters.tasks.sources import read_task
+
+    for task in tasks:
         print(publish(task, read_task(task, args.data_dir), Path()))
     return 0
 
 
 def kilt(arguments: list[str]) -> int:
-    import argparse
-
-    from mixadapters.tasks.kilt import score_file
-
     parser = argparse.ArgumentParser("python -m mixadapters.tasks kilt")
     parser.add_argument("files", type=Path, nargs="*", metavar="GOLD GUESS")
     parser.add_argument("--recall-at", type=int, nargs="+", default=[5], metavar="K", help="places; default: 5")
     args = parser.parse_args(arguments)
     if len(args.files) != 2:
         raise ValueError("kilt takes two files, GOLD and GUESS")
+    from mixadapters.tasks.kilt import score_file
+
     gold, guess = args.files
     for name, value in score_file(gold, guess, args.recall_at).items():
         print(f"{name:>16} {value:.4f}")

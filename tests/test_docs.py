@@ -343,7 +343,7 @@ COMMANDS = sorted(
     "example", ["demo", "studies/sentences", "studies/choosing", "studies/mosa_vision", "studies/pill_vqa"]
 )
 def test_commands_pass_arguments_that_the_example_takes(example) -> None:
-    file = {"demo": "demo_setup"}.get(example, example)
+    file = {"demo": "demo_arguments"}.get(example, example)
     tree = ast.parse((ROOT / "examples" / f"{file}.py").read_text(encoding="utf-8"))
     (arguments,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Arguments")
     known = {n.target.id for n in arguments.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}

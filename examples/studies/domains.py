@@ -35,9 +35,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the demo's models and text
 
 import torch
+from demo_files import parted, read_text
 from demo_models import Progress, lora, mixture, new_base, perplexities, size, train
 from demo_table import mean
-from demo_text import new_tokenizer, parted, read_text, token_rows
+from demo_text import new_tokenizer, token_rows
 from domains_claims import report
 from peft import PeftModel, get_peft_model
 from torch import Tensor

@@ -50,9 +50,9 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the demo's models and text
 
 import torch
+from demo_files import installation
 from demo_models import perplexities
 from demo_table import mean, percent
-from demo_text import installation
 from peft import PeftModel, get_peft_model
 from routers import kept, table
 from surgery import Arguments as SurgeryArguments

@@ -1,4 +1,4 @@
-"""Questions about images as rows of prompt, answer and images: easy_vqa, and ScienceQA from files or the hub.
+"""Questions about images as rows of prompt, answer and images: shapes that are drawn, easy_vqa, ScienceQA.
 
 A row is {"prompt", "answer", "images": [PIL image], "subject", "modality", "tags"}; tags are words that describe the
 image, for a vision encoder that has to be pretrained; there may be none.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import random
 import re
 import tarfile
 from collections import defaultdict
@@ -16,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 Row = dict[str, Any]
 LETTERS = "ABCDEFGH"
 NOT_GIVEN = "not given"  # subject of a question whose file names none
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+SIDE = 64  # pixels of a drawn image
 
 
 @dataclass
@@ -33,7 +35,9 @@ class Questions:
 
 
 def load(task: str, data_dir: str | None) -> Questions:
-    """`task`: "easy_vqa" or "scienceqa" below `data_dir`, or the name of ScienceQA on the hub."""
+    """`task`: "shapes", "easy_vqa" or "scienceqa" below `data_dir`, or the name of ScienceQA on the hub."""
+    if task == "shapes":
+        return shapes()
     if task not in ("easy_vqa", "scienceqa"):
         return scienceqa_of_the_hub(task)
     if data_dir is None:
@@ -41,6 +45,36 @@ def load(task: str, data_dir: str | None) -> Questions:
     return (
         easy_vqa(Path(data_dir, "vision/easy_vqa")) if task == "easy_vqa" else scienceqa(Path(data_dir, "scienceqa"))
     )
+
+
+def shapes(train: int = 1000, dev: int = 100, test: int = 400, seed: int = 0) -> Questions:
+    """One shape on each image, drawn here, and three questions on it: its color, its shape, and whether it is so."""
+    chance = random.Random(seed)
+    return Questions(*([row for _ in range(count) for row in drawn(chance)] for count in (train, dev, test)))
+
+
+def drawn(chance: random.Random) -> list[Row]:
+    """The questions on a new image."""
+    shape, color, paper = chance.choice(SHAPES), chance.choice(COLORS), chance.randint(200, 255)
+    image = Image.new("RGB", (SIDE, SIDE), (paper, paper, paper))
+    width, height = (chance.randint(SIDE // 4, SIDE // 2) for _ in "wh")
+    height = width if shape == "circle" else height
+    x, y = chance.randint(2, SIDE - width - 2), chance.randint(2, SIDE - height - 2)
+    pen, box = ImageDraw.Draw(image), (x, y, x + width, y + height)
+    if shape == "triangle":
+        pen.polygon([(x, y + height), (x + width, y + height), (x + width // 2, y)], fill=color)
+    else:
+        (pen.ellipse if shape == "circle" else pen.rectangle)(box, fill=color)
+    told = chance.choice((shape, chance.choice(SHAPES)))
+    asked = (
+        ("what color is the shape?", color), ("what shape is in the image?", shape),
+        (f"is there a {told}?", "yes" if told == shape else "no"),
+    )  # fmt: skip
+    return [
+        {"prompt": f"<image> {question}", "answer": f" {answer}", "images": [image], "subject": subject_of(answer),
+         "modality": "image", "tags": {shape, color}}
+        for question, answer in asked
+    ]  # fmt: skip
 
 
 def easy_vqa(folder: Path, dev_images: int = 150) -> Questions:

@@ -48,9 +48,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the demo's models and text
 
 import torch
+from demo_files import installation, parted
 from demo_models import Progress, new_base, perplexities, train
 from demo_table import mean, percent
-from demo_text import installation, new_tokenizer, parted, token_rows
+from demo_text import new_tokenizer, token_rows
 from peft import PeftModel, get_peft_model
 from routers import kept, table
 from torch import Tensor

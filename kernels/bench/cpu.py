@@ -2,10 +2,11 @@
 
     python kernels/bench/cpu.py                      all cases, about ten minutes
     python kernels/bench/cpu.py --only figures       the cases of the first table of docs/kernels-results.md
+    python kernels/bench/cpu.py --rule --drawn 60    how well the rule chooses: the backends alone, on cases drawn anew
 
 Every contender computes the adapters' part alone, on the same tensors; their results are compared before any is timed.
 They take turns, and the time is CPU time of the thread, so that a neighbour on the machine disturbs all of them alike.
-Writes cpu.json and cpu.png.
+Writes cpu.json and cpu.png; with --rule rule.json.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ class Case:
     training: bool = False
 
     @property
+    def grouped_takes_it(self) -> bool:
+        """grouped_mm asks for rows of multiples of 16 bytes."""
+        return self.r * DTYPES[self.dtype].itemsize % 16 == 0
+
+    @property
     def label(self) -> str:
         who = f"{self.sequences} sequences" if self.sequences else "rows"
         mode = "train" if self.training else "infer"
@@ -82,6 +88,25 @@ def cases() -> list[Case]:
         for B, E in ((1, 8), (8, 8), (8, 64), (64, 8), (64, 64), (16, 1024), (256, 64)):
             found.append(Case("decode", "lora", B, E, dtype=dtype))
         found.append(Case("decode", "lora", 64, 64, r=8, d=256, dtype=dtype))
+    return found
+
+
+def drawn(number: int, seed: int) -> list[Case]:
+    """Cases that nobody chose: each field is drawn by itself, from the same list whatever the seed.
+
+    Half are LoRA, of which half name an adapter by sequence, half mixtures; 7 of 10 are of float32; half train.
+    """
+    draw = random.Random(seed)
+    found = []
+    while len(found) < number:
+        task, training = draw.choice(("lora", "mixture")), draw.random() < 0.5
+        T, E = draw.choice((16, 64, 256, 512, 1024, 2048, 4096)), draw.choice((2, 4, 8, 16, 32, 64))
+        r, d = draw.choice((4, 8, 16, 32, 64)), draw.choice((256, 512, 768, 1024))
+        k = min(E, draw.choice((1, 2, 3, 4, 8))) if task == "mixture" else 1
+        sequences = draw.choice((4, 8, 16, 32)) if task == "lora" and draw.random() < 0.5 else None
+        dtype = "fp32" if draw.random() < 0.7 else "bf16"
+        if sequences is None or T % sequences == 0:
+            found.append(Case("drawn", task, T, E, r, d, k, sequences, dtype, training))
     return found
 
 
@@ -152,7 +177,7 @@ class Setting:
             return case.T * case.d * case.E * case.r < 1e10
         if name == "gathered":
             return case.T // self.run * case.k * case.r * case.d < 1e8
-        return True
+        return name != "grouped" or case.grouped_takes_it
 
     def ours(self, backend: str | None = None) -> Tensor:
         case, mixture = self.case, self.weights is not None
@@ -227,12 +252,14 @@ class Setting:
         return torch.addmm(self.base, h, self.up.flatten(0, 1))
 
 
-def measure(case: Case, seconds: float) -> dict[str, float]:
-    """Median milliseconds of each contender."""
+def measure(case: Case, seconds: float, among: tuple[str, ...] = ()) -> dict[str, float]:
+    """Median milliseconds of each contender, or of those among them."""
     setting = Setting(case)
     steps: dict[str, Callable[[], object]] = {}
     expected = None
     for name, (run, leaves) in setting.contenders().items():
+        if among and name not in among:
+            continue
 
         def step(run=run, leaves=leaves):
             if case.training:
@@ -263,10 +290,11 @@ def measure(case: Case, seconds: float) -> dict[str, float]:
 
 
 def chosen(case: Case) -> str:
-    return kernels.choose_backend(
+    name = kernels.choose_backend(
         case.T, case.k, case.E, case.E * case.r, DTYPES[case.dtype],
         run=case.T // (case.sequences or case.T), training=case.training,
     )  # fmt: skip
+    return "segments" if name == "grouped" and not case.grouped_takes_it else name
 
 
 def report_rule(results: list[dict]) -> dict[str, float]:
@@ -314,16 +342,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for cpu.json and cpu.png")
     parser.add_argument("--only", nargs="*", help="groups of cases, such as figures, decode, bf16")
     parser.add_argument("--seconds", type=float, default=0.3, help="CPU time of each contender in each case")
+    parser.add_argument("--rule", action="store_true", help="time the backends alone, without what one would write")
+    parser.add_argument("--drawn", type=int, metavar="N", help="N cases drawn at random, in place of those listed")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
     args = parser.parse_args()
     torch.set_num_threads(1)
     groups = {case.group for case in cases()}
     if unknown := set(args.only or ()) - groups:
         parser.error(f"--only {' '.join(sorted(unknown))}: choose from {' '.join(sorted(groups))}")
     results = []
-    for case in cases():
+    for case in cases() if args.drawn is None else drawn(args.drawn, args.seed):
         if args.only and case.group not in args.only:
             continue
-        ms = measure(case, args.seconds)
+        ms = measure(case, args.seconds, OURS if args.rule else ())
         results.append({"case": asdict(case), "label": case.label, "chosen": chosen(case), "ms": ms})
         best = min(ms, key=ms.__getitem__)
         row = "  ".join(f"{name} {value:.3g}{'*' if name == best else ''}" for name, value in ms.items())
@@ -332,9 +363,11 @@ def main() -> None:
     print("rule:", "  ".join(f"{name} {value:.3g}" for name, value in rule.items()))
     args.out.mkdir(parents=True, exist_ok=True)
     about = {"torch": torch.__version__, "python": platform.python_version(), "cpu": cpu_name(), "threads": 1}
-    (args.out / "cpu.json").write_text(json.dumps({"about": about, "rule": rule, "results": results}, indent=1))
-    plot(results, args.out / "cpu.png")
-    print(f"wrote {args.out / 'cpu.json'} and cpu.png")
+    path = args.out / ("rule.json" if args.rule else "cpu.json")
+    path.write_text(json.dumps({"about": about, "rule": rule, "results": results}, indent=1))
+    if not args.rule:
+        plot(results, args.out / "cpu.png")
+    print(f"wrote {path}")
 
 
 def cpu_name() -> str:

@@ -46,18 +46,22 @@ def mm(a: Tensor, b: Tensor, base: Tensor | None = None, out: Tensor | None = No
         out = a.new_empty(a.shape[0], b.shape[1])
     if base is not None:
         base = base.expand(out.shape)
+    if len(blocks) == 1 and blocks[0].stop == a.shape[0]:
+        return _multiply_into(out, a, b, base)
     for rows in blocks:
-        part = _multiply(a[rows], b)
-        if base is None:
-            out[rows] = part
-        else:
-            torch.add(base[rows], part, out=out[rows])
+        _multiply_into(out[rows], a[rows], b, None if base is None else base[rows])
     rest = slice(blocks[-1].stop, None)
-    if base is None:
-        torch.mm(a[rest], b, out=out[rest])
-    else:
-        torch.addmm(base[rest], a[rest], b, out=out[rest])
+    if rest.start < a.shape[0]:  # an empty product would be a call like any other
+        if base is None:
+            torch.mm(a[rest], b, out=out[rest])
+        else:
+            torch.addmm(base[rest], a[rest], b, out=out[rest])
     return out
+
+
+def _multiply_into(out: Tensor, a: Tensor, b: Tensor, base: Tensor | None) -> Tensor:
+    part = _multiply(a, b)
+    return out.copy_(part) if base is None else torch.add(base, part, out=out)
 
 
 def outer(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
@@ -70,7 +74,7 @@ def outer(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
         total = part if total is None else total.add_(part)
     assert total is not None
     rest = slice(blocks[-1].stop, None)
-    return total.addmm_(a[rest].t(), b[rest])
+    return total if rest.start == a.shape[0] else total.addmm_(a[rest].t(), b[rest])
 
 
 def _multiply(a: Tensor, b: Tensor) -> Tensor:

@@ -75,9 +75,8 @@ def _like(name, field):
 
 
 def _laid_out(gradient, name, field):
-    out = _like(name, field)
-    same = gradient.dtype == out.dtype and gradient.stride() == out.stride()
-    return gradient if same else out.copy_(gradient)
+    laid_out = gradient.stride() == field.stride() if name == "up" else gradient.is_contiguous()
+    return gradient if laid_out and gradient.dtype == field.dtype else _like(name, field).copy_(gradient)
 
 
 for _name, _real, _fake in (("lowrank", _forward, _forward_fake), ("lowrank_backward", _backward, _backward_fake)):
@@ -92,7 +91,8 @@ class _Lowrank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        y, kept = _forward_op(*args, True)
+        run = _forward if nobody_looks_on(args[0]) else _forward_op
+        y, kept = run(*args, True)
         # The frozen layer's output is kept for its weight's gradient only.
         keeps_base = ctx.needs_input_grad[_BASE_WEIGHT]
         ctx.save_for_backward(*(args[i] if i != _BASE or keeps_base else None for i in _TENSORS), *kept)
@@ -121,7 +121,8 @@ class _Lowrank(torch.autograd.Function):
         args[_BASE] = args[_BASE_WEIGHT] = None
         asked = [needs[i] for i in _INSIDE]
         if any(asked):
-            found = iter(_backward_op(grad, saved[len(_TENSORS) :], *args, asked))
+            run = _backward if nobody_looks_on(grad) else _backward_op
+            found = iter(run(grad, saved[len(_TENSORS) :], *args, asked))
             for i in _INSIDE:
                 if needs[i]:
                     out[i] = next(found)

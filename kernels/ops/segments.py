@@ -39,17 +39,17 @@ class Plan(NamedTuple):
 
     def taken(self, t: Tensor) -> Iterable[Tensor]:
         """The rows of t (N, d), by pieces; gathered one piece after the other where they do not stand together."""
-        return t.split(self.sizes) if self.sizes else (_take(t, piece.rows) for piece in self.pieces)
+        return t.split_with_sizes(self.sizes) if self.sizes else (_take(t, piece.rows) for piece in self.pieces)
 
     def views(self, t: Tensor) -> Iterable[Tensor | None]:
         """The rows of t (N, d), by pieces, where they stand together."""
         if self.sizes:
-            return t.split(self.sizes)
+            return t.split_with_sizes(self.sizes)
         return (t[piece.rows] if isinstance(piece.rows, slice) else None for piece in self.pieces)
 
     def hidden(self, t: Tensor, ranks: tuple[int, ...]) -> Iterable[Tensor]:
         """The slots of t (S, r), by pieces, as wide as the experts."""
-        parts = t.split(self.sizes) if self.sizes else (t[piece.at] for piece in self.pieces)
+        parts = t.split_with_sizes(self.sizes) if self.sizes else (t[piece.at] for piece in self.pieces)
         if ranks.count(t.shape[1]) == len(ranks):
             return parts
         return (part[:, : ranks[piece.expert]] for part, piece in zip(parts, self.pieces, strict=True))
@@ -218,7 +218,10 @@ def _plan(p: Problem, order: Tensor | None = None) -> Plan:
             scale = scale.repeat_interleave(p.x.shape[0])
         else:
             indices = p.indices.t().reshape(-1)
-            scale = scale.index_select(0, indices.clamp_min(0)).masked_fill_(indices < 0, 1)
+            if p.every_slot_chosen():
+                scale = scale.index_select(0, indices)
+            else:
+                scale = scale.index_select(0, indices.clamp_min(0)).masked_fill_(indices < 0, 1)
     return Plan(pieces, sizes if sum(sizes) == p.x.shape[0] else None, None, weights, scale)
 
 

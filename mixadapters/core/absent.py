@@ -170,3 +170,13 @@ def _example(names: list[str]) -> str:
 
 def _some(paths: list[str]) -> str:
     return f"{paths[:4]} and {len(paths) - 4} others" if len(paths) > 4 else str(paths)
+
+
+def refuse_task(task: Any, model: nn.Module) -> None:
+    """Refuse a task of models that generate where this one does not: PEFT would look for a method that it lacks."""
+    name = getattr(task, "value", task)
+    if name in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"task_type={name!r} is of models that generate text, and {type(model).__name__} does not: load the base "
+            "as one that does, or name its own task, such as 'FEATURE_EXTRACTION'"
+        )

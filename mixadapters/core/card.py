@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
-from mixadapters.core.files import written_aside
+from mixadapters.core.folders import written_aside
 
 BEGIN, END = "<!-- mixadapters {} -->", "<!-- /mixadapters {} -->"  # of the adapter's folder, seen from the card
 NO_SETTINGS = {  # fields that say nothing about the method

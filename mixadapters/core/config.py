@@ -14,7 +14,8 @@ from peft.utils import CONFIG_NAME
 
 from mixadapters.core.card import complete_card
 from mixadapters.core.fields import check_fields
-from mixadapters.core.files import SavedAdapter, written_aside
+from mixadapters.core.files import SavedAdapter
+from mixadapters.core.folders import written_aside
 from mixadapters.core.registry import nearest
 
 FORMAT_VERSION = 1  # of saved configs and weights; raised when old files can no longer be read as they are

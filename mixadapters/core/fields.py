@@ -79,6 +79,12 @@ def finite(value: Any) -> bool:
     return value == 0 or LEAST_SIZE <= abs(value) <= MOST_SIZE
 
 
+def check_share(name: str, value: Any) -> None:
+    """Raises ValueError where `value` is no number from 0 to 1."""
+    if not (finite(value) and 0 <= value <= 1):
+        raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
+
+
 def _check_metadata(field: Field[Any], value: Any, hint: Any) -> None:
     said = field.metadata
     for number in _numbers(value):

@@ -11,9 +11,6 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
-import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -264,41 +261,3 @@ def loading(saved: SavedAdapter | None) -> Iterator[None]:
         yield
     finally:
         _LOADING.reset(token)
-
-
-@contextmanager
-def written_aside(path: str | Path) -> Iterator[Path]:
-    """A name of its own beside `path`, for the next content: it takes its place in one step, when all is written."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def new_folder(folder: str | Path) -> Path:
-    """The path of a folder that is to be written, with a place to stand. Raises ValueError: it holds something."""
-    path = Path(folder)
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ValueError(f"folder={str(folder)!r} holds something already; name a new or an empty one")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-@contextmanager
-def folder_aside(folder: str | Path) -> Iterator[Path]:
-    """A folder beside `folder`, which takes its place when all is written. Raises ValueError: see `new_folder`."""
-    target = new_folder(folder)
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        yield aside
-        if target.is_dir():
-            target.rmdir()
-        umask = os.umask(0)
-        os.umask(umask)
-        aside.chmod(0o777 & ~umask)  # a temporary folder is for its owner alone
-        os.replace(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

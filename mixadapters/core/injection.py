@@ -14,7 +14,14 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
-from mixadapters.core.absent import refuse_exceptions, refuse_layers, refuse_sites, refuse_targets, refuse_tokens
+from mixadapters.core.absent import (
+    refuse_exceptions,
+    refuse_layers,
+    refuse_sites,
+    refuse_targets,
+    refuse_task,
+    refuse_tokens,
+)
 from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.context import ForwardContext
@@ -176,6 +183,7 @@ class Injection(SiteFinder):
         A saved adapter may name more than it uses: its keys and shapes say what it is.
         """
         made_here = being_loaded() is None
+        refuse_task(config.task_type, self.model)
         if named is not None and made_here:
             refuse_sites(named, (*self.roles(config), *self.taps(config)), self.model)
         if config.sites is None:

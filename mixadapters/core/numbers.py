@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixadapters.core.fields import finite
-
 
 def whole_numbers(name: str, values: Any) -> Tensor:
     """`values` as a tensor. Raises ValueError where they are no whole numbers."""
@@ -26,12 +24,6 @@ def real_numbers(name: str, values: Any, device: torch.device | str | None = Non
             f"{name}={values!r} must be a number, or one for each row of the batch, and is of {numbers.dtype}"
         )
     return numbers.to(device, torch.float32)
-
-
-def check_share(name: str, value: Any) -> None:
-    """Raises ValueError where `value` is no number from 0 to 1."""
-    if not (finite(value) and 0 <= value <= 1):
-        raise ValueError(f"{name}={value!r} must be a number from 0 to 1")
 
 
 def _read(name: str, values: Any, wanted: str) -> Tensor:

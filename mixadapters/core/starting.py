@@ -1,19 +1,36 @@
-"""What a command of this package does when it is interrupted before it has begun: while its imports run."""
+"""A command of this package reads its arguments before the package imports torch and the rest, which takes seconds."""
 
 from __future__ import annotations
 
+import importlib
+import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import FrameType
+
+_waiting: list[str] = []
 
 
-@contextmanager
-def ended_quietly() -> Iterator[None]:
-    """Around imports: Ctrl-C while `python -m mixadapters...` looks for its module ends it without a traceback."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if sys.argv[:1] != ["-m"]:  # so Python calls a module that it has not found yet; others see the interruption
-            raise
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+def waits(package: str) -> bool:
+    """Whether a package is to leave out its imports: while `python -m mixadapters...` looks for its module.
+
+    `import_what_waits` makes up for it.
+    """
+    if sys.argv[:1] != ["-m"]:  # so Python calls a module that it has not found yet
+        return False
+    _waiting.append(package)
+    return True
+
+
+def import_what_waits() -> None:
+    """For a command that has read its arguments: the packages whose imports were left out, anew."""
+    while _waiting:
+        importlib.reload(sys.modules[_waiting.pop(0)])
+
+
+def end_by_signal() -> None:
+    """SIGTERM ends this process as an exception does, so that what is half-written is taken away."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)

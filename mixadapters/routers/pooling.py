@@ -130,7 +130,9 @@ class Remembering(Pooling):
         key = self.key(context)
         if context.record.training:
             if stream.cached:
-                raise ValueError(f"{self.said} cannot train on a sequence that a cache begins")
+                raise ValueError(
+                    f"{self.said} cannot train on a sequence that a cache begins; to generate, call model.eval()"
+                )
             return None, key
         if stream.cache is None:
             return context.record.router_state, key

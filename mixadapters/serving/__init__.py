@@ -1,26 +1,29 @@
 """Serving adapters and mixtures: requests that name what they want, and requests that choose."""
 
-from mixadapters.serving.cascade import Calibration, CascadeOutput, ConfidenceCascade, confidence
-from mixadapters.serving.composition import CompositionRouter
-from mixadapters.serving.contrast import SelfContrastLogitsProcessor
-from mixadapters.serving.engine import AdapterServer
-from mixadapters.serving.expert_cache import ExpertCache, expert_aware_batches, request_experts, token_experts
-from mixadapters.serving.global_local import FeatureGaussian, GlobalLocalMixture
-from mixadapters.serving.pooled_states import PooledStates
-from mixadapters.serving.pregating import PregateAgreement, distill_pregate, pregate_agreement
-from mixadapters.serving.requests import (
-    AdapterRefused,
-    AdapterUnreadable,
-    DeadlineExceeded,
-    Request,
-    RequestCancelled,
-    Result,
-    ServerBusy,
-    ServerStopped,
-    UnknownAdapter,
-)
-from mixadapters.serving.ring import ExpertRing
-from mixadapters.serving.selection import Budget, Selection, fit_mapping, mask_gate, select_experts
+from mixadapters.core.starting import waits
+
+if not waits(__name__):  # a command reads its arguments first
+    from mixadapters.serving.cascade import Calibration, CascadeOutput, ConfidenceCascade, confidence
+    from mixadapters.serving.composition import CompositionRouter
+    from mixadapters.serving.contrast import SelfContrastLogitsProcessor
+    from mixadapters.serving.engine import AdapterServer
+    from mixadapters.serving.expert_cache import ExpertCache, expert_aware_batches, request_experts, token_experts
+    from mixadapters.serving.global_local import FeatureGaussian, GlobalLocalMixture
+    from mixadapters.serving.pooled_states import PooledStates
+    from mixadapters.serving.pregating import PregateAgreement, distill_pregate, pregate_agreement
+    from mixadapters.serving.requests import (
+        AdapterRefused,
+        AdapterUnreadable,
+        DeadlineExceeded,
+        Request,
+        RequestCancelled,
+        Result,
+        ServerBusy,
+        ServerStopped,
+        UnknownAdapter,
+    )
+    from mixadapters.serving.ring import ExpertRing
+    from mixadapters.serving.selection import Budget, Selection, fit_mapping, mask_gate, select_experts
 
 __all__ = [
     "AdapterRefused",

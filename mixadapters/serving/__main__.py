@@ -1,72 +1,24 @@
-"""`python -m mixadapters.serving --base MODEL --adapters DIR`: the endpoint of a base model and its adapters."""
+"""`python -m mixadapters.serving --base MODEL --adapters DIR`: the endpoint of a base model and its adapters.
+
+Arguments and folders are checked before torch and the rest are imported.
+"""
 
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import logging
 import math
-import os
-import signal
-import threading
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import torch
-import uvicorn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from mixadapters.serving.composition import CompositionRouter
-from mixadapters.serving.endpoint import Endpoint
-from mixadapters.serving.engine import AdapterServer
-from mixadapters.serving.folder import AdapterFolder
-from mixadapters.serving.pooled_states import PooledStates
-from mixadapters.serving.scheduler import SCHEDULERS
+from mixadapters.core.folders import MODEL_FILE, check_saved
+from mixadapters.core.starting import import_what_waits
+from mixadapters.serving.hosts import TOKEN, token_for
 
 logger = logging.getLogger("mixadapters.serving")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-TOKEN = "MIXADAPTERS_TOKEN"  # of the environment: arguments are seen by everybody on the machine
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn, whose end is also that of the engine: requests that run have `grace` seconds, then they get an error.
-
-    Args:
-        engine: what answers.
-        grace: seconds.
-    """
-
-    should_exit: bool
-    force_exit: bool
-
-    def __init__(self, config: uvicorn.Config, engine: AdapterServer, grace: float) -> None:
-        super().__init__(config)
-        self.engine, self.grace = engine, grace
-        self._ending: threading.Thread | None = None
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End in order. Not uvicorn's own, which raises the signal again at the end: nothing after it would be run."""
-        self.end_engine()
-        self.force_exit = self.should_exit and sig == signal.SIGINT
-        self.should_exit = True
-
-    def end_engine(self) -> None:
-        """Take no more requests. Connections close when theirs are answered."""
-        if self._ending is None:
-            self._ending = threading.Thread(target=self.engine.stop, args=(self.grace,))
-            self._ending.start()
-
-    def serve_until_stopped(self) -> None:
-        """Serve until SIGINT or SIGTERM, or until `should_exit` is set."""
-        self.engine.start()
-        try:
-            self.run()
-        finally:
-            self.end_engine()
-            assert self._ending is not None
-            self._ending.join()
+SCHEDULERS = ("fair", "fifo")
 
 
 def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -93,6 +45,10 @@ def _seconds(above: float = -1e-9) -> Callable[[str], float]:
 
 
 def _device(given: str) -> str:
+    if given == "cpu":
+        return given
+    import torch
+
     try:
         torch.empty(0, device=given)
     except (RuntimeError, AssertionError) as error:
@@ -116,7 +72,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--device", type=_device, default="cpu", help="such as cuda, or cuda:1")
     parser.add_argument("--check-base-model", action=argparse.BooleanOptionalAction, default=True,
                         help="refuse LoRA folders that name another base model")  # fmt: skip
-    parser.add_argument("--scheduler", choices=list(SCHEDULERS), default="fair", help="the order of prompts")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, default="fair", help="the order of prompts")
     parser.add_argument("--sampling", action="store_true", help="requests may give a temperature")
     parser.add_argument("--max-requests", type=_whole(1), default=256, help="running or waiting; more get status 429")
     parser.add_argument("--max-running", type=_whole(1), default=64, help="requests of a step")
@@ -132,40 +88,12 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def http_server(options: argparse.Namespace, model: Any, tokenizer: Any) -> HttpServer:
-    """The endpoint of a model, with all adapters of its folder.
-
-    Raises:
-        ValueError: an adapter with the base's name, an option out of range, or an open host without a token.
-    """
-    token = os.environ.get(TOKEN) or None
-    if token is None and not loopback(options.host):
-        raise ValueError(f"--host {options.host} is open to others: set a token in the environment, {TOKEN}")
-    folder = AdapterFolder(options.adapters)
-    router = None if options.router is None else CompositionRouter.load(options.router, PooledStates(model))
-    engine = AdapterServer(
-        model, tokenizer=tokenizer, router=router, max_requests=options.max_requests, max_running=options.max_running,
-        max_batch_tokens=options.max_batch_tokens, cache_tokens=options.cache_tokens, sampling=options.sampling,
-        max_resident=options.max_resident, scheduler=options.scheduler, check_base_model=options.check_base_model,
-        offload_folder=options.offload_folder,
-    )  # fmt: skip
-    base = options.name or Path(options.base).name
-    endpoint = Endpoint(
-        engine, folder, base=base, token=token, deadline=options.deadline, largest_body=options.largest_body
-    )
-    endpoint.load_all()
-    config = uvicorn.Config(
-        endpoint.app(), host=options.host, port=options.port, log_level="info", access_log=False,
-        timeout_graceful_shutdown=int(options.grace) + 5,
-    )  # fmt: skip
-    return HttpServer(config, engine, options.grace)
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError: an open host without a token, or folders that are not there."""
+    token_for(options.host)
+    if not options.adapters.is_dir():
+        raise ValueError(f"--adapters {str(options.adapters)!r}: there is no such folder")
+    check_saved("--base", options.base, MODEL_FILE)
 
 
 def main(given: list[str] | None = None) -> None:
@@ -173,14 +101,23 @@ def main(given: list[str] | None = None) -> None:
     options = parser.parse_args(given)
     logging.basicConfig(level=logging.INFO)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.base)
-        model = AutoModelForCausalLM.from_pretrained(options.base, dtype=options.dtype).to(options.device)
-    except (OSError, ValueError) as error:
-        parser.error(f"--base {options.base}: {error}")
-    try:
+        check(options)
+        import_what_waits()
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from mixadapters.serving.http_server import http_server
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(options.base)
+            model = AutoModelForCausalLM.from_pretrained(options.base, dtype=options.dtype).to(options.device)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--base {options.base}: {error}") from error
         server = http_server(options, model, tokenizer)
     except ValueError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     logger.info("adapters: %s", server.engine.adapters.names)
     server.serve_until_stopped()
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixadapters.core.numbers import check_share
+from mixadapters.core.fields import check_share
 from mixadapters.core.registry import nearest
 from mixadapters.core.rows import BASE
 

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mixadapters.core.files import read_config, weights_of, written_aside
-from mixadapters.core.numbers import check_share
+from mixadapters.core.fields import check_share
+from mixadapters.core.files import read_config, weights_of
+from mixadapters.core.folders import written_aside
 from mixadapters.core.rows import BASE
 
 CONFIG, TEXTS = "composition.json", "composition.safetensors"

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mixadapters.core.files import weights_of, written_aside
-from mixadapters.core.numbers import check_share
+from mixadapters.core.fields import check_share
+from mixadapters.core.files import weights_of
+from mixadapters.core.folders import written_aside
 from mixadapters.core.registry import nearest
 from mixadapters.core.rows import BASE
 from mixadapters.serving.cascade import count_rows, rows_of

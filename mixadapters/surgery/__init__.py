@@ -1,8 +1,8 @@
 """Seeing and cutting experts: those of our mixtures and those of MoE base models."""
 
-from mixadapters.core.starting import ended_quietly
+from mixadapters.core.starting import waits
 
-with ended_quietly():
+if not waits(__name__):  # a command reads its arguments first
     from mixadapters.surgery.compressed import compress_folder, expand_compressed, load_compressed, save_compressed
     from mixadapters.surgery.compressing import Compression, compress_experts
     from mixadapters.surgery.extraction import Extraction, extract_experts, using_experts

@@ -1,13 +1,33 @@
-"""`python -m mixadapters.surgery COMMAND`: see docs/surgery.md, or `--help`."""
+"""`python -m mixadapters.surgery COMMAND`: see docs/surgery.md, or `--help`.
+
+A command reads its arguments and its files first. Only `Inputs`, or what follows the last check, imports torch.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from mixadapters.core.fields import check_share
+from mixadapters.core.folders import check_saved_pair, folder_aside, new_folder
+from mixadapters.core.starting import end_by_signal, import_what_waits
+from mixadapters.surgery.choices import (
+    AVERAGINGS,
+    CODECS,
+    COMPRESSIONS,
+    CRITERIA,
+    GROUPINGS,
+    ROUNDINGS,
+    SCALES,
+    SIMILARITIES,
+    check_tolerance,
+)
+from mixadapters.surgery.texts import read_texts
 
 USAGE = """usage: python -m mixadapters.surgery COMMAND MODEL [--adapter ADAPTER] --data FILE ...
 
@@ -19,6 +39,7 @@ USAGE = """usage: python -m mixadapters.surgery COMMAND MODEL [--adapter ADAPTER
   expand   the folder that `compress` has written as an ordinary one
 COMMAND --help lists all arguments, with an example. A text of FILE is a line of a .txt, or a field of a line of a
 .jsonl."""
+SILENCE = 20.0  # seconds without a word where there is no bar
 ADAPTERS = "mistral-7b --adapter runs/mixture"  # of examples
 
 
@@ -49,9 +70,6 @@ class Inputs:
     """The texts, the model and its tokenizer. What can be wrong with arguments is found before these load."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from mixadapters.surgery.loading import check_names, load_model, load_tokenizer
-        from mixadapters.surgery.texts import read_texts
-
         for name in ("limit", "length", "batch", "keep", "factor", "groups"):
             number = getattr(args, name, None)
             if number is not None and not 1 <= number < float("inf"):
@@ -63,7 +81,14 @@ class Inputs:
             raise ValueError(f"--label {wanted!r} is no label of {str(args.data)!r}; have {have}")
         if self.read.left_out:
             _say(f"{len(self.read.texts)} texts are read, {self.read.left_out} are left out by --limit {args.limit}")
-        check_names(args.model, args.adapter)
+        check_saved_pair(args.model, args.adapter)
+        import_what_waits()
+        from transformers import logging as transformers_logging
+
+        from mixadapters.surgery.loading import load_model, load_tokenizer
+
+        if not _on_terminal():
+            transformers_logging.disable_progress_bar()
         self.tokenizer = load_tokenizer(args.model)
         self.model: Any = load_model(args.model, args.adapter, args.device)
         # Of an adapter's experts, or of the base's.
@@ -75,13 +100,11 @@ class Inputs:
 
     def batches(self, what: str) -> Iterator[tuple[dict[str, Any], list[str] | None]]:
         """Arguments of the model and the labels of their rows, under a progress bar."""
-        from tqdm import tqdm
-
         from mixadapters.surgery.tracing import padded, read_tokens
 
         rows = read_tokens(self.model, self.tokenizer, self.read.texts, self.args.length)
         size, labels = self.args.batch, self.read.labels
-        for start in tqdm(range(0, len(rows), size), what, unit="batch", disable=not _on_terminal(), leave=False):
+        for start in _followed(range(0, len(rows), size), what):
             part = slice(start, start + size)
             yield padded(self.model, rows[part]), None if labels is None else labels[part]
 
@@ -108,10 +131,6 @@ class Inputs:
 
 
 def report(arguments: Sequence[str]) -> int:
-    from mixadapters.core.files import folder_aside, new_folder
-    from mixadapters.surgery.overspecification import overspecification_report
-    from mixadapters.surgery.reporting import report as reported
-
     parser = _parser(
         "report", "What the experts of a model are, cost, and do with some texts.", 256,
         f"{ADAPTERS} --data texts.jsonl --out report",
@@ -121,6 +140,9 @@ def report(arguments: Sequence[str]) -> int:
     if args.out is not None:
         new_folder(args.out)
     inputs = Inputs(args)
+    from mixadapters.surgery.overspecification import overspecification_report
+    from mixadapters.surgery.reporting import report as reported
+
     usage = inputs.usage()
     batches = (batch for batch, _ in inputs.batches("experts that compute the same"))
     same = overspecification_report(inputs.model, batches, adapter=inputs.owner)
@@ -140,9 +162,6 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def routes(arguments: Sequence[str]) -> int:
-    from mixadapters.surgery.page import write_page
-    from mixadapters.surgery.tracing import routes as routed
-
     parser = _parser(
         "routes", "A page of text, coloured by the expert that took each token.", 6,
         f"{ADAPTERS} --data texts.jsonl --out routes.html",
@@ -152,6 +171,13 @@ def routes(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     _check_new_file(args.out, ".html")
     inputs = Inputs(args)
+    from mixadapters.surgery.page import check_counts, write_page
+    from mixadapters.surgery.tracing import most_choices, read_tokens
+    from mixadapters.surgery.tracing import routes as routed
+
+    rows = read_tokens(inputs.model, inputs.tokenizer, inputs.read.texts, args.length)
+    tokens = sum(map(len, rows))
+    check_counts(tokens, tokens * most_choices(inputs.model, inputs.owner))
     table = routed(
         inputs.model, inputs.tokenizer, inputs.read.texts, inputs.read.labels, adapter=inputs.owner,
         length=args.length, batch=args.batch, progress=_on_terminal(),
@@ -163,8 +189,6 @@ def routes(arguments: Sequence[str]) -> int:
 
 
 def prune(arguments: Sequence[str]) -> int:
-    from mixadapters.surgery.pruning import CRITERIA, prune_experts
-
     parser = _parser(
         "prune", "The experts that matter least for some texts leave.", 256,
         "olmoe-1b-7b --data texts.jsonl --label law --factor 2 --out pruned",
@@ -179,6 +203,8 @@ def prune(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
 
     def verb(inputs: Inputs, usage: Any, criterion: Any = args.criterion, **options: Any) -> Any:
+        from mixadapters.surgery.pruning import prune_experts
+
         return prune_experts(
             inputs.model, usage, args.keep, factor=args.factor, criterion=criterion, scope=args.scope,
             preserve_mass=args.preserve_mass, **options,
@@ -191,9 +217,6 @@ def prune(arguments: Sequence[str]) -> int:
 
 
 def merge(arguments: Sequence[str]) -> int:
-    from mixadapters.surgery.merging import AVERAGINGS, GROUPINGS, SIMILARITIES, merge_experts
-    from mixadapters.surgery.overspecification import check_tolerance, overspecification_report
-
     parser = _parser(
         "merge", "Experts that serve the same tokens of some texts, or compute the same, become one.", 256,
         f"{ADAPTERS} --data texts.jsonl --groups 4 --out merged",
@@ -212,11 +235,21 @@ def merge(arguments: Sequence[str]) -> int:
     _add_cutting(parser)
     args = parser.parse_args(arguments)
     if args.doubles is not None:
-        check_tolerance(args.doubles)
+        check_tolerance("--doubles", args.doubles)
         if (args.similarity, args.grouping, args.scope) != ("router_logits", "dominant", "layer"):
             raise ValueError("--doubles says which experts become one: leave out --similarity, --grouping and --scope")
 
+    def check(inputs: Inputs) -> None:
+        from mixadapters.surgery.pruning import layers_to_cut
+
+        most = max(len(layer.names) for layer in layers_to_cut(inputs.model, inputs.owner))
+        if args.groups is not None and args.groups > most:
+            raise ValueError(f"--groups {args.groups}: no layer has more than {most} experts")
+
     def verb(inputs: Inputs, usage: Any, **options: Any) -> Any:
+        from mixadapters.surgery.merging import merge_experts
+        from mixadapters.surgery.overspecification import overspecification_report
+
         groups: Any = args.groups
         if args.doubles is not None:
             batches = (batch for batch, _ in inputs.batches("experts that compute the same"))
@@ -227,21 +260,16 @@ def merge(arguments: Sequence[str]) -> int:
             align=not args.no_align, weight=args.weight, scope=args.scope, **options,
         )  # fmt: skip
 
-    return _cut(args, verb)
+    return _cut(args, verb, check)
 
 
 def compress(arguments: Sequence[str]) -> int:
-    from mixadapters.core.files import folder_aside, new_folder
-    from mixadapters.surgery.compressed import save_compressed
-    from mixadapters.surgery.compressing import OPTIONS, compress_experts
-    from mixadapters.surgery.qmoe import CODECS, ROUNDINGS, SCALES
-
     parser = _parser(
         "compress", "Smaller experts, calibrated on some texts, in a folder of codes.", 64,
         "olmoe-1b-7b --data texts.jsonl --out compressed",
     )  # fmt: skip
     parser.add_argument(
-        "--method", choices=tuple(OPTIONS), default="qmoe",
+        "--method", choices=tuple(COMPRESSIONS), default="qmoe",
         help="ternary weights, or products of low rank with some rows beside; default: qmoe",
     )  # fmt: skip
     parser.add_argument("--scale", choices=SCALES, help="qmoe: of each row's two values; default: minmax")
@@ -253,8 +281,11 @@ def compress(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="new folder, for the result")
     args = parser.parse_args(arguments)
     new_folder(args.out)
-    options = _options_of(args, OPTIONS)
+    options = _options_of(args)
     inputs = Inputs(args)
+    from mixadapters.surgery.compressed import save_compressed
+    from mixadapters.surgery.compressing import compress_experts
+
     batches = [batch for batch, _ in inputs.batches("texts")]
     told = compress_experts(
         inputs.model, batches, method=args.method, adapter=inputs.owner, dry_run=args.dry_run, **options
@@ -274,15 +305,13 @@ def compress(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _options_of(args: argparse.Namespace, methods: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _options_of(args: argparse.Namespace) -> dict[str, Any]:
     """Those of a method that were given. Raises ValueError for those of another, and for shares out of range."""
-    from mixadapters.surgery.lowrank import check_share
-
     given = {"scale": args.scale, "rounding": args.rounding, "codec": args.codec, "share": args.share,
              "keep": args.keep_rows}  # fmt: skip
     given = {name: value for name, value in given.items() if value is not None}
     flags = {name: "--keep-rows" if name == "keep" else f"--{name}" for name in given}
-    if odd := [flags[name] for name in given if name not in methods[args.method]]:
+    if odd := [flags[name] for name in given if name not in COMPRESSIONS[args.method]]:
         raise ValueError(f"{odd[0]} is no option of --method {args.method}")
     for name in given.keys() & {"share", "keep"}:
         check_share(flags[name], given[name])
@@ -290,9 +319,6 @@ def _options_of(args: argparse.Namespace, methods: dict[str, dict[str, Any]]) ->
 
 
 def expand(arguments: Sequence[str]) -> int:
-    from mixadapters.core.files import new_folder
-    from mixadapters.surgery.compressed import expand_compressed
-
     parser = _bare_parser(
         "expand", "The folder that `compress` has written as an ordinary one, for stock libraries.",
         "compressed --out expanded",
@@ -303,6 +329,9 @@ def expand(arguments: Sequence[str]) -> int:
     if not args.folder.is_dir():
         raise ValueError(f"FOLDER {str(args.folder)!r}: there is no such folder")
     new_folder(args.out)
+    import_what_waits()
+    from mixadapters.surgery.compressed import expand_compressed
+
     expand_compressed(args.folder, args.out)
     _say(f"wrote {args.out}")
     return 0
@@ -319,8 +348,6 @@ def _cut(
     args: argparse.Namespace, verb: Callable[..., Any], check: Callable[[Inputs], object] = lambda inputs: None
 ) -> int:
     """Record, cut and save. check: raises ValueError for what cannot be cut so, before the texts are read."""
-    from mixadapters.core.files import folder_aside, new_folder
-
     new_folder(args.out)
     inputs = Inputs(args)
     check(inputs)
@@ -344,6 +371,21 @@ def _check_new_file(path: Path, suffix: str) -> None:
         raise ValueError(f"--out {str(path)!r} is there already; name a new file")
     if not path.parent.is_dir():
         raise ValueError(f"--out {str(path)!r}: there is no folder {str(path.parent)!r}")
+
+
+def _followed(starts: range, what: str) -> Iterator[int]:
+    """Under a progress bar; without a terminal a line from time to time."""
+    if _on_terminal():
+        from tqdm import tqdm
+
+        yield from tqdm(starts, what, unit="batch", leave=False)
+        return
+    said = time.monotonic()
+    for number, start in enumerate(starts):
+        if time.monotonic() - said > SILENCE:
+            _say(f"{what}: {number} of {len(starts)} batches")
+            said = time.monotonic()
+        yield start
 
 
 def _on_terminal() -> bool:
@@ -370,10 +412,6 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE, file=sys.stderr)
         return 0 if command in ("-h", "--help") else 2
     try:
-        from transformers import logging as transformers_logging
-
-        if not _on_terminal():
-            transformers_logging.disable_progress_bar()
         return COMMANDS[command](arguments)
     except (ValueError, OSError) as error:
         _say(f"error: {error}")
@@ -384,4 +422,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_by_signal()
     sys.exit(main())

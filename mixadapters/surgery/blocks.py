@@ -221,6 +221,10 @@ class BaseExperts(ExpertLayer):
         columns = [self.map.numbers.tolist().index(e) for e in range(len(self.names))]
         return rows.detach()[columns]
 
+    @property
+    def router_entries(self) -> int:
+        return int(_found(self.block, self.base.rows[0])[2].numel())
+
     # --- cutting ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -23,11 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mixadapters.core.config import one_of
-from mixadapters.core.files import digest_of, folder_aside, new_folder, read_config, weights_of
+from mixadapters.core.files import digest_of, read_config, weights_of
+from mixadapters.core.folders import folder_aside, new_folder
+from mixadapters.surgery.choices import CODECS
 from mixadapters.surgery.codec import EncodedRows, PackedRows
 from mixadapters.surgery.layouts import EXPERTS_FILE
 from mixadapters.surgery.lowrank import LowRankSparse, content_digest
-from mixadapters.surgery.qmoe import CODECS, TernaryMatrix, encode_matrix
+from mixadapters.surgery.qmoe import TernaryMatrix, encode_matrix
 from mixadapters.surgery.saving import load_pruned
 
 INDEX = "compression.json"  # which tensors lie in codes, by file

@@ -13,17 +13,14 @@ from torch import Tensor, nn
 from mixadapters.core.bank import Weights
 from mixadapters.core.config import one_of
 from mixadapters.core.evaluation import in_evaluation
+from mixadapters.core.fields import check_share
 from mixadapters.kernels import ACTIVATIONS
+from mixadapters.surgery.choices import CODECS, COMPRESSIONS, ROUNDINGS, SCALES
 from mixadapters.surgery.layers import ExpertLayer, Routed
-from mixadapters.surgery.lowrank import LowRankSparse, check_share, content_digest, low_rank_sparse_expert
+from mixadapters.surgery.lowrank import LowRankSparse, content_digest, low_rank_sparse_expert
 from mixadapters.surgery.pruning import layers_to_cut
-from mixadapters.surgery.qmoe import CODECS, MATRICES, ROUNDINGS, SCALES, encode_matrix, ternary_expert
+from mixadapters.surgery.qmoe import MATRICES, encode_matrix, ternary_expert
 from mixadapters.surgery.view import expert_output
-
-OPTIONS: dict[str, dict[str, Any]] = {  # of each method, with their defaults
-    "qmoe": {"scale": "minmax", "rounding": "gptq", "damping": 0.1, "codec": "qmoe"},
-    "lowrank_sparse": {"share": 0.25, "keep": 0.1},
-}
 
 
 class Shrunk(NamedTuple):
@@ -185,8 +182,8 @@ def _compress(
 
 def _shrink(method: str, given: dict[str, Any]) -> tuple[Shrink, dict[str, Any]]:
     """What a method makes of an expert, and all of its options. Raises ValueError for those that it does not have."""
-    one_of("method", method, OPTIONS)
-    defaults = OPTIONS[method]
+    one_of("method", method, COMPRESSIONS)
+    defaults = COMPRESSIONS[method]
     for name in given:
         one_of(f"option of method={method!r}", name, defaults)
     options = defaults | given

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from mixadapters.core.bank import AdapterBank, Weights
 from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import finite
-from mixadapters.core.files import weights_of, written_aside
+from mixadapters.core.files import weights_of
+from mixadapters.core.folders import written_aside
 from mixadapters.core.hooks import root_of
 from mixadapters.core.routing import Routing
 from mixadapters.surgery.splitting import split_expert

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.bank import Weights
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_share
 from mixadapters.surgery.function import hidden_of, read_by
 
 
@@ -102,8 +102,3 @@ def low_rank_sparse_expert(
     weights = weights._replace(**changed)
     hidden = None if read is None or inputs is None else hidden_of(weights, inputs, activation)
     return weights._replace(up=shrink("up", weights.up, hidden)), forms
-
-
-def check_share(name: str, value: Any) -> None:
-    if not finite(value) or not 0 <= value <= 1:
-        raise ValueError(f"{name}={value!r} must be a share, from 0 to 1")

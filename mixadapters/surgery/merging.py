@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,14 @@ from torch.nn import functional as F
 from mixadapters.core.bank import Weights
 from mixadapters.core.registry import nearest
 from mixadapters.routers.permutation import assignment
+from mixadapters.surgery.choices import (
+    AVERAGINGS,
+    GROUPINGS,
+    SIMILARITIES,
+    Averaging,
+    Grouping,
+    Similarity,
+)
 from mixadapters.surgery.layers import ExpertLayer
 from mixadapters.surgery.layouts import settle_config
 from mixadapters.surgery.overspecification import same_cells
@@ -27,12 +35,6 @@ from mixadapters.surgery.pruning import check_usage, choose_kept, layers_to_cut,
 from mixadapters.surgery.usage import ExpertUsage
 from mixadapters.surgery.view import expert_output
 
-Similarity = Literal["router_logits", "router_weight", "weight", "output"]
-SIMILARITIES: tuple[str, ...] = get_args(Similarity)
-Averaging = Literal["usage", "uniform", "dominant"]
-AVERAGINGS: tuple[str, ...] = get_args(Averaging)
-Grouping = Literal["dominant", "spectral"]
-GROUPINGS: tuple[str, ...] = get_args(Grouping)
 ROWS = 256  # random inputs on which experts are compared where none are given
 
 
@@ -147,7 +149,7 @@ def merge_experts(
     if isinstance(groups, Mapping):
         stands = _named_groups(layers, groups, used)
     else:
-        stay = choose_kept(layers, used, groups, None, scope)
+        stay = choose_kept(layers, used, groups, None, scope, "groups")
         stands = {}
         for layer in layers:
             among = stay[layer.key] if grouping == "dominant" else range(len(layer.names))

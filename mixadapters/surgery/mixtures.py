@@ -153,6 +153,11 @@ class MixtureExperts(ExpertLayer):
         rows = router.output.weight.detach()
         return rows[[numbers.index(place) for place in self.places]]
 
+    @property
+    def router_entries(self) -> int:
+        router: Any = self.mixture.router
+        return 0 if "leader" in router.__dict__ else sum(p.numel() for p in router.parameters() if p.dim() == 2)
+
     # --- cutting ----------------------------------------------------------------------------------------------
 
     def keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mixadapters.core.bank import Weights
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import finite
+from mixadapters.surgery.choices import check_tolerance
 from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers
 from mixadapters.surgery.view import expert_output
 
@@ -83,11 +83,6 @@ def needed_places(sizes: Sequence[int], top_k: int) -> int:
     return sum(sorted(sizes, reverse=True)[:top_k])
 
 
-def check_tolerance(tolerance: float) -> None:
-    if not finite(tolerance) or tolerance < 0:
-        raise ValueError(f"tolerance={tolerance!r} must be a finite number, not below 0; 2 means nothing in common")
-
-
 def layer_cells(
     outputs: Tensor, names: Sequence[str], *, top_k: int | None, tolerance: float = 0.01, path: str = ""
 ) -> LayerCells:
@@ -99,9 +94,9 @@ def layer_cells(
         tolerance: distance below which two compute the same, see `function_distances`.
 
     Raises:
-        ValueError: a tolerance below 0.
+        ValueError: a tolerance that is not from 0 to 2.
     """
-    check_tolerance(tolerance)
+    check_tolerance("tolerance", tolerance)
     distances = function_distances(outputs)
     cells = same_cells(distances, tolerance)
     needed = None if top_k is None else needed_places([len(cell) for cell in cells], top_k)
@@ -183,7 +178,7 @@ def overspecification_report(
     Raises:
         ValueError: the model has no experts, `data` reach none of them, or a number is out of range.
     """
-    check_tolerance(tolerance)
+    check_tolerance("tolerance", tolerance)
     if type(samples) is not int or samples < 1:
         raise ValueError(f"samples={samples!r} must be a number of rows, at least 1")
     layers = expert_layers(model, adapter)

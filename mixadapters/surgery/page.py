@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mixadapters.core.files import written_aside
+from mixadapters.core.folders import written_aside
 from mixadapters.core.usage import WITHOUT_EXPERT
 from mixadapters.surgery.tracing import LayerRoutes, RouteTable
 
@@ -68,8 +68,12 @@ def check_size(table: RouteTable) -> None:
     """Raises ValueError where there is nothing to show, or more than a browser draws with ease."""
     if not table.layers or not any(table.tokens):
         raise ValueError(f"a page of {len(table.tokens)} texts and {len(table.layers)} layers has nothing to show")
-    tokens = sum(map(len, table.tokens))
     choices = sum(experts.numel() for layer in table.layers for experts in layer.experts)
+    check_counts(sum(map(len, table.tokens)), choices)
+
+
+def check_counts(tokens: int, choices: int) -> None:
+    """Raises ValueError where that is more than a browser draws with ease."""
     if tokens > MOST_TOKENS or choices > MOST_CHOICES:
         raise ValueError(
             f"{tokens:,} tokens with {choices:,} choices of experts in all layers are too much for a page, which "

@@ -10,19 +10,17 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mixadapters.core.registry import nearest
+from mixadapters.surgery.choices import CRITERIA, Criterion
 from mixadapters.surgery.layers import ExpertLayer, expert_layers
 from mixadapters.surgery.layouts import settle_config
 from mixadapters.surgery.mixtures import MixtureExperts, mixture_layers
 from mixadapters.surgery.usage import ExpertUsage, LayerUsage
-
-Criterion = Literal["saliency", "usage", "router_weighted_norm", "random"]
-CRITERIA: tuple[str, ...] = get_args(Criterion)
 
 
 @dataclass(frozen=True)
@@ -198,9 +196,17 @@ def scores_of(layer: ExpertLayer, usage: ExpertUsage | None, criterion: str, see
 
 
 def choose_kept(
-    layers: Sequence[ExpertLayer], scores: Mapping[str, Tensor], keep: int | None, factor: float | None, scope: str
+    layers: Sequence[ExpertLayer],
+    scores: Mapping[str, Tensor],
+    keep: int | None,
+    factor: float | None,
+    scope: str,
+    called: str = "keep",
 ) -> dict[str, list[int]]:
     """The numbers of the experts that stay, by layer. Layers of one router lose the same, by the sum of their shares.
+
+    Args:
+        called: what the caller calls `keep`, in messages.
 
     Raises:
         ValueError: more experts than there are would stay; or a global scope, and a router that chooses among groups.
@@ -213,7 +219,7 @@ def choose_kept(
             unit[name] = unit.get(name, 0.0) + share
     most = max(map(len, units.values()))
     if keep is not None and keep > most:
-        raise ValueError(f"keep={keep}: no layer has more than {most} experts")
+        raise ValueError(f"{called}={keep}: no layer has more than {most} experts")
     wanted = {r: min(len(u), math.ceil(len(u) / factor) if factor else keep or 1) for r, u in units.items()}
     groups = {layer.router: layer.groups for layer in layers}
     if scope == "global":

@@ -14,14 +14,12 @@ from torch import Tensor
 
 from mixadapters.core.bank import Weights
 from mixadapters.core.config import one_of
+from mixadapters.surgery.choices import CODECS, ROUNDINGS, SCALES
 from mixadapters.surgery.codec import EncodedRows, PackedRows, decode, encode, pack, unpack
 from mixadapters.surgery.function import hidden_of, read_by
 from mixadapters.surgery.gptq import gptq, nearest_rounding, second_moments
 
-SCALES = ("minmax", "mean")
-ROUNDINGS = ("gptq", "nearest")
 LARGE = 0.75  # of the mean magnitude of a row: weights above it make up the values of scale "mean"
-CODECS = ("qmoe", "packed")  # words of the dictionary, or five weights to a byte
 MATRICES = ("down", "gate", "up")  # of an expert
 
 

@@ -197,7 +197,6 @@ def _layer(layer: ExpertLayer, usage: ExpertUsage | None, found: Overspecificati
     if layer.top_k is None and recorded is not None and recorded.rows:
         active = float(recorded.tokens.sum() / recorded.rows)
     share = active / len(experts)
-    rows = layer.router_rows()
     matrices = sum(part.numel() for weights in experts for part in _tensors(weights) if part.dim() == 2)
     parameters = sum(part.numel() for weights in experts for part in _tensors(weights))
     nbytes = sum(part.numel() * part.element_size() for weights in experts for part in _tensors(weights))
@@ -210,7 +209,7 @@ def _layer(layer: ExpertLayer, usage: ExpertUsage | None, found: Overspecificati
         width=layer.width,
         parameters=parameters,
         active_parameters=parameters * share,
-        flops=2 * (matrices * share + (0 if rows is None else rows.numel())),
+        flops=2 * (matrices * share + layer.router_entries),
         nbytes=nbytes,
         use=None if recorded is None or not recorded.rows else _use(recorded),
         duplicates=None if cells is None else cells.duplicates,

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from mixadapters.core.files import folder_aside
+from mixadapters.core.folders import folder_aside
 from mixadapters.core.hooks import root_of
 from mixadapters.surgery.bases import BASES
 from mixadapters.surgery.blocks import BaseExperts, base_layers

@@ -158,6 +158,12 @@ def routes(
     return RouteTable([spelling(tokenizer, row) for row in ids], found, None if labels is None else list(labels))
 
 
+def most_choices(model: nn.Module, adapter: str | None = None) -> int:
+    """How many choices `routes` keeps of a token, over all layers, where each of them runs once in a forward."""
+    layers = _one_of_each_router(expert_layers(model, adapter))
+    return sum(min(TOP, (layer.top_k or len(layer.names)) + (_frozen_arm(layer) is not None)) for layer in layers)
+
+
 def _one_of_each_router(layers: Sequence[ExpertLayer]) -> list[ExpertLayer]:
     found: dict[str, ExpertLayer] = {}
     for layer in layers:

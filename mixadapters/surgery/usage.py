@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mixadapters.core.files import written_aside
+from mixadapters.core.folders import written_aside
 from mixadapters.core.losses import entropy, real_only
 from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.view import ExpertLayer, Routed, context_of

@@ -117,6 +117,11 @@ class ExpertLayer(ABC):
     def router_rows(self) -> Tensor | None:
         """(E, d) the router's weights for each expert; None where it has no row for each."""
 
+    @property
+    @abstractmethod
+    def router_entries(self) -> int:
+        """Entries of the matrices by which a router multiplies a row here; 0 where that of another layer decides."""
+
     @abstractmethod
     def keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
         """Drop the experts that `order` does not name, and the router's columns for them.

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.fields import fits
-from mixadapters.core.files import digest_of, read_adapter, read_config, written_aside
+from mixadapters.core.files import digest_of, read_adapter, read_config
+from mixadapters.core.folders import check_misspelt, written_aside
 from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 
@@ -38,6 +39,7 @@ def read_folder(
     """
     source, revision = spec["source"], spec.get("revision")
     try:
+        check_misspelt(str(source))  # the hub would be asked ten times
         found = read_adapter(source, lambda kind: True, revision=revision)
     except ValueError as error:
         raise ValueError(f"{where} cannot be read as an adapter folder or hub id: {error}") from error

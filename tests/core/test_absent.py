@@ -108,3 +108,13 @@ def test_a_config_that_one_model_has_filled_in_serves_another_adapter(tiny) -> N
     model = get_peft_model(tiny("gpt2"), config)
     model.add_adapter("other", config)
     assert set(model.peft_config) == {"default", "other"}
+
+
+@pytest.mark.parametrize("kind", ["base", "masked_lm"])
+def test_a_task_of_models_that_generate_is_refused_for_encoders(tiny, kind) -> None:
+    encoder = tiny("bert", kind)
+    with pytest.raises(
+        ValueError, match=r"task_type='CAUSAL_LM' is of models that generate text, and Bert.* does not"
+    ):
+        get_peft_model(encoder, CONFIGS["bottleneck"](task_type="CAUSAL_LM"))
+    get_peft_model(encoder, CONFIGS["bottleneck"](task_type="FEATURE_EXTRACTION"))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = {
@@ -28,8 +31,8 @@ def documents(kind: str, count: int = 40) -> list[str]:
 @pytest.fixture
 def demo(monkeypatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    text = importlib.import_module("demo_text")
-    monkeypatch.setattr(text, "installation", lambda: {kind: documents(kind) for kind in WORDS})
+    files = importlib.import_module("demo_files")
+    monkeypatch.setattr(files, "installation", lambda *kinds: {kind: documents(kind) for kind in kinds or WORDS})
     return importlib.import_module("demo")
 
 
@@ -71,26 +74,91 @@ def test_demo_tells_its_story_and_a_fresh_process_agrees(demo, tmp_path, capsys)
     assert not any(word in page for word in ("src=", 'href="h', "url(", "//fonts"))
 
 
-def test_a_users_model_and_text(demo, tmp_path, monkeypatch) -> None:
-    from demo_models import new_base
+@pytest.fixture(scope="module")
+def users(tmp_path_factory) -> Path:
+    """What a user may bring: models, with the tokenizer of one, and files of text."""
+    folder = tmp_path_factory.mktemp("users")
+    for kind in ("code", "science", "general"):
+        (folder / f"{kind}.txt").write_text("\n\n".join(documents(kind)), encoding="utf-8")
+    (folder / "science.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents("science")))
+    (folder / "lines.txt").write_text("\n".join(documents("licences")), encoding="utf-8")
+    (folder / "one.txt").write_text(" ".join(documents("licences")), encoding="utf-8")
+    (folder / "empty.txt").write_text("\n\n")
+    (folder / "twice.txt").write_text("one document\n\n" * 40)
+    (folder / "short.txt").write_text("\n\n".join(map(str, range(30))))
+    (folder / "latin.txt").write_bytes("caf\xe9\n\n".encode("latin-1") * 40)
+    return folder
+
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def base(demo, users) -> Any:
+    """Saves a model of transformers with a tokenizer of 300 tokens; gives its folder."""
     from demo_text import new_tokenizer
 
     tokenizer = new_tokenizer((text for kind in WORDS for text in documents(kind)), 300)
-    tokenizer.save_pretrained(tmp_path / "base")
-    new_base(len(tokenizer), 32, 1, 20).save_pretrained(tmp_path / "base")
-    for kind in ("code", "science", "general"):
-        (tmp_path / kind).write_text("\n\n".join(documents(kind)), encoding="utf-8")
-    monkeypatch.setattr(demo.Demo, "fresh_process", lambda self, expected: True)
-    report = demo.main(
-        ["--base", str(tmp_path / "base"), "--domains", f"code={tmp_path / 'code'}", f"science={tmp_path / 'science'}",
-         "--general", str(tmp_path / "general"), "--out", str(tmp_path / "out"), *SIZES.split()]
-    )  # fmt: skip
+
+    def save(name: str, **options: Any) -> str:
+        cls = getattr(transformers, name)
+        config = cls.config_class(**{**SHAPE, "vocab_size": 300, "max_position_embeddings": 64, **options})
+        torch.manual_seed(0)
+        cls(config).save_pretrained(users / name)
+        tokenizer.save_pretrained(users / name)
+        return str(users / name)
+
+    return save
+
+
+def given(users: Path, base: str, *domains: str, **more: Any) -> list[str]:
+    """Arguments of a user."""
+    named = [f"{kind}={users / file}" for kind, file in (domain.split("=") for domain in domains)]
+    others = [word for name, file in more.items() for word in (f"--{name}", str(users / file))]
+    return ["--base", base, "--domains", *named, *others, *SIZES.split()]
+
+
+def test_a_users_model_and_text(demo, base, users, tmp_path, monkeypatch, capsys) -> None:
+    import demo_run
+
+    monkeypatch.setattr(demo_run.Demo, "fresh_process", lambda self, expected: True)
+    bars: list[Any] = []
+    monkeypatch.setattr("demo_models.tqdm", lambda **options: bars.append(tqdm(**options)) or bars[-1])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adding.png").touch()
+    told = given(users, base("LlamaForCausalLM"), "code=code.txt", "science=science.jsonl", general="general.txt")
+    report = demo.main([*told, "--out", str(tmp_path / "out")])
+    assert [bar.n for bar in bars] == [bars[0].total]  # it ends where it was to end
     assert report["kinds"] == ["code", "science", "general"]
     assert [s["name"] for s in report["systems"]] == [
         "base model", "mixture", "joint adapter", "mixture, without code", "mixture + shared adapter",
         "joint adapter of that size, two readings", "mixture + shared adapter, without code",
     ]  # fmt: skip
-    assert not (tmp_path / "out" / "base").exists()
+    assert {file.name for file in (tmp_path / "out").iterdir()} >= {"report.json", "table.md", "text.html"}
+    assert not {"base", "adding.png"} & {file.name for file in (tmp_path / "out").iterdir()}
+    said = capsys.readouterr().out
+    assert "code: trains on 1,000 tokens, is tested on 100 of other documents" in said
+    assert re.search(r"[\d,]+ tokens of training in all, fewer by --tokens", said)
+
+
+def test_a_rate_that_teaches_nothing_is_said_at_once(demo, base, users, tmp_path, monkeypatch, capsys) -> None:
+    import demo_story
+
+    class Enough(Exception):
+        pass
+
+    def mixture(self: Any, shared: bool) -> None:
+        raise Enough
+
+    monkeypatch.setattr(demo_story.Story, "mixture", mixture)
+    told = given(users, base("LlamaForCausalLM"), "code=code.txt", "science=science.jsonl", general="general.txt")
+    told[told.index("--rate") + 1] = "1e-9"
+    told[told.index("--tokens") + 1] = "100000"
+    with pytest.raises(Enough):
+        demo.main([*told, "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert said.count("er --rate than 1e-09") == 2  # of two domains
+    assert re.search(r"code: trains on [\d,]+ tokens \(all that there is\)", said)
 
 
 def test_the_verdict_names_whoever_is_ahead(demo) -> None:
@@ -128,60 +196,93 @@ def test_seeds_are_paired_and_averaged(demo) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("arguments", "message"),
     [
-        (["--domains", "a=FILE", "b=FILE"], "--domains needs --base"),
+        (["--domains", "a=code.txt", "b=science.txt"], "--domains needs --base"),
         (["--seeds", "0"], "--seeds 0 must be 1 or more"),
-        (["--later", "a=FILE"], "--later a=.* name the --domains too"),
-        (["--base", "BASE", "--domains", "a=FILE"], "a mixture needs two domains"),
-        (["--base", "BASE", "--domains", "a=FILE", "a=FILE"], "'a' stands twice"),
-        (["--base", "BASE", "--domains", "a=FILE", "FILE"], "is no name=FILE"),
-        (["--base", "BASE", "--domains", "a=FILE", "general=FILE"], "'general' is no name of a domain"),
-        (["--base", "BASE", "--domains", "a=FILE", "b.c=FILE"], "'b.c' is no name of a domain"),
-        (["--base", "BASE", "--domains", "a=FILE", "b=missing"], "b=missing cannot be read"),
-        (["--base", "BASE", "--domains", "a=FILE", "b=EMPTY"], "has 0 different documents"),
-        (["--base", "BASE", "--domains", "a=FILE", "b=TWICE"], "has 1 different documents"),
+        (["--length", "1"], "--length 1 must be 2 or more"),
+        (["--rate", "-1"], "--rate -1.0 must lie between 0 and 1"),
+        (["--width", "40"], "--width 40 must be a multiple of 32"),
+        (["--out", "code.txt"], "--out .*code.txt is a file"),
+        (["--later", "a=code.txt"], "--later a=.* name the --domains too"),
         (["--base", "BASE", "--rank", "0"], "--rank 0 must be 1 or more"),
-        (["--base", "BASE", "--domains", "a=FILE", "b=FILE"], "a and b hold the same text"),
-        (["--base", "BASE", "--domains", "a=FILE", "b=OTHER"], "has no tokenizer that can be loaded"),
+        (["--base", "BASE", "--domains", "a=code.txt"], "a mixture needs two domains"),
+        (["--base", "BASE", "--domains", "a=code.txt", "a=code.txt"], "'a' stands twice"),
+        (["--base", "BASE", "--domains", "a=code.txt", "code.txt"], "is no name=FILE"),
+        (["--base", "BASE", "--domains", "a=code.txt", "general=code.txt"], "'general' is no name of a domain"),
+        (["--base", "BASE", "--domains", "a=code.txt", "b.c=code.txt"], "'b.c' is no name of a domain"),
+        (["--base", "BASE", "--domains", "a=code.txt", "b=missing"], "b=missing cannot be read .* No such file"),
+        (["--base", "BASE", "--domains", "a=code.txt", "b=."], "b=. cannot be read .* it is a folder"),
+        (["--base", "BASE", "--domains", "a=code.txt", "b=latin.txt"], "b=.*latin.txt cannot be read as UTF-8"),
+        (["--base", "BASE", "--domains", "a=code.txt", "b=empty.txt"], "has 0 different documents"),
+        (["--base", "BASE", "--domains", "a=code.txt", "b=twice.txt"], "has 1 different documents"),
+        (["--base", "BASE", "--domains", "a=code.txt", "b=one.txt"], "has 1 different documents .* put blank lines"),
+        (["--base", "BASE", "--domains", "a=code.txt", "b=code.txt"], "a and b hold the same text"),
+        (["--base", "./BSAE", "--domains", "a=code.txt", "b=lines.txt"], "--base './BSAE': there is no such folder"),
+        (["--base", "BASE", "--domains", "a=code.txt", "b=lines.txt"], "has no tokenizer that can be loaded"),
     ],
 )
-def test_what_cannot_be_run_is_named_before_anything_is_trained(demo, tmp_path, given, message) -> None:
-    (tmp_path / "EMPTY").write_text("\n\n")
-    (tmp_path / "FILE").write_text("\n\n".join(documents("code")))
-    (tmp_path / "OTHER").write_text("\n\n".join(documents("science")))
+def test_what_cannot_be_run_is_named_before_anything_is_written(
+    demo, users, tmp_path, monkeypatch, arguments, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "BASE").mkdir()
-    (tmp_path / "TWICE").write_text("one document\n\n" * 40)
-    for name in ("FILE", "EMPTY", "OTHER", "TWICE", "BASE"):
-        given = [word.replace(name, str(tmp_path / name)) for word in given]
+    told = [re.sub(r"\b(\w+\.txt)", lambda file: str(users / file[1]), word) for word in arguments]
+    out = [] if "--out" in told else ["--out", "out"]
     with pytest.raises(SystemExit, match=f"error: .*{message}"):
-        demo.main([*given, "--out", str(tmp_path / "out")])
+        demo.main([*told, *out])
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_without_weights_is_named_before_anything_is_written(demo, tmp_path) -> None:
-    text = importlib.import_module("demo_text")
-    text.new_tokenizer(documents("code"), 300).save_pretrained(tmp_path / "base")
-    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')
-    files = []
-    for kind in ("code", "science", "general"):
-        (tmp_path / kind).write_text("\n\n".join(documents(kind)))
-        files.append(f"{kind}={tmp_path / kind}")
-    given = ["--base", str(tmp_path / "base"), "--domains", *files[:2], "--general", str(tmp_path / "general")]
-    with pytest.raises(SystemExit, match=r"error: --base .* cannot be loaded"):
-        demo.main([*given, "--out", str(tmp_path / "out"), *SIZES.split()])
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("BertForMaskedLM", {}, "is no decoder: what BertLMHeadModel says of a token depends on later ones"),
+        ("BertModel", {}, "has no weights of cls.predictions.* BertLMHeadModel foretells with"),
+        ("T5ForConditionalGeneration", {}, "cannot be loaded: Unrecognized configuration class .*T5Config[^\n]*$"),
+        ("LlamaForCausalLM", {"max_position_embeddings": 8}, "length 20 is too long: --base .* reads 8 tokens"),
+        ("GPT2LMHeadModel", {"vocab_size": 100}, "its tokenizer gives token .* and it knows 100"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_named_before_anything_is_written(
+    demo, base, users, tmp_path, model, options, message
+) -> None:
+    told = given(users, base(model, **options), "code=code.txt", "science=science.txt", general="general.txt")
+    with pytest.raises(SystemExit, match=f"error: --.*{message}"):
+        demo.main([*told, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
-def test_files_need_documents(demo, tmp_path) -> None:
-    text = importlib.import_module("demo_text")
-    (tmp_path / "short").write_text("one\n\ntwo")
-    with pytest.raises(ValueError, match=r"has 2 different documents .* 20 are needed"):
-        text.from_files({"a": tmp_path / "short"})
+def test_text_that_is_too_little_for_a_row_or_a_step_is_named(demo, base, users, tmp_path) -> None:
+    llama = base("LlamaForCausalLM")
+    for file, batch, message in (
+        ("short.txt", "2", "b, test: 12 tokens of text make no row of 20"),
+        ("lines.txt", "90", "code has 50 rows of text, fewer than a step of --batch 90 reads"),
+    ):
+        told = given(users, llama, "code=code.txt", f"b={file}", general="general.txt")
+        with pytest.raises(SystemExit, match=message):
+            demo.main([*told, "--batch", batch, "--out", str(tmp_path / "out")])
+
+
+def test_files_are_parted_by_blank_lines_or_by_lines(demo, users) -> None:
+    files = importlib.import_module("demo_files")
+    names = {"a": "code.txt", "b": "lines.txt", "c": "science.jsonl"}
+    found = files.from_files({kind: users / file for kind, file in names.items()})
+    assert found == {"a": documents("code"), "b": documents("licences"), "c": documents("science")}
+
+
+def test_a_file_that_is_too_large_is_refused_and_not_cut(demo, users, monkeypatch) -> None:
+    files = importlib.import_module("demo_files")
+    monkeypatch.setattr(files, "LARGEST", 100)
+    with pytest.raises(ValueError, match="it has more than 100 bytes; give a part of it: head -c 100"):
+        files.from_files({"a": users / "code.txt"})
+    monkeypatch.setattr(files, "MOST", 30)
+    with pytest.raises(ValueError, match="more than 30 documents"):
+        files.from_files({"a": users / "science.jsonl"})
 
 
 def test_test_text_is_of_other_documents(demo) -> None:
-    train, test = importlib.import_module("demo_text").parted(["a", "b", "a", *map(str, range(30))])
+    train, test = importlib.import_module("demo_files").parted(["a", "b", "a", *map(str, range(30))])
     assert not set(train) & set(test)
     assert sorted(train + test) == sorted({"a", "b", *map(str, range(30))})
 
@@ -198,9 +299,28 @@ def test_rows_are_whole_and_bounded(demo) -> None:
         token_rows(tokenizer, ["a"], 8, 100, "a")
 
 
+def test_rows_begin_as_texts_of_the_tokenizer_do(demo) -> None:
+    from demo_text import new_tokenizer, token_rows
+    from tokenizers import processors
+
+    tokenizer = new_tokenizer(["ab ab ab"], 260)
+    plain = token_rows(tokenizer, ["ab " * 20], 8, 1000, "a")
+    tokenizer.add_special_tokens({"bos_token": "<start>"})
+    start = tokenizer.bos_token_id
+    assert torch.equal(token_rows(tokenizer, ["ab " * 20], 8, 1000, "a"), plain)  # it has one, and does not use it
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A", special_tokens=[("<start>", start)]
+    )
+    found = token_rows(tokenizer, ["ab " * 20], 8, 1000, "a")
+    assert found[:, 0].tolist() == [start] * len(found)
+    text, before = found[:, 1:].flatten(), plain.flatten()
+    count = min(len(text), len(before))
+    assert torch.equal(text[:count], before[:count])
+
+
 def test_prose_of_an_installation_is_prose(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    text = importlib.import_module("demo_text")
+    text = importlib.import_module("demo_files")
     words = "This is a plain sentence of English words, as the documentation of a function has it."
     source = f'def f(x):\n    """Short.\n\n    {words}\n\n    >>> f(1) {words}\n\n    x[0]=1 y[2]=3 {words}\n    """\n'
     assert next(text._paragraphs(source)) == words

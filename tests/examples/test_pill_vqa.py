@@ -11,8 +11,9 @@ import tarfile
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +82,7 @@ def example(monkeypatch) -> types.ModuleType:
 
 
 def test_comparison_chooses_rates_on_dev_and_reports_by_subject(tmp_path, data, example, capsys) -> None:
-    out, methods = tmp_path / "out", ["text_only", "lora", "gate_off", "pill_align"]
+    out, methods = tmp_path / "out", ["text_only", "lora", "pill_align"]
     search = ["--rates", "1e-2", "1e-3", "--per_subject", "5", "--methods", *methods]
     example.main(["--data_dir", str(data), "--out", str(out), *search, *SMALL])
     report = json.loads((out / "report.json").read_text())
@@ -96,6 +97,8 @@ def test_comparison_chooses_rates_on_dev_and_reports_by_subject(tmp_path, data, 
     assert abs(sizes["lora"] - sizes["pill_align"]) < 0.1 * sizes["pill_align"]
     printed = capsys.readouterr().out
     assert all(f"| {method} |" in printed for method in methods)
+    assert (out / "table.md").read_text().strip() in printed
+    assert (out / "answers.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_scienceqa_has_questions_with_and_without_images(tmp_path, data, example) -> None:
@@ -124,12 +127,12 @@ def test_images_without_a_word_need_an_encoder_that_is_given(tmp_path, data, exa
 
 
 def test_small_pieces_are_pretrained_once(tmp_path, data, example) -> None:
-    arguments = ["--data_dir", str(data), "--out", str(tmp_path / "out"), "--rates", "1e-2", "--methods", "gate_off"]
-    example.main([*arguments, *SMALL])
-    weights = tmp_path / "out" / "llama" / "model.safetensors"
-    before = weights.stat().st_mtime_ns
-    example.main([*arguments, *SMALL])
-    assert weights.stat().st_mtime_ns == before
+    args = example.Arguments(data_dir=str(data), out=str(tmp_path / "out"), **SIZES)
+    example.Comparison(args)
+    pieces = [tmp_path / "out" / name / "model.safetensors" for name in ("llama", "vit")]
+    before = [weights.stat().st_mtime_ns for weights in pieces]
+    example.Comparison(args)
+    assert [weights.stat().st_mtime_ns for weights in pieces] == before
 
 
 def test_words_that_describe_an_image_come_from_all_its_answers(data, example) -> None:
@@ -156,4 +159,63 @@ def test_bad_commands_are_refused(example) -> None:
     with pytest.raises(SystemExit, match="pil_one"):
         example.main(["--methods", "pil_one"])
     with pytest.raises(SystemExit, match="needs --data_dir"):
-        example.main([])
+        example.main(["--task", "easy_vqa"])
+    with pytest.raises(SystemExit, match="--task shapes draws its images and reads no --data_dir files"):
+        example.main(["--task", "shapes", "--data_dir", "files"])
+
+
+def test_without_files_there_are_shapes_whose_answers_their_images_tell(example) -> None:
+    assert example.Arguments().task == "shapes"
+    assert example.Arguments(data_dir="files").task == "easy_vqa"
+    drawn = example.load("shapes", None)
+    assert [len(split) for split in (drawn.train, drawn.dev, drawn.test)] == [3000, 300, 1200]
+    again = example.load("shapes", None)
+    assert again.test[5]["images"][0].tobytes() == drawn.test[5]["images"][0].tobytes()
+    assert {row["answer"] for row in drawn.test if row["subject"] == "shape"} == {" circle", " rectangle", " triangle"}
+    for color, shape, true in zip(*(drawn.test[i:300:3] for i in range(3)), strict=True):
+        (image,) = color["images"]
+        pixels = np.asarray(image)
+        ys, xs = (pixels != pixels[0, 0]).any(2).nonzero()
+        right = (pixels == ImageColor.getrgb(color["answer"].strip())).all(2)
+        box = (np.ptp(ys) + 1) * (np.ptp(xs) + 1)
+        share = right.sum() / box
+        low, high = {" rectangle": (0.99, 1), " circle": (0.7, 0.9), " triangle": (0.4, 0.65)}[shape["answer"]]
+        assert low <= share <= high
+        assert true["answer"] == (" yes" if shape["answer"].strip() in true["prompt"] else " no")
+
+
+def test_the_picture_shows_what_was_answered_rightly_and_wrongly(example, tmp_path, monkeypatch) -> None:
+    from matplotlib import pyplot
+
+    rows = [
+        {"prompt": f"<image> {i} ?", "answer": " red", "images": [picture("red")] if i < 3 else []} for i in range(4)
+    ]
+    kept: list = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    example.plot_answers(rows, ["red", "blue", "red", "blue"], tmp_path / "answers.png", "lora", each=2)
+    shown = [
+        [(axis.get_title(), *(t.get_text() for t in axis.texts)) for axis in kept[0].axes[i : i + 2]] for i in (0, 2)
+    ]
+    assert shown == [[("lora: red", "0 ?"), ("lora: red", "2 ?")], [("lora: blue   right: red", "1 ?"), ("",)]]
+    assert (tmp_path / "answers.png").stat().st_size > 1000
+
+
+def test_text_is_measured_before_and_after_images_are_learned(example, tmp_path) -> None:
+    sys.modules.pop("pill_text", None)
+    study = importlib.import_module("pill_text")
+    words = [f"{a}{b}" for a in ("red", "blue", "old") for b in ("cat", "house", "bird", "s", "ly")]
+    texts = [" ".join(words[(i * k) % len(words)] for k in range(1, 60)) + f" {i}" for i in range(30)]
+    (tmp_path / "general.txt").write_text("\n\n".join(texts))
+    arguments = ["--general", str(tmp_path / "general.txt"), "--out", str(tmp_path / "out"), "--methods", "lora",
+                 "pill_images", "--vocabulary", "320", "--test_rows", "3", "--text_test_rows", "4"]  # fmt: skip
+    study.main([*arguments, *SMALL, "--r", "4", "--text_rows", "8"])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    lora, images = report["runs"]
+    assert images["text"] == 0.0  # experts for images alone leave text as it was, bit for bit
+    assert lora["text"] != 0.0
+    assert abs(images["adapters"] - lora["adapters"]) < 0.2 * lora["adapters"]
+    assert images["behind"] != 0.0
+    table = (tmp_path / "out" / "table.md").read_text().splitlines()
+    assert table[3].startswith("| pill_images |")
+    with pytest.raises(SystemExit, match="one rate for all methods"):
+        study.main(["--rates", "1e-2", "1e-3"])

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixadapters.serving.__main__ import arguments, http_server
+from mixadapters.serving.__main__ import arguments
+from mixadapters.serving.http_server import http_server
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "serve_demo.py"
 

@@ -117,8 +117,8 @@ def test_exported_with_dynamic_rows_is_one_operator(slots) -> None:
     torch.testing.assert_close(program.module()(*inputs), layer(*inputs))
 
 
-def test_who_counts_or_traces_operators_sees_the_one_without_gradients_too() -> None:
-    """Without gradients, and with nobody to look on, the backend is called past torch's dispatcher."""
+def test_who_counts_or_traces_operators_sees_them_all() -> None:
+    """With nobody to look on, backends are called past torch's dispatcher."""
 
     class Names(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
@@ -133,10 +133,17 @@ def test_who_counts_or_traces_operators_sees_the_one_without_gradients_too() -> 
             counted = lowrank(**given)
         torch.testing.assert_close(counted, alone)
         assert seen == ["mixadapters::lowrank"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that checks of shapes become constants
-            traced = torch.jit.trace(lambda x: lowrank(**{**given, "x": x}), given["x"], check_trace=False)
-        assert "mixadapters::lowrank" in str(traced.graph)
-        with FakeTensorMode() as mode:
-            fake = {name: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for name, t in given.items()}
-            assert lowrank(**fake).shape == (3, 5)
+    seen.clear()
+    trained = {**given, "x": given["x"].clone().requires_grad_()}
+    expected = torch.autograd.grad(lowrank(**trained).sum(), trained["x"])
+    with Names():
+        assert torch.equal(torch.autograd.grad(lowrank(**trained).sum(), trained["x"])[0], expected[0])
+    ours = [name for name in seen if "mixadapters" in name]
+    assert ours == ["mixadapters::lowrank", "mixadapters::lowrank_backward"]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that checks of shapes become constants
+        traced = torch.jit.trace(lambda x: lowrank(**{**given, "x": x}), given["x"], check_trace=False)
+    assert "mixadapters::lowrank" in str(traced.graph)
+    with torch.no_grad(), FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for name, t in given.items()}
+        assert lowrank(**fake).shape == (3, 5)

@@ -13,7 +13,8 @@ from fastapi.testclient import TestClient
 from served import generated, word_tokenizer
 
 from mixadapters.serving import AdapterServer, CompositionRouter, PooledStates, UnknownAdapter
-from mixadapters.serving.__main__ import HttpServer, arguments, http_server
+from mixadapters.serving.__main__ import arguments
+from mixadapters.serving.http_server import HttpServer, http_server
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 PROMPTS = {"law": [10, 12, 11, 14], "code": [60, 66, 61, 63], "__base__": [90, 85, 88, 91]}

@@ -19,8 +19,9 @@ import pytest
 import uvicorn
 from served import generated, word_tokenizer
 
-from mixadapters.serving.__main__ import HttpServer, arguments, http_server
+from mixadapters.serving.__main__ import arguments
 from mixadapters.serving.engine import AdapterServer
+from mixadapters.serving.http_server import HttpServer, http_server
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 TOKEN = "a secret of the test"

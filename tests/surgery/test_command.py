@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mixadapters import MoAConfig
-from mixadapters.core.starting import ended_quietly
+from mixadapters.core import folders, starting
 from mixadapters.surgery import __main__ as command
 from mixadapters.surgery import load_compressed, loading
 from mixadapters.surgery.layers import expert_layers
@@ -162,10 +167,8 @@ def test_a_folder_of_codes_goes_into_other_commands_and_is_expanded(folder, tmp_
 def test_merge_of_doubles_takes_those_that_compute_the_same(folder, tmp_path, capsys) -> None:
     assert run("merge", folder, "--doubles", 0, "--out", tmp_path / "out", adapter=True) == 0
     assert "merged 8 experts to 8" in capsys.readouterr().out
-    assert run("merge", folder, "--doubles", 4, "--dry-run", "--out", tmp_path / "new", adapter=True) == 0
-    assert "would merge 8 experts to 2" in capsys.readouterr().out
-    assert run("merge", folder, "--doubles", -1, "--out", tmp_path / "new", adapter=True) == 1
-    assert "tolerance=-1.0 must be a finite number" in capsys.readouterr().err
+    assert run("merge", folder, "--doubles", 2, "--dry-run", "--out", tmp_path / "new", adapter=True) == 0
+    assert re.search("would merge 8 experts to [2-7]", capsys.readouterr().out)
 
 
 def test_compress_to_products_holds_what_it_says(folder, tmp_path, capsys) -> None:
@@ -182,7 +185,7 @@ def test_compress_to_products_holds_what_it_says(folder, tmp_path, capsys) -> No
     for wrong, complaint in (
         (("--method", "lowrank_sparse", "--codec", "packed"), "--codec is no option of --method lowrank_sparse"),
         (("--keep-rows", 0.5), "--keep-rows is no option of --method qmoe"),
-        (("--method", "lowrank_sparse", "--share", 2), "--share=2.0 must be a share"),
+        (("--method", "lowrank_sparse", "--share", 2), "--share=2.0 must be a number from 0 to 1"),
     ):
         assert run("compress", folder, *wrong, "--out", tmp_path / "new") == 1
         assert complaint in capsys.readouterr().err
@@ -225,8 +228,29 @@ def test_prune_for_a_label_goes_by_its_texts_alone(folder, tmp_path, monkeypatch
 
 def test_what_cannot_be_cut_is_refused_before_the_texts_are_run(folder, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(command.Inputs, "usage", None)
-    assert run("prune", folder, "--keep", 9, "--out", tmp_path / "out", adapter=True) == 1
-    assert "keep=9: no layer has more than 4" in capsys.readouterr().err
+    for name, count, said in (("prune", "--keep", "keep=9"), ("merge", "--groups", "--groups 9")):
+        assert run(name, folder, count, 9, "--out", tmp_path / "out", adapter=True) == 1
+        assert f"{said}: no layer has more than 4" in capsys.readouterr().err
+
+
+def test_a_page_that_would_be_too_large_is_refused_before_the_texts_are_run(
+    folder, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("mixadapters.surgery.tracing.routes", None)
+    for limit, said in (("MOST_TOKENS", 23), ("MOST_CHOICES", 24 * 2 * 2 - 1)):  # of two layers that choose two
+        with monkeypatch.context() as less:
+            less.setattr(f"mixadapters.surgery.page.{limit}", said)
+            assert run("routes", folder, "--out", tmp_path / "page.html") == 1
+        assert "24 tokens with 96 choices of experts in all layers are too much" in capsys.readouterr().err
+
+
+def test_without_a_terminal_long_work_speaks_from_time_to_time(folder, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(command, "SILENCE", -1)
+    assert run("report", folder, "--batch", 3) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "batches" in line]
+    assert said == [
+        f"{what}: {i} of 3 batches" for what in ("usage", "experts that compute the same") for i in range(3)
+    ]
 
 
 def test_an_adapter_of_another_base_is_told(folder, tmp_path, capsys) -> None:
@@ -277,7 +301,10 @@ def unloaded(monkeypatch) -> None:
         ("prune", ["--factor", "nan", "--out", "new"], "--factor nan must be 1 or more"),
         ("merge", ["--groups", "0", "--out", "new"], "--groups 0 must be 1 or more"),
         ("merge", ["--doubles", "0.1", "--scope", "global", "--out", "new"], "leave out --similarity, --grouping"),
-        ("merge", ["--doubles", "nan", "--out", "new"], "must be a finite number"),
+        *(
+            ("merge", ["--doubles", given, "--out", "new"], "must be a distance from 0")
+            for given in ("nan", "-1", "5")
+        ),
         ("prune", ["--keep", "2", "--out", "new", "--label", "lwa"], "--label 'lwa' is no label of"),
     ],
 )
@@ -334,9 +361,9 @@ def test_a_misspelt_folder_is_told_at_once(tmp_path, monkeypatch, name, said) ->
     (tmp_path / "models" / "base").mkdir(parents=True)
     (tmp_path / "models" / "file").touch()
     with pytest.raises(ValueError, match=said):
-        loading.check_name("MODEL", name, "config.json")
+        folders.check_saved("MODEL", name, "config.json")
     assert asked == ([name] if name in ("bsae", "user/bsae") else [])
-    loading.check_name("MODEL", "models/base", "config.json")
+    folders.check_saved("MODEL", "models/base", "config.json")
 
 
 def test_a_model_is_loaded_as_what_it_was_saved_as(folder) -> None:
@@ -360,15 +387,62 @@ def test_an_interruption_leaves_nothing(folder, tmp_path, monkeypatch, capsys, n
     assert left(tmp_path) == []
 
 
-def test_an_interruption_of_the_imports_of_a_command_has_no_traceback(monkeypatch, capsys) -> None:
-    """While Python looks for the module of `python -m`; elsewhere it is what it is."""
-    for argv, expected in ((["-m", "report"], SystemExit), (["train.py"], KeyboardInterrupt)):
-        monkeypatch.setattr("sys.argv", argv)
-        with pytest.raises(expected) as ended, ended_quietly():
-            raise KeyboardInterrupt
-        if expected is SystemExit:
-            assert ended.value.code == 130  # type: ignore[attr-defined]
-            assert capsys.readouterr().err == "interrupted\n"
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["surgery", "prune", "--help"], 0, "example:"),
+        (["surgery", "prune", "MODEL", "--data", "missing.txt", "--keep", "2", "--out", "new"], 1, "'missing.txt'"),
+        (["surgery", "expand", "missing", "--out", "new"], 1, "there is no such folder"),
+        (["tasks", "shots", "sst3"], 1, "sst3"),
+        (["serving", "--base", "./missing", "--adapters", "."], 2, "--base './missing': there is no such folder"),
+        (["serving", "--base", ".", "--adapters", "missing"], 2, "--adapters 'missing': there is no such folder"),
+    ],
+)
+def test_arguments_are_read_before_what_takes_seconds_is_imported(tmp_path, arguments, code, said) -> None:
+    """In a process in which nothing slow can be imported at all."""
+    for name in ("torch", "transformers", "peft", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('slow')")
+    paths = os.pathsep.join([str(tmp_path), str(Path(command.__file__).parents[2])])
+    ended = subprocess.run(
+        [sys.executable, "-m", f"mixadapters.{arguments[0]}", *arguments[1:]], cwd=tmp_path, text=True,
+        capture_output=True, env={**os.environ, "PYTHONPATH": paths}, check=False,
+    )  # fmt: skip
+    assert ended.returncode == code, ended.stderr
+    assert said in ended.stdout + ended.stderr
+
+
+def test_packages_wait_for_a_command_and_for_nothing_else(monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    assert not starting.waits("mixadapters")
+    monkeypatch.setattr("sys.argv", ["-m", "report"])  # so it is while Python looks for the module of `python -m`
+    assert starting.waits("mixadapters.surgery")
+    monkeypatch.setattr("sys.argv", ["__main__.py"])
+    reloaded: list[str] = []
+    monkeypatch.setattr("importlib.reload", lambda module: reloaded.append(module.__name__))
+    starting.import_what_waits()
+    starting.import_what_waits()
+    assert reloaded == ["mixadapters.surgery"]
+
+
+def test_the_end_by_a_signal_takes_away_what_is_half_written(tmp_path) -> None:
+    def write() -> None:
+        with folders.folder_aside(tmp_path / "out") as aside:
+            (aside / "part").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        starting.end_by_signal()
+        with pytest.raises(SystemExit) as ended:
+            write()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert left(tmp_path) == []
+
+
+def test_an_interruption_is_no_error(monkeypatch) -> None:
     monkeypatch.setitem(command.COMMANDS, "report", interrupted)
     assert command.main(["report"]) == 130
 

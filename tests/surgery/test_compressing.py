@@ -148,7 +148,10 @@ def test_what_cannot_be_compressed_is_refused_before_anything_changes(tiny, moa,
         (lambda: compress_experts(model, [], codec="packed"), "a list of batches, at least one"),
         (lambda: compress_experts(model, batches[0], codec="packed"), "a list of batches, at least one, each a dict"),
         (lambda: compress_experts(model, batches, codec="packed", samples=0), "samples=0 must be a number"),
-        (lambda: compress_experts(model, batches, method="lowrank_sparse", keep=2), "keep=2 must be a share"),
+        (
+            lambda: compress_experts(model, batches, method="lowrank_sparse", keep=2),
+            "keep=2 must be a number from 0 to 1",
+        ),
         (lambda: compress_experts(tiny("llama"), batches), "the model has no routed experts"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -11,6 +11,7 @@ from moe_bases import RANK, VOCAB, WIDTH, batch, moe
 from peft import get_peft_model
 
 from mixadapters import MixDAConfig, MoAConfig
+from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.reporting import report
 from mixadapters.surgery.usage import LayerUsage, record_usage
 
@@ -57,6 +58,24 @@ def test_adapters_are_counted_beside_the_base(tiny) -> None:
     assert {layer.parameters for layer in found.layers} == {3 * 2 * (width + out)}
     assert {layer.active_parameters for layer in found.layers} == {2 * (width + out)}
     assert found.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_the_router_is_counted_whole_and_where_it_decides(tiny) -> None:
+    """Also the arm of the frozen layer; columns whose experts have been merged; not where another layer's decides."""
+    config = MixDAConfig(domains=["law", "code"], r=4, init_weights=False)
+    for layer in report(get_peft_model(tiny("llama"), config)).layers:
+        assert layer.flops == 2 * (2 * 4 * (layer.width + 32) + 3 * layer.width)
+    shared = MoAConfig(num_experts=4, r=2, target_modules=["q_proj", "v_proj"], router_scope="block")
+    found = report(get_peft_model(tiny("llama"), shared))
+    routers = [layer.flops - 2 * layer.active_parameters for layer in found.layers]
+    assert sorted(routers)[: len(routers) // 2] == [0.0] * (len(routers) // 2)
+    assert sorted(routers)[len(routers) // 2] > 0
+    model = moe("mixtral")
+    before = report(model).layers[0]
+    for layer in expert_layers(model):
+        layer.assign([0, 0, 0, 3, 4, 5])
+    after = report(model).layers[0]
+    assert (len(after.experts), after.flops) == (4, before.flops)
 
 
 def test_a_token_passes_by_the_experts_that_a_report_is_not_of(tiny) -> None:

@@ -280,6 +280,16 @@ def test_hub_ids_are_downloaded_by_name_and_revision(hub, tiny, tiny_inputs, tmp
     assert len(hub) == asked  # the mixture stands on its own
 
 
+def test_a_misspelt_folder_is_told_without_asking_the_hub(hub, tiny, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_lora(tiny("llama"), tmp_path / "runs" / "law", r=4, target_modules=["q_proj"])
+    save_lora(tiny("llama"), tmp_path / "law", r=4, target_modules=["q_proj"])
+    for source in ("lwa", "runs/lwa", "./runs/lwa"):
+        with pytest.raises(ValueError, match=rf"'{source}' .*there is no such folder\. Did you mean 'law'"):
+            gather(tiny("llama"), {"law": source})
+    assert hub == []
+
+
 def test_hub_ids_that_are_not_there_are_an_error_that_names_them(hub, tiny, tmp_path) -> None:
     save_lora(tiny("llama"), tmp_path / "hub" / "main" / "user" / "law", r=4, target_modules=["q_proj"])
     (tmp_path / "hub" / "main" / "user" / "law" / WEIGHTS).unlink()

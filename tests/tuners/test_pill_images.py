@@ -136,7 +136,7 @@ def test_batches_that_do_not_fit_are_refused(tiny) -> None:
     for wrong, given in ((ids, pixels[:1]), (ids[:, :4], pixels), (prompt(images, 2, 1), pixels), (ids, None)):
         with pytest.raises(ValueError, match=r"placeholders .* do not fit"):
             base(input_ids=wrong, pixel_values=given)
-    with pytest.raises(ValueError, match="must be 16 x 16; use the encoder's own image processor"):
+    with pytest.raises(ValueError, match="with 3 channels and 16 x 16; use the encoder's own image processor"):
         base(input_ids=ids, pixel_values=torch.randn(2, 3, 8, 8))
     with pytest.raises(ValueError, match="pixel_values need input_ids"):
         base(inputs_embeds=torch.randn(2, 6, 32), pixel_values=pixels)

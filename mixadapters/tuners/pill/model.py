@@ -17,7 +17,7 @@ from mixadapters.core.walking import outside_adapters
 from mixadapters.routers import ModalityRouter, SingleRouter
 from mixadapters.routers.modality import TOKEN_TYPES
 from mixadapters.tuners.pill.config import PILLConfig
-from mixadapters.tuners.pill.images import ImageInputs
+from mixadapters.tuners.pill.inputs import EncodedInputs
 
 # How one linear for query, key and value orders its outputs: all values last, or the values last in each head.
 QKV_LAYOUTS = {"gpt2": "blocks", "phi3": "blocks", "gpt_neox": "heads", "bloom": "heads"}
@@ -90,14 +90,14 @@ class PILLModel(MixtureModel):
         size = self.model.config.get_text_config().vocab_size
         replaced = {token for tokens in known.values() for token in tokens}
         replaced.update(
-            module.token_id for _, module in outside_adapters(self.model) if isinstance(module, ImageInputs)
+            module.token_id for _, module in outside_adapters(self.model) if isinstance(module, EncodedInputs)
         )
         for modality, tokens in (config.token_ids or {}).items():
             if wrong := [token for token in tokens if token >= size and token not in replaced]:
                 raise ValueError(
                     f"token_ids={config.token_ids}: {wrong} for {modality!r} lie beyond the vocabulary of {size} "
-                    "tokens, and nothing in the model puts something in their place; attach ImageInputs before, or "
-                    "name tokens of the vocabulary"
+                    "tokens, and nothing in the model puts something in their place; attach ImageInputs or "
+                    "AudioInputs before, or name tokens of the vocabulary"
                 )
 
     def _refuse_uneven(self, config: PILLConfig) -> None:

@@ -1,0 +1,116 @@
+"""Folders: whether one that a user names is there, and how one is written whole. Imports nothing that takes time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mixadapters.core.registry import nearest
+
+ADAPTER_FILE = "adapter_config.json"
+MODEL_FILE = "config.json"
+PATIENCE = 10.0  # seconds for the hub's answer whether it has a repository
+
+
+def check_saved(what: str, name: str, file: str) -> None:
+    """Find out whether a folder, or a repository of the hub, is there, without the hub's retries.
+
+    Args:
+        what: of the message, such as "MODEL".
+        file: that it holds, `MODEL_FILE` or `ADAPTER_FILE`; what lies in the hub's cache needs no network.
+
+    Raises:
+        ValueError: there is none, or the hub cannot say so.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if file == MODEL_FILE and (path / ADAPTER_FILE).is_file():
+            raise ValueError(f"{what} {name!r} is an adapter: name its base model")
+        if file == ADAPTER_FILE and not (path / file).is_file():
+            raise ValueError(f"{what} {name!r} has no {file}: it is no saved adapter")
+        return
+    if path.exists():
+        raise ValueError(f"{what} {name!r} is a file: name the folder that holds the model")
+    missing = f"{what} {name!r}: there is no such folder"
+    if _looks_like_a_path(name):
+        raise ValueError(f"{missing}.{nearest_folder(name)}")
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if isinstance(try_to_load_from_cache(name, file), str):
+            return
+        HfApi().repo_info(name, timeout=PATIENCE)
+    except Exception as error:  # not there, not open, no network, no name of a repository
+        said = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{missing} here, and the hub gives none of this name: {said}") from None
+
+
+def check_saved_pair(model: str, adapter: str | None = None) -> None:
+    """As `check_saved`, of both. Raises ValueError also where one is in the place of the other."""
+    if Path(model, ADAPTER_FILE).is_file():
+        raise ValueError(f"MODEL {model!r} is an adapter: name its base model first, and the folder by --adapter")
+    check_saved("MODEL", model, MODEL_FILE)
+    if adapter is not None:
+        check_saved("--adapter", adapter, ADAPTER_FILE)
+
+
+def nearest_folder(name: str) -> str:
+    """As `nearest`, of the folders beside one that is not there."""
+    parent = Path(name).parent
+    return nearest(Path(name).name, sorted(p.name for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else [])
+
+
+def check_misspelt(name: str) -> None:
+    """Raises ValueError: no such folder is here, and it can be none of the hub, or one has nearly this name."""
+    if not Path(name).exists() and (_looks_like_a_path(name) or ("/" not in name and nearest_folder(name))):
+        raise ValueError(f"there is no such folder.{nearest_folder(name)}")
+
+
+def _looks_like_a_path(name: str) -> bool:
+    """Whether a name can be no repository of the hub, or lies in a folder that is here."""
+    if name.startswith((".", "/", "~")) or "\\" in name or name.endswith("/") or name.count("/") > 1:
+        return True
+    return "/" in name and Path(name).parent.is_dir()
+
+
+@contextmanager
+def written_aside(path: str | Path) -> Iterator[Path]:
+    """A name of its own beside `path`, for the next content: it takes its place in one step, when all is written."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def new_folder(folder: str | Path) -> Path:
+    """The path of a folder that is to be written, with a place to stand. Raises ValueError: it holds something."""
+    path = Path(folder)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ValueError(f"folder={str(folder)!r} holds something already; name a new or an empty one")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@contextmanager
+def folder_aside(folder: str | Path) -> Iterator[Path]:
+    """A folder beside `folder`, which takes its place when all is written. Raises ValueError: see `new_folder`."""
+    target = new_folder(folder)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    try:
+        yield aside
+        if target.is_dir():
+            target.rmdir()
+        umask = os.umask(0)
+        os.umask(umask)
+        aside.chmod(0o777 & ~umask)  # a temporary folder is for its owner alone
+        os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

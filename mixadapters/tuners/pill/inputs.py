@@ -1,0 +1,169 @@
+"""What images and sounds for models of text have in common: placeholders, a frozen encoder, and a projector."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mixadapters.core.fields import LARGEST, fits
+from mixadapters.routers.modality import TOKEN_TYPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class EncodedInputs(nn.Module):
+    """Puts what a frozen encoder makes of a medium in the place of placeholder tokens.
+
+    A model may have one for each medium. The first that is attached has the hook on the model's forward, which serves
+    all of them.
+
+    Args:
+        model: takes embeddings (B, T, d).
+        encoder: frozen; moves with the model, and is not among the model's weights.
+        width: of what `states` gives.
+        tokens: how many placeholders stand for an image or a clip.
+        token_id: the placeholder. None: the first id behind the model's vocabulary that no other medium has, so that
+            no table has to grow.
+        projector: (..., width) -> (..., d). None: a linear map without bias.
+    """
+
+    attribute: ClassVar[str]  # of the model that takes them
+    modality: ClassVar[str]  # one of TOKEN_TYPES
+    medium: ClassVar[str]  # many of them, in messages
+    takes: ClassVar[tuple[str, ...]]  # arguments of the model's forward; the first is needed where there are any
+    token_id: int
+
+    def __init__(
+        self, model: PreTrainedModel, encoder: PreTrainedModel, *, width: int, tokens: int, token_id: int | None,
+        projector: nn.Module | None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if token_id is not None:
+            check_option("token_id", token_id, 0, LARGEST)
+        table = model.get_input_embeddings()
+        taken = {front.token_id for front in front_ends(model)}
+        if token_id in taken:
+            raise ValueError(f"token_id={token_id} stands for another medium already; {sorted(taken)} are taken")
+        if token_id is None:
+            token_id = next(i for i in range(table.num_embeddings, LARGEST) if i not in taken)
+        self.token_id = token_id
+        self.tokens, self.width = tokens, width
+        self.__dict__["model"] = model  # not a child: it is the parent
+        self.__dict__["encoder"] = encoder.requires_grad_(False).eval()
+        if projector is None:
+            weight = table.weight
+            projector = nn.Linear(
+                width, table.embedding_dim, bias=False, device=weight.device,
+                dtype=weight.dtype if weight.is_floating_point() else None,
+            )  # fmt: skip
+            nn.init.normal_(projector.weight, std=0.02)
+        self.projector = projector
+
+    @classmethod
+    def attach(cls, model: PreTrainedModel, encoder: PreTrainedModel, **options: Any) -> Any:
+        """Make `model` take such inputs; see the class. Raises ValueError where it does already."""
+        if hasattr(model, cls.attribute):
+            raise ValueError(f"{type(model).__name__} has a module {cls.attribute!r} already")
+        front, first = cls(model, encoder, **options), not front_ends(model)
+        model.add_module(cls.attribute, front)
+        if first:
+            model.register_forward_pre_hook(front.before, with_kwargs=True)
+        return front
+
+    @property
+    def token_ids(self) -> dict[str, list[int]]:
+        """For configs: the tokens that stand for this modality."""
+        return {self.modality: [self.token_id]}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> EncodedInputs:
+        self.encoder._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def states(self, *given: Any) -> Tensor:
+        """What `takes` names, as the forward gets it -> (I, tokens, width)."""
+        raise NotImplementedError
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
+        fronts = front_ends(module)
+        given = {name: kwargs.pop(name, None) for front in fronts for name in front.takes}
+        ids, names = kwargs.get("input_ids"), [name for name, value in given.items() if value is not None]
+        if ids is None:
+            if names:
+                raise ValueError(
+                    f"{' and '.join(names)} need input_ids, whose placeholders say where the "
+                    f"{' and '.join(front.medium for front in fronts)} go"
+                )
+        elif names or (self.training and torch.is_grad_enabled()) or any(f.places(ids).any() for f in fronts):
+            kwargs |= {"input_ids": None, "inputs_embeds": embed(module, ids, given)}
+        return (), kwargs
+
+    def places(self, ids: Tensor) -> Tensor:
+        return ids == self.token_id
+
+    def embed(self, input_ids: Tensor, *given: Any) -> Tensor:
+        """input_ids (B, T) and what `takes` names -> embeddings (B, T, d); see `fill`."""
+        return embed(self.model, input_ids, dict(zip(self.takes, given, strict=False)))
+
+    def fill(self, embeddings: Tensor, input_ids: Tensor, given: dict[str, Any]) -> Tensor:
+        """embeddings (B, T, d) with what the encoder makes of `given` at the placeholders, in their order.
+
+        Raises:
+            ValueError: there are more or fewer placeholders than tokens of the inputs, or a row ends inside one; a
+                part of `given` without what it belongs to.
+        """
+        main, *more = (given.get(name) for name in self.takes)
+        like, places = next(self.projector.parameters()), self.places(input_ids)
+        if main is not None:
+            states = self.states(main, *more).to(like.dtype)
+        elif any(value is not None for value in more):
+            raise ValueError(f"{', '.join(self.takes[1:])} is given without {self.takes[0]}, which it belongs to")
+        else:
+            states = like.new_zeros(0, self.tokens, self.width)
+        per_row = places.sum(1)
+        if (per_row % self.tokens).any() or int(per_row.sum()) != states.shape[0] * self.tokens:
+            raise ValueError(
+                f"rows with {per_row.tolist()} placeholders (token {self.token_id}) do not fit {states.shape[0]} "
+                f"{self.medium} of {self.tokens} tokens each"
+            )
+        tokens = self.projector(states).flatten(0, 1).to(embeddings.dtype)
+        return embeddings.index_put(places.nonzero(as_tuple=True), tokens)
+
+    @torch.no_grad()
+    def inputs(self, input_ids: Tensor, *given: Any, **others: Any) -> dict[str, Any]:
+        """The arguments of `generate` for such a batch, with the inputs of all media of the model: it takes embeddings
+        and what each token is, but no images or sounds."""
+        fronts = front_ends(self.model)
+        named = dict(zip(self.takes, given, strict=False))
+        named |= {name: others.pop(name) for front in fronts for name in front.takes if name in others}
+        types = torch.zeros_like(input_ids)
+        for front in fronts:
+            types = types.masked_fill(front.places(input_ids), TOKEN_TYPES.index(front.modality))
+        return {**others, "inputs_embeds": embed(self.model, input_ids, named), "mm_token_type_ids": types}
+
+
+def front_ends(model: nn.Module) -> list[EncodedInputs]:
+    """Those of a model, in the order in which they were attached."""
+    return [child for child in model.children() if isinstance(child, EncodedInputs)]
+
+
+def embed(model: Any, input_ids: Tensor, given: dict[str, Any]) -> Tensor:
+    """input_ids (B, T) -> embeddings (B, T, d), with `given`, by argument, at the placeholders; see `fill`."""
+    fronts = front_ends(model)
+    tokens = input_ids
+    for front in fronts:
+        tokens = tokens.masked_fill(front.places(input_ids), 0)  # which may lie behind the table
+    embeddings = model.get_input_embeddings()(tokens)
+    for front in fronts:
+        embeddings = front.fill(embeddings, input_ids, given)
+    return embeddings
+
+
+def check_option(name: str, value: Any, least: int, most: int) -> None:
+    """Raises ValueError where an option is no integer of that range."""
+    if not (fits(value, int) and least <= value <= most):
+        raise ValueError(f"{name}={value!r} must be an integer from {least} to {most}")
