@@ -108,7 +108,7 @@ def origin(module: str, name: str) -> str:
     """The module that defines a name, where packages pass it on."""
     if file_of(module).name != "__init__.py":
         return module
-    for node in ast.walk(tree_of(module)):  # imports may stand under `with`
+    for node in ast.walk(tree_of(module)):  # imports may stand under `if`
         if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == name for alias in node.names):
             return origin(node.module, name)
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_LAZY":

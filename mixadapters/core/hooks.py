@@ -18,7 +18,7 @@ from torch import nn
 
 from mixadapters import kernels
 from mixadapters.core.cache import claim, settle
-from mixadapters.core.joining import countable, join_losses
+from mixadapters.core.joining import countable, join_losses, refuse_idle
 from mixadapters.core.processes import several
 from mixadapters.core.record import Record, Records
 from mixadapters.core.rows import row_names
@@ -55,7 +55,7 @@ class RootHooks:
         self._refuse_unread(kwargs)
         for objective in self._active(record):
             args, kwargs = objective.before(context, args, kwargs)
-        kwargs = countable(kwargs) if record.grad else kwargs
+        kwargs = countable(kwargs, module) if record.grad else kwargs
         record.inputs = {**dict(zip(context.argument_names, args, strict=False)), **kwargs}
         requests = records.thread.requests
         stream = record.streams[""] = read_stream(record.inputs, record.copies, requests=requests)
@@ -134,6 +134,7 @@ class RootHooks:
         for objective in self._active(record):
             output = objective.after(self.context, module, output)
         output = join_losses(record, module, output, self.context.loss_scale)
+        refuse_idle(record, output)
         cache = getattr(output, "past_key_values", None)
         kept_in = record.streams[""].cache if cache is None else cache
         if kept_in is not None:

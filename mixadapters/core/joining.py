@@ -22,14 +22,31 @@ if TYPE_CHECKING:
 ITEMS = "num_items_in_batch"  # the Trainer's count of the labels of all accumulated micro-batches
 
 
-def countable(inputs: dict[str, Any]) -> dict[str, Any]:
-    """`inputs` whose count of items is a leaf of the graph: the loss can be asked whether it was divided by it."""
+def countable(inputs: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """`inputs` whose count of items is a leaf of the graph: the loss can be asked whether it was divided by it.
+
+    Not so of a module in which nothing trains: its loss would have a gradient by that leaf alone.
+    """
     items = inputs.get(ITEMS)
-    if items is None or torch.compiler.is_compiling():
+    if items is None or torch.compiler.is_compiling() or not any(p.requires_grad for p in module.parameters()):
         return inputs
     leaf = torch.as_tensor(items).detach()
     leaf = leaf.clone() if leaf.is_floating_point() else leaf.float()
     return {**inputs, ITEMS: leaf.requires_grad_()}
+
+
+def refuse_idle(record: Record, output: Any) -> None:
+    """Refuse a step of Trainer in which nothing trains. Backward would fail, and not say why."""
+    if torch.compiler.is_compiling():
+        return
+    loss = getattr(output, "loss", None)
+    stepping = record.training and record.grad and record.inputs.get(ITEMS) is not None
+    if stepping and isinstance(loss, Tensor) and not loss.requires_grad:
+        raise ValueError(
+            "nothing in this model trains: its loss depends on no parameter that requires a gradient. Gathered "
+            "experts are frozen, and a gate of counted tokens has fit_gate in place of training; choose what trains "
+            "by model.base_model.set_stage(...), or load an adapter with is_trainable=True"
+        )
 
 
 def join_losses(record: Record, module: nn.Module, output: Any, scale: Tensor | float | None) -> Any:

@@ -116,6 +116,19 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
                 if not matches:
                     parameter.requires_grad_(False)
 
+    def train(self, mode: bool = True) -> MixtureModel:
+        """As any module's; but frozen norms that keep running statistics (batch norm) stay in evaluation.
+
+        They belong to the base model, which training must leave as it was: no adapter's file holds them.
+        """
+        super().train(mode)
+        saved = {m for part in self.modules() if isinstance(part, AuxiliaryTrainingWrapper) for m in part.modules()}
+        for module in self.modules() if mode else ():
+            statistics = getattr(module, "running_mean", None) is not None
+            if statistics and module not in saved and not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+        return self
+
     # --- saving, unloading ---------------------------------------------------------------------------
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

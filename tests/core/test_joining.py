@@ -101,7 +101,13 @@ def test_the_share_counts_labels_as_the_trainer_does() -> None:
 
 def test_inputs_without_a_count_stay_as_they_are() -> None:
     inputs = {"labels": LABELS}
-    assert countable(inputs) is inputs
+    assert countable(inputs, nn.Linear(2, 2)) is inputs
+
+
+def test_a_count_gives_a_gradient_only_where_something_trains() -> None:
+    module, inputs = nn.Linear(2, 2), {"labels": LABELS, "num_items_in_batch": 3}
+    assert countable(inputs, module)["num_items_in_batch"].requires_grad
+    assert countable(inputs, module.requires_grad_(False)) is inputs
 
 
 @pytest.mark.parametrize(

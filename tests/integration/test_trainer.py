@@ -550,3 +550,12 @@ def test_contrastive_stage_1_of_a_sentence_encoder(base: Path, tokenizer: Any, t
     loaded = PeftModel.from_pretrained(AutoModel.from_pretrained(base), tmp_path / "adapter").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("head", ["causal", "classes"])
+def test_a_trainer_of_a_model_in_which_nothing_trains_is_refused(tiny, tiny_inputs, tmp_path, head) -> None:
+    model = made(tiny, head, moa()).requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing in this model trains"):
+        Trainer(model, arguments(tmp_path), train_dataset=as_rows(batch_of(tiny_inputs, head))).train()
+    with torch.no_grad():
+        assert model.train()(**batch_of(tiny_inputs, head)).loss.isfinite()

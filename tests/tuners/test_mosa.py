@@ -1214,14 +1214,32 @@ def test_convolutional_models_take_adapters_after_the_last_convolution_of_a_laye
         trained = model.eval()(**inputs).logits
     assert not torch.allclose(trained, expected, atol=1e-3)
     model.base_model.save_merged(tmp_path)
-    fresh = convolutional(name)
-    fresh.load_state_dict({  # running means of the norms have moved in training
-        key.replace(".base_layer", ""): value
-        for key, value in model.base_model.model.state_dict().items() if "_adapters" not in key
-    })  # fmt: skip
-    plain = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    plain = PeftModel.from_pretrained(convolutional(name), tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(plain(**inputs).logits, trained)
+
+
+def test_training_leaves_the_statistics_of_a_frozen_base_as_they_were() -> None:
+    """No file of an adapter holds them, so that a model loaded from it would give other outputs."""
+    base = convolutional("resnet")
+    head = nn.Sequential(nn.Flatten(1), nn.BatchNorm1d(32, affine=False), nn.Linear(32, 3))
+    base.classifier = head
+    before = {name: value.clone() for name, value in base.named_buffers() if "running" in name}
+    model = get_peft_model(base, MoSAConfig(r=4, style="pfeiffer", modules_to_save=["classifier"]))
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 2])}
+    model.train()(**inputs).loss.backward()
+    moved = {n for n, value in model.named_buffers() if "running" in n and not torch.equal(value, _at(before, n))}
+    assert moved == {
+        f"base_model.model.classifier.modules_to_save.default.1.running_{kind}" for kind in ("mean", "var")
+    }  # a head of one's own trains whole, and is saved
+    base.resnet.embedder.embedder.normalization.requires_grad_(True)
+    assert model.train().base_model.model.resnet.embedder.embedder.normalization.training
+
+
+def _at(before: dict[str, Tensor], name: str) -> Tensor:
+    for word in ("base_model.model.", ".base_layer", ".original_module", ".modules_to_save.default"):
+        name = name.replace(word, "")
+    return before[name]
 
 
 @pytest.mark.parametrize(

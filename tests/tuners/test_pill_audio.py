@@ -199,6 +199,7 @@ def test_batches_that_do_not_fit_are_refused(tiny) -> None:
         ({"input_ids": ids, "input_features": features.repeat(2, 1)}, "do not fit 2 sounds"),
         ({"input_ids": ids[:, :2], "input_features": features}, r"rows with \[1\] placeholders"),
         ({"inputs_embeds": torch.randn(1, 3, 32), "input_features": features}, "input_features need input_ids"),
+        ({"input_ids": ids, "input_features": features.short()}, "features are torch.int16, not what the encoder"),
         ({"input_ids": ids, "feature_attention_mask": mask}, "feature_attention_mask is given without input_features"),
         ({"input_ids": ids, "input_features": features, "feature_attention_mask": mask[:, 1:]},
          r"feature_attention_mask \(1, 3999\) does not fit input_features \(1, 4000\)"),
@@ -224,7 +225,9 @@ def test_what_is_no_audio_encoder_is_refused(tiny, kind) -> None:
 @pytest.mark.parametrize(
     ("clip", "message"),
     [
-        ("cat.wav", "row 0 of the batch has a clip 'cat.wav' that is no array of samples"),
+        ("cat.wav", "row 0 of the batch has a clip 'cat.wav' of <U7, where floats from -1 to 1 are samples"),
+        ((32767 * sound(0.1)).astype(np.int16), "(?s)of int16, where floats from -1 to 1 are samples; divide"),
+        ([[0.1], [0.1, 0.2]], "that is no array of samples"),
         (np.zeros((2, 100)), r"has a clip \(2, 100\) that is no sound of one channel"),
         (np.zeros(0), r"has a clip \(0,\) that is no sound"),
         (np.array([0.0, np.nan]), "that is no sound of one channel; give finite samples"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -136,12 +136,17 @@ def test_batches_that_do_not_fit_are_refused(tiny) -> None:
     for wrong, given in ((ids, pixels[:1]), (ids[:, :4], pixels), (prompt(images, 2, 1), pixels), (ids, None)):
         with pytest.raises(ValueError, match=r"placeholders .* do not fit"):
             base(input_ids=wrong, pixel_values=given)
-    with pytest.raises(ValueError, match="with 3 channels and 16 x 16; use the encoder's own image processor"):
-        base(input_ids=ids, pixel_values=torch.randn(2, 3, 8, 8))
+    for wrong in ((2, 3, 8, 8), (2, 1, 16, 16), (3, 16, 16), (2, 1, 3, 16, 16)):
+        with pytest.raises(ValueError, match="with 3 channels and 16 x 16; use the encoder's own image processor"):
+            base(input_ids=ids, pixel_values=torch.randn(*wrong))
+    with pytest.raises(ValueError, match=r"pixel_values are torch\.uint8, not what .* give what its own"):
+        base(input_ids=ids, pixel_values=torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match="pixel_values need input_ids"):
         base(inputs_embeds=torch.randn(2, 6, 32), pixel_values=pixels)
     with pytest.raises(ValueError, match="has a module 'images' already"):
         ImageInputs.attach(base, encoder())
+    with pytest.raises(ValueError, match=r"has adapters already.*attach ImageInputs to the base model, before"):
+        ImageInputs.attach(get_peft_model(tiny("llama"), PILLConfig(r=4, token_ids={"image": [5]})), encoder())
     with pytest.raises(ValueError, match="is no vision encoder"):
         ImageInputs.attach(tiny("llama"), tiny("bert"))
     for options, message in (
@@ -153,6 +158,18 @@ def test_batches_that_do_not_fit_are_refused(tiny) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ImageInputs.attach(tiny("llama"), encoder(), **options)
+
+
+def test_images_at_a_token_that_the_config_does_not_name_are_refused(tiny, tmp_path) -> None:
+    base, images = attached(tiny, grid=1)
+    get_peft_model(base, PILLConfig(r=4, token_ids=images.token_ids, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    other, _ = attached(tiny, grid=1, token_id=97)
+    message = r"ImageInputs puts images at token 97, and token_ids=\{'image': \[96\]\} .*attach it with token_id=96"
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(other, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(other, PILLConfig(r=4, token_ids=images.token_ids))
+    PeftModel.from_pretrained(attached(tiny, grid=1)[0], tmp_path)
 
 
 @torch.no_grad()

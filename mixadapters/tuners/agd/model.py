@@ -40,6 +40,9 @@ class AGDModel(MixtureModel):
             config.sites = {"attention": CALLS[base].site}
         super().resolve(config, model_config)
         config.base_class = base
+        if config.after_prompt is None:
+            tokens = "input_ids" in inspect.signature(type(self.model).forward).parameters
+            config.after_prompt = tokens and config.kind == "film"
         self._read_conditions(config)
 
     def before_injection(self, config: AGDConfig, adapter_name: str) -> None:
@@ -99,6 +102,9 @@ class AGDModel(MixtureModel):
             nn.init.zeros_(adapter.up.bias)
         self.__dict__["first"] = self.__dict__["first"] or adapter
         return adapter
+
+    def _reads_prompt(self) -> bool:
+        return super()._reads_prompt() or any(config.after_prompt for config in self.peft_config.values())
 
     def train(self, mode: bool = True) -> AGDModel:
         """As usual, but the frozen model's dropout rests: its teacher and its student are to see the same.

@@ -244,9 +244,14 @@ class AudioTextCollator(MediaTextCollator):
                 )
             clip = clip["array"]
         try:
-            samples = np.asarray(clip, dtype=np.float32)
-        except (TypeError, ValueError) as error:
+            samples = np.asarray(clip)
+        except ValueError as error:
             raise ValueError(f"{where} has a clip {clip!r:.80} that is no array of samples: {error}") from None
+        if not np.issubdtype(samples.dtype, np.floating):
+            raise ValueError(
+                f"{where} has a clip {clip!r:.80} of {samples.dtype}, where floats from -1 to 1 are samples; divide "
+                "integers by their largest, such as clip / 32768"
+            )
         if samples.ndim != 1 or not samples.size or not np.isfinite(samples).all():
             raise ValueError(
                 f"{where} has a clip {samples.shape} that is no sound of one channel; give finite samples (S,), such "
@@ -257,4 +262,4 @@ class AudioTextCollator(MediaTextCollator):
                 f"{where} has a clip of {len(samples) / rate:.1f} seconds, where the encoder reads {most / rate:.0f}; "
                 "cut it into several, each with a marker"
             )
-        return samples
+        return samples.astype(np.float32)

@@ -6,6 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mixadapters.core.fields import LARGEST, fits
@@ -65,7 +66,12 @@ class EncodedInputs(nn.Module):
 
     @classmethod
     def attach(cls, model: PreTrainedModel, encoder: PreTrainedModel, **options: Any) -> Any:
-        """Make `model` take such inputs; see the class. Raises ValueError where it does already."""
+        """Make `model` take such inputs; see the class. Raises ValueError where it does already, or has adapters."""
+        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise ValueError(
+                f"{type(model).__name__} has adapters already, whose config knows neither the tokens of {cls.medium} "
+                f"nor the projector; attach {cls.__name__} to the base model, before get_peft_model"
+            )
         if hasattr(model, cls.attribute):
             raise ValueError(f"{type(model).__name__} has a module {cls.attribute!r} already")
         front, first = cls(model, encoder, **options), not front_ends(model)
@@ -119,6 +125,11 @@ class EncodedInputs(nn.Module):
         main, *more = (given.get(name) for name in self.takes)
         like, places = next(self.projector.parameters()), self.places(input_ids)
         if main is not None:
+            if not main.is_floating_point():
+                raise ValueError(
+                    f"{self.takes[0]} are {main.dtype}, not what the encoder reads; give what its own processor makes "
+                    f"of the {self.medium}"
+                )
             states = self.states(main, *more).to(like.dtype)
         elif any(value is not None for value in more):
             raise ValueError(f"{', '.join(self.takes[1:])} is given without {self.takes[0]}, which it belongs to")
