@@ -122,8 +122,9 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
         They belong to the base model, which training must leave as it was: no adapter's file holds them.
         """
         super().train(mode)
-        saved = {m for part in self.modules() if isinstance(part, AuxiliaryTrainingWrapper) for m in part.modules()}
-        for module in self.modules() if mode else ():
+        outside = [module for _, module in outside_adapters(self)]
+        saved = {m for part in outside if isinstance(part, AuxiliaryTrainingWrapper) for m in part.modules()}
+        for module in outside if mode else ():
             statistics = getattr(module, "running_mean", None) is not None
             if statistics and module not in saved and not any(p.requires_grad for p in module.parameters()):
                 module.eval()
