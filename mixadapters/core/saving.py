@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTraining
 from torch import Tensor, nn
 
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.engines import overwrite
+from mixadapters.core.engines import is_dtensor, overwrite
 from mixadapters.core.files import PREFIX, FileWeights, digest_of, orders_of, weights_of
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.processes import rank
@@ -48,7 +49,7 @@ class SavedForm(BaseTuner):
         """PEFT's selection; what is incomplete is not saved, and the config gets the digest of what is.
 
         Raises:
-            ValueError: weights of the adapter are not among those selected, or hold nothing.
+            ValueError: weights of the adapter are not among those selected, or hold nothing here.
         """
         if not state_dict and rank():  # what is sharded is gathered by the first process, which saves it
             return {}
@@ -74,6 +75,7 @@ class SavedForm(BaseTuner):
                 inside = {k.removeprefix(place): v for k, v in unwrapped.items() if k.startswith(place)}
                 heads = module.adapter_state_dict(adapter_name, inside)
                 saved |= {f"{place}{key}": tensor for key, tensor in heads.items()}
+        _look_at_shards(adapter_name, saved)
         plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in saved.values())  # none is sharded
         kind = config.peft_type.value
         digest = digest_of(saved, kind, config.modules_to_save) if plain else None
@@ -115,6 +117,29 @@ class SavedForm(BaseTuner):
             )  # fmt: skip
         # Embeddings that are a saved module too come twice; the other copy has been mapped.
         return {key: tensor for key, tensor in remapped.items() if (key.removeprefix(PREFIX) if bare else key) in here}
+
+
+def _look_at_shards(adapter_name: str, saved: dict[str, Tensor]) -> None:
+    """Weights that an engine has shared out are no file: refuse what is empty here, and say what no file can take.
+
+    Raises:
+        ValueError: a weight has no entries.
+    """
+    remedy = (
+        "In all processes weights = accelerator.get_state_dict(model); in the first "
+        "save_pretrained(folder, state_dict=weights)"
+    )
+    if empty := [key for key, tensor in saved.items() if not tensor.numel()]:
+        raise ValueError(
+            f"adapter {adapter_name!r} cannot be saved: {empty[0]!r} is shared out over processes (DeepSpeed ZeRO-3) "
+            f"and has no entries in this one. {remedy}"
+        )
+    if parts := [key for key, tensor in saved.items() if is_dtensor(tensor)]:
+        warnings.warn(
+            f"{parts[0]!r} of adapter {adapter_name!r} is shared out over processes (FSDP2), and no file takes it as "
+            f"it is. {remedy}",
+            stacklevel=2,
+        )
 
 
 def complete(state_dict: dict[str, Tensor], model: nn.Module) -> None:

@@ -86,6 +86,15 @@ def batch_of(data: Trajectories, model: nn.Module, rows: int = 6) -> dict[str, A
     return TrajectoryCollator(model)([data[i * 5] for i in range(rows)])
 
 
+def test_whole_timesteps_are_whole_numbers_in_a_batch(data) -> None:
+    """An engine that casts arguments to bfloat16 would round them as floats: 749 to 748."""
+    model = dit()
+    batch = batch_of(data, model)
+    assert batch["timestep"].dtype == torch.int64
+    items = [{**data[i], "timestep": data[i]["timestep"] + 0.5} for i in range(2)]
+    assert TrajectoryCollator(model)(items)["timestep"].tolist() == [float(item["timestep"]) for item in items]
+
+
 # --- the loss -----------------------------------------------------------------------------------------------------
 
 

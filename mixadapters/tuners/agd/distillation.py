@@ -103,7 +103,7 @@ def _check_finite(target: Tensor, timestep: Tensor) -> None:
     if bad.any():
         raise ValueError(
             f"the target is not finite in rows {bad.nonzero().flatten().tolist()} of the batch, at timesteps "
-            f"{timestep[bad].tolist()}; record anew, which says what to change in scheduler, model or dtype"
+            f"{timestep[bad].float().tolist()}; record anew, which says what to change in scheduler, model or dtype"
         )
 
 
