@@ -4,8 +4,8 @@
     python examples/studies/domains.py --domains biomed=biomed.txt film=film.txt product=product.txt code=code.txt \
         --later headers=headers.txt --general general.txt  # text of your own
     python examples/studies/domains.py ... --size large  # 300,000 tokens of each kind: a GPU, or hours
-    python examples/studies/domains.py ... --size large --base_tokens 1200000 --choosing_tokens 60000 \
-        --kinds lora --cells main  # the same text, and what the main claims need: 20 CPU minutes a seed
+    python examples/studies/domains.py ... --size large --base_tokens 1200000 --kinds lora --cells main \
+        --rates expert=5e-3 temperature=3 joint=2e-3 twice=2e-3 shared=2e-3  # the main claims: 20 CPU minutes a seed
 
 For each seed a small decoder learns general text; each domain has an adapter of its own, from its text alone; mixtures
 of them stand against adapters that read all text, general text included. All that is compared has the same seed, base
@@ -14,7 +14,8 @@ Two kinds of adapters: LoRA on all linear layers (MoA), and bottlenecks of that 
 
 Each result is a file of its own: the command goes on where it was ended. Cells run in the order of CELLS, kind by kind
 and seed by seed; none begins after `--cpu_minutes`, and what is dropped then is dropped from the end and reported as
-missing. Where there is less time than that, run the cells of FEWER or MAIN alone. The claims are in
+missing. Where there is less time than that, run the cells of FEWER or MAIN alone. Those of MORE were
+thought of after the others. The claims are in
 `domains_claims.py`, with what was expected of them before the first run.
 """
 
@@ -27,7 +28,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # the demo's models a
 
 import torch
 from demo_files import parted, read_text
-from demo_models import Progress, lora, mixture, new_base, perplexities, size, train
+from demo_models import Progress, lora, mixture, new_base, perplexities, routing, size, token_losses, train
 from demo_table import mean
 from demo_text import new_tokenizer, token_rows
 from domains_claims import report
@@ -55,6 +57,7 @@ GATES: dict[str, Any] = {  # router -> its specification; how it is fitted is in
     "lm_prefix": {"kind": "softmax", "granularity": "causal_prefix"},
     "uniform": "constant",
 }
+FEATURE_ROWS = 200  # of each kind of text, for gates that a regression on states fits
 CHOOSING = 100  # the seed that rates are chosen with
 # size -> what it is where it is not given; tokens but those of `base_tokens` are of each kind of text
 SIZES: dict[str, dict[str, int]] = {
@@ -74,7 +77,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# Where more text is read lower rates may do; these have their best inside, on 60,000 tokens of each kind.
+# Where more text is read lower rates do: on 60,000 tokens of each kind these have their best inside.
 LARGE_CHOICES: dict[str, dict[str, Any]] = {
     "lora": {
         "expert": (5e-3, 1e-2, 2e-2),
@@ -95,14 +98,18 @@ class Arguments:
     general: str | None = field(default=None, metadata={"help": "FILE of general text. None: the installation's."})
     later: str | None = field(default=None, metadata={"help": "name=FILE of a domain that is added later."})
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
-    cells: list[str] | None = field(default=None, metadata={"help": "Some of CELLS, `fewer` or `main`. None: all."})
+    cells: list[str] = field(
+        default_factory=lambda: ["usual"], metadata={"help": "Of CELLS; or usual, fewer, main, more."}
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     size: str = field(default="small", metadata={"help": "What the next four are unless given: small or large."})
     tokens: int | None = field(default=None, metadata={"help": "Of training text per kind of text."})
     dev_tokens: int | None = field(default=None, metadata={"help": "Of dev text per kind."})
     test_tokens: int | None = field(default=None, metadata={"help": "Of test text per kind."})
     base_tokens: int | None = field(default=None, metadata={"help": "Tokens that a base model is trained on."})
-    choosing_tokens: int | None = field(default=None, metadata={"help": "`tokens` while rates are chosen. None: all."})
+    rates: list[str] = field(
+        default_factory=list, metadata={"help": "what=value that is not to be chosen, of CHOICES."}
+    )
     length: int = field(default=128, metadata={"help": "Tokens of a row."})
     rank: int = field(default=8, metadata={"help": "Of a domain's LoRA; bottlenecks have its size."})
     batch: int = field(default=4, metadata={"help": "Rows of a training step."})
@@ -113,18 +120,22 @@ class Arguments:
     cpu_minutes: float = field(default=70.0, metadata={"help": "No cell begins after these; run again to go on."})
 
     def __post_init__(self) -> None:
-        if self.cells in (["fewer"], ["main"]):
-            self.cells = list(FEWER if self.cells == ["fewer"] else MAIN)
+        if len(self.cells) == 1:
+            self.cells = list(NAMED.get(self.cells[0], self.cells))
         if self.size not in SIZES:
             raise ValueError(f"size={self.size!r} is unknown; choose from {list(SIZES)}")
         for name, value in SIZES[self.size].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        if not 0 < (self.choosing_tokens or self.tokens) <= self.tokens:
-            raise ValueError(f"choosing_tokens={self.choosing_tokens} must be 1 to tokens={self.tokens}")
+        known_rates = {what for choices in CHOICES.values() for what in choices}
+        for what, value in self.given.items():
+            if what not in known_rates or not 0 < value < math.inf:
+                raise ValueError(f"rates: {what}={value} must be one of {sorted(known_rates)} and a number above 0")
         for name, known in (("kinds", KINDS), ("cells", CELLS)):
-            if unknown := set(getattr(self, name) or ()) - set(known):
+            if unknown := set(getattr(self, name)) - set(known):
                 raise ValueError(f"{name}={sorted(unknown)} are unknown; choose from {list(known)}")
+        if "bottleneck" in self.kinds and any(cell.startswith("shared_first") for cell in self.cells):
+            raise ValueError("cells: shared_first needs --kinds lora, since no bottleneck can be merged into its base")
         if CHOOSING in self.seeds:
             raise ValueError(f"seeds={self.seeds}: {CHOOSING} is the seed that rates are chosen with")
 
@@ -132,9 +143,17 @@ class Arguments:
     def settings(self) -> dict[str, Any]:
         """What a result depends on."""
         left_out = ["out", "kinds", "cells", "seeds", "cpu_minutes", "size"]
-        if self.choosing_tokens is None:
-            left_out.append("choosing_tokens")
+        if not self.rates:
+            left_out.append("rates")
         return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    @property
+    def given(self) -> dict[str, float]:
+        """What is not to be chosen -> its value."""
+        try:
+            return {what: float(value) for what, _, value in (rate.partition("=") for rate in self.rates)}
+        except ValueError:
+            raise ValueError(f"rates={self.rates} must be what=value, such as expert=5e-3") from None
 
     def choices(self, kind: str) -> dict[str, Any]:
         """What is chosen for a kind of adapters -> the values to choose from."""
@@ -169,12 +188,6 @@ class Texts:
     def of(self, kinds: list[str]) -> Tensor:
         return torch.cat([self.train[kind] for kind in kinds])
 
-    def shorter(self, tokens: int, length: int) -> Texts:
-        """The same with less text to train on."""
-        found = copy.copy(self)
-        found.train = {kind: rows[: tokens // length] for kind, rows in self.train.items()}
-        return found
-
 
 # --- one seed of one kind of adapters -----------------------------------------------------------------------------
 
@@ -186,21 +199,22 @@ class Trial:
         self.args, self.texts, self.kind, self.seed, self.choices = args, texts, kind, seed, choices
         self.folder = Path(args.out) / f"seed{seed}"
         self.own = self.folder / kind
+        self.start = self.folder / "base"  # the frozen model under the adapters
+        self.readings = 1  # of its text by a domain's own adapter
         self.progress = Progress()
         self.read = 0  # tokens that the last training has read, besides those of the domains' own adapters
         self.adds = 0  # parameters of what is measured
 
     def base(self) -> Any:
         """The frozen model of this seed, anew."""
-        folder = self.folder / "base"
-        if not (folder / "config.json").exists():
+        if not (self.start / "config.json").exists():
             args, rows = self.args, self.texts.base
             model = new_base(len(self.texts.tokenizer), args.width, args.layers, args.length, self.seed)
             epochs = args.base_tokens / rows.numel()
             self.train(model, rows, args.base_rate, epochs, batch=16)
             self.read = 0
-            model.save_pretrained(folder)
-        return AutoModelForCausalLM.from_pretrained(folder)
+            model.save_pretrained(self.start)
+        return AutoModelForCausalLM.from_pretrained(self.start)
 
     def train(self, model: Any, rows: Tensor, rate: float, epochs: float = 1, batch: int | None = None) -> Any:
         out = str(Path(self.args.out) / "trainer")
@@ -239,7 +253,7 @@ class Trial:
         return PeftModel.from_pretrained(self.base(), self.own / name, is_trainable=True)
 
     def expert(self, name: str) -> Any:
-        return self.adapter(name, [name], "expert")
+        return self.adapter(name, [name], "expert" if self.readings == 1 else "twice", epochs=self.readings)
 
     def joint(self) -> Any:
         return self.adapter("joint", self.texts.old, "joint", len(self.texts.domains))
@@ -279,23 +293,25 @@ class Trial:
         names = domains or self.texts.domains
         self.read = 0
         if gate in ("counts", "features"):
-            texts = {name: self.texts.train[name] for name in names}
-            model.base_model.fit_gate(texts, self.texts.train["general"], method=gate)
+            some = None if gate == "counts" else FEATURE_ROWS
+            texts = {name: self.texts.train[name][:some] for name in [*names, "general"]}
+            model.base_model.fit_gate(texts, texts.pop("general"), method=gate)
         elif gate.startswith("lm_"):
             model.base_model.set_stage("router" if self.kind == "lora" else "task")
             self.train(model, self.texts.of(self.texts.old), self.choices["gate"])
         return model
 
-    def shared(self) -> Any:
-        """The mixture under the counts gate, with one more adapter that reads all text under it."""
-        folder = self.own / "shared"
+    def shared(self, parts: int = 1) -> Any:
+        """The mixture under the counts gate, with one more adapter that reads all text under it, or a part of it."""
+        folder = self.own / ("shared" if parts == 1 else f"shared_{parts}")
+        rows = self.texts.of(self.texts.old)[::parts]
         if (folder / "adapter_config.json").exists():
-            self.read = self.texts.of(self.texts.old).numel()
+            self.read = rows.numel()
             return PeftModel.from_pretrained(self.base(), folder).eval()
         model = self.gate("counts", shared=True)
         if self.kind == "bottleneck":
             model.base_model.set_stage("task")
-        self.train(model, self.texts.of(self.texts.old), self.choices["shared"])
+        self.train(model, rows, self.choices["shared"])
         model.save_pretrained(folder)
         return model
 
@@ -418,18 +434,90 @@ def removed(trial: Trial) -> Any:
     return model
 
 
+def shared_of(parts: int) -> Cell:
+    return lambda trial: trial.shared(parts)
+
+
+def first_shared(times: int, share: float) -> Cell:
+    """One adapter, `times` as large as a domain's, reads all text first and becomes part of the base model; the
+    domains' adapters, of `share` of their usual rank, learn on top of it."""
+
+    def cell(trial: Trial) -> dict[str, float]:
+        first = trial.adapter("joint_active" if times == 1 else f"joint_{times}", trial.texts.old, "joint", times)
+        read, adds = trial.read, size(first)
+        after = copy.copy(trial)
+        after.start, after.own = trial.own / f"base_shared_{times}", trial.own / f"after_shared_{times}"
+        after.args = replace(trial.args, rank=max(1, round(share * trial.args.rank)))
+        if not (after.start / "config.json").exists():
+            first.merge_and_unload().save_pretrained(after.start)
+        model = after.gate("counts")
+        trial.read, trial.adds = read, adds + size(model)
+        return perplexities(model, trial.texts.test)
+
+    return cell
+
+
+def counts_twice(trial: Trial) -> Any:
+    """The domains' adapters read their text twice, and are as large together as the joint adapter that reads twice."""
+    twice, texts = copy.copy(trial), trial.texts
+    twice.own, twice.readings = trial.own / "twice", 2
+    twice.args = replace(trial.args, rank=round(trial.args.rank * (1 + 1 / len(texts.domains))))
+    model = twice.gate("counts")
+    trial.read = texts.of(texts.domains).numel()
+    return model
+
+
+def product(trial: Trial) -> dict[str, float]:
+    """Counts and features as a product of experts: at each gate its probabilities times those of counts."""
+    counts, features = trial.gate("counts"), trial.gate("features")
+    trial.read, trial.adds = 0, size(features)
+    order = next(iter(features.base_model.mixtures().values())).router.arms
+    found = {}
+    for kind, rows in trial.texts.test.items():
+        losses = []
+        for part in rows.split(16):
+            arms, prior = routing(counts, part)
+            prior = prior.flatten(0, 1)[:, [arms.index(arm) for arm in order]]
+            with features.base_model.pin_routes({"*": partial(times, prior, len(trial.texts.domains))}):
+                losses.append(token_losses(features, part))
+        found[kind] = math.exp(torch.cat(losses).mean().item())
+    return found
+
+
+def times(prior: Tensor, experts: int, decided: Any) -> Any:
+    """What a gate has decided, times the prior (N, A) over its arms: the experts, then the frozen layer."""
+    probs = decided.probs.float() * prior
+    probs = probs / probs.sum(1, keepdim=True)
+    return decided._replace(probs=probs, weights=probs[:, :experts].to(decided.weights.dtype))
+
+
+def counts_few(trial: Trial) -> Any:
+    """The gate has counted the first 24 rows of each kind alone: 3,072 tokens where rows have 128."""
+    model = trial.mixture("counts")
+    texts = {name: trial.texts.train[name][:24] for name in trial.texts.old}
+    model.base_model.fit_gate(texts, texts.pop("general"))
+    trial.read = 0
+    return model
+
+
 CELLS: dict[str, Cell] = {
     "base": base, "own": own_adapters, "counts": under("counts"), "joint": joint, "joint_active": joint_active,
     "added": added, "joint_anew": joint_anew, "joint_replay": joint_replay, "joint_new_alone": joint_new_alone,
     "removed": removed, "shared": shared, "joint_twice": joint_twice, "added_shared": added_shared,
     "features": under("features"), "uniform": under("uniform"), "lm_token": under("lm_token"),
     "lm_prefix": under("lm_prefix"), "added_warm": added_warm, "added_features": added_features,
-    "posterior": posterior, "posterior_added": posterior_added,
+    "posterior": posterior, "posterior_added": posterior_added, "shared_half": shared_of(2),
+    "shared_quarter": shared_of(4), "shared_first": first_shared(1, 1), "shared_first_wide": first_shared(3, 0.5),
+    "counts_twice": counts_twice, "product": product, "counts_few": counts_few,
 }  # fmt: skip
 FEWER = ("base", "own", "counts", "joint", "added", "removed", "shared", "joint_twice", "added_shared", "features",
          "uniform", "posterior")  # fmt: skip
 MAIN = ("base", "own", "counts", "joint", "added", "joint_anew", "joint_new_alone", "removed", "shared", "joint_twice",
         "added_shared", "uniform")  # fmt: skip
+# What may do more; run when it is asked for. A bottleneck cannot become part of the base model.
+MORE = ("shared_half", "shared_quarter", "shared_first", "shared_first_wide", "counts_twice", "product",
+        "counts_few")  # fmt: skip
+NAMED = {"usual": [cell for cell in CELLS if cell not in MORE], "fewer": FEWER, "main": MAIN, "more": MORE}
 
 
 # --- choices on dev text ------------------------------------------------------------------------------------------
@@ -441,10 +529,9 @@ def choose(args: Arguments, texts: Texts, kind: str) -> dict[str, float]:
     known = json.loads(path.read_text()) if path.exists() else {"settings": args.settings, "tried": {}, "chosen": {}}
     _refuse_other(path, known, args)
     chosen = known["chosen"]
-    if args.choosing_tokens is not None:
-        texts = texts.shorter(args.choosing_tokens, args.length)
+    chosen.update(args.given)
     for what, values in args.choices(kind).items():
-        trains_gates = args.cells is None or any(cell.startswith("lm_") for cell in args.cells)
+        trains_gates = any(cell.startswith("lm_") for cell in args.cells)
         if what not in chosen and (what != "gate" or trains_gates):
             if isinstance(values, str):
                 chosen[what] = chosen[values]
@@ -494,7 +581,7 @@ def runs(args: Arguments, texts: Texts) -> Iterator[dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     for kind in args.kinds:
         for seed in args.seeds:
-            for cell in [cell for cell in CELLS if args.cells is None or cell in args.cells]:
+            for cell in [cell for cell in CELLS if cell in args.cells]:
                 path = folder / f"{kind}-{cell}-{seed}.json"
                 if path.exists():
                     found = json.loads(path.read_text())
@@ -527,7 +614,7 @@ def main(args: Arguments) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()
     texts, out = Texts(args), Path(args.out)
     found = list(runs(args, texts))
-    wanted = len(args.kinds) * len(args.seeds) * len(CELLS if args.cells is None else args.cells)
+    wanted = len(args.kinds) * len(args.seeds) * len(args.cells)
     cpu_minutes = sum(run["cpu_seconds"] for run in found) / 60
     kinds = {"domains": texts.domains, "later": texts.later, "removed": texts.domains[-1]}
     chosen = {kind: json.loads(path.read_text()) for kind in args.kinds

@@ -58,6 +58,15 @@ CLAIMS = (
     Claim("with one more arm the posterior is before counts", "posterior_added", "added", "all", (-5, 0)),
     Claim("a domain that goes leaves the others alone", "removed", "added", "others", (-1, 1)),
     Claim("and its text is the base model's again", "removed", "added", "removed", (50, INFINITE)),
+    Claim("half of the stream is enough for the shared adapter", "shared_half", "shared", "domains", (0, 2)),
+    Claim("a quarter of it is better than no shared adapter", "shared_quarter", "counts", "domains", (-INFINITE, 0)),
+    Claim("shared first and experts after is at least as good", "shared_first", "shared", "domains", (-4, 1)),
+    Claim("and before a joint one that reads twice", "shared_first", "joint_twice", "domains", (-INFINITE, 0)),
+    Claim("better with 3/5 of the size first", "shared_first_wide", "shared_first", "domains", (-INFINITE, 0)),
+    Claim("and no worse than a joint one that reads twice", "shared_first_wide", "joint_twice", "domains", (-6, 3)),
+    Claim("experts that read twice are behind it", "counts_twice", "joint_twice", "domains", (0, 10)),
+    Claim("counts times features is counts", "product", "counts", "old", (-1, 1)),
+    Claim("3,000 counted tokens of each kind are nearly enough", "counts_few", "counts", "old", (0, 3)),
 )  # fmt: skip
 BETWEEN_KINDS = Claim("LoRA is the better kind", "own", "own", "domains", (-INFINITE, 0))
 

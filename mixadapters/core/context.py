@@ -181,11 +181,16 @@ class ForwardContext:
         value = self.record.values.get(name)
         return None if value is None else self.stream(stack).spread(value, count, name)
 
-    def token_field(self, name: str, stack: str = "") -> Tensor | None:
+    def token_field(
+        self, name: str, stack: str = "", change: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor | None:
         """(B, T) values of the tokens of this forward, from a field that has one for each token; None if not given.
 
         An argument covers the tokens of this forward, or with a cache the whole sequence so far. A pinned field covers
         the beginning of the sequence, such as the prompt of a generation; tokens after it have the value 0.
+
+        Args:
+            change: (B, S) -> (B, S), made of the whole field before the tokens of this forward are cut out of it.
 
         Raises:
             ValueError: the field has another length, or not one row for each of the batch.
@@ -201,6 +206,7 @@ class ForwardContext:
         length = stream.length or 0
         if value.dim() < 2:
             raise ValueError(f"{name} {tuple(value.shape)} must be (B, T), with one value for each token")
+        value = value if change is None else change(value)
         if name in record.pinned:
             value = nn.functional.pad(value, (0, 1))
         elif value.shape[1] == length:

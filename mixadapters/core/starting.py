@@ -13,9 +13,12 @@ _waiting: list[str] = []
 def waits(package: str) -> bool:
     """Whether a package is to leave out its imports: while `python -m mixadapters...` looks for its module.
 
-    `import_what_waits` makes up for it.
+    `import_what_waits` makes up for it. Whoever runs a module of their own by `-m` gets the package whole.
     """
     if sys.argv[:1] != ["-m"]:  # so Python calls a module that it has not found yet
+        return False
+    line = sys.orig_argv
+    if "-m" not in line or not "".join(line[line.index("-m") + 1 :][:1]).startswith("mixadapters."):
         return False
     _waiting.append(package)
     return True

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 
 STAGE_FILE = "stage.json"  # {"adapter": name, "stage": name}
+TORCH_FILES = frozenset({".pt", ".pth", ".bin"})  # optimizer, scheduler, state of each process's random generators
 LONGEST_HEADER = 100_000_000  # bytes; what safetensors itself takes
 
 
@@ -58,9 +59,10 @@ def fault(folder: Path) -> str:
     for weights in sorted(folder.rglob(SAFETENSORS_WEIGHTS_NAME)):
         if (size := weights.stat().st_size) != (said := _size_by_header(weights)):
             return f"{weights.relative_to(folder)} has {size} bytes, {said or 'an unknown number'} by its header"
-    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-        if (folder / name).is_file() and not zipfile.is_zipfile(folder / name):
-            return f"{name} is cut"
+    # Each process writes some of these, and the first may have ended while another was killed.
+    for file in sorted(file for file in folder.iterdir() if file.suffix in TORCH_FILES and file.is_file()):
+        if not zipfile.is_zipfile(file):
+            return f"{file.name} is cut"
     return ""
 
 

@@ -7,7 +7,7 @@ is the mean over its own batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isfinite, log
+from math import isfinite, log, nan
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters.core.evaluation import in_evaluation
+from mixadapters.core.processes import gathered
 
 if TYPE_CHECKING:
     from mixadapters.core.context import ForwardContext
@@ -214,7 +215,7 @@ def require_pretrained_head(model: nn.Module, batch: Mapping[str, Any]) -> float
         batch: one batch of stage 1, with `labels`.
 
     Returns:
-        the loss.
+        the loss, a mean over all processes, which all call this.
 
     Raises:
         ValueError: the loss is above 0.8 * ln(V), or there is none to judge.
@@ -223,7 +224,10 @@ def require_pretrained_head(model: nn.Module, batch: Mapping[str, Any]) -> float
     with in_evaluation(model):
         output = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
     loss, logits = getattr(output, "loss", None), getattr(output, "logits", None)
-    if loss is None or logits is None or not isfinite(loss):
+    # All processes judge by the same number: one that ended alone would leave the others waiting for it.
+    losses = gathered(nan if loss is None or logits is None else float(loss))
+    loss = sum(losses) / len(losses)
+    if logits is None or not isfinite(loss):
         raise ValueError(
             f"loss={loss}: {type(model).__name__} gives no finite loss on the batch with {sorted(batch)}; it needs a "
             "language modelling head and labels that are not all -100"
@@ -231,8 +235,8 @@ def require_pretrained_head(model: nn.Module, batch: Mapping[str, Any]) -> float
     bound = 0.8 * log(logits.shape[-1])
     if loss > bound:
         raise ValueError(
-            f"loss={float(loss):.2f} is above 0.8 * ln(vocabulary) = {bound:.2f}: the head looks newly initialised. "
+            f"loss={loss:.2f} is above 0.8 * ln(vocabulary) = {bound:.2f}: the head looks newly initialised. "
             "Load a checkpoint that has its language modelling head, or use ContrastiveObjective, which needs none, "
             "for a sentence encoder"
         )
-    return float(loss)
+    return loss

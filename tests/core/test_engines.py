@@ -16,7 +16,7 @@ from torch.utils import _pytree
 from mixadapters import BottleneckConfig, MixDAConfig
 from mixadapters.core.joining import with_loss
 from mixadapters.core.saving import complete, own_keys, restore_frozen
-from mixadapters.training.callbacks import check_saves
+from mixadapters.training.callbacks import check_saves, check_sharded_once
 
 IDS = torch.arange(5, 17).view(2, 6)
 
@@ -110,6 +110,34 @@ def test_engines_that_would_write_no_adapter_are_refused() -> None:
                 check_saves(trainer(deepspeed_plugin=plugin))
         else:
             check_saves(trainer(deepspeed_plugin=plugin))
+
+
+def test_a_model_that_fsdp_has_sharded_is_refused_by_the_next_stage(tiny: Any) -> None:
+    model = adapted(tiny)
+    trainer: Any = SimpleNamespace(model=model, is_fsdp_enabled=True)
+    check_sharded_once(trainer)
+    with one_of_two():
+        fully_shard(model.base_model.model.model.layers[0], mesh=init_device_mesh("cpu", (2,)))
+        with pytest.raises(ValueError, match="make the model of the next stage anew"):
+            check_sharded_once(trainer)
+        trainer.is_distributed_loading_by_transformers = True  # by `from_pretrained`, which Trainer takes
+        check_sharded_once(trainer)
+
+
+def test_a_process_does_not_save_what_lies_in_others(tiny: Any, tmp_path: Any) -> None:
+    model = get_peft_model(tiny("llama"), BottleneckConfig(r=4, task_type="CAUSAL_LM"))
+    whole = get_peft_model_state_dict(model)
+    parameter = model.get_parameter(next(name for name, p in model.named_parameters() if p.requires_grad))
+    held = parameter.data
+    parameter.data = held.new_empty(0)  # as ZeRO-3 leaves it
+    with pytest.raises(ValueError, match=r"has no entries in this one.*accelerator.get_state_dict"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    parameter.data = held
+    with one_of_two():
+        fully_shard(model.base_model.model.model.layers[0], mesh=init_device_mesh("cpu", (2,)))
+        with pytest.warns(UserWarning, match=r"no file takes it as it is.*accelerator.get_state_dict"):
+            assert get_peft_model_state_dict(model).keys() == whole.keys()  # for those who keep parts
 
 
 def test_a_loss_stays_in_outputs_that_have_no_place_for_one() -> None:

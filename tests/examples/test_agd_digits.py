@@ -53,6 +53,7 @@ def test_report_says_which_thresholds_are_met(report) -> None:
     assert rows["1"][1]
     assert rows["6a"][1]
     assert not rows["2"][1]  # 120 steps are too few
+    assert report["seconds_per_image"]["ratio_by_arithmetic"] == pytest.approx(1.848, abs=0.001)  # adapters of r=32
     table = (report["out"] / "table.md").read_text()
     assert "| film | " in table
     assert "| base |  | 6 | 1.000 | 1.000 |" in table

@@ -90,6 +90,36 @@ def test_every_cell_of_both_kinds_is_run_and_told(made, given) -> None:
 
 
 @pytest.mark.slow
+def test_what_may_do_more(made, given, study) -> None:
+    more = study.main(study.Arguments(**{**given, "kinds": ["lora"], "cells": ["counts", "shared", *study.MORE]}))
+    runs = {run["cell"]: run for run in more["runs"]}
+    counts, shared = runs["counts"], runs["shared"]
+    assert [runs[cell]["tokens"] for cell in ("shared", "shared_half", "shared_quarter")] == [
+        1800,
+        900,
+        460,
+    ]  # in rows
+    assert runs["shared_first"]["parameters"] == shared["parameters"] > counts["parameters"]
+    assert runs["counts_twice"]["parameters"] == 1.5 * counts["parameters"]  # as joint_twice: rank 3 of two domains
+    assert runs["counts_twice"]["tokens"] == 1200
+    assert runs["shared_first_wide"]["parameters"] == 3 * counts["parameters"] / 2 + counts["parameters"] / 2
+    assert runs["shared_first"]["tokens"] == shared["tokens"]
+    assert all(runs["shared_first"]["perplexity"][name] < counts["perplexity"][name] for name in ("law", "code"))
+    few, whole = runs["counts_few"]["perplexity"], counts["perplexity"]
+    assert runs["product"]["perplexity"] != whole != few  # 24 of 30 rows
+    assert all(few[name] == pytest.approx(whole[name], rel=0.05) for name in ("law", "code", "general"))
+
+
+def test_a_product_of_gates_is_that_of_their_probabilities(study) -> None:
+    from mixadapters.core.routing import Routing
+
+    decided = Routing(weights=torch.tensor([[0.5, 0.2]]), probs=torch.tensor([[0.5, 0.2, 0.3]]))
+    found = study.times(torch.tensor([[0.1, 0.5, 0.4]]), 2, decided)
+    assert torch.allclose(found.probs, torch.tensor([[0.05, 0.10, 0.12]]) / 0.27)
+    assert torch.equal(found.weights, found.probs[:, :2])
+
+
+@pytest.mark.slow
 def test_what_is_there_is_not_run_again_and_other_settings_are_refused(made, given, study, monkeypatch) -> None:
     monkeypatch.setattr(study, "one", None)
     assert study.main(study.Arguments(**given))["runs"] == made["runs"]
@@ -110,8 +140,11 @@ def test_what_has_no_time_is_missing_and_its_claims_are_not_run(made, given, stu
     ("wrong", "match"),
     [
         ({"cells": ["nonesuch"]}, "cells="),
+        ({"cells": ["more"]}, "shared_first needs --kinds lora"),
         ({"size": "huge"}, "size='huge' is unknown; choose from"),
-        ({"choosing_tokens": 601}, "choosing_tokens=601 must be 1 to tokens=600"),
+        ({"rates": ["expert=0"]}, "expert=0.0 must be one of .* above 0"),
+        ({"rates": ["nonesuch=1"]}, "nonesuch=1.0 must be one of"),
+        ({"rates": ["expert"]}, "must be what=value, such as"),
         ({"seeds": [100]}, "seed that rates are chosen with"),
         ({"later": None}, "--later is missing"),
         ({"tokens": 60_000}, "there are only"),
@@ -122,16 +155,14 @@ def test_wrong_arguments_are_refused(given, study, wrong, match) -> None:
         study.main(study.Arguments(**{**given, **wrong}))
 
 
-def test_a_size_fills_in_what_is_not_given_and_rates_may_be_chosen_on_less_text(study, given) -> None:
+def test_a_size_fills_in_what_is_not_given_and_rates_may_be_given(study, given, tmp_path) -> None:
     large = study.Arguments(size="large", base_tokens=5, cells=["main"])
     assert (large.tokens, large.base_tokens, large.cells) == (300_000, 5, list(study.MAIN))
     assert study.Arguments().choices("lora") == study.CHOICES["lora"] != large.choices("lora")
-    assert "choosing_tokens" not in study.Arguments().settings  # results that are there stay those of their settings
-    texts = study.Texts(study.Arguments(**given))
-    short = texts.shorter(100, SIZES["length"])
-    assert {len(rows) for rows in short.train.values()} == {5}
-    assert {len(rows) for rows in texts.train.values()} == {30}
-    assert short.dev is texts.dev
+    assert "rates" not in study.Arguments().settings  # results that are there stay those of their settings
+    rates = [f"{what}=0.5" for what in study.CHOICES["lora"]]
+    args = study.Arguments(**{**given, "out": str(tmp_path), "rates": rates})
+    assert set(study.choose(args, study.Texts(args), "lora").values()) == {0.5}
 
 
 @pytest.mark.parametrize(

@@ -415,6 +415,10 @@ def test_packages_wait_for_a_command_and_for_nothing_else(monkeypatch) -> None:
     monkeypatch.setattr("sys.argv", ["train.py"])
     assert not starting.waits("mixadapters")
     monkeypatch.setattr("sys.argv", ["-m", "report"])  # so it is while Python looks for the module of `python -m`
+    for line in (["python", "-m", "training.run", "report"], ["python", "-mmixadapters_of_mine"], ["python", "-m"]):
+        monkeypatch.setattr("sys.orig_argv", line)  # a user's own package that imports this one
+        assert not starting.waits("mixadapters")
+    monkeypatch.setattr("sys.orig_argv", ["python", "-u", "-m", "mixadapters.surgery", "report"])
     assert starting.waits("mixadapters.surgery")
     monkeypatch.setattr("sys.argv", ["__main__.py"])
     reloaded: list[str] = []

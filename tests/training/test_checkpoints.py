@@ -19,6 +19,7 @@ def checkpoint(tmp_path: Path) -> Path:
         save_file({"a": torch.ones(3), "b": torch.ones(2, 2)}, place / "adapter_model.safetensors", {"format": "pt"})
     torch.save({"state": torch.ones(3)}, folder / "optimizer.pt")
     torch.save({}, folder / "scheduler.pt")
+    torch.save({}, folder / "rng_state_1.pth")  # of the second process
     (folder / "trainer_state.json").write_text("{}", encoding="utf-8")
     return folder
 
@@ -35,7 +36,7 @@ def test_missing_state_is_a_fault(checkpoint: Path) -> None:
 
 
 FILES = ["trainer_state.json", "adapter_model.safetensors", "other/adapter_model.safetensors", "optimizer.pt",
-         "scheduler.pt"]  # fmt: skip
+         "scheduler.pt", "rng_state_1.pth"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FILES)

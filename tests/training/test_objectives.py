@@ -276,6 +276,25 @@ def test_a_trained_head_passes() -> None:
     assert require_pretrained_head(model, batch) < 0.8 * log(50)
 
 
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [([0.01, 0.01, 0.01], None), ([9.0], "newly initialised"), ([float("nan")], "no finite loss")],
+)
+def test_all_processes_judge_a_head_alike(
+    others: list[float], message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that went on alone would wait for the others."""
+    model, batch = BertForMaskedLM(BertConfig(**TINY)), mlm_batch()
+    with torch.no_grad():
+        mine = float(model(**batch).loss)
+    monkeypatch.setattr("mixadapters.training.objectives.gathered", lambda value: [value, *others])
+    if message is None:
+        assert require_pretrained_head(model, batch) == pytest.approx((mine + sum(others)) / 4, rel=0.1)
+    else:
+        with pytest.raises(ValueError, match=message):
+            require_pretrained_head(model, batch)
+
+
 def test_the_head_is_judged_without_dropout() -> None:
     model, batch = BertForMaskedLM(BertConfig(**TINY, hidden_dropout_prob=0.5)).train(), mlm_batch()
     seen = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from mixadapters.tuners.agd import (
     snr_weights,
     space_weights,
 )
+from mixadapters.tuners.agd.layer import places
 
 diffusers = pytest.importorskip("diffusers")
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning:peft"), pytest.mark.filterwarnings("ignore:.*torchao.*")]
@@ -82,6 +84,15 @@ def trainer(model: nn.Module, data: Any, folder: Any, objective: Any = None, **c
 
 def batch_of(data: Trajectories, model: nn.Module, rows: int = 6) -> dict[str, Any]:
     return TrajectoryCollator(model)([data[i * 5] for i in range(rows)])
+
+
+def test_whole_timesteps_are_whole_numbers_in_a_batch(data) -> None:
+    """An engine that casts arguments to bfloat16 would round them as floats: 749 to 748."""
+    model = dit()
+    batch = batch_of(data, model)
+    assert batch["timestep"].dtype == torch.int64
+    items = [{**data[i], "timestep": data[i]["timestep"] + 0.5} for i in range(2)]
+    assert TrajectoryCollator(model)(items)["timestep"].tolist() == [float(item["timestep"]) for item in items]
 
 
 # --- the loss -----------------------------------------------------------------------------------------------------
@@ -245,6 +256,27 @@ def test_adapters_learn_the_guided_prediction_on_held_out_trajectories(kind, ste
     assert min(by_time) <= after <= max(by_time)
 
 
+def test_adapters_learn_to_guide_against_the_condition_that_they_are_given(learned, tmp_path) -> None:
+    """Away from one of the other classes, and from another one where they are told so."""
+    base, _, _ = learned
+    rows = torch.arange(168)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    train, held_out = record(
+        denoiser(base), scheduler, {"class_labels": rows % 5}, {"class_labels": (rows + 1 + rows // 5 % 4) % 5},
+        TrajectoryPlan((2, 4, 4), steps=10, batch_size=84, dtype="float32"),
+    ).split(8)  # fmt: skip
+    model = get_peft_model(copy.deepcopy(base), AGDConfig(r=32, **{**train.config_fields, "teacher": None}))
+    assert model.peft_config["default"].negative == "distil"
+    trainer(model, train, tmp_path, learning_rate=1e-2, max_steps=200, lr_scheduler_type="cosine").train()
+    batches = list(DataLoader(held_out, 80, collate_fn=TrajectoryCollator(model)))
+    (right,) = relative_error(model.eval(), batches)
+    for batch in batches:
+        batch["unconditional"] = {name: (value + 1) % 5 for name, value in batch["unconditional"].items()}
+    (wrong,) = relative_error(model, batches)
+    assert right < 0.5
+    assert right < 0.6 * wrong
+
+
 @pytest.mark.parametrize("predicted", ["epsilon", "sample", "v_prediction", "flow"])
 @pytest.mark.parametrize("space", ["noise", "sample", "velocity"])
 def test_loss_in_another_space_is_the_distance_of_what_predictions_imply(predicted, space) -> None:
@@ -402,7 +434,7 @@ def test_teacher_of_language_models_is_that_of_generate(tiny) -> None:
     model = tiny("llama")
     batch = texts()
     real, prompt = batch["attention_mask"].bool(), batch["prompt_mask"].bool()
-    scores = guided_log_probabilities(model_without_fields(model), batch["input_ids"], real, prompt, 2.5)
+    scores = guided_log_probabilities(model, batch["input_ids"], real, prompt, 2.5)
     for row in range(4):
         start, end = row % 3, 4 + row % 2  # the prompt
         ids = batch["input_ids"][row : row + 1, start:]
@@ -412,17 +444,6 @@ def test_teacher_of_language_models_is_that_of_generate(tiny) -> None:
                 logits = model(ids[:, :place]).logits[:, -1]
             expected = rule(ids[:, :place], logits).log_softmax(-1)
             torch.testing.assert_close(scores[row, start + place - 1], expected[0], atol=1e-4, rtol=1e-4)
-
-
-def model_without_fields(model: nn.Module) -> Any:
-    """The base knows no guidance_scale."""
-
-    class Dropping:
-        def __call__(self, **kwargs: Any) -> Any:
-            kwargs.pop("guidance_scale")
-            return model(**kwargs)
-
-    return Dropping()
 
 
 def test_language_model_learns_to_generate_in_one_pass_what_guidance_takes_two_for(tiny, tmp_path) -> None:
@@ -440,7 +461,7 @@ def test_language_model_learns_to_generate_in_one_pass_what_guidance_takes_two_f
     def distance(scale: float | None) -> float:
         model.eval()
         with torch.no_grad():
-            extra = {} if scale is None else {"guidance_scale": scale}
+            extra = {} if scale is None else {"guidance_scale": scale, "prompt_mask": test["prompt_mask"]}
             student = model(input_ids=test["input_ids"], attention_mask=test["attention_mask"], **extra).logits
         teacher = guided_log_probabilities(model, test["input_ids"], real, prompt, 2.5)
         student = student.log_softmax(-1)
@@ -489,7 +510,7 @@ def test_language_loss_counts_what_follows_a_prompt_from_its_last_token_on(tiny)
     output = model(**batch, guidance_scale=2.0)
     student = output.logits.detach().log_softmax(-1)
     real, prompt = batch["attention_mask"].bool(), batch["prompt_mask"].bool()
-    teacher = guided_log_probabilities(model_without_fields(tiny("llama")), batch["input_ids"], real, prompt, 2.0)
+    teacher = guided_log_probabilities(tiny("llama"), batch["input_ids"], real, prompt, 2.0)
     distances = []
     for row in range(4):
         end = 4 + row % 2  # of the prompt, which its last token belongs to
@@ -505,3 +526,88 @@ def test_language_batches_without_prompts_are_refused(tiny) -> None:
     batch = texts()
     with pytest.raises(ValueError, match=r"no \['prompt_mask', 'guidance_scale'\]"):
         model(input_ids=batch["input_ids"])
+
+
+# --- what follows the prompt --------------------------------------------------------------------------------------
+
+
+def language_adapters(tiny: Any, **fields: Any) -> PeftModel:
+    """As if trained."""
+    model = get_peft_model(tiny("llama"), AGDConfig(r=4, max_scale=3.0, task_type="CAUSAL_LM", **fields))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "agd_adapters." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    return model.eval()
+
+
+def test_places_of_tokens_are_before_at_and_after_the_end_of_the_prompt() -> None:
+    prompt = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
+    assert places(prompt).tolist() == [[1, 1, 2, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 2]]
+    with pytest.raises(ValueError, match="prompt_mask must hold True and False, or 1 and 0"):
+        places(prompt * 2)
+
+
+def test_language_adapters_tell_a_prompt_from_what_follows(tiny) -> None:
+    model = language_adapters(tiny)
+    assert model.peft_config["default"].after_prompt
+    ids = texts(rows=1)["input_ids"]
+    ends = {end: torch.arange(10).lt(end).long().unsqueeze(0) for end in (3, 6)}
+    with torch.no_grad():
+        early, late = (model(input_ids=ids, guidance_scale=2.0, prompt_mask=mask).logits[0] for mask in ends.values())
+        base = model(input_ids=ids).logits[0]
+        assert torch.equal(model(input_ids=ids, guidance_scale=1.0, prompt_mask=ends[3]).logits[0], base)
+    assert torch.equal(early[:2], late[:2])  # within both prompts, before the end of either
+    assert ((early - late).abs().amax(1)[2:] > 1e-4).all()
+    with pytest.raises(ValueError, match=r"which tokens follow the prompt .*pass prompt_mask \(B, T\)"):
+        model(input_ids=ids, guidance_scale=2.0)
+
+
+def test_generation_knows_where_its_prompt_ends(tiny) -> None:
+    """In every forward: with a cache, without one, and in parts of a prompt."""
+    model = language_adapters(tiny)
+    batch = texts(rows=2, length=6)
+    ids, real = batch["input_ids"], batch["attention_mask"]
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "guidance_scale": 2.5}
+    found = model.generate(input_ids=ids, attention_mask=real, **settings)
+    for options in ({"use_cache": False}, {"prefill_chunk_size": 4}, {"cache_implementation": "static"}):
+        assert torch.equal(model.generate(input_ids=ids, attention_mask=real, **settings, **options), found), options
+    prompt = torch.ones_like(ids)
+    for step in range(5):
+        sofar = found[:, : 6 + step]
+        grown = [torch.cat([part, torch.full((2, step), value)], 1) for part, value in ((real, 1), (prompt, 0))]
+        with torch.no_grad():
+            logits = model(input_ids=sofar, attention_mask=grown[0], prompt_mask=grown[1], guidance_scale=2.5).logits
+        assert torch.equal(logits[:, -1].argmax(-1), found[:, 6 + step])
+
+
+def test_language_adapters_of_before_load_without_an_embedding_of_places(tiny, tmp_path) -> None:
+    model = language_adapters(tiny, after_prompt=False)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    fields = json.loads(file.read_text())
+    assert fields.pop("after_prompt") is False
+    file.write_text(json.dumps(fields))
+    again = PeftModel.from_pretrained(tiny("llama"), tmp_path).eval()
+    ids = texts(rows=1)["input_ids"]
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=ids, guidance_scale=2.0).logits for m in (model, again))
+    assert torch.equal(ours, theirs)
+
+
+def test_places_are_for_the_kind_that_has_them(tiny) -> None:
+    with pytest.raises(ValueError, match="after_prompt=True is for kind='film', not 'offset'"):
+        AGDConfig(kind="offset", after_prompt=True)
+    assert get_peft_model(tiny("llama"), AGDConfig(r=4, kind="offset")).peft_config["default"].after_prompt is False
+
+
+def test_another_model_may_be_the_teacher(tiny) -> None:
+    model = language_adapters(tiny).train()
+    batch = {**texts(), "guidance_scale": 2.0}
+    losses = []
+    for teacher in (None, tiny("llama"), tiny("llama", num_hidden_layers=3)):
+        model.base_model.context.objectives[:] = [LanguageGuidanceDistillation(teacher)]
+        losses.append(float(model(**batch).loss))
+    assert losses[0] == pytest.approx(losses[1])
+    assert losses[0] != pytest.approx(losses[2])

@@ -192,6 +192,29 @@ def test_rows_are_guided_each_against_its_own(kind, tmp_path) -> None:
         assert torch.equal(model(**x, guidance_scale=1.0, unconditional=null).sample, base)
 
 
+def test_the_two_conditions_have_embeddings_of_their_own(tmp_path) -> None:
+    """Guiding from a to b is not guiding from b to a."""
+    model = guided(stable_diffusion(tmp_path / "words"), negative="distil")
+    seen: list[Any] = []
+    trunk_of(model).register_forward_hook(lambda module, args, features: seen.append(features.summary))
+    x, null = inputs(), negatives(length=5)
+    with torch.no_grad():
+        model(**x, guidance_scale=4.0, unconditional=null)
+        model(**{**x, **null}, guidance_scale=4.0, unconditional={"encoder_hidden_states": x["encoder_hidden_states"]})
+    assert (seen[0] - seen[1]).abs().max() > 1e-3
+
+
+def test_padding_of_the_first_prompt_is_none_of_the_second(tmp_path) -> None:
+    model = guided(stable_diffusion(tmp_path / "words"), negative="distil")
+    seen = second_conditions(model)
+    mask = torch.tensor([[1, 1, 1, 0, 0]]).expand(3, -1)
+    with torch.no_grad():
+        model(**inputs(), encoder_attention_mask=mask, guidance_scale=4.0, unconditional=negatives())
+        both = {**negatives(), "encoder_attention_mask": torch.ones(3, 7)}
+        model(**inputs(), encoder_attention_mask=mask, guidance_scale=4.0, unconditional=both)
+    assert ["prompt_mask" in one for one in seen] == [False, True]
+
+
 def test_adapters_that_read_them_are_saved_and_loaded(tmp_path) -> None:
     model = guided(stable_diffusion(tmp_path / "words"), negative="distil")
     model.save_pretrained(tmp_path / "adapter")
@@ -241,11 +264,11 @@ def test_record_has_the_negative_prompt_of_each_trajectory(tmp_path) -> None:
     pipe = stable_diffusion_xl(tmp_path / "words")
     pipe.set_progress_bar_config(disable=True)
     prompts, negative = ["a cab", "dad", "a", "cab"], ["bad", None, "", "dab"]
-    options = {"steps": 2, "dtype": "float32", "scales": (3.0, 3.0), "batch_size": 4}
+    options = {"steps": 2, "dtype": "float32", "scales": (3.0, 3.0), "batch_size": 2}
     data = record_pipeline(pipe, prompts, tmp_path / "data", negative_prompt=negative, **options)
     assert data.config_fields["negative"] == "distil"
     for row, one in enumerate(negative):
-        alone = record_pipeline(pipe, prompts, negative_prompt=one, **options)
+        alone = record_pipeline(pipe, prompts, negative_prompt=one, **options)  # two shards, as above
         assert "negative" not in alone.config_fields
         torch.testing.assert_close(data[2 * row]["target"], alone[2 * row]["target"], atol=1e-5, rtol=1e-4)
     words = [data[2 * row]["unconditional.encoder_hidden_states"] for row in range(4)]

@@ -68,6 +68,13 @@ class AGDConfig(MixtureConfig):
         default="fixed",
         metadata={"help": 'Negative prompts: "fixed" in training, or read by the adapters ("distil").'},
     )
+    after_prompt: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Language models: adapters know which tokens follow the prompt (`prompt_mask`, which `generate` "
+            "knows). None: those of kind film do."
+        },
+    )
     base_class: str | None = field(
         default=None, metadata={"help": "Class of the base model; filled in, and checked when loading."}
     )
@@ -85,6 +92,10 @@ class AGDConfig(MixtureConfig):
                 raise ValueError(
                     f"conditions={self.conditions}: {name!r} is unknown; have {CONDITIONS}.{nearest(name, CONDITIONS)}"
                 )
+        if from_file and self.after_prompt is None:  # of an earlier version, without an embedding for it
+            self.after_prompt = False
+        if self.after_prompt and self.kind != "film":
+            raise ValueError(f"after_prompt=True is for kind='film', not {self.kind!r}")
         if self.max_scale <= max(1, self.min_scale):
             raise ValueError(
                 f"min_scale={self.min_scale}, max_scale={self.max_scale}: scales are a range that ends above 1"

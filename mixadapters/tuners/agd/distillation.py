@@ -103,7 +103,7 @@ def _check_finite(target: Tensor, timestep: Tensor) -> None:
     if bad.any():
         raise ValueError(
             f"the target is not finite in rows {bad.nonzero().flatten().tolist()} of the batch, at timesteps "
-            f"{timestep[bad].tolist()}; record anew, which says what to change in scheduler, model or dtype"
+            f"{timestep[bad].float().tolist()}; record anew, which says what to change in scheduler, model or dtype"
         )
 
 
@@ -185,16 +185,25 @@ class LanguageGuidanceDistillation:
     The teacher is the guidance of `generate(guidance_scale=w)` (Sanchez et al. 2023): with log-probabilities c of the
     whole text and u of the text from the prompt's last token on, softmax(u + w (c - u)). Both are the same model
     without adapters. Batches have `guidance_scale` and `prompt_mask` (B, T), 1 on the prompt. Also in evaluation.
+
+    Args:
+        teacher: another model in place of the same one, such as a copy of it where all weights train.
     """
 
     takes: tuple[str, ...] = ()  # prompt_mask and guidance_scale are taken by the model
     in_eval = True
 
+    def __init__(self, teacher: nn.Module | None = None) -> None:
+        self.teacher = teacher
+
     def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, kwargs
 
     def after(self, context: ForwardContext, module: nn.Module, output: Any) -> Any:
-        values, inputs = context.record.values, context.record.inputs
+        record = context.record
+        values, inputs = record.values, record.inputs
+        if not record.training and "prompt_mask" in record.pinned:  # a step of `generate`, which has nothing to learn
+            return output
         if missing := [n for n in ("prompt_mask", "guidance_scale") if values.get(n) is None]:
             if not context.record.training:
                 return output
@@ -205,9 +214,10 @@ class LanguageGuidanceDistillation:
         prompt = values["prompt_mask"].bool()
         real = inputs.get("attention_mask")
         real = torch.ones_like(prompt) if real is None else real.bool()
-        teacher = guided_log_probabilities(module, inputs["input_ids"], real, prompt, values["guidance_scale"])
+        teacher = module if self.teacher is None else self.teacher
+        said = guided_log_probabilities(teacher, inputs["input_ids"], real, prompt, values["guidance_scale"])
         student = output.logits.float().log_softmax(-1)
-        distance = F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)  # (B, T)
+        distance = F.kl_div(student, said, reduction="none", log_target=True).sum(-1)  # (B, T)
         valid = real & ~prompt | _last(prompt)
         context.set_loss((distance * valid).sum() / valid.sum())
         return output
@@ -220,10 +230,11 @@ def guided_log_probabilities(module: nn.Module, tokens: Tensor, real: Tensor, pr
     tokens, real (False at padding), prompt: (B, T); scale: a number or (B,).
     """
     kept = real & ~prompt | _last(prompt)
+    without = {} if isinstance(module, nn.Module) and ForwardContext.find(module) is None else BASE
     conditional, unconditional = (
         module(
             input_ids=tokens, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-            use_cache=False, **BASE,
+            use_cache=False, **without,
         ).logits.float().log_softmax(-1)
         for mask in (real, kept)
     )  # fmt: skip

@@ -19,15 +19,17 @@ from mixadapters.tuners.agd.config import VARIED, AGDConfig
 SCALE_PERIODS = (50.0, 0.25)  # of the waves that stand for a guidance scale: smooth over its whole range
 TIMESTEP_PERIODS = (2 * math.pi * 1e4, 2 * math.pi)
 WAVES = 32
+PLACES = 3  # that a token may have, by `places`
 
 
 class Features(NamedTuple):
     """What a forward is conditioned on, in fp32."""
 
     phi: Tensor | None  # (B,) what the outputs are multiplied by; None: 1
-    summary: Tensor  # (B, r); for film as its blocks read it
+    summary: Tensor  # (B, r), for film as its blocks read it; (B, PLACES, r) where tokens differ by their `place`
     tokens: Tensor | None = None  # (B, S, r), for cross-attention
     mask: Tensor | None = None  # (B, S) bool, False at padding; None: no padding
+    place: Tensor | None = None  # (B, T) of `places`
 
 
 class Embedded(NamedTuple):
@@ -94,6 +96,7 @@ class Trunk(Conditions):
         if config.negative == "distil":
             self.negative = Conditions()
             self.negative.add_embeddings(config)
+        self.place = nn.Embedding(PLACES, config.r) if config.after_prompt else None
 
     @staticmethod
     def _mlp(width: int) -> nn.Sequential:
@@ -120,6 +123,8 @@ class Trunk(Conditions):
                 real = torch.ones_like(prompt[..., :1]) if mask is None else mask.unsqueeze(-1).to(prompt.dtype)
                 singles.append((prompt * real).sum(1) / real.sum(1).clamp_min(1))
         summary = torch.stack(singles).sum(0)
+        if self.place is not None:
+            summary = summary.unsqueeze(1) + self.place.weight.float()
         if self.kind == "film":  # here, since it is the same for every block
             summary = F.silu(F.layer_norm(summary, summary.shape[-1:]))
         return Features(phi, summary)
@@ -169,7 +174,16 @@ class GuidanceAdapter(Adapter):
             low, high = check_interval("guidance_interval", interval)
             scale = torch.where((inputs["timestep"] >= low) & (inputs["timestep"] <= high), scale, 1.0)
         with torch.autocast(device.type, enabled=False):
-            record.shared[self] = self.trunk(scale, inputs, negative)
+            features = self.trunk(scale, inputs, negative)
+        if config.after_prompt:
+            place = context.token_field("prompt_mask", self.stack, places)
+            if place is None:
+                raise ValueError(
+                    "the adapters read which tokens follow the prompt (after_prompt): pass prompt_mask (B, T), 1 on "
+                    "the prompt; `generate` of the adapted model does"
+                )
+            features = features._replace(place=place.to(device))
+        record.shared[self] = features
 
     def _conditions_in(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What the adapters read, by its name, as far as it is among the arguments of a forward."""
@@ -220,7 +234,12 @@ class FilmAdapter(GuidanceAdapter):
         self.up = CastLinear(rank, site.out_features)
 
     def delta(self, x: Tensor, features: Features) -> Tensor:
-        gamma, beta = _between(self.film(features.summary), x).to(x.dtype).chunk(2, dim=-1)
+        film = self.film(features.summary)
+        if features.place is None:
+            film = _between(film, x)
+        else:
+            film = film.gather(1, features.place.unsqueeze(-1).expand(-1, -1, film.shape[-1]))
+        gamma, beta = film.to(x.dtype).chunk(2, dim=-1)
         return self.up(F.silu(torch.addcmul(beta, self.down(x), 1 + gamma)))
 
 
@@ -272,6 +291,18 @@ def _as_tokens(singles: list[Tensor], passes: list[Embedded]) -> tuple[Tensor, T
         for part, mask in zip(tokens, masks, strict=True)
     ]
     return torch.cat(tokens, dim=1), torch.cat(known, dim=1)
+
+
+def places(prompt: Tensor) -> Tensor:
+    """prompt (B, T), 1 on it -> 0 after the prompt, 1 in it, 2 on its last token.
+
+    Raises:
+        ValueError: other values than True and False, or 1 and 0.
+    """
+    if not torch.compiler.is_compiling() and bool(((prompt != 0) & (prompt != 1)).any()):
+        raise ValueError("prompt_mask must hold True and False, or 1 and 0")
+    prompt = prompt.long()
+    return prompt + prompt * (1 - F.pad(prompt[:, 1:], (0, 1)))
 
 
 def check_scale(scale: Any, config: AGDConfig) -> None:

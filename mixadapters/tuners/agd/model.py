@@ -11,6 +11,7 @@ from mixadapters.core.adapter import Site
 from mixadapters.core.files import being_loaded
 from mixadapters.core.layer import AdapterHost, HookedLayer
 from mixadapters.core.model import MixtureModel
+from mixadapters.core.walking import outside_adapters
 from mixadapters.tuners.agd.calls import CALLS, refuse_distilled, timestep_factor
 from mixadapters.tuners.agd.config import VARIED, AGDConfig
 from mixadapters.tuners.agd.guidance import refuse_another_model
@@ -39,6 +40,9 @@ class AGDModel(MixtureModel):
             config.sites = {"attention": CALLS[base].site}
         super().resolve(config, model_config)
         config.base_class = base
+        if config.after_prompt is None:
+            tokens = "input_ids" in inspect.signature(type(self.model).forward).parameters
+            config.after_prompt = tokens and config.kind == "film"
         self._read_conditions(config)
 
     def before_injection(self, config: AGDConfig, adapter_name: str) -> None:
@@ -84,7 +88,7 @@ class AGDModel(MixtureModel):
 
     def _widths(self, config: Any, base: nn.Module, path: str) -> tuple[int, int]:
         """Widths of a block: those of its first and last linear layer, in the order in which they were made."""
-        own = [m for name, m in base.named_modules() if not name.startswith(HookedLayer.attribute)]
+        own = [m for name, m in outside_adapters(base) if not name.startswith(HookedLayer.attribute)]
         linears = [m for m in own if hasattr(m, "in_features") and hasattr(m, "out_features")]
         if config.hidden_size is None and linears and linears[0] is not base:
             return linears[0].in_features, linears[-1].out_features
@@ -98,6 +102,9 @@ class AGDModel(MixtureModel):
             nn.init.zeros_(adapter.up.bias)
         self.__dict__["first"] = self.__dict__["first"] or adapter
         return adapter
+
+    def _reads_prompt(self) -> bool:
+        return super()._reads_prompt() or any(config.after_prompt for config in self.peft_config.values())
 
     def train(self, mode: bool = True) -> AGDModel:
         """As usual, but the frozen model's dropout rests: its teacher and its student are to see the same.

@@ -121,4 +121,6 @@ class TrajectoryCollator:
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
         x = batch.pop("sample")
+        if not (batch["timestep"] % 1).any():  # engines that cast arguments to 16 bits would round 749 to 748
+            batch["timestep"] = batch["timestep"].long()
         return {**nested({self.first: x, **batch}), **model_arguments(self.model, x, batch["timestep"])}
