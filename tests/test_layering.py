@@ -18,7 +18,9 @@ FLOORS = ("kernels", "core", "routers", "surgery", "tuners", "training", "shardi
 # The one method that others may build on.
 SHARED_METHODS = frozenset({"bottleneck"})
 # The files of core that meet PEFT: what is said, and the parts of the tuner. The rest knows torch only.
-CORE_FILES_WITH_PEFT = frozenset({"config", "finding", "files", "injection", "layer", "model", "rows", "saving"})
+CORE_FILES_WITH_PEFT = frozenset(
+    {"config", "finding", "files", "injection", "layer", "model", "rows", "saving", "walking"}
+)
 HUGGING_FACE = frozenset({"peft", "transformers", "accelerate", "datasets", "evaluate", "diffusers", "trl"})
 # Reading a table is nobody's business but the reader's; this is what changes one.
 CHANGES_OF_PEFT = re.compile(r"register_peft_method|PeftType\._|PEFT_TYPE_TO_\w+(\[[^]]*\] = |\.(update|pop)\()")

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from mixadapters.core.layer import HookedLayer
 from mixadapters.core.registry import nearest
 from mixadapters.core.sites import ARCHITECTURES, ROLES, layer_index
+from mixadapters.core.walking import outside_adapters
 
 # Heads that PEFT adds to modules_to_save by the task, whether or not the model has one of this name.
 HEADS = frozenset({"classifier", "score", "qa_outputs"})
@@ -20,8 +22,8 @@ TABLED = frozenset(getattr(row, role) for row in ARCHITECTURES.values() for role
 
 def module_names(model: nn.Module) -> list[str]:
     """Paths of the modules of `model` as they are without adapters: a wrapped module and its base are one."""
-    names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in model.named_modules())
-    return list(dict.fromkeys(names))
+    own = (name for name, module in outside_adapters(model) if not isinstance(module, HookedLayer))
+    return list(dict.fromkeys(re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name in own))
 
 
 def refuse_sites(sites: dict[str, str] | None, needed: Iterable[str], model: nn.Module) -> None:
@@ -138,7 +140,7 @@ def refuse_tokens(given: Any, model: nn.Module, strict: bool) -> None:
 def _rows_of(name: str | None, model: nn.Module) -> list[int]:
     """How many rows the embeddings of this name have; None: the input embeddings, where the model tells them."""
     if name is not None:
-        found = [module for path, module in model.named_modules() if path == name or path.endswith(f".{name}")]
+        found = [module for path, module in outside_adapters(model) if path == name or path.endswith(f".{name}")]
     else:
         try:
             found = [model.get_input_embeddings()]

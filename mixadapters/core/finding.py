@@ -21,7 +21,7 @@ from mixadapters.core.absent import module_names
 from mixadapters.core.adapter import Site
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.files import being_loaded
-from mixadapters.core.layer import AdapterHost, HookedLayer, is_pointwise
+from mixadapters.core.layer import AdapterHost, is_pointwise
 from mixadapters.core.routing import NO_LAYER
 from mixadapters.core.sites import (
     ROLES,
@@ -34,6 +34,7 @@ from mixadapters.core.sites import (
     sublayer_of,
     unwrapped,
 )
+from mixadapters.core.walking import outside_adapters
 
 TARGET = "target"  # role of modules that the user names by target_modules
 
@@ -85,7 +86,7 @@ class SiteFinder(BaseTuner):
 
     def hosts(self) -> Iterator[AdapterHost]:
         """The layers of this model that hold adapters."""
-        return (module for module in self._outside() if isinstance(module, AdapterHost))
+        return (module for _, module in outside_adapters(self.model) if isinstance(module, AdapterHost))
 
     def host_at(self, path: str, missing_ok: bool = False) -> Any:
         """The host at the module `path`. Raises ValueError where there is none, unless `missing_ok`: then None."""
@@ -93,20 +94,6 @@ class SiteFinder(BaseTuner):
         if host is None and not missing_ok:
             raise ValueError(f"no adapter sits at {path!r}")
         return host
-
-    def _outside(self) -> Iterator[nn.Module]:
-        """The modules of this model, as `modules()` gives them, without those inside adapters: there may be many."""
-        seen: set[nn.Module] = set()
-        waiting: list[nn.Module] = [self.model]
-        while waiting:
-            module = waiting.pop()
-            if module not in seen:
-                seen.add(module)
-                yield module
-                children = [child for child in module._modules.values() if child is not None]
-                if isinstance(module, AdapterHost):
-                    children.remove(module.adapters)
-                waiting += reversed(children)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -119,16 +106,7 @@ class SiteFinder(BaseTuner):
 
     def places(self) -> list[str]:
         """All modules that are there without adapters, by name."""
-        names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name in self._outside_adapters(self.model))
-        return [name for name in dict.fromkeys(names) if name]
-
-    def _outside_adapters(self, module: nn.Module, path: str = "") -> Iterator[str]:
-        """Names of the modules in `module`, in order, without a look at those of adapters: there may be many."""
-        for name, child in module.named_children():
-            at = f"{path}.{name}" if path else name
-            if not inside_adapters(at, self.prefix):
-                yield at
-                yield from self._outside_adapters(child, at)
+        return [name for name in module_names(self.model) if name]
 
     def name_all_linear(self, config: Any) -> Any:
         """Give "all-linear" the names of the linear modules; PEFT passes over those that our layers have wrapped."""
@@ -149,21 +127,18 @@ class SiteFinder(BaseTuner):
 
     def matched(self, config: MixtureConfig) -> list[str]:
         """Paths of the modules that take an adapter by this config; those inside other adapters' layers do not."""
-        layers = [f"{name}." for name, module in self.model.named_modules() if isinstance(module, BaseTunerLayer)]
+        outside = dict(outside_adapters(self.model))
+        layers = [f"{name}." for name, module in outside.items() if isinstance(module, BaseTunerLayer)]
         return [
             name
-            for name, _ in self.model.named_modules()
+            for name in outside
             if name and not name.startswith(tuple(layers)) and self._check_target_module_exists(config, name)
         ]
 
     def _refuse_nested(self, config: MixtureConfig) -> None:
         """Sites inside sites would be lost on unload and skipped by later adapters."""
         existing = {host.path for host in self.hosts()}
-        wanted = {
-            n
-            for n in module_names(self.model)
-            if n and self._check_target_module_exists(config, n) and not inside_adapters(n, self.prefix)
-        }
+        wanted = {name for name in self.places() if self._check_target_module_exists(config, name)}
         places = sorted(existing | wanted)
         for outer, inner in pairwise(places):
             if inner.startswith(f"{outer}.") and (inner in wanted or outer in wanted):
@@ -250,7 +225,3 @@ class SiteFinder(BaseTuner):
                 f"the config asks for rank {rank} at {path!r}, and the file's widest weight has {saved.widest}"
             )
         return rank
-
-
-def inside_adapters(name: str, prefix: str) -> bool:
-    return any(part.startswith(prefix) or part == HookedLayer.attribute for part in name.split("."))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ from mixadapters.core.files import SavedAdapter, being_loaded
 from mixadapters.core.finding import SiteFinder
 from mixadapters.core.layer import AdapterHost, HookedLayer, MixtureLayer
 from mixadapters.core.names import check_apart, check_name
-from mixadapters.core.saving import check_keys, check_shapes, embedding_keys, head_shapes, token_keys
+from mixadapters.core.saving import check_keys, check_shapes, embedding_keys, head_shapes, outside_state, token_keys
 from mixadapters.core.sites import Tap
+from mixadapters.core.walking import outside_adapters
 
 
 class Injection(SiteFinder):
@@ -73,10 +75,10 @@ class Injection(SiteFinder):
                     own |= {f"{where}.{self.prefix}adapters.{key}": tuple(t.shape) for key, t in state.items()}
         heads = head_shapes(self.model, config)
         given = saved.plain_shapes()
-        here = {key: tuple(tensor.shape) for key, tensor in self.model.state_dict().items()}
         beside = embedding_keys(self.model)
+        here = outside_state(self.model, beside & given.keys())
         check_keys(adapter_name, given, set(own) | set(heads), beside | token_keys(config, given))
-        wanted = {key: here[key] for key in beside & given.keys() & here.keys()} | own | heads
+        wanted = {key: tuple(tensor.shape) for key, tensor in here.items()} | own | heads
         check_shapes(adapter_name, given, wanted)
 
     def after_injection(self, config: Any, adapter_name: str) -> None:
@@ -131,8 +133,7 @@ class Injection(SiteFinder):
         self._replace_module(owner, child, within, host)
 
     def _refuse_offloaded(self, base: nn.Module, path: str) -> None:
-        rest = (p for module in self._outside() for p in module._parameters.values() if p is not None)
-        if any(p.is_meta for p in base.parameters()) and not all(p.is_meta for p in rest):
+        if any(p.is_meta for p in own_parameters(base)) and not all(p.is_meta for p in own_parameters(self.model)):
             raise ValueError(
                 f"{path!r} is offloaded: its weights are on the meta device, and so would be the adapter, with "
                 "nothing in it. Load the model without offloading (no disk or cpu in device_map)"
@@ -143,16 +144,17 @@ class Injection(SiteFinder):
         config = self._own_config(adapter_name)
         given = {f.name: copy.deepcopy(getattr(config, f.name)) for f in dataclasses.fields(config)}
         had_context = ForwardContext.find(model) is not None
-        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        # Those of other adapters PEFT puts back itself.
+        trained = [(parameter, parameter.requires_grad) for parameter in own_parameters(model)]
         places = {host: host.adapters[adapter_name] for host in self.hosts() if adapter_name in host.adapters}
         hosts = set(self.hosts())
         context = ForwardContext.of(model)
         self._injecting = adapter_name
         try:
-            self._check_names(config, adapter_name)
+            self._check_name(adapter_name)
             context.fields.update(self.fields)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            self._check_names(config, adapter_name)
+            self._check_parts(adapter_name)
             self.after_injection(config, adapter_name)
         except Exception:
             self._withdraw(adapter_name, places, hosts)
@@ -228,29 +230,57 @@ class Injection(SiteFinder):
             return
         self.context.hosted.discard(adapter_name)
         self.peft_config.pop(adapter_name, None)  # transformers leaves it there
-        for path, module in list(self.model.named_modules()):
+        for path, module in list(outside_adapters(self.model)):
             if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
                 module.delete_adapter(adapter_name, new_active_adapters=None)
                 if not module._adapters:
                     parent, _, child = path.rpartition(".")
                     setattr(self.model.get_submodule(parent), child, module.original_module)
 
-    def _check_names(self, config: MixtureConfig, adapter_name: str) -> None:
+    def _check_name(self, adapter_name: str) -> None:
+        """Refuse a name that can be none, or that another adapter has or holds in its keys. Nothing is changed yet."""
         check_name("adapter_name", adapter_name, self.prefix)
-        keys: dict[str, set[str]] = {}
-        wrappers = [module for module in self._outside() if isinstance(module, AuxiliaryTrainingWrapper)]
+        wrappers = [m for _, m in outside_adapters(self.model) if isinstance(m, AuxiliaryTrainingWrapper)]
         parts = {part for wrapper in wrappers for part in wrapper.children()}  # PEFT's own, of the same name
-        for module in (m for m in self._outside() if m not in parts):
-            if isinstance(module, AdapterHost) and module.prefix == self.prefix:
-                for name, adapter in module.adapters.items():
-                    keys.setdefault(name, set()).update(p for key in adapter.state_dict() for p in key.split("."))
-            elif isinstance(module, BaseTunerLayer) and adapter_name in module._all_available_adapter_names():
+        for module in (m for _, m in outside_adapters(self.model) if m not in parts):
+            foreign = isinstance(module, BaseTunerLayer) and not (
+                isinstance(module, AdapterHost) and module.prefix == self.prefix
+            )
+            if foreign and adapter_name in module._all_available_adapter_names():
                 raise ValueError(
                     f"adapter_name={adapter_name!r} is the name of an adapter of another type in this model "
                     f"({type(module).__name__}): one of the two would be lost when they are saved. Choose another"
                 )
         others = [name for name in self.peft_config if name != adapter_name]
+        found = (pair for host in self._own_hosts() for pair in host.adapters.items() if pair[0] != adapter_name)
+        keys = {other: {adapter_name} for other, adapter in found if holds(adapter, adapter_name)}
         check_apart(adapter_name, others, base_parts(self.model), keys)
+
+    def _check_parts(self, adapter_name: str) -> None:
+        """Refuse an adapter, which is in the model, whose keys hold the name of another one."""
+        own = (host.adapters[adapter_name] for host in self._own_hosts() if adapter_name in host.adapters)
+        parts = {part for adapter in own for key in adapter.state_dict() for part in key.split(".")}
+        check_apart(adapter_name, self.peft_config.keys() - {adapter_name}, set(), {adapter_name: parts})
+
+    def _own_hosts(self) -> Iterator[AdapterHost]:
+        return (host for host in self.hosts() if host.prefix == self.prefix)
+
+
+def own_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a model outside its adapters."""
+    return (parameter for _, module in outside_adapters(model) for parameter in module.parameters(recurse=False))
+
+
+def holds(adapter: nn.Module, part: str) -> bool:
+    """Whether a key of the adapter has this part. By names alone: there may be many adapters to ask."""
+    waiting = [adapter]
+    while waiting:
+        module = waiting.pop()
+        kept = part in module._buffers and part not in module._non_persistent_buffers_set
+        if kept or part in module._modules or part in module._parameters:
+            return True
+        waiting += filter(None, module._modules.values())
+    return False
 
 
 def base_parts(model: nn.Module) -> set[str]:

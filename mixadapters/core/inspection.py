@@ -24,9 +24,14 @@ class RoutingVerbs:
     def hosts(self) -> Iterable[AdapterHost]:
         raise NotImplementedError
 
-    def mixtures(self) -> dict[RoutingKey, Mixture]:
-        """The mixtures whose routers have something to decide, by the key under which they publish."""
-        inside = (part for host in self.hosts() for part in host.adapters.modules())
+    def mixtures(self, adapter_name: str | None = None) -> dict[RoutingKey, Mixture]:
+        """The mixtures whose routers have something to decide, by the key under which they publish.
+
+        adapter_name: of this adapter alone, without a look at the others; None: of all.
+        """
+        tops = [adapter for host in self.hosts() for name, adapter in host.adapters.items()
+                if adapter_name in (None, name)]  # fmt: skip
+        inside = (part for adapter in tops for part in adapter.modules())
         return {part.key: part for part in inside if isinstance(part, Mixture) and not part.always_first}
 
     @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixed import MixedBatch
 from mixadapters.core.processes import several
 from mixadapters.core.record import Record
+from mixadapters.core.walking import outside_adapters
 
 
 def refusal_of(adapter: nn.Module, known: bool) -> str | None:
@@ -89,7 +91,7 @@ class AdapterHost(BaseTunerLayer):
         if type(adapter).prepare is not Adapter.prepare and self not in self.context.preparing:
             self.context.preparing.append(self)
         self._move_adapter_to_device_of_base_layer(name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_requires_grad(name, name in self.active_adapters and not inference_mode)
 
     # --- what trains: PEFT's verbs make an adapter trainable as a whole ----------------------------------------
 
@@ -196,8 +198,11 @@ class AdapterHost(BaseTunerLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         if device is None:  # a block has no weight of its own
-            inside = (t for t in (*base_layer.parameters(), *base_layer.buffers()) if t.is_floating_point())
-            first = next((t for t in inside if t.device.type != "meta"), None)
+            inside = [module for _, module in outside_adapters(base_layer)]
+            weights = (p for module in inside for p in module.parameters(recurse=False))
+            buffers = (b for module in inside for b in module.buffers(recurse=False))
+            floating = (t for t in chain(weights, buffers) if t.is_floating_point())
+            first = next((t for t in floating if t.device.type != "meta"), None)
             if first is not None:
                 device, dtype = first.device, first.dtype
         return device, dtype

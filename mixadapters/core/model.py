@@ -17,6 +17,7 @@ from mixadapters.core.layer import AdapterHost, HookedLayer, in_stage
 from mixadapters.core.progress import StepVerbs
 from mixadapters.core.registry import nearest
 from mixadapters.core.saving import SavedForm
+from mixadapters.core.walking import outside_adapters
 
 
 class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, CuttingVerbs):
@@ -82,7 +83,7 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
             if adapter_name in host.adapters:
                 for name, parameter in host.adapters[adapter_name].named_parameters():
                     yield parameter, in_stage(name, patterns)
-        for module in self.model.modules():
+        for _, module in outside_adapters(self.model):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 for name, parameter in module.named_parameters():
                     if f".{adapter_name}." in f".{name}":
@@ -121,8 +122,9 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
         They belong to the base model, which training must leave as it was: no adapter's file holds them.
         """
         super().train(mode)
-        saved = {m for part in self.modules() if isinstance(part, AuxiliaryTrainingWrapper) for m in part.modules()}
-        for module in self.modules() if mode else ():
+        outside = [module for _, module in outside_adapters(self)]
+        saved = {m for part in outside if isinstance(part, AuxiliaryTrainingWrapper) for m in part.modules()}
+        for module in outside if mode else ():
             statistics = getattr(module, "running_mean", None) is not None
             if statistics and module not in saved and not any(p.requires_grad for p in module.parameters()):
                 module.eval()

@@ -23,7 +23,7 @@ class StepVerbs:
     def context(self) -> ForwardContext:
         raise NotImplementedError
 
-    def mixtures(self) -> dict[RoutingKey, Mixture]:
+    def mixtures(self, adapter_name: str | None = None) -> dict[RoutingKey, Mixture]:
         raise NotImplementedError
 
     def config_of(self, adapter_name: str) -> Any:
@@ -32,8 +32,8 @@ class StepVerbs:
     def routers_of(self, adapter_name: str) -> Iterator[Any]:
         """The routers of an adapter that decide for themselves. Raises ValueError where there is no such adapter."""
         self.config_of(adapter_name)
-        for key, mixture in self.mixtures().items():
-            if key.adapter == adapter_name and not getattr(mixture.router, "follows", False):
+        for mixture in self.mixtures(adapter_name).values():
+            if not getattr(mixture.router, "follows", False):
                 yield mixture.router
 
     def set_schedules(self, schedules: Any, adapter_name: str = "default") -> None:

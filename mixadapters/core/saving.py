@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mixadapters.core.engines import is_dtensor, is_partitioned, overwrite
 from mixadapters.core.files import PREFIX, FileWeights, digest_of, orders_of, weights_of
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.processes import rank
+from mixadapters.core.walking import outside_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class SavedForm(BaseTuner):
             )
         saved = {cls._remove_adapter_name_from_key(key, adapter_name): tensor for key, tensor in found.items()}
         unwrapped = {WRAPPERS.sub("", key): tensor for key, tensor in state_dict.items()}
-        for name, module in model.named_modules():
+        for name, module in outside_adapters(model):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 place = WRAPPERS.sub("", f"{name}.")
                 inside = {k.removeprefix(place): v for k, v in unwrapped.items() if k.startswith(place)}
@@ -98,13 +99,14 @@ class SavedForm(BaseTuner):
         if len(remapped) < len(state_dict):
             _refuse_twice(cls, adapter_name, state_dict)
         given = {key.removeprefix(PREFIX) if bare else key: tensor for key, tensor in remapped.items()}
-        here = model.state_dict()
-        own = set(own_keys(model, cls.prefix, adapter_name))
+        own_here = own_state(model, cls.prefix, adapter_name)
+        own = {WRAPPERS.sub("", key) for key in own_here}
         heads = head_keys(model, adapter_name)
         if saved is not None:
             _refuse_overwritten(adapter_name, saved.shapes, heads)
         embeddings = embedding_keys(model)
         check_keys(adapter_name, given, own, heads | embeddings)
+        here = own_here | outside_state(model, given.keys() - own_here.keys())
         check_shapes(adapter_name, given, {key: tuple(here[key].shape) for key in given if key in here})
         if saved is not None and saved.other is not None:
             raise ValueError(saved.other)
@@ -195,20 +197,42 @@ def _refuse_overwritten(adapter_name: str, given: Iterable[str], heads: set[str]
         )
 
 
+def own_hosts(model: nn.Module, prefix: str, adapter_name: str) -> Iterator[tuple[str, AdapterHost]]:
+    """The layers that hold an adapter, with their paths."""
+    for path, module in outside_adapters(model):
+        if isinstance(module, AdapterHost) and module.prefix == prefix and adapter_name in module.adapters:
+            yield path, module
+
+
+def own_state(model: nn.Module, prefix: str, adapter_name: str) -> dict[str, Tensor]:
+    """An adapter's own weights by their keys in the model."""
+    return {
+        f"{path}.{prefix}adapters.{adapter_name}.{key}": tensor
+        for path, host in own_hosts(model, prefix, adapter_name)
+        for key, tensor in host.adapters[adapter_name].state_dict().items()
+    }
+
+
 def own_keys(model: nn.Module, prefix: str, adapter_name: str) -> list[str]:
     """Keys of an adapter's own weights in the model, without what wrappers put into them."""
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, AdapterHost) and module.prefix == prefix and adapter_name in module.adapters:
-            inside = module.adapters[adapter_name].state_dict()
-            found += [WRAPPERS.sub("", f"{name}.{prefix}adapters.{adapter_name}.{key}") for key in inside]
+    return [WRAPPERS.sub("", key) for key in own_state(model, prefix, adapter_name)]
+
+
+def outside_state(model: nn.Module, keys: Collection[str]) -> dict[str, Tensor]:
+    """Those of the keys under which the model has weights outside adapters, heads included -> the weights."""
+    found: dict[str, Tensor] = {}
+    for path, module in outside_adapters(model):
+        whole = isinstance(module, AuxiliaryTrainingWrapper)  # trained tokens lie in a layer of PEFT's own inside
+        tensors = module.state_dict() if whole else {**module._parameters, **module._buffers}
+        before = f"{path}." if path else ""
+        found |= {key: t for name, t in tensors.items() if t is not None and (key := before + name) in keys}
     return found
 
 
 def head_keys(model: nn.Module, adapter_name: str) -> set[str]:
     """Keys in the model of an adapter's saved modules and trained tokens."""
     found: set[str] = set()
-    for name, module in model.named_modules():
+    for name, module in outside_adapters(model):
         if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._adapters:
             found.update(f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
     return found
@@ -222,7 +246,7 @@ def embedding_keys(model: nn.Module) -> set[str]:
             module = getattr(model, end)()
         except (AttributeError, NotImplementedError):
             continue
-        for name in (name for name, part in model.named_modules() if module is not None and part is module):
+        for name in (name for name, part in outside_adapters(model) if module is not None and part is module):
             for inside in ("", "base_layer.", "original_module.", "modules_to_save."):
                 found |= {f"{name}.{inside}{part}" for part in ("weight", "bias")}
     return found
@@ -231,7 +255,7 @@ def embedding_keys(model: nn.Module) -> set[str]:
 def head_shapes(model: nn.Module, config: Any) -> dict[str, tuple[int, ...]]:
     """Keys in a file of the modules that a config has saved whole -> their shapes. PEFT goes by the end of a name."""
     found: dict[str, tuple[int, ...]] = {}
-    for name, module in model.named_modules():
+    for name, module in outside_adapters(model):
         if any(name.endswith(head) for head in config.modules_to_save or ()):
             state = getattr(module, "original_module", module).state_dict()
             found |= {f"{name}.{key}": tuple(tensor.shape) for key, tensor in state.items()}

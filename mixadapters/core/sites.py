@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from mixadapters.core.walking import outside_adapters
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -296,7 +298,7 @@ def is_causal(path: str, model: nn.Module, model_config: Mapping[str, Any]) -> b
     for part in path.split("."):
         around.append(unwrapped(getattr(around[-1], part)))
     for module in reversed(around):  # its layer holds the attention that is next to it; of cross-attention False
-        flags = [flag for m in module.modules() if isinstance(flag := getattr(m, "is_causal", None), bool)]
+        flags = [flag for _, m in outside_adapters(module) if isinstance(flag := getattr(m, "is_causal", None), bool)]
         if flags:
             return any(flags)
     return row.causal

@@ -56,12 +56,16 @@ class PregateRouter(TopKRouter):
     @torch.no_grad()
     def plan(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Routing:
         """The routing of the tokens (B, T), as in a forward of the model in evaluation."""
+        mode = self.training
+        try:
+            return self.eval().read(input_ids, attention_mask)
+        finally:
+            self.train(mode)
+
+    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Routing:
+        """As `plan`, in the mode that the router is in, and with gradients: for those who train it by itself."""
         context, inputs = ForwardContext(), {"input_ids": input_ids, "attention_mask": attention_mask}
         record = Record(open=True, inputs=inputs)
         record.streams[""] = read_stream(inputs)
         context.enter(record)
-        mode = self.training
-        try:
-            return self.eval()(input_ids.unsqueeze(-1), context)
-        finally:
-            self.train(mode)
+        return self(input_ids.unsqueeze(-1), context)

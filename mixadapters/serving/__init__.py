@@ -10,6 +10,7 @@ if not waits(__name__):  # a command reads its arguments first
     from mixadapters.serving.expert_cache import ExpertCache, expert_aware_batches, request_experts, token_experts
     from mixadapters.serving.global_local import FeatureGaussian, GlobalLocalMixture
     from mixadapters.serving.pooled_states import PooledStates
+    from mixadapters.serving.pregating import PregateAgreement, distill_pregate, pregate_agreement
     from mixadapters.serving.requests import (
         AdapterRefused,
         AdapterUnreadable,
@@ -39,6 +40,7 @@ __all__ = [
     "FeatureGaussian",
     "GlobalLocalMixture",
     "PooledStates",
+    "PregateAgreement",
     "Request",
     "RequestCancelled",
     "Result",
@@ -48,9 +50,11 @@ __all__ = [
     "ServerStopped",
     "UnknownAdapter",
     "confidence",
+    "distill_pregate",
     "expert_aware_batches",
     "fit_mapping",
     "mask_gate",
+    "pregate_agreement",
     "request_experts",
     "select_experts",
     "token_experts",

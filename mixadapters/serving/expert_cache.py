@@ -37,7 +37,8 @@ class ExpertCache(Generic[K, V]):
         drop: called with what is given up: (name, value).
 
     Attributes:
-        hits, loads: how many experts of steps were there, and were loaded.
+        hits: how many experts of steps were there.
+        loads, prefetched: how many experts were loaded, and how many of these before their step.
 
     Raises:
         ValueError: a capacity below 1, another policy, or a plan for "lru", which reads none.
@@ -59,7 +60,7 @@ class ExpertCache(Generic[K, V]):
         if (plan is not None) != (policy == "belady"):
             raise ValueError(f"policy={policy!r} {'needs a' if plan is None else 'reads no'} plan")
         self.capacity, self.policy = capacity, policy
-        self.hits = self.loads = 0
+        self.hits = self.loads = self.prefetched = 0
         self._load, self._drop = load, drop
         self._resident: OrderedDict[K, V] = OrderedDict()  # least recently used first
         self._plan: deque[frozenset[K]] = deque()  # the steps to come
@@ -76,7 +77,7 @@ class ExpertCache(Generic[K, V]):
     @property
     def hit_rate(self) -> float:
         """The share of the experts of steps that were there already; 0 before the first step."""
-        return self.hits / max(self.hits + self.loads, 1)
+        return self.hits / max(self.hits + self.loads - self.prefetched, 1)
 
     def extend(self, plan: Iterable[Collection[K]]) -> None:
         """Further steps, after those that are planned.
@@ -97,6 +98,19 @@ class ExpertCache(Generic[K, V]):
         for key in frozenset[K]().union(*steps):
             self._uses[key].sort(reverse=True)
 
+    def prefetch(self, experts: Collection[K]) -> None:
+        """Load what the next step is expected to need, such as by a pre-gate. What it takes is then there, or not.
+
+        Raises:
+            ValueError: there are more than fit. Nothing has changed then.
+        """
+        expected, loads = dict.fromkeys(experts), self.loads
+        self._check(expected)
+        try:
+            self._hold(expected)
+        finally:
+            self.prefetched += self.loads - loads
+
     def take(self, experts: Collection[K]) -> dict[K, V]:
         """The experts of the next step, loaded where they are not there.
 
@@ -107,16 +121,8 @@ class ExpertCache(Generic[K, V]):
         self._check(needed)
         if self.policy == "belady":
             self._check_plan(needed)
-        for key in needed:
-            if key in self._resident:
-                self._resident.move_to_end(key)
-        self._make_room(needed)
-        for key in needed:
-            if key in self._resident:
-                self.hits += 1
-            else:
-                self._resident[key] = self._load(key)
-                self.loads += 1
+        self.hits += sum(key in self._resident for key in needed)
+        self._hold(needed)
         if self.policy == "belady":  # only now: a step whose loading failed may be taken again
             self._advance()
         return {key: self._resident[key] for key in needed}
@@ -144,6 +150,17 @@ class ExpertCache(Generic[K, V]):
             self._uses[key].pop()
             if not self._uses[key]:
                 del self._uses[key]
+
+    def _hold(self, needed: Collection[K]) -> None:
+        """Have these experts, the last used."""
+        for key in needed:
+            if key in self._resident:
+                self._resident.move_to_end(key)
+        self._make_room(needed)
+        for key in needed:
+            if key not in self._resident:
+                self._resident[key] = self._load(key)
+                self.loads += 1
 
     def _make_room(self, needed: Collection[K]) -> None:
         room = self.capacity - sum(key not in self._resident for key in needed)

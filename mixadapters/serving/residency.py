@@ -18,6 +18,7 @@ from mixadapters.core.adapter import Adapter
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.files import weights_of
 from mixadapters.core.layer import AdapterHost
+from mixadapters.core.walking import outside_adapters
 
 
 class Parts(NamedTuple):
@@ -88,15 +89,8 @@ class Residents:
 
     def find_hosts(self) -> None:
         """Look for the model's layers with adapters, without a look into these."""
-        found: list[AdapterHost] = []
-        waiting: list[Any] = [self.model]
-        while waiting:
-            module = waiting.pop()
-            if isinstance(module, AdapterHost) and module.context is self.context:
-                found.append(module)
-            skipped = getattr(module, "adapter_layer_names", ()) if isinstance(module, AdapterHost) else ()
-            waiting += [child for name, child in module._modules.items() if child is not None and name not in skipped]
-        self._hosts = found
+        hosts = (module for _, module in outside_adapters(self.model) if isinstance(module, AdapterHost))
+        self._hosts = [host for host in hosts if host.context is self.context]
 
     def parts_of(self, name: str) -> list[tuple[AdapterHost, Adapter]]:
         """The adapter of a name in the model, by its layers."""

@@ -68,7 +68,7 @@ class GateVerbs(RoutingVerbs):
         Raises:
             ValueError: an unknown domain or method, text that holds no tokens of the model, or no router to fit.
         """
-        mixtures = [mixture for key, mixture in self.mixtures().items() if key.adapter == adapter_name]
+        mixtures = list(self.mixtures(adapter_name).values())
         names = list(dict.fromkeys(name for mixture in mixtures for name in mixture.expert_names))
         if adapter_name not in self.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r} is unknown; have {list(self.peft_config)}")
@@ -126,7 +126,7 @@ class GateVerbs(RoutingVerbs):
         Raises:
             ValueError: the model does not predict next tokens, or choose_after is no number of tokens.
         """
-        mixtures = {key: mixture for key, mixture in self.mixtures().items() if key.adapter == adapter_name}
+        mixtures = self.mixtures(adapter_name)
         if not mixtures:
             raise ValueError(f"adapter_name={adapter_name!r} has no mixture; have {list(self.peft_config)}")
         key, mixture = next(iter(mixtures.items()))
@@ -183,7 +183,7 @@ class GateVerbs(RoutingVerbs):
         Returns:
             {path of the first: its null arms}; None where no router counts.
         """
-        found = [m.router for k, m in self.mixtures().items() if k.adapter == adapter_name]
+        found = [mixture.router for mixture in self.mixtures(adapter_name).values()]
         routers = [router for router in found if isinstance(router, CountsRouter)]
         if not routers:
             return None

@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from torch import Tensor
+from torch import Tensor, nn
 
+from mixadapters.core.sites import unwrapped
 from mixadapters.tuners.sources import write_adapter
 
+RUN_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by servers, as one layer
 EXACT_INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base model's weights alone
 # Fields that say how the adapter was trained or where it lay, and nothing of what its weights compute.
 SILENT = {
@@ -131,13 +133,18 @@ def _parted(key: str) -> tuple[str, Any]:
     return key.removesuffix(".bias").removesuffix(".weight").removesuffix(".base_layer"), None
 
 
-def save_lora(factors: Mapping[str, Factors], folder: str | Path, config: Any, pad_ranks: bool = False) -> None:
+def save_lora(
+    factors: Mapping[str, Factors], folder: str | Path, config: Any, pad_ranks: bool, model: nn.Module
+) -> None:
     """Write {module: what is added there} as an adapter folder of PEFT's LoRA.
 
     config: of the mixture; its base model and task are the LoRA's too.
     pad_ranks: one rank at all modules, filled up with zeros, and the scale in B: for servers that read `r` and
-        `lora_alpha` alone, and no patterns of them.
+        `lora_alpha` alone, and no patterns of them; and zeros at modules that they run together with adapted ones.
+    model: that the factors are for.
     """
+    if pad_ranks:
+        factors = with_their_group(factors, model)
     ranks = {path: factor.down.shape[0] for path, factor in factors.items()}
     if pad_ranks:
         ranks = dict.fromkeys(ranks, max(ranks.values()))
@@ -160,6 +167,31 @@ def save_lora(factors: Mapping[str, Factors], folder: str | Path, config: Any, p
         if with_bias:
             tensors[f"{key}.lora_B.bias"] = up.new_zeros(up.shape[0]) if b_up is None else b_up
     write_adapter(folder, lora, tensors)
+
+
+def with_their_group(factors: Mapping[str, Factors], model: nn.Module) -> dict[str, Factors]:
+    """The same, with zeros at the linear layers that servers run as one with adapted ones.
+
+    SGLang (srt/lora/lora.py, `normalize_qkv_proj`, of 2026) stacks the factors of a group by the name of its first
+    member: without all of them it fails, or leaves out what is there.
+    """
+    whole = dict(factors)
+    for path, factor in factors.items():
+        parent, _, name = path.rpartition(".")
+        for place in (f"{parent}.{other}" for group in RUN_TOGETHER if name in group for other in group):
+            linear = _linear_at(model, place)
+            if place not in whole and linear is not None:
+                width_in, width_out = linear
+                whole[place] = Factors(factor.down.new_zeros(1, width_in), factor.up.new_zeros(width_out, 1), 1.0)
+    return whole
+
+
+def _linear_at(model: nn.Module, path: str) -> tuple[int, int] | None:
+    """The widths of the linear layer at a path; None where there is none."""
+    module: Any = model
+    for part in path.split("."):
+        module = unwrapped(getattr(module, part, None))
+    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else None
 
 
 def _unscaled(factor: Factors) -> Factors:

@@ -365,6 +365,58 @@ def test_exported_expert_is_stock_lora(pad, tiny, tiny_inputs, tmp_path) -> None
         assert not any(saved[name] for name in ("use_rslora", "use_dora", "modules_to_save", "lora_bias"))
 
 
+def read_as_servers_do(folder: Path, layers: int) -> dict[str, torch.Tensor]:
+    """What vLLM and SGLang make of a folder: {fused linear: what is added to its weight}, or they fail.
+
+    They read `r`, `lora_alpha` and `target_modules` of the config, keys of two forms, and stack the factors of q, k
+    and v by the key of q, those of gate and up by that of gate (SGLang srt/lora/{lora,lora_config,utils}.py, vLLM
+    vllm/lora/{peft_helper,utils}.py, both of 2026).
+    """
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_type"].lower() == "lora"
+    assert isinstance(config["target_modules"], list)  # as a string SGLang takes shorthands alone
+    assert not any(
+        config[name] for name in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern")
+    )
+    assert config["bias"] == "none"
+    scale, found = config["lora_alpha"] / config["r"], {}
+    weights = load_file(folder / WEIGHTS)
+    assert {key.split(".")[-3] for key in weights} == {name.split(".")[-1] for name in config["target_modules"]}
+    for key in weights:
+        assert re.fullmatch(rf"base_model\.model\.model\.layers\.[0-{layers - 1}]\.\w+\.\w+\.lora_[AB]\.weight", key)
+        assert weights[key].shape["lora_B" in key] == config["r"]
+    for key, factor in weights.items():
+        path, name = key.removesuffix(".lora_A.weight").rsplit(".", 1) if "lora_A" in key else (None, None)
+        group = {"q_proj": ("q_proj", "k_proj", "v_proj"), "gate_proj": ("gate_proj", "up_proj")}.get(name, (name,))
+        if path is None or name in ("k_proj", "v_proj", "up_proj"):
+            continue  # with the first of its group, without which nothing reads it
+        deltas = [weights[f"{path}.{n}.lora_B.weight"] @ weights[f"{path}.{n}.lora_A.weight"] for n in group]
+        found[f"{path}.{'+'.join(group)}"] = scale * torch.cat(deltas)
+        assert factor.dtype == torch.float32
+    return found
+
+
+@pytest.mark.parametrize("modules", [["q_proj"], ["v_proj", "up_proj"], ["down_proj"]])
+def test_exported_expert_is_all_there_as_servers_read_it(modules: list[str], tiny, tmp_path) -> None:
+    fields = {"r": 4, "lora_alpha": 6, "target_modules": modules, "rank_pattern": {modules[0]: 3}}
+    lora = save_lora(tiny("llama"), tmp_path / "one", **fields)
+    model = gather(tiny("llama"), {"one": tmp_path / "one"})
+    model.base_model.export_expert("one", tmp_path / "back", pad_ranks=True)
+    served = read_as_servers_do(tmp_path / "back", lora.config.num_hidden_layers)
+    own = {name: m for name, m in lora.base_model.model.named_modules() if hasattr(m, "get_delta_weight")}
+    left = set(own)
+    for fused, delta in served.items():
+        parent, _, names = fused.removeprefix("base_model.model.").rpartition(".")
+        paths = [f"{parent}.{name}" for name in names.split("+")]
+        blank = [
+            torch.zeros_like(lora.base_model.model.get_submodule(p).weight) if p not in own else None for p in paths
+        ]
+        wanted = [own[p].get_delta_weight("default") if b is None else b for p, b in zip(paths, blank, strict=True)]
+        torch.testing.assert_close(delta, torch.cat(wanted))
+        left -= set(paths)
+    assert not left
+
+
 def test_scale_of_an_exported_expert_is_the_same_to_the_last_bit() -> None:
     for rank in range(1, 129):
         for alpha in (*range(1, 129), 0.1, 0.3, 1.7):

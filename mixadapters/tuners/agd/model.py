@@ -11,6 +11,7 @@ from mixadapters.core.adapter import Site
 from mixadapters.core.files import being_loaded
 from mixadapters.core.layer import AdapterHost, HookedLayer
 from mixadapters.core.model import MixtureModel
+from mixadapters.core.walking import outside_adapters
 from mixadapters.tuners.agd.calls import CALLS, refuse_distilled, timestep_factor
 from mixadapters.tuners.agd.config import VARIED, AGDConfig
 from mixadapters.tuners.agd.guidance import refuse_another_model
@@ -87,7 +88,7 @@ class AGDModel(MixtureModel):
 
     def _widths(self, config: Any, base: nn.Module, path: str) -> tuple[int, int]:
         """Widths of a block: those of its first and last linear layer, in the order in which they were made."""
-        own = [m for name, m in base.named_modules() if not name.startswith(HookedLayer.attribute)]
+        own = [m for name, m in outside_adapters(base) if not name.startswith(HookedLayer.attribute)]
         linears = [m for m in own if hasattr(m, "in_features") and hasattr(m, "out_features")]
         if config.hidden_size is None and linears and linears[0] is not base:
             return linears[0].in_features, linears[-1].out_features

@@ -48,7 +48,7 @@ class DomainForms(MixtureModel):
         A LoRA becomes one of PEFT's, which loads without this library; a bottleneck a BottleneckConfig's. Either can
         be gathered again.
 
-        pad_ranks: of LoRA: one rank at all modules, filled up with zeros, and the scale in B, for servers that need
+        pad_ranks: of LoRA: as in `export_expert`, one rank at all modules and the scale in B, for servers that need
             that.
 
         Raises:
@@ -73,7 +73,7 @@ class DomainForms(MixtureModel):
                 )
                 for path, w in held.items()
             }
-            save_lora(factors, folder, config, pad_ranks)
+            save_lora(factors, folder, config, pad_ranks, self.model)
             return
         if pad_ranks:
             raise ValueError("export_domain: pad_ranks=True is for LoRA; leave it out")

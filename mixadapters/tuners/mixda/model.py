@@ -9,7 +9,6 @@ from torch import Tensor
 
 from mixadapters.core.adapter import Adapter, Chain, Site
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.finding import inside_adapters
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.sites import layer_index, stack_of
@@ -55,10 +54,7 @@ class MixDAModel(LoRADomains, DomainVerbs, DomainForms):
 
     def domain_paths(self, config: MixDAConfig) -> list[str]:
         """Modules that can hold domain adapters, by name."""
-        names = (re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules())
-        # A wrapped module and its `base_layer` have one name between them.
-        outside = [n for n in dict.fromkeys(names) if n and not inside_adapters(n, self.prefix)]
-        chosen = [n for n in outside if self._check_target_module_exists(config, n)]
+        chosen = [name for name in self.places() if self._check_target_module_exists(config, name)]
         if config.sites is None:
             return chosen
         return [n for n in chosen if re.fullmatch(config.sites[self.domain_role(config)], n)]

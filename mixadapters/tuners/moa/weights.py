@@ -61,7 +61,8 @@ class ExpertWeights(MixtureModel):
     ) -> None:
         """Write a LoRA expert as an adapter folder of PEFT's LoRA, which loads without this library.
 
-        pad_ranks: one rank at all modules, filled up with zeros, and the scale in B, for servers that need that.
+        pad_ranks: for servers, such as vLLM and SGLang: one rank at all modules, the scale in B, and zeros at modules
+            that they run together with adapted ones (q, k and v; gate and up).
 
         Raises:
             ValueError: there is no such expert, it is no LoRA, or `folder` is none.
@@ -83,7 +84,7 @@ class ExpertWeights(MixtureModel):
                     torch.cat([w.down for w in parts]).detach(), torch.cat([w.up for w in parts], 1).detach(),
                     float(parts[0].scale), sum(biases[1:], biases[0]).detach() if biases else None,
                 )  # fmt: skip
-        save_lora(factors, folder, config, pad_ranks)
+        save_lora(factors, folder, config, pad_ranks, self.model)
 
     def set_trainable(self, adapter_name: str) -> None:
         """Train what the config and the stage say."""

@@ -13,6 +13,8 @@ from mixadapters.core.bank import AdapterBank
 from mixadapters.core.files import being_loaded
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
+from mixadapters.core.saving import own_hosts
+from mixadapters.core.walking import outside_adapters
 from mixadapters.routers import SingleRouter
 from mixadapters.tuners.bottleneck.config import placement_roles, placement_taps
 from mixadapters.tuners.bottleneck.model import EXPERT, bottleneck
@@ -139,7 +141,7 @@ class MoSAModel(MixtureModel):
 
     def _modules_to_save(self, adapter_name: str) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for path, module in self.model.named_modules():
+        for path, module in outside_adapters(self.model):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 state = module.adapter_state_dict(adapter_name, module.state_dict())
                 found |= {f"base_model.model.{path}.{key}": tensor for key, tensor in state.items()}
@@ -151,7 +153,13 @@ class MoSAModel(MixtureModel):
     ) -> dict[str, Tensor]:
         """As for every method; and the partition of the file must be that of the model."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        banks = {f"{name}.partition": m for name, m in model.named_modules() if isinstance(m, SplitBank)}
+        own = ((path, host.adapters[adapter_name]) for path, host in own_hosts(model, cls.prefix, adapter_name))
+        banks = {
+            f"{path}.{cls.prefix}adapters.{adapter_name}.{name}.partition": module
+            for path, adapter in own
+            for name, module in adapter.named_modules()
+            if isinstance(module, SplitBank)
+        }
         for key, saved in remapped.items():
             if key in banks and int(saved) != banks[key].checksum:
                 raise ValueError(

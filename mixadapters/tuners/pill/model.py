@@ -13,6 +13,7 @@ from mixadapters.core.files import being_loaded
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.sites import has_two_stacks, layer_index
+from mixadapters.core.walking import outside_adapters
 from mixadapters.routers import ModalityRouter, SingleRouter
 from mixadapters.routers.modality import TOKEN_TYPES
 from mixadapters.tuners.pill.config import PILLConfig
@@ -101,7 +102,9 @@ class PILLModel(MixtureModel):
         """Refuse token ids that no input can hold: behind the vocabulary are only those that the model replaces."""
         size = self.model.config.get_text_config().vocab_size
         replaced = {token for tokens in known.values() for token in tokens}
-        replaced.update(module.token_id for module in self.model.modules() if isinstance(module, EncodedInputs))
+        replaced.update(
+            module.token_id for _, module in outside_adapters(self.model) if isinstance(module, EncodedInputs)
+        )
         for modality, tokens in (config.token_ids or {}).items():
             if wrong := [token for token in tokens if token >= size and token not in replaced]:
                 raise ValueError(
@@ -113,7 +116,7 @@ class PILLModel(MixtureModel):
     def _refuse_uneven(self, config: PILLConfig) -> None:
         """A layer that lacks one of the roles: it runs in parallel on one norm, or has no attention values."""
         assert config.sites is not None
-        names = [re.sub(r"\.base_layer(?=\.|$)", "", name) for name, _ in self.model.named_modules()]
+        names = self.places()
         chosen = config.layers_to_transform
         wanted = [chosen] if isinstance(chosen, int) else chosen
         layers = {

@@ -1,0 +1,29 @@
+"""The modules of a model without those of its adapters, of which there may be many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules with their paths, in the order of `named_modules()`, but for those inside adapters of any type.
+
+    A layer of a tuner is among them, and of what it holds the frozen module alone. So a walk takes as long with a
+    thousand adapters as with one.
+    """
+    seen: set[nn.Module] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield path, module
+        children = module._modules
+        if isinstance(module, BaseTunerLayer):
+            children = {name: child for name, child in children.items() if name == "base_layer"}
+        before = f"{path}." if path else ""
+        waiting += [(f"{before}{name}", child) for name, child in reversed(children.items()) if child is not None]
