@@ -94,6 +94,22 @@ def test_weights_that_an_engine_has_frozen_come_from_what_is_kept_and_from_files
         assert torch.equal(p, whole[name]) == (".domain.bank." in name)
 
 
+def test_what_each_stage_has_frozen_is_kept_where_zero_3_has_shared_it_out(tiny: Any) -> None:
+    config = MixDAConfig(domains=["a"], r=4, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny("llama"), config).train()
+    root, engine = model.base_model.model, model.base_model.context.engine
+    for parameter in model.parameters():
+        parameter.ds_id = 0  # by which ZeRO-3 knows it
+    for stage, inside in (("task", ".domain.bank."), ("domain", ".task.")):
+        model.base_model.set_stage(stage)
+        engine.look(root, trains=True)
+        own = {name for name in dict(root.named_parameters()) if "mixda_" in name or ".modules_to_save." in name}
+        frozen = {name for name in own if not root.get_parameter(name).requires_grad}
+        assert engine.kept.keys() == frozen
+        assert any(inside in name for name in frozen)
+        assert len(frozen) < len(own)
+
+
 def test_engines_that_would_write_no_adapter_are_refused() -> None:
     def trainer(**state: Any) -> Any:
         return SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(**state)))
