@@ -5,7 +5,7 @@
 
 Contenders are those of cpu.py, and PEFT's own layer with `adapter_names`. The roof is what the tensors' bytes take at
 the bandwidth of a copy, measured in the same run. Every case stands alone: one that fails is reported and left behind.
-Writes gpu.json, after every case, and gpu.png.
+Writes gpu.json, after every case, and gpu.png; tables.py makes the tables of the documentation of it.
 """
 
 from __future__ import annotations
@@ -51,23 +51,46 @@ from mixadapters.kernels.triton import plan as planning
 
 DEVICE = "cpu" if DRY else "cuda"
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+FIRST = 2  # cases whose kernels are waited for
 SLOW = ("loop_all_rows", "row_loop", "gathered", "segments")  # left out where others say the same
 
 
-def compile_ahead(minutes: float) -> None:
-    """Compile what the cases launch, on all cores: a process that has touched the GPU could not be forked."""
-    from check import ARCHITECTURES, compile_launch, launches, specialization
+def compile_ahead(seconds: float) -> ProcessPoolExecutor | None:
+    """Begin to compile what the run launches, in its order, on all cores, and wait a while for what comes first.
+
+    The rest goes on beside the run. A process that has touched the GPU could not be forked, so this comes before all
+    else; the pool must be kept, and be shut down at the end.
+    """
+    from check import ARCHITECTURES, compile_launch
 
     with ProcessPoolExecutor(1, get_context("fork")) as one:
         arch = one.submit(configs.architecture, torch.device(DEVICE)).result()
     if arch not in ARCHITECTURES:
-        return
-    todo = {specialization(made): made for case in cases() for made in launches(problem(on_meta(case)), arch)}
+        return None
+    todo = to_compile(arch)
+    pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork"))
     began = time.perf_counter()
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("fork")) as pool:
-        results = [pool.submit(compile_launch, made, arch, "") for made in todo.values()]
-        wait(results, timeout=60 * minutes)
-    print(f"{len(todo)} kernels compiled ahead in {time.perf_counter() - began:.0f} s")
+    results = [(first, pool.submit(compile_launch, made, arch, "")) for first, made in todo]
+    done = wait([result for first, result in results if first], timeout=seconds).done
+    print(f"{len(done)} kernels compiled in {time.perf_counter() - began:.0f} s, of {len(todo)}", flush=True)
+    return pool
+
+
+def to_compile(arch: str) -> list[tuple[bool, Any]]:
+    """Each launch that is compiled by itself, in the order of the run, and whether the first parts need it."""
+    from check import launches, specialization
+
+    first = [problem(on_meta(case), **meta(changes)) for _, case, changes in numeric_cases()]
+    later = [problem(on_meta(case)) for case in cases()]
+    todo: dict[Any, tuple[bool, Any]] = {}
+    for number, p in enumerate([*first, *later]):
+        for made in launches(p, arch):
+            todo.setdefault(specialization(made), (number < len(first) + FIRST, made))
+    return list(todo.values())
+
+
+def meta(changes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in changes.items()}
 
 
 def on_meta(case: Case) -> SimpleNamespace:
@@ -96,8 +119,9 @@ def cases() -> Iterator[Case]:
     T, d, bf16 = 8192, 4096, {"dtype": "bf16"}
     for training in (False, True):
         yield Case("figures", "lora", T, 8, 16, d, sequences=8, training=training, **bf16)
-        yield Case("figures", "mixture", T, 8, 16, d, k=8, training=training, **bf16)
     yield from (Case("decode", "lora", B, max(B, 8), 16, d, **bf16) for B in (1, 8, 32, 64))
+    for training in (False, True):
+        yield Case("figures", "mixture", T, 8, 16, d, k=8, training=training, **bf16)
     for training in (False, True):
         yield from (
             Case("adapters", "lora", T, E, 16, d, sequences=64, training=training, **bf16) for E in (1, 64, 1024)
@@ -135,7 +159,13 @@ class Report:
             found = {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
         self.content[part].append({"label": label, **found})
         print(f"{label} ({time.monotonic() - began:.1f} s): {shown(found)}", flush=True)
-        self.path.write_text(json.dumps(self.content, indent=1))
+        self.write()
+
+    def write(self) -> None:
+        """Whole or not at all: whoever stops the run may do so in the middle of it."""
+        beside = self.path.with_suffix(".part")
+        beside.write_text(json.dumps(self.content, indent=1))
+        beside.replace(self.path)
 
 
 def shown(found: dict[str, Any]) -> str:
@@ -235,12 +265,12 @@ def check_invariance(case: Case) -> dict[str, Any]:
     return {"passed": True}
 
 
-def numerics(report: Report) -> None:
+def numeric_cases() -> Iterator[tuple[str, Case, dict[str, Any]]]:
+    """Every mode of the kernels: a label, the case, and what its problem has besides."""
     small = {"T": 32, "d": 32, "dtype": "fp32"} if DRY else {"T": 512, "d": 1024, "dtype": "bf16"}
-    size = 8 if DRY else 16
+    size, seed = 8 if DRY else 16, torch.tensor(7)
     for dtype in ("fp32",) if DRY else ("bf16", "fp32"):
         routed = Case("numerics", "lora", E=4, r=size, sequences=2, **small | {"dtype": dtype})
-        seed = torch.tensor(7, device=DEVICE)
         for label, case, changes in (
             ("runs", routed, {}),
             ("runs, dropout", routed, {"dropout": 0.1, "seed": seed}),
@@ -252,8 +282,15 @@ def numerics(report: Report) -> None:
             ("rank 128", replace(routed, r=128), {}),
         ):
             if not (DRY and "sorted" in label and "top" in label):
-                report.add("numerics", f"{label}, {dtype}", lambda c=case, x=changes: check_numerics(c, **x))
-    report.add("numerics", "batch invariance", lambda: check_invariance(replace(routed, sequences=None)))
+                yield f"{label}, {dtype}", case, changes
+
+
+def numerics(report: Report) -> None:
+    for label, case, changes in numeric_cases():
+        given = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in changes.items()}
+        report.add("numerics", label, lambda case=case, given=given: check_numerics(case, **given))
+    rows = next(case for label, case, _ in numeric_cases() if label == "rows, fp32")
+    report.add("numerics", "batch invariance", lambda: check_invariance(rows))
 
 
 # ---- times ----------------------------------------------------------------------------------------------------------
@@ -467,8 +504,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if not DRY and not torch.cuda.device_count():
         parser.error("no GPU is at hand; --dry-run shows that the script runs")
-    if not DRY:
-        compile_ahead(arguments.minutes / 4)
+    pool = None if DRY else compile_ahead(arguments.minutes * 60 / 10)
     report = Report(arguments.out, arguments.minutes)
     print(shown(report.content["about"]))
     numerics(report)
@@ -477,6 +513,8 @@ def main() -> int:
         for case in cases():
             report.add("results", f"{case.group}: {case.label}", lambda case=case: compare(case, roof))
     questions(report)
+    if pool is not None:
+        pool.shutdown(wait=False, cancel_futures=True)
     try:
         plot(report.content["results"], arguments.out / "gpu.png")
     except Exception as error:  # the figures are what counts
@@ -485,7 +523,7 @@ def main() -> int:
     errors = [entry["label"] for part in parts for entry in report.content[part] if "error" in entry]
     wrong = [entry["label"] for entry in report.content["numerics"] if not entry.get("passed")]
     report.content["wrong"], report.content["errors"] = wrong, errors
-    report.path.write_text(json.dumps(report.content, indent=1))
+    report.write()
     print(f"wrote {report.path}; wrong: {wrong or 'none'}; errors: {errors or 'none'}; left out: "
           f"{report.content['left_out'] or 'none'}")  # fmt: skip
     return int(bool(wrong or errors))

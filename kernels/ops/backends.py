@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from mixadapters.kernels import products
 from mixadapters.kernels.problem import Problem
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,10 @@ BATCH_INVARIANT = ("triton", "gathered")
 
 # Rows that are gathered and scattered cost as much as this many columns of the dense product (CPU, one thread).
 GATHER_COST = {torch.float32: 30, torch.bfloat16: 65}
+# The same where columns are cheap, by oneDNN, and rows dear: what several experts give to one row is added up as well.
+GATHER_COST_OF_SEVERAL = 48
+# The same of few rows without gradient, in a dtype of which a call is dear.
+GATHER_COST_OF_FEW = {torch.bfloat16: 130}
 
 # Rows of one expert that stand together in such numbers are worth a product of their own.
 TOGETHER = 32
@@ -194,17 +199,25 @@ def choose_backend(
     if batch_invariant:
         return "gathered"
     together = run >= TOGETHER
-    gather_cost = 0 if together else GATHER_COST.get(dtype, 30)
+    places = rows * slots
+    fewest, per_expert = FEW_PLACES.get(dtype, FEW_PLACES[torch.float32])
+    gather_cost = 0 if together else _gather_cost(slots, dtype, few=not training and places <= fewest)
     mean_rank = total_rank / max(num_experts, 1)
     if slots >= num_experts or slots * (mean_rank + gather_cost) >= total_rank:
         return "dense"
     if together:
         few = run < 2 * TOGETHER or dtype in FEW_CALLS
         return "gathered" if few and slots * mean_rank <= run else "segments"
-    places = rows * slots
-    fewest, per_expert = FEW_PLACES.get(dtype, FEW_PLACES[torch.float32])
     short_runs = run > 1 and slots * mean_rank <= 16 * run  # beyond that the copied weights outweigh the rows
     if not training and (short_runs or places <= min(fewest, per_expert * num_experts)):
         return "gathered"
     rows_each = 256 if dtype in FEW_CALLS else 64
     return "grouped" if places <= min(MOST_GROUPED, rows_each * num_experts) else "segments"
+
+
+def _gather_cost(slots: int, dtype: torch.dtype, few: bool) -> int:
+    if few and dtype in GATHER_COST_OF_FEW:
+        return GATHER_COST_OF_FEW[dtype]
+    if slots > 1 and dtype == torch.float32 and products.pays():
+        return GATHER_COST_OF_SEVERAL
+    return GATHER_COST.get(dtype, 30)

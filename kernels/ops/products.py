@@ -37,6 +37,11 @@ _OPERATOR: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "
 _PAYS = _OPERATOR is not None and torch.backends.mkldnn.is_available() and _torch_is_slower()
 
 
+def pays() -> bool:
+    """Whether large products go to oneDNN on this machine."""
+    return _PAYS
+
+
 def mm(a: Tensor, b: Tensor, base: Tensor | None = None, out: Tensor | None = None) -> Tensor:
     """base + a @ b of a (N, K) and b (K, M); base is (N, M), perhaps `out` itself, or (M,)."""
     blocks = _blocks(a, b, LEAST_INNER)

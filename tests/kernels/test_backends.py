@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mixadapters.kernels import adapter_backend, backends, choose_backend, lowrank
+from mixadapters.kernels import adapter_backend, backends, choose_backend, lowrank, products
 
 
 def arguments(rows=64, experts=8, rank=8, width=32, slots=1, dtype=torch.float32):
@@ -107,6 +107,24 @@ def test_rule_prefers_one_product_unless_most_of_it_is_wasted() -> None:
         assert rule(10**5, 2, 64, 16, training=training) == "segments"
     assert rule(8, 1, 64, 16) == "gathered"  # decoding
     assert rule(0, 2, 0, 0) == "dense"
+
+
+def test_rule_counts_columns_as_cheap_where_onednn_multiplies(monkeypatch) -> None:
+    """For rows of several experts alone, whose results are added up besides; the choice is the same in training."""
+    for pays, chosen in ((True, "dense"), (False, "segments")):
+        monkeypatch.setattr(products, "_PAYS", pays)
+        for training in (False, True):
+            assert rule(2048, 4, 16, 16, training=training) == chosen
+        assert rule(2048, 1, 4, 16) == rule(2048, 2, 16, 16) == "segments"
+        assert rule(2048, 2, 8, 16, dtype=torch.bfloat16) == "dense"
+
+
+def test_rule_takes_one_product_for_few_rows_of_bfloat16_where_it_is_small() -> None:
+    few, half = {"rows": 64, "slots": 1, "rank": 16}, torch.bfloat16
+    assert rule(**few, experts=8, dtype=half) == "dense"
+    assert rule(**few, experts=8) == "grouped"
+    assert rule(**few, experts=64, dtype=half) == "gathered"
+    assert rule(**few, experts=8, dtype=half, training=True) == "grouped"  # what is kept knows no number of rows
 
 
 def test_rule_knows_what_is_kept_for_backward_without_the_number_of_rows() -> None:

@@ -212,9 +212,11 @@ def test_precision_is_not_below_that_of_torch(precision) -> None:
 
 
 @needs_onednn
+@pytest.mark.parametrize("pays", [True, False], ids=["oneDNN", "torch"])
 @pytest.mark.parametrize("backend", ["dense", "segments"])
 @pytest.mark.parametrize("covered", [True, False], ids=["all rows have an expert", "some have none"])
-def test_backends_compute_the_same_by_it(backend, covered, calls) -> None:
+def test_backends_compute_the_same_by_it_and_without(backend, covered, pays, calls, monkeypatch) -> None:
+    monkeypatch.setattr(products, "_PAYS", pays)
     run, ranks = 9, (4, 4, 5)
     owners = torch.tensor([1, 0, 2, 1] if covered else [1, -1, 2, 1])
     indices = owners.repeat_interleave(run).unsqueeze(1)
@@ -227,7 +229,7 @@ def test_backends_compute_the_same_by_it(backend, covered, calls) -> None:
         return [y, *torch.autograd.grad(y, leaves, matrix(36, 12, seed=5).to(dtype))]
 
     found = compute(torch.float32, backend)
-    assert calls
+    assert bool(calls) == pays
     for one, other in zip(found, compute(torch.float64, "reference"), strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
     none = indices[:, 0] < 0

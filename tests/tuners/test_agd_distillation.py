@@ -533,7 +533,7 @@ def test_language_batches_without_prompts_are_refused(tiny) -> None:
 
 def language_adapters(tiny: Any, **fields: Any) -> PeftModel:
     """As if trained."""
-    model = get_peft_model(tiny("llama"), AGDConfig(r=4, max_scale=3.0, task_type="CAUSAL_LM", **fields))
+    model = get_peft_model(tiny("llama"), AGDConfig(**{"r": 4, "max_scale": 3.0, "task_type": "CAUSAL_LM", **fields}))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -574,6 +574,13 @@ def test_generation_knows_where_its_prompt_ends(tiny) -> None:
     for options in ({"use_cache": False}, {"prefill_chunk_size": 4}, {"cache_implementation": "static"}):
         assert torch.equal(model.generate(input_ids=ids, attention_mask=real, **settings, **options), found), options
     prompt = torch.ones_like(ids)
+    plain = language_adapters(tiny, task_type=None)  # whose `generate` is the base model's
+    del settings["guidance_scale"]
+    with plain.base_model.context.pin(guidance_scale=2.5):
+        with pytest.raises(ValueError, match=r"without one context.pin\(prompt_mask="):
+            plain.generate(input_ids=ids, attention_mask=real, **settings)
+        with plain.base_model.context.pin(prompt_mask=prompt):
+            assert torch.equal(plain.generate(input_ids=ids, attention_mask=real, **settings), found)
     for step in range(5):
         sofar = found[:, : 6 + step]
         grown = [torch.cat([part, torch.full((2, step), value)], 1) for part, value in ((real, 1), (prompt, 0))]

@@ -299,6 +299,25 @@ def test_experts_that_nobody_chose_get_gradients_of_zero():
         assert not found["up"][:, part].any()
 
 
+@pytest.mark.parametrize("case", ["runs, top 2", "sorted, top 2"])
+def test_shares_of_processes_add_up_to_the_whole(case):
+    """Experts of other processes are -1 to each; the gradients add up as the outputs do."""
+    p = problem(**{**CASES[case], "rows": 32, "without": ("gate", "b_gate", "base", "base_weight")})
+    grad = output_gradient(p)
+    whole, total = by_kernels(p, grad), {}
+    for e in range(len(p.ranks)):
+        own = {name: expert_part(p, name, getattr(p, name), e) for name in ("down", "up", "b_down", "b_up", "scale")}
+        indices = torch.where(p.indices == e, 0, -1)
+        share = by_kernels(replace(p, indices=indices, ranks=(p.ranks[e],), **own), grad)
+        for name in ("y", "x", "weights"):
+            total[name] = total.get(name, 0) + share[name]
+        for name in own:
+            expected = expert_part(p, name, whole[name], e)
+            torch.testing.assert_close(share[name], expected, rtol=1e-4, atol=1e-4)
+    for name, value in total.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-4)
+
+
 def test_no_rows():
     p = problem(rows=0)
     found = by_kernels(p, output_gradient(p))
