@@ -2,8 +2,7 @@
 
     python examples/studies/pill_vqa.py  # shapes that are drawn here, small pieces that are pretrained here
     python examples/studies/pill_vqa.py --data_dir DATA  # easy_vqa
-    python examples/studies/pill_vqa.py --data_dir DATA --task scienceqa --max_length 192 --batch_size 16 \\
-        --steps 150 --pretraining_steps 800 --rates 3e-3 --seeds 0 1 2 --methods text_only lora gate_off pill_one
+    python examples/studies/pill_vqa.py --data_dir DATA --task scienceqa --max_length 192
     python examples/studies/pill_vqa.py --data_dir DATA --task scienceqa --model Qwen/Qwen3-0.6B \\
         --encoder google/siglip-base-patch16-224 --grid 7 --max_length 512
     python examples/studies/pill_vqa.py --task derek-thomas/ScienceQA --model ... --encoder ...

@@ -14,7 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTraining
 from torch import Tensor, nn
 
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.engines import is_dtensor, overwrite
+from mixadapters.core.engines import is_dtensor, is_partitioned, overwrite
 from mixadapters.core.files import PREFIX, FileWeights, digest_of, orders_of, weights_of
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.processes import rank
@@ -75,7 +75,7 @@ class SavedForm(BaseTuner):
                 inside = {k.removeprefix(place): v for k, v in unwrapped.items() if k.startswith(place)}
                 heads = module.adapter_state_dict(adapter_name, inside)
                 saved |= {f"{place}{key}": tensor for key, tensor in heads.items()}
-        _look_at_shards(adapter_name, saved)
+        _look_at_shards(model, adapter_name, saved)
         plain = all(type(tensor) in (Tensor, nn.Parameter) for tensor in saved.values())  # none is sharded
         kind = config.peft_type.value
         digest = digest_of(saved, kind, config.modules_to_save) if plain else None
@@ -119,7 +119,7 @@ class SavedForm(BaseTuner):
         return {key: tensor for key, tensor in remapped.items() if (key.removeprefix(PREFIX) if bare else key) in here}
 
 
-def _look_at_shards(adapter_name: str, saved: dict[str, Tensor]) -> None:
+def _look_at_shards(model: nn.Module, adapter_name: str, saved: dict[str, Tensor]) -> None:
     """Weights that an engine has shared out are no file: refuse what is empty here, and say what no file can take.
 
     Raises:
@@ -129,7 +129,8 @@ def _look_at_shards(adapter_name: str, saved: dict[str, Tensor]) -> None:
         "In all processes weights = accelerator.get_state_dict(model); in the first "
         "save_pretrained(folder, state_dict=weights)"
     )
-    if empty := [key for key, tensor in saved.items() if not tensor.numel()]:
+    empty = [key for key, tensor in saved.items() if not tensor.numel()]
+    if empty and any(map(is_partitioned, model.parameters())):
         raise ValueError(
             f"adapter {adapter_name!r} cannot be saved: {empty[0]!r} is shared out over processes (DeepSpeed ZeRO-3) "
             f"and has no entries in this one. {remedy}"

@@ -89,8 +89,8 @@ class Endpoint:
                 logger.error("adapter %r is left out: %s", name, error)
 
     def _said(self, error: Exception) -> str:
-        """A message as clients may read it: where our folders lie is nobody's business."""
-        return str(error).replace(f"{self.folder.path}/", "")
+        """A message as clients may read it: with their name of the base, and not where our folders lie."""
+        return str(error).replace(f"{self.folder.path}/", "").replace(repr(BASE), repr(self.base))
 
     def app(self) -> FastAPI:
         app = FastAPI(title="mixadapters", docs_url=None, redoc_url=None, openapi_url=None)
@@ -206,7 +206,7 @@ class Endpoint:
         stops = body.stops
         if body.stream and len(prompts) > 1:
             raise WireError(400, "stream=true takes one prompt", param="prompt")
-        if body.model in self.left_out:
+        if body.model in self.left_out or body.model == BASE:
             raise self._no_model(body.model)
         adapter = BASE if body.model == self.base else body.model
         requests: list[Request] = []
@@ -223,6 +223,10 @@ class Endpoint:
                 events = self._events(requests[0], answer, stops, body.counts_usage)
                 return StreamingResponse(events, media_type="text/event-stream")
             return JSONResponse(await self._whole(http, requests, answer, stops))
+        except UnknownAdapter as error:
+            for request in requests:
+                request.cancel()
+            raise WireError(404, self._said(error), code="model_not_found", param="model") from None
         except BaseException:
             for request in requests:
                 request.cancel()
@@ -280,7 +284,11 @@ class Endpoint:
 
     async def unload(self, http: HttpRequest) -> Response:
         body: UnloadBody = await self._body(http, UnloadBody)
-        if not await asyncio.to_thread(self.server.unload, body.lora_name):
+        try:
+            gone = await asyncio.to_thread(self.server.unload, body.lora_name)
+        except UnknownAdapter as error:
+            raise WireError(404, self._said(error), code="model_not_found", param="lora_name") from None
+        if not gone:
             text = f"Accepted: LoRA adapter '{body.lora_name}' takes no more requests, and goes when its own are done."
             return PlainTextResponse(text, 202)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

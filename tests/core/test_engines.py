@@ -94,6 +94,22 @@ def test_weights_that_an_engine_has_frozen_come_from_what_is_kept_and_from_files
         assert torch.equal(p, whole[name]) == (".domain.bank." in name)
 
 
+def test_what_each_stage_has_frozen_is_kept_where_zero_3_has_shared_it_out(tiny: Any) -> None:
+    config = MixDAConfig(domains=["a"], r=4, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny("llama"), config).train()
+    root, engine = model.base_model.model, model.base_model.context.engine
+    for parameter in model.parameters():
+        parameter.ds_id = 0  # by which ZeRO-3 knows it
+    for stage, inside in (("task", ".domain.bank."), ("domain", ".task.")):
+        model.base_model.set_stage(stage)
+        engine.look(root, trains=True)
+        own = {name for name in dict(root.named_parameters()) if "mixda_" in name or ".modules_to_save." in name}
+        frozen = {name for name in own if not root.get_parameter(name).requires_grad}
+        assert engine.kept.keys() == frozen
+        assert any(inside in name for name in frozen)
+        assert len(frozen) < len(own)
+
+
 def test_engines_that_would_write_no_adapter_are_refused() -> None:
     def trainer(**state: Any) -> Any:
         return SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(**state)))
@@ -129,11 +145,12 @@ def test_a_process_does_not_save_what_lies_in_others(tiny: Any, tmp_path: Any) -
     whole = get_peft_model_state_dict(model)
     parameter = model.get_parameter(next(name for name, p in model.named_parameters() if p.requires_grad))
     held = parameter.data
-    parameter.data = held.new_empty(0)  # as ZeRO-3 leaves it
+    parameter.data, parameter.ds_id = held.new_empty(0), 0  # type: ignore[attr-defined]  # as ZeRO-3 leaves it
     with pytest.raises(ValueError, match=r"has no entries in this one.*accelerator.get_state_dict"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
     parameter.data = held
+    del parameter.ds_id
     with one_of_two():
         fully_shard(model.base_model.model.model.layers[0], mesh=init_device_mesh("cpu", (2,)))
         with pytest.warns(UserWarning, match=r"no file takes it as it is.*accelerator.get_state_dict"):

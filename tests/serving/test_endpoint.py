@@ -141,6 +141,19 @@ def test_base_and_adapters_are_models(served) -> None:
         served.client.models.retrieve("laws")
 
 
+def test_the_base_has_one_name_and_messages_say_it(served) -> None:
+    """What the engine calls it is nothing that a client could ask for."""
+    for body in ({"model": "__base__"}, {"model": "laws"}):
+        answer = served.post("/v1/completions", prompt="w8", **body)
+        assert answer.status_code == 404
+        assert error_of(answer)["param"] == "model"
+    assert "have ['tiny', " in error_of(answer)["message"]
+    answer = served.post("/v1/unload_lora_adapter", lora_name="laws")
+    assert answer.status_code == 404
+    assert error_of(answer)["param"] == "lora_name"
+    assert "__base__" not in error_of(answer)["message"]
+
+
 @pytest.mark.parametrize("model", ["tiny", *NAMES])
 def test_completion_is_what_generate_gives(served, alone, model) -> None:
     done = served.client.completions.create(model=model, prompt=WORDS, max_tokens=6)
