@@ -26,6 +26,7 @@ ROUTES = "routes"  # the field that holds pinned routings by their keys
 COMMON_FIELDS = ("adapter_names", "prompt_mask", ROUTES)
 
 Observer = Callable[[RoutingKey, Routing, "Tensor | None"], None]
+Change = Callable[[Tensor], Tensor]
 
 
 class Objective(Protocol):
@@ -181,9 +182,7 @@ class ForwardContext:
         value = self.record.values.get(name)
         return None if value is None else self.stream(stack).spread(value, count, name)
 
-    def token_field(
-        self, name: str, stack: str = "", change: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor | None:
+    def token_field(self, name: str, stack: str = "", change: Change | None = None) -> Tensor | None:
         """(B, T) values of the tokens of this forward, from a field that has one for each token; None if not given.
 
         An argument covers the tokens of this forward, or with a cache the whole sequence so far. A pinned field covers

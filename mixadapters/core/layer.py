@@ -201,10 +201,8 @@ class AdapterHost(BaseTunerLayer):
             inside = [module for _, module in outside_adapters(base_layer)]
             weights = (p for module in inside for p in module.parameters(recurse=False))
             buffers = (b for module in inside for b in module.buffers(recurse=False))
-            floating = (t for t in chain(weights, buffers) if t.is_floating_point())
-            first = next((t for t in floating if t.device.type != "meta"), None)
-            if first is not None:
-                device, dtype = first.device, first.dtype
+            real = (t for t in chain(weights, buffers) if t.is_floating_point() and t.device.type != "meta")
+            device, dtype = next(((t.device, t.dtype) for t in real), (device, dtype))
         return device, dtype
 
     # --- merging ----------------------------------------------------------------------------------------------
