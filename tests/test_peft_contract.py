@@ -212,8 +212,10 @@ def test_inject_adapter_runs_for_every_adapter(spy: Spy, tiny: Any) -> None:
 
 def test_inject_adapter_skips_what_lies_inside_a_tuner_layer(tiny: Any) -> None:
     model = get_peft_model(tiny("llama"), BottleneckConfig(target_modules=["down_proj"]))
-    model.add_adapter("second", BottleneckConfig(target_modules=["down_proj", "down"]))  # an expert has a `down`
+    model.add_adapter("second", BottleneckConfig(target_modules=r".*\.down(_proj)?"))  # an expert has a `down`
     assert not [name for name in model.base_model.targeted_module_names if "bottleneck_adapters" in name]
+    with pytest.raises(ValueError, match="no module of the model is called 'down'"):
+        model.add_adapter("third", BottleneckConfig(target_modules=["down_proj", "down"]))
 
 
 def test_enable_peft_forward_hooks_is_entered_with_the_forward_arguments(

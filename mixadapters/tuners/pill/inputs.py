@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -178,3 +179,16 @@ def check_option(name: str, value: Any, least: int, most: int) -> None:
     """Raises ValueError where an option is no integer of that range."""
     if not (fits(value, int) and least <= value <= most):
         raise ValueError(f"{name}={value!r} must be an integer from {least} to {most}")
+
+
+def refuse_other_placeholders(model: nn.Module, token_ids: Mapping[str, Sequence[int]]) -> None:
+    """Refuse images or sounds that stand at a token which a config does not name: it would count as text."""
+    for module in model.modules():
+        if isinstance(module, EncodedInputs):
+            named = token_ids.get(module.modality)
+            if named and module.token_id not in named:
+                raise ValueError(
+                    f"{type(module).__name__} puts {module.medium} at token {module.token_id}, and "
+                    f"token_ids={token_ids} names {named}: attach it with token_id={named[0]}, or name its own "
+                    "(token_ids)"
+                )

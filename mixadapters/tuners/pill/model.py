@@ -17,7 +17,7 @@ from mixadapters.core.walking import outside_adapters
 from mixadapters.routers import ModalityRouter, SingleRouter
 from mixadapters.routers.modality import TOKEN_TYPES
 from mixadapters.tuners.pill.config import PILLConfig
-from mixadapters.tuners.pill.inputs import EncodedInputs
+from mixadapters.tuners.pill.inputs import EncodedInputs, refuse_other_placeholders
 
 # How one linear for query, key and value orders its outputs: all values last, or the values last in each head.
 QKV_LAYOUTS = {"gpt2": "blocks", "phi3": "blocks", "gpt_neox": "heads", "bloom": "heads"}
@@ -80,23 +80,11 @@ class PILLModel(MixtureModel):
             config.token_ids = known
         if config.gate_init is None:
             config.gate_init = "one" if known or model_config.get("vision_config") else "zero"
-        self._refuse_other_placeholders(config)
+        refuse_other_placeholders(self.model, config.token_ids or {})
         if being_loaded() is None:
             self._refuse_unknown_tokens(config, known)
         super().resolve(config, model_config)
         self._refuse_uneven(config)
-
-    def _refuse_other_placeholders(self, config: PILLConfig) -> None:
-        """Refuse images or sounds that stand at a token which the config does not name: it would count as text."""
-        for module in self.model.modules():
-            if isinstance(module, EncodedInputs):
-                named = (config.token_ids or {}).get(module.modality)
-                if named and module.token_id not in named:
-                    raise ValueError(
-                        f"{type(module).__name__} puts {module.medium} at token {module.token_id}, and "
-                        f"token_ids={config.token_ids} names {named}: attach it with token_id={named[0]}, or name its "
-                        "own (token_ids)"
-                    )
 
     def _refuse_unknown_tokens(self, config: PILLConfig, known: dict[str, list[int]]) -> None:
         """Refuse token ids that no input can hold: behind the vocabulary are only those that the model replaces."""
