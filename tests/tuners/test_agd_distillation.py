@@ -601,6 +601,8 @@ def test_language_adapters_of_before_load_without_an_embedding_of_places(tiny, t
     with torch.no_grad():
         ours, theirs = (m(input_ids=ids, guidance_scale=2.0).logits for m in (model, again))
     assert torch.equal(ours, theirs)
+    again.load_adapter(tmp_path, "default")  # as a Trainer does that goes on
+    assert again.peft_config["default"].after_prompt is False
 
 
 def test_places_are_for_the_kind_that_has_them(tiny) -> None:

@@ -92,8 +92,6 @@ class AGDConfig(MixtureConfig):
                 raise ValueError(
                     f"conditions={self.conditions}: {name!r} is unknown; have {CONDITIONS}.{nearest(name, CONDITIONS)}"
                 )
-        if from_file and self.after_prompt is None:  # of an earlier version, without an embedding for it
-            self.after_prompt = False
         if self.after_prompt and self.kind != "film":
             raise ValueError(f"after_prompt=True is for kind='film', not {self.kind!r}")
         if self.max_scale <= max(1, self.min_scale):
@@ -106,3 +104,7 @@ class AGDConfig(MixtureConfig):
                 f"default_scale={self.default_scale} was not trained: it must be 1, for the base model, or between "
                 f"min_scale={self.min_scale} and max_scale={self.max_scale}"
             )
+
+    def compared(self, other: Any) -> dict[str, Any]:
+        """With `after_prompt` as adapters of an earlier version have it, whose files do not tell it."""
+        return {**super().compared(other), "after_prompt": bool(self.after_prompt)}

@@ -42,7 +42,8 @@ class AGDModel(MixtureModel):
         config.base_class = base
         if config.after_prompt is None:
             tokens = "input_ids" in inspect.signature(type(self.model).forward).parameters
-            config.after_prompt = tokens and config.kind == "film"
+            made_here = being_loaded() is None  # files of an earlier version have no embedding for it
+            config.after_prompt = tokens and config.kind == "film" and made_here
         self._read_conditions(config)
 
     def before_injection(self, config: AGDConfig, adapter_name: str) -> None:
