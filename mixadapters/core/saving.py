@@ -122,15 +122,18 @@ class SavedForm(BaseTuner):
 def _look_at_shards(model: nn.Module, adapter_name: str, saved: dict[str, Tensor]) -> None:
     """Weights that an engine has shared out are no file: refuse what is empty here, and say what no file can take.
 
+    All processes may call `save_pretrained` with what accelerate has gathered, which is nothing but in the first. That
+    one writes.
+
     Raises:
-        ValueError: a weight has no entries.
+        ValueError: a weight has no entries in the first process.
     """
     remedy = (
         "In all processes weights = accelerator.get_state_dict(model); in the first "
         "save_pretrained(folder, state_dict=weights)"
     )
     empty = [key for key, tensor in saved.items() if not tensor.numel()]
-    if empty and any(map(is_partitioned, model.parameters())):
+    if empty and rank() == 0 and any(map(is_partitioned, model.parameters())):
         raise ValueError(
             f"adapter {adapter_name!r} cannot be saved: {empty[0]!r} is shared out over processes (DeepSpeed ZeRO-3) "
             f"and has no entries in this one. {remedy}"

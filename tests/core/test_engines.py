@@ -149,6 +149,9 @@ def test_a_process_does_not_save_what_lies_in_others(tiny: Any, tmp_path: Any) -
     with pytest.raises(ValueError, match=r"has no entries in this one.*accelerator.get_state_dict"):
         model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
+    with one_of_two(rank=1):  # accelerate gathers for the first process alone, and all call save_pretrained
+        model.save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.glob("*.safetensors"))
     parameter.data = held
     del parameter.ds_id
     with one_of_two():
