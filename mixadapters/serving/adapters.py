@@ -26,6 +26,7 @@ from mixadapters.serving.requests import AdapterRefused, UnknownAdapter
 from mixadapters.serving.residency import Residents
 from mixadapters.tuners import MoAConfig
 from mixadapters.tuners.registration import config_class
+from mixadapters.tuners.sources import refuse_other_base
 
 LORA = "expert0"  # the name of a PEFT LoRA in the mixture of one expert that it is served as
 SHOWN = 20  # names in a message
@@ -39,7 +40,7 @@ class ServedAdapters:
         model: the root, a model of transformers. Adapters of our types that it has are served too.
         changing: () -> a context manager inside which no forward of the model runs.
         max_resident: how many lie in the model at a time; the others wait in host memory. None: all.
-        check_base_model: whether a LoRA that says another base model than this one is refused.
+        check_base_model: whether an adapter that names another base model than this one is refused.
         offload_folder: the others wait in files there.
         ready: called, in another thread, when an adapter has come from its file.
 
@@ -163,8 +164,12 @@ class ServedAdapters:
             self._enlist(name)
 
     def _load_and_try(self, name: str, folder: str | Path, kind: str, saved: SavedAdapter) -> None:
+        if self.check_base_model:
+            theirs = saved.config.get("base_model_name_or_path")
+            remedy = "check_base_model=False (--no-check-base-model)"
+            refuse_other_base(self.model, theirs, f"adapter {name!r}", remedy)
         if kind == "LORA":
-            source = {LORA: {"source": str(folder), "check_base_model": self.check_base_model}}
+            source = {LORA: {"source": str(folder), "check_base_model": False}}  # it has been
             config: Any = MoAConfig(experts=source, router={"kind": "single"}, num_experts_per_tok=None)
             self._inject(name, config, None)
         else:

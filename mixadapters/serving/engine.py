@@ -178,7 +178,7 @@ class AdapterServer(StepWork):
         sampling: whether requests may ask for a temperature. Otherwise all are greedy, which costs less.
         scheduler: "fair": short prompts are read before longer ones, which have their steps too; "fifo": prompts are
             read in the order in which they came.
-        check_base_model: whether a LoRA folder that names another base model than this one is refused.
+        check_base_model: whether a folder that names another base model than this one is refused.
         router: input_ids (1, T) -> [name], such as a `CompositionRouter`: chooses the adapter of requests for "auto".
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,6 +67,7 @@ class StageCallback(TrainerCallback):
 
     def _check(self, args: TrainingArguments, tuner: MixtureModel) -> None:
         """Refuses what would go wrong silently in the run."""
+        check_launched(args)
         trainer = trainer_of_event()
         self._check_columns(args, tuner, trainer)
         if trainer is not None:
@@ -225,6 +227,16 @@ def check_saves(trainer: Trainer) -> None:
         raise ValueError(
             "without stage3_gather_16bit_weights_on_model_save of DeepSpeed no checkpoint and no end of a run holds "
             "the adapter as a file: set zero3_save_16bit_model: true"
+        )
+
+
+def check_launched(args: TrainingArguments) -> None:
+    """Raises ValueError where a launcher has started several processes and each would train by itself, on all rows."""
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if launched.isdigit() and int(launched) > 1 and args.world_size == 1:
+        raise ValueError(
+            f"WORLD_SIZE={launched} processes were launched, and TrainingArguments has each train by itself: on a "
+            "machine without GPUs pass use_cpu=True"
         )
 
 

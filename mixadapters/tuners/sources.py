@@ -75,13 +75,17 @@ def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, weights: M
 
 def check_base_model(model: nn.Module, saved: Any, spec: dict[str, Any], where: str) -> None:
     """Refuse an adapter of another base model, by the names that both give."""
-    theirs = saved.base_model_name_or_path
+    if spec.get("check_base_model", True):
+        refuse_other_base(model, saved.base_model_name_or_path, where, "{'source': ..., 'check_base_model': False}")
+
+
+def refuse_other_base(model: nn.Module, theirs: str | None, where: str, remedy: str) -> None:
+    """Raises ValueError: the name of an adapter's base model is not that of the model. `remedy`: how to say it is."""
     ours = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
     same = theirs == ours or (theirs and ours and _same_folder(theirs, ours))
-    if spec.get("check_base_model", True) and theirs and ours and not same:
+    if theirs and ours and not same:
         raise ValueError(
-            f"{where} was trained on {theirs!r}, this model is {ours!r}; if they are the same, say so by "
-            "{'source': ..., 'check_base_model': False}"
+            f"{where} was trained on {theirs!r}, this model is {ours!r}; if they are the same, say so by {remedy}"
         )
 
 

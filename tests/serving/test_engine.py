@@ -315,8 +315,9 @@ def test_lora_with_weights_beside_its_targets_is_refused(server, folders, tmp_pa
         server.load("x", tmp_path / "x")
 
 
-def test_lora_of_the_same_base_by_another_path_is_served(causal, folders, tmp_path, monkeypatch) -> None:
-    shutil.copytree(folders["a3"], tmp_path / "x")
+@pytest.mark.parametrize("given", ["a0", "a1", "a3"])
+def test_adapter_of_the_same_base_by_another_path_is_served(causal, folders, tmp_path, monkeypatch, given) -> None:
+    shutil.copytree(folders[given], tmp_path / "x")
     (tmp_path / "base").mkdir()
     config = tmp_path / "x" / "adapter_config.json"
     said = {**json.loads(config.read_text()), "base_model_name_or_path": str(tmp_path / "base")}
@@ -327,7 +328,9 @@ def test_lora_of_the_same_base_by_another_path_is_served(causal, folders, tmp_pa
     AdapterServer(model, **SMALL).load("x", tmp_path / "x")
     model = causal()
     model.config._name_or_path = "another"
-    with pytest.raises(ValueError, match=r"was trained on .*this model is 'another'"):
+    with pytest.raises(
+        ValueError, match=r"adapter 'x' was trained on .*this model is 'another'.*--no-check-base-model"
+    ):
         AdapterServer(model, **SMALL).load("x", tmp_path / "x")
     AdapterServer(model, check_base_model=False, **SMALL).load("x", tmp_path / "x")
 

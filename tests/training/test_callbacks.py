@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mixadapters import BottleneckConfig, GateUsageCallback, MixDAConfig, StageCallback
 from mixadapters.routers import DomainGate
-from mixadapters.training.callbacks import collect_usage, find_tuner
+from mixadapters.training.callbacks import check_launched, collect_usage, find_tuner
 from mixadapters.training.objectives import MaskedObjectObjective, PreservationObjective
 
 LENGTH = 6
@@ -573,3 +573,13 @@ def test_models_without_gates_report_nothing(tiny: Any, tmp_path: Path) -> None:
     trainer.add_callback(GateUsageCallback(trainer))
     trainer.train()
     assert gates(trainer.state.log_history) == []
+
+
+def test_processes_that_would_train_by_themselves_are_refused(monkeypatch, tmp_path) -> None:
+    alone = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    check_launched(alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher sets it
+    with pytest.raises(ValueError, match=r"WORLD_SIZE=2 processes were launched.*pass use_cpu=True"):
+        check_launched(alone)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    check_launched(alone)
