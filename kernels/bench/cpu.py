@@ -189,7 +189,7 @@ class Setting:
         if name == "dense":
             return case.T * case.d * case.E * case.r < 1e10
         if name == "gathered":
-            return case.T // self.run * case.k * case.r * case.d < 1e7
+            return case.T // self.run * case.k * case.r * case.d < 1e8
         return name != "grouped" or case.grouped_takes_it
 
     def ours(self, backend: str | None = None, indices: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -151,6 +151,7 @@ class Injection(SiteFinder):
         context = ForwardContext.of(model)
         self._injecting = adapter_name
         try:
+            refuse_closed(hosts)
             self._check_name(adapter_name)
             context.fields.update(self.fields)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -264,6 +265,13 @@ class Injection(SiteFinder):
 
     def _own_hosts(self) -> Iterator[AdapterHost]:
         return (host for host in self.hosts() if host.prefix == self.prefix)
+
+
+def refuse_closed(hosts: Iterable[AdapterHost]) -> None:
+    """Refuse an adapter where a layer says that none may come now (`closed`), as in an `ExpertRing`."""
+    for host in hosts:
+        if host.closed is not None:
+            raise RuntimeError(host.closed)
 
 
 def own_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

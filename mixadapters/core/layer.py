@@ -41,6 +41,7 @@ class AdapterHost(BaseTunerLayer):
     context: ForwardContext
     prefix: str
     path: str
+    closed: str | None = None  # why no other adapter may come now
 
     def _begin(self, base: nn.Module, context: ForwardContext, prefix: str, path: str, in_features: int,
                out_features: int, **quantization: Any) -> None:  # fmt: skip

@@ -284,6 +284,8 @@ class Endpoint:
 
     async def unload(self, http: HttpRequest) -> Response:
         body: UnloadBody = await self._body(http, UnloadBody)
+        if body.lora_name == self.base:
+            raise WireError(400, f"{self.base!r} is the base model, which is not unloaded", param="lora_name")
         try:
             gone = await asyncio.to_thread(self.server.unload, body.lora_name)
         except UnknownAdapter as error:

@@ -478,7 +478,7 @@ def check_numbers(server: AdapterServer, deadline: Any, temperature: Any, top_p:
     if not _number(top_p, above=0.0) or top_p > 1:
         raise ValueError(f"top_p={top_p!r} must be above 0 and at most 1")
     if temperature and not server.sampling:
-        raise ValueError(f"temperature={temperature}: this server is greedy; start it with sampling=True")
+        raise ValueError(f"temperature={temperature}: this server is greedy; start it with sampling=True (--sampling)")
 
 
 def _number(value: Any, above: float = -math.inf) -> bool:

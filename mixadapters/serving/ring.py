@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.hooks import root_of
-from mixadapters.core.layer import MixtureLayer
+from mixadapters.core.layer import AdapterHost, MixtureLayer
 from mixadapters.core.sites import layer_index
 from mixadapters.surgery.blocks import base_layers
 
@@ -67,6 +67,9 @@ class ExpertRing:
                 self._handles.append(holds.register_state_dict_pre_hook(_refuse_to_save))
         for bank in self._banks:
             bank.keeps_packed = False  # a `generate` would hold on to copies of all of them
+        self._hosts = [runs for modules in found.values() for runs, _ in modules if isinstance(runs, AdapterHost)]
+        for host in self._hosts:
+            host.closed = _away(host.path)
         for slot in self._slots:
             slot.release()
         for place in range(self.size):
@@ -92,6 +95,8 @@ class ExpertRing:
             slot.arrive()
         for bank in self._banks:
             bank.keeps_packed = True
+        for host in self._hosts:
+            host.closed = None
         self.resident = list(range(len(self._slots)))
 
     @property
@@ -232,4 +237,8 @@ def _by_layer(model: nn.Module) -> dict[str, list[tuple[nn.Module, nn.Module]]]:
 
 
 def _refuse_to_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    raise RuntimeError(f"the experts at {prefix!r} are in an ExpertRing, most of them not here: close it before")
+    raise RuntimeError(_away(prefix))
+
+
+def _away(path: str) -> str:
+    return f"the experts at {path!r} are in an ExpertRing, most of them not here: close it before"

@@ -119,7 +119,14 @@ class StageCallback(TrainerCallback):
                     "one as resume_from_checkpoint",
                     stacklevel=2,
                 )
-            elif (made := stage_of(folder, self.adapter_name)) not in (None, self.noted):
+                continue
+            if (folder / "latest").is_file() and not getattr(trainer_of_event(), "is_deepspeed_enabled", False):
+                warnings.warn(
+                    f"the checkpoint {folder} is DeepSpeed's: a run without it goes on from the adapter's weights, "
+                    "with new moments of the optimizer",
+                    stacklevel=2,
+                )
+            if (made := stage_of(folder, self.adapter_name)) not in (None, self.noted):
                 warnings.warn(
                     f"the checkpoint {folder} was made in stage={made!r}; a run of stage={self.noted!r} cannot go on "
                     "from it. Load its adapter with PeftModel.from_pretrained(..., is_trainable=True), and give this "

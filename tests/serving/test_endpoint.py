@@ -151,6 +151,9 @@ def test_the_base_has_one_name_and_messages_say_it(served) -> None:
     answer = served.post("/v1/unload_lora_adapter", lora_name="laws")
     assert answer.status_code == 404
     assert error_of(answer)["param"] == "lora_name"
+    answer = served.post("/v1/unload_lora_adapter", lora_name="tiny")
+    assert answer.status_code == 400
+    assert "'tiny' is the base model, which is not unloaded" in error_of(answer)["message"]
     assert "__base__" not in error_of(answer)["message"]
 
 

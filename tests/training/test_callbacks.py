@@ -361,6 +361,13 @@ def test_a_last_checkpoint_that_a_killed_run_has_cut_is_named(classifier: nn.Mod
     assert trainer.state.global_step == 4
 
 
+def test_a_checkpoint_of_deepspeed_is_named_where_there_is_none(classifier: nn.Module, tmp_path: Path) -> None:
+    interrupted(classifier, tmp_path)
+    (tmp_path / "checkpoint-2" / "latest").write_text("global_step2")
+    with pytest.warns(UserWarning, match=r"checkpoint-2 is DeepSpeed's: .*with new moments"):
+        again(classifier, tmp_path)
+
+
 # --- objectives ---------------------------------------------------------------------------------------------------
 
 
