@@ -110,6 +110,15 @@ def test_what_may_do_more(made, given, study) -> None:
     assert all(few[name] == pytest.approx(whole[name], rel=0.05) for name in ("law", "code", "general"))
 
 
+def test_experts_that_read_twice_have_the_rate_of_two_readings(study, given, monkeypatch) -> None:
+    trial, asked = study.Trial(study.Arguments(**given), None, "lora", 0, {}), []
+    monkeypatch.setattr(trial, "adapter", lambda name, kinds, what, epochs: asked.append((what, epochs)))
+    trial.expert("law")
+    trial.readings = 2
+    trial.expert("law")
+    assert asked == [("expert", 1), ("twice", 2)]
+
+
 def test_a_product_of_gates_is_that_of_their_probabilities(study) -> None:
     from mixadapters.core.routing import Routing
 
