@@ -15,6 +15,7 @@ from mixadapters.core.losses import entropy, group_balance, importance, load, lo
 from mixadapters.core.registry import LIBRARY, Registry, nearest
 from mixadapters.core.routing import Routing
 from mixadapters.routers.options import check_options
+from mixadapters.routers.pooling import Pooling
 from mixadapters.routers.schedules import Points, value_at
 
 # Auxiliary losses, and the part of a routing of which each is made.
@@ -208,6 +209,24 @@ class Router(nn.Module):
             if inspect.Parameter.VAR_KEYWORD not in kinds:
                 break
         return names - {"self", "in_features", "experts", "first"} - cls.without
+
+
+class PooledRouter(Router):
+    """A router whose tokens decide together, as its pooling has them."""
+
+    pooling: Pooling
+
+    @property
+    def granularity(self) -> str:
+        return self.pooling.granularity
+
+    @property
+    def refuses_packed(self) -> str | None:  # type: ignore[override]
+        return None if self.granularity == "token" else self.pooling.said
+
+    @property
+    def by_request(self) -> bool:  # type: ignore[override]
+        return self.pooling.by_request
 
 
 ROUTERS: Registry[Router] = Registry(

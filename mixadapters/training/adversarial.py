@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import finite
 from mixadapters.core.hooks import root_of
+from mixadapters.core.losses import masked_mean
 from mixadapters.core.routing import Routing, RoutingKey
 from mixadapters.training.events import find_tuner
 from mixadapters.training.staged_distillation import distillation_loss
@@ -169,10 +170,7 @@ def _probs(routing: Routing) -> Tensor:
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Of values (N,), over the rows that are real tokens."""
-    if mask is None or mask.numel() != len(values):
-        return values.mean()
-    real = mask.reshape(-1).to(values.dtype)
-    return (values * real).sum() / real.sum().clamp_min(1)
+    return masked_mean(values, None if mask is None or mask.numel() != len(values) else mask.reshape(-1))
 
 
 class Robustness(NamedTuple):

@@ -29,6 +29,7 @@ from mixadapters.core.columns import (
     some_text_of,
     text_of,
 )
+from mixadapters.core.processes import rank, world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -335,9 +336,7 @@ class WithGeneralText:
 
     def _draw(self) -> list[int]:
         """Indices of the next B' general texts of this process and dataloader worker."""
-        lane, lanes = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            lane, lanes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        lane, lanes = rank(), world_size()
         key: tuple[int, ...] = (self.seed,)
         worker = get_worker_info()
         if worker is not None:

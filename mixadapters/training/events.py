@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerState
@@ -30,6 +31,11 @@ def find_tuner(model: nn.Module) -> MixtureModel:
     raise ValueError(
         f"{type(model).__name__} holds no adapter of mixadapters; pass the result of get_peft_model(model, config)"
     )
+
+
+def plain_optimizer(optimizer: Any) -> Any:
+    """The optimizer of torch inside accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def progress(state: TrainerState) -> float:

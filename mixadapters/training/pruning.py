@@ -14,7 +14,7 @@ from mixadapters.core.fields import finite
 from mixadapters.surgery.layers import ExpertLayer
 from mixadapters.surgery.pruning import cut, layers_to_cut
 from mixadapters.surgery.view import Routed
-from mixadapters.training.events import trainer_of_event
+from mixadapters.training.events import plain_optimizer, trainer_of_event
 from mixadapters.training.spawning import take_up
 
 
@@ -127,7 +127,7 @@ class ExpertPruneCallback(TrainerCallback):
             self.averages[layer.key] = (shares[kept[layer.key]], weight)
         cut(layers, kept, preserve_mass=False)
         assert self.trainer is not None
-        take_up(getattr(optimizer, "optimizer", optimizer), model, before, set(), self.trainer)
+        take_up(plain_optimizer(optimizer), model, before, set(), self.trainer)
         self._watch(model)
 
     def _kept(self, layer: ExpertLayer, step: int) -> list[int]:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mixadapters.core.fields import finite
-from mixadapters.training.events import find_tuner, trainer_of_event
+from mixadapters.training.events import find_tuner, plain_optimizer, trainer_of_event
 from mixadapters.tuners.moa.spawning import ExpertSpawning
 
 
@@ -106,7 +106,7 @@ class ExpertSpawnCallback(TrainerCallback):
         pieces = tuner.config_of(self.adapter_name).pieces(first)
         changed = {name for name in before if any(f".experts.{piece}." in name for piece in pieces)}
         assert self.trainer is not None
-        take_up(getattr(optimizer, "optimizer", optimizer), model, before, changed, self.trainer)
+        take_up(plain_optimizer(optimizer), model, before, changed, self.trainer)
 
 
 def take_up(

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.fields import finite
 from mixadapters.core.joining import ITEMS
+from mixadapters.core.losses import masked_mean
 from mixadapters.training.events import progress
 
 
@@ -58,7 +59,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, counts: Tensor | None, t
     """T^2 * KL(teacher || student) of logits (..., C), the mean over rows; counts (...) bool: those that do."""
     ours, theirs = ((logits.float() / temperature).log_softmax(-1) for logits in (student, teacher))
     distance = temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-    return distance.mean() if counts is None else (distance * counts).sum() / counts.sum().clamp_min(1)
+    return masked_mean(distance.flatten(), None if counts is None else counts.flatten())
 
 
 def _labelled(labels: Tensor | None, logits: Tensor, module: nn.Module) -> Tensor | None:

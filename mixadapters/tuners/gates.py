@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixadapters.core.config import one_of
 from mixadapters.core.context import ROUTES, ForwardContext
 from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.inspection import RoutingVerbs
@@ -68,10 +69,9 @@ class GateVerbs(RoutingVerbs):
         Raises:
             ValueError: an unknown domain or method, text that holds no tokens of the model, or no router to fit.
         """
+        self.config_of(adapter_name)  # refuses unknown names
         mixtures = list(self.mixtures(adapter_name).values())
         names = list(dict.fromkeys(name for mixture in mixtures for name in mixture.expert_names))
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"adapter_name={adapter_name!r} is unknown; have {list(self.peft_config)}")
         if not isinstance(texts, Mapping) or not (texts or general is not None):
             raise ValueError(f"texts={texts!r:.80} must map domains to their text")
         for name in texts:
@@ -81,8 +81,7 @@ class GateVerbs(RoutingVerbs):
         learned = [m.router for m in mixtures if isinstance(m.router, LearnedRouter) and not m.router.needs_fit]
         method = method or ("counts" if counting else "features")
         wanted: dict[str, Sequence[Any]] = {"counts": counting, "features": learned}
-        if method not in wanted:
-            raise ValueError(f"method={method!r} is unknown; choose one of {list(wanted)}.{nearest(method, wanted)}")
+        one_of("method", method, wanted)
         if not wanted[method]:
             have = sorted({type(mixture.router).__name__ for mixture in mixtures})
             raise ValueError(f"method={method!r}: adapter {adapter_name!r} has no router that it fits, but {have}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.bank import AdapterBank
+from mixadapters.core.files import PREFIX
 from mixadapters.core.registry import nearest
 from mixadapters.tuners.bottleneck.model import EXPERT
 from mixadapters.tuners.gathering import LORA_PARTS, BaseModules, Gathered, gathered, lora_experts
@@ -48,9 +49,7 @@ def read_source(
     paths = tuner.domain_paths(config)
     by_path: dict[str, dict[str, Tensor]] = {}
     for key, tensor in weights.items():
-        path, mark, rest = key.removeprefix("base_model.model.").partition(
-            f".{saved.peft_type.value.lower()}_adapters."
-        )
+        path, mark, rest = key.removeprefix(PREFIX).partition(f".{saved.peft_type.value.lower()}_adapters.")
         if not mark or not rest.startswith(expert):
             continue
         here = [p for p in paths if same_module(p, path)]

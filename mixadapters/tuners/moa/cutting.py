@@ -13,7 +13,7 @@ from mixadapters.routers.counts import CountsRouter
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.verbs import ExpertVerbs
-from mixadapters.tuners.sources import same_module
+from mixadapters.tuners.sources import key_of, same_module
 from mixadapters.tuners.surgery import SurgeryVerbs
 
 
@@ -84,7 +84,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
         self._spell_out(config, name, mixtures)
         spec, bank = config.experts[name], mixture.bank
         old, scale = bank.experts[name], bank.scales.get(name, bank.scale)
-        spec["ranks"] = {**spec["ranks"], _key_of(spec, path): rank}
+        spec["ranks"] = {**spec["ranks"], key_of(spec["ranks"], path): rank}
         new = Expert(bank, rank, True, up_bias=old.up.bias is not None)
         new.to(old.up.weight.device, old.up.weight.dtype).requires_grad_(old.up.weight.requires_grad)
         bank.experts[name] = new
@@ -135,7 +135,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
         self._spell_out(config, name, dict(self._mixtures(mixture.key.adapter)))
         mixture.bank.remove(name)
         spec = config.experts[name]
-        key = _key_of(spec, path)
+        key = key_of(spec["ranks"], path)
         for entry in ("ranks", "scales"):
             spec[entry] = {module: value for module, value in spec[entry].items() if module != key}
         if "biases" in spec:
@@ -177,8 +177,3 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
             if name not in arms:
                 del config.experts[name]
         config.expert_order = list(config.experts)
-
-
-def _key_of(spec: Mapping[str, Any], path: str) -> str:
-    """How an entry of the config calls the module `path`."""
-    return path if path in spec["ranks"] else next(module for module in spec["ranks"] if same_module(module, path))

@@ -76,9 +76,7 @@ def _bottleneck(
         raise ValueError(f"{where} was trained with scale='learnable', which experts of this mixture do not have")
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in weights.items():
-        path, mark, rest = key.removeprefix("base_model.model.").partition(
-            f".bottleneck_adapters.bank.experts.{EXPERT}."
-        )
+        path, mark, rest = key.removeprefix(PREFIX).partition(f".bottleneck_adapters.bank.experts.{EXPERT}.")
         if mark:
             found.setdefault(path, {})[rest] = tensor
     return dict.fromkeys(found, float(theirs["scale"])), found
