@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mixadapters.core.adapter import Site
 from mixadapters.core.bank import Weights
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.fields import check_integer
 from mixadapters.core.losses import entropy, group_balance, importance, load, load_balance, router_z
 from mixadapters.core.registry import LIBRARY, Registry, nearest
 from mixadapters.core.routing import Routing
@@ -67,8 +68,7 @@ class Router(nn.Module):
         balance_groups: Sequence[Sequence[str]] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(in_features, int) or isinstance(in_features, bool) or in_features < 1:
-            raise ValueError(f"in_features={in_features!r} must be a positive integer")
+        check_integer("in_features", in_features, least=1)
         if isinstance(experts, str) or not experts or not all(isinstance(name, str) and name for name in experts):
             raise ValueError(f"experts={experts!r} must be a list of names, at least one")
         if len(set(experts)) < len(experts):

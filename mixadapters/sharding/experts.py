@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.engines import is_sharded
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_integer, check_number
 from mixadapters.core.hooks import root_of
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
@@ -134,8 +134,7 @@ class ExpertSharding:
         Raises:
             ValueError: a number that is not above 0.
         """
-        if not finite(max_norm) or max_norm <= 0:
-            raise ValueError(f"max_norm={max_norm!r} must be a finite number above 0")
+        check_number("max_norm", max_norm, above=0)
         experts = list(self._experts())
         squares = next(iter(self.banks.values())).used.new_zeros(len(experts) + 1)
         for place, (parameter, counts) in enumerate(experts):
@@ -304,9 +303,8 @@ def shard_experts(
             another engine (DDP, FSDP2, DeepSpeed ZeRO, tensor parallelism), or parameters that differ between the
             processes.
     """
-    for name, value in (("every", every), ("copies", copies)):
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{name}={value!r} must be a whole number, 0 or more")
+    check_integer("every", every, least=0)
+    check_integer("copies", copies, least=0)
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("call torch.distributed.init_process_group first: experts are spread over its processes")
     group = dist.group.WORLD if group is None else group

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_integer, check_number
 from mixadapters.sharding.experts import ExpertSharding, keep_from_ddp, mixtures_to_spread, shard_experts
 from mixadapters.training.events import find_tuner, plain_optimizer, trainer_of_event
 
@@ -72,11 +72,9 @@ class ExpertShardingCallback(TrainerCallback):
     def __init__(
         self, every: int = 100, copies: int = 0, max_grad_norm: float = 1.0, adapter_name: str = "default"
     ) -> None:
-        for name, value in (("every", every), ("copies", copies)):
-            if type(value) is not int or value < 0:
-                raise ValueError(f"{name}={value!r} must be a whole number, 0 or more")
-        if not finite(max_grad_norm) or max_grad_norm < 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm!r} must be a finite number, 0 or more")
+        check_integer("every", every, least=0)
+        check_integer("copies", copies, least=0)
+        check_number("max_grad_norm", max_grad_norm, least=0)
         self.every, self.copies, self.max_grad_norm, self.adapter_name = every, copies, max_grad_norm, adapter_name
         self.sharding: ExpertSharding | None = None
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mixadapters.core.registry import nearest
+from mixadapters.core.config import one_of
+from mixadapters.core.fields import check_integer
 from mixadapters.surgery.choices import CRITERIA, Criterion
 from mixadapters.surgery.layers import ExpertLayer, expert_layers
 from mixadapters.surgery.layouts import settle_config
@@ -165,12 +166,11 @@ def check_usage(layers: Sequence[ExpertLayer], usage: ExpertUsage | None, withou
 def _check_choice(keep: Any, factor: Any, criterion: str, scope: str) -> None:
     if (keep is None) == (factor is None):
         raise ValueError(f"keep={keep!r} and factor={factor!r}: give one of the two")
-    if keep is not None and (type(keep) is not int or keep < 1):
-        raise ValueError(f"keep={keep!r} must be a number of experts, 1 or more")
+    if keep is not None:
+        check_integer("keep", keep, least=1)
     if factor is not None and (type(factor) not in (int, float) or not 1 <= factor < math.inf):
         raise ValueError(f"factor={factor!r} must be a number, 1 or more: a layer of E experts keeps E / factor")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion={criterion!r} is unknown; have {CRITERIA}.{nearest(criterion, CRITERIA)}")
+    one_of("criterion", criterion, CRITERIA)
     if scope not in ("layer", "global"):
         raise ValueError(f"scope={scope!r} must be 'layer' or 'global'")
 

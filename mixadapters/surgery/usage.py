@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mixadapters.core.fields import check_integer
 from mixadapters.core.folders import written_aside
 from mixadapters.core.losses import entropy, real_only
 from mixadapters.surgery.layers import expert_layers
@@ -341,8 +342,7 @@ def record_usage(
     Raises:
         ValueError: the model has no experts; or in a forward, as many labels as rows are needed.
     """
-    if type(samples) is not int or samples < 0:
-        raise ValueError(f"samples={samples!r} must be a number of rows, 0 for none")
+    check_integer("samples", samples, least=0)
     layers = expert_layers(model, adapter)
     if not layers:
         raise ValueError("the model has no routed experts: no mixture of an adapter, and no MoE block in its base")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mixadapters.core.config import MixtureConfig
-from mixadapters.core.fields import fits
+from mixadapters.core.fields import check_number, fits
 from mixadapters.core.files import digest_of, read_adapter, read_config
 from mixadapters.core.folders import check_misspelt, written_aside
 from mixadapters.core.names import check_name
@@ -275,8 +275,7 @@ def check_new(
             f"{noun} {name!r} has the name of another adapter of this model: PEFT would drop its weights when it "
             "saves. Choose another name"
         )
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-        raise ValueError(f"share={share!r} must lie between 0 and 1")
+    check_number("share", share, above=0, below=1)
     if like is not None and like not in have:
         raise ValueError(f"like={like!r}: unknown {noun}; have {list(have)}.{nearest(like, have)}")
     if like is not None and (r is not None or source is not None):

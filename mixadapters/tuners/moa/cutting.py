@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mixadapters.core.bank import Expert
+from mixadapters.core.fields import check_integer
 from mixadapters.core.registry import nearest
 from mixadapters.routers.counts import CountsRouter
 from mixadapters.tuners.moa.config import MoAConfig
@@ -78,8 +79,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
         mixture = mixtures[path]
         if name not in mixture.routed_names:
             raise ValueError(f"unknown expert {name!r} at {path!r}; have {mixture.routed_names}")
-        if type(rank) is not int or rank < 1:
-            raise ValueError(f"rank={rank!r} must be a positive integer")
+        check_integer("rank", rank, least=1)
         self._name_experts(config, list(mixtures))
         self._spell_out(config, name, mixtures)
         spec, bank = config.experts[name], mixture.bank
