@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from mixadapters.core.adapter import Site
 from mixadapters.core.cache import router_state
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.numbers import refuse_other_masks
 from mixadapters.core.streams import Stream
 from mixadapters.routers.score import exact
 
@@ -209,8 +210,7 @@ class RequestPooling(Remembering):
         real = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if mask is None else mask
         if prompt is not None:
             self._refuse_part(context)
-            if not torch.compiler.is_compiling() and bool(((prompt != 0) & (prompt != 1)).any()):
-                raise ValueError("prompt_mask must hold True and False, or 1 and 0")
+            refuse_other_masks("prompt_mask", prompt)
             return prompt.to(real.device).bool() & real
         if labels is not None and labels.shape[:2] == real.shape:
             return _before_labels(labels, real, self.said)

@@ -288,6 +288,15 @@ def test_source_of_another_width_is_an_error(tiny, tmp_path) -> None:
         get_peft_model(tiny("llama", intermediate_size=64), MixDAConfig(domains={"a": str(tmp_path / "a")}))
 
 
+def test_source_that_holds_no_finite_numbers_is_an_error(tiny, tmp_path) -> None:
+    model = save_mixda(tiny, tmp_path, "a")
+    with torch.no_grad():
+        next(iter(mixtures(model).values())).bank.experts["a"].up.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match="up.weight at .*layers.0.mlp.down_proj' holds values that are not finite"):
+        gather(tiny, {"a": str(tmp_path / "a")})
+
+
 def test_source_of_other_modules_is_an_error(tiny, tmp_path) -> None:
     save_mixda(tiny, tmp_path, "a", "llama")
     with pytest.raises(ValueError, match=r"adapts 'model.layers.0.mlp.down_proj', which is no domain site of this"):

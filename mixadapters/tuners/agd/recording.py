@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from mixadapters.core.config import one_of
 from mixadapters.core.fields import check_integer, fits
-from mixadapters.tuners.agd.calls import unwrapped
+from mixadapters.core.hooks import root_of
 from mixadapters.tuners.agd.guidance import (
     Conditions,
     Denoiser,
@@ -152,7 +152,7 @@ class Recorder:
             **({"model_says": self._words()} if digest is None else {"model_digest": digest()}),
         }
         if isinstance(self.predict, Denoiser):
-            facts |= {"model_class": type(unwrapped(self.predict.model)).__name__}
+            facts |= {"model_class": type(root_of(self.predict.model)).__name__}
             facts |= {"model_dtypes": self.predict.dtypes()}
         if taken := sorted(info.keys() & facts):
             raise ValueError(f"info={info}: {taken} are facts of the record itself; give them other names")
