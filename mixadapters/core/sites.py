@@ -316,19 +316,6 @@ def _setting(config: Any, *names: str) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def number_of_layers(config: Any, stack: str = "") -> int:
-    """Layers of the model, both stacks counted, or of the one `stack`; stages, where layers come in stages."""
-    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_stages")
-    if getattr(config, "is_encoder_decoder", False):
-        encoder = _setting(config, "encoder_layers", *names)
-        decoder = _setting(config, "decoder_layers", "num_decoder_layers", *names)
-        return {"encoder": encoder, "decoder": decoder}[stack] if stack else encoder + decoder
-    layers = _setting(config, *names)
-    if layers is None:
-        raise ValueError(f"{type(config).__name__} does not give the number of layers; give layers by index")
-    return layers
-
-
 def hidden_size_of(config: Any) -> int | None:
     """Width d of the model; None where the config does not give it, or stages differ."""
     if getattr(config, "depths", None) is not None:

@@ -293,7 +293,7 @@ def test_source_that_holds_no_finite_numbers_is_an_error(tiny, tmp_path) -> None
     with torch.no_grad():
         next(iter(mixtures(model).values())).bank.experts["a"].up.weight[0, 0] = float("nan")
     model.save_pretrained(tmp_path / "a")
-    with pytest.raises(ValueError, match="up.weight at .*layers.0.mlp.down_proj' holds values that are not finite"):
+    with pytest.raises(ValueError, match=r"up.weight at .*layers.0.mlp.down_proj' holds values that are not finite"):
         gather(tiny, {"a": str(tmp_path / "a")})
 
 
