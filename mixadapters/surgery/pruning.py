@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mixadapters.core.config import one_of
 from mixadapters.core.fields import check_integer
 from mixadapters.surgery.choices import CRITERIA, Criterion
-from mixadapters.surgery.layers import ExpertLayer, expert_layers
+from mixadapters.surgery.layers import ExpertLayer, expert_layers, require_layers
 from mixadapters.surgery.layouts import settle_config
 from mixadapters.surgery.mixtures import MixtureExperts, mixture_layers
 from mixadapters.surgery.usage import ExpertUsage, LayerUsage
@@ -142,10 +142,7 @@ def layers_to_cut(model: nn.Module, adapter: str | None) -> list[ExpertLayer]:
     owners = list(dict.fromkeys(layer.adapter for layer in layers))
     if len(owners) > 1:
         raise ValueError(f"the model has experts of the adapters {owners}: say which by adapter=...")
-    layers = layers or (expert_layers(model, "") if adapter is None else [])
-    if not layers:
-        raise ValueError("the model has no routed experts: no mixture of an adapter, and no MoE block in its base")
-    return layers
+    return require_layers(layers or (expert_layers(model, "") if adapter is None else []))
 
 
 def check_usage(layers: Sequence[ExpertLayer], usage: ExpertUsage | None, without: str = "") -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mixadapters.core.fields import check_integer
 from mixadapters.core.folders import written_aside
 from mixadapters.core.losses import entropy, real_only
-from mixadapters.surgery.layers import expert_layers
+from mixadapters.surgery.layers import expert_layers, require_layers
 from mixadapters.surgery.view import ExpertLayer, Routed, context_of
 
 SAMPLES = 4096  # logits that are kept of each layer
@@ -343,9 +343,7 @@ def record_usage(
         ValueError: the model has no experts; or in a forward, as many labels as rows are needed.
     """
     check_integer("samples", samples, least=0)
-    layers = expert_layers(model, adapter)
-    if not layers:
-        raise ValueError("the model has no routed experts: no mixture of an adapter, and no MoE block in its base")
+    layers = require_layers(expert_layers(model, adapter))
     usage = ExpertUsage(labels=_checked(labels))
     with ExitStack() as stack:
         context = stack.enter_context(context_of(model))

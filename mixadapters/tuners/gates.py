@@ -22,6 +22,7 @@ from mixadapters.routers.counts import CountsRouter, count_tokens
 from mixadapters.routers.learned import LearnedRouter
 from mixadapters.routers.posterior import PosteriorRouter
 from mixadapters.routers.score import exact
+from mixadapters.surgery.tracing import padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -227,7 +228,7 @@ class GateVerbs(RoutingVerbs):
                     reader.arm = arm
                     for start in range(0, len(found), batch_size):
                         batch = [row[:max_length] for row in found[start : start + batch_size]]
-                        self.model(**_padded(batch, self.model))
+                        self.model(**padded(self.model, batch))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -331,15 +332,6 @@ def _content(row: Any, where: str) -> Any:
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise ValueError(f"{where} holds {row!r:.60}; a text is a string or a list of token ids")
     return ids if mask is None else [i for i, real in zip(ids, mask, strict=True) if real]
-
-
-def _padded(rows: list[list[int]], model: nn.Module) -> dict[str, Tensor]:
-    """A batch with padding on the right."""
-    device = next(model.parameters()).device
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _counted(router: CountsRouter) -> int:
