@@ -1,4 +1,4 @@
-"""What a config names and the model does not have. It would be passed over, so it is refused by name."""
+"""Refuses what a config names and the model does not have. PEFT would pass over it."""
 
 from __future__ import annotations
 

@@ -205,7 +205,7 @@ class AdapterBank(nn.Module):
     def pack(self, context: ForwardContext | None) -> PackedExperts | Callable[..., Tensor]:
         """What runs the experts in this forward, called as `PackedExperts` are.
 
-        They are packed in every forward; once for the steps of a `generate`, which runs with the weights of its first.
+        They are packed in every forward; but all steps of a `generate` run with those of its first step.
         """
         if context is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not keeps(self):
             return pack([self], context)
@@ -223,7 +223,7 @@ class PackedExperts(NamedTuple):
     kind: Kind
     sizes: list[int]  # experts of each bank
     arguments: dict[str, Any]  # of `kernels.lowrank`
-    few: kernels.Few | None  # the op for a few rows without gradient; None where they are packed for one with
+    few: kernels.Few | None  # the op for a few rows; None under gradients and the compiler
 
     def __call__(
         self,
@@ -281,15 +281,16 @@ def packed(kind: Kind, by_bank: Sequence[Sequence[Weights]]) -> PackedExperts:
 
 
 def keeps(bank: AdapterBank) -> bool:
-    """Whether its packed experts serve all steps of a `generate`: they are parameters, that stay, and not computed."""
+    """Whether the bank's packed experts serve all steps of a `generate`: they do where they are its parameters, and no
+    forward computes others."""
     return type(bank).weights is AdapterBank.weights and bank.keeps_packed
 
 
 class KeptExperts:
-    """The packed experts of banks of one kind, for the steps of one `generate`: it runs with the weights of its first.
+    """The packed experts of banks of one kind. All steps of a `generate` run with those of its first step.
 
-    With gradients they are packed in every forward; and where a bank computes its weights, which may be others each
-    time.
+    They are packed in every forward where gradients are recorded, and where a bank computes its weights, which may
+    differ from forward to forward.
     """
 
     def __init__(self, banks: Sequence[AdapterBank]) -> None:

@@ -41,6 +41,11 @@ class Plan:
 
 
 class MoAModel(ExpertOverriding, ExpertCutting):
+    """The tuner of MoA: where experts and routers lie, and what they are made of.
+
+    What can be done with experts afterwards is in its bases.
+    """
+
     fields = ("expert_ids", "prompt_mask")
     moving = ("router", "schedules", "expert_overrides", *OPTION_OF)
 
