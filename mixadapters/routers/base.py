@@ -96,7 +96,7 @@ class Router(nn.Module):
             setattr(self, name, weight)
         named = [name for group in balance_groups or () for name in group]
         if balance_groups is not None and (sorted(named) != sorted(self.experts) or not all(balance_groups)):
-            raise ValueError(f"balance_groups={balance_groups!r} must hold each expert of {self.experts} once")
+            raise ValueError(f"balance_groups={balance_groups!r:.200} must hold each expert of {self.experts} once")
         self.balance_groups = None if balance_groups is None else [list(group) for group in balance_groups]
 
     def bind(self, site: Site) -> None:

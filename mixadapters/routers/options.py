@@ -13,6 +13,10 @@ from mixadapters.routers.score import ACTIVATIONS
 Check = tuple[Callable[[Any], bool], str]  # whether a value fits, and what it must be
 
 
+# A config may be a stranger's: what is made for each of these takes time before its weights are looked at.
+MOST_ARMS, DEEPEST = 4096, 64
+
+
 def _whole(value: Any) -> bool:
     return type(value) is int
 
@@ -24,8 +28,8 @@ SHARE: Check = (lambda v: finite(v) and 0 <= v < 1, "at least 0 and below 1")
 COUNT: Check = (lambda v: _whole(v) and v > 0, "a positive integer")
 SWITCH: Check = (lambda v: isinstance(v, bool), "True or False")
 WIDTHS: Check = (
-    lambda v: not isinstance(v, str) and all(_whole(width) and width > 0 for width in v),
-    "a list of positive widths, such as [768]",
+    lambda v: isinstance(v, (list, tuple)) and len(v) <= DEEPEST and all(_whole(width) and width > 0 for width in v),
+    f"a list of up to {DEEPEST} positive widths, such as [768]",
 )
 CHECKS: dict[str, Check] = {
     "temperature": POSITIVE, "temperature_min": POSITIVE, "gamma": POSITIVE, "smoothing": POSITIVE,
@@ -40,7 +44,8 @@ CHECKS: dict[str, Check] = {
     "hard_after": (lambda v: v is None or (finite(v) and 0 <= v <= 1), "None, or between 0 and 1"),
     "k": (lambda v: v is None or (_whole(v) and v > 0), "a positive integer, or None for all"),
     "max_experts": (lambda v: v is None or (_whole(v) and v > 0), "a positive integer, or None"),
-    "null_arms": (lambda v: _whole(v) and v >= 0, "a number of arms"), "hidden": WIDTHS,
+    "null_arms": (lambda v: _whole(v) and 0 <= v <= MOST_ARMS, f"a number of arms, {MOST_ARMS} at most"),
+    "hidden": WIDTHS,
     "projection": COUNT, "width": COUNT, "vocab_size": COUNT, "trees": COUNT, "seed": (_whole, "an integer"),
     "normalize": SWITCH, "convex": SWITCH, "norm_topk_prob": SWITCH, "batch_prioritized": SWITCH, "gumbel": SWITCH,
     "learnable_temperature": SWITCH, "learn_permutation": SWITCH,
@@ -59,4 +64,4 @@ def check_options(**options: Any) -> None:
             near = nearest(str(value), CHOICES[name])
             raise ValueError(f"{name}={value!r} is unknown; choose one of {list(CHOICES[name])}.{near}")
         if name in CHECKS and not CHECKS[name][0](value):
-            raise ValueError(f"{name}={value!r} must be {CHECKS[name][1]}")
+            raise ValueError(f"{name}={value!r:.200} must be {CHECKS[name][1]}")
