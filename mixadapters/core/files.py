@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -162,18 +162,21 @@ def read_adapter(
             shapes = {key: weights.shape(key) for key in weights}
         else:
             shapes = {key: tuple(tensor.shape) for key, tensor in weights.items() if isinstance(tensor, Tensor)}
-        other = None if config.get("digest") is None else _other(weights, config, weights_path)
+        other = other_save(weights, config, weights_path)
     return SavedAdapter(str(model_id), config, shapes, other)
 
 
-def _other(weights: Mapping[str, Any], config: dict[str, Any], path: str) -> str | None:
+def other_save(weights: Mapping[str, Any], config: dict[str, Any], path: str) -> str | None:
+    """Why weights, which were read from `path`, are not those that the config was saved with; None if they may be."""
+    if config.get("digest") is None:
+        return None
     kind, heads = str(config.get("peft_type")), config.get("modules_to_save")
     found, expected = digest_of(weights, kind, heads), str(config["digest"]).split()
     tokens = [key for key in weights if key.endswith(TOKENS)]
-    for twin in tokens if [found] != expected[:1] and len(tokens) > 1 else ():
+    for one in tokens if [found] != expected[:1] and len(tokens) > 1 else ():
         # Where embeddings are saved beside them, those that two tied tables share come twice.
-        if any(other != twin and torch.equal(weights[other], weights[twin]) for other in tokens):
-            rest = {key: weights[key] for key in weights if key != twin}
+        if any(other != one and torch.equal(weights[other], weights[one]) for other in tokens):
+            rest = {key: weights[key] for key in weights if key != one}
             found = expected[0] if [digest_of(rest, kind, heads)] == expected[:1] else found
     if [found] == expected[:1]:
         return _reordered(config, kind, expected[1:])
@@ -207,9 +210,13 @@ def _reordered(config: dict[str, Any], kind: str, expected: list[str]) -> str | 
 
 def orders_of(kind: str, config: Mapping[str, Any]) -> dict[str, str]:
     """The fields of a config of this type that are orders (`order` in their metadata) -> a digest of their values."""
-    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
-    names = [f.name for f in dataclasses.fields(cls) if f.metadata.get("order")] if cls is not None else []
+    names = _orders_in(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind))
     return {name: hashlib.sha256(json.dumps(config.get(name)).encode()).hexdigest()[:16] for name in names}
+
+
+@cache
+def _orders_in(cls: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if f.metadata.get("order")] if cls is not None else []
 
 
 def _find(model_id: Any, name: str, subfolder: str | None, options: dict[str, Any]) -> str | None:

@@ -181,7 +181,7 @@ class Rooted:
             return self
         copied: Any = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))  # type: ignore[attr-defined]
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
 
