@@ -50,7 +50,7 @@ class ForwardContext(hooks.Rooted):
         observers: called with each routing that is decided, in training, evaluation and `generate`: (key, routing,
             mask (N,) bool of the rows that count, or None: all).
         usage: how routers have spread their weight in training; read and reset by the callbacks.
-        steps: notices a training in which nobody moves what moves with its steps.
+        steps: warns of a training in which nobody moves routers that move with its steps.
         objectives: what changes inputs, outputs and loss of a training forward, in order.
         loss_scale: factor on auxiliary losses that are attached to the outputs for want of a loss (1 / number of
             accumulated micro-batches); `StageCallback` sets it. None: nobody has said, and none accumulate.

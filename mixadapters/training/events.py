@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import TrainerState
 
@@ -16,6 +18,11 @@ def find_tuner(model: nn.Module) -> MixtureModel:
     raise ValueError(
         f"{type(model).__name__} holds no adapter of mixadapters; pass the result of get_peft_model(model, config)"
     )
+
+
+def plain_optimizer(optimizer: Any) -> Any:
+    """The optimizer of torch inside accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def progress(state: TrainerState) -> float:

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_number, check_share
 from mixadapters.core.joining import ITEMS, predicts_next
+from mixadapters.core.losses import masked_mean
 from mixadapters.training.events import progress
 
 
@@ -69,7 +70,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, counts: Tensor | None, t
     """T^2 * KL(teacher || student) of logits (..., C), the mean over rows; counts (...) bool: those that do."""
     ours, theirs = ((logits.float() / temperature).log_softmax(-1) for logits in (student, teacher))
     distance = temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-    return distance.mean() if counts is None else (distance * counts).sum() / counts.sum().clamp_min(1)
+    return masked_mean(distance.flatten(), None if counts is None else counts.flatten())
 
 
 def _labelled(labels: Tensor | None, logits: Tensor, module: nn.Module) -> Tensor | None:
@@ -102,11 +103,9 @@ class StagedDistillCallback(TrainerCallback):
     def __init__(
         self, teacher: nn.Module | Callable[..., Tensor], stop_at: float = 0.75, alpha: float = 1.0, T: float = 1.0
     ) -> None:
-        if not finite(stop_at) or not 0 <= stop_at <= 1:
-            raise ValueError(f"stop_at={stop_at!r} must be a share of the run, from 0 to 1")
-        for name, value in (("alpha", alpha), ("T", T)):
-            if not finite(value) or value <= 0:
-                raise ValueError(f"{name}={value!r} must be a number above 0")
+        check_share("stop_at", stop_at)
+        check_number("alpha", alpha, above=0)
+        check_number("T", T, above=0)
         self.objective = TeacherDistillation(teacher, T)
         self.stop_at, self.alpha = stop_at, alpha
         self.made = False  # whether the model had no context before

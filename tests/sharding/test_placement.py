@@ -67,7 +67,7 @@ def test_places_for_copies_go_to_whichever_expert_has_most_for_each() -> None:
         ({"m": 0.5}, "m=0.5 must be"),
         ({"slots": [1]}, r"slots=\[1\] must be .* the 2 devices"),
         ({"slots": 1}, "2 places for 3 experts; give each device 2"),
-        ({"load": [1.0, float("nan"), 1.0]}, "load has nan"),
+        ({"load": [1.0, float("nan"), 1.0]}, r"load\[1\]=nan must be a finite number, at least 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(change: dict, message: str) -> None:

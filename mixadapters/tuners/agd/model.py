@@ -19,6 +19,8 @@ from mixadapters.tuners.agd.layer import ADAPTERS, GuidanceAdapter
 
 
 class AGDModel(MixtureModel):
+    """The tuner of AGD: an adapter at each attention block, of which the first holds the trunk for all."""
+
     fields = ("guidance_scale", "guidance_interval", "unconditional")
     attachment = HookedLayer
 

@@ -10,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from mixadapters.core.fields import LARGEST, fits
+from mixadapters.core.fields import LARGEST, check_integer
 from mixadapters.routers.modality import TOKEN_TYPES
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class EncodedInputs(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if token_id is not None:
-            check_option("token_id", token_id, 0, LARGEST)
+            check_integer("token_id", token_id, least=0, most=LARGEST)
         table = model.get_input_embeddings()
         taken = {front.token_id for front in front_ends(model)}
         if token_id in taken:
@@ -173,12 +173,6 @@ def embed(model: Any, input_ids: Tensor, given: dict[str, Any]) -> Tensor:
     for front in fronts:
         embeddings = front.fill(embeddings, input_ids, given)
     return embeddings
-
-
-def check_option(name: str, value: Any, least: int, most: int) -> None:
-    """Raises ValueError where an option is no integer of that range."""
-    if not (fits(value, int) and least <= value <= most):
-        raise ValueError(f"{name}={value!r} must be an integer from {least} to {most}")
 
 
 def refuse_other_placeholders(model: nn.Module, token_ids: Mapping[str, Sequence[int]]) -> None:

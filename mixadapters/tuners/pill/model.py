@@ -59,6 +59,8 @@ class ValueGate(Adapter):
 
 
 class PILLModel(MixtureModel):
+    """The tuner of PILL: experts on the norms of each layer, and a gate on its attention values."""
+
     fields = ("modality_ids", "mm_token_type_ids")
     moving = ("stage",)
 
