@@ -22,7 +22,9 @@ from mixadapters.routers.schedules import Points, value_at
 # Auxiliary losses, and the part of a routing of which each is made.
 LOSSES = {"balance": "probs", "z": "logits", "entropy": "probs", "importance": "probs", "load": "chances"}
 COEFFICIENTS: tuple[str, ...] = tuple(f"{name}_coef" for name in LOSSES)
-LOSS_OPTIONS = frozenset({*COEFFICIENTS, "balance_groups"})  # of no use to a router in which nothing learns
+LOSS_OPTIONS: frozenset[str] = frozenset(
+    {*COEFFICIENTS, "balance_groups"}
+)  # of no use to a router in which nothing learns
 
 
 class Router(nn.Module):
@@ -97,7 +99,7 @@ class Router(nn.Module):
             setattr(self, name, weight)
         named = [name for group in balance_groups or () for name in group]
         if balance_groups is not None and (sorted(named) != sorted(self.experts) or not all(balance_groups)):
-            raise ValueError(f"balance_groups={balance_groups!r} must hold each expert of {self.experts} once")
+            raise ValueError(f"balance_groups={balance_groups!r:.200} must hold each expert of {self.experts} once")
         self.balance_groups = None if balance_groups is None else [list(group) for group in balance_groups]
 
     def bind(self, site: Site) -> None:

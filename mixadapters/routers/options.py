@@ -13,6 +13,9 @@ from mixadapters.routers.score import ACTIVATIONS
 
 Check = Callable[[str, Any], None]  # of an option's name and its value; raises ValueError where that will not do
 
+# A config may be a stranger's: what is made for each of these takes time before its weights are looked at.
+MOST_ARMS, DEEPEST = 4096, 64
+
 
 def _check_switch(name: str, value: Any) -> None:
     if not isinstance(value, bool):
@@ -20,8 +23,9 @@ def _check_switch(name: str, value: Any) -> None:
 
 
 def _check_widths(name: str, value: Any) -> None:
-    if isinstance(value, str) or not all(fits(width, int) and width > 0 for width in value):
-        raise ValueError(f"{name}={value!r} must be a list of positive widths, such as [768]")
+    listed = isinstance(value, (list, tuple)) and len(value) <= DEEPEST
+    if not listed or not all(fits(width, int) and width > 0 for width in value):
+        raise ValueError(f"{name}={value!r:.200} must be a list of up to {DEEPEST} positive widths, such as [768]")
 
 
 def _or(other: Any, check: Check) -> Check:
@@ -49,7 +53,8 @@ CHECKS: dict[str, Check] = {
     "entropy_coef": check_number, "frozen_bias": check_number,
     "dropout": BELOW_ONE, "jitter": BELOW_ONE, "min_weight": BELOW_ONE, "expert_dropout": BELOW_ONE,
     "p": UP_TO_ONE, "duration": UP_TO_ONE, "threshold": _or("mean", BELOW_ONE), "hard_after": _or(None, check_share),
-    "k": _or(None, COUNT), "max_experts": _or(None, COUNT), "null_arms": partial(check_integer, least=0),
+    "k": _or(None, COUNT), "max_experts": _or(None, COUNT),
+    "null_arms": partial(check_integer, least=0, most=MOST_ARMS),
     "projection": COUNT, "width": COUNT, "vocab_size": COUNT, "trees": COUNT, "seed": check_integer,
     "hidden": _check_widths,
     "normalize": _check_switch, "convex": _check_switch, "norm_topk_prob": _check_switch,

@@ -154,10 +154,7 @@ def deal_tasks(rows: Mapping[str, int], devices: int, at_most: float = 1.25) -> 
         raise ValueError(f"rows={dict(rows)!r} must name tasks and how many rows each has, 1 or more")
     check_number("at_most", at_most, least=1)
     load = list(rows.values())
-    numbers = range(len(load) + 1)
-    plans = (plan_placement(load, devices, len(load), t, m) for m in numbers for t in numbers if t >= m)
-    good = [plan for plan in plans if plan.max_over_mean(load) <= at_most]  # that with all tasks everywhere always is
-    plan = min(good, key=lambda plan: (sum(map(len, plan.holders)), plan.max_over_mean(load)))
+    plan = next(filter(None, (_fewest_copies(load, devices, m, at_most) for m in range(len(load) + 1))))
     dealt: list[dict[str, int]] = [{} for _ in range(devices)]
     for (name, count), held in zip(rows.items(), plan.holders, strict=True):
         for place, device in enumerate(held):
@@ -165,3 +162,14 @@ def deal_tasks(rows: Mapping[str, int], devices: int, at_most: float = 1.25) -> 
             if share:
                 dealt[device][name] = share
     return dealt
+
+
+def _fewest_copies(load: Sequence[int], devices: int, m: int, at_most: float) -> Placement | None:
+    """Of the plans with room for `m` copies on each device that are balanced, the one with the fewest; None: none is.
+
+    More room makes more copies, and with room for all tasks everywhere there is balance. Copies go to the busiest,
+    one by one: the other tasks, however many, are no candidates.
+    """
+    plans = [plan_placement(load, devices, len(load), t, m) for t in range(m, min(len(load), devices * m) + 1)]
+    good = [plan for plan in plans if plan.max_over_mean(load) <= at_most]
+    return min(good, key=lambda plan: (sum(map(len, plan.holders)), plan.max_over_mean(load)), default=None)

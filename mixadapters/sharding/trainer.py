@@ -9,8 +9,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mixadapters.core.fields import check_integer, check_number
+from mixadapters.core.trainers import trainer_above
 from mixadapters.sharding.experts import ExpertSharding, keep_from_ddp, mixtures_to_spread, shard_experts
-from mixadapters.training.events import find_tuner, plain_optimizer, trainer_of_event
+from mixadapters.training.events import find_tuner, plain_optimizer
 
 
 class SameBatchesMixin:
@@ -81,7 +82,7 @@ class ExpertShardingCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        trainer = trainer_of_event()
+        trainer = trainer_above()
         assert trainer is not None
         check(args, trainer)
         mixtures = mixtures_to_spread(find_tuner(model), self.adapter_name)

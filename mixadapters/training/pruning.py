@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mixadapters.core.fields import check_integer, check_number
+from mixadapters.core.trainers import trainer_above
 from mixadapters.surgery.layers import ExpertLayer
 from mixadapters.surgery.pruning import cut, layers_to_cut
 from mixadapters.surgery.view import Routed
-from mixadapters.training.events import plain_optimizer, trainer_of_event
+from mixadapters.training.events import plain_optimizer
 from mixadapters.training.spawning import take_up
 
 
@@ -79,7 +80,7 @@ class ExpertPruneCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        self.trainer = trainer_of_event()
+        self.trainer = trainer_above()
         self.averages.clear()
         self._watch(model)
 

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mixadapters.core.fields import check_integer, check_number
-from mixadapters.training.events import find_tuner, plain_optimizer, trainer_of_event
+from mixadapters.core.trainers import trainer_above
+from mixadapters.training.events import find_tuner, plain_optimizer
 from mixadapters.tuners.moa.spawning import ExpertSpawning
 
 
@@ -75,7 +76,7 @@ class ExpertSpawnCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        self.trainer = trainer_of_event()
+        self.trainer = trainer_above()
         if self.at_step >= state.max_steps:
             raise ValueError(f"at_step={self.at_step} is not before the end of this run of {state.max_steps} steps")
         tuner = find_tuner(model)

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.fields import check_number, check_share
-from mixadapters.core.joining import ITEMS
+from mixadapters.core.joining import ITEMS, predicts_next
 from mixadapters.core.losses import masked_mean
 from mixadapters.training.events import progress
 
@@ -44,11 +44,22 @@ class TeacherDistillation:
         labels = context.record.inputs.get("labels")
         with torch.no_grad():
             made = self.teacher(**inputs)
+        if getattr(output, "logits", None) is None:
+            raise ValueError(
+                f"{type(output).__name__} has no logits, which StagedDistillCallback brings to the teacher's: give "
+                "the model a head, such as AutoModelForCausalLM"
+            )
         student, teacher = output.logits, made if isinstance(made, Tensor) else made.logits
         if teacher.shape != student.shape:
             raise ValueError(
                 f"the teacher's logits {tuple(teacher.shape)} are not for the same words or labels as the student's, "
                 f"{tuple(student.shape)}"
+            )
+        if student.dim() > 3 or student.shape[-1] < 2:
+            raise ValueError(
+                f"logits {tuple(student.shape)} are no distribution over classes in their last axis, which "
+                "StagedDistillCallback brings to the teacher's: it is for classifiers and language models, not for "
+                "segmentation or regression"
             )
         loss = distillation_loss(student, teacher, _labelled(labels, student, module), self.temperature)
         context.add_loss("distillation", loss, self.weight)
@@ -67,7 +78,7 @@ def _labelled(labels: Tensor | None, logits: Tensor, module: nn.Module) -> Tenso
     if labels is None or labels.shape != logits.shape[:-1] or labels.dim() < 2:
         return None
     counts = labels != -100
-    if "CausalLM" in type(module).__name__ or "LMHead" in type(module).__name__:
+    if predicts_next(module):
         counts = F.pad(counts[:, 1:], (0, 1))
     return counts
 
@@ -113,8 +124,10 @@ class StagedDistillCallback(TrainerCallback):
             device = next(model.parameters()).device
             if any(p.device != device for p in teacher.parameters()):
                 teacher.to(device)
-        self.made = ForwardContext.find(model) is None
-        ForwardContext.of(model).objectives.append(self.objective)
+        self.made = self.made or ForwardContext.find(model) is None
+        context = ForwardContext.of(model)
+        if self.objective not in context.objectives:  # it stayed there if an earlier run has failed
+            context.objectives.append(self.objective)
         self._weigh(state)
 
     def on_step_begin(

@@ -698,7 +698,9 @@ def test_m14_classifier_trains_on_pass_one_and_the_distance_of_both(tiny, tiny_i
     torch.testing.assert_close(output.loss, expected + 0.7 * symmetric_kl(first, second).mean())
 
 
-@pytest.mark.parametrize(("kind", "head"), [("bert", "token_classification"), ("llama", None), ("t5", None)])
+@pytest.mark.parametrize(
+    ("kind", "head"), [("bert", "token_classification"), ("llama", None), ("gpt2", None), ("t5", None)]
+)
 def test_m14_token_losses_leave_padding_out(tiny, tiny_inputs, kind, head) -> None:
     inputs = tiny_inputs(kind, batch=3, padding="right", labels="tokens")
     if head:
@@ -712,7 +714,7 @@ def test_m14_token_losses_leave_padding_out(tiny, tiny_inputs, kind, head) -> No
     output = model(**inputs)
     torch.testing.assert_close(output.logits, first, atol=1e-4, rtol=1e-3)
     labels = inputs["labels"]
-    if kind == "llama":
+    if kind in ("llama", "gpt2"):
         first, second, labels = first[:, :-1], second[:, :-1], labels[:, 1:]
     real = labels != -100
     assert 0 < real.sum() < real.numel()

@@ -172,6 +172,17 @@ def test_images_at_a_token_that_the_config_does_not_name_are_refused(tiny, tmp_p
     PeftModel.from_pretrained(attached(tiny, grid=1)[0], tmp_path)
 
 
+def test_a_base_without_what_the_adapter_saw_by_is_told_what_to_attach(tiny, tmp_path) -> None:
+    base, images = attached(tiny, grid=1)
+    fields = {"r": 4, "token_ids": images.token_ids, "modules_to_save": ["projector"], "task_type": "CAUSAL_LM"}
+    get_peft_model(base, PILLConfig(**fields)).save_pretrained(tmp_path)
+    message = r"no module 'projector'.*before it is put in: ImageInputs\.attach\(model, encoder, token_id=96\)"
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(tiny("llama"), PILLConfig(**fields))
+
+
 @torch.no_grad()
 def test_generation_from_images_is_that_from_their_embeddings(tiny) -> None:
     base, images = attached(tiny, grid=2)

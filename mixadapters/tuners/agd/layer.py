@@ -97,6 +97,7 @@ class Trunk(Conditions):
             self.negative = Conditions()
             self.negative.add_embeddings(config)
         self.place = nn.Embedding(PLACES, config.r) if config.after_prompt else None
+        self.reads_prompt = bool(config.after_prompt)  # `generate` tells it
 
     @staticmethod
     def _mlp(width: int) -> nn.Sequential:

@@ -106,9 +106,6 @@ class AGDModel(MixtureModel):
         self.__dict__["first"] = self.__dict__["first"] or adapter
         return adapter
 
-    def _reads_prompt(self) -> bool:
-        return super()._reads_prompt() or any(config.after_prompt for config in self.peft_config.values())
-
     def train(self, mode: bool = True) -> AGDModel:
         """As usual, but the frozen model's dropout rests: its teacher and its student are to see the same.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -186,3 +186,20 @@ def refuse_other_placeholders(model: nn.Module, token_ids: Mapping[str, Sequence
                     f"token_ids={token_ids} names {named}: attach it with token_id={named[0]}, or name its own "
                     "(token_ids)"
                 )
+
+
+def refuse_lack_of_projector(
+    model: nn.Module, names: list[str], saved_whole: Iterable[str], token_ids: Mapping[str, Sequence[int]]
+) -> None:
+    """Refuse a config whose projector the model lacks, as it does where its images or sounds have no way in.
+
+    names: of all modules of the model.
+    """
+    lacking = sorted(module for module in saved_whole if not any(name.endswith(module) for name in names))
+    if lacking and not front_ends(model):
+        given = f", token_id={ids[0]}" if (ids := [token for tokens in token_ids.values() for token in tokens]) else ""
+        raise ValueError(
+            f"modules_to_save={sorted(saved_whole)}: {type(model).__name__} has no module {lacking[0]!r}, such as the "
+            "projector of images or sounds. Give the base model what the adapter was trained with before it is put "
+            f"in: ImageInputs.attach(model, encoder{given}), or AudioInputs"
+        )
