@@ -196,6 +196,8 @@ class ServedAdapters:
         Raises:
             UnknownAdapter: there is none of this name.
         """
+        if name == BASE:
+            raise UnknownAdapter(f"{BASE!r} is the base model, which is not unloaded")
         with self._lock:
             if name not in self._served:
                 raise self._unknown(name)

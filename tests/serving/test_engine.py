@@ -235,6 +235,8 @@ def test_adapter_in_use_is_unloaded_when_its_requests_are_done(causal, folders, 
     with AdapterServer(causal(), **SMALL) as server:
         server.load("x", folders["a0"])
         server.load("y", folders["a1"])
+        with pytest.raises(UnknownAdapter, match="'__base__' is the base model, which is not unloaded"):
+            server.unload("__base__")
         running = [server.submit(PROMPTS[i], "x", max_new_tokens=40) for i in range(4)]
         next(iter(running[0]))
         assert not server.unload("x")
