@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ class Setup:
 
     def base(self) -> Any:
         """The frozen model, anew. Raises ValueError where a user's cannot be loaded."""
+        gc.collect()  # those before it, which their Trainers hold in cycles
         return load_base(self.args.base or self.out / "base")
 
     def train(self, model: Any, rows: Tensor, what: str, **options: Any) -> Any:

@@ -41,20 +41,37 @@ class Story:
         return total + (2 * read(new) + read(*old, new, "general") if new else 0)
 
     def tell(self, base: Perplexities) -> None:
-        self.base, old = base, self.setup.domains
+        self.base, old, new = base, self.setup.domains, self.setup.later
         self.measure("base model", None, 0, base)
-        for name in old:
+        for name in [*old, new] if new else old:
             self.domain(name)
         joint_reads = sum(self.count[kind] for kind in (*old, "general"))
+        self.apart(joint_reads)
+        self.share(joint_reads)
+
+    def apart(self, joint_reads: int) -> None:
+        """The domains' adapters under a gate, against one joint adapter; a domain comes, and one goes.
+
+        No more than two models at a time: a base may be large.
+        """
+        setup, old = self.setup, self.setup.domains
         mixed = self.mixture(shared=False)
         found = before = self.measure(MIXTURE, mixed, joint_reads)
-        joint = self.joint("joint adapter", self.setup.args.rank * len(old), [*old, "general"])
+        joint = self.joint("joint adapter", setup.args.rank * len(old), [*old, "general"])
         joint_before = self.measure(JOINT, joint, joint_reads)
-        if self.setup.later:
-            found = self.add_a_domain(mixed, joint, before, joint_before, joint_reads)
+        if setup.later:
+            found = self.add_to_mixture(mixed)
+            alone = self.add_to_joint(joint)
+            del joint
+            anew = self.train_anew(joint_reads)
+            others = [kind for kind in setup.kinds if kind != setup.later]
+            self.change = {
+                f"mixture + {setup.later}": {kind: percent(found[kind], before[kind]) for kind in others},
+                f"joint, {setup.later} alone": {kind: percent(alone[kind], joint_before[kind]) for kind in others},
+                "joint, anew": {kind: percent(anew[kind], joint_before[kind]) for kind in others},
+            }
         self.save("mixture", mixed, found)
         self.remove(old[0], mixed, MIXTURE)
-        self.share(joint_reads)
 
     def share(self, joint_reads: int) -> None:
         """One more adapter, always on, reads all text under the gate; against a joint adapter that reads it twice."""
@@ -110,26 +127,22 @@ class Story:
         mixed.base_model.add_expert(new, self.folders[new])
         mixed.base_model.fit_gate({new: self.setup.rows[new]})
 
-    def add_a_domain(
-        self, mixed: Any, joint: Any, before: Perplexities, joint_before: Perplexities, joint_reads: int
-    ) -> Perplexities:
-        """A domain comes: into the mixture by its own text alone, into the joint adapter in two ways."""
-        setup, new = self.setup, self.setup.later
-        tokens, old = self.count[new], [kind for kind in setup.kinds if kind != new]
-        self.domain(new)
+    def add_to_mixture(self, mixed: Any) -> Perplexities:
+        """A domain comes into a mixture, by its own text alone."""
         self.add(mixed)
-        after = self.measure(f"{MIXTURE} + {new}", mixed, tokens)
+        return self.measure(f"{MIXTURE} + {self.setup.later}", mixed, self.count[self.setup.later])
+
+    def add_to_joint(self, joint: Any) -> Perplexities:
+        """A domain comes into the joint adapter, by its own text alone."""
+        setup, new = self.setup, self.setup.later
         setup.train(joint, setup.rows[new], f"joint adapter, {new} alone", seed=self.seed)
-        alone = self.measure(f"joint adapter, gone on with {new} alone", joint, tokens)
-        domains = [*setup.domains, new]
+        return self.measure(f"joint adapter, gone on with {new} alone", joint, self.count[new])
+
+    def train_anew(self, joint_reads: int) -> Perplexities:
+        """A joint adapter that reads everything from the start."""
+        setup, domains = self.setup, [*self.setup.domains, self.setup.later]
         anew = self.joint("joint adapter, anew", setup.args.rank * len(domains), [*domains, "general"])
-        again = self.measure(ANEW, anew, joint_reads + tokens)
-        self.change = {
-            f"mixture + {new}": {kind: percent(after[kind], before[kind]) for kind in old},
-            f"joint, {new} alone": {kind: percent(alone[kind], joint_before[kind]) for kind in old},
-            "joint, anew": {kind: percent(again[kind], joint_before[kind]) for kind in old},
-        }
-        return after
+        return self.measure(ANEW, anew, joint_reads + self.count[setup.later])
 
     def remove(self, name: str, mixed: Any, system: str) -> None:
         """A domain goes, without training."""

@@ -1,7 +1,6 @@
 """`python -m mixadapters.tasks list | run | table | shots | kilt`: see docs/tasks.md, or `run --help`.
 
-Arguments are read before torch and the rest are imported; those of `run` are in part transformers' own, which take
-seconds.
+Arguments are read before torch and the rest are imported, but for those of `run`, which are in part transformers' own.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ from pathlib import Path
 
 from mixadapters.core.starting import import_what_waits
 from mixadapters.tasks.registry import TASKS, get_task
+from mixadapters.tasks.run_arguments import RunArguments, show_help
 
 USAGE = """usage: python -m mixadapters.tasks COMMAND ...
 
   list                          the tasks
   run --tasks NAME ... --model MODEL --data-dir DATA ...
-                                train and evaluate (--help for all arguments)
+                                train and evaluate (--help for its arguments)
   table FOLDER [--reference METHOD] [--latex] [--plot FILE.png]
                                 a table from results
   shots --data-dir DATA TASK ...
@@ -35,11 +35,16 @@ def show_list(arguments: list[str]) -> int:
 
 
 def run(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        show_help()
+        return 0
+    if "--help_training" in arguments:
+        arguments = ["--help"]
     import_what_waits()
     from transformers import HfArgumentParser
     from transformers import logging as transformers_logging
 
-    from mixadapters.tasks.arguments import RunArguments, TrainArguments
+    from mixadapters.tasks.arguments import TrainArguments
     from mixadapters.tasks.runner import Runner
 
     parser = HfArgumentParser([RunArguments, TrainArguments], prog="python -m mixadapters.tasks run")

@@ -21,7 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from mixadapters.core.routing import FROZEN
 from mixadapters.tasks import baselines, checkpoints, domains, retention
-from mixadapters.tasks.arguments import RunArguments, TrainArguments
+from mixadapters.tasks.arguments import TrainArguments
 from mixadapters.tasks.methods import HEAD, MIXTURES, UNTRAINED, Method, domain_layers, trainable, upper_layers
 from mixadapters.tasks.metrics import score
 from mixadapters.tasks.models import Base
@@ -29,6 +29,7 @@ from mixadapters.tasks.protocols import VERSION, Rows, select
 from mixadapters.tasks.provenance import FORMAT, fingerprint, provenance
 from mixadapters.tasks.registry import TASKS, Task, get_task
 from mixadapters.tasks.results import check_folder, read_result, save_result
+from mixadapters.tasks.run_arguments import RunArguments
 from mixadapters.tasks.sources import Example, check_source, read_task
 
 SETUP = (  # arguments that decide how models train

@@ -1,4 +1,4 @@
-"""What a config names and the model does not have. It would be passed over, so it is refused by name."""
+"""Refuses what a config names and the model does not have. PEFT would pass over it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from torch import nn
 from mixadapters.core.layer import HookedLayer
 from mixadapters.core.registry import nearest
 from mixadapters.core.sites import ARCHITECTURES, ROLES, layer_index
-from mixadapters.core.walking import outside_adapters
+from mixadapters.core.walking import outside_adapters, plain_path
 
 # Heads that PEFT adds to modules_to_save by the task, whether or not the model has one of this name.
 HEADS = frozenset({"classifier", "score", "qa_outputs"})
-
-
 TABLED = frozenset(getattr(row, role) for row in ARCHITECTURES.values() for role in ROLES)
 
 
 def module_names(model: nn.Module) -> list[str]:
     """Paths of the modules of `model` as they are without adapters: a wrapped module and its base are one."""
     own = (name for name, module in outside_adapters(model) if not isinstance(module, HookedLayer))
-    return list(dict.fromkeys(re.sub(r"(^|\.)base_layer(?=\.|$)", "", name) for name in own))
+    return list(dict.fromkeys(map(plain_path, own)))
 
 
 def refuse_sites(sites: dict[str, str] | None, needed: Iterable[str], model: nn.Module) -> None:

@@ -205,7 +205,7 @@ class AdapterBank(nn.Module):
     def pack(self, context: ForwardContext | None) -> PackedExperts | Callable[..., Tensor]:
         """What runs the experts in this forward, called as `PackedExperts` are.
 
-        They are packed in every forward; once for the steps of a `generate`, which runs with the weights of its first.
+        They are packed in every forward; but all steps of a `generate` run with those of its first step.
         """
         if context is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not keeps(self):
             return pack([self], context)
@@ -223,7 +223,7 @@ class PackedExperts(NamedTuple):
     kind: Kind
     sizes: list[int]  # experts of each bank
     arguments: dict[str, Any]  # of `kernels.lowrank`
-    few: kernels.Few | None  # the op for a few rows without gradient; None where they are packed for one with
+    few: kernels.Few | None  # the op for a few rows; None under gradients and the compiler
 
     def __call__(
         self,
@@ -261,7 +261,7 @@ def packed(kind: Kind, by_bank: Sequence[Sequence[Weights]]) -> PackedExperts:
     A LayerNorm is folded in, D(g * n + b) = (D g) n + D b, so that all experts read the same normalised rows.
     """
     weights = [w for some in by_bank for w in some]
-    downs, down_biases = zip(*(_folded(w.down, w.b_down, w.norm) for w in weights), strict=True)
+    downs, down_biases = zip(*(norm_folded(w.down, w.b_down, w.norm) for w in weights), strict=True)
     # Several `up` are stacked as their transposes, which keeps each expert's weights together in memory.
     ups = [w.up for w in weights]
     arguments: dict[str, Any] = {
@@ -273,7 +273,7 @@ def packed(kind: Kind, by_bank: Sequence[Sequence[Weights]]) -> PackedExperts:
         "scale": _scales(weights),
     }
     if weights[0].gate is not None:
-        gates, gate_biases = zip(*(_folded(w.gate, w.b_gate, w.norm) for w in weights), strict=True)
+        gates, gate_biases = zip(*(norm_folded(w.gate, w.b_gate, w.norm) for w in weights), strict=True)
         arguments |= {"w_gate": _cat(gates), "b_gate": _cat(gate_biases)}
     looked_at = torch.is_grad_enabled() or torch.compiler.is_compiling()
     few = None if looked_at else kernels.Few(kind.activation, arguments)
@@ -281,15 +281,16 @@ def packed(kind: Kind, by_bank: Sequence[Sequence[Weights]]) -> PackedExperts:
 
 
 def keeps(bank: AdapterBank) -> bool:
-    """Whether its packed experts serve all steps of a `generate`: they are parameters, that stay, and not computed."""
+    """Whether the bank's packed experts serve all steps of a `generate`: they do where they are its parameters, and no
+    forward computes others."""
     return type(bank).weights is AdapterBank.weights and bank.keeps_packed
 
 
 class KeptExperts:
-    """The packed experts of banks of one kind, for the steps of one `generate`: it runs with the weights of its first.
+    """The packed experts of banks of one kind. All steps of a `generate` run with those of its first step.
 
-    With gradients they are packed in every forward; and where a bank computes its weights, which may be others each
-    time.
+    They are packed in every forward where gradients are recorded, and where a bank computes its weights, which may
+    differ from forward to forward.
     """
 
     def __init__(self, banks: Sequence[AdapterBank]) -> None:
@@ -321,8 +322,12 @@ def _up_biases(weights: Sequence[Weights]) -> Tensor | None:
     return torch.stack([w.up.new_zeros(w.up.shape[0]) if w.b_up is None else w.b_up for w in weights])
 
 
-def _folded(weight: Any, bias: Tensor | None, norm: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
-    if norm is None:
+def norm_folded(weight: Any, bias: Tensor | None, norm: tuple[Tensor, Tensor] | None) -> tuple[Any, Tensor | None]:
+    """Weight (r, K) and bias (r,) with the factors and the shift of a LayerNorm on the input in them.
+
+    What is left of the norm has no parameters. A projection that is None stays None.
+    """
+    if weight is None or norm is None:
         return weight, bias
     factor, shift = norm
     moved = weight @ shift

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
+
+from mixadapters.core.fields import check_integer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,20 +37,14 @@ def numbered(features: Sequence[Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return rows
 
 
-def require_whole(name: str, value: Any, least: int) -> None:
-    """Raises ValueError where `value` is no whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number, {least} or more")
-
-
 def require_lengths(
     tokenizer: PreTrainedTokenizerBase, max_length: int | None, pad_to_multiple_of: int | None = None
 ) -> None:
     """Raises ValueError where texts cannot be cut or padded so: below a special tokens' number nothing is cut."""
     if max_length is not None:
-        require_whole("max_length", max_length, tokenizer.num_special_tokens_to_add() + 1)
+        check_integer("max_length", max_length, least=tokenizer.num_special_tokens_to_add() + 1)
     if pad_to_multiple_of is not None:
-        require_whole("pad_to_multiple_of", pad_to_multiple_of, 1)
+        check_integer("pad_to_multiple_of", pad_to_multiple_of, least=1)
 
 
 def some_text_of(where: str, row: Mapping[str, Any], column: str) -> str:

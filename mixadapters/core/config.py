@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -194,7 +195,7 @@ class MixtureConfig(PeftConfig):
         for f in fields(self):
             if f.name not in PeftConfig.__dataclass_fields__ and not f.metadata.get("free"):
                 free = f.metadata.get("free_keys", ())
-                if _without(in_file[f.name], free) != _without(here[f.name], free):
+                if without_keys(in_file[f.name], free) != without_keys(here[f.name], free):
                     raise ValueError(
                         f"{where}: {f.name}={in_file[f.name]!r} in the file, {here[f.name]!r} here. Load it under "
                         "another adapter_name, or into a model made with the file's config"
@@ -205,7 +206,8 @@ class MixtureConfig(PeftConfig):
         return self.to_dict()
 
 
-def _without(value: Any, keys: tuple[str, ...]) -> Any:
+def without_keys(value: Any, keys: Collection[str]) -> Any:
+    """A dict without these keys; any other value as it is."""
     return {k: v for k, v in value.items() if k not in keys} if isinstance(value, dict) else value
 
 

@@ -42,7 +42,7 @@ class Objective(Protocol):
     def after(self, context: ForwardContext, module: nn.Module, output: Any) -> Any: ...
 
 
-class ForwardContext:
+class ForwardContext(hooks.Rooted):
     """The context of one root model. Use `ForwardContext.of(model)`, which makes or finds it.
 
     Attributes:
@@ -50,7 +50,7 @@ class ForwardContext:
         observers: called with each routing that is decided, in training, evaluation and `generate`: (key, routing,
             mask (N,) bool of the rows that count, or None: all).
         usage: how routers have spread their weight in training; read and reset by the callbacks.
-        steps: notices a training in which nobody moves what moves with its steps.
+        steps: warns of a training in which nobody moves routers that move with its steps.
         objectives: what changes inputs, outputs and loss of a training forward, in order.
         loss_scale: factor on auxiliary losses that are attached to the outputs for want of a loss (1 / number of
             accumulated micro-batches); `StageCallback` sets it. None: nobody has said, and none accumulate.
@@ -182,14 +182,15 @@ class ForwardContext:
         value = self.record.values.get(name)
         return None if value is None else self.stream(stack).spread(value, count, name)
 
-    def token_field(self, name: str, stack: str = "", change: Change | None = None) -> Tensor | None:
+    def token_field(self, name: str, stack: str = "", change: Change | None = None, after: int | None = 0) -> Any:
         """(B, T) values of the tokens of this forward, from a field that has one for each token; None if not given.
 
-        An argument covers the tokens of this forward, or with a cache the whole sequence so far. A pinned field covers
-        the beginning of the sequence, such as the prompt of a generation; tokens after it have the value 0.
+        An argument covers the tokens of this forward, or with a cache the whole sequence so far; a pinned field its
+        beginning, such as the prompt of a generation.
 
         Args:
             change: (B, S) -> (B, S), made of the whole field before the tokens of this forward are cut out of it.
+            after: the value of tokens after a pinned field; None: that of its last one.
 
         Raises:
             ValueError: the field has another length, or not one row for each of the batch.
@@ -207,7 +208,7 @@ class ForwardContext:
             raise ValueError(f"{name} {tuple(value.shape)} must be (B, T), with one value for each token")
         value = value if change is None else change(value)
         if name in record.pinned:
-            value = nn.functional.pad(value, (0, 1))
+            value = value if after is None else nn.functional.pad(value, (0, 1), value=after)
         elif value.shape[1] == length:
             return value
         elif value.shape[1] != length + int(stream.past):

@@ -58,7 +58,7 @@ class Engine:
                             "are read together: wrap whole transformer blocks (fsdp_auto_wrap_policy: "
                             "TRANSFORMER_BASED_WRAP)"
                         )
-        sharded = any(is_dtensor(p) or is_partitioned(p) for p in root.parameters())
+        sharded = any(map(is_sharded, root.parameters()))
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not sharded and not on_accelerator(root):
             warnings.warn(
                 "accelerate has been asked for FSDP, which it keeps for GPUs and the like: on the CPU every process "
@@ -91,6 +91,11 @@ def is_dtensor(parameter: Tensor) -> bool:
 def is_partitioned(parameter: nn.Parameter) -> bool:
     """Whether ZeRO-3 has shared the parameter out."""
     return hasattr(parameter, "ds_id")
+
+
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Whether an engine (FSDP2, tensor parallelism, ZeRO-3) has shared the parameter out."""
+    return is_dtensor(parameter) or is_partitioned(parameter)
 
 
 def on_accelerator(module: nn.Module) -> bool:

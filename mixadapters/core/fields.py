@@ -1,4 +1,4 @@
-"""One check of a config's values, from its fields' annotations and metadata.
+"""One check of a config's values, from its fields' annotations and metadata; and of numbers that callers give.
 
 Metadata beside `help`: `least`, `above`, `most`, `below` (a number's range), `choices` (of a string), `pattern` (a
 string, a list's strings or a dict's keys are regular expressions), `patterns` (a dict's values are). `free` fields may
@@ -8,10 +8,11 @@ or weights their meaning: a saved config holds a digest of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, fields
 from functools import lru_cache
 from math import isfinite
+from numbers import Integral
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -79,6 +80,23 @@ def finite(value: Any) -> bool:
     return value == 0 or LEAST_SIZE <= abs(value) <= MOST_SIZE
 
 
+def check_integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> None:
+    """Raises ValueError where an argument is no integer of this range. True and False are none."""
+    said = _given(least=least, most=most)
+    if not isinstance(value, Integral) or isinstance(value, bool) or not _in_range(value, said):
+        raise ValueError(_must_be(f"{name}={_shown(value)}", "an integer", said))
+
+
+def check_number(
+    name: str, value: Any, *, least: float | None = None, above: float | None = None, most: float | None = None,
+    below: float | None = None,
+) -> None:  # fmt: skip
+    """Raises ValueError where an argument is no finite number (`finite`) of this range. True and False are none."""
+    said = _given(least=least, above=above, most=most, below=below)
+    if not finite(value) or not _in_range(value, said):
+        raise ValueError(_must_be(f"{name}={_shown(value)}", "a finite number", said) + _size_of(value))
+
+
 def check_share(name: str, value: Any) -> None:
     """Raises ValueError where `value` is no number from 0 to 1."""
     if not (finite(value) and 0 <= value <= 1):
@@ -87,11 +105,8 @@ def check_share(name: str, value: Any) -> None:
 
 def _check_metadata(field: Field[Any], value: Any, hint: Any) -> None:
     said = field.metadata
-    for number in _numbers(value):
-        low = number < said.get("least", number) or ("above" in said and number <= said["above"])
-        high = number > said.get("most", number) or ("below" in said and number >= said["below"])
-        if low or high:
-            raise ValueError(_message(field, value, hint))
+    if not all(_in_range(number, said) for number in _numbers(value)):
+        raise ValueError(_message(field, value, hint))
     if isinstance(value, str) and value not in said.get("choices", (value,)):
         raise ValueError(_message(field, value, hint))
     patterns = list(_strings(value)) if said.get("pattern") else []
@@ -100,6 +115,29 @@ def _check_metadata(field: Field[Any], value: Any, hint: Any) -> None:
         if not pattern:
             raise ValueError(f"{field.name}={value!r} holds an empty string, which names nothing; leave it out")
         check_pattern(field.name, pattern)
+
+
+def _given(**limits: float | None) -> dict[str, float]:
+    return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+def _in_range(number: Any, said: Mapping[str, Any]) -> bool:
+    """Whether a number keeps to the limits of RANGE that are said."""
+    low = number < said.get("least", number) or ("above" in said and number <= said["above"])
+    high = number > said.get("most", number) or ("below" in said and number >= said["below"])
+    return not (low or high)
+
+
+def _must_be(given: str, what: str, said: Mapping[str, Any]) -> str:
+    limits = [f"{word} {said[key]}" for key, word in RANGE.items() if key in said]
+    return ", ".join([f"{given} must be {what}", *limits])
+
+
+def _size_of(value: Any) -> str:
+    """What the end of a message says of numbers too small or too large; "" where there are none."""
+    if not any((isinstance(number, int) or isfinite(number)) and not finite(number) for number in _numbers(value)):
+        return ""
+    return f"; a number is 0, or {LEAST_SIZE} to {MOST_SIZE} in size"
 
 
 def _numbers(value: Any) -> Iterator[int | float]:
@@ -121,15 +159,14 @@ def _message(field: Field[Any], value: Any, hint: Any) -> str:
     said, shown = field.metadata, _shown(value)
     if _holds_larger(value):
         return f"{field.name}={shown} must be {_words(hint)}; an integer is {LARGEST} at most"
-    if any(isfinite(number) and not finite(number) for number in _numbers(value)):
-        return f"{field.name}={shown} must be {_words(hint)}; a number is 0, or {LEAST_SIZE} to {MOST_SIZE} in size"
+    if size := _size_of(value):
+        return f"{field.name}={shown} must be {_words(hint)}{size}"
     if said.get("least") == 1 and "most" not in said and hint in (int, int | None):  # as PEFT's own types say it
         return f"`{field.name}` should be a positive integer value but the value passed is {shown}"
     choices = list(said.get("choices") or _literals(hint))
     if choices and isinstance(value, str):
         return f"{field.name}={shown} is unknown; choose one of {choices}.{nearest(value, choices)}"
-    limits = [f"{word} {said[key]}" for key, word in RANGE.items() if key in said]
-    return ", ".join([f"{field.name}={shown} must be {_words(hint)}", *limits])
+    return _must_be(f"{field.name}={shown}", _words(hint), said)
 
 
 def _shown(value: Any) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor
 
 LARGEST_CONFIG = 64 * 2**20  # bytes
 PREFIX = "base_model.model."  # of the keys in a file
+TOKENS = ".token_adapter.trainable_tokens_delta"  # ends the keys of trained tokens
 HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only", "proxies")
 
 
@@ -161,13 +162,22 @@ def read_adapter(
             shapes = {key: weights.shape(key) for key in weights}
         else:
             shapes = {key: tuple(tensor.shape) for key, tensor in weights.items() if isinstance(tensor, Tensor)}
-        other = None if config.get("digest") is None else _other(weights, config, weights_path)
+        other = other_save(weights, config, weights_path)
     return SavedAdapter(str(model_id), config, shapes, other)
 
 
-def _other(weights: Mapping[str, Any], config: dict[str, Any], path: str) -> str | None:
+def other_save(weights: Mapping[str, Any], config: dict[str, Any], path: str) -> str | None:
+    """Why weights, which were read from `path`, are not those that the config was saved with; None if they may be."""
+    if config.get("digest") is None:
+        return None
     kind, heads = str(config.get("peft_type")), config.get("modules_to_save")
     found, expected = digest_of(weights, kind, heads), str(config["digest"]).split()
+    tokens = [key for key in weights if key.endswith(TOKENS)]
+    for one in tokens if [found] != expected[:1] and len(tokens) > 1 else ():
+        # Where embeddings are saved beside them, those that two tied tables share come twice.
+        if any(other != one and torch.equal(weights[other], weights[one]) for other in tokens):
+            rest = {key: weights[key] for key in weights if key != one}
+            found = expected[0] if [digest_of(rest, kind, heads)] == expected[:1] else found
     if [found] == expected[:1]:
         return _reordered(config, kind, expected[1:])
     twin = Path(path).with_name(WEIGHTS_NAME)
@@ -200,9 +210,13 @@ def _reordered(config: dict[str, Any], kind: str, expected: list[str]) -> str | 
 
 def orders_of(kind: str, config: Mapping[str, Any]) -> dict[str, str]:
     """The fields of a config of this type that are orders (`order` in their metadata) -> a digest of their values."""
-    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind)
-    names = [f.name for f in dataclasses.fields(cls) if f.metadata.get("order")] if cls is not None else []
+    names = _orders_in(PEFT_TYPE_TO_CONFIG_MAPPING.get(kind))
     return {name: hashlib.sha256(json.dumps(config.get(name)).encode()).hexdigest()[:16] for name in names}
+
+
+@cache
+def _orders_in(cls: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls) if f.metadata.get("order")] if cls is not None else []
 
 
 def _find(model_id: Any, name: str, subfolder: str | None, options: dict[str, Any]) -> str | None:
@@ -233,7 +247,7 @@ def digest_of(weights: Mapping[str, Any], kind: str, heads: Any) -> str | None:
         name = _plain(key)
         # PEFT goes by the end of a module's name: "head" saves "lm_head" too.
         head = any(f"{head}." in name for head in heads or ()) and not BESIDE & set(name.split("."))
-        if head or f".{kind.lower()}_adapters." in name or name.endswith(".token_adapter.trainable_tokens_delta"):
+        if head or f".{kind.lower()}_adapters." in name or name.endswith(TOKENS):
             tensor = weights[key].detach().cpu().contiguous()
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -7,6 +7,7 @@ its module imports this one.)
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mixadapters import kernels
 from mixadapters.core.cache import claim, settle
@@ -72,8 +73,11 @@ class RootHooks:
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names)} and {stream.batch // stream.copies} respectively."
             )
-        if not torch.compiler.is_compiling() and several():
-            context.engine.look(module, record.training and record.grad)
+        if not torch.compiler.is_compiling():
+            if several():
+                context.engine.look(module, record.training and record.grad)
+            if record.training or "labels" in kwargs:  # steps of decoding are not held up
+                records.trainers.look(lambda model: root_of(model) is module, context.own_fields)
         record.plain = not (record.grad or record.values or context.observers) and undisturbed()
         self._claim_cache(record, stream.cache)
         self.carry_into_checkpoints(module)
@@ -167,6 +171,20 @@ def undisturbed() -> bool:
     return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or kernels.overridden())
 
 
+class Rooted:
+    """A context: a copy of the model has one of its own; a part that is copied, as by PEFT, goes on with this one."""
+
+    _hooks: RootHooks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self._hooks) not in memo:  # the root's hooks come first where the root is copied
+            return self
+        copied: Any = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+
 class StackHook:
     """Notes the sequence that a part of the model reads: in `generate` the encoder runs before any root forward."""
 
@@ -220,7 +238,7 @@ class Checkpointed:
 
 
 class Generate:
-    """`generate` of a model. The forwards inside it know how often it repeats each row of its batch."""
+    """`generate` of a model. Its forwards have the fields of its batch, and know how often it repeats each row."""
 
     name = "generate"
 
@@ -229,8 +247,18 @@ class Generate:
         self.before = model.__dict__.get(self.name)  # somebody else's, which is put back
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.context.records.generating():
+        held = self._taken(kwargs)
+        if "prompt_mask" not in held and reads_prompt(self.model):
+            held |= prompt_of(self.model, *args, **kwargs)
+        with self.context.records.generating(), self.context.pin_in_thread(**held):
             return self.plain(*args, **kwargs)
+
+    def _taken(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The batch fields of adapters, taken out of `kwargs`: transformers refuses them."""
+        held = {name: kwargs.pop(name) for name in list(kwargs) if name in self.context.own_fields}
+        if held.get("adapter_names") is not None:
+            held["adapter_names"] = row_names(held["adapter_names"], self.context, self.model)
+        return held
 
     @property
     def plain(self) -> Any:
@@ -243,6 +271,30 @@ class Generate:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.plain)
+
+
+def reads_prompt(model: nn.Module) -> bool:
+    """Whether a part of this model asks which tokens are the prompt, as routers do that decide once for a request."""
+    return any(
+        part.__dict__.get("reads_prompt", False)
+        or (hasattr(type(part), "granularity") and part.granularity == "request")
+        for part in model.modules()
+    )
+
+
+def prompt_of(model: nn.Module, inputs: Any = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """{"prompt_mask": ones (B, T)} over the tokens that a decoder is to go on from, of the arguments of `generate`.
+
+    The first forward of a generation may hold more than these: drafts of an assistant, or all without a cache. Empty
+    where there is no telling, or where requests are packed into one row, which such routers refuse.
+    """
+    config = kwargs.get("generation_config") or (args[0] if args else None)
+    packed = "paged" in (kwargs.get("cache_implementation"), getattr(config, "cache_implementation", None))
+    given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), inputs)
+    tokens = next((value for value in given if isinstance(value, Tensor)), None)
+    if packed or tokens is None or tokens.dim() < 2 or getattr(model.config, "is_encoder_decoder", False):
+        return {}
+    return {"prompt_mask": torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)}
 
 
 class Expand(Generate):

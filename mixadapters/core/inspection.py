@@ -21,6 +21,9 @@ class RoutingVerbs:
     def context(self) -> ForwardContext:
         raise NotImplementedError
 
+    def config_of(self, adapter_name: str) -> Any:
+        raise NotImplementedError
+
     def hosts(self) -> Iterable[AdapterHost]:
         raise NotImplementedError
 

@@ -247,3 +247,12 @@ def shifts_labels(module: nn.Module) -> bool:
     """Whether the model's own loss compares the logits of a place with the label of the next."""
     loss = LOSS_MAPPING.get(getattr(module, "loss_type", None))
     return loss is ForCausalLMLoss and not has_two_stacks(module)
+
+
+def predicts_next(module: nn.Module) -> bool:
+    """Whether the logits of a place are for the label of the next: as `shifts_labels`, which goes by the loss that a
+    class names, as the Trainer counts; of those that name none (GPT-2, BERT as a decoder) transformers takes the same.
+    """
+    unnamed = getattr(module, "loss_type", None) not in LOSS_MAPPING
+    generates = hasattr(module, "prepare_inputs_for_generation") and not has_two_stacks(module)
+    return shifts_labels(module) or (unnamed and generates)

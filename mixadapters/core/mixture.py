@@ -67,6 +67,9 @@ class Mixture(Adapter):
         self.watchers: list[Watcher] = []
         self.tunings: list[Tuning] = []  # in order, on what the router decides; not on what callers and batches do
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "watchers": []}  # they watch this mixture, not its copies
+
     def bind(self, site: Site, step: str = "") -> None:
         self.key = RoutingKey(site.adapter, site.group, site.layer, site.path, step)
         self.stack = site.stack

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from mixadapters.core.layer import AdapterHost, HookedLayer, in_stage
 from mixadapters.core.progress import StepVerbs
 from mixadapters.core.registry import nearest
 from mixadapters.core.saving import SavedForm
-from mixadapters.core.walking import outside_adapters
+from mixadapters.core.walking import outside_adapters, plain_path
 
 
 class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, CuttingVerbs):
@@ -158,8 +157,7 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
         owners: dict[tuple[bool, int], list[str]] = {}
         for key, parameter in self.model.named_parameters(remove_duplicate=False):
             if not parameter.is_meta and parameter.numel():
-                name = re.sub(r"(^|\.)base_layer(?=\.|$)", "", key).removeprefix(".")
-                owners.setdefault(_memory_of(parameter), []).append(name)
+                owners.setdefault(_memory_of(parameter), []).append(plain_path(key))
         for host in self.hosts():
             names = host.to_merge(adapter_names)
             if not names:

@@ -26,6 +26,12 @@ def real_numbers(name: str, values: Any, device: torch.device | str | None = Non
     return numbers.to(device, torch.float32)
 
 
+def refuse_other_masks(name: str, mask: Tensor) -> None:
+    """Raises ValueError where a mask holds anything but True and False, or 1 and 0. Not under the compiler."""
+    if not torch.compiler.is_compiling() and bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError(f"{name} must hold True and False, or 1 and 0")
+
+
 def _read(name: str, values: Any, wanted: str) -> Tensor:
     try:
         numbers = torch.as_tensor(values)

@@ -9,9 +9,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def world_size() -> int:
+    """How many processes torch.distributed knows, this one among them; 1 where it has not been initialised."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def several() -> bool:
-    """Whether this process is one of several that torch.distributed knows."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    """Whether this process is one of several."""
+    return world_size() > 1
 
 
 def rank() -> int:
@@ -29,10 +34,13 @@ def sum_in_place(counts: list[Tensor]) -> None:
         count.copy_(total)
 
 
-def gathered(value: Any) -> list[Any]:
-    """What each process has given, in the order of ranks; all call this. Tensors in it are to be on the CPU."""
+def gathered(value: Any, group: Any = None) -> list[Any]:
+    """What each process has given, in the order of ranks; all call this. Tensors in it are to be on the CPU.
+
+    group: of torch.distributed, whose processes are meant. None: all of them.
+    """
     if not several():
         return [value]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
     return found

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.fields import check_share
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.processes import sum_in_place
 from mixadapters.core.routing import RoutingKey
@@ -64,8 +65,7 @@ class StepVerbs:
 
         done: the share of the training that is done, from 0 to 1.
         """
-        if not 0 <= done <= 1:
-            raise ValueError(f"done={done!r} must lie between 0 and 1: the share of the training that is done")
+        check_share("done", done)
         config = self.config_of(adapter_name)
         schedules = getattr(config, "schedules", {})
         for router in self.routers_of(adapter_name):

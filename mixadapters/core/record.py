@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixadapters.core.routing import Routing, RoutingKey
 from mixadapters.core.streams import PackedRequests, Stream
+from mixadapters.core.trainers import TrainerLook
 
 
 @dataclass(eq=False)
@@ -108,6 +109,7 @@ class Records:
     def __init__(self) -> None:
         self.latest = Record()
         self.pins = Pins()
+        self.trainers = TrainerLook()
         self._local = threading.local()
         # What the compiler finds in a first forward must not differ in kind from what it finds in the next.
         self.thread.record = self.latest

@@ -60,7 +60,10 @@ class HardRoutes(nn.Module):
             usual = torch.full((rows,), self.usual, device=self.expert_of.device)
             return None if self.usual < 0 else self.of(usual)
         by_token = whole_numbers(self.field, given).dim() == 2
-        numbers = context.token_field(self.field, stack) if by_token else context.rows(self.field, rows, stack)
+        # What `generate` adds to a row goes on with the number of its last token.
+        numbers = (
+            context.token_field(self.field, stack, after=None) if by_token else context.rows(self.field, rows, stack)
+        )
         assert numbers is not None
         numbers = numbers.reshape(-1).long()
         if len(numbers) != rows:

@@ -9,13 +9,14 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.engines import is_dtensor, is_partitioned, overwrite
-from mixadapters.core.files import PREFIX, FileWeights, digest_of, orders_of, weights_of
+from mixadapters.core.files import PREFIX, TOKENS, FileWeights, digest_of, orders_of, weights_of
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.processes import rank
 from mixadapters.core.walking import outside_adapters
@@ -33,13 +34,14 @@ class SavedForm(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """The name follows `<prefix>adapters`, however deep the parameter lies. Keys of heads have none any more.
 
-        Embeddings that are saved modules too come with the name behind that of PEFT's wrapper.
+        Embeddings that are saved modules too come with the name behind that of PEFT's wrapper, those of which tokens
+        train with the name at the end.
         """
         for holder in (f"{cls.prefix}adapters", "modules_to_save"):
             before, found, after = key.partition(f".{holder}.{adapter_name}.")
             if found:
                 return f"{before}.{holder}.{after}"
-        return key
+        return key.removesuffix(f".{adapter_name}") if key.endswith(f"{TOKENS}.{adapter_name}") else key
 
     @classmethod
     def _get_adapter_state_dict(
@@ -105,7 +107,7 @@ class SavedForm(BaseTuner):
         if saved is not None:
             _refuse_overwritten(adapter_name, saved.shapes, heads)
         embeddings = embedding_keys(model)
-        check_keys(adapter_name, given, own, heads | embeddings)
+        check_keys(adapter_name, given, own, heads | embeddings | _token_twins(given))
         here = own_here | outside_state(model, given.keys() - own_here.keys())
         check_shapes(adapter_name, given, {key: tuple(here[key].shape) for key in given if key in here})
         if saved is not None and saved.other is not None:
@@ -176,6 +178,16 @@ def restore_frozen(model: nn.Module, adapter_name: str, folder: Path) -> None:
                     if key not in weights:
                         raise ValueError(f"{file} holds no {key!r}, with which the run was to go on")
                     overwrite(parameter, weights[key])
+
+
+def _token_twins(given: dict[str, Tensor]) -> set[str]:
+    """Keys of trained tokens that the file has under the name of a tied table too: the other one is loaded."""
+    tokens = {key: tensor for key, tensor in given.items() if TOKENS in key}
+    return {
+        key
+        for key, tensor in tokens.items()
+        if key.endswith(TOKENS) and any(o != key and torch.equal(t, tensor) for o, t in tokens.items())
+    }
 
 
 def _refuse_twice(cls: type[SavedForm], adapter_name: str, given: Iterable[str]) -> None:
@@ -250,7 +262,7 @@ def embedding_keys(model: nn.Module) -> set[str]:
         except (AttributeError, NotImplementedError):
             continue
         for name in (name for name, part in outside_adapters(model) if module is not None and part is module):
-            for inside in ("", "base_layer.", "original_module.", "modules_to_save."):
+            for inside in ("", "base_layer.", "original_module.", "modules_to_save.", "token_adapter.base_layer."):
                 found |= {f"{name}.{inside}{part}" for part in ("weight", "bias")}
     return found
 
@@ -269,7 +281,7 @@ def token_keys(config: Any, given: Iterable[str]) -> set[str]:
     """Those of the given keys that are embedding rows which the config trains."""
     if config.trainable_token_indices is None:
         return set()
-    return {key for key in given if key.endswith(".token_adapter.trainable_tokens_delta")}
+    return {key for key in given if key.endswith(TOKENS)}
 
 
 def check_keys(adapter_name: str, given: Iterable[str], own: set[str], beside: set[str]) -> None:

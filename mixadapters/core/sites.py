@@ -6,7 +6,6 @@ rows say what the models of transformers 5.23 do; a test runs a small model of e
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -14,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from mixadapters.core.registry import nearest
 from mixadapters.core.walking import outside_adapters
 
 
@@ -235,11 +235,9 @@ def find_architecture(model_type: str) -> Architecture:
     """The row of `config.model_type`; ValueError with the nearest name and the remedy where there is none."""
     if model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
-    nearest = difflib.get_close_matches(str(model_type), ARCHITECTURES, n=1)
-    hint = f" (the nearest is {nearest[0]!r})" if nearest else ""
     raise ValueError(
-        f"model_type={model_type!r} is not in the table of architectures{hint}. Please specify `target_modules`, "
-        f"or `sites={{role: regular expression}}`, the roles being {', '.join(ROLES)}"
+        f"model_type={model_type!r} is not in the table of architectures.{nearest(model_type, ARCHITECTURES)} Please "
+        f"specify `target_modules`, or `sites={{role: regular expression}}`, the roles being {', '.join(ROLES)}"
     )
 
 
@@ -316,19 +314,6 @@ def _setting(config: Any, *names: str) -> Any:
     parts = (config, getattr(config, "text_config", None))
     values = (getattr(part, name, None) for part in parts for name in names)
     return next((value for value in values if value is not None), None)
-
-
-def number_of_layers(config: Any, stack: str = "") -> int:
-    """Layers of the model, both stacks counted, or of the one `stack`; stages, where layers come in stages."""
-    names = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_stages")
-    if getattr(config, "is_encoder_decoder", False):
-        encoder = _setting(config, "encoder_layers", *names)
-        decoder = _setting(config, "decoder_layers", "num_decoder_layers", *names)
-        return {"encoder": encoder, "decoder": decoder}[stack] if stack else encoder + decoder
-    layers = _setting(config, *names)
-    if layers is None:
-        raise ValueError(f"{type(config).__name__} does not give the number of layers; give layers by index")
-    return layers
 
 
 def hidden_size_of(config: Any) -> int | None:

@@ -1,4 +1,4 @@
-"""Notices a training in which nobody moves what moves with its steps."""
+"""Warns of a training whose routers need the verbs of `core/progress.py`, and in which nobody calls them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CALLED = {
 
 
 class Steps:
-    """Who moves what moves with the steps of a training: the verbs of `core/progress.py`, which somebody must call.
+    """Which adapters have their routers moved along a training, by the verbs of `core/progress.py`.
 
     Attributes:
         told: (adapter, verb) that somebody has called, or whose lack has been warned of.
@@ -42,7 +42,8 @@ class Steps:
         self.began: dict[RoutingKey, int] = {}  # steps that optimizers had made at the first training forward
 
     def look(self, key: RoutingKey, router: Any) -> None:
-        """Called in each training forward of a router; warns where one comes after a step, and nobody moves it."""
+        """Called in each training forward of a router. Warns once a step of an optimizer has come and nobody has moved
+        the router."""
         if torch.compiler.is_compiling():  # which takes a property that is asked for with a default for itself
             return
         missing = [verb for verb in getattr(router, "moved_by", ()) if (key.adapter, verb) not in self.told]

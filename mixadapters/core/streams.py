@@ -110,11 +110,11 @@ class Stream:
         return bool(self.past > 0)
 
     def spread(self, values: Any, count: int, name: str) -> Tensor:
-        """What belongs to a request, to the rows that belong to it.
+        """Repeat values that belong to rows of the caller's batch for the rows of this forward.
 
-        The one place where a row of the caller's batch becomes several: those that `generate` makes of it (beams,
-        sequences to return), the tokens of a sequence where a layer reads them as rows, and the tokens of a request
-        that is packed into one row with others.
+        This is the one place where a row of the caller's batch becomes several: those that `generate` makes of it
+        (beams, sequences to return), the tokens of a sequence where a layer reads them as rows, and the tokens of a
+        request that is packed into one row with others.
 
         Args:
             values: (R, ...), one for each row of the caller's batch, or for each packed request.

@@ -1,11 +1,17 @@
-"""The modules of a model without those of its adapters, of which there may be many."""
+"""The modules of a model, and their paths, without those of its adapters, of which there may be many."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+
+def plain_path(path: str) -> str:
+    """The path of a module, or the key of a parameter, as it is in a model without adapters."""
+    return re.sub(r"(^|\.)base_layer(?=\.|$)", "", path).removeprefix(".")
 
 
 def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

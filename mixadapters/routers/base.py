@@ -11,16 +11,20 @@ from torch import Tensor, nn
 from mixadapters.core.adapter import Site
 from mixadapters.core.bank import Weights
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.fields import check_integer
 from mixadapters.core.losses import entropy, group_balance, importance, load, load_balance, router_z
 from mixadapters.core.registry import LIBRARY, Registry, nearest
 from mixadapters.core.routing import Routing
 from mixadapters.routers.options import check_options
+from mixadapters.routers.pooling import Pooling
 from mixadapters.routers.schedules import Points, value_at
 
 # Auxiliary losses, and the part of a routing of which each is made.
 LOSSES = {"balance": "probs", "z": "logits", "entropy": "probs", "importance": "probs", "load": "chances"}
 COEFFICIENTS: tuple[str, ...] = tuple(f"{name}_coef" for name in LOSSES)
-LOSS_OPTIONS = frozenset({*COEFFICIENTS, "balance_groups"})  # of no use to a router in which nothing learns
+LOSS_OPTIONS: frozenset[str] = frozenset(
+    {*COEFFICIENTS, "balance_groups"}
+)  # of no use to a router in which nothing learns
 
 
 class Router(nn.Module):
@@ -66,8 +70,7 @@ class Router(nn.Module):
         balance_groups: Sequence[Sequence[str]] | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(in_features, int) or isinstance(in_features, bool) or in_features < 1:
-            raise ValueError(f"in_features={in_features!r} must be a positive integer")
+        check_integer("in_features", in_features, least=1)
         if isinstance(experts, str) or not experts or not all(isinstance(name, str) and name for name in experts):
             raise ValueError(f"experts={experts!r} must be a list of names, at least one")
         if len(set(experts)) < len(experts):
@@ -96,7 +99,7 @@ class Router(nn.Module):
             setattr(self, name, weight)
         named = [name for group in balance_groups or () for name in group]
         if balance_groups is not None and (sorted(named) != sorted(self.experts) or not all(balance_groups)):
-            raise ValueError(f"balance_groups={balance_groups!r} must hold each expert of {self.experts} once")
+            raise ValueError(f"balance_groups={balance_groups!r:.200} must hold each expert of {self.experts} once")
         self.balance_groups = None if balance_groups is None else [list(group) for group in balance_groups]
 
     def bind(self, site: Site) -> None:
@@ -208,6 +211,24 @@ class Router(nn.Module):
             if inspect.Parameter.VAR_KEYWORD not in kinds:
                 break
         return names - {"self", "in_features", "experts", "first"} - cls.without
+
+
+class PooledRouter(Router):
+    """A router whose tokens decide together, as its pooling has them."""
+
+    pooling: Pooling
+
+    @property
+    def granularity(self) -> str:
+        return self.pooling.granularity
+
+    @property
+    def refuses_packed(self) -> str | None:  # type: ignore[override]
+        return None if self.granularity == "token" else self.pooling.said
+
+    @property
+    def by_request(self) -> bool:  # type: ignore[override]
+        return self.pooling.by_request
 
 
 ROUTERS: Registry[Router] = Registry(

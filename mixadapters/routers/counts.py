@@ -20,7 +20,7 @@ from mixadapters.core.context import ForwardContext
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import FROZEN, Routing
 from mixadapters.core.streams import Stream
-from mixadapters.routers.base import LOSS_OPTIONS, ROUTERS, Router
+from mixadapters.routers.base import LOSS_OPTIONS, ROUTERS, PooledRouter, Router
 from mixadapters.routers.options import check_options
 from mixadapters.routers.pooling import POOLINGS, Pooling
 
@@ -131,7 +131,7 @@ class TokenCounts(nn.Module):
 
 
 @ROUTERS.register("counts")
-class CountsRouter(Router):
+class CountsRouter(PooledRouter):
     """Weights by the tokens read so far, from counts of each domain's own text (`tuner.fit_gate`).
 
     The router of the first layer holds the counts, those of the others follow it: each forward decides once. It reads
@@ -233,18 +233,6 @@ class CountsRouter(Router):
     @property
     def arms(self) -> list[str]:
         return [*self.experts, FROZEN] if self.first.table is None else self.first.table.arms
-
-    @property
-    def granularity(self) -> str:
-        return self.pooling.granularity
-
-    @property
-    def refuses_packed(self) -> str | None:  # type: ignore[override]
-        return None if self.granularity == "token" else self.pooling.said
-
-    @property
-    def by_request(self) -> bool:  # type: ignore[override]
-        return self.pooling.by_request
 
     # --- domains that come and go -----------------------------------------------------------------------------
 

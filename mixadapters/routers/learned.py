@@ -18,13 +18,13 @@ from mixadapters.core.bank import Scale
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.routing import FROZEN, Routing
 from mixadapters.routers.arms import ArmSurgery
-from mixadapters.routers.base import COEFFICIENTS
+from mixadapters.routers.base import COEFFICIENTS, PooledRouter
 from mixadapters.routers.options import check_options
 from mixadapters.routers.pooling import POOLINGS
 from mixadapters.routers.score import ACTIVATIONS, HOMOGENEOUS, exact, features, linear, score_layers
 
 
-class LearnedRouter(ArmSurgery):
+class LearnedRouter(PooledRouter, ArmSurgery):
     """Weights over the experts, per token, sequence, causal prefix or request.
 
     A router of a user's own overrides `choose` (logits -> Routing), `weigh` (logits -> weights of the arms) or
@@ -105,18 +105,6 @@ class LearnedRouter(ArmSurgery):
     def bind(self, site: Site) -> None:
         super().bind(site)
         self.pooling.bind(site)
-
-    @property
-    def refuses_packed(self) -> str | None:  # type: ignore[override]
-        return None if self.granularity == "token" else self.pooling.said
-
-    @property
-    def by_request(self) -> bool:  # type: ignore[override]
-        return self.pooling.by_request
-
-    @property
-    def granularity(self) -> str:
-        return self.pooling.granularity
 
     @property
     def has_frozen_arm(self) -> bool:

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from mixadapters.core.adapter import Site
 from mixadapters.core.cache import router_state
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.numbers import refuse_other_masks
 from mixadapters.core.streams import Stream
+from mixadapters.routers.score import exact
 
 POOLS = ("masked_mean", "first", "last_valid", "last")
 Score = Callable[[Tensor], Tensor]  # (..., d) -> (..., A)
@@ -98,11 +100,9 @@ class SequencePooling(Pooling):
         if self.total:
             return (score(sequences) * mask.unsqueeze(-1)).sum(1, keepdim=True)
         if self.pool == "masked_mean":
-            exact = sequences.to(
-                torch.promote_types(sequences.dtype, torch.float32)
-            )  # sums overflow in half precision
-            weight = mask.to(exact.dtype).unsqueeze(-1)
-            return score((exact * weight).sum(1) / weight.sum(1).clamp_min(1)).unsqueeze(1)
+            read = exact(sequences, normalize=False)  # sums overflow in half precision
+            weight = mask.to(read.dtype).unsqueeze(-1)
+            return score((read * weight).sum(1) / weight.sum(1).clamp_min(1)).unsqueeze(1)
         position = torch.arange(mask.shape[1], device=mask.device)
         if self.pool == "first":
             index = torch.where(mask, position, mask.shape[1]).amin(1).clamp_max(mask.shape[1] - 1)
@@ -210,8 +210,7 @@ class RequestPooling(Remembering):
         real = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device) if mask is None else mask
         if prompt is not None:
             self._refuse_part(context)
-            if not torch.compiler.is_compiling() and bool(((prompt != 0) & (prompt != 1)).any()):
-                raise ValueError("prompt_mask must hold True and False, or 1 and 0")
+            refuse_other_masks("prompt_mask", prompt)
             return prompt.to(real.device).bool() & real
         if labels is not None and labels.shape[:2] == real.shape:
             return _before_labels(labels, real, self.said)

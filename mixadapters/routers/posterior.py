@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from mixadapters.core.context import ROUTES, ForwardContext
+from mixadapters.core.fields import check_integer
 from mixadapters.core.routing import FROZEN
 from mixadapters.core.streams import Stream, read_stream, refuse_packed
 from mixadapters.routers.pooling import holds_documents
@@ -49,8 +50,8 @@ class PosteriorRouter:
     in_eval = True
 
     def __init__(self, field: str, experts: Sequence[str], vocab_size: int, choose_after: int | None = None) -> None:
-        if choose_after is not None and (type(choose_after) is not int or choose_after < 1):
-            raise ValueError(f"choose_after={choose_after!r} must be a number of tokens, 1 or more, or None")
+        if choose_after is not None:
+            check_integer("choose_after", choose_after, least=1)
         self.field, self.arms, self.vocab_size = field, [*experts, FROZEN], vocab_size
         self.numbers = [*range(len(experts)), -1]
         self.choose_after = choose_after

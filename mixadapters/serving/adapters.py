@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import threading
-import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
-import torch
-from peft import PeftConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.files import PREFIX, SavedAdapter, loading, read_adapter, weights_of
-from mixadapters.core.layer import AdapterHost
+from mixadapters.core.injection import base_parts
+from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 from mixadapters.core.rows import BASE
-from mixadapters.core.sites import unwrapped
-from mixadapters.serving.requests import AdapterRefused, UnknownAdapter
+from mixadapters.serving.forms import Form, Found, read_folder
+from mixadapters.serving.requests import UnknownAdapter
 from mixadapters.serving.residency import Residents
-from mixadapters.tuners import MoAConfig
-from mixadapters.tuners.registration import config_class
+from mixadapters.serving.trials import Trials, foreign_names, refuse
 from mixadapters.tuners.sources import refuse_other_base
 
-LORA = "expert0"  # the name of a PEFT LoRA in the mixture of one expert that it is served as
 SHOWN = 20  # names in a message
 Changing = Any  # () -> a context in which no forward runs
 
@@ -62,29 +56,23 @@ class ServedAdapters:
         self._versions: Counter[str] = Counter()  # how often a name has been given to an adapter
         self._refused: dict[str, str] = {}  # adapters that are there and cannot be served -> why
         self._leaving: set[str] = set()
+        self._coming: set[str] = set()
+        self._forms: WeakValueDictionary[str, Form] = WeakValueDictionary()  # as long as one of them is served
         self._remembering: set[str] = set()
         self._served: dict[str, None] = {}
         self.hits = self.misses = 0
-        self._refuse_foreign()
+        self._names_inside = frozenset({*base_parts(model), *foreign_names(model)})
         self.residents = Residents(
             model, self.context, max_resident, lambda name: not self._running[name], offload_folder, ready
         )
+        self._trials = Trials(model, self.residents)
         for name in list(getattr(model, "peft_config", {})):
             if name in self.context.hosted:
-                reason = self._refusal(name)
+                reason = self._trials.refusal(name)
                 if reason is None:
-                    self._enlist(name)
+                    self._enlist_resident(name)
                 else:
                     self._refused[name] = reason
-
-    def _refuse_foreign(self) -> None:
-        for path, module in self.model.named_modules():
-            foreign = isinstance(module, BaseTunerLayer) and not isinstance(module, AdapterHost)
-            if foreign and module.active_adapters and not module.disable_adapters:
-                raise ValueError(
-                    f"{path!r} has PEFT's own adapters {list(module.active_adapters)}, which would act on every "
-                    "request: load their folders by the server, into a model without them"
-                )
 
     # --- for requests -------------------------------------------------------------------------------------------
 
@@ -102,7 +90,7 @@ class ServedAdapters:
             AdapterRefused: it cannot be right among packed requests; the message says why.
         """
         with self._lock:
-            self._refuse(name, self._refused.get(name))
+            refuse(name, self._refused.get(name))
             if name != BASE and (name not in self._served or name in self._leaving):
                 raise self._unknown(name)
             self._users[name] += 1
@@ -150,73 +138,54 @@ class ServedAdapters:
     def load(self, name: str, folder: str | Path) -> None:
         """Read an adapter of our types, or a PEFT LoRA, from a folder and try it.
 
+        Where one of its form has been tried, its numbers are looked at and forwards go on: it comes into the model
+        when a request names it.
+
         Raises:
             ValueError: the name is taken or the folder is not whole; nothing has been changed.
             AdapterRefused: it cannot be right among packed requests, or its first forward fails; it has been taken
                 out again.
         """
-        kind, saved = check_folder(folder)
-        with self.changing():
-            if name == BASE or name in self._served or name in self._refused:
+        with self._claimed(name):
+            found = read_folder(folder, self._forms)
+            if self.check_base_model:
+                theirs = found.saved.config.get("base_model_name_or_path")
+                remedy = "check_base_model=False (--no-check-base-model)"
+                refuse_other_base(self.model, theirs, f"adapter {name!r}", remedy)
+            if (untried := self._untried(name, found)) is not None:
+                self.residents.wait(name, *untried)
+                self._enlist(name, untried[0].remembers)
+                return
+            with self.changing():
+                with self.residents.alone():
+                    form = self._trials.load(name, folder, found)
+                if form is not None:
+                    self._forms[found.key] = form
+                self._enlist_resident(name, form)
+
+    @contextmanager
+    def _claimed(self, name: str) -> Iterator[None]:
+        """Inside, nobody else gives the name to an adapter. Raises ValueError where it has one, or is about to."""
+        with self._lock:
+            if name == BASE or name in self._served or name in self._refused or name in self._coming:
                 raise ValueError(f"adapter name {name!r} is taken; unload that first, or choose another")
-            with self.residents.alone():
-                self._load_and_try(name, folder, kind, saved)
-            self._enlist(name)
-
-    def _load_and_try(self, name: str, folder: str | Path, kind: str, saved: SavedAdapter) -> None:
-        if self.check_base_model:
-            theirs = saved.config.get("base_model_name_or_path")
-            remedy = "check_base_model=False (--no-check-base-model)"
-            refuse_other_base(self.model, theirs, f"adapter {name!r}", remedy)
-        if kind == "LORA":
-            source = {LORA: {"source": str(folder), "check_base_model": False}}  # it has been
-            config: Any = MoAConfig(experts=source, router={"kind": "single"}, num_experts_per_tok=None)
-            self._inject(name, config, None)
-        else:
-            self._inject(name, PeftConfig.from_pretrained(str(folder)), saved)
+            self._coming.add(name)
         try:
-            self._refuse(name, self._refusal(name))
-            if kind != "LORA":
-                self._fill(name, Path(folder) / SAFETENSORS_WEIGHTS_NAME)
-            self.model.eval()
-            self._refuse(name, self._trial(name))
-        except BaseException:
-            self.residents.forget(name)
-            raise
+            yield
+        finally:
+            self._coming.discard(name)
 
-    def _inject(self, name: str, config: Any, saved: SavedAdapter | None) -> None:
-        """Put an adapter into the model, or leave it as it was."""
-        config.inference_mode = True
-        with warnings.catch_warnings(), loading(saved):
-            warnings.simplefilter("ignore")  # "Already found a `peft_config`": so it should be
-            try:
-                inject_adapter_in_model(config, self.model, name)
-            except re.error as error:  # of the folder's config
-                raise ValueError(
-                    f"adapter {name!r}: a pattern of its config is no regular expression: {error}"
-                ) from None
-        self.residents.find_hosts()
-
-    def _fill(self, name: str, path: Path) -> None:
-        """Read the weights of an adapter that is in the model.
+    def _untried(self, name: str, found: Found) -> tuple[Form, dict[str, Tensor]] | None:
+        """Form and weights of an adapter that comes into the model under this name without a trial; None: with one.
 
         Raises:
-            ValueError: the file has not these weights, and no others: embeddings would be those of all requests.
+            ValueError: nothing can have this name.
         """
-        own = {host.path: adapter for host, adapter in self.residents.parts_of(name)}
-        mark = f".{self.residents.parts_of(name)[0][0].prefix}adapters."
-        parts: dict[str, dict[str, Any]] = {place: {} for place in own}
-        with weights_of(path) as weights:
-            for key in weights:
-                place, found, rest = key.removeprefix(PREFIX).partition(mark)
-                if not found or place not in parts:
-                    raise ValueError(f"{str(path)!r} holds {key!r}, which is no weight of this adapter's own")
-                parts[place][rest] = weights[key]
-        for place, adapter in own.items():
-            try:
-                adapter.load_state_dict(parts[place])
-            except RuntimeError as error:
-                raise ValueError(f"{str(path)!r} does not fit {place!r}: {error}") from None
+        form = found.form
+        if form is None or found.weights is None or not form.open or name in self._names_inside:
+            return None
+        check_name("adapter_name", name, form.parts.at[0][0].prefix)
+        return form, found.weights
 
     def unload(self, name: str) -> bool:
         """Take an adapter out: at once, or when the requests that use it are done; new ones are refused from now on.
@@ -227,6 +196,8 @@ class ServedAdapters:
         Raises:
             UnknownAdapter: there is none of this name.
         """
+        if name == BASE:
+            raise UnknownAdapter(f"{BASE!r} is the base model, which is not unloaded")
         with self._lock:
             if name not in self._served:
                 raise self._unknown(name)
@@ -246,63 +217,13 @@ class ServedAdapters:
             self.residents.forget(name)
         self.residents.drop_unwanted(lambda name: bool(self._users[name]))
 
-    def _enlist(self, name: str) -> None:
-        remembers = any(host.by_request(name) for host, _ in self.residents.parts_of(name))
-        self.residents.enlist(name)
+    def _enlist_resident(self, name: str, form: Form | None = None) -> None:
+        remembers = self.residents.parts_in(name).remember
+        self.residents.enlist(name, form)
+        self._enlist(name, remembers)
+
+    def _enlist(self, name: str, remembers: bool) -> None:
         with self._lock:
             (self._remembering.add if remembers else self._remembering.discard)(name)
             self._served[name] = None
             self._versions[name] += 1
-
-    # --- what cannot be served ----------------------------------------------------------------------------------
-
-    def _refusal(self, name: str) -> str | None:
-        """Why an adapter that is in the model cannot be right among packed requests; None if it can."""
-        head = unwrapped(self.model.get_output_embeddings())
-        for host, _ in self.residents.parts_of(name):
-            if reason := host.packed_refusal(name):
-                return f"{reason} at {host.path!r} must know the earlier tokens of its request"
-            if host.get_base_layer() is head:
-                return f"it adapts {host.path!r}, which reads the last token of each request alone"
-            if host.merged_adapters:
-                return f"adapters {host.merged_adapters} are merged at {host.path!r}: unmerge them first"
-        for path, module in self.model.named_modules():
-            if isinstance(module, AuxiliaryTrainingWrapper) and name in module._adapters:
-                return f"it has {path!r} of its own (modules_to_save or trained tokens), of which a step runs one"
-        return None
-
-    @staticmethod
-    def _refuse(name: str, reason: str | None) -> None:
-        if reason is not None:
-            raise AdapterRefused(f"adapter {name!r} cannot be served: {reason}")
-
-    @torch.no_grad()
-    def _trial(self, name: str) -> str | None:
-        """Why a first forward of two tokens fails; None if it does not."""
-        ids = torch.tensor([[0, 1]], device=next(self.model.parameters()).device)
-        try:
-            logits = self.model(input_ids=ids, adapter_names=[name], use_cache=False).logits
-        except Exception as error:  # whatever it is, it would end the loop, and with it all requests
-            return f"a first forward fails ({type(error).__name__}: {error})"
-        return None if bool(logits.isfinite().all()) else "a first forward gives logits that are no finite numbers"
-
-
-def check_folder(folder: str | Path) -> tuple[str, SavedAdapter]:
-    """The type of the adapter that a folder holds, and what it says of itself.
-
-    Raises:
-        ValueError: the folder holds no adapter with weights in safetensors, none of our types or LoRA, or files of
-            two saves.
-    """
-    folder = Path(folder)
-    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise ValueError(f"{str(folder)!r} holds no {SAFETENSORS_WEIGHTS_NAME}; save the adapter there")
-    saved = read_adapter(str(folder), lambda kind: True)
-    kind = None if saved is None else saved.config.get("peft_type")
-    if saved is None or (kind != "LORA" and config_class(kind) is None):
-        raise ValueError(
-            f"{str(folder)!r} holds an adapter of type {kind!r}; served are LORA and the types of this library"
-        )
-    if saved.other is not None:
-        raise ValueError(saved.other)
-    return str(kind), saved

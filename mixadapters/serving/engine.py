@@ -42,7 +42,7 @@ class StepWork:
     _live: dict[str, Request]
     _waiting: deque[tuple[Request, dict[str, Any]]]
     _roster: RowNames
-    _roster_of: list[str]
+    _stays: list[int | None]
     _manager: ServingManager | None
     _error: Exception | None
     _accepts: bool
@@ -73,7 +73,7 @@ class StepWork:
                     continue
                 try:
                     begins = (not blocked or request.adapter == BASE) and self.adapters.begin(request.adapter)
-                except (OSError, ValueError) as error:
+                except Exception as error:  # whatever it is, it would end the loop, and with it all requests
                     broken.append((request, error))
                     continue
                 if not begins:
@@ -84,9 +84,11 @@ class StepWork:
                 ready.append((request, options))
             self._waiting = kept
         for request, why in broken:
-            logger.error("the weights of adapter %r cannot be read: %s", request.adapter, why)
+            logger.error("adapter %r cannot come into the model: %s", request.adapter, why)
             self._forget(request)
-            request.fail(AdapterUnreadable(f"the weights of adapter {request.adapter!r} cannot be read any more"))
+            read = isinstance(why, (OSError, ValueError))
+            reason = "its weights cannot be read any more" if read else f"{type(why).__name__}, see the server's log"
+            request.fail(AdapterUnreadable(f"adapter {request.adapter!r} cannot come into the model: {reason}"))
         for request, options in ready:
             assert self._manager is not None
             self._manager.add_request(
@@ -117,11 +119,11 @@ class StepWork:
         """The adapters of this step, and of those that come: what layers have packed for it serves the next steps."""
         if wanted == {BASE}:
             return RowNames([BASE])
-        salts = [self.adapters.salt(name) for name in self._roster]
-        if salts != self._roster_of or not wanted.issubset(self._roster):
-            coming = [name for name in live if name in self.adapters.residents]
+        residents = self.adapters.residents
+        if self._stays != [residents.stay(name) for name in self._roster] or not wanted.issubset(self._roster):
+            coming = [name for name in live if name in residents]
             self._roster = RowNames(dict.fromkeys([BASE, *coming, *sorted(wanted)]))
-            self._roster_of = [self.adapters.salt(name) for name in self._roster]
+            self._stays = [residents.stay(name) for name in self._roster]
         return self._roster
 
     def salt(self, request_id: str) -> str:
@@ -233,7 +235,7 @@ class AdapterServer(StepWork):
         self._lock = threading.Lock()
         self._live: dict[str, Request] = {}
         self._waiting = deque()  # for a step, or for their adapter
-        self._roster, self._roster_of = RowNames([BASE]), [""]
+        self._roster, self._stays = RowNames([BASE]), [None]
         self._error: Exception | None = None
         self._accepts = False
 

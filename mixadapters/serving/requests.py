@@ -27,7 +27,7 @@ class AdapterRefused(ValueError):
 
 
 class AdapterUnreadable(RuntimeError):
-    """The weights of the adapter, which had left the model, cannot be read from their file."""
+    """The adapter, which lay outside the model, cannot come into it: its file has gone, say, or there is no room."""
 
 
 class RequestCancelled(RuntimeError):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,21 +20,7 @@ from mixadapters.core.context import ForwardContext
 from mixadapters.core.files import weights_of
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.walking import outside_adapters
-
-
-class Parts(NamedTuple):
-    """An adapter by the layers that it sits at."""
-
-    config: Any
-    at: list[tuple[AdapterHost, Adapter]]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Its weights and buffers, by a number of the layer and their names there."""
-        return {
-            f"{number}.{name}": tensor
-            for number, (_, adapter) in enumerate(self.at)
-            for name, tensor in (*adapter.named_parameters(), *adapter.named_buffers())
-        }
+from mixadapters.serving.forms import Form, Parts
 
 
 class Reading:
@@ -80,9 +67,12 @@ class Residents:
         self._files: dict[str, Path] = {}  # written once: a served adapter does not change
         self._away: dict[str, int] = {}  # those whose weights lie in their files alone -> bytes
         self._readings: dict[str, Reading] = {}
-        self._written = 0
-        self._parts: dict[str, Parts] = {}
-        self._inside: OrderedDict[str, None] = OrderedDict()  # by when they were used last
+        self._numbers = itertools.count(1)  # of files
+        self._parts: dict[str, Parts] = {}  # of those in the model, and of those outside that have no form
+        self._forms: dict[str, Form] = {}
+        self._waiting: dict[str, dict[str, Tensor]] = {}  # weights of those outside the model, in host memory
+        self._inside: OrderedDict[str, int] = OrderedDict()  # by when they were used last -> their stay
+        self._stays = itertools.count(1)
         self._hosts: list[AdapterHost] = []
         self.evictions = 0
         self.find_hosts()
@@ -98,6 +88,10 @@ class Residents:
 
     def __contains__(self, name: str) -> bool:
         return name in self._inside
+
+    def stay(self, name: str) -> int | None:
+        """A number that an adapter has as long as it is in the model; None where it is not there."""
+        return self._inside.get(name)
 
     def __len__(self) -> int:
         return len(self._inside)
@@ -122,11 +116,22 @@ class Residents:
                 self.model.peft_config.clear()
                 self.model.peft_config.update(configs | came)
 
-    def enlist(self, name: str) -> None:
+    def parts_in(self, name: str) -> Parts:
+        """The same with its config."""
+        return Parts(self.model.peft_config[name], self.parts_of(name))
+
+    def enlist(self, name: str, form: Form | None = None) -> None:
         """An adapter that is in the model is one of ours from now on; another may leave for it."""
-        self._parts[name] = Parts(self.model.peft_config[name], self.parts_of(name))
-        self._inside[name] = None
+        self._parts[name] = self.parts_in(name)
+        if form is not None:
+            self._forms[name] = form
+        self._inside[name] = next(self._stays)
         self._make_room(name)
+
+    def wait(self, name: str, form: Form, weights: dict[str, Tensor]) -> None:
+        """An adapter that is not in the model is one of ours from now on. Forwards may run meanwhile."""
+        self._forms[name] = form
+        self._keep(name, weights)
 
     def use(self, name: str) -> bool:
         """Have an adapter in the model.
@@ -142,21 +147,15 @@ class Residents:
                 return False
             if self.most is not None and len(self._inside) >= self.most and not self._evict_one():
                 return False
-            self._take_in(name)
-            config, at = self._parts[name]
-            for host, adapter in at:
-                host.adapters[name] = adapter
-                host._move_adapter_to_device_of_base_layer(name)
-            self.context.hosted.add(name)
-            self.model.peft_config[name] = config
-            self._inside[name] = None
+            self._put_in(name)
         self._inside.move_to_end(name)
         return True
 
     def forget(self, name: str) -> None:
         """An adapter is none of ours any more."""
         self._take_out(name)
-        self._parts.pop(name, None)
+        for kept in (self._parts, self._forms, self._waiting):
+            kept.pop(name, None)
         self._away.pop(name, None)
         self._readings.pop(name, None)
         if (path := self._files.pop(name, None)) is not None:
@@ -176,7 +175,7 @@ class Residents:
     @property
     def filed_bytes(self) -> int:
         """Of the adapters whose weights lie in files alone."""
-        return sum(self._away.values())
+        return sum(list(self._away.values()))  # adapters may come meanwhile
 
     def _has_come(self, name: str) -> bool:
         """Whether the weights have been read; the first question has them read."""
@@ -188,30 +187,48 @@ class Residents:
             raise self._readings.pop(name).error  # type: ignore[misc]
         return reading.done
 
-    def _take_in(self, name: str) -> None:
-        """What has been read becomes the adapter's weights."""
-        if name in self._away:
-            read = self._readings.pop(name).tensors
-            for key, tensor in self._parts[name].tensors().items():
-                tensor.data = read[key]
-            del self._away[name]
+    def _put_in(self, name: str) -> None:
+        """Put an adapter into the model, or leave both as they were."""
+        form = self._forms.get(name)
+        parts = self._parts[name] if form is None else form.parts.copied(name)
+        weights = self._readings[name].tensors if name in self._away else self._waiting.get(name, {})
+        tensors = parts.tensors()
+        for key, tensor in weights.items():
+            tensors[key].data = tensor
+        try:
+            for host, adapter in parts.at:
+                host.adapters[name] = adapter
+                host._move_adapter_to_device_of_base_layer(name)
+        except BaseException:  # no room on the device
+            for host, _ in parts.at:
+                host.adapters._modules.pop(name, None)
+            raise
+        self._parts[name] = parts
+        for kept in (self._away, self._readings, self._waiting):
+            kept.pop(name, None)
+        self.context.hosted.add(name)
+        self.model.peft_config[name] = parts.config
+        self._inside[name] = next(self._stays)
 
     def _put_away(self, name: str) -> None:
-        """The weights of an adapter that has left the model go to host memory, or to its file."""
-        parts = self._parts[name]
-        if self._folder is None:
-            for _, adapter in parts.at:
-                adapter.to(torch.device("cpu"))
-            return
-        tensors = parts.tensors()
-        if name not in self._files:
-            self._written += 1
-            path = Path(self._folder.name) / f"{self._written}.safetensors"
-            save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}, path)
-            self._files[name] = path
-        self._away[name] = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        """An adapter leaves the model, and its weights go to host memory, or to its file."""
+        tensors = self._parts[name].tensors()
+        self._keep(name, {key: tensor.detach().cpu() for key, tensor in tensors.items()})
+        self._take_out(name)
+        if name in self._forms:  # of which others are made
+            del self._parts[name]
         for tensor in tensors.values():
             tensor.data = torch.empty(0, dtype=tensor.dtype)
+
+    def _keep(self, name: str, weights: dict[str, Tensor]) -> None:
+        if self._folder is None:
+            self._waiting[name] = weights
+            return
+        if name not in self._files:
+            path = Path(self._folder.name) / f"{next(self._numbers)}.safetensors"
+            save_file({key: tensor.clone().contiguous() for key, tensor in weights.items()}, path)
+            self._files[name] = path
+        self._away[name] = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
 
     def _make_room(self, kept: str) -> None:
         while self.most is not None and len(self._inside) > self.most and self._evict_one(kept):
@@ -221,7 +238,6 @@ class Residents:
         name = next((name for name in self._inside if name != kept and self.idle(name)), None)
         if name is None:
             return False
-        self._take_out(name)
         self._put_away(name)
         self.evictions += 1
         return True

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from mixadapters.core.bank import AdapterBank, PackedExperts, Weights, packed
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.engines import is_sharded
 from mixadapters.core.routing import Routing
 from mixadapters.sharding.exchange import enter, leave
 from mixadapters.sharding.placement import Placement
@@ -167,7 +167,7 @@ class ShardedBank(AdapterBank):
 
     def refuse_sharded(self) -> None:
         """Raise RuntimeError where an engine has taken the parameters of the experts apart."""
-        if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in self.experts.parameters()):
+        if any(map(is_sharded, self.experts.parameters())):
             raise RuntimeError(
                 "experts that are spread over processes cannot be sharded by FSDP or DeepSpeed ZeRO too: use one of "
                 "them"

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.fields import finite
+from mixadapters.core.engines import is_sharded
+from mixadapters.core.fields import check_integer, check_number
 from mixadapters.core.hooks import root_of
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
+from mixadapters.core.processes import gathered
 from mixadapters.sharding.bank import ShardedBank
 from mixadapters.sharding.moving import forget, move
 from mixadapters.sharding.placement import Placement, even_placement, plan_placement
@@ -133,8 +134,7 @@ class ExpertSharding:
         Raises:
             ValueError: a number that is not above 0.
         """
-        if not finite(max_norm) or max_norm <= 0:
-            raise ValueError(f"max_norm={max_norm!r} must be a finite number above 0")
+        check_number("max_norm", max_norm, above=0)
         experts = list(self._experts())
         squares = next(iter(self.banks.values())).used.new_zeros(len(experts) + 1)
         for place, (parameter, counts) in enumerate(experts):
@@ -303,9 +303,8 @@ def shard_experts(
             another engine (DDP, FSDP2, DeepSpeed ZeRO, tensor parallelism), or parameters that differ between the
             processes.
     """
-    for name, value in (("every", every), ("copies", copies)):
-        if type(value) is not int or value < 0:
-            raise ValueError(f"{name}={value!r} must be a whole number, 0 or more")
+    check_integer("every", every, least=0)
+    check_integer("copies", copies, least=0)
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("call torch.distributed.init_process_group first: experts are spread over its processes")
     group = dist.group.WORLD if group is None else group
@@ -390,7 +389,7 @@ def _refuse_engines(model: nn.Module) -> None:
             "shard_experts needs the model itself: wrap it in DistributedDataParallel afterwards, if at all"
         )
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id"):
+        if is_sharded(parameter):
             raise ValueError(
                 f"{name!r} is sharded by FSDP2, DeepSpeed ZeRO or tensor parallelism, beside which experts cannot be "
                 "spread: use one of them"
@@ -401,8 +400,7 @@ def _refuse_different(model: nn.Module, group: Any) -> None:
     """Raise ValueError, in every process, where the trainable parameters are not the same in all of them."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
     sums = {name: float(p.detach().double().sum()) for name, p in model.named_parameters() if p.requires_grad}
-    said: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, (shapes, sums), group=group)
+    said = gathered((shapes, sums), group)
     for other, theirs in enumerate(said):
         for what, mine, first in zip(("shapes", "values"), theirs, said[0], strict=True):
             if wrong := [name for name in first.keys() | mine.keys() if first.get(name) != mine.get(name)]:

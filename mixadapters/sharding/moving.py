@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mixadapters.core.processes import gathered
 from mixadapters.sharding.bank import ShardedBank, empty
 from mixadapters.sharding.placement import Placement
 
@@ -69,10 +70,8 @@ def _own(banks: list[ShardedBank]) -> Iterator[tuple[int, str, int, nn.Parameter
 
 def _agreed(kept: Kept, group: Any) -> Kept:
     """What all processes have said."""
-    said: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, kept, group=group)
     found: Kept = {}
-    for one in said:
+    for one in gathered(kept, group):
         found |= one
     return found
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_integer, check_number
 
 
 class Placement(NamedTuple):
@@ -50,9 +50,8 @@ def even_placement(experts: int, devices: int) -> Placement:
     Raises:
         ValueError: a number out of range.
     """
-    for name, value, least in (("experts", experts, 0), ("devices", devices, 1)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name}={value!r} must be an integer, at least {least}")
+    check_integer("experts", experts, least=0)
+    check_integer("devices", devices, least=1)
     return Placement(tuple((expert % devices,) for expert in range(experts)), devices)
 
 
@@ -98,14 +97,14 @@ def plan_placement(
 
 def _checked(load: Sequence[float], devices: int, slots: int | Sequence[int], t: int, m: int) -> list[int]:
     """The slots of each device. Raises ValueError."""
-    for name, value, least in (("devices", devices, 1), ("t", t, 0), ("m", m, 0)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name}={value!r} must be an integer, at least {least}")
+    check_integer("devices", devices, least=1)
+    check_integer("t", t, least=0)
+    check_integer("m", m, least=0)
     room = [slots] * devices if isinstance(slots, int) else list(slots)
     if len(room) != devices or not all(type(count) is int and count >= 0 for count in room):
         raise ValueError(f"slots={slots!r} must be a number of places, or one for each of the {devices} devices")
-    if wrong := [amount for amount in load if not finite(amount) or amount < 0]:
-        raise ValueError(f"load has {wrong[0]!r}; give each expert a finite number, not below 0")
+    for expert, amount in enumerate(load):
+        check_number(f"load[{expert}]", amount, least=0)
     if sum(room) < len(load):
         raise ValueError(
             f"slots={slots!r} on {devices} devices are {sum(room)} places for {len(load)} experts; give each device "
@@ -153,15 +152,9 @@ def deal_tasks(rows: Mapping[str, int], devices: int, at_most: float = 1.25) -> 
     """
     if not rows or not all(type(count) is int and count > 0 for count in rows.values()):
         raise ValueError(f"rows={dict(rows)!r} must name tasks and how many rows each has, 1 or more")
-    if not finite(at_most) or at_most < 1:
-        raise ValueError(
-            f"at_most={at_most!r} must be a finite number of at least 1: the busiest device over the mean"
-        )
+    check_number("at_most", at_most, least=1)
     load = list(rows.values())
-    numbers = range(len(load) + 1)
-    plans = (plan_placement(load, devices, len(load), t, m) for m in numbers for t in numbers if t >= m)
-    good = [plan for plan in plans if plan.max_over_mean(load) <= at_most]  # that with all tasks everywhere always is
-    plan = min(good, key=lambda plan: (sum(map(len, plan.holders)), plan.max_over_mean(load)))
+    plan = next(filter(None, (_fewest_copies(load, devices, m, at_most) for m in range(len(load) + 1))))
     dealt: list[dict[str, int]] = [{} for _ in range(devices)]
     for (name, count), held in zip(rows.items(), plan.holders, strict=True):
         for place, device in enumerate(held):
@@ -169,3 +162,14 @@ def deal_tasks(rows: Mapping[str, int], devices: int, at_most: float = 1.25) -> 
             if share:
                 dealt[device][name] = share
     return dealt
+
+
+def _fewest_copies(load: Sequence[int], devices: int, m: int, at_most: float) -> Placement | None:
+    """Of the plans with room for `m` copies on each device that are balanced, the one with the fewest; None: none is.
+
+    More room makes more copies, and with room for all tasks everywhere there is balance. Copies go to the busiest,
+    one by one: the other tasks, however many, are no candidates.
+    """
+    plans = [plan_placement(load, devices, len(load), t, m) for t in range(m, min(len(load), devices * m) + 1)]
+    good = [plan for plan in plans if plan.max_over_mean(load) <= at_most]
+    return min(good, key=lambda plan: (sum(map(len, plan.holders)), plan.max_over_mean(load)), default=None)

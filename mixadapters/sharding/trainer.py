@@ -8,9 +8,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_integer, check_number
+from mixadapters.core.trainers import trainer_above
 from mixadapters.sharding.experts import ExpertSharding, keep_from_ddp, mixtures_to_spread, shard_experts
-from mixadapters.training.events import find_tuner, trainer_of_event
+from mixadapters.training.events import find_tuner, plain_optimizer
 
 
 class SameBatchesMixin:
@@ -72,18 +73,16 @@ class ExpertShardingCallback(TrainerCallback):
     def __init__(
         self, every: int = 100, copies: int = 0, max_grad_norm: float = 1.0, adapter_name: str = "default"
     ) -> None:
-        for name, value in (("every", every), ("copies", copies)):
-            if type(value) is not int or value < 0:
-                raise ValueError(f"{name}={value!r} must be a whole number, 0 or more")
-        if not finite(max_grad_norm) or max_grad_norm < 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm!r} must be a finite number, 0 or more")
+        check_integer("every", every, least=0)
+        check_integer("copies", copies, least=0)
+        check_number("max_grad_norm", max_grad_norm, least=0)
         self.every, self.copies, self.max_grad_norm, self.adapter_name = every, copies, max_grad_norm, adapter_name
         self.sharding: ExpertSharding | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        trainer = trainer_of_event()
+        trainer = trainer_above()
         assert trainer is not None
         check(args, trainer)
         mixtures = mixtures_to_spread(find_tuner(model), self.adapter_name)
@@ -98,11 +97,11 @@ class ExpertShardingCallback(TrainerCallback):
                 model,
                 every=self.every,
                 copies=self.copies,
-                optimizer=_plain(optimizer),
+                optimizer=plain_optimizer(optimizer),
                 adapter_name=self.adapter_name,
             )
         elif self.sharding.is_whole:
-            self.sharding.spread(_plain(optimizer))
+            self.sharding.spread(plain_optimizer(optimizer))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -114,7 +113,7 @@ class ExpertShardingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
         if self.sharding is not None and self.every and state.global_step % self.every == 0:
-            self.sharding.reshard(_plain(optimizer))
+            self.sharding.reshard(plain_optimizer(optimizer))
         self._before_pause(control, optimizer)
 
     def on_epoch_end(
@@ -126,14 +125,14 @@ class ExpertShardingCallback(TrainerCallback):
         """Gathers the experts where Trainer is about to evaluate, to save or to end."""
         pauses = control.should_evaluate or control.should_save or control.should_training_stop
         if self.sharding is not None and pauses and not self.sharding.is_whole:
-            self.sharding.gather(_plain(optimizer))
+            self.sharding.gather(plain_optimizer(optimizer))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
         optimizer: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         if self.sharding is not None:
-            self.sharding.close(_plain(optimizer))
+            self.sharding.close(plain_optimizer(optimizer))
             self.sharding = None
 
 
@@ -167,8 +166,3 @@ def check(args: TrainingArguments, trainer: Trainer) -> None:
             f"max_grad_norm={args.max_grad_norm!r} of TrainingArguments would clip by the norm of the gradients that "
             f"one process has: pass max_grad_norm=0.0 there, and {name}(max_grad_norm={args.max_grad_norm!r})"
         )
-
-
-def _plain(optimizer: Any) -> Any:
-    """The optimizer inside of accelerate's."""
-    return getattr(optimizer, "optimizer", optimizer)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mixadapters.core.bank import Weights
 from mixadapters.core.config import one_of
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import check_share
+from mixadapters.core.fields import check_integer, check_share
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.surgery.choices import CODECS, COMPRESSIONS, ROUNDINGS, SCALES
 from mixadapters.surgery.layers import ExpertLayer, Routed
@@ -120,8 +120,7 @@ def compress_experts(
         raise ValueError("calibration can be run only once, and each layer needs it: pass a list of batches")
     if not (batches := list(calibration)) or not all(isinstance(batch, Mapping) for batch in batches):
         raise ValueError("calibration must be a list of batches, at least one, each a dict of the model's arguments")
-    if type(samples) is not int or samples < 1:
-        raise ValueError(f"samples={samples!r} must be a number of rows, at least 1")
+    check_integer("samples", samples, least=1)
     for layer in layers:
         _refuse(layer, method, options)
     done: dict[str, tuple[ExpertCompression, ...]] = {}

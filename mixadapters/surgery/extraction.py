@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from mixadapters.core.bank import AdapterBank, Weights
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_integer, check_number
 from mixadapters.core.files import weights_of
 from mixadapters.core.folders import written_aside
 from mixadapters.core.hooks import root_of
@@ -214,18 +214,15 @@ def extract_experts(
 
 
 def _check_numbers(n: int, shared: float, top_k: int | None, samples: int) -> None:
-    if type(n) is not int or n < 2:
-        raise ValueError(f"n={n!r} must be a number of experts, at least 2")
-    if not finite(shared) or not 0 <= shared < 1:
-        raise ValueError(f"shared={shared!r} must be a share of the units, from 0 and below 1")
-    if type(samples) is not int or samples < n:
-        raise ValueError(f"samples={samples!r} must be a number of tokens, at least n={n}")
+    check_integer("n", n, least=2)
+    check_number("shared", shared, least=0, below=1)
+    check_integer("samples", samples, least=n)
     _check_top_k(top_k, n)
 
 
 def _check_top_k(top_k: int | None, n: int) -> None:
-    if top_k is not None and (type(top_k) is not int or not 1 <= top_k <= n):
-        raise ValueError(f"top_k={top_k!r} must be an integer from 1 to the {n} experts, or None for all")
+    if top_k is not None:
+        check_integer("top_k", top_k, least=1, most=n)
 
 
 def _seen(model: nn.Module, ffn: Any, batches: Iterable[dict[str, Any]], samples: int) -> tuple[Tensor, Tensor]:

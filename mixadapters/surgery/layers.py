@@ -8,7 +8,7 @@ from mixadapters.surgery.blocks import base_layers
 from mixadapters.surgery.mixtures import mixture_layers
 from mixadapters.surgery.view import ExpertLayer, Routed, Watcher
 
-__all__ = ["ExpertLayer", "Routed", "Watcher", "expert_layers"]
+__all__ = ["ExpertLayer", "Routed", "Watcher", "expert_layers", "require_layers"]
 
 
 def expert_layers(model: nn.Module, adapter: str | None = None) -> list[ExpertLayer]:
@@ -26,4 +26,11 @@ def expert_layers(model: nn.Module, adapter: str | None = None) -> list[ExpertLa
         layers += mixture_layers(model, adapter)
     if adapter in (None, ""):
         layers += base_layers(model)
+    return layers
+
+
+def require_layers(layers: list[ExpertLayer]) -> list[ExpertLayer]:
+    """The layers that were found in a model. Raises ValueError where there are none."""
+    if not layers:
+        raise ValueError("the model has no routed experts: no mixture of an adapter, and no MoE block in its base")
     return layers

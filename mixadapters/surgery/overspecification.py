@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from mixadapters.core.bank import Weights
 from mixadapters.core.evaluation import in_evaluation
+from mixadapters.core.fields import check_integer
 from mixadapters.surgery.choices import check_tolerance
-from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers
+from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers, require_layers
 from mixadapters.surgery.view import expert_output
 
 
@@ -179,11 +180,8 @@ def overspecification_report(
         ValueError: the model has no experts, `data` reach none of them, or a number is out of range.
     """
     check_tolerance("tolerance", tolerance)
-    if type(samples) is not int or samples < 1:
-        raise ValueError(f"samples={samples!r} must be a number of rows, at least 1")
-    layers = expert_layers(model, adapter)
-    if not layers:
-        raise ValueError("the model has no routed experts: no mixture of an adapter, and no MoE block in its base")
+    check_integer("samples", samples, least=1)
+    layers = require_layers(expert_layers(model, adapter))
     seen: dict[str, _Sample] = {layer.key: _Sample() for layer in layers}
     with in_evaluation(model), ExitStack() as stack:
         for layer in layers:

@@ -15,9 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mixadapters.core.registry import nearest
+from mixadapters.core.config import one_of
+from mixadapters.core.fields import check_integer
 from mixadapters.surgery.choices import CRITERIA, Criterion
-from mixadapters.surgery.layers import ExpertLayer, expert_layers
+from mixadapters.surgery.layers import ExpertLayer, expert_layers, require_layers
 from mixadapters.surgery.layouts import settle_config
 from mixadapters.surgery.mixtures import MixtureExperts, mixture_layers
 from mixadapters.surgery.usage import ExpertUsage, LayerUsage
@@ -141,10 +142,7 @@ def layers_to_cut(model: nn.Module, adapter: str | None) -> list[ExpertLayer]:
     owners = list(dict.fromkeys(layer.adapter for layer in layers))
     if len(owners) > 1:
         raise ValueError(f"the model has experts of the adapters {owners}: say which by adapter=...")
-    layers = layers or (expert_layers(model, "") if adapter is None else [])
-    if not layers:
-        raise ValueError("the model has no routed experts: no mixture of an adapter, and no MoE block in its base")
-    return layers
+    return require_layers(layers or (expert_layers(model, "") if adapter is None else []))
 
 
 def check_usage(layers: Sequence[ExpertLayer], usage: ExpertUsage | None, without: str = "") -> None:
@@ -165,12 +163,11 @@ def check_usage(layers: Sequence[ExpertLayer], usage: ExpertUsage | None, withou
 def _check_choice(keep: Any, factor: Any, criterion: str, scope: str) -> None:
     if (keep is None) == (factor is None):
         raise ValueError(f"keep={keep!r} and factor={factor!r}: give one of the two")
-    if keep is not None and (type(keep) is not int or keep < 1):
-        raise ValueError(f"keep={keep!r} must be a number of experts, 1 or more")
+    if keep is not None:
+        check_integer("keep", keep, least=1)
     if factor is not None and (type(factor) not in (int, float) or not 1 <= factor < math.inf):
         raise ValueError(f"factor={factor!r} must be a number, 1 or more: a layer of E experts keeps E / factor")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion={criterion!r} is unknown; have {CRITERIA}.{nearest(criterion, CRITERIA)}")
+    one_of("criterion", criterion, CRITERIA)
     if scope not in ("layer", "global"):
         raise ValueError(f"scope={scope!r} must be 'layer' or 'global'")
 

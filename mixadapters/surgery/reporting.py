@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixadapters.core.bank import Weights
 from mixadapters.core.hooks import root_of
-from mixadapters.surgery.layers import expert_layers
+from mixadapters.surgery.layers import expert_layers, require_layers
 from mixadapters.surgery.usage import ExpertUsage, LayerUsage
 from mixadapters.surgery.view import ExpertLayer
 
@@ -158,9 +158,7 @@ def report(
     Raises:
         ValueError: the model has no routed experts, or the record is of other ones.
     """
-    layers = expert_layers(model, adapter)
-    if not layers:
-        raise ValueError("the model has no routed experts: no mixture of an adapter, and no MoE block in its base")
+    layers = require_layers(expert_layers(model, adapter))
     found = tuple(_layer(layer, usage, overspecification) for layer in layers)
     held = list(model.parameters())
     total = sum(parameter.numel() for parameter in held)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.routing import FROZEN
 from mixadapters.core.sites import has_two_stacks
-from mixadapters.surgery.layers import expert_layers
+from mixadapters.surgery.layers import expert_layers, require_layers
 from mixadapters.surgery.view import ExpertLayer, Routed, context_of
 
 TOP = 8  # experts of a token that are kept, the heaviest first
@@ -139,9 +139,7 @@ def routes(
     Raises:
         ValueError: the model has no routed experts, there are no texts, or one that has no tokens or too many.
     """
-    layers = _one_of_each_router(expert_layers(model, adapter))
-    if not layers:
-        raise ValueError("the model has no routed experts: no mixture of an adapter, and no MoE block in its base")
+    layers = _one_of_each_router(require_layers(expert_layers(model, adapter)))
     check_labels(labels, len(texts))
     ids = read_tokens(model, tokenizer, texts, length)
     seen: dict[str, tuple[ExpertLayer, list[Tensor], list[Tensor]]] = {}

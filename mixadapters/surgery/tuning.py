@@ -24,7 +24,7 @@ from mixadapters.core.routing import Routing, chosen_experts
 from mixadapters.routers.learned import LearnedRouter
 from mixadapters.routers.tree import TreeRouter
 from mixadapters.surgery.blocks import BaseExperts
-from mixadapters.surgery.layers import ExpertLayer, expert_layers
+from mixadapters.surgery.layers import ExpertLayer, expert_layers, require_layers
 from mixadapters.surgery.mixtures import MixtureExperts, deciding_router
 from mixadapters.surgery.usage import ExpertUsage, record_usage
 
@@ -140,9 +140,7 @@ def tune_experts(
         ValueError: no such layer or expert, a number out of range, more experts on than a row uses, all of a layer
             off, or a router that cannot mask.
     """
-    layers = expert_layers(model, adapter)
-    if not layers:
-        raise ValueError("the model has no routed experts: no mixture of an adapter, and no MoE block in its base")
+    layers = require_layers(expert_layers(model, adapter))
     one_of("mode", mode, MODES)
     tunings = read_places(layers, off, on or {}, scale or {})
     for layer, tuning in tunings.items():

@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mixadapters.core.fields import check_integer
 from mixadapters.core.folders import written_aside
 from mixadapters.core.losses import entropy, real_only
-from mixadapters.surgery.layers import expert_layers
+from mixadapters.surgery.layers import expert_layers, require_layers
 from mixadapters.surgery.view import ExpertLayer, Routed, context_of
 
 SAMPLES = 4096  # logits that are kept of each layer
@@ -341,11 +342,8 @@ def record_usage(
     Raises:
         ValueError: the model has no experts; or in a forward, as many labels as rows are needed.
     """
-    if type(samples) is not int or samples < 0:
-        raise ValueError(f"samples={samples!r} must be a number of rows, 0 for none")
-    layers = expert_layers(model, adapter)
-    if not layers:
-        raise ValueError("the model has no routed experts: no mixture of an adapter, and no MoE block in its base")
+    check_integer("samples", samples, least=0)
+    layers = require_layers(expert_layers(model, adapter))
     usage = ExpertUsage(labels=_checked(labels))
     with ExitStack() as stack:
         context = stack.enter_context(context_of(model))

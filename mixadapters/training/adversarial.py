@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_integer, check_number
 from mixadapters.core.hooks import root_of
+from mixadapters.core.losses import masked_mean
 from mixadapters.core.routing import Routing, RoutingKey
 from mixadapters.training.events import find_tuner
 from mixadapters.training.staged_distillation import distillation_loss
@@ -44,13 +45,11 @@ class EmbeddingAttack:
     """
 
     def __init__(self, eps: float = 0.5, steps: int = 2, step_size: float | None = None) -> None:
-        step = eps * 5 / 8 if step_size is None and finite(eps) else step_size
-        for name, value in (("eps", eps), ("step_size", step)):
-            if value is None or not finite(value) or value < 0:
-                raise ValueError(f"{name}={value!r} must be a finite number, not below 0")
-        if type(steps) is not int or steps < 1:
-            raise ValueError(f"steps={steps!r} must be an integer, at least 1")
-        self.eps, self.steps, self.step_size = eps, steps, float(step or 0.0)
+        check_number("eps", eps, least=0)
+        check_integer("steps", steps, least=1)
+        step_size = eps * 5 / 8 if step_size is None else step_size
+        check_number("step_size", step_size, least=0)
+        self.eps, self.steps, self.step_size = eps, steps, float(step_size)
 
     def find(self, model: nn.Module, inputs: Mapping[str, Any], labels: Tensor | None = None) -> Tensor:
         """The change (B, T, d).
@@ -169,10 +168,7 @@ def _probs(routing: Routing) -> Tensor:
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
     """Of values (N,), over the rows that are real tokens."""
-    if mask is None or mask.numel() != len(values):
-        return values.mean()
-    real = mask.reshape(-1).to(values.dtype)
-    return (values * real).sum() / real.sum().clamp_min(1)
+    return masked_mean(values, None if mask is None or mask.numel() != len(values) else mask.reshape(-1))
 
 
 class Robustness(NamedTuple):
@@ -236,8 +232,7 @@ class AdversarialTrainerMixin:
         router_alpha: float = 0.0, alternate: bool = True, **kwargs: Any,
     ) -> None:  # fmt: skip
         for name, value in (("beta", beta), ("router_alpha", router_alpha)):
-            if not finite(value) or value < 0:
-                raise ValueError(f"{name}={value!r} must be a finite number, not below 0")
+            check_number(name, value, least=0)
         self.attack = EmbeddingAttack(eps, steps, step_size)
         self.beta, self.router_alpha, self.alternate = beta, router_alpha, alternate
         super().__init__(*args, **kwargs)

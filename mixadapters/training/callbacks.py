@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from mixadapters.core.engines import loaded
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.processes import gathered, several
 from mixadapters.core.saving import restore_frozen
+from mixadapters.core.trainers import check_columns, check_launched, trainer_above
 from mixadapters.routers.base import COEFFICIENTS
 from mixadapters.training.checkpoints import fault, lay_out_moments, note_stage, stage_of
-from mixadapters.training.events import find_tuner, progress, trainer_of_event
+from mixadapters.training.events import find_tuner, progress
 from mixadapters.training.objectives import require_pretrained_head
 
 
@@ -68,7 +68,7 @@ class StageCallback(TrainerCallback):
     def _check(self, args: TrainingArguments, tuner: MixtureModel) -> None:
         """Refuses what would go wrong silently in the run."""
         check_launched(args)
-        trainer = trainer_of_event()
+        trainer = trainer_above()
         self._check_columns(args, tuner, trainer)
         if trainer is not None:
             check_saves(trainer)
@@ -95,16 +95,8 @@ class StageCallback(TrainerCallback):
                 f"remove_unused_columns=True would drop the columns {sorted(needed)} that this stage needs; pass "
                 "remove_unused_columns=False"
             )
-        if trainer is None:
-            return
-        read = tuner.context.own_fields.intersection(["adapter_names", *tuner.fields]).difference(trainer.label_names)
-        evaluated = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
-        for dataset in (trainer.train_dataset, *evaluated.values()):
-            if dropped := sorted(read & columns(dataset)):
-                raise ValueError(
-                    f"remove_unused_columns=True would drop the columns {dropped} of the dataset, which adapters "
-                    "read; pass remove_unused_columns=False, or a dataset without them"
-                )
+        if trainer is not None:
+            check_columns(trainer, tuner.context.own_fields.intersection(["adapter_names", *tuner.fields]))
 
     def _look_at_checkpoints(self, args: TrainingArguments) -> None:
         """Says, before a run, why it could not go on from the checkpoint that it would be given."""
@@ -120,7 +112,7 @@ class StageCallback(TrainerCallback):
                     stacklevel=2,
                 )
                 continue
-            if (folder / "latest").is_file() and not getattr(trainer_of_event(), "is_deepspeed_enabled", False):
+            if (folder / "latest").is_file() and not getattr(trainer_above(), "is_deepspeed_enabled", False):
                 warnings.warn(
                     f"the checkpoint {folder} is DeepSpeed's: a run without it goes on from the adapter's weights, "
                     "with new moments of the optimizer",
@@ -148,7 +140,7 @@ class StageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
         optimizer: Any = None, train_dataloader: Any = None, **_: Any,
     ) -> None:  # fmt: skip
-        self.trainer = trainer_of_event()
+        self.trainer = trainer_above()
         tuner = find_tuner(model)
         now, domain = tuner.stage.get(self.adapter_name), tuner.single_domain.get(self.adapter_name)
         if (now, domain) != (self.stage, self.domain):
@@ -237,16 +229,6 @@ def check_saves(trainer: Trainer) -> None:
         )
 
 
-def check_launched(args: TrainingArguments) -> None:
-    """Raises ValueError where a launcher has started several processes and each would train by itself, on all rows."""
-    launched = os.environ.get("WORLD_SIZE", "1")
-    if launched.isdigit() and int(launched) > 1 and args.world_size == 1:
-        raise ValueError(
-            f"WORLD_SIZE={launched} processes were launched, and TrainingArguments has each train by itself: on a "
-            "machine without GPUs pass use_cpu=True"
-        )
-
-
 def check_sharded_once(trainer: Trainer) -> None:
     """Raises ValueError where FSDP has sharded the model in an earlier Trainer: it finds no blocks in it again."""
     loads = getattr(trainer, "is_distributed_loading_by_transformers", False)  # sharded once, by `from_pretrained`
@@ -307,13 +289,3 @@ def collect_usage(model: nn.Module, per_layer: bool = False) -> dict[str, float]
             before = sums.get(name, (0.0, 0))
             sums[name] = before[0] + total, before[1] + count
     return report | {f"loss/{name}": total / count for name, (total, count) in sums.items()}
-
-
-def columns(dataset: Any) -> set[str]:
-    """The names of what a row of `dataset` holds, as far as it says so without being run through."""
-    names = getattr(dataset, "column_names", None)
-    if names is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset):
-        with torch.random.fork_rng():
-            row = dataset[0]
-        names = row if isinstance(row, Mapping) else ()
-    return {name for name in names or () if isinstance(name, str)}

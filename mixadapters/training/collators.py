@@ -25,10 +25,11 @@ from mixadapters.core.columns import (
     numbered,
     require_lengths,
     require_padding,
-    require_whole,
     some_text_of,
     text_of,
 )
+from mixadapters.core.fields import check_integer
+from mixadapters.core.processes import rank, world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -287,12 +288,12 @@ class WithGeneralText:
                 f"general={type(general).__name__} has no length, or no texts by number; give a list of texts or a "
                 "dataset of rows (for a streamed one: its first rows as a list)"
             )
-        require_whole("batch_size", batch_size, 1)
+        check_integer("batch_size", batch_size, least=1)
         if batch_size > len(general):
             raise ValueError(f"batch_size={batch_size} must be from 1 to the number of general texts, {len(general)}")
-        require_whole("max_length", max_length, 1)
+        check_integer("max_length", max_length, least=1)
         require_lengths(tokenizer, max_length)
-        require_whole("seed", seed, 0)
+        check_integer("seed", seed, least=0)
         self.collator, self.general, self.tokenizer = collator, general, tokenizer
         self.max_length, self.batch_size, self.seed = max_length, batch_size, seed
         self._drawn = 0
@@ -330,14 +331,12 @@ class WithGeneralText:
                     f"the state was saved with {name}={state.get(name)}, this collator has {name}={mine[name]}; "
                     "the order of general texts would not go on"
                 )
-        require_whole("drawn", state.get("drawn"), 0)
+        check_integer("drawn", state.get("drawn"), least=0)
         self._drawn = int(state["drawn"])
 
     def _draw(self) -> list[int]:
         """Indices of the next B' general texts of this process and dataloader worker."""
-        lane, lanes = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            lane, lanes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        lane, lanes = rank(), world_size()
         key: tuple[int, ...] = (self.seed,)
         worker = get_worker_info()
         if worker is not None:

@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
+from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 
 from mixadapters.core.model import MixtureModel
-
-
-def trainer_of_event() -> Trainer | None:
-    """The Trainer that is calling its callbacks. Events do not say whose they are, and only it knows the columns of
-    its dataset and how many micro-batches a step has."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer):
-            return owner
-        frame = frame.f_back
-    return None
 
 
 def find_tuner(model: nn.Module) -> MixtureModel:
@@ -30,6 +18,11 @@ def find_tuner(model: nn.Module) -> MixtureModel:
     raise ValueError(
         f"{type(model).__name__} holds no adapter of mixadapters; pass the result of get_peft_model(model, config)"
     )
+
+
+def plain_optimizer(optimizer: Any) -> Any:
+    """The optimizer of torch inside accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def progress(state: TrainerState) -> float:

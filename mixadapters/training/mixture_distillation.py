@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixadapters.core.config import one_of
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_integer, check_number
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.routing import RoutingKey
@@ -153,10 +153,8 @@ class MixtureDistiller:
     ) -> None:  # fmt: skip
         if isinstance(aggregator, str):
             one_of("aggregator", aggregator, AGGREGATORS)
-        if not finite(inner_lr) or inner_lr <= 0:
-            raise ValueError(f"inner_lr={inner_lr!r} must be a number above 0")
-        if type(steps) is not int or steps < 0:
-            raise ValueError(f"steps={steps!r} must be an integer, not below 0")
+        check_number("inner_lr", inner_lr, above=0)
+        check_integer("steps", steps, least=0)
         self.teacher, self.student, self.features = teacher, student, features
         self.inner_lr, self.steps, self.heads = inner_lr, steps, heads
         self.routed = aggregator == "router"
@@ -293,8 +291,7 @@ def distil_mixture(
             "MixtureDistiller after meta_fit, or 'mean' or 'router'"
         )
     distiller = MixtureDistiller(teacher, student, aggregator, features=features, heads=heads)
-    if not finite(lr) or lr <= 0:
-        raise ValueError(f"lr={lr!r} must be a number above 0")
+    check_number("lr", lr, above=0)
     optimizer = torch.optim.AdamW(distiller.own_parameters().values(), lr=lr, weight_decay=0.0)
     losses = []
     for batch in batches:

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixadapters.core.config import one_of
 from mixadapters.core.evaluation import in_evaluation
+from mixadapters.core.fields import check_number
 from mixadapters.core.processes import gathered
 
 if TYPE_CHECKING:
@@ -43,10 +45,8 @@ class ContrastiveObjective:
     in_eval = True
 
     def __init__(self, temperature: float = 0.05, pooling: str = "mean") -> None:
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature} must be positive")
-        if pooling not in ("mean", "first"):
-            raise ValueError(f"pooling={pooling!r} must be 'mean' or 'first'")
+        check_number("temperature", temperature, above=0)
+        one_of("pooling", pooling, ("mean", "first"))
         self.temperature, self.pooling = temperature, pooling
 
     def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -121,8 +121,7 @@ class PreservationObjective:
 
     def __init__(self, weight: float = 1.0, knowledge_weight: float = 0.5) -> None:
         for name, value in (("weight", weight), ("knowledge_weight", knowledge_weight)):
-            if not (isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value} must be a finite number, zero or more")
+            check_number(name, value, least=0)
         self.weight, self.knowledge_weight = weight, knowledge_weight
 
     def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_integer, check_number
+from mixadapters.core.trainers import trainer_above
 from mixadapters.surgery.layers import ExpertLayer
 from mixadapters.surgery.pruning import cut, layers_to_cut
 from mixadapters.surgery.view import Routed
-from mixadapters.training.events import trainer_of_event
+from mixadapters.training.events import plain_optimizer
 from mixadapters.training.spawning import take_up
 
 
@@ -54,13 +55,10 @@ class ExpertPruneCallback(TrainerCallback):
     def __init__(
         self, beta: float = 0.1, min_experts: int = 1, every: int = 100, ema: float = 0.9, adapter: str | None = None
     ) -> None:
-        if not finite(beta) or not 0 < beta < 1:
-            raise ValueError(f"beta={beta!r} must lie between 0 and 1: the part of an equal share")
-        if not finite(ema) or not 0 <= ema < 1:
-            raise ValueError(f"ema={ema!r} must be at least 0 and below 1")
-        for name, value in (("min_experts", min_experts), ("every", every)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive integer")
+        check_number("beta", beta, above=0, below=1)
+        check_number("ema", ema, least=0, below=1)
+        check_integer("min_experts", min_experts, least=1)
+        check_integer("every", every, least=1)
         self.beta, self.min_experts, self.every, self.ema, self.adapter = beta, min_experts, every, ema, adapter
         self.pruned: list[Pruned] = []
         self.averages: dict[str, tuple[Tensor, float]] = {}  # key -> shares and their weight in the average
@@ -82,7 +80,7 @@ class ExpertPruneCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        self.trainer = trainer_of_event()
+        self.trainer = trainer_above()
         self.averages.clear()
         self._watch(model)
 
@@ -127,7 +125,7 @@ class ExpertPruneCallback(TrainerCallback):
             self.averages[layer.key] = (shares[kept[layer.key]], weight)
         cut(layers, kept, preserve_mass=False)
         assert self.trainer is not None
-        take_up(getattr(optimizer, "optimizer", optimizer), model, before, set(), self.trainer)
+        take_up(plain_optimizer(optimizer), model, before, set(), self.trainer)
         self._watch(model)
 
     def _kept(self, layer: ExpertLayer, step: int) -> list[int]:

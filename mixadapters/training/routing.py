@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_number, finite
 from mixadapters.routers.permutation import assignment
 from mixadapters.routers.schedules import Points, check_schedules
 from mixadapters.training.events import find_tuner, progress
@@ -123,8 +123,7 @@ class PermutationSearchCallback(TrainerCallback):
         iterations: tuple[int, int] = (20, 150),
         adapter_name: str = "default",
     ) -> None:
-        if not finite(fraction) or not 0 < fraction < 1:
-            raise ValueError(f"fraction={fraction!r} must lie between 0 and 1: the share of the run for the search")
+        check_number("fraction", fraction, above=0, below=1)
         if len(tau) != 2 or not all(finite(value) and value > 0 for value in tau):
             raise ValueError(f"tau={tau!r} must be two finite numbers above 0: at the start and the end of the search")
         if len(iterations) != 2 or not all(type(count) is int and count > 0 for count in iterations):

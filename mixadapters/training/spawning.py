@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from mixadapters.core.fields import finite
-from mixadapters.training.events import find_tuner, trainer_of_event
+from mixadapters.core.fields import check_integer, check_number
+from mixadapters.core.trainers import trainer_above
+from mixadapters.training.events import find_tuner, plain_optimizer
 from mixadapters.tuners.moa.spawning import ExpertSpawning
 
 
@@ -37,13 +38,10 @@ class ExpertSpawnCallback(TrainerCallback):
         self, at_step: int, n: int, mask_fraction: float = 0.5, noise: float = 0.0, from_expert: str | None = None,
         adapter_name: str = "default",
     ) -> None:  # fmt: skip
-        for name, value, least in (("at_step", at_step, 1), ("n", n, 2)):
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name}={value!r} must be an integer, at least {least}")
-        if not finite(mask_fraction) or not 0 <= mask_fraction < 1:
-            raise ValueError(f"mask_fraction={mask_fraction!r} must be at least 0 and below 1")
-        if not finite(noise) or noise < 0:
-            raise ValueError(f"noise={noise!r} must be a finite number, not below 0")
+        check_integer("at_step", at_step, least=1)
+        check_integer("n", n, least=2)
+        check_number("mask_fraction", mask_fraction, least=0, below=1)
+        check_number("noise", noise, least=0)
         self.at_step, self.n, self.mask_fraction, self.noise = at_step, n, mask_fraction, noise
         self.from_expert, self.adapter_name = from_expert, adapter_name
         self.trainer: Trainer | None = None
@@ -78,7 +76,7 @@ class ExpertSpawnCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        self.trainer = trainer_of_event()
+        self.trainer = trainer_above()
         if self.at_step >= state.max_steps:
             raise ValueError(f"at_step={self.at_step} is not before the end of this run of {state.max_steps} steps")
         tuner = find_tuner(model)
@@ -106,7 +104,7 @@ class ExpertSpawnCallback(TrainerCallback):
         pieces = tuner.config_of(self.adapter_name).pieces(first)
         changed = {name for name in before if any(f".experts.{piece}." in name for piece in pieces)}
         assert self.trainer is not None
-        take_up(getattr(optimizer, "optimizer", optimizer), model, before, changed, self.trainer)
+        take_up(plain_optimizer(optimizer), model, before, changed, self.trainer)
 
 
 def take_up(

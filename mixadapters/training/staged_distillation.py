@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.fields import finite
-from mixadapters.core.joining import ITEMS
+from mixadapters.core.fields import check_number, check_share
+from mixadapters.core.joining import ITEMS, predicts_next
+from mixadapters.core.losses import masked_mean
 from mixadapters.training.events import progress
 
 
@@ -43,11 +44,22 @@ class TeacherDistillation:
         labels = context.record.inputs.get("labels")
         with torch.no_grad():
             made = self.teacher(**inputs)
+        if getattr(output, "logits", None) is None:
+            raise ValueError(
+                f"{type(output).__name__} has no logits, which StagedDistillCallback brings to the teacher's: give "
+                "the model a head, such as AutoModelForCausalLM"
+            )
         student, teacher = output.logits, made if isinstance(made, Tensor) else made.logits
         if teacher.shape != student.shape:
             raise ValueError(
                 f"the teacher's logits {tuple(teacher.shape)} are not for the same words or labels as the student's, "
                 f"{tuple(student.shape)}"
+            )
+        if student.dim() > 3 or student.shape[-1] < 2:
+            raise ValueError(
+                f"logits {tuple(student.shape)} are no distribution over classes in their last axis, which "
+                "StagedDistillCallback brings to the teacher's: it is for classifiers and language models, not for "
+                "segmentation or regression"
             )
         loss = distillation_loss(student, teacher, _labelled(labels, student, module), self.temperature)
         context.add_loss("distillation", loss, self.weight)
@@ -58,7 +70,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, counts: Tensor | None, t
     """T^2 * KL(teacher || student) of logits (..., C), the mean over rows; counts (...) bool: those that do."""
     ours, theirs = ((logits.float() / temperature).log_softmax(-1) for logits in (student, teacher))
     distance = temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
-    return distance.mean() if counts is None else (distance * counts).sum() / counts.sum().clamp_min(1)
+    return masked_mean(distance.flatten(), None if counts is None else counts.flatten())
 
 
 def _labelled(labels: Tensor | None, logits: Tensor, module: nn.Module) -> Tensor | None:
@@ -66,7 +78,7 @@ def _labelled(labels: Tensor | None, logits: Tensor, module: nn.Module) -> Tenso
     if labels is None or labels.shape != logits.shape[:-1] or labels.dim() < 2:
         return None
     counts = labels != -100
-    if "CausalLM" in type(module).__name__ or "LMHead" in type(module).__name__:
+    if predicts_next(module):
         counts = F.pad(counts[:, 1:], (0, 1))
     return counts
 
@@ -91,11 +103,9 @@ class StagedDistillCallback(TrainerCallback):
     def __init__(
         self, teacher: nn.Module | Callable[..., Tensor], stop_at: float = 0.75, alpha: float = 1.0, T: float = 1.0
     ) -> None:
-        if not finite(stop_at) or not 0 <= stop_at <= 1:
-            raise ValueError(f"stop_at={stop_at!r} must be a share of the run, from 0 to 1")
-        for name, value in (("alpha", alpha), ("T", T)):
-            if not finite(value) or value <= 0:
-                raise ValueError(f"{name}={value!r} must be a number above 0")
+        check_share("stop_at", stop_at)
+        check_number("alpha", alpha, above=0)
+        check_number("T", T, above=0)
         self.objective = TeacherDistillation(teacher, T)
         self.stop_at, self.alpha = stop_at, alpha
         self.made = False  # whether the model had no context before
@@ -114,8 +124,10 @@ class StagedDistillCallback(TrainerCallback):
             device = next(model.parameters()).device
             if any(p.device != device for p in teacher.parameters()):
                 teacher.to(device)
-        self.made = ForwardContext.find(model) is None
-        ForwardContext.of(model).objectives.append(self.objective)
+        self.made = self.made or ForwardContext.find(model) is None
+        context = ForwardContext.of(model)
+        if self.objective not in context.objectives:  # it stayed there if an earlier run has failed
+            context.objectives.append(self.objective)
         self._weigh(state)
 
     def on_step_begin(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixadapters.core.config import one_of
 from mixadapters.core.context import ROUTES, ForwardContext
 from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.inspection import RoutingVerbs
@@ -21,6 +22,7 @@ from mixadapters.routers.counts import CountsRouter, count_tokens
 from mixadapters.routers.learned import LearnedRouter
 from mixadapters.routers.posterior import PosteriorRouter
 from mixadapters.routers.score import exact
+from mixadapters.surgery.tracing import padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,10 +70,9 @@ class GateVerbs(RoutingVerbs):
         Raises:
             ValueError: an unknown domain or method, text that holds no tokens of the model, or no router to fit.
         """
+        self.config_of(adapter_name)  # refuses unknown names
         mixtures = list(self.mixtures(adapter_name).values())
         names = list(dict.fromkeys(name for mixture in mixtures for name in mixture.expert_names))
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"adapter_name={adapter_name!r} is unknown; have {list(self.peft_config)}")
         if not isinstance(texts, Mapping) or not (texts or general is not None):
             raise ValueError(f"texts={texts!r:.80} must map domains to their text")
         for name in texts:
@@ -81,8 +82,7 @@ class GateVerbs(RoutingVerbs):
         learned = [m.router for m in mixtures if isinstance(m.router, LearnedRouter) and not m.router.needs_fit]
         method = method or ("counts" if counting else "features")
         wanted: dict[str, Sequence[Any]] = {"counts": counting, "features": learned}
-        if method not in wanted:
-            raise ValueError(f"method={method!r} is unknown; choose one of {list(wanted)}.{nearest(method, wanted)}")
+        one_of("method", method, wanted)
         if not wanted[method]:
             have = sorted({type(mixture.router).__name__ for mixture in mixtures})
             raise ValueError(f"method={method!r}: adapter {adapter_name!r} has no router that it fits, but {have}")
@@ -228,7 +228,7 @@ class GateVerbs(RoutingVerbs):
                     reader.arm = arm
                     for start in range(0, len(found), batch_size):
                         batch = [row[:max_length] for row in found[start : start + batch_size]]
-                        self.model(**_padded(batch, self.model))
+                        self.model(**padded(self.model, batch))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -332,15 +332,6 @@ def _content(row: Any, where: str) -> Any:
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise ValueError(f"{where} holds {row!r:.60}; a text is a string or a list of token ids")
     return ids if mask is None else [i for i, real in zip(ids, mask, strict=True) if real]
-
-
-def _padded(rows: list[list[int]], model: nn.Module) -> dict[str, Tensor]:
-    """A batch with padding on the right."""
-    device = next(model.parameters()).device
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _counted(router: CountsRouter) -> int:

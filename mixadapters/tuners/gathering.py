@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
+from mixadapters.core.bank import AdapterBank
 from mixadapters.core.files import PREFIX
 from mixadapters.tuners.lora import read_factors, refuse_inexact
 from mixadapters.tuners.sources import places_of
-
-LORA_PARTS = frozenset({"down.weight", "up.weight"})  # of a LoRA as an expert; "up.bias" may be there too
 
 
 class BaseModules(Protocol):
@@ -44,15 +44,15 @@ class Gathered(NamedTuple):
 
 def gathered(
     tuner: BaseModules, saved: Any, scales: dict[str, float], found: dict[str, dict[str, Tensor]],
-    spec: dict[str, Any], where: str, *, widths: Callable[[str], tuple[int, int]], parts: Collection[str],
-    why: str = "",
+    spec: dict[str, Any], where: str, *, widths: Callable[[str], tuple[int, int]],
+    options: Mapping[str, Any], why: str = "",
 ) -> Gathered:  # fmt: skip
     """An expert by the modules of this model.
 
     Args:
         scales, found: by the modules that the source names.
         widths: of the input and the output of an expert at a module.
-        parts: names of the parameters that an expert has; "up.bias" may be there too.
+        options: arguments of `AdapterBank` for the experts.
         why: how a source may have come to lack weights.
 
     Raises:
@@ -60,29 +60,40 @@ def gathered(
     """
     placed = _placed(tuner, found, where)
     for path, tensors in placed.items():
-        _check_tensors(widths(path), parts, path, tensors, where)
+        check_tensors(widths(path), options, path, tensors, where)
     _refuse_incomplete(tuner, saved, placed, where, why)
     return Gathered(_placed(tuner, {p: s * spec.get("scale", 1.0) for p, s in scales.items()}, where), placed)
 
 
-def _check_tensors(
-    widths: tuple[int, int], parts: Collection[str], path: str, tensors: dict[str, Tensor], where: str
+def check_tensors(
+    widths: tuple[int, int], options: Mapping[str, Any], path: str, tensors: dict[str, Tensor], where: str
 ) -> None:
-    width_in, width_out = widths
-    if tensors.keys() - {"up.bias"} != set(parts) - {"up.bias"}:
-        raise ValueError(f"{where} has {sorted(tensors)} at {path!r}, expected {sorted(parts)}")
-    rank = tensors["down.weight"].shape[0]
-    inner, outer = {"weight": (rank, width_in), "bias": (rank,)}, {"weight": (width_out, rank), "bias": (width_out,)}
+    """Refuse what are not the parameters of an expert in a bank of these widths and options.
+
+    Raises:
+        ValueError: other names or shapes, or values that are not finite.
+    """
+    found = tensors["down.weight"].shape if "down.weight" in tensors else ()
+    expected = _shapes(*widths, max([1, *found[:1]]), "up.bias" in tensors, **options)
+    if tensors.keys() != expected.keys():
+        raise ValueError(f"{where} has {sorted(tensors)} at {path!r}, expected {sorted(expected)}")
     for key, tensor in tensors.items():
-        part, _, what = key.partition(".")
-        shape = (outer if part == "up" else inner)[what]
-        if tuple(tensor.shape) != shape:
+        if tuple(tensor.shape) != expected[key]:
             raise ValueError(
-                f"{where}: {key} at {path!r} is {tuple(tensor.shape)} in the source, expected {shape}: trained on "
-                "another base model?"
+                f"{where}: {key} at {path!r} is {tuple(tensor.shape)} in the source, expected {expected[key]}: was it "
+                "trained on another base model?"
             )
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             raise ValueError(f"{where}: {key} at {path!r} holds values that are not finite numbers")
+
+
+@lru_cache(maxsize=256)
+def _shapes(width_in: int, width_out: int, rank: int, up_bias: bool, **options: Any) -> dict[str, tuple[int, ...]]:
+    """The parameters of an expert by name, of a bank without memory."""
+    with torch.device("meta"):
+        bank = AdapterBank(width_in, width_out, **options)
+        bank.add("expert", rank, up_bias=up_bias)
+    return {name: tuple(parameter.shape) for name, parameter in bank.experts["expert"].named_parameters()}
 
 
 def lora_experts(

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from mixadapters.core.files import PREFIX
 from mixadapters.core.sites import unwrapped
 from mixadapters.tuners.sources import write_adapter
 
@@ -41,6 +43,16 @@ REMEDIES = {
     "corda_config": "convert it with path_initial_model_for_weight_conversion when saving",
     "lora_ga_config": "convert it with path_initial_model_for_weight_conversion when saving",
 }
+
+
+def default_targets(model_type: str) -> list[str]:
+    """Suffixes of the modules to which PEFT gives LoRA in models of a type. Raises ValueError where it has none."""
+    if model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        raise ValueError(
+            f"Please specify `target_modules`: PEFT has no default for model_type={model_type!r}; such as "
+            "target_modules=['q_proj', 'v_proj'], or 'all-linear'"
+        )
+    return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type]
 
 
 class Factors(NamedTuple):
@@ -126,7 +138,7 @@ def read_factors(
 
 def _parted(key: str) -> tuple[str, Any]:
     """The module and the part of the LoRA that a key of a saved file names; (module, None) for others."""
-    key = key.removeprefix("base_model.model.")
+    key = key.removeprefix(PREFIX)
     for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias"):
         if key.endswith(f".{part}"):
             return key[: -len(part) - 1], part
@@ -161,7 +173,7 @@ def save_lora(
     tensors = {}
     for path, (down, up, _, b_up) in factors.items():
         extra = ranks[path] - down.shape[0]
-        key = f"base_model.model.{path}"
+        key = f"{PREFIX}{path}"
         tensors[f"{key}.lora_A.weight"] = torch.nn.functional.pad(down, (0, 0, 0, extra))
         tensors[f"{key}.lora_B.weight"] = torch.nn.functional.pad(up, (0, extra))
         if with_bias:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mixadapters.core.config import MixtureConfig
-from mixadapters.core.fields import fits
+from mixadapters.core.fields import check_number, fits
 from mixadapters.core.files import digest_of, read_adapter, read_config
 from mixadapters.core.folders import check_misspelt, written_aside
 from mixadapters.core.names import check_name
@@ -99,9 +99,31 @@ def same_module(a: str, b: str) -> bool:
     return a == b or a.endswith(f".{b}") or b.endswith(f".{a}")
 
 
-def rank_of(by_path: dict[str, int], path: str) -> int:
+def key_of(by_path: Mapping[str, Any], path: str) -> str | None:
+    """How entries by module call the module `path`; None where it has none."""
+    return path if path in by_path else next((other for other in by_path if same_module(other, path)), None)
+
+
+def rank_of(by_path: Mapping[str, int], path: str) -> int:
     """The rank at a module, 0 where there is none."""
-    return by_path.get(path) or next((n for p, n in by_path.items() if same_module(p, path)), 0)
+    key = key_of(by_path, path)
+    return 0 if key is None else by_path[key]
+
+
+def expert_options(spec: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Arguments of `AdapterBank.add` that the entry of an expert holds for a module; {} where it holds none."""
+    scales = spec.get("scales", {})
+    key = key_of(scales, path)
+    return {} if key is None else {"scale": scales[key], "up_bias": key in spec.get("biases", ())}
+
+
+def sources_to_origins(entries: Mapping[str, dict[str, Any]]) -> None:
+    """For a file: a source that has been gathered is its entry's `origin`, which loading does not read."""
+    for spec in entries.values():
+        if "source" in spec and "ranks" in spec:
+            spec["origin"] = spec.pop("source")
+        if "origin" in spec:
+            spec["origin"] = public_origin(spec["origin"])
 
 
 def places_of(paths: Iterable[str], modules: Iterable[str]) -> dict[str, list[str]]:
@@ -253,8 +275,7 @@ def check_new(
             f"{noun} {name!r} has the name of another adapter of this model: PEFT would drop its weights when it "
             "saves. Choose another name"
         )
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
-        raise ValueError(f"share={share!r} must lie between 0 and 1")
+    check_number("share", share, above=0, below=1)
     if like is not None and like not in have:
         raise ValueError(f"like={like!r}: unknown {noun}; have {list(have)}.{nearest(like, have)}")
     if like is not None and (r is not None or source is not None):

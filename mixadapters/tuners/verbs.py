@@ -33,7 +33,7 @@ MARK = "_mixadapters_verb"  # on a function that has been replaced
 
 
 def watch_verbs() -> None:
-    """Put our look at the files before the verbs. Callable any number of times."""
+    """Have the verbs of PEFT and transformers look at the files first. Callable any number of times."""
     from_pretrained = PeftModel.__dict__["from_pretrained"].__func__
     if hasattr(from_pretrained, MARK):
         return

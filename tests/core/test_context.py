@@ -415,6 +415,17 @@ def test_copies_start_empty_and_work_on_their_own(tiny, tiny_inputs, copied, kin
     assert all(c is theirs for c in hosts)
 
 
+def test_a_part_that_peft_copies_stays_in_its_model(tiny, tiny_inputs) -> None:
+    """Saved modules are copies: taps on them keep what the layers of this model read."""
+    config = MixDAConfig(**MIXDA, gate_input="ffn_input", modules_to_save=["gate_proj"])
+    model, inputs = adapt(tiny("llama"), config).eval(), tiny_inputs("llama")
+    plain = adapt(tiny("llama"), MixDAConfig(**MIXDA, gate_input="ffn_input")).eval()
+    torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
+    assert context_of(twin) is not context_of(model)
+
+
 # --- fields that hold over several forwards ----------------------------------------------------------------------
 
 
@@ -815,3 +826,23 @@ def test_generation_with_a_static_cache_sees_the_padding(tiny, tiny_inputs, monk
     assert [int(s.past) for s in seen] == [0, 5, 6]
     assert torch.equal(seen[0].mask, inputs["attention_mask"].bool())
     assert all(s.mask is None or s.mask.all() for s in seen[1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["no task", "transformers"])
+def test_generate_of_any_kind_of_model_takes_the_fields_of_the_batch(way: str, tiny, tiny_inputs) -> None:
+    """PEFT and transformers hand them on to a `generate` that refuses them, where the config names no task."""
+    config = MixDAConfig(**MIXDA, init_weights=False, gate_granularity="request")
+    named = get_peft_model(tiny("llama"), MixDAConfig(**{**vars(config), "task_type": "CAUSAL_LM"})).eval()
+    if way == "no task":
+        model = get_peft_model(tiny("llama"), config).eval()
+    else:
+        model = tiny("llama").eval()
+        model.add_adapter(config)
+    own = {name.rpartition("model.layers")[2]: p for name, p in named.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.copy_(own.get(name.rpartition("model.layers")[2], parameter))
+    ids = tiny_inputs("llama", batch=3)["input_ids"]
+    for fields in ({}, {"domain_ids": [0, 1, -1]}, {"adapter_names": ["default", "__base__", "default"]}):
+        given = {"input_ids": ids, "max_new_tokens": 4, "do_sample": False, "use_cache": False, **fields}
+        assert torch.equal(model.generate(**given), named.generate(**given))

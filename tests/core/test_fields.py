@@ -6,11 +6,12 @@ import sys
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 from peft import PeftConfig
 
 from mixadapters import AGDConfig, BottleneckConfig, MixDAConfig, MoSAConfig, PILLConfig
-from mixadapters.core.fields import check_fields
+from mixadapters.core.fields import check_fields, check_integer, check_number
 from mixadapters.core.patterns import check_pattern
 
 CONFIGS = (AGDConfig, BottleneckConfig, MixDAConfig, MoSAConfig, PILLConfig)
@@ -156,6 +157,37 @@ def test_messages_say_what_a_field_takes() -> None:
     assert message(share=10**400).endswith("must be a finite number or None; an integer is 1000000000000 at most")
     assert message(names="x") == "names='x' must be a list of strings"
     assert len(message(names="x" * 10**6)) < 300
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0, "must be an integer, at least 1, at most 9"),
+        (10, "must be an integer, at least 1, at most 9"),
+        (2.0, "must be an integer, at least 1, at most 9"),
+        (True, "must be an integer, at least 1, at most 9"),
+        (None, "must be an integer, at least 1, at most 9"),
+    ],
+)
+def test_an_argument_that_is_no_integer_of_its_range_is_refused(value: Any, said: str) -> None:
+    check_integer("steps", np.int64(9), least=1, most=9)
+    with pytest.raises(ValueError, match=f"^steps={value} {said}$"):
+        check_integer("steps", value, least=1, most=9)
+
+
+@pytest.mark.parametrize("value", [0, 1.0, -0.5, True, "0.5", NAN, INF, 1e-31, 10**400])
+def test_an_argument_that_is_no_number_of_its_range_is_refused_as_a_field_is(value: Any) -> None:
+    @dataclass
+    class Example:
+        share: float = field(default=0.5, metadata={"above": 0, "below": 1})
+
+    check_number("share", 0.25, above=0, below=1)
+    with pytest.raises(ValueError, match="must be a finite number") as of_field:
+        check_fields(Example(value))
+    with pytest.raises(ValueError, match="must be a finite number, above 0, less than 1") as of_argument:
+        check_number("share", value, above=0, below=1)
+    words = str(of_argument.value).replace(", above 0, less than 1;", ";")  # of sizes a field says that alone
+    assert words.partition(";")[0] == str(of_field.value).partition(";")[0]
 
 
 def test_large_floats_are_floats() -> None:

@@ -323,3 +323,15 @@ def test_publishing_leaves_one_graph_and_the_routing_can_be_read(tiny, tiny_inpu
     for key, routing in routings.items():
         torch.testing.assert_close(found[key].weights, routing.weights)
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_generation_goes_on_with_the_number_of_a_rows_last_token(tiny, tiny_inputs) -> None:
+    model, ids = adapted(tiny), tiny_inputs("llama", batch=2)["input_ids"]
+    by_token = torch.zeros_like(ids)
+    by_token[:, -2:] = torch.tensor([[1], [-1]])
+    seen = observed(model)
+    model.generate(input_ids=ids, domain_ids=by_token, max_new_tokens=3, do_sample=False, num_beams=2)
+    steps = [routing.indices.view(2, 2, -1)[:, 0] for key, routing, _ in seen if key.layer == 1]
+    assert steps[0].tolist() == by_token.tolist()
+    assert [step.flatten().tolist() for step in steps[1:]] == [[1, -1]] * 2

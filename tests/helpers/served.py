@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, MoAConfig
+from mixadapters.serving import AdapterServer
 
 CAUSAL = {"task_type": "CAUSAL_LM"}
 KINDS: dict[str, Callable[..., Any]] = {
@@ -20,6 +22,14 @@ KINDS: dict[str, Callable[..., Any]] = {
     "mixda": lambda **f: MixDAConfig(**{"domains": ["a", "b"], "r": 3, **CAUSAL, **f}),
     "lora": lambda **f: LoraConfig(**{"r": 3, "target_modules": ["q_proj", "down_proj"], **CAUSAL, **f}),
 }
+
+
+def tried(server: AdapterServer, folders: Mapping[str, Path]) -> AdapterServer:
+    """The server with these adapters, each of which lies in the model, as if none of its form had been tried."""
+    for name, folder in folders.items():
+        server.adapters._forms.clear()
+        server.load(name, folder)
+    return server
 
 
 def generated(model: nn.Module, prompt: list[int], adapter: str, tokens: int) -> list[int]:

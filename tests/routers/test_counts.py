@@ -238,11 +238,11 @@ def test_counts_that_do_not_fit_change_nothing(given, message) -> None:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"temperature": 0}, "temperature=0 must be a finite number above 0"),
-        ({"smoothing": float("nan")}, "smoothing=nan must be a finite number above 0"),
+        ({"temperature": 0}, "temperature=0 must be a finite number, above 0"),
+        ({"smoothing": float("nan")}, "smoothing=nan must be a finite number, above 0"),
         ({"granularity": "word"}, "granularity='word' is unknown"),
         ({"convex": 1}, "convex=1 must be True or False"),
-        ({"null_arms": -1}, "null_arms=-1 must be a number of arms"),
+        ({"null_arms": -1}, "null_arms=-1 must be an integer, at least 0"),
     ],
 )
 def test_options_out_of_range_are_named(option, message) -> None:

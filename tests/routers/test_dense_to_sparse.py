@@ -100,11 +100,11 @@ def test_it_may_turn_hard() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threshold": "median"}, "threshold='median' must be 'mean', or at least 0 and below 1"),
+        ({"threshold": "median"}, "threshold='median' must be a finite number, at least 0, less than 1, or 'mean'"),
         ({"schedule": "cosine"}, "schedule='cosine' is unknown"),
-        ({"duration": 0}, "duration=0 must be above 0 and at most 1"),
-        ({"temperature_min": 0}, "temperature_min=0 must be a finite number above 0"),
-        ({"hard_after": 2}, "hard_after=2 must be None, or between 0 and 1"),
+        ({"duration": 0}, "duration=0 must be a finite number, above 0, at most 1"),
+        ({"temperature_min": 0}, "temperature_min=0 must be a finite number, above 0"),
+        ({"hard_after": 2}, "hard_after=2 must be a number from 0 to 1, or None"),
         ({"gumbel": 1}, "gumbel=1 must be True or False"),
     ],
 )

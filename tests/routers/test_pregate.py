@@ -58,7 +58,7 @@ def test_embedding_and_mlp_are_its_own_and_learn(forward) -> None:
 
 
 def test_what_it_needs_is_said(forward) -> None:
-    with pytest.raises(ValueError, match="vocab_size=None must be a positive integer"):
+    with pytest.raises(ValueError, match="vocab_size=None must be an integer, at least 1"):
         build_router("pregate", 6, ["a"])
     tokens = torch.randn(3, 7, 6)
     with pytest.raises(ValueError, match=r"router 'pregate' routes by the ids of tokens.*inputs_embeds"):

@@ -136,7 +136,7 @@ def test_it_wraps_any_learned_router_with_its_options(base) -> None:
         ({"base": "recurrent"}, "base='recurrent' does not learn"),
         ({"base": "tpo_k"}, "unknown router 'tpo_k'"),
         ({"cell": "lstm"}, "cell='lstm' is unknown"),
-        ({"width": 0}, "width=0 must be a positive integer"),
+        ({"width": 0}, "width=0 must be an integer, at least 1"),
         ({"p": 0.5}, "RecurrentRouter takes no argument 'p'"),
         ({"base": {"kind": "top_k", "p": 1}}, "TopKRouter takes no argument 'p'"),
     ],

@@ -63,9 +63,9 @@ def test_no_more_than_are_allowed() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"p": 0}, "p=0 must be above 0 and at most 1"),
-        ({"p": 1.5}, "p=1.5 must be above 0 and at most 1"),
-        ({"max_experts": 0}, "max_experts=0 must be a positive integer, or None"),
+        ({"p": 0}, "p=0 must be a finite number, above 0, at most 1"),
+        ({"p": 1.5}, "p=1.5 must be a finite number, above 0, at most 1"),
+        ({"max_experts": 0}, "max_experts=0 must be an integer, at least 1, or None"),
         ({"scoring_func": "sigmoid"}, "TopPRouter takes no argument 'scoring_func'"),
     ],
 )

@@ -114,7 +114,7 @@ def test_trees_cannot_gain_or_lose_experts() -> None:
         make().add_expert("new", 0.1)
     with pytest.raises(ValueError, match=r"a tree needs two arms at least, and has \['e0'\]"):
         make(1)
-    with pytest.raises(ValueError, match="gamma=0 must be a finite number above 0"):
+    with pytest.raises(ValueError, match="gamma=0 must be a finite number, above 0"):
         make(gamma=0)
 
 

@@ -476,17 +476,16 @@ def test_metrics_count_requests_tokens_and_answers(served) -> None:
         lines = ask(served.port, "GET", "/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(f"mixadapters_{name}"))
 
-    names = ("requests_total", "prompt_tokens_total", "generated_tokens_total", 'answers_total{path="/v1/completions"')
+    names = ("requests_total", "prompt_tokens_total", "generated_tokens_total", 'answers_total{path="/v1/completions"',
+             "adapter_hits_total ", "adapter_misses_total ")  # fmt: skip
     before = [value(name) for name in names]
     served.client.completions.create(model="law", prompt=WORDS, max_tokens=7)
     deadline = time.monotonic() + 10  # a request is counted after its client has the answer
     while value("requests_total") == before[0] and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert [value(name) - old for name, old in zip(names, before, strict=True)] == [1, 5, 7, 1]
+    assert [value(name) - old for name, old in zip(names, before, strict=True)] == [1, 5, 7, 1, 1, 0]
     assert value("adapters ") == 3
     assert value("resident_adapters ") == 3
-    assert value("adapter_hits_total ") >= 1
-    assert value("adapter_misses_total ") == 0
     assert value("wait_seconds_count") == value("requests_total")
     assert value("up ") == 1
     assert value("first_token_seconds_count") >= 1

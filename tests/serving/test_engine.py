@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from served import KINDS, generated
+from served import KINDS, generated, tried
 
 from mixadapters import BottleneckConfig
 from mixadapters.core.rows import BASE
@@ -56,9 +56,7 @@ def server(causal, folders) -> Iterator[AdapterServer]:
 @pytest.fixture(scope="module")
 def alone(causal, folders) -> Any:
     """(prompt, adapter, tokens) -> what `generate` gives, of a model that no server runs."""
-    quiet = AdapterServer(causal(), **SMALL)
-    for name, folder in folders.items():
-        quiet.load(name, folder)
+    quiet = tried(AdapterServer(causal(), **SMALL), folders)
     return lambda prompt, adapter, tokens: generated(quiet.model, prompt, adapter, tokens)
 
 
@@ -237,6 +235,8 @@ def test_adapter_in_use_is_unloaded_when_its_requests_are_done(causal, folders, 
     with AdapterServer(causal(), **SMALL) as server:
         server.load("x", folders["a0"])
         server.load("y", folders["a1"])
+        with pytest.raises(UnknownAdapter, match="'__base__' is the base model, which is not unloaded"):
+            server.unload("__base__")
         running = [server.submit(PROMPTS[i], "x", max_new_tokens=40) for i in range(4)]
         next(iter(running[0]))
         assert not server.unload("x")
@@ -294,13 +294,16 @@ BREAKS = ["no weights", "cut", "no config", "no JSON", "bad pattern", "not finit
 
 @pytest.mark.parametrize("how", BREAKS)
 @pytest.mark.parametrize("kind", [0, 3])
-def test_broken_folder_changes_nothing(server, folders, alone, tmp_path, how, kind) -> None:
+def test_broken_folder_changes_nothing(server, folders, alone, tmp_path, monkeypatch, how, kind) -> None:
+    """Neither where adapters of its form have been loaded, nor where it is the first."""
     shutil.copytree(folders[f"a{kind}"], tmp_path / "x")
     broken(tmp_path / "x", how)
     embeddings = server.model.get_input_embeddings().weight.clone()
     request = server.submit(PROMPTS[0], "a2", max_new_tokens=30)
-    with pytest.raises(ValueError, match=BROKEN):
-        server.load("x", tmp_path / "x")
+    for forms in (server.adapters._forms, {}):
+        monkeypatch.setattr(server.adapters, "_forms", forms)
+        with pytest.raises(ValueError, match=BROKEN):
+            server.load("x", tmp_path / "x")
     assert "x" not in server.adapters.names
     assert "x" not in server.model.peft_config
     assert torch.equal(server.model.get_input_embeddings().weight, embeddings)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixadapters.sharding import deal_tasks, even_placement, plan_placement
+from mixadapters.sharding import deal_tasks, even_placement, placement, plan_placement
 
 ZIPF = [1 / rank for rank in range(1, 65)]
 
@@ -67,7 +67,7 @@ def test_places_for_copies_go_to_whichever_expert_has_most_for_each() -> None:
         ({"m": 0.5}, "m=0.5 must be"),
         ({"slots": [1]}, r"slots=\[1\] must be .* the 2 devices"),
         ({"slots": 1}, "2 places for 3 experts; give each device 2"),
-        ({"load": [1.0, float("nan"), 1.0]}, "load has nan"),
+        ({"load": [1.0, float("nan"), 1.0]}, r"load\[1\]=nan must be a finite number, at least 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(change: dict, message: str) -> None:
@@ -92,6 +92,18 @@ def test_tasks_are_copied_no_more_than_balance_asks_for() -> None:
         deal_tasks({"a": 100}, 1, at_most=0.5)
     with pytest.raises(ValueError, match="1 or more"):
         deal_tasks({"a": 0}, 1)
+
+
+def test_few_plans_are_looked_at_however_many_tasks_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def counted(load: list[int], *others: int) -> placement.Placement:
+        made.append(1)
+        return plan_placement(load, *others)
+
+    monkeypatch.setattr(placement, "plan_placement", counted)
+    deal_tasks({f"task{i}": 1000 if i == 0 else 1 for i in range(60)}, 4)
+    assert len(made) < 12
 
 
 def test_even_placements_and_loads_are_checked_by_name() -> None:

@@ -394,6 +394,7 @@ def test_an_interruption_leaves_nothing(folder, tmp_path, monkeypatch, capsys, n
         (["surgery", "prune", "MODEL", "--data", "missing.txt", "--keep", "2", "--out", "new"], 1, "'missing.txt'"),
         (["surgery", "expand", "missing", "--out", "new"], 1, "there is no such folder"),
         (["tasks", "shots", "sst3"], 1, "sst3"),
+        (["tasks", "run", "--help"], 0, "--stage1_steps"),
         (["serving", "--base", "./missing", "--adapters", "."], 2, "--base './missing': there is no such folder"),
         (["serving", "--base", ".", "--adapters", "missing"], 2, "--adapters 'missing': there is no such folder"),
     ],

@@ -147,7 +147,10 @@ def test_what_cannot_be_compressed_is_refused_before_anything_changes(tiny, moa,
         (lambda: compress_experts(model, iter(batches), codec="packed"), "can be run only once"),
         (lambda: compress_experts(model, [], codec="packed"), "a list of batches, at least one"),
         (lambda: compress_experts(model, batches[0], codec="packed"), "a list of batches, at least one, each a dict"),
-        (lambda: compress_experts(model, batches, codec="packed", samples=0), "samples=0 must be a number"),
+        (
+            lambda: compress_experts(model, batches, codec="packed", samples=0),
+            "samples=0 must be an integer, at least 1",
+        ),
         (
             lambda: compress_experts(model, batches, method="lowrank_sparse", keep=2),
             "keep=2 must be a number from 0 to 1",

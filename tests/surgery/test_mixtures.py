@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -94,6 +95,7 @@ def test_usage_is_a_hand_count(router: str, tiny: Any, tiny_inputs: Any) -> None
     plain = model(**inputs).logits
     with record_usage(model, samples=5) as usage:
         recorded = model(**inputs).logits
+        copy.deepcopy(model)(**inputs)  # is another model, and not watched
     assert torch.equal(plain, recorded)
     found = hand_count(model, inputs)
     assert len(found) == len(usage.layers) == 2

@@ -256,7 +256,7 @@ def test_scores_of_nothing_choose_nothing(tiny: Any, tiny_inputs: Any) -> None:
     [
         ({}, "give one of the two"),
         ({"keep": 2, "factor": 2}, "give one of the two"),
-        ({"keep": 0}, "1 or more"),
+        ({"keep": 0}, "keep=0 must be an integer, at least 1"),
         ({"keep": 9}, "no layer has more than 6"),
         ({"keep": 1}, "fewer than the 2 that a token uses"),
         ({"factor": 0.5}, "a number, 1 or more"),

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, HfArgument
 
 from mixadapters.tasks import __main__ as cli
 from mixadapters.tasks import runner as runner_module
-from mixadapters.tasks.arguments import RunArguments, TrainArguments
+from mixadapters.tasks.arguments import TrainArguments
+from mixadapters.tasks.run_arguments import RunArguments
 
 SMALL = (
     "--max_steps 2 --per_device_train_batch_size 4 --max_length 24 --parameters 1200 --stage1_steps 1 --stage1_batch 4"

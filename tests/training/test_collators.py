@@ -371,7 +371,7 @@ def test_lengths_that_cut_or_pad_nothing_are_refused(kind, name, value) -> None:
         kind(wordpiece(), **{name: value})
         return
     with pytest.raises(
-        ValueError, match=f"{name}={value!r} must be a whole number, {3 if name == 'max_length' else 1}"
+        ValueError, match=f"{name}={value!r} must be an integer, at least {3 if name == 'max_length' else 1}"
     ):
         kind(wordpiece(), **{name: value})
 

@@ -80,8 +80,8 @@ def test_options_that_are_whole_numbers_are_rounded() -> None:
         ({"temperature": [[-0.1, 1.0]]}, r"progress of its points is \[-0.1\]"),
         ({"temperature": [[0, 1.0], [1.5, 2.0]]}, "must rise, from 0 to 1"),
         ({"temperature": [[0.5, 1.0], [0.2, 2.0]]}, "must rise"),
-        ({"temperature": [[0, 1.0], [1, 0.0]]}, "temperature=0.0 must be a finite number above 0"),
-        ({"k": [[0, 2.5]]}, "k=2.5 must be a positive integer"),
+        ({"temperature": [[0, 1.0], [1, 0.0]]}, "temperature=0.0 must be a finite number, above 0"),
+        ({"k": [[0, 2.5]]}, "k=2.5 must be an integer, at least 1"),
         ({"temprature": [[0, 1.0]]}, r"no option 'temprature' that may change.*Did you mean 'temperature'"),
         ({"hidden": [[0, 1.0]]}, "no option 'hidden' that may change"),
     ],
@@ -199,7 +199,7 @@ def test_a_schedule_where_nothing_follows_one_is_refused(tiny: Any, tmp_path: Pa
     other = get_peft_model(tiny("llama"), MixDAConfig(domains=["a", "b"], r=2))
     with pytest.raises(ValueError, match="MIXDA adapter, whose config keeps no schedules"):
         Trainer(model=other, args=arguments(tmp_path), callbacks=[RouterScheduleCallback({"temperature": [[0, 1]]})])
-    with pytest.raises(ValueError, match=r"done=1.5 must lie between 0 and 1"):
+    with pytest.raises(ValueError, match=r"done=1.5 must be a number from 0 to 1"):
         other.base_model.set_progress(1.5)
     with pytest.raises(ValueError, match="adapter_name='b' is unknown"):
         other.base_model.set_progress(0.5, "b")
@@ -322,7 +322,7 @@ def test_a_permutation_is_searched_and_then_hard(tiny: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fraction": 0.0}, "fraction=0.0 must lie between 0 and 1"),
+        ({"fraction": 0.0}, "fraction=0.0 must be a finite number, above 0, less than 1"),
         ({"fraction": math.nan}, "fraction=nan"),
         ({"tau": (1e-3, 0.0)}, "tau="),
         ({"tau": (1e-3,)}, "tau="),

@@ -12,7 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mixadapters import BottleneckConfig, StageCallback, StagedDistillCallback
 from mixadapters.core.context import ForwardContext
-from mixadapters.training.staged_distillation import distillation_loss
+from mixadapters.core.joining import predicts_next
+from mixadapters.training.staged_distillation import TeacherDistillation, distillation_loss
 
 
 def trained(
@@ -122,3 +123,50 @@ def test_what_cannot_teach_is_refused(tiny, rows, tmp_path) -> None:
     model = adapter(tiny)
     with pytest.raises(ValueError, match="shares parameters with the model that trains"):
         trained(model, rows, tmp_path, [StagedDistillCallback(model.get_base_model())])
+
+
+class Fails(TrainerCallback):
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        raise RuntimeError("the run has failed")
+
+
+def test_a_run_that_failed_leaves_no_second_teacher_to_the_next(tiny, rows, tmp_path) -> None:
+    model, callback = adapter(tiny), StagedDistillCallback(tiny("llama", num_hidden_layers=3), stop_at=1.0)
+    with pytest.raises(RuntimeError, match="has failed"):
+        trained(model, rows, tmp_path, [StageCallback("task"), callback, Fails()])
+    seen: list[int] = []
+
+    class Counts(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            seen.append(ForwardContext.of(model).objectives.count(callback.objective))
+
+    trained(model, rows, tmp_path, [StageCallback("task"), callback, Counts()], max_steps=1)
+    assert seen == [1]
+    assert callback.objective not in ForwardContext.of(model).objectives
+
+
+def test_only_what_has_classes_in_its_last_axis_is_brought_to_a_teacher() -> None:
+    from transformers.modeling_outputs import BaseModelOutput, SemanticSegmenterOutput, SequenceClassifierOutput
+
+    for output, message in (
+        (SemanticSegmenterOutput(logits=torch.zeros(2, 3, 4, 4)), r"\(2, 3, 4, 4\).*not for segmentation"),
+        (SequenceClassifierOutput(logits=torch.zeros(2, 1)), r"\(2, 1\) are no distribution"),
+        (BaseModelOutput(last_hidden_state=torch.zeros(2, 3, 4)), "BaseModelOutput has no logits"),
+    ):
+        objective = TeacherDistillation(lambda output=output, **_: output.get("logits", torch.zeros(2, 3)))
+        objective.weight, context = 1.0, ForwardContext()
+        context.record.training = True
+        with pytest.raises(ValueError, match=message):
+            objective.after(context, torch.nn.Module(), output)
+
+
+def test_causal_models_that_name_no_loss_compare_the_logits_before_each_label(tiny, tiny_inputs) -> None:
+    """GPT-2's class names none, and its loss shifts the labels all the same."""
+    model, batch = tiny("gpt2"), tiny_inputs("gpt2", labels="tokens")
+    logits, labels = model(**batch).logits, batch["labels"]
+    shifted = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(model(**batch).loss, shifted)
+    assert predicts_next(model)
+    assert predicts_next(tiny("llama"))
+    assert not predicts_next(tiny("bert"))
+    assert not predicts_next(tiny("t5"))

@@ -288,6 +288,15 @@ def test_source_of_another_width_is_an_error(tiny, tmp_path) -> None:
         get_peft_model(tiny("llama", intermediate_size=64), MixDAConfig(domains={"a": str(tmp_path / "a")}))
 
 
+def test_source_that_holds_no_finite_numbers_is_an_error(tiny, tmp_path) -> None:
+    model = save_mixda(tiny, tmp_path, "a")
+    with torch.no_grad():
+        next(iter(mixtures(model).values())).bank.experts["a"].up.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"up.weight at .*layers.0.mlp.down_proj' holds values that are not finite"):
+        gather(tiny, {"a": str(tmp_path / "a")})
+
+
 def test_source_of_other_modules_is_an_error(tiny, tmp_path) -> None:
     save_mixda(tiny, tmp_path, "a", "llama")
     with pytest.raises(ValueError, match=r"adapts 'model.layers.0.mlp.down_proj', which is no domain site of this"):
@@ -567,11 +576,11 @@ def test_added_domain_has_the_dtype_of_the_others(tiny, tiny_inputs, tmp_path, t
     ("arguments", "message"),
     [
         ({"name": "a"}, r"domain 'a' exists already; have \['a', 'b'\]"),
-        ({"name": "c", "share": 0.0}, "share=0.0 must lie between 0 and 1"),
-        ({"name": "c", "share": 1.0}, "share=1.0 must lie"),
+        ({"name": "c", "share": 0.0}, "share=0.0 must be a finite number, above 0, less than 1"),
+        ({"name": "c", "share": 1.0}, "share=1.0 must be a finite number, above 0, less than 1"),
         ({"name": "c.d"}, "domains: 'c.d' is no name"),
         ({"name": "c", "source": "nowhere-at-all"}, "cannot be read"),
-        ({"name": "c", "share": "much"}, "share='much' must lie"),
+        ({"name": "c", "share": "much"}, "share='much' must be a finite number, above 0, less than 1"),
         ({"name": "c", "r": 0}, "`r` should be a positive integer"),
         ({"name": "c", "source": "nowhere-at-all", "r": 3}, "r=3: a source brings its own rank"),
     ],

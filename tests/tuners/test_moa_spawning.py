@@ -88,7 +88,11 @@ def test_noise_is_relative_to_the_weights(tiny: Any) -> None:
         (("expert0", ["b", "b"]), {}, "must be a list of different names"),
         (("expert0", []), {}, "must be a list of different names"),
         (("expert0", ["b", "expert0"]), {}, "expert 'expert0' exists already"),
-        (("expert0", ["b"]), {"mask_fraction": 1.0}, r"mask_fraction=1.0 must be at least 0 and below 1"),
+        (
+            ("expert0", ["b"]),
+            {"mask_fraction": 1.0},
+            r"mask_fraction=1.0 must be a finite number, at least 0, less than 1",
+        ),
         (("expert0", ["b"]), {"noise": -1}, "noise=-1 must be a finite number"),
         (("expert0", ["b", "c.d"]), {}, "experts: 'c.d' is no name"),
         (("expert0", ["null0"]), {}, "'null0' is the name of an arm"),

@@ -422,6 +422,27 @@ def test_token_embeddings_train_beside_the_adapter(kind: str, tiny: Any, ids: An
     )
 
 
+@one_of_each
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_tokens_of_a_vocabulary_that_has_grown_are_loaded(
+    kind: str, tied: bool, tiny: Any, tmp_path: Path
+) -> None:
+    """PEFT saves the embeddings beside them, under keys of its own."""
+
+    def grown() -> nn.Module:
+        model = tiny("llama", tie_word_embeddings=tied)
+        model.resize_token_embeddings(99)
+        return model
+
+    inputs = {"input_ids": torch.tensor([[5, 98, 7]])}
+    model = wrap(grown(), config(kind, trainable_token_indices=[5, 98]))
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "trainable_tokens_delta" in name).add_(1.0)
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    equal(logits(PeftModel.from_pretrained(grown(), tmp_path), inputs), expected)
+
+
 # --- injection without a wrapper ----------------------------------------------------------------------------------
 
 

@@ -218,7 +218,7 @@ def test_what_is_no_audio_encoder_is_refused(tiny, kind) -> None:
     wrong = transformers.AutoModel.from_config(getattr(transformers, kind)(**small))
     with pytest.raises(ValueError, match=r"is no audio encoder .* model\.get_encoder\(\)"):
         AudioInputs.attach(tiny("llama"), wrong)
-    with pytest.raises(ValueError, match="tokens=0 must be an integer from 1"):
+    with pytest.raises(ValueError, match="tokens=0 must be an integer, at least 1"):
         AudioInputs.attach(tiny("llama"), encoder(), tokens=0)
 
 
@@ -275,5 +275,5 @@ def test_a_clip_is_whole_or_left_out_with_its_samples_and_needs_an_extractor() -
     assert "input_features" not in make([{"prompt": "what ?"}])
     with pytest.raises(ValueError, match="has a clip, but feature_extractor=None takes none"):
         make([row])
-    with pytest.raises(ValueError, match="tokens_per_clip=0 must be an integer, 1 or more"):
+    with pytest.raises(ValueError, match="tokens_per_clip=0 must be an integer, at least 1"):
         collator(tokens_per_clip=0)

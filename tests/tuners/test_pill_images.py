@@ -150,11 +150,11 @@ def test_batches_that_do_not_fit_are_refused(tiny) -> None:
     with pytest.raises(ValueError, match="is no vision encoder"):
         ImageInputs.attach(tiny("llama"), tiny("bert"))
     for options, message in (
-        ({"grid": 5}, "grid=5 must be an integer from 1 to 4"),
+        ({"grid": 5}, "grid=5 must be an integer, at least 1, at most 4"),
         ({"grid": 1.5}, "grid=1.5 must be"),
-        ({"token_id": -1}, "token_id=-1 must be an integer from 0"),
+        ({"token_id": -1}, "token_id=-1 must be an integer, at least 0"),
         ({"token_id": True}, "token_id=True must be"),
-        ({"layer": 9}, "layer=9 must be an integer from -"),
+        ({"layer": 9}, "layer=9 must be an integer, at least -"),
     ):
         with pytest.raises(ValueError, match=message):
             ImageInputs.attach(tiny("llama"), encoder(), **options)
@@ -170,6 +170,17 @@ def test_images_at_a_token_that_the_config_does_not_name_are_refused(tiny, tmp_p
     with pytest.raises(ValueError, match=message):
         get_peft_model(other, PILLConfig(r=4, token_ids=images.token_ids))
     PeftModel.from_pretrained(attached(tiny, grid=1)[0], tmp_path)
+
+
+def test_a_base_without_what_the_adapter_saw_by_is_told_what_to_attach(tiny, tmp_path) -> None:
+    base, images = attached(tiny, grid=1)
+    fields = {"r": 4, "token_ids": images.token_ids, "modules_to_save": ["projector"], "task_type": "CAUSAL_LM"}
+    get_peft_model(base, PILLConfig(**fields)).save_pretrained(tmp_path)
+    message = r"no module 'projector'.*before it is put in: ImageInputs\.attach\(model, encoder, token_id=96\)"
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(tiny("llama"), PILLConfig(**fields))
 
 
 @torch.no_grad()
@@ -370,11 +381,11 @@ def test_an_image_needs_a_processor() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 0}, "max_length=0 must be an integer, 1 or more"),
+        ({"max_length": 0}, "max_length=0 must be an integer, at least 1"),
         ({"max_length": 8.5}, "max_length=8.5 must be an integer"),
-        ({"tokens_per_image": 0}, "tokens_per_image=0 must be an integer, 1 or more"),
+        ({"tokens_per_image": 0}, "tokens_per_image=0 must be an integer, at least 1"),
         ({"tokens_per_image": True}, "tokens_per_image=True must be an integer"),
-        ({"token_id": -1}, "token_id=-1 must be an integer, 0 or more"),
+        ({"token_id": -1}, "token_id=-1 must be an integer, at least 0"),
         ({"marker": ""}, "marker='' must be a text"),
     ],
 )

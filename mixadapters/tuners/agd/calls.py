@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixadapters.core.hooks import root_of
+
 TEXT, MASK, POOLED = "encoder_hidden_states", "encoder_attention_mask", "pooled_projections"
 POOLED_XL, SIZES_XL = "added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids"
 HUNYUAN_SIZE = (1024, 1024)  # `original_size` of its pipeline
@@ -154,18 +156,12 @@ def denoiser_of(pipe: Any) -> nn.Module:
     model = next((model for model in found if model is not None), None)  # compiled ones have no truth value
     if model is None:
         raise ValueError(f"{type(pipe).__name__} has neither unet nor transformer")
-    return unwrapped(model)
-
-
-def unwrapped(model: Any) -> Any:
-    """A model without what PEFT and torch.compile wrap it in."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return root_of(model)
 
 
 def timestep_factor(model: Any) -> float:
     """What brings a scheduler's timesteps to those that the model takes."""
-    model = unwrapped(model)
+    model = root_of(model)
     call = CALLS.get(type(model).__name__)
     return 1.0 if call is None else float(call.timestep_factor(model.config))
 
@@ -173,7 +169,7 @@ def timestep_factor(model: Any) -> float:
 def model_arguments(model: Any, x: Tensor, timestep: Tensor) -> dict[str, Any]:
     """Arguments of the model's forward beside the noisy input x (B, C, ...), in the model's dtype, and the conditions;
     timestep: (B,)."""
-    model = unwrapped(model)
+    model = root_of(model)
     call = CALLS.get(type(model).__name__)
     if call is None:
         return {"timestep": timestep}

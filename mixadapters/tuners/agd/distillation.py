@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mixadapters.core.config import one_of
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.fields import check_number
 from mixadapters.core.numbers import real_numbers
 from mixadapters.tuners.agd.calls import timestep_factor
 from mixadapters.tuners.agd.guidance import Rule, classifier_free, prediction_of
@@ -46,8 +47,7 @@ class GuidanceDistillation:
         rule: Rule = classifier_free,
     ) -> None:  # fmt: skip
         one_of("loss", loss, LOSSES)
-        if not delta > 0:
-            raise ValueError(f"delta={delta} must be positive")
+        check_number("delta", delta, above=0)
         self.loss, self.delta, self.timestep_weights, self.rule = loss, delta, timestep_weights, rule
 
     def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

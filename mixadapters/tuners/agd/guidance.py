@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixadapters.tuners.agd.calls import model_arguments, timestep_factor, unwrapped
+from mixadapters.core.hooks import root_of
+from mixadapters.tuners.agd.calls import model_arguments, timestep_factor
 
 Conditions = dict[str, Tensor]  # argument of the model's forward -> (B, ...); "a.b" is entry b of a dict argument a
 Predict = Callable[[Tensor, Tensor, Conditions], Tensor]  # x (B, ...), timestep (B,), conditions -> prediction
@@ -35,7 +36,7 @@ class Denoiser:
 
     def digest(self) -> str:
         """Of class and weights, without adapters of ours: integer sums, which do not depend on device or order."""
-        found = hashlib.sha256(type(unwrapped(self.model)).__name__.encode())
+        found = hashlib.sha256(type(root_of(self.model)).__name__.encode())
         for name, tensor in sorted(self._frozen(), key=lambda item: item[0]):
             found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):  # offloaded; quantized
@@ -50,7 +51,7 @@ class Denoiser:
         return sorted({f"{type(p).__name__} of {p.dtype}" for _, p in self._frozen()})
 
     def _frozen(self) -> Iterator[tuple[str, Tensor]]:
-        return ((name, p) for name, p in unwrapped(self.model).named_parameters() if "adapters." not in name)
+        return ((name, p) for name, p in root_of(self.model).named_parameters() if "adapters." not in name)
 
 
 def denoiser(model: nn.Module) -> Denoiser:
@@ -63,7 +64,7 @@ def refuse_another_model(model: nn.Module, teacher: dict[str, Any]) -> None:
 
     Weights in another dtype, or quantized, are not compared, and nothing is where an older record does not say.
     """
-    made_by, name = teacher.get("model_class"), type(unwrapped(model)).__name__
+    made_by, name = teacher.get("model_class"), type(root_of(model)).__name__
     if made_by not in (None, name):
         raise ValueError(f"the record was made by a {made_by}, and teaches no {name}; record() with this model")
     asked = Denoiser(model)

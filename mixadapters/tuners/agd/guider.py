@@ -11,7 +11,8 @@ from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from torch import Tensor, nn
 
 from mixadapters.core.context import ForwardContext
-from mixadapters.tuners.agd.calls import refuse_distilled, unwrapped
+from mixadapters.core.hooks import root_of
+from mixadapters.tuners.agd.calls import refuse_distilled
 from mixadapters.tuners.agd.layer import check_scale
 from mixadapters.tuners.agd.pipeline import guidance_adapters
 
@@ -45,7 +46,7 @@ class AdapterGuidance(BaseGuidance):
     def prepare_models(self, denoiser: nn.Module) -> None:
         self.cleanup_models(denoiser)  # a forward that failed has left its scale
         super().prepare_models(denoiser)
-        model = unwrapped(denoiser)
+        model = root_of(denoiser)
         refuse_distilled(model)
         scale = self.guidance_scale if self._guides() else 1.0
         for adapter in guidance_adapters(model):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.numbers import real_numbers
+from mixadapters.core.numbers import real_numbers, refuse_other_masks
 from mixadapters.core.streams import Stream, repeat_rows
 from mixadapters.tuners.agd.config import VARIED, AGDConfig
 
@@ -97,6 +97,7 @@ class Trunk(Conditions):
             self.negative = Conditions()
             self.negative.add_embeddings(config)
         self.place = nn.Embedding(PLACES, config.r) if config.after_prompt else None
+        self.reads_prompt = bool(config.after_prompt)  # `generate` tells it
 
     @staticmethod
     def _mlp(width: int) -> nn.Sequential:
@@ -300,8 +301,7 @@ def places(prompt: Tensor) -> Tensor:
     Raises:
         ValueError: other values than True and False, or 1 and 0.
     """
-    if not torch.compiler.is_compiling() and bool(((prompt != 0) & (prompt != 1)).any()):
-        raise ValueError("prompt_mask must hold True and False, or 1 and 0")
+    refuse_other_masks("prompt_mask", prompt)
     prompt = prompt.long()
     return prompt + prompt * (1 - F.pad(prompt[:, 1:], (0, 1)))
 

@@ -19,6 +19,8 @@ from mixadapters.tuners.agd.layer import ADAPTERS, GuidanceAdapter
 
 
 class AGDModel(MixtureModel):
+    """The tuner of AGD: an adapter at each attention block, of which the first holds the trunk for all."""
+
     fields = ("guidance_scale", "guidance_interval", "unconditional")
     attachment = HookedLayer
 
@@ -103,9 +105,6 @@ class AGDModel(MixtureModel):
             nn.init.zeros_(adapter.up.bias)
         self.__dict__["first"] = self.__dict__["first"] or adapter
         return adapter
-
-    def _reads_prompt(self) -> bool:
-        return super()._reads_prompt() or any(config.after_prompt for config in self.peft_config.values())
 
     def train(self, mode: bool = True) -> AGDModel:
         """As usual, but the frozen model's dropout rests: its teacher and its student are to see the same.

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from mixadapters.core.fields import fits
-from mixadapters.tuners.agd.calls import unwrapped
+from mixadapters.core.config import one_of
+from mixadapters.core.fields import check_integer, fits
+from mixadapters.core.hooks import root_of
 from mixadapters.tuners.agd.guidance import (
     Conditions,
     Denoiser,
@@ -65,14 +66,12 @@ class TrajectoryPlan:
         if self.interval is not None:
             check_interval("interval", self.interval)
         for name in ("steps", "batch_size", "seed", "max_bytes", *(() if self.keep is None else ("keep",))):
-            if not fits(getattr(self, name), int):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer")
+            check_integer(name, getattr(self, name))
         if not 0 < self.scales[0] <= self.scales[1]:
             raise ValueError(f"scales={self.scales} is no range of positive numbers")
         if self.keep is not None and not 0 < self.keep <= self.steps:
             raise ValueError(f"keep={self.keep} must lie between 1 and steps={self.steps}")
-        if self.dtype not in ("float16", "bfloat16", "float32"):
-            raise ValueError(f"dtype={self.dtype!r} is unknown; choose float16, bfloat16 or float32")
+        one_of("dtype", self.dtype, ("float16", "bfloat16", "float32"))
 
     def bytes_of(self, conditions: Conditions) -> int:
         """Size of the whole record."""
@@ -153,7 +152,7 @@ class Recorder:
             **({"model_says": self._words()} if digest is None else {"model_digest": digest()}),
         }
         if isinstance(self.predict, Denoiser):
-            facts |= {"model_class": type(unwrapped(self.predict.model)).__name__}
+            facts |= {"model_class": type(root_of(self.predict.model)).__name__}
             facts |= {"model_dtypes": self.predict.dtypes()}
         if taken := sorted(info.keys() & facts):
             raise ValueError(f"info={info}: {taken} are facts of the record itself; give them other names")

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mixadapters.tuners.agd.calls import model_arguments, unwrapped
+from mixadapters.core.hooks import root_of
+from mixadapters.tuners.agd.calls import model_arguments
 from mixadapters.tuners.agd.guidance import nested
 from mixadapters.tuners.agd.storage import INDEX, read_index, read_shards
 
@@ -115,7 +116,7 @@ class TrajectoryCollator:
     """Items of `Trajectories` -> arguments of a model's forward, with the targets."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = unwrapped(model)
+        self.model = root_of(model)
         self.first = list(inspect.signature(type(self.model).forward).parameters)[1]
 
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Any]:

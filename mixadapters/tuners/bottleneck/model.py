@@ -11,6 +11,8 @@ EXPERT = "adapter"  # name of the only expert of a bank
 
 
 class BottleneckModel(MixtureModel):
+    """The tuner of bottleneck adapters: one at each site."""
+
     def roles(self, config: BottleneckConfig) -> tuple[str, ...]:
         return placement_roles(config.placement, config.adapter_input, self.known_roles(config))
 

@@ -12,7 +12,7 @@ from mixadapters.tuners.bottleneck.config import BottleneckConfig
 from mixadapters.tuners.mixda.fields import check_lora
 from mixadapters.tuners.mixda.router import competes, read_router
 from mixadapters.tuners.registration import peft_type
-from mixadapters.tuners.sources import Entries, public_origin, same_module
+from mixadapters.tuners.sources import Entries, expert_options, sources_to_origins
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Section 3.3 and appendix A: sigmoid gate on the attention output, one linear layer.
@@ -205,11 +205,7 @@ class MixDAConfig(MixtureConfig):
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's; in files a source that has been gathered is its domain's `origin`: loading reads it no more."""
         saved = super().to_dict()
-        for spec in saved["domains"].values():
-            if "source" in spec and "ranks" in spec:
-                spec["origin"] = spec.pop("source")
-            if "origin" in spec:
-                spec["origin"] = public_origin(spec["origin"])
+        sources_to_origins(saved["domains"])
         return saved
 
     def registered_by(self) -> dict[str, str]:
@@ -244,11 +240,7 @@ class MixDAConfig(MixtureConfig):
 
     def expert_options(self, name: str, path: str) -> dict[str, Any]:
         """Arguments of `AdapterBank.add` for the domain `name` at a module."""
-        spec = self.domains[name]
-        if "scales" not in spec:
-            return {}
-        module = next(m for m in spec["scales"] if same_module(m, path))
-        return {"scale": spec["scales"][module], "up_bias": module in spec.get("biases", ())}
+        return expert_options(self.domains[name], path)
 
     def task_config(self) -> BottleneckConfig:
         """The task adapter as a config of its own, where it is a bottleneck."""

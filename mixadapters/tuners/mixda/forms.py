@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixadapters.core.bank import Weights
+from mixadapters.core.bank import Weights, norm_folded
+from mixadapters.core.files import PREFIX
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.registry import nearest
@@ -79,7 +80,7 @@ class DomainForms(MixtureModel):
             raise ValueError("export_domain: pad_ranks=True is for LoRA; leave it out")
         ranks = {path: m.bank.experts[name].rank for path, m in mixtures.items()}
         weights = {
-            f"base_model.model.{path}.bottleneck_adapters.bank.experts.{EXPERT}.{key}": parameter
+            f"{PREFIX}{path}.bottleneck_adapters.bank.experts.{EXPERT}.{key}": parameter
             for path, m in mixtures.items()
             for key, parameter in m.bank.experts[name].named_parameters()
         }
@@ -219,16 +220,8 @@ def _side_by_side(weights: Sequence[Weights], shares: Sequence[float]) -> dict[s
     if ends:
         found["up.bias"] = torch.stack(ends).sum(0)
     for name in ("down", "gate"):
-        rows = [_without_norm(getattr(w, name), getattr(w, f"b_{name}"), w.norm) for w, _ in parts]
+        rows = [norm_folded(getattr(w, name), getattr(w, f"b_{name}"), w.norm) for w, _ in parts]
         for key, tensors in zip(("weight", "bias"), zip(*rows, strict=True), strict=True):
             if tensors[0] is not None:  # as in all: they are of one bank
                 found[f"{name}.{key}"] = torch.cat(tensors)
     return found
-
-
-def _without_norm(weight: Tensor | None, bias: Tensor | None, norm: Any) -> tuple[Tensor | None, Tensor | None]:
-    """With the factors and the shift of a LayerNorm in them: what is left of that normalises alone."""
-    if weight is None or norm is None:
-        return weight, bias
-    factor, shift = norm
-    return weight * factor, weight @ shift if bias is None else bias + weight @ shift

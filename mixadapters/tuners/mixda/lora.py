@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable
 from copy import copy
 from typing import Any
 
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor
 
 from mixadapters.core.adapter import Site
@@ -17,6 +16,7 @@ from mixadapters.core.model import MixtureModel
 from mixadapters.core.sites import find_architecture
 from mixadapters.routers import SingleRouter
 from mixadapters.tuners.bottleneck.model import EXPERT
+from mixadapters.tuners.lora import default_targets
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.sources import read_lora, read_source
 
@@ -121,12 +121,7 @@ def lora_domain_pattern(targets: Any, gathered: Collection[str], model_type: str
         return suffixes(targets)
     parts = [pattern_of(gathered)] if gathered else []
     if new:
-        if model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-            raise ValueError(
-                f"Please specify `target_modules` for new domains: PEFT has no default for model_type={model_type!r}; "
-                "such as target_modules=['q_proj', 'v_proj'], or 'all-linear'"
-            )
-        parts.append(suffixes(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type]))
+        parts.append(suffixes(default_targets(model_type)))
     return "|".join(f"(?:{part})" for part in parts)
 
 

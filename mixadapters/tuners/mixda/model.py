@@ -24,6 +24,11 @@ from mixadapters.tuners.sources import rank_of, same_module
 
 
 class MixDAModel(LoRADomains, DomainVerbs, DomainForms):
+    """The tuner of MixDA: where domain and task adapters lie, and what they are made of.
+
+    What can be done with domains afterwards is in its bases.
+    """
+
     fields = ("domain_ids", "prompt_mask")
 
     # --- sites ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_number
 from mixadapters.core.registry import nearest
 from mixadapters.routers import ROUTERS, Router, SoftmaxGate, build_router
 from mixadapters.routers.arms import ArmSurgery
@@ -122,8 +122,7 @@ def weights_of(weights: Any, experts: list[str], domains: list[str]) -> list[flo
     for name, weight in weights.items():
         if name not in domains:
             raise ValueError(f"weights: unknown domain {name!r}; have {domains}.{nearest(str(name), domains)}")
-        if not finite(weight):
-            raise ValueError(f"weights[{name!r}]={weight!r} must be a finite number")
+        check_number(f"weights[{name!r}]", weight)
     return [float(weights.get(name, 0.0)) for name in experts]
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from mixadapters.core.bank import AdapterBank
+from mixadapters.core.files import PREFIX
 from mixadapters.core.registry import nearest
 from mixadapters.tuners.bottleneck.model import EXPERT
-from mixadapters.tuners.gathering import LORA_PARTS, BaseModules, Gathered, gathered, lora_experts
+from mixadapters.tuners.gathering import BaseModules, Gathered, check_tensors, gathered, lora_experts
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.sources import check_base_model, rank_of, read_folder, same_module
 
@@ -48,9 +47,7 @@ def read_source(
     paths = tuner.domain_paths(config)
     by_path: dict[str, dict[str, Tensor]] = {}
     for key, tensor in weights.items():
-        path, mark, rest = key.removeprefix("base_model.model.").partition(
-            f".{saved.peft_type.value.lower()}_adapters."
-        )
+        path, mark, rest = key.removeprefix(PREFIX).partition(f".{saved.peft_type.value.lower()}_adapters.")
         if not mark or not rest.startswith(expert):
             continue
         here = [p for p in paths if same_module(p, path)]
@@ -60,7 +57,7 @@ def read_source(
     if not by_path:
         raise ValueError(f"{where} holds no weights of a domain adapter: none of its {len(weights)} keys fits")
     for path, tensors in by_path.items():
-        _check_tensors(tuner, config, path, tensors, where)
+        check_tensors(tuner.bank_widths(config, path), config.bank_options(), path, tensors, where)
     if missing := [p for p in _paths_of_source(tuner, saved, name, paths) if p not in by_path]:
         raise ValueError(f"{where} lacks the weights of {missing}, which its own config says that it adapts")
     return by_path
@@ -81,7 +78,14 @@ def read_lora(tuner: LoRASites, config: MixDAConfig, name: str, spec: dict[str, 
     check_base_model(tuner.model, saved, spec, where)
     scales, found = lora_experts(tuner, saved, weights, spec, where)
     return gathered(
-        tuner, saved, scales, found, spec, where, widths=lambda path: tuner.bank_widths(config, path), parts=LORA_PARTS
+        tuner,
+        saved,
+        scales,
+        found,
+        spec,
+        where,
+        widths=lambda path: tuner.bank_widths(config, path),
+        options=config.bank_options(),
     )
 
 
@@ -91,22 +95,6 @@ def _paths_of_source(tuner: DomainSites, saved: Any, name: str, paths: list[str]
         spec = saved.domains.get(name) or next(iter(saved.domains.values()))
         return [p for p in paths if rank_of(spec.get("ranks", {}), p)]
     return [p for p in paths if saved.target_modules and tuner._check_target_module_exists(saved, p)]
-
-
-def _check_tensors(tuner: DomainSites, config: MixDAConfig, path: str, tensors: dict[str, Tensor], where: str) -> None:
-    """Refuse tensors that are not those of an expert at `path`."""
-    with torch.device("meta"):
-        bank = AdapterBank(*tuner.bank_widths(config, path), **config.bank_options())
-        bank.add("like", tensors["down.weight"].shape[0] if "down.weight" in tensors else 1)
-    expected = dict(bank.experts["like"].named_parameters())
-    if expected.keys() != tensors.keys():
-        raise ValueError(f"{where} has {sorted(tensors)} at {path!r}, expected {sorted(expected)}")
-    for key, parameter in expected.items():
-        if parameter.shape != tensors[key].shape:
-            raise ValueError(
-                f"{where}: {key} at {path!r} is {tuple(tensors[key].shape)} in the source, expected "
-                f"{tuple(parameter.shape)}: trained on another base model?"
-            )
 
 
 def _check_source(config: MixDAConfig, name: str, saved: Any, where: str) -> str:

@@ -15,9 +15,8 @@ from mixadapters.tuners.bottleneck.config import PLACEMENTS
 from mixadapters.tuners.moa.overrides import OverriddenConfig
 from mixadapters.tuners.moa.router import default_of, router_spec
 from mixadapters.tuners.registration import peft_type
-from mixadapters.tuners.sources import Entries, public_origin, refuse_unsaveable, same_module
+from mixadapters.tuners.sources import Entries, refuse_unsaveable, same_module, sources_to_origins
 
-SCOPES = ("module", "block", "model")
 EXPERTS = Entries(
     "experts", "an expert", "moa_", r"frozen|null\d+|shared\d+",
     {"source": str, "revision": str, "check_base_model": bool, "scale": float, "ignore_modules_to_save": bool,
@@ -228,11 +227,7 @@ class MoAConfig(OverriddenConfig):
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's; in files a source that has been gathered is its expert's `origin`: loading reads it no more."""
         saved = super().to_dict()
-        for spec in (saved["experts"] or {}).values():
-            if "source" in spec and "ranks" in spec:
-                spec["origin"] = spec.pop("source")
-            if "origin" in spec:
-                spec["origin"] = public_origin(spec["origin"])
+        sources_to_origins(saved["experts"] or {})
         return saved
 
     def registered_by(self) -> dict[str, str]:

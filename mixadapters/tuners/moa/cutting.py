@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from mixadapters.core.bank import Expert
+from mixadapters.core.fields import check_integer
 from mixadapters.core.registry import nearest
 from mixadapters.routers.counts import CountsRouter
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.verbs import ExpertVerbs
-from mixadapters.tuners.sources import same_module
+from mixadapters.tuners.sources import key_of, same_module
 from mixadapters.tuners.surgery import SurgeryVerbs
 
 
@@ -78,13 +79,12 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
         mixture = mixtures[path]
         if name not in mixture.routed_names:
             raise ValueError(f"unknown expert {name!r} at {path!r}; have {mixture.routed_names}")
-        if type(rank) is not int or rank < 1:
-            raise ValueError(f"rank={rank!r} must be a positive integer")
+        check_integer("rank", rank, least=1)
         self._name_experts(config, list(mixtures))
         self._spell_out(config, name, mixtures)
         spec, bank = config.experts[name], mixture.bank
         old, scale = bank.experts[name], bank.scales.get(name, bank.scale)
-        spec["ranks"] = {**spec["ranks"], _key_of(spec, path): rank}
+        spec["ranks"] = {**spec["ranks"], key_of(spec["ranks"], path): rank}
         new = Expert(bank, rank, True, up_bias=old.up.bias is not None)
         new.to(old.up.weight.device, old.up.weight.dtype).requires_grad_(old.up.weight.requires_grad)
         bank.experts[name] = new
@@ -135,7 +135,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
         self._spell_out(config, name, dict(self._mixtures(mixture.key.adapter)))
         mixture.bank.remove(name)
         spec = config.experts[name]
-        key = _key_of(spec, path)
+        key = key_of(spec["ranks"], path)
         for entry in ("ranks", "scales"):
             spec[entry] = {module: value for module, value in spec[entry].items() if module != key}
         if "biases" in spec:
@@ -177,8 +177,3 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
             if name not in arms:
                 del config.experts[name]
         config.expert_order = list(config.experts)
-
-
-def _key_of(spec: Mapping[str, Any], path: str) -> str:
-    """How an entry of the config calls the module `path`."""
-    return path if path in spec["ranks"] else next(module for module in spec["ranks"] if same_module(module, path))

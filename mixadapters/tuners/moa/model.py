@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from mixadapters.core.adapter import Site
@@ -17,6 +16,7 @@ from mixadapters.core.sites import layer_index
 from mixadapters.routers.base import Router, build_router
 from mixadapters.tuners.bottleneck.config import placement_roles, placement_taps
 from mixadapters.tuners.gathering import Gathered
+from mixadapters.tuners.lora import default_targets
 from mixadapters.tuners.moa.absent import refuse_absent
 from mixadapters.tuners.moa.config import MoAConfig, stands_at
 from mixadapters.tuners.moa.cutting import ExpertCutting
@@ -24,7 +24,7 @@ from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.overriding import ExpertOverriding
 from mixadapters.tuners.moa.router import OPTION_OF, router_spec
 from mixadapters.tuners.moa.sources import gather
-from mixadapters.tuners.sources import rank_of, same_module
+from mixadapters.tuners.sources import expert_options, key_of, rank_of
 
 QUERY = frozenset({"q", "query", "q_proj", "q_lin", "query_proj"})  # what runs first in an attention
 # Of cross-attention, these read the encoder's tokens, the others the decoder's.
@@ -41,6 +41,11 @@ class Plan:
 
 
 class MoAModel(ExpertOverriding, ExpertCutting):
+    """The tuner of MoA: where experts and routers lie, and what they are made of.
+
+    What can be done with experts afterwards is in its bases.
+    """
+
     fields = ("expert_ids", "prompt_mask")
     moving = ("router", "schedules", "expert_overrides", *OPTION_OF)
 
@@ -70,13 +75,7 @@ class MoAModel(ExpertOverriding, ExpertCutting):
             if config.target_modules is None and self._gathered:
                 config.target_modules = {path for found in self._gathered.values() for path in found.weights}
             elif config.target_modules is None:
-                kind = model_config.get("model_type", "custom")
-                if kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-                    raise ValueError(
-                        f"Please specify `target_modules`: PEFT has no default for model_type={kind!r}; such as "
-                        "target_modules=['q_proj', 'v_proj'], or 'all-linear'"
-                    )
-                config.target_modules = set(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind])
+                config.target_modules = set(default_targets(model_config.get("model_type", "custom")))
             self.name_all_linear(config)
             return
         super().resolve(config, model_config)
@@ -101,11 +100,9 @@ class MoAModel(ExpertOverriding, ExpertCutting):
 
     def _refuse_left_out(self, config: MoAConfig, paths: list[str]) -> None:
         """Experts have weights at modules of their own, which the config must not leave out."""
-        known = set(paths)
+        known = dict.fromkeys(paths)
         for name, spec in (config.experts or {}).items():
-            outside = [p for p in spec.get("ranks", {}) if p not in known and not any(p.endswith(f".{k}") or
-                       k.endswith(f".{p}") for k in known)]  # fmt: skip
-            if outside:
+            if outside := [path for path in spec.get("ranks", {}) if key_of(known, path) is None]:
                 raise ValueError(
                     f"experts[{name!r}] adapts {outside[0]!r}, which is not among the modules that target_modules, "
                     "exclude_modules and layers_to_transform leave; leave these out, or give them all its modules"
@@ -185,12 +182,8 @@ class MoAModel(ExpertOverriding, ExpertCutting):
 
     def _expert_options(self, config: MoAConfig, path: str, name: str, rank: int) -> dict[str, Any]:
         """Arguments of `AdapterBank.add` for the expert `name`, or a segment of it, of this rank."""
-        spec = (config.experts or {}).get(name, {})
-        if "scales" not in spec:
-            return {"scale": config.scale_at(path, rank * config.segments)}
-        scales, biased = spec["scales"], spec.get("biases", ())
-        key = path if path in scales else next(p for p in scales if same_module(p, path))
-        return {"scale": scales[key], "up_bias": key in biased}
+        gathered = expert_options((config.experts or {}).get(name, {}), path)
+        return gathered or {"scale": config.scale_at(path, rank * config.segments)}
 
     def _router(self, config: MoAConfig, site: Site, width: int) -> Router:
         leader = self._plan.leader[site.path]

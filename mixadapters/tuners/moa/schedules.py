@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
-from mixadapters.core.config import MixtureConfig
+from mixadapters.core.config import MixtureConfig, without_keys
 from mixadapters.routers.schedules import check_schedules, value_at
 from mixadapters.tuners.moa.router import OPTION_OF, default_of, router_spec
 
@@ -48,11 +47,7 @@ class ScheduledConfig(MixtureConfig):
         """As every config's, without the options that both have on a schedule: loading takes over the file's."""
         said = super().compared(other)
         moving = self.schedules.keys() & getattr(other, "schedules", {}).keys()
-        router = _without(said["router"], moving)
+        router = without_keys(said["router"], moving)
         if "base" in router:
-            router["base"] = _without(router["base"], moving)
+            router["base"] = without_keys(router["base"], moving)
         return said | {name: None for name, option in OPTION_OF.items() if option in moving} | {"router": router}
-
-
-def _without(value: Any, keys: Collection[str]) -> Any:
-    return {k: v for k, v in value.items() if k not in keys} if isinstance(value, dict) else value

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mixadapters.core.files import PREFIX
 from mixadapters.tuners.bottleneck.model import EXPERT
-from mixadapters.tuners.gathering import LORA_PARTS, BaseModules, Gathered, gathered, lora_experts
+from mixadapters.tuners.gathering import BaseModules, Gathered, gathered, lora_experts
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.sources import check_base_model, read_folder
 
@@ -22,10 +22,6 @@ MOE_PEFT = {  # types of MoE-PEFT -> what helps
     "LORAMOE": "write each of its experts as a LoRA folder; docs/moa.md has the lines",
     "MIXLORA": "its experts are whole FFNs, which no sum of adapters equals",
 }
-BIASED = LORA_PARTS | {"down.bias", "up.bias"}
-PARTS = {  # kind of experts -> their parameters
-    "lora": LORA_PARTS, "bottleneck": BIASED, "glu": BIASED | {"gate.weight", "gate.bias"},
-}  # fmt: skip
 
 
 class ExpertSites(BaseModules, Protocol):
@@ -59,7 +55,7 @@ def gather(tuner: ExpertSites, config: MoAConfig, name: str, spec: dict[str, Any
         )
     return gathered(
         tuner, saved, scales, found, spec, where, widths=lambda path: tuner.expert_widths(config, path),
-        parts=PARTS[config.expert_type], why=LOST_BY_XLORA if of_xlora else "",
+        options=config.bank_options(), why=LOST_BY_XLORA if of_xlora else "",
     )  # fmt: skip
 
 
@@ -76,9 +72,7 @@ def _bottleneck(
         raise ValueError(f"{where} was trained with scale='learnable', which experts of this mixture do not have")
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in weights.items():
-        path, mark, rest = key.removeprefix("base_model.model.").partition(
-            f".bottleneck_adapters.bank.experts.{EXPERT}."
-        )
+        path, mark, rest = key.removeprefix(PREFIX).partition(f".bottleneck_adapters.bank.experts.{EXPERT}.")
         if mark:
             found.setdefault(path, {})[rest] = tensor
     return dict.fromkeys(found, float(theirs["scale"])), found

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mixadapters.core.bank import Expert
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_number
 from mixadapters.core.registry import nearest
 from mixadapters.tuners.moa.config import check_experts
 from mixadapters.tuners.moa.verbs import ExpertVerbs
@@ -47,10 +47,8 @@ class ExpertSpawning(ExpertVerbs):
             raise ValueError(f"unknown expert {from_expert!r}; have {have}.{nearest(from_expert, have)}")
         if isinstance(names, str) or not names or len(set(names)) < len(names):
             raise ValueError(f"names={names!r} must be a list of different names for the new experts")
-        if not finite(mask_fraction) or not 0 <= mask_fraction < 1:
-            raise ValueError(f"mask_fraction={mask_fraction!r} must be at least 0 and below 1")
-        if not finite(noise) or noise < 0:
-            raise ValueError(f"noise={noise!r} must be a finite number, not below 0")
+        check_number("mask_fraction", mask_fraction, least=0, below=1)
+        check_number("noise", noise, least=0)
         for name in check_experts(list(names), from_file=False):
             check_new("expert", name, config.all_names(), self.peft_config.keys() - {adapter_name})
         self._require(adapter_name, "add_expert")

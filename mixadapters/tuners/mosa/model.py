@@ -10,11 +10,11 @@ from transformers.pytorch_utils import Conv1D
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.files import being_loaded
+from mixadapters.core.files import PREFIX, being_loaded
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.saving import own_hosts
-from mixadapters.core.walking import outside_adapters
+from mixadapters.core.walking import outside_adapters, plain_path
 from mixadapters.routers import SingleRouter
 from mixadapters.tuners.bottleneck.config import placement_roles, placement_taps
 from mixadapters.tuners.bottleneck.model import EXPERT, bottleneck
@@ -79,7 +79,7 @@ class MoSAModel(MixtureModel):
         return plain if config.num_experts == 1 else self._split(config, site, plain)
 
     def _split(self, config: MoSAConfig, site: Site, plain: Mixture) -> SplitMixture:
-        name = site.path.replace(".base_layer", "")
+        name = plain_path(site.path)
         bank = SplitBank(
             plain.bank, name, num_experts=config.num_experts, granularity=config.granularity,
             seed=config.partition_seed, halves=HALVES if config.split == "both" else (config.split,),
@@ -103,16 +103,14 @@ class MoSAModel(MixtureModel):
         Raises:
             ValueError: unknown adapter name.
         """
-        config = self.peft_config.get(adapter_name)
-        if config is None:
-            raise ValueError(f"adapter_name={adapter_name!r} is unknown; have {list(self.peft_config)}")
+        config = self.config_of(adapter_name)
         hosts = [host for host in self.hosts() if adapter_name in host.adapters]
         weights = self._modules_to_save(adapter_name)
         for host in hosts:
             bank = host.adapters[adapter_name].bank
             ((_, expert),) = bank.experts.items()
             (plain,) = bank.weights(None)
-            where = f"base_model.model.{host.path}."
+            where = f"{PREFIX}{host.path}."
             if config.base == "lora":
                 ones = (1,) * (host.get_base_layer().weight.dim() - 2)  # of a convolution
                 weights[f"{where}lora_A.weight"] = plain.down.reshape(*plain.down.shape, *ones)
@@ -144,7 +142,7 @@ class MoSAModel(MixtureModel):
         for path, module in outside_adapters(self.model):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 state = module.adapter_state_dict(adapter_name, module.state_dict())
-                found |= {f"base_model.model.{path}.{key}": tensor for key, tensor in state.items()}
+                found |= {f"{PREFIX}{path}.{key}": tensor for key, tensor in state.items()}
         return found
 
     @classmethod

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixadapters.core.joining import shifts_labels
+from mixadapters.core.joining import predicts_next
 from mixadapters.core.sites import has_two_stacks
 from mixadapters.core.streams import read_stream
 
@@ -91,7 +91,7 @@ class ConsistencyObjective:
                 pair = Pair.of_images(module, logits, target)
             else:
                 left_out = ignored[DISTRIBUTIONS[name]]
-                pair = Pair.of(context, logits, target, left_out, shift=shifted is None and shifts_labels(module))
+                pair = Pair.of(context, logits, target, left_out, shift=shifted is None and predicts_next(module))
             if config.consistency:
                 context.add_loss("consistency", pair.divergence(), config.consistency / len(found))
             if config.aux_ce:

@@ -15,11 +15,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from mixadapters.core.bank import AdapterBank, Weights
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixture import Mixture
+from mixadapters.core.processes import rank
 from mixadapters.core.routing import Routing
 from mixadapters.routers import SingleRouter
 
 GRANULARITIES = ("element", "row", "column", "rank")
-MERGES = ("mean", "sum")
 HALVES = ("down", "up")
 LAZY_NEEDS = "inactive_update='lazy' needs the optimizer LazyAdamW(parameters, peft_model=model)"
 LAZY_REMEDY = "use it (Trainer: optimizer_cls_and_kwargs), or inactive_update='dense'"
@@ -221,11 +221,9 @@ class SplitBank(AdapterBank):
 
     def draw(self, passes: int) -> Tensor:
         """The experts of the next forward, int64 (passes, 2): for down and up. Counts the forward."""
-        rank = 0
-        if not self.sync_ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank = torch.distributed.get_rank()
+        apart = 0 if self.sync_ranks else rank()
         places = torch.arange(2 * len(HALVES), device=self.draws.device)
-        noise = scramble((self.draws << 2) + places + (self.code ^ (rank << 40)))
+        noise = scramble((self.draws << 2) + places + (self.code ^ (apart << 40)))
         self.draws += 1
         drawn = (noise % self.num_experts).view(2, len(HALVES))
         drawn = drawn[:passes] if self.separate else drawn[:1]

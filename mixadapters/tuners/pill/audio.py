@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixadapters.core.fields import LARGEST
+from mixadapters.core.fields import LARGEST, check_integer
 from mixadapters.core.sites import hidden_size_of
-from mixadapters.tuners.pill.inputs import EncodedInputs, check_option
+from mixadapters.tuners.pill.inputs import EncodedInputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,7 +57,7 @@ class AudioInputs(EncodedInputs):
                 f"encoder={type(encoder).__name__} is no audio encoder that gives a state per stretch of time, such "
                 "as Wav2Vec2Model; of a model of two stacks, such as Whisper, give the encoder: model.get_encoder()"
             )
-        check_option("tokens", tokens, 1, LARGEST)
+        check_integer("tokens", tokens, least=1, most=LARGEST)
         super().__init__(model, encoder, width=width, tokens=tokens, token_id=token_id, projector=projector)
         self.name = name
 

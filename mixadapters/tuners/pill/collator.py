@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.columns import numbered, require_padding, text_of
+from mixadapters.core.fields import check_integer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,12 +33,10 @@ class MediaTextCollator:
 
     def __post_init__(self) -> None:
         require_padding(self.tokenizer)
-        for name, least in (("token_id", 0), (self.count, 1), ("max_length", 1)):
-            value = getattr(self, name)
-            if value is None and name == "max_length":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name}={value!r} must be an integer, {least} or more")
+        check_integer("token_id", self.token_id, least=0)
+        check_integer(self.count, getattr(self, self.count), least=1)
+        if self.max_length is not None:
+            check_integer("max_length", self.max_length, least=1)
         if not isinstance(self.marker, str) or not self.marker:
             raise ValueError(
                 f"marker={self.marker!r} must be a text that stands for the {self.item}, as '<image>' does"

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixadapters.core.fields import LARGEST
-from mixadapters.tuners.pill.inputs import EncodedInputs, check_option
+from mixadapters.core.fields import LARGEST, check_integer
+from mixadapters.tuners.pill.inputs import EncodedInputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,8 +54,8 @@ class ImageInputs(EncodedInputs):
         layers = getattr(config, "num_hidden_layers", None)
         depth = layers if isinstance(layers, int) else LARGEST
         if grid is not None:
-            check_option("grid", grid, 1, side)
-        check_option("layer", layer, -1 - depth, depth)
+            check_integer("grid", grid, least=1, most=side)
+        check_integer("layer", layer, least=-1 - depth, most=depth)
         grid = grid or side
         super().__init__(
             model, encoder, width=config.hidden_size, tokens=grid * grid, token_id=token_id, projector=projector

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from mixadapters.core.fields import LARGEST, fits
+from mixadapters.core.fields import LARGEST, check_integer
 from mixadapters.routers.modality import TOKEN_TYPES
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class EncodedInputs(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         if token_id is not None:
-            check_option("token_id", token_id, 0, LARGEST)
+            check_integer("token_id", token_id, least=0, most=LARGEST)
         table = model.get_input_embeddings()
         taken = {front.token_id for front in front_ends(model)}
         if token_id in taken:
@@ -175,12 +175,6 @@ def embed(model: Any, input_ids: Tensor, given: dict[str, Any]) -> Tensor:
     return embeddings
 
 
-def check_option(name: str, value: Any, least: int, most: int) -> None:
-    """Raises ValueError where an option is no integer of that range."""
-    if not (fits(value, int) and least <= value <= most):
-        raise ValueError(f"{name}={value!r} must be an integer from {least} to {most}")
-
-
 def refuse_other_placeholders(model: nn.Module, token_ids: Mapping[str, Sequence[int]]) -> None:
     """Refuse images or sounds that stand at a token which a config does not name: it would count as text."""
     for module in model.modules():
@@ -192,3 +186,20 @@ def refuse_other_placeholders(model: nn.Module, token_ids: Mapping[str, Sequence
                     f"token_ids={token_ids} names {named}: attach it with token_id={named[0]}, or name its own "
                     "(token_ids)"
                 )
+
+
+def refuse_lack_of_projector(
+    model: nn.Module, names: list[str], saved_whole: Iterable[str], token_ids: Mapping[str, Sequence[int]]
+) -> None:
+    """Refuse a config whose projector the model lacks, as it does where its images or sounds have no way in.
+
+    names: of all modules of the model.
+    """
+    lacking = sorted(module for module in saved_whole if not any(name.endswith(module) for name in names))
+    if lacking and not front_ends(model):
+        given = f", token_id={ids[0]}" if (ids := [token for tokens in token_ids.values() for token in tokens]) else ""
+        raise ValueError(
+            f"modules_to_save={sorted(saved_whole)}: {type(model).__name__} has no module {lacking[0]!r}, such as the "
+            "projector of images or sounds. Give the base model what the adapter was trained with before it is put "
+            f"in: ImageInputs.attach(model, encoder{given}), or AudioInputs"
+        )

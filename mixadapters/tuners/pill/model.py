@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixadapters.core.absent import HEADS
 from mixadapters.core.adapter import Adapter, Chain, Site
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.context import ForwardContext
@@ -17,7 +18,7 @@ from mixadapters.core.walking import outside_adapters
 from mixadapters.routers import ModalityRouter, SingleRouter
 from mixadapters.routers.modality import TOKEN_TYPES
 from mixadapters.tuners.pill.config import PILLConfig
-from mixadapters.tuners.pill.inputs import EncodedInputs, refuse_other_placeholders
+from mixadapters.tuners.pill.inputs import EncodedInputs, refuse_lack_of_projector, refuse_other_placeholders
 
 # How one linear for query, key and value orders its outputs: all values last, or the values last in each head.
 QKV_LAYOUTS = {"gpt2": "blocks", "phi3": "blocks", "gpt_neox": "heads", "bloom": "heads"}
@@ -58,6 +59,8 @@ class ValueGate(Adapter):
 
 
 class PILLModel(MixtureModel):
+    """The tuner of PILL: experts on the norms of each layer, and a gate on its attention values."""
+
     fields = ("modality_ids", "mm_token_type_ids")
     moving = ("stage",)
 
@@ -81,6 +84,8 @@ class PILLModel(MixtureModel):
         if config.gate_init is None:
             config.gate_init = "one" if known or model_config.get("vision_config") else "zero"
         refuse_other_placeholders(self.model, config.token_ids or {})
+        heads = set(config.modules_to_save or ()) - HEADS
+        refuse_lack_of_projector(self.model, self.places(), heads, config.token_ids or {})
         if being_loaded() is None:
             self._refuse_unknown_tokens(config, known)
         super().resolve(config, model_config)
