@@ -91,11 +91,12 @@ class _Lowrank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        run = _forward_op
-        if nobody_looks_on(args[0]):  # no graph, in which what is kept has one layout for all numbers of rows
-            run, (*given, backend) = _forward, args
+        direct = nobody_looks_on(args[0])
+        if direct:  # there is no graph, in which what is kept has one layout for all numbers of rows
+            *given, backend = args
             found = backends.pick(_problem(given), backend, len(args[0]), training=True, layout_fixed=False)
-            args = (*args[:-1], backends.name_of(found))
+            args = (*given, backends.name_of(found))
+        run = _forward if direct else _forward_op
         y, kept = run(*args, True)
         # The frozen layer's output is kept for its weight's gradient only.
         keeps_base = ctx.needs_input_grad[_BASE_WEIGHT]
