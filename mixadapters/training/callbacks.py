@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.engines import loaded
+from mixadapters.core.fields import check_switches
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.processes import gathered, several
 from mixadapters.core.saving import restore_frozen
@@ -50,6 +51,7 @@ class StageCallback(TrainerCallback):
         self, stage: str, adapter_name: str = "default", objectives: Sequence[Objective] = (), check_head: bool = True,
         *, domain: str | None = None,
     ) -> None:  # fmt: skip
+        check_switches(check_head=check_head)
         self.stage, self.adapter_name, self.domain = stage, adapter_name, domain
         self.noted = stage if domain is None else f"{stage} {domain}"  # in checkpoints
         self.objectives, self.check_head = list(objectives), check_head
@@ -261,6 +263,7 @@ class GateUsageCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, per_layer: bool = False) -> None:
+        check_switches(per_layer=per_layer)
         self.trainer, self.per_layer = trainer, per_layer
 
     # Not `on_step_end`: to log there would take the place of the Trainer's own entry.
