@@ -77,15 +77,16 @@ CHOICES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# Where more text is read lower rates do: on 60,000 tokens of each kind these have their best inside.
+# Where more text is read lower rates do: on 60,000 tokens of each kind those of LoRA have their best inside.
 LARGE_CHOICES: dict[str, dict[str, Any]] = {
     "lora": {
         "expert": (5e-3, 1e-2, 2e-2),
         "joint": (1e-3, 2e-3, 5e-3, 1e-2),
         "twice": (1e-3, 2e-3, 5e-3),
         "shared": (2e-3, 5e-3, 1e-2),
+        "gate": (1e-3, 3e-3, 3e-2),
     },
-    "bottleneck": {},
+    "bottleneck": {"joint": (2e-3, 5e-3, 1e-2, 2e-2), "twice": (2e-3, 5e-3, 1e-2)},
 }
 
 
@@ -134,8 +135,10 @@ class Arguments:
         for name, known in (("kinds", KINDS), ("cells", CELLS)):
             if unknown := set(getattr(self, name)) - set(known):
                 raise ValueError(f"{name}={sorted(unknown)} are unknown; choose from {list(known)}")
-        if "bottleneck" in self.kinds and any(cell.startswith("shared_first") for cell in self.cells):
-            raise ValueError("cells: shared_first needs --kinds lora, since no bottleneck can be merged into its base")
+        if "bottleneck" in self.kinds and any("_first" in cell for cell in self.cells):
+            raise ValueError(
+                "cells: shared adapters first need --kinds lora, since no bottleneck merges into its base"
+            )
         if CHOOSING in self.seeds:
             raise ValueError(f"seeds={self.seeds}: {CHOOSING} is the seed that rates are chosen with")
 
@@ -438,9 +441,9 @@ def shared_of(parts: int) -> Cell:
     return lambda trial: trial.shared(parts)
 
 
-def first_shared(times: int, share: float) -> Cell:
+def first_shared(times: int, share: float, then: Cell) -> Cell:
     """One adapter, `times` as large as a domain's, reads all text first and becomes part of the base model; the
-    domains' adapters, of `share` of their usual rank, learn on top of it."""
+    domains' adapters, of `share` of their usual rank, learn on top of it, and `then` is made of them."""
 
     def cell(trial: Trial) -> dict[str, float]:
         first = trial.adapter("joint_active" if times == 1 else f"joint_{times}", trial.texts.old, "joint", times)
@@ -450,8 +453,8 @@ def first_shared(times: int, share: float) -> Cell:
         after.args = replace(trial.args, rank=max(1, round(share * trial.args.rank)))
         if not (after.start / "config.json").exists():
             first.merge_and_unload().save_pretrained(after.start)
-        model = after.gate("counts")
-        trial.read, trial.adds = read, adds + size(model)
+        model = then(after)
+        trial.read, trial.adds = read + after.read, adds + size(model)
         return perplexities(model, trial.texts.test)
 
     return cell
@@ -507,7 +510,9 @@ CELLS: dict[str, Cell] = {
     "features": under("features"), "uniform": under("uniform"), "lm_token": under("lm_token"),
     "lm_prefix": under("lm_prefix"), "added_warm": added_warm, "added_features": added_features,
     "posterior": posterior, "posterior_added": posterior_added, "shared_half": shared_of(2),
-    "shared_quarter": shared_of(4), "shared_first": first_shared(1, 1), "shared_first_wide": first_shared(3, 0.5),
+    "shared_quarter": shared_of(4), "shared_first": first_shared(1, 1, under("counts")),
+    "shared_first_wide": first_shared(3, 0.5, under("counts")), "added_first_wide": first_shared(3, 0.5, added),
+    "removed_first_wide": first_shared(3, 0.5, removed),
     "counts_twice": counts_twice, "product": product, "counts_few": counts_few,
 }  # fmt: skip
 FEWER = ("base", "own", "counts", "joint", "added", "removed", "shared", "joint_twice", "added_shared", "features",
@@ -515,8 +520,8 @@ FEWER = ("base", "own", "counts", "joint", "added", "removed", "shared", "joint_
 MAIN = ("base", "own", "counts", "joint", "added", "joint_anew", "joint_new_alone", "removed", "shared", "joint_twice",
         "added_shared", "uniform")  # fmt: skip
 # What may do more; run when it is asked for. A bottleneck cannot become part of the base model.
-MORE = ("shared_half", "shared_quarter", "shared_first", "shared_first_wide", "counts_twice", "product",
-        "counts_few")  # fmt: skip
+MORE = ("shared_half", "shared_quarter", "shared_first", "shared_first_wide", "added_first_wide",
+        "removed_first_wide", "counts_twice", "product", "counts_few")  # fmt: skip
 NAMED = {"usual": [cell for cell in CELLS if cell not in MORE], "fewer": FEWER, "main": MAIN, "more": MORE}
 
 

@@ -104,6 +104,10 @@ def test_what_may_do_more(made, given, study) -> None:
     assert runs["counts_twice"]["tokens"] == 1200
     assert runs["shared_first_wide"]["parameters"] == 3 * counts["parameters"] / 2 + counts["parameters"] / 2
     assert runs["shared_first"]["tokens"] == shared["tokens"]
+    added, removed = runs["added_first_wide"]["perplexity"], runs["removed_first_wide"]["perplexity"]
+    assert added["cells"] < runs["shared_first_wide"]["perplexity"]["cells"]
+    assert removed["code"] > added["code"]
+    assert runs["added_first_wide"]["tokens"] == shared["tokens"] + 600
     assert all(runs["shared_first"]["perplexity"][name] < counts["perplexity"][name] for name in ("law", "code"))
     few, whole = runs["counts_few"]["perplexity"], counts["perplexity"]
     assert runs["product"]["perplexity"] != whole != few  # 24 of 30 rows
@@ -149,7 +153,7 @@ def test_what_has_no_time_is_missing_and_its_claims_are_not_run(made, given, stu
     ("wrong", "match"),
     [
         ({"cells": ["nonesuch"]}, "cells="),
-        ({"cells": ["more"]}, "shared_first needs --kinds lora"),
+        ({"cells": ["more"]}, "shared adapters first need --kinds lora"),
         ({"size": "huge"}, "size='huge' is unknown; choose from"),
         ({"rates": ["expert=0"]}, "expert=0.0 must be one of .* above 0"),
         ({"rates": ["nonesuch=1"]}, "nonesuch=1.0 must be one of"),

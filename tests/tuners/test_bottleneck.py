@@ -82,11 +82,10 @@ PLACEMENTS = [
 ]
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5, "learnable"])
 @pytest.mark.parametrize("layer_norm", [False, True], ids=["", "layer_norm"])
 @pytest.mark.parametrize("glu", [False, True], ids=["plain", "glu"])
 @pytest.mark.parametrize(("placement", "adapter_input"), PLACEMENTS)
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize(("kind", "scale"), [("bert", 0.5), ("llama", "learnable")])
 def test_adapter_equals_the_naive_reference(
     tiny, tiny_inputs, kind, placement, adapter_input, glu, layer_norm, scale
 ) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from processes import Process
 from torch import Tensor, nn
 
 from mixadapters import ROUTERS, MixDAConfig, MoAConfig, Router
@@ -172,14 +171,16 @@ def test_own_router_trains_saves_and_loads_by_name(own, tiny, tiny_inputs, tmp_p
     assert all((r.indices == 1).all() for r in tuner.context.record.routings.values())
 
 
-def test_a_process_that_has_not_imported_the_router_says_so(own, tiny, tmp_path) -> None:
-    adapted(tiny, router={"kind": "mine_top_k", "k": 1}).save_pretrained(tmp_path)
-    code = f"import mixadapters, peft\npeft.PeftConfig.from_pretrained({str(tmp_path)!r})"
-    with pytest.raises(RuntimeError) as failed:
-        Process(code).finish()
-    last = str(failed.value).strip().splitlines()[-1]
-    assert last.startswith("ValueError: unknown router 'mine_top_k'; have ['arrow', 'constant',")
-    assert last.endswith("A router of your own is known once the module that registers it has been imported.")
+def test_where_the_router_is_not_registered_loading_says_so(tiny, tmp_path) -> None:
+    with ROUTERS.temporarily():
+        exec(OWN, {"__name__": "script"})
+        adapted(tiny, router={"kind": "mine_top_k", "k": 1}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="unknown router") as failed:
+        PeftConfig.from_pretrained(tmp_path)
+    assert str(failed.value).startswith("unknown router 'mine_top_k'; have ['arrow', 'constant',")
+    assert str(failed.value).endswith(
+        "A router of your own is known once the module that registers it has been imported."
+    )
 
 
 def test_a_router_without_surgery_refuses_domains_that_come_and_go(own, tiny, tiny_inputs) -> None:

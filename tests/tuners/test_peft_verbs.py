@@ -557,8 +557,7 @@ def test_an_unknown_field_of_a_saved_config_is_an_error(folder: Path, tiny: Any)
 
 
 @every
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(("task_type", "beams"), [("CAUSAL_LM", 1), (None, 3)])
 def test_generate_with_and_without_cache_agree(
     kind: str, task_type: str | None, beams: int, tiny: Any, tiny_inputs: Any
 ) -> None:
@@ -581,8 +580,10 @@ def test_generate_of_an_encoder_decoder(kind: str, tiny: Any, tiny_inputs: Any) 
 
 
 @every
-@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 2, "num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    ("task_type", "options"),
+    [(None, {}), ("CAUSAL_LM", {"num_beams": 2}), (None, {"num_beams": 2, "num_return_sequences": 2})],
+)
 def test_generate_with_adapter_names_equals_each_row_alone(
     kind: str, task_type: str | None, options: dict, tiny: Any, ids: Any
 ) -> None:
