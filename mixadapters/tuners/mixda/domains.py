@@ -13,6 +13,7 @@ from torch import Tensor
 from mixadapters.core.adapter import Chain, Site
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
+from mixadapters.core.names import check_known
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import row_numbers
 from mixadapters.routers.counts import CountsRouter
@@ -153,8 +154,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
             ValueError: there is no such domain.
         """
         config = self.config_of(adapter_name)
-        if name not in config.domains:
-            raise ValueError(f"unknown domain {name!r}; have {list(config.domains)}.{nearest(name, config.domains)}")
+        check_known("domain", name, config.domains)
         require_surgery(config, "remove_domain")
         self.refuse_in_blocks("remove_domain")
         for path, mixture in list(self._mixtures(adapter_name)):
