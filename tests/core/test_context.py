@@ -664,19 +664,6 @@ def test_values_of_tensors_change_without_compiling_again(tiny, tiny_inputs) -> 
     assert counter.frame_count == 2
 
 
-def test_compiled_rows_name_their_adapters(tiny, tiny_inputs) -> None:
-    model = adapt(tiny("llama", num_hidden_layers=2), BottleneckConfig(r=3), second=BottleneckConfig(r=5))
-    model.requires_grad_(False)
-    inputs = tiny_inputs("llama", batch=2)
-    fast, _ = compiled(model)
-    for names in (["second", "default"], ["__base__", "second"]):
-        extra = {"adapter_names": names, "use_cache": False}
-        torch.testing.assert_close(fast(**inputs, **extra).logits, model(**inputs, **extra).logits, **CLOSE)
-    torch.testing.assert_close(
-        fast(**inputs, use_cache=False).logits, model(**inputs, use_cache=False).logits, **CLOSE
-    )
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("granularity", ["causal_prefix", "request"])
 def test_compiled_steps_of_a_static_cache_are_one_graph(tiny, tiny_inputs, granularity) -> None:

@@ -92,7 +92,7 @@ def test_adapter_names_are_honoured_after_compiling(
     model.add_adapter("second", KINDS[kind](task_type=task_type))
     model.eval()
     inputs = {**tiny_inputs("llama", batch=3), "use_cache": False}
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         plain = model(**inputs).logits
         torch.testing.assert_close(compiled(**inputs).logits, plain, **CLOSE)
