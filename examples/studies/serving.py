@@ -2,6 +2,7 @@
 
     python examples/studies/serving.py            # all tables, on one thread
     python examples/studies/serving.py --part many --adapters 1000
+    python examples/studies/serving.py --part schedules --schedules 20    # whether each gets what it gets alone
 
 Random models and adapters: times do not depend on what they say. Each table is of one run on one machine, so that its
 ratios mean something; times of shared machines do not.
@@ -12,18 +13,24 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import json
 import os
 import random
+import shutil
 import statistics
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from mixadapters import BottleneckConfig, MoAConfig
@@ -171,7 +178,7 @@ def fill(server: AdapterServer, count: int) -> None:
         for host, adapter in parts:
             host.adapters[f"n{i}"] = copy.deepcopy(adapter)
         server.model.peft_config[f"n{i}"] = server.model.peft_config["n0"]
-        server.adapters._enlist(f"n{i}")
+        server.adapters._enlist_resident(f"n{i}")
 
 
 def many(folder: Path, adapters: int, rounds: int) -> None:
@@ -182,20 +189,129 @@ def many(folder: Path, adapters: int, rounds: int) -> None:
     for count, server in servers.items():
         server.load("n0", folder / "n0")
         fill(server, count)
-    costs: dict[int, list[float]] = {count: [] for count in servers}
+    costs: dict[tuple[int, bool], list[float]] = {}
     for _ in range(rounds):
         for count, server in servers.items():
-            gc.collect()
-            start = time.process_time()
-            server.load("x", folder / "n0")
-            costs[count].append(time.process_time() - start)
-            server.unload("x")
-    few = statistics.median(costs[10])
-    print("| adapters in the model | loading one more | over that at 10 |\n|---|---|---|")
-    for count, found in costs.items():
+            for known in (True, False):
+                forms = dict(server.adapters._forms)
+                if not known:
+                    server.adapters._forms.clear()
+                gc.collect()
+                costs.setdefault((count, known), []).append(cpu_seconds(partial(server.load, "x", folder / "n0")))
+                server.unload("x")
+                server.adapters._forms.update(forms)
+    few = {known: statistics.median(costs[10, known]) for known in (True, False)}
+    print("| adapters in the model | the first of a form | over that at 10 | a next one | over that at 10 |")
+    print("|---|---|---|---|---|")
+    for count in servers:
+        cells = []
+        for known in (False, True):
+            found = statistics.median(costs[count, known])
+            cells.append(f"{1e3 * found:.2f} ms | {found / few[known]:.2f}")
+        print(f"| {count} | {' | '.join(cells)} |", flush=True)
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def read(folder: Path) -> None:
+    """What no load can do without: the config parsed, the file of weights opened, and every tensor read."""
+    json.loads((folder / "adapter_config.json").read_text())
+    with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+        for key in weights.keys():  # noqa: SIM118
+            weights.get_tensor(key)
+
+
+def loads(folder: Path, adapters: int) -> None:
+    """Loading many adapters of one form, over reading their files: CPU time, in turn."""
+    size = {"width": 32, "layers": 2}
+    print("| adapters | each read | each loaded | all loaded, over all read | the first of its form |")
+    print("|---|---|---|---|---|", flush=True)
+    for config in MIXED:
+        kind = config.peft_type.value
+        server, first = AdapterServer(base(**size), cache_tokens=1024), save(config, folder / kind, 0, **size)
+        copies = [Path(shutil.copytree(first, folder / f"{kind}{i}")) for i in range(adapters)]
+        began, reads, loaded = cpu_seconds(partial(server.load, "first", first)), [], []
+        for i, copied in enumerate(copies):
+            reads.append(cpu_seconds(partial(read, copied)))
+            loaded.append(cpu_seconds(partial(server.load, f"n{i}", copied)))
         print(
-            f"| {count} | {1e3 * statistics.median(found):.1f} ms | {statistics.median(found) / few:.2f} |", flush=True
-        )
+            f"| {adapters} {kind} | {1e3 * statistics.median(reads):.2f} ms | {1e3 * statistics.median(loaded):.2f} "
+            f"ms | {sum(loaded) / sum(reads):.2f} | {1e3 * began:.1f} ms |", flush=True,
+        )  # fmt: skip
+
+
+OWNERS = {f"{os.sep}mixadapters{os.sep}": "ours", f"{os.sep}peft{os.sep}": "PEFT's"}
+
+
+class Shares:
+    """CPU time by whose code runs: ours, or PEFT's. What either calls elsewhere counts as the caller's."""
+
+    def __init__(self) -> None:
+        self.seconds = {"ours": 0.0, "PEFT's": 0.0}
+        self._stack = ["PEFT's"]  # the verb is PEFT's
+        self._last = 0.0
+
+    def __enter__(self) -> Shares:
+        self._last = time.process_time()
+        sys.setprofile(self._event)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        sys.setprofile(None)
+
+    def _event(self, frame: Any, event: str, _: Any) -> None:
+        now = time.process_time()
+        self.seconds[self._stack[-1]] += now - self._last
+        if event == "call":
+            file = frame.f_code.co_filename
+            self._stack.append(next((who for part, who in OWNERS.items() if part in file), self._stack[-1]))
+        elif event == "return" and len(self._stack) > 1:
+            self._stack.pop()
+        self._last = time.process_time()
+
+    @property
+    def ours(self) -> float:
+        return self.seconds["ours"] / sum(self.seconds.values())
+
+
+def verbs(folder: Path, rounds: int) -> None:
+    """PEFT's verbs on a model with many adapters of ours, and of PEFT's LoRA: CPU time, in turn."""
+    size = {"width": 32, "layers": 2}
+    configs: dict[str, Any] = {"BOTTLENECK": MIXED[1], "LORA": LORA}
+    models: dict[str, Any] = {}
+    for kind, config in configs.items():
+        models[kind] = PeftModel.from_pretrained(base(**size), save(config, folder / kind, 0, **size), "n0")
+    print("| verb | adapters | BOTTLENECK | of it our code | LORA |\n|---|---|---|---|---|", flush=True)
+    for count in (10, 100, 300):
+        for kind, model in models.items():
+            for i in range(len(model.peft_config), count):
+                model.add_adapter(f"n{i}", copy.deepcopy(configs[kind]))
+        seconds: dict[tuple[str, str], list[float]] = {}
+        shares: dict[str, float] = {}
+        for turn in range(rounds + 1):
+            for kind, model in models.items():
+                calls: dict[str, Callable[[], object]] = {
+                    "add_adapter": partial(model.add_adapter, "added", copy.deepcopy(configs[kind])),
+                    "load_adapter": partial(model.load_adapter, folder / kind, "loaded"),
+                    "set_adapter": partial(model.set_adapter, "loaded"),
+                    "delete_adapter": partial(model.delete_adapter, "added"),
+                }
+                for verb, call in calls.items():
+                    if turn < rounds:
+                        seconds.setdefault((verb, kind), []).append(cpu_seconds(call))
+                    else:  # a turn of its own: watching costs
+                        with Shares() as watched:
+                            call()
+                        shares |= {verb: watched.ours} if kind == "BOTTLENECK" else {}
+                model.set_adapter("n0")
+                model.delete_adapter("loaded")
+        for verb, ours in shares.items():
+            ms = {kind: f"{1e3 * statistics.median(seconds[verb, kind]):.1f} ms" for kind in models}
+            print(f"| `{verb}` | {count} | {ms['BOTTLENECK']} | {100 * ours:.0f} % | {ms['LORA']} |", flush=True)
 
 
 def resident_bytes() -> int:
@@ -283,13 +399,67 @@ def soak(folder: Path, count: int, clients: int = 8) -> None:
     )
 
 
+def schedules(folder: Path, count: int, requests: int = 64) -> None:
+    """Requests over 16 adapters of three types and the base, of random lengths and arrivals, some given up.
+
+    What each gets is compared with what PEFT's `generate` makes of the same prompt alone, with the same folder.
+    """
+    size = {"width": 64, "layers": 2}
+    names = ["__base__", *(f"n{i}" for i in range(16))]
+    for i, name in enumerate(names[1:]):
+        save(MIXED[i % 3], folder / name, i, **size)
+    pefts = [PeftModel.from_pretrained(base(**size), folder / f"n{kind}", f"n{kind}").eval() for kind in range(3)]
+    for i in range(3, 16):
+        pefts[i % 3].load_adapter(folder / f"n{i}", f"n{i}")
+
+    @torch.no_grad()
+    def alone(prompt: list[int], name: str, tokens: int) -> list[int]:
+        settings = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        ids = torch.tensor([prompt])
+        peft = pefts[0 if name == names[0] else int(name[1:]) % 3]
+        if name != names[0]:
+            peft.set_adapter(name)
+        with peft.disable_adapter() if name == names[0] else nullcontext():
+            output = peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        return output[0, len(prompt) :].tolist()
+
+    print(
+        "| schedule | adapters in the model | given up | equal to alone | equal to the base |\n|---|---|---|---|---|"
+    )
+    equal = 0
+    for seed in range(count):
+        rng, resident = random.Random(seed), (None, 8, 4)[seed % 3]
+        asked = [([rng.randrange(3, VOCAB) for _ in range(rng.choice((1, 3, 8, 21, 60)))], rng.choice(names),
+                  rng.randint(1, 12)) for _ in range(requests)]  # fmt: skip
+        server = AdapterServer(base(**size), cache_tokens=2048, max_batch_tokens=64, max_resident=resident)
+        for name in rng.sample(names[1:], 16):
+            server.load(name, folder / name)
+        with server:
+            found, given_up = [], 0
+            for prompt, name, tokens in asked:
+                found.append(server.submit(prompt, name, max_new_tokens=tokens))
+                if rng.random() < 0.2:
+                    given_up += 1
+                    company = server.submit(prompt[::-1], rng.choice(names), max_new_tokens=40)
+                    threading.Timer(rng.random() / 20, company.cancel).start()
+                time.sleep(rng.choice((0.0, 0.0, rng.random() / 100)))
+            tokens = [request.result(120).tokens for request in found]
+        same = sum(got == alone(*one) for got, one in zip(tokens, asked, strict=True))
+        as_base = sum(got == alone(p, names[0], n) for got, (p, _, n) in zip(tokens, asked, strict=True))
+        equal += same
+        print(f"| {seed} | {resident or 16} | {given_up} | {same}/{requests} | {as_base} |", flush=True)
+    print(f"| all | | | {equal}/{count * requests} | |", flush=True)
+
+
 def main(given: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--part", choices=["throughput", "first", "many", "memory", "soak"], help="one table; default: all"
-    )
+        "--part", help="one table; default: all",
+        choices=["throughput", "first", "many", "loads", "verbs", "memory", "schedules", "soak"],
+    )  # fmt: skip
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=2000, help="of the soak")
+    parser.add_argument("--schedules", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(given)
     torch.set_num_threads(1)
@@ -297,7 +467,10 @@ def main(given: list[str] | None = None) -> None:
         "throughput": lambda folder: throughput(folder, options.rounds),
         "first": lambda folder: first_token(folder, options.rounds),
         "many": lambda folder: many(folder, options.adapters, 3 * options.rounds),
+        "loads": lambda folder: loads(folder, options.adapters),
+        "verbs": lambda folder: verbs(folder, options.rounds),
         "memory": lambda folder: memory(folder, options.adapters, 3 * options.rounds),
+        "schedules": lambda folder: schedules(folder, options.schedules),
         "soak": lambda folder: soak(folder, options.requests),
     }
     for name, part in parts.items():

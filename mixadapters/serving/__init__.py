@@ -10,7 +10,12 @@ if not waits(__name__):  # a command reads its arguments first
     from mixadapters.serving.expert_cache import ExpertCache, expert_aware_batches, request_experts, token_experts
     from mixadapters.serving.global_local import FeatureGaussian, GlobalLocalMixture
     from mixadapters.serving.pooled_states import PooledStates
-    from mixadapters.serving.pregating import PregateAgreement, distill_pregate, pregate_agreement
+    from mixadapters.serving.pregating import (
+        PregateAgreement,
+        distill_layer_pregates,
+        distill_pregate,
+        pregate_agreement,
+    )
     from mixadapters.serving.requests import (
         AdapterRefused,
         AdapterUnreadable,
@@ -50,6 +55,7 @@ __all__ = [
     "ServerStopped",
     "UnknownAdapter",
     "confidence",
+    "distill_layer_pregates",
     "distill_pregate",
     "expert_aware_batches",
     "fit_mapping",

@@ -147,7 +147,8 @@ class ServedAdapters:
                 out again.
         """
         with self._claimed(name):
-            found = read_folder(folder, self._forms)
+            with _readable(name):
+                found = read_folder(folder, self._forms)
             if self.check_base_model:
                 theirs = found.saved.config.get("base_model_name_or_path")
                 remedy = "check_base_model=False (--no-check-base-model)"
@@ -157,7 +158,7 @@ class ServedAdapters:
                 self._enlist(name, untried[0].remembers)
                 return
             with self.changing():
-                with self.residents.alone():
+                with self.residents.alone(), _readable(name):
                     form = self._trials.load(name, folder, found)
                 if form is not None:
                     self._forms[found.key] = form
@@ -227,3 +228,12 @@ class ServedAdapters:
             (self._remembering.add if remembers else self._remembering.discard)(name)
             self._served[name] = None
             self._versions[name] += 1
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Inside, the folder of an adapter is read. It may go meanwhile: what the system says of that is a ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"adapter {name!r}: its folder cannot be read: {error}") from error

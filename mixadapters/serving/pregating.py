@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -67,49 +67,108 @@ def distill_pregate(
         ValueError: no mixture of that name, whose routers all number the same experts; a router of other experts, or
             with null arms; batches without input_ids, or none; lr that is not above 0.
     """
-    if not finite(lr) or lr <= 0:
-        raise ValueError(f"lr={lr!r} must be a number above 0")
-    tuner, names = _mixture(model, adapter)
+    tuner, names = _common_experts(model, adapter)
     if not isinstance(router, PregateRouter):
         router = _new(model, names, dict(router or {}))
-    if list(router.arms) != names:
-        raise ValueError(f"router: its arms {list(router.arms)} must be the mixture's experts, {names}, in this order")
-    optimizer, steps = torch.optim.Adam(router.parameters(), lr), 0
-    router.eval()  # its granularity, temperature ... as in use, without noise
+    _check_arms(router, names)
+    _teach(model, tuner, adapter, batches, [(router, tuple(tuner.mixtures(adapter)))], lr)
+    return router
+
+
+def distill_layer_pregates(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    options: Mapping[str, Any] | None = None,
+    *,
+    adapter: str = "default",
+    lr: float = 1e-2,
+) -> dict[RoutingKey, PregateRouter]:
+    """Train a pre-gate for each router of a mixture: heads of their own on one embedding and one MLP.
+
+    Each learns from its own router alone, by the loss of `distill_pregate`, whose arguments and errors these are; the
+    experts of layers may differ here.
+
+    Returns:
+        The routers by the keys of those that they have learned from. `pin_routes` takes their plans.
+    """
+    tuner, mixtures = _mixtures(model, adapter)
+    trunk: PregateRouter | None = None
+    routers: dict[RoutingKey, PregateRouter] = {}
+    for key, mixture in mixtures.items():
+        routers[key] = _new(model, list(mixture.expert_names), dict(options or {}))
+        _check_arms(routers[key], mixture.expert_names)
+        trunk = trunk or routers[key]
+        routers[key].embedding, routers[key].hidden = trunk.embedding, trunk.hidden
+    _teach(model, tuner, adapter, batches, [(router, (key,)) for key, router in routers.items()], lr)
+    return routers
+
+
+Lesson = tuple[PregateRouter, tuple[RoutingKey, ...]]  # a pre-gate, and the routers whose mean it learns
+
+
+def _teach(
+    model: nn.Module, tuner: MixtureModel, adapter: str, batches: Iterable[Batch], lessons: list[Lesson], lr: float
+) -> None:
+    if not finite(lr) or lr <= 0:
+        raise ValueError(f"lr={lr!r} must be a number above 0")
+    parameters = dict.fromkeys(parameter for router, _ in lessons for parameter in router.parameters())
+    optimizer, steps = torch.optim.Adam(parameters, lr), 0
+    for router, _ in lessons:
+        router.eval()  # its granularity, temperature ... as in use, without noise
     for batch in batches:
-        target = torch.stack([seen.shares for seen in _watched(model, tuner, adapter, batch).values()]).mean(0)
+        seen = _watched(model, tuner, adapter, batch)
         with torch.enable_grad():
-            logits = router.read(*_read(batch)).logits
-            assert logits is not None
-            logits, target = logits[_real(batch)], target.to(logits.device)
-            hard = F.cross_entropy(logits, target.argmax(1), label_smoothing=SMOOTHING)
-            loss = HARD * hard + (1 - HARD) * F.cross_entropy(logits, target)
+            losses = [
+                _loss(router, batch, torch.stack([seen[key].shares for key in keys]).mean(0))
+                for router, keys in lessons
+            ]
             optimizer.zero_grad()
-            loss.backward()
+            torch.stack(losses).mean().backward()
         optimizer.step()
         steps += 1
     if not steps:
         raise ValueError("batches is empty: there is nothing to learn from")
-    return router
+
+
+def _loss(router: PregateRouter, batch: Batch, target: Tensor) -> Tensor:
+    """target (R, E): the distribution over experts that it should have, of real tokens."""
+    logits = router.read(*_read(batch)).logits
+    assert logits is not None
+    logits, target = logits[_real(batch)], target.to(logits.device)
+    hard = F.cross_entropy(logits, target.argmax(1), label_smoothing=SMOOTHING)
+    return HARD * hard + (1 - HARD) * F.cross_entropy(logits, target)
 
 
 @torch.no_grad()
 def pregate_agreement(
-    router: PregateRouter, model: nn.Module, batches: Iterable[Batch], *, adapter: str = "default"
+    router: PregateRouter | Mapping[RoutingKey, PregateRouter],
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    adapter: str = "default",
 ) -> PregateAgreement:
-    """How far a pre-gate says what the routers of a mixture choose on these batches. Errors of `distill_pregate`."""
-    tuner, names = _mixture(model, adapter)
-    if list(router.arms) != names:
-        raise ValueError(f"router: its arms {list(router.arms)} must be the mixture's experts, {names}, in this order")
+    """How far a pre-gate, or one for each router, says what the routers of a mixture choose on these batches.
+
+    Errors of `distill_pregate`; and pre-gates of other routers than the mixture has.
+    """
+    tuner, mixtures = _mixtures(model, adapter)
+    routers = dict.fromkeys(mixtures, router) if isinstance(router, PregateRouter) else dict(router)
+    if routers.keys() != mixtures.keys():
+        raise ValueError(f"router: {sorted(map(str, routers))} are not the mixture's, {sorted(map(str, mixtures))}")
+    for key, mixture in mixtures.items():
+        _check_arms(routers[key], mixture.expert_names)
     same: dict[RoutingKey, list[Tensor]] = {}
     hits: dict[RoutingKey, list[Tensor]] = {}
     firsts: dict[RoutingKey, list[Tensor]] = {}
     for batch in batches:
-        plan, real = router.plan(*_read(batch)), _real(batch)
-        assert plan.probs is not None
-        assert plan.indices is not None
-        first, planned = plan.probs[real].argmax(1).cpu(), chosen_experts(plan.indices, len(names))[real].cpu()
+        plans = {one: one.plan(*_read(batch)) for one in routers.values()}
+        real = _real(batch)
         for key, seen in _watched(model, tuner, adapter, batch).items():
+            plan = plans[routers[key]]
+            assert plan.probs is not None
+            assert plan.indices is not None
+            first = plan.probs[real].argmax(1).cpu()
+            planned = chosen_experts(plan.indices, seen.shares.shape[1])[real].cpu()
             firsts.setdefault(key, []).append(seen.shares.argmax(1))
             same.setdefault(key, []).append(firsts[key][-1] == first)
             hits.setdefault(key, []).append(planned[seen.chosen])
@@ -160,22 +219,35 @@ def _observed(tuner: MixtureModel, observe: Any) -> Iterator[None]:
         tuner.context.observers.remove(observe)
 
 
-def _mixture(model: nn.Module, adapter: str) -> tuple[MixtureModel, list[str]]:
-    """The tuner of an adapter, and the names of the experts that all its routers number."""
+def _mixtures(model: nn.Module, adapter: str) -> tuple[MixtureModel, dict[RoutingKey, Any]]:
+    """The tuner of an adapter, and its mixtures by the keys of their routers."""
     tuner = next((module for module in model.modules() if isinstance(module, MixtureModel)), None)
     mixtures = {} if tuner is None else tuner.mixtures(adapter)
     if tuner is None or not mixtures:
         raise ValueError(
             f"adapter={adapter!r} is no mixture of {type(model).__name__}: pass a PeftModel with MoA or MixDA"
         )
+    return tuner, mixtures
+
+
+def _common_experts(model: nn.Module, adapter: str) -> tuple[MixtureModel, list[str]]:
+    """The tuner of an adapter, and the names of the experts that all its routers number."""
+    tuner, mixtures = _mixtures(model, adapter)
     names = [list(mixture.expert_names) for mixture in mixtures.values()]
     for key, own in zip(mixtures, names, strict=True):
         if own != names[0]:
             raise ValueError(
                 f"adapter={adapter!r}: one pre-gate is for all layers, and {key} has the experts {own}, others "
-                f"{names[0]}"
+                f"{names[0]}; distill_layer_pregates makes one for each"
             )
     return tuner, names[0]
+
+
+def _check_arms(router: PregateRouter, names: Sequence[str]) -> None:
+    if list(router.arms) != list(names):
+        raise ValueError(
+            f"router: its arms {list(router.arms)} must be the mixture's experts, {list(names)}, in this order"
+        )
 
 
 def _new(model: Any, names: list[str], options: dict[str, Any]) -> PregateRouter:

@@ -273,6 +273,22 @@ def test_layers_that_take_no_adapter_any_more_are_asked(known, folders) -> None:
     assert "x" not in known.adapters.residents
 
 
+@pytest.mark.parametrize("where", ["forms.read_config", "trials.weights_of"])
+def test_folder_that_goes_while_it_is_read_is_refused(causal, folders, monkeypatch, where) -> None:
+    """And not an error of the server, whose other adapters have their users."""
+
+    def gone(path: Any) -> Any:
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    server = AdapterServer(causal(), **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"mixadapters.serving.{where}", gone)
+        with pytest.raises(ValueError, match=r"adapter 'x': its folder cannot be read: .*No such file"):
+            server.load("x", folders["moa0"])
+    assert not server.context.hosted
+    server.load("x", folders["moa0"])
+
+
 # --- what has no form ---------------------------------------------------------------------------------------------
 
 

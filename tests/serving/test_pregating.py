@@ -11,7 +11,13 @@ from torch import nn
 
 from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig
 from mixadapters.routers import PregateRouter
-from mixadapters.serving import ExpertCache, distill_pregate, pregate_agreement, token_experts
+from mixadapters.serving import (
+    ExpertCache,
+    distill_layer_pregates,
+    distill_pregate,
+    pregate_agreement,
+    token_experts,
+)
 
 EXPERTS = 8
 
@@ -104,6 +110,46 @@ def entropy(gate: PregateRouter, batch: dict[str, torch.Tensor]) -> float:
     first = gate.plan(**batch).probs.argmax(1)[batch["attention_mask"].flatten().bool()]
     share = first.bincount() / len(first)
     return float(-(share[share > 0] * share[share > 0].log()).sum())
+
+
+@pytest.fixture(scope="module")
+def heads(mixture: Any) -> Any:
+    torch.manual_seed(1)
+    return distill_layer_pregates(mixture, batches(60, 1))
+
+
+def test_heads_of_layers_agree_better_than_one_gate_for_all(mixture: Any, gates: Any, heads: Any) -> None:
+    """The layers of this mixture choose differently: one gate learns their mean."""
+    one, many = (pregate_agreement(gate, mixture, batches(6, 2)) for gate in (gates[1], heads))
+    assert list(many.first) == list(mixture.base_model.mixtures())
+    assert all(many.first[key] > one.first[key] + 0.03 for key in many.first)
+    assert many.mean_covered > one.mean_covered + 0.04
+
+
+def test_heads_stand_on_one_trunk_and_are_trained_apart(mixture: Any, heads: Any) -> None:
+    first, second = heads.values()
+    assert first.embedding is second.embedding
+    assert first.hidden is second.hidden
+    assert not torch.equal(first.output.weight, second.output.weight)
+    assert not any(router.training for router in heads.values())
+    batch = batches(1, 3)[0]
+    with mixture.base_model.pin_routes({key: router.plan(**batch) for key, router in heads.items()}):
+        assert pregate_agreement(heads, mixture, [batch]).mean_first == 1.0
+        crossed = dict(zip(heads, reversed(heads.values()), strict=True))
+        assert pregate_agreement(crossed, mixture, [batch]).mean_first < 0.9
+
+
+def test_heads_take_layers_of_other_experts(tiny: Any) -> None:
+    config = MixDAConfig(
+        domains={"law": {"ranks": {"layers.0.mlp.down_proj": 2}}, "news": {"ranks": {"down_proj": 2}}},
+        gate_granularity="token",
+    )
+    model = get_peft_model(tiny("llama", num_hidden_layers=2), config)
+    found = distill_layer_pregates(model, batches(1, 0), {"width": 4})
+    assert [router.experts for router in found.values()] == [["law", "news"], ["news"]]
+    assert pregate_agreement(found, model, batches(1, 0)).first.keys() == found.keys()
+    with pytest.raises(ValueError, match="are not the mixture's"):
+        pregate_agreement(dict([*found.items()][:1]), model, batches(1, 0))
 
 
 def test_the_model_is_as_it_was(mixture: Any) -> None:

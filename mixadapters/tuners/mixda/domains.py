@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.adapter import Chain, Site
+from mixadapters.core.fields import check_switches
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.names import check_known
@@ -153,6 +154,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         Raises:
             ValueError: there is no such domain.
         """
+        check_switches(renormalize=renormalize)
         config = self.config_of(adapter_name)
         check_known("domain", name, config.domains)
         require_surgery(config, "remove_domain")
@@ -166,6 +168,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         self, kept: Mapping[str, Sequence[str]], *, renormalize: bool = True, adapter_name: str = "default"
     ) -> None:
         """As `CuttingVerbs.keep_experts`, of domains. Make optimizers anew afterwards."""
+        check_switches(renormalize=renormalize)
         config, mixtures = self.config_of(adapter_name), dict(self._mixtures(adapter_name))
         require_surgery(config, "remove_domain")
         self.refuse_in_blocks("cutting domains")

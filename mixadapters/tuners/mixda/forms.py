@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.bank import Weights, norm_folded
+from mixadapters.core.fields import check_switches
 from mixadapters.core.files import PREFIX
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
@@ -56,6 +57,7 @@ class DomainForms(MixtureModel):
             ValueError: there is no such domain, it stands for the whole output of its layers (combine="convex"), or
                 `folder` is none.
         """
+        check_switches(pad_ranks=pad_ranks)
         config = self.config_of(adapter_name)
         check_known("domain", name, config.domains)
         check_folder("export_domain", folder)

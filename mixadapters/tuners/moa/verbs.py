@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixadapters.core.fields import check_switches
 from mixadapters.core.names import check_known
 from mixadapters.core.routes import row_numbers
 from mixadapters.tuners.gates import GateVerbs
@@ -186,6 +187,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
             ValueError: there is no such expert, it is the last, the router cannot lose an arm, or other layers share
                 the router of a layer that has no other expert.
         """
+        check_switches(renormalize=renormalize)
         config = self._moa(adapter_name)
         names = config.all_names()
         check_known("expert", name, names)

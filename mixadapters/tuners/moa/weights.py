@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mixadapters.core.fields import check_switches
 from mixadapters.core.files import being_loaded
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.names import check_known
@@ -67,6 +68,7 @@ class ExpertWeights(MixtureModel):
         Raises:
             ValueError: there is no such expert, it is no LoRA, or `folder` is none.
         """
+        check_switches(pad_ranks=pad_ranks)
         config = self._moa(adapter_name)
         check_known("expert", name, config.all_names())
         if config.expert_type != "lora":
