@@ -190,9 +190,9 @@ def test_adapter_that_finds_no_place_fails_its_request_alone(causal, folders, al
 # --- refusals: as of the first of a form --------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def known(causal, folders) -> AdapterServer:
-    """A server that has one of each kind."""
+    """A server that has one of each kind; tests that add to it put it back."""
     server = AdapterServer(causal(), **SMALL)
     for kind in KINDS:
         server.load(kind, folders[f"{kind}0"])
@@ -201,11 +201,14 @@ def known(causal, folders) -> AdapterServer:
 
 def refusals(server: AdapterServer, name: str, folder: Path) -> Iterator[str]:
     """What is said where its form is known, and where it is not."""
-    for _ in range(2):
+    forms = dict(server.adapters._forms)
+    for known in (forms, {}):
+        server.adapters._forms.clear()
+        server.adapters._forms.update(known)
         with pytest.raises((ValueError, RuntimeError)) as refused:
             server.load(name, folder)
         yield f"{type(refused.value).__name__}: {refused.value}"
-        server.adapters._forms.clear()
+    server.adapters._forms.update(forms)
 
 
 CHANGES: dict[str, Callable[[str, torch.Tensor], torch.Tensor]] = {
@@ -271,6 +274,8 @@ def test_layers_that_take_no_adapter_any_more_are_asked(known, folders) -> None:
     host.closed = None
     known.load("x", folders["lora1"])
     assert "x" not in known.adapters.residents
+    assert known.unload("x")
+    assert known.unload("tried")
 
 
 @pytest.mark.parametrize("where", ["forms.read_config", "trials.weights_of"])
@@ -331,3 +336,4 @@ def test_weights_of_a_size_are_tried_one_by_one(known, folders, tmp_path) -> Non
         written(folder, lambda key, tensor, factor=factor: tensor / tensor.abs().max() * LARGEST * factor)
         known.load(f"x{waits}", folder)
         assert (f"x{waits}" in known.adapters.residents) is not waits
+        assert known.unload(f"x{waits}")
