@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mixadapters.core.fields import check_integer, finite
 from mixadapters.tasks.sources import rows_of
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -117,8 +118,8 @@ def score_file(gold: str | Path, guess: str | Path, ks: Sequence[int] = (5,)) ->
     Raises:
         ValueError: ids that differ or repeat, rows without answer, a guess with another number of outputs than one.
     """
-    if not all(k >= 1 for k in ks):
-        raise ValueError(f"recall at k={list(ks)}: every k must be 1 or more")
+    for k in ks:
+        check_integer("recall at k", k, least=1)
     right, said = (_by_id(Path(file)) for file in (gold, guess))
     if right.keys() != said.keys():
         odd = sorted(right.keys() ^ said.keys())[0]
@@ -139,7 +140,10 @@ def _score_row(
     answers = _answers(outputs, in_gold)
     if len(guesses) != 1 or "answer" not in guesses[0]:
         raise ValueError(f"{in_guess}: output must be one, with an 'answer', got {guesses!r}")
-    answer = str(guesses[0]["answer"]).strip()
+    given = guesses[0]["answer"]
+    if given is not None and not isinstance(given, str) and not finite(given):  # KILT's scorer reads numbers as text
+        raise ValueError(f"{in_guess}: 'answer' must be text or a number, got {given!r:.80}")
+    answer = str(given).strip()
     pages = _pages(guesses[0], in_guess)
     evidence = [_pages(o, in_gold) for o in outputs]
     # A set of pages without a number is one too, as it is in KILT's scorer.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import uuid
 from pathlib import Path
 from typing import Any
 
+from mixadapters.core.folders import written_aside
 from mixadapters.tasks.provenance import FORMAT
 
 FIELDS: dict[str, type] = {
@@ -38,16 +38,11 @@ def read_result(file: Path) -> dict[str, Any]:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file under a name that no other process has, and rename it: whole or not at all, at any time."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with aside.open("w", encoding="utf-8") as opened:
-            opened.write(text)
-            opened.flush()
-            os.fsync(opened.fileno())
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Write a file whole or not at all, even where the machine stops: the text is on the disk before the name is."""
+    with written_aside(file) as aside, aside.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def save_result(file: Path, result: dict[str, Any]) -> None:

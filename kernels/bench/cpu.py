@@ -308,7 +308,7 @@ def measure(case: Case, seconds: float, among: tuple[str, ...] = ()) -> dict[str
 def chosen(case: Case) -> str:
     name = kernels.choose_backend(
         case.T, case.k, case.E, case.E * case.r, DTYPES[case.dtype],
-        run=case.T // (case.sequences or case.T), training=case.training,
+        run=case.T // (case.sequences or case.T), width=case.d, training=case.training,
     )  # fmt: skip
     return "segments" if name == "grouped" and not case.grouped_takes_it else name
 

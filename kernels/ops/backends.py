@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from mixadapters.kernels import products
 from mixadapters.kernels.problem import Problem
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 BACKENDS = ("triton", "grouped", "segments", "gathered", "dense", "reference")
 # Those that compute a row in the same way whatever other rows there are.
@@ -35,15 +36,25 @@ BATCH_INVARIANT = ("triton", "gathered")
 GATHER_COST = {torch.float32: 30, torch.bfloat16: 65}
 # The same where columns are cheap, by oneDNN, and rows dear: what several experts give to one row is added up as well.
 GATHER_COST_OF_SEVERAL = 48
-# The same of few rows without gradient, in a dtype of which a call is dear.
-GATHER_COST_OF_FEW = {torch.bfloat16: 130}
+# The same of few rows, without gradient and with: what the others cost once in each call, sorting above all, counts
+# there as well, and so many slots of rows are few.
+GATHER_COST_OF_FEW = {torch.float32: (96, 64), torch.bfloat16: (250, 250)}
+FEW_PLACES = {torch.float32: 128, torch.bfloat16: 512}
+# The same of runs whose weights can come to them instead.
+GATHER_COST_OF_RUNS = {torch.float32: 16, torch.bfloat16: 100}
 
-# Rows of one expert that stand together in such numbers are worth a product of their own.
+# Rows of one expert that stand together in such numbers are worth a product of their own,
 TOGETHER = 32
+# if it has as many multiplications as this: smaller ones cost less in one call for all, since a call of its own, and
+# in training six, cost each run more than the copy of its weights.
+LEAST_OF_A_RUN = 2e6
+# Weights of a run, in multiples of its rows, up to which they are copied to it: without gradient, and with.
+MOST_COPIED = (16, 4)
 # A product by oneDNN costs about 60 us however small it is, one by BLAS about 10.
 FEW_CALLS = (torch.bfloat16, torch.float16)
-# Slots of rows up to which weights are gathered: in all, and for each expert.
-FEW_PLACES = {torch.float32: (64, 2), torch.bfloat16: (256, 4)}
+# Bytes of weights that are copied to rows: for each expert, as many as cost what a group of its own does, without
+# gradient and with; and in all, as many as stay in the cache.
+COPIED_BY_EXPERT, COPIED_IN_ALL = (2e5, 4e4), 8e6
 # Slots of rows above which blocks pay, since copies of all of them leave the cache.
 MOST_GROUPED = 4096
 
@@ -125,13 +136,18 @@ def module(name: str) -> Any:
     return import_module(f"mixadapters.kernels.{name}")
 
 
+def name_of(chosen: Any) -> str:
+    """The name of a module of `module`."""
+    return chosen.__name__.rpartition(".")[2]
+
+
 @cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def pick(p: Problem, forced: str, rows: int, training: bool) -> Any:
-    """The module that runs the problem; depends on shapes, dtypes and device alone.
+def pick(p: Problem, forced: str, rows: int, training: bool, layout_fixed: bool) -> Any:
+    """The module that runs the problem; depends on shapes, dtypes and device alone. See `choose_backend`.
 
     Raises:
         ValueError: the forced backend cannot run it; says why.
@@ -146,7 +162,8 @@ def pick(p: Problem, forced: str, rows: int, training: bool) -> Any:
     if not (p.x.is_cuda and _has_triton()) or module(name).refuses(p) is not None:
         name = choose_backend(
             rows, p.slots, len(p.ranks), p.down.shape[0], p.x.dtype,
-            run=p.run, training=training, batch_invariant=p.batch_invariant,
+            run=p.run, width=p.x.shape[1], training=training, layout_fixed=layout_fixed,
+            batch_invariant=p.batch_invariant,
         )  # fmt: skip
         reason = module(name).refuses(p)
         if reason is not None and p.batch_invariant:
@@ -177,7 +194,9 @@ def choose_backend(
     dtype: torch.dtype,
     *,
     run: int = 1,
+    width: int = 1024,
     training: bool = False,
+    layout_fixed: bool = False,
     batch_invariant: bool = False,
 ) -> str:
     """The backend for `rows` rows that each use `slots` of `num_experts` experts, on a CPU or without triton.
@@ -185,39 +204,54 @@ def choose_backend(
     1. One product of all experts, "dense", wastes what a row did not choose; the others gather rows, or weights. Dense
        wins where `slots * (mean rank + c) >= total rank`, with c the measured cost of gathering a row; c = 0 where
        rows of one expert stand together, which are not gathered at all ("segments").
-    2. Rows that stand together: one product for each run of them, "segments", or one call for all, "gathered", where
-       runs are short or a call is dear (bfloat16).
-    3. Few rows, or short runs of them, and no gradient: their weights come to them, "gathered".
+    2. Runs of rows of one expert: one call for all, "gathered", where the product of a run costs less than a call of
+       its own, and copies of weights do not outweigh the rows. Otherwise one product for each, "segments".
+    3. Few rows: their weights come to them, "gathered", where the copies cost less than groups.
     4. Few rows for each expert: "grouped", one call for all experts, where grouped_mm takes the shapes.
     5. Otherwise "segments", whose blocks stay in the cache.
 
-    What is kept for backward depends on point 1 alone, hence not on the number of rows.
+    Args:
+        width: of the rows.
+        training: whether a backward follows.
+        layout_fixed: what is kept for it must not depend on the number of rows. All but dense keep the same.
     """
     forced, _ = settings()
     if forced:
         return forced
     if batch_invariant:
         return "gathered"
-    together = run >= TOGETHER
-    places = rows * slots
-    fewest, per_expert = FEW_PLACES.get(dtype, FEW_PLACES[torch.float32])
-    gather_cost = 0 if together else _gather_cost(slots, dtype, few=not training and places <= fewest)
+    together, places, half = run >= TOGETHER, rows * slots, dtype in FEW_CALLS
     mean_rank = total_rank / max(num_experts, 1)
-    if slots >= num_experts or slots * (mean_rank + gather_cost) >= total_rank:
-        return "dense"
+    one_call = half or run * mean_rank * width < LEAST_OF_A_RUN
+    to_runs = run > 1 and one_call and slots * mean_rank <= MOST_COPIED[training] * run
+    few = not layout_fixed and places <= _by_dtype(FEW_PLACES, dtype)
     if together:
-        few = run < 2 * TOGETHER or dtype in FEW_CALLS
-        return "gathered" if few and slots * mean_rank <= run else "segments"
-    short_runs = run > 1 and slots * mean_rank <= 16 * run  # beyond that the copied weights outweigh the rows
-    if not training and (short_runs or places <= min(fewest, per_expert * num_experts)):
+        cost = 0
+    elif to_runs:
+        cost = _by_dtype(GATHER_COST_OF_RUNS, dtype)
+    elif few:
+        cost = _by_dtype(GATHER_COST_OF_FEW, dtype)[training]
+    else:
+        cost = _gather_cost(slots, dtype)
+    if slots >= num_experts or slots * (mean_rank + cost) >= total_rank:
+        return "dense"
+    if to_runs:
         return "gathered"
-    rows_each = 256 if dtype in FEW_CALLS else 64
+    trains_runs = run > 1 and training
+    if together or (trains_runs and not half):
+        return "segments"
+    copied = places * mean_rank * width * dtype.itemsize
+    if not trains_runs and copied <= min(COPIED_IN_ALL, COPIED_BY_EXPERT[training] * num_experts):
+        return "gathered"
+    rows_each = 256 if half else 64
     return "grouped" if places <= min(MOST_GROUPED, rows_each * num_experts) else "segments"
 
 
-def _gather_cost(slots: int, dtype: torch.dtype, few: bool) -> int:
-    if few and dtype in GATHER_COST_OF_FEW:
-        return GATHER_COST_OF_FEW[dtype]
+def _by_dtype(of: dict[torch.dtype, T], dtype: torch.dtype) -> T:
+    return of.get(dtype, of[torch.float32])
+
+
+def _gather_cost(slots: int, dtype: torch.dtype) -> int:
     if slots > 1 and dtype == torch.float32 and products.pays():
         return GATHER_COST_OF_SEVERAL
-    return GATHER_COST.get(dtype, 30)
+    return _by_dtype(GATHER_COST, dtype)

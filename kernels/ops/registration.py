@@ -36,7 +36,7 @@ def _forward(*args):
 
 def _run(p, backend, keep):
     p.check_indices()
-    return backends.pick(p, backend, p.x.shape[0], training=keep).forward(p, keep)
+    return backends.pick(p, backend, p.x.shape[0], training=keep, layout_fixed=keep).forward(p, keep)
 
 
 def _backward(grad, kept, *args):
@@ -44,7 +44,7 @@ def _backward(grad, kept, *args):
     p = _problem(given)
     names = [name for name, needed in zip(DIFFERENTIABLE, needs, strict=True) if needed]
     with torch.no_grad(), without_autocast(p.x):
-        module = backends.pick(p, backend, p.x.shape[0], training=True)
+        module = backends.pick(p, backend, p.x.shape[0], training=True, layout_fixed=True)
         gradients = module.backward(p, tuple(kept), grad.contiguous(), frozenset(names))
     return [_laid_out(gradients[name], name, getattr(p, name)) for name in names]
 
@@ -55,7 +55,7 @@ def _forward_fake(*args):
     like = p.x if p.base is None else p.base
     y = like.new_empty(p.x.shape[0], p.up.shape[0])
     # All routed backends keep the same, so the choice need not know how many rows there are.
-    return y, list(backends.pick(p, backend, 0, training=True).keeps(p)) if keep else []
+    return y, list(backends.pick(p, backend, 0, training=True, layout_fixed=True).keeps(p)) if keep else []
 
 
 def _backward_fake(grad, kept, *args):
@@ -91,7 +91,12 @@ class _Lowrank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        run = _forward if nobody_looks_on(args[0]) else _forward_op
+        direct = nobody_looks_on(args[0])
+        if direct:  # there is no graph, in which what is kept has one layout for all numbers of rows
+            *given, backend = args
+            found = backends.pick(_problem(given), backend, len(args[0]), training=True, layout_fixed=False)
+            args = (*given, backends.name_of(found))
+        run = _forward if direct else _forward_op
         y, kept = run(*args, True)
         # The frozen layer's output is kept for its weight's gradient only.
         keeps_base = ctx.needs_input_grad[_BASE_WEIGHT]

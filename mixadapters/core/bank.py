@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters import kernels
+from mixadapters.core.names import check_free
 from mixadapters.core.routing import Routing
 from mixadapters.kernels import ACTIVATIONS
 
@@ -138,8 +139,7 @@ class AdapterBank(nn.Module):
         Raises:
             ValueError: the name is taken or the rank is not positive.
         """
-        if name in self.experts:
-            raise ValueError(f"expert {name!r} exists already; have {self.names}")
+        check_free("expert", name, self.names)
         if rank <= 0:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {rank}")
         after = {} if place is None else {n: self.experts.pop(n) for n in self.names[place:]}

@@ -1,4 +1,4 @@
-"""The calls of an adapted model, in which rows name their adapters."""
+"""The calls of an adapted model: forward and generation, in which rows say what they want."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ class ModelCalls:
     @property
     def context(self) -> ForwardContext:
         return ForwardContext.of(self.model)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's. A field of the batch that is a setting of its generation too (`guidance_scale`) is the
+        adapters' here."""
+        settings = getattr(self.model, "generation_config", None)
+        held = {name: kwargs.pop(name) for name in self.context.own_fields & kwargs.keys() if hasattr(settings, name)}
+        with self.context.pin_in_thread(**held):
+            return self.model.generate(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

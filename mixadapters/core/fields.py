@@ -97,6 +97,13 @@ def check_number(
         raise ValueError(_must_be(f"{name}={_shown(value)}", "a finite number", said) + _size_of(value))
 
 
+def check_switches(**switches: Any) -> None:
+    """Raises ValueError where an argument is neither True nor False: any other value would count as one of them."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={_shown(value)} must be True or False")
+
+
 def check_share(name: str, value: Any) -> None:
     """Raises ValueError where `value` is no number from 0 to 1."""
     if not (finite(value) and 0 <= value <= 1):

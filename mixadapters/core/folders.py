@@ -80,9 +80,12 @@ def _looks_like_a_path(name: str) -> bool:
 
 @contextmanager
 def written_aside(path: str | Path) -> Iterator[Path]:
-    """A name of its own beside `path`, for the next content: it takes its place in one step, when all is written."""
+    """A name of its own beside `path`, for the next content: it takes its place in one step, when all is written.
+
+    A process that is killed leaves `.{name}.*.part`.
+    """
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield aside
         os.replace(aside, path)

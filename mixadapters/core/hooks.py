@@ -248,14 +248,16 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         held = self._taken(kwargs)
-        if "prompt_mask" not in held and reads_prompt(self.model):
+        if "prompt_mask" not in self.context.held | held and reads_prompt(self.model):
             held |= prompt_of(self.model, *args, **kwargs)
         with self.context.records.generating(), self.context.pin_in_thread(**held):
             return self.plain(*args, **kwargs)
 
     def _taken(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The batch fields of adapters, taken out of `kwargs`: transformers refuses them."""
-        held = {name: kwargs.pop(name) for name in list(kwargs) if name in self.context.own_fields}
+        """The batch fields of adapters, taken out of `kwargs`: transformers refuses those that are no settings."""
+        settings = getattr(self.model, "generation_config", None)
+        own = [name for name in kwargs if name in self.context.own_fields and not hasattr(settings, name)]
+        held = {name: kwargs.pop(name) for name in own}
         if held.get("adapter_names") is not None:
             held["adapter_names"] = row_names(held["adapter_names"], self.context, self.model)
         return held

@@ -1,4 +1,4 @@
-"""Names that become a part of a key: of adapters, domains, modalities, experts."""
+"""Names of adapters, domains, modalities and experts: what they may be, as a part of a key, and which there are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+
+from mixadapters.core.registry import nearest
 
 # Parts of keys that PEFT and torch's wrappers put in, and look for.
 RESERVED = frozenset({
@@ -42,6 +44,20 @@ def check_name(what: str, name: Any, prefix: str) -> None:
     if reason is not None:
         shown = repr(name)[:100]
         raise ValueError(f"{what}: {shown} is no name for this: {reason}")
+
+
+def check_known(noun: str, name: Any, have: Iterable[str]) -> None:
+    """Raises ValueError: there is none of this name. noun: what the names are of, such as "expert"."""
+    have = list(have)
+    if name not in have:
+        raise ValueError(f"unknown {noun} {name!r}; have {have}.{nearest(str(name), have)}")
+
+
+def check_free(noun: str, name: Any, have: Iterable[str]) -> None:
+    """Raises ValueError: there is one of this name. noun: as in `check_known`."""
+    have = list(have)
+    if name in have:
+        raise ValueError(f"{noun} {name!r} exists already; have {have}")
 
 
 def check_apart(adapter_name: str, others: Iterable[str], base: set[str], keys: dict[str, set[str]]) -> None:

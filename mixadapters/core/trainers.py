@@ -57,6 +57,9 @@ class TrainerLook:
         if trainer is not None and holds(trainer.model):
             check_launched(trainer.args)
             check_columns(trainer, fields)
+            active = getattr(trainer.model, "active_adapter", None)  # of a PeftModel, a name
+            if isinstance(active, str):
+                check_best(trainer.args, active, active)
 
 
 def check_launched(args: Any) -> None:
@@ -95,6 +98,22 @@ def check_columns(trainer: Any, fields: Iterable[str]) -> None:
                 "and adapters read them: pass remove_unused_columns=False if its rows have them",
                 stacklevel=2,
             )
+
+
+def check_best(args: Any, active: Any, trains: str) -> None:
+    """Raises ValueError where a Trainer would reload nothing at its end, and not say so.
+
+    Args:
+        args: the Trainer's.
+        active: the adapter that is active first.
+        trains: the one that trains.
+    """
+    if args.load_best_model_at_end and {active, trains} != {"default"}:
+        raise ValueError(
+            f"load_best_model_at_end=True reloads the adapter 'default' only, and {trains!r} trains "
+            f"while {active!r} is active first; name the adapter 'default', or pass "
+            "load_best_model_at_end=False and load the best checkpoint yourself (state.best_model_checkpoint)"
+        )
 
 
 def columns(dataset: Any) -> set[str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mixadapters.core.names import check_free
 from mixadapters.routers.base import Router
 
 
@@ -28,8 +29,7 @@ class ArmSurgery(Router):
             ValueError: the name is taken, or the router's experts cannot change.
         """
         self._may_change()
-        if name in self.arms:
-            raise ValueError(f"expert {name!r} exists already; have {self.arms}")
+        check_free("expert", name, self.arms)
         place = len(self.experts)
         self._insert_row(place, share)
         self.experts.insert(place, name)

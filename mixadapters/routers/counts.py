@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.registry import nearest
+from mixadapters.core.names import check_free, check_known
 from mixadapters.core.routing import FROZEN, Routing
 from mixadapters.core.streams import Stream
 from mixadapters.routers.base import LOSS_OPTIONS, ROUTERS, PooledRouter, Router
@@ -78,8 +78,7 @@ class TokenCounts(nn.Module):
             ValueError: no such arm, counts of another vocabulary, or none; arms that would be left without counts.
         """
         for arm, given in counts.items():
-            if arm not in self.arms:
-                raise ValueError(f"unknown arm {arm!r}; have {self.arms}.{nearest(arm, self.arms)}")
+            check_known("arm", arm, self.arms)
             if given.shape != (self.vocab_size,):
                 raise ValueError(f"counts of {arm!r} are {tuple(given.shape)}; they must be ({self.vocab_size},)")
             if int(given.min()) < 0 or not bool(given.any()) or int(given.max()) > MOST:
@@ -242,8 +241,7 @@ class CountsRouter(PooledRouter):
         Raises:
             ValueError: the name is taken.
         """
-        if name in self.experts:
-            raise ValueError(f"expert {name!r} exists already; have {self.experts}")
+        check_free("expert", name, self.experts)
         self.experts.append(name)
         table = self.first.table
         if table is not None and name not in table.domains:  # the first layer that gets it does so for all

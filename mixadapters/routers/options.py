@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from mixadapters.core.fields import check_integer, check_number, check_share, fits
+from mixadapters.core.fields import check_integer, check_number, check_share, check_switches, fits
 from mixadapters.core.registry import nearest
 from mixadapters.routers.pooling import GRANULARITIES, POOLS
 from mixadapters.routers.score import ACTIVATIONS
@@ -18,8 +18,7 @@ MOST_ARMS, DEEPEST = 4096, 64
 
 
 def _check_switch(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be True or False")
+    check_switches(**{name: value})
 
 
 def _check_widths(name: str, value: Any) -> None:

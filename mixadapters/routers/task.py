@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.names import check_free
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.routing import Routing, RoutingKey
 from mixadapters.routers.base import LOSS_OPTIONS, ROUTERS, Router
@@ -36,8 +37,7 @@ class TaskRouter(Router):
 
     def add_expert(self, name: str, share: float) -> None:
         """A new expert, of the next number; there is no weight to share."""
-        if name in self.experts:
-            raise ValueError(f"expert {name!r} exists already; have {self.experts}")
+        check_free("expert", name, self.experts)
         self.reorder([*self.experts, name])
 
     def remove_expert(self, name: str, renormalize: bool) -> None:

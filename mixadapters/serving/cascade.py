@@ -205,6 +205,9 @@ class ConfidenceCascade:
         shapes = [tuple(t.shape) for t in (sure, weak_right, strong_right)]
         if sure.dim() != 1 or not len(sure) or len(set(shapes)) > 1:
             raise ValueError(f"sure, weak_right and strong_right are {shapes}; give (N,) of each, N above 0")
+        for name, value in (("sure", sure), ("weak_right", weak_right), ("strong_right", strong_right)):
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{name} holds what is no finite number: leave such rows out of the calibration")
         values, order = sure.float().sort(stable=True)
         weak, strong = (right.double()[order] for right in (weak_right, strong_right))
         # The worth of all rows where the first n, the least sure ones, go to the strong expert: n = 0 ... N.
@@ -218,7 +221,7 @@ class ConfidenceCascade:
         ]
 
     def _unsure(self, sure: Tensor) -> Tensor:
-        return (sure < self.threshold) | (self.threshold >= 1)
+        return ~(sure >= self.threshold) | (self.threshold >= 1)  # a confidence that is no number is none
 
     def _count(self, strong: Tensor) -> None:
         self.rows += len(strong)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mixadapters.core.bank import Weights
 from mixadapters.core.config import one_of
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import check_integer, check_share
+from mixadapters.core.fields import check_integer, check_share, check_switches
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.surgery.choices import CODECS, COMPRESSIONS, ROUNDINGS, SCALES
 from mixadapters.surgery.layers import ExpertLayer, Routed
@@ -114,6 +114,7 @@ def compress_experts(
         ValueError: the model has no experts, those of several adapters, or some whose function is not known; a method
             or an option is unknown; `calibration` cannot be run again; or rows too narrow for QMoE's codec.
     """
+    check_switches(dry_run=dry_run)
     shrink, options = _shrink(method, options)
     layers = layers_to_cut(model, adapter)
     if iter(calibration) is iter(calibration):

@@ -190,6 +190,7 @@ def extract_experts(
     Raises:
         ValueError: a number out of range, other numbers of domains, FFNs that are not known, or no tokens.
     """
+    check_integer("seed", seed)
     _check_numbers(n, shared, top_k, samples)
     domains = dict(calibration) if isinstance(calibration, Mapping) else {"": calibration}
     if isinstance(calibration, Mapping) and len(domains) != n:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters.core.bank import Weights
+from mixadapters.core.fields import check_integer, check_switches
 from mixadapters.core.registry import nearest
 from mixadapters.routers.permutation import assignment
 from mixadapters.surgery.choices import (
@@ -140,6 +141,8 @@ def merge_experts(
             been changed then.
         ImportError: SciPy, which aligns, is missing.
     """
+    check_switches(align=align, dry_run=dry_run)
+    check_integer("seed", seed)
     layers = layers_to_cut(model, adapter)
     check_usage(layers, usage)
     _check_choice(groups, similarity, grouping, weight, scope)

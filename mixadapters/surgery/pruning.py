@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.config import one_of
-from mixadapters.core.fields import check_integer
+from mixadapters.core.fields import check_integer, check_switches
 from mixadapters.surgery.choices import CRITERIA, Criterion
 from mixadapters.surgery.layers import ExpertLayer, expert_layers, require_layers
 from mixadapters.surgery.layouts import settle_config
@@ -118,6 +118,8 @@ def prune_experts(
         ValueError: an argument out of range; a usage of other experts; or experts that cannot go. Nothing has been
             changed then.
     """
+    check_switches(preserve_mass=preserve_mass, dry_run=dry_run)
+    check_integer("seed", seed)
     layers = layers_to_cut(model, adapter)
     check_usage(layers, usage, "random" if criterion == "random" else "")
     _check_choice(keep, factor, criterion, scope)
@@ -362,6 +364,11 @@ def prune_curve(
     Raises:
         ValueError: as `prune_experts`.
     """
+    check_switches(higher_is_better=higher_is_better)
+    if not callable(evaluate):
+        raise ValueError(f"evaluate={evaluate!r:.80} must be a function of a model, which gives a loss or an accuracy")
+    for keep in () if keeps is None else keeps:
+        check_integer("keeps", keep, least=1)
     layers = layers_to_cut(model, options.get("adapter"))
     most, least = max(len(layer.names) for layer in layers), max(layer.top_k or 1 for layer in layers)
     steps = sorted({most, *(keeps if keeps is not None else _halves(most, least))}, reverse=True)

@@ -343,6 +343,7 @@ def record_usage(
         ValueError: the model has no experts; or in a forward, as many labels as rows are needed.
     """
     check_integer("samples", samples, least=0)
+    check_integer("seed", seed)
     layers = require_layers(expert_layers(model, adapter))
     usage = ExpertUsage(labels=_checked(labels))
     with ExitStack() as stack:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import check_integer, check_number
+from mixadapters.core.fields import check_integer, check_number, check_switches
 from mixadapters.core.hooks import root_of
 from mixadapters.core.losses import masked_mean
 from mixadapters.core.routing import Routing, RoutingKey
@@ -234,6 +234,7 @@ class AdversarialTrainerMixin:
         for name, value in (("beta", beta), ("router_alpha", router_alpha)):
             check_number(name, value, least=0)
         self.attack = EmbeddingAttack(eps, steps, step_size)
+        check_switches(alternate=alternate)
         self.beta, self.router_alpha, self.alternate = beta, router_alpha, alternate
         super().__init__(*args, **kwargs)
         trainer: Any = self

@@ -14,10 +14,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.engines import loaded
+from mixadapters.core.fields import check_switches
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.processes import gathered, several
 from mixadapters.core.saving import restore_frozen
-from mixadapters.core.trainers import check_columns, check_launched, trainer_above
+from mixadapters.core.trainers import check_best, check_columns, check_launched, trainer_above
 from mixadapters.routers.base import COEFFICIENTS
 from mixadapters.training.checkpoints import fault, lay_out_moments, note_stage, stage_of
 from mixadapters.training.events import find_tuner, progress
@@ -50,9 +51,16 @@ class StageCallback(TrainerCallback):
         self, stage: str, adapter_name: str = "default", objectives: Sequence[Objective] = (), check_head: bool = True,
         *, domain: str | None = None,
     ) -> None:  # fmt: skip
+        check_switches(check_head=check_head)
         self.stage, self.adapter_name, self.domain = stage, adapter_name, domain
         self.noted = stage if domain is None else f"{stage} {domain}"  # in checkpoints
         self.objectives, self.check_head = list(objectives), check_head
+        for objective in self.objectives:
+            if not all(hasattr(objective, name) for name in ("takes", "before", "after")):
+                raise ValueError(
+                    f"objectives hold {objective!r:.80}, which has no takes, before and after: give such as "
+                    "PreservationObjective()"
+                )
         self.trainer: Trainer | None = None
 
     def on_init_end(
@@ -73,12 +81,7 @@ class StageCallback(TrainerCallback):
         if trainer is not None:
             check_saves(trainer)
             check_sharded_once(trainer)
-        if args.load_best_model_at_end and (self.adapter_name != "default" or tuner.active_adapters[0] != "default"):
-            raise ValueError(
-                f"load_best_model_at_end=True reloads the adapter 'default' only, and {self.adapter_name!r} trains "
-                f"while {tuner.active_adapters[0]!r} is active first; name the adapter 'default', or pass "
-                "load_best_model_at_end=False and load the best checkpoint yourself (state.best_model_checkpoint)"
-            )
+        check_best(args, tuner.active_adapters[0], self.adapter_name)
         if self._has_auxiliary_losses(tuner) and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 "gradient_checkpointing_kwargs={'use_reentrant': True} drops the gradient of auxiliary losses; pass "
@@ -261,6 +264,7 @@ class GateUsageCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, per_layer: bool = False) -> None:
+        check_switches(per_layer=per_layer)
         self.trainer, self.per_layer = trainer, per_layer
 
     # Not `on_step_end`: to log there would take the place of the Trainer's own entry.

@@ -151,8 +151,9 @@ class MixtureDistiller:
         self, teacher: Any, student: nn.Module, aggregator: str | nn.Module = "mean", *, inner_lr: float = 3e-4,
         steps: int = 1, features: Features = token_states, heads: int = 16,
     ) -> None:  # fmt: skip
-        if isinstance(aggregator, str):
+        if not isinstance(aggregator, nn.Module):
             one_of("aggregator", aggregator, AGGREGATORS)
+        check_integer("heads", heads, least=1)
         check_number("inner_lr", inner_lr, above=0)
         check_integer("steps", steps, least=0)
         self.teacher, self.student, self.features = teacher, student, features
@@ -243,6 +244,9 @@ class MixtureDistiller:
         Returns:
             The loss of each episode.
         """
+        check_number("lr", lr, above=0)
+        if aggregator_lr is not None:
+            check_number("aggregator_lr", aggregator_lr, above=0)
         losses: list[float] = []
         optimizer: torch.optim.Optimizer | None = None
         for episode in episodes:

@@ -124,9 +124,9 @@ class PermutationSearchCallback(TrainerCallback):
         adapter_name: str = "default",
     ) -> None:
         check_number("fraction", fraction, above=0, below=1)
-        if len(tau) != 2 or not all(finite(value) and value > 0 for value in tau):
+        if not _is_pair(tau) or not all(finite(value) and value > 0 for value in tau):
             raise ValueError(f"tau={tau!r} must be two finite numbers above 0: at the start and the end of the search")
-        if len(iterations) != 2 or not all(type(count) is int and count > 0 for count in iterations):
+        if not _is_pair(iterations) or not all(type(count) is int and count > 0 for count in iterations):
             raise ValueError(f"iterations={iterations!r} must be two positive integers, at the start and the end")
         self.fraction, self.tau, self.iterations, self.adapter_name = fraction, tau, iterations, adapter_name
 
@@ -159,3 +159,7 @@ class PermutationSearchCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         find_tuner(model).context.steps.ended(self.adapter_name)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2

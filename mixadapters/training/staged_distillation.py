@@ -32,6 +32,9 @@ class TeacherDistillation:
     takes: tuple[str, ...] = ()
 
     def __init__(self, teacher: nn.Module | Callable[..., Tensor], temperature: float = 1.0) -> None:
+        if not callable(teacher):
+            raise ValueError(f"teacher={teacher!r:.80} must be a model, or a function that makes logits")
+        check_number("temperature", temperature, above=0)
         self.teacher, self.temperature, self.weight = teacher, temperature, 0.0
 
     def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

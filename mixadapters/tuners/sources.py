@@ -21,7 +21,7 @@ from mixadapters.core.config import MixtureConfig
 from mixadapters.core.fields import check_number, fits
 from mixadapters.core.files import digest_of, read_adapter, read_config
 from mixadapters.core.folders import check_misspelt, written_aside
-from mixadapters.core.names import check_name
+from mixadapters.core.names import check_free, check_name
 from mixadapters.core.registry import nearest
 
 
@@ -268,8 +268,7 @@ def check_new(
     Raises:
         ValueError: the argument, its value and the remedy.
     """
-    if name in have:
-        raise ValueError(f"{noun} {name!r} exists already; have {list(have)}")
+    check_free(noun, name, have)
     if name in adapters:
         raise ValueError(
             f"{noun} {name!r} has the name of another adapter of this model: PEFT would drop its weights when it "

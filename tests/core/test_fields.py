@@ -10,9 +10,20 @@ import numpy as np
 import pytest
 from peft import PeftConfig
 
-from mixadapters import AGDConfig, BottleneckConfig, MixDAConfig, MoSAConfig, PILLConfig
+from mixadapters import (
+    AGDConfig,
+    BottleneckConfig,
+    GateUsageCallback,
+    MixDAConfig,
+    MoSAConfig,
+    PILLConfig,
+    StageCallback,
+)
 from mixadapters.core.fields import check_fields, check_integer, check_number
 from mixadapters.core.patterns import check_pattern
+from mixadapters.surgery import compress_experts, merge_experts, prune_curve, prune_experts
+from mixadapters.tuners.mixda.model import MixDAModel
+from mixadapters.tuners.moa.model import MoAModel
 
 CONFIGS = (AGDConfig, BottleneckConfig, MixDAConfig, MoSAConfig, PILLConfig)
 NAN, INF = float("nan"), float("inf")
@@ -245,3 +256,29 @@ def test_long_patterns_are_refused_before_they_are_compiled() -> None:
         BottleneckConfig(target_modules="(" * 3000 + ")" * 3000)
     with pytest.raises(ValueError, match="target_modules"):
         BottleneckConfig(target_modules="a{1,60000}" * 100)
+
+
+SWITCHES: list[tuple[Any, str, tuple[Any, ...]]] = [
+    (prune_experts, "preserve_mass", (None, None, 1)),
+    (prune_experts, "dry_run", (None, None, 1)),
+    (prune_curve, "higher_is_better", (None, None, len)),
+    (merge_experts, "align", (None, None, 1)),
+    (merge_experts, "dry_run", (None, None, 1)),
+    (compress_experts, "dry_run", (None, ())),
+    (MoAModel.remove_expert, "renormalize", (None, "a")),
+    (MoAModel.keep_experts, "renormalize", (None, {})),
+    (MoAModel.export_expert, "pad_ranks", (None, "a", "folder")),
+    (MixDAModel.remove_domain, "renormalize", (None, "a")),
+    (MixDAModel.keep_experts, "renormalize", (None, {})),
+    (MixDAModel.export_domain, "pad_ranks", (None, "a", "folder")),
+    (StageCallback, "check_head", ("task",)),
+    (GateUsageCallback, "per_layer", (None,)),
+]
+
+
+@pytest.mark.parametrize(("function", "name", "others"), SWITCHES, ids=[f"{f.__name__}-{n}" for f, n, _ in SWITCHES])
+def test_what_is_neither_true_nor_false_is_no_switch(function: Any, name: str, others: tuple[Any, ...]) -> None:
+    """Words such as "no" would turn it on. Nothing else has been looked at by then."""
+    for value in ("no", 0, None):
+        with pytest.raises(ValueError, match=f"{name}={value!r} must be True or False"):
+            function(*others, **{name: value})

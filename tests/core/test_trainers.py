@@ -101,3 +101,15 @@ def test_processes_that_would_train_by_themselves_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher sets it
     with pytest.raises(ValueError, match="WORLD_SIZE=2 processes were launched"):
         plain.train()
+
+
+def test_the_best_checkpoint_of_an_adapter_that_would_not_be_reloaded_is_refused(tiny: Any, tmp_path: Path) -> None:
+    for name in ("mine", "default"):
+        model = get_peft_model(tiny("llama"), BottleneckConfig(r=2, task_type="CAUSAL_LM"), adapter_name=name)
+        best = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 1}
+        plain = trainer(model, tmp_path / name, rows(), save_steps=1, **best)
+        if name == "default":
+            plain.train()
+            continue
+        with pytest.raises(ValueError, match="reloads the adapter 'default' only, and 'mine' trains"):
+            plain.train()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import product
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mixadapters.kernels import adapter_backend, backends, choose_backend, lowrank, products
 
@@ -124,7 +127,34 @@ def test_rule_takes_one_product_for_few_rows_of_bfloat16_where_it_is_small() -> 
     assert rule(**few, experts=8, dtype=half) == "dense"
     assert rule(**few, experts=8) == "grouped"
     assert rule(**few, experts=64, dtype=half) == "gathered"
-    assert rule(**few, experts=8, dtype=half, training=True) == "grouped"  # what is kept knows no number of rows
+    assert rule(**few, experts=8, dtype=half, training=True) == "dense"
+    assert rule(**few, experts=8, dtype=half, training=True, layout_fixed=True) == "grouped"
+    assert rule(32, 2, 8, 32) == "dense"  # sorting and groups cost once in each call
+    assert rule(32, 2, 8, 32, training=True) != "dense"
+    assert rule(256, 2, 8, 32) != "dense"
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_rule_takes_one_call_for_runs_whose_products_are_small(training) -> None:
+    """A call of its own costs each run more than the copy of its weights, until one of the two is large."""
+    half, long = torch.bfloat16, {"run": 128, "training": training}
+    assert rule(2048, 1, 16, 8, width=512, **long) == "gathered"
+    assert rule(2048, 1, 16, 32, width=1024, **long) == "segments"
+    assert rule(2048, 1, 16, 32, width=1024, dtype=half, **long) == "gathered"  # of which any call is dear
+    assert rule(64, 1, 16, 8, run=2, training=training) == "gathered"
+    assert rule(64, 1, 16, 64, run=2, training=training) == ("segments" if training else "grouped")
+    assert rule(64, 1, 4, 8, run=4, training=training) == "gathered"
+    assert rule(64, 1, 4, 8, run=1, training=training) == "dense"
+
+
+def test_rule_copies_weights_to_few_rows_while_copies_are_small() -> None:
+    """What is copied to the rows of an expert costs less than a group of its own, and stays in the cache."""
+    assert rule(64, 1, 64, 32, width=256) == "gathered"
+    assert rule(64, 1, 16, 64, width=768) == "grouped"
+    assert rule(256, 1, 64, 4, width=512) == "gathered"
+    assert rule(256, 1, 64, 16, width=768) == "grouped"
+    assert rule(8, 1, 32, 4, training=True) == "gathered"
+    assert rule(64, 1, 32, 16, training=True) == "grouped"
 
 
 def test_rule_knows_what_is_kept_for_backward_without_the_number_of_rows() -> None:
@@ -134,10 +164,29 @@ def test_rule_knows_what_is_kept_for_backward_without_the_number_of_rows() -> No
             for rank in (4, 16, 128):
                 for run in (1, 16):
                     kept = {
-                        rule(rows, slots, experts, rank, run=run, training=True) == "dense"
+                        rule(rows, slots, experts, rank, run=run, training=True, layout_fixed=True) == "dense"
                         for rows in (0, 1, 16, 256, 4096, 10**5)
                     }
                     assert len(kept) == 1
+
+
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_backward_is_that_of_the_backend_that_ran_whoever_looks_on(looked_at, monkeypatch) -> None:
+    """With nobody to look on the choice knows the number of rows, which a graph's does not; backward takes it over."""
+    given, ran = arguments(rows=16, rank=16, dtype=torch.bfloat16), []
+
+    def watched(name: str, way: str) -> Callable[..., object]:
+        original = getattr(backends.module(name), way)
+        return lambda *args: ran.append(f"{name}.{way}") or original(*args)
+
+    for name, way in product(("dense", "gathered"), ("forward", "backward")):
+        monkeypatch.setattr(backends.module(name), way, watched(name, way))
+    x = given["x"].clone().requires_grad_()
+    with FlopCounterMode(display=False) if looked_at else nullcontext():
+        y = lowrank(**given | {"x": x})
+    y.sum().backward()  # with nobody to look on
+    chosen = "gathered" if looked_at else "dense"
+    assert ran == [f"{chosen}.forward", f"{chosen}.backward"]
 
 
 def test_choice_is_logged_once(caplog, monkeypatch) -> None:

@@ -185,6 +185,13 @@ def test_as_few_strong_calls_as_reach_the_strong_experts_accuracy() -> None:
     assert cheaper.quality >= cheaper.strong_quality - 0.05
 
 
+def test_a_row_whose_confidence_is_no_number_goes_to_the_strong_expert() -> None:
+    broken = LOGITS.clone()
+    broken[1, 0] = torch.nan
+    cascade = ConfidenceCascade(lambda x: broken, lambda x: LOGITS[: len(x)], threshold=0.0)
+    assert cascade.classify({"x": LOGITS}).strong.nonzero().flatten().tolist() == [1]
+
+
 def test_what_cannot_be_right_is_refused(writer, tiny_inputs) -> None:
     for arguments, message in [
         ({"threshold": 1.5}, "threshold=1.5 must be"),
@@ -206,6 +213,8 @@ def test_what_cannot_be_right_is_refused(writer, tiny_inputs) -> None:
     with pytest.raises(ValueError, match="has no method `generate`"):
         ConfidenceCascade(SimpleNamespace(), nn.Identity()).generate(batch)
     sure, weak, strong = made(10)
+    with pytest.raises(ValueError, match="sure holds what is no finite number"):
+        cascade.calibrate(sure.log() * 0 / 0, weak, strong)
     for arguments, message in [
         ((sure, weak[:3], strong), "give \\(N,\\) of each"),
         ((sure[:0], weak[:0], strong[:0]), "N above 0"),

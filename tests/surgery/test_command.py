@@ -473,7 +473,7 @@ def test_commands_are_listed(capsys) -> None:
 
 
 def test_lines_are_texts(tmp_path) -> None:
-    (tmp_path / "a.txt").write_bytes("one\r\n\n  \ntwo é\nthree".encode())
+    (tmp_path / "a.txt").write_bytes("one\r\n\n  \ntwo é\nthree".encode("utf-8-sig"))
     found = read_texts(tmp_path / "a.txt", limit=2)
     assert (found.texts, found.labels, found.left_out) == (["one", "two é"], None, 1)
 
@@ -496,6 +496,9 @@ def test_fields_are_texts_and_labels_and_both_may_be_packed(tmp_path) -> None:
         ("a.jsonl", b"[" * 5000 + b"]" * 5000, "line 1"),
         ("a.jsonl", b'{"text": "x", "label": "a"}\n{"text": "y"}', "line 2: some lines have a field 'label'"),
         ("a.jsonl", b'{"text": "x", "label": ["a"]}', "no word and no number"),
+        ("a.jsonl", b'{"text": "x", "label": true}', "is True, no word and no number"),
+        ("a.jsonl", b'\xef\xbb\xbf{"text": "x", "text": "y"}', r"line 1 is no JSON: a field is named twice"),
+        ("a.jsonl", b'{"text": "\\ud83d!"}', "line 1: the field 'text' has half of a surrogate pair at character 0"),
         ("a.txt", b"\n\n", "holds no text"),
         ("a.txt", b"ok\n\xff\xfe", "line 2, is no UTF-8"),
         ("a.txt.gz", b"no gzip", "cannot be read"),

@@ -103,8 +103,15 @@ def test_recall_looks_at_five_places_unless_told(tmp_path: Path, write) -> None:
     assert kilt.score_file(gold, said)["recall@5"] == 0.5
     found = kilt.score_file(gold, said, (2, 6))
     assert (found["recall@2"], found["recall@6"]) == (0, 1)
-    with pytest.raises(ValueError, match="every k must be 1 or more"):
+    with pytest.raises(ValueError, match="recall at k=0 must be an integer, at least 1"):
         kilt.score_file(gold, said, (0,))
+
+
+@pytest.mark.parametrize("answer", [True, float("nan"), ["Paris"]])
+def test_what_is_neither_text_nor_number_is_no_answer(tmp_path: Path, answer, write) -> None:
+    gold, said = ([{"id": "1", "output": [{"answer": one}]}] for one in ("nan", answer))
+    with pytest.raises(ValueError, match=r"id '1': 'answer' must be text or a number, got"):
+        kilt.score_file(write(tmp_path, "gold", gold), write(tmp_path, "guess", said))
 
 
 @pytest.mark.parametrize(("answer", "expected"), [("", 0), (" \t", 0), (7, 0.5), ("7", 0.5), (7.0, 0), (None, 0)])

@@ -107,6 +107,11 @@ def test_the_optimizer_holds_what_the_stage_trains_and_nothing_else(
     assert moved <= trainable(classifier)
 
 
+def test_what_is_no_objective_is_refused_when_the_callback_is_made() -> None:
+    with pytest.raises(ValueError, match=r"objectives hold 'preservation', which has no takes, before and after"):
+        StageCallback("task", objectives=["preservation"])  # type: ignore[list-item]
+
+
 def test_stage_of_another_adapter(tiny: Any, tmp_path: Path) -> None:
     model = get_peft_model(tiny("bert", "sequence_classification"), mixda(), adapter_name="first")
     model.add_adapter("second", mixda())

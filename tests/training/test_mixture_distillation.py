@@ -250,6 +250,10 @@ def test_what_cannot_be_distilled_is_refused(teacher, student, batch, tiny) -> N
     alone = SimpleNamespace(experts=lambda batch: torch.zeros(3, 1, 32))
     for call, message in (
         (lambda: MixtureDistiller(teacher, student, "median"), "aggregator='median' is unknown"),
+        (lambda: MixtureDistiller(teacher, student, None), "aggregator=None is unknown"),
+        (lambda: MixtureDistiller(teacher, student, heads=0), "heads=0 must be"),
+        (lambda: MixtureDistiller(teacher, student).meta_fit([], lr=float("nan")), "lr=nan must be"),
+        (lambda: MixtureDistiller(teacher, student).meta_fit([], aggregator_lr=-1), "aggregator_lr=-1 must be"),
         (lambda: MixtureDistiller(teacher, student, inner_lr=0), "inner_lr=0 must be"),
         (lambda: MixtureDistiller(teacher, student, steps=-1), "steps=-1 must be"),
         (lambda: MixtureDistiller(teacher, frozen), "no parameter of the student requires a gradient"),

@@ -326,6 +326,8 @@ def test_a_permutation_is_searched_and_then_hard(tiny: Any, tmp_path: Path) -> N
         ({"fraction": math.nan}, "fraction=nan"),
         ({"tau": (1e-3, 0.0)}, "tau="),
         ({"tau": (1e-3,)}, "tau="),
+        ({"tau": 1e-3}, "tau=0.001 must be two"),
+        ({"iterations": 5}, "iterations=5 must be two"),
         ({"iterations": (20, 0)}, "iterations="),
         ({"iterations": (20.0, 30)}, "iterations="),
     ],

@@ -160,6 +160,14 @@ def test_only_what_has_classes_in_its_last_axis_is_brought_to_a_teacher() -> Non
             objective.after(context, torch.nn.Module(), output)
 
 
+def test_what_is_no_teacher_and_no_temperature_is_refused() -> None:
+    with pytest.raises(ValueError, match="teacher='gpt2' must be a model"):
+        TeacherDistillation("gpt2")  # type: ignore[arg-type]
+    for wrong in (0.0, float("nan"), True):
+        with pytest.raises(ValueError, match="temperature="):
+            TeacherDistillation(len, wrong)
+
+
 def test_causal_models_that_name_no_loss_compare_the_logits_before_each_label(tiny, tiny_inputs) -> None:
     """GPT-2's class names none, and its loss shifts the labels all the same."""
     model, batch = tiny("gpt2"), tiny_inputs("gpt2", labels="tokens")

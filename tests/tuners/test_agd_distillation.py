@@ -162,6 +162,17 @@ def test_batches_that_cannot_be_distilled_are_refused(data, tmp_path) -> None:
         GuidanceDistillation("huber")
     with pytest.raises(ValueError, match="delta=0 must be a finite number, above 0"):
         GuidanceDistillation(delta=0)
+    for weights in (torch.tensor([1.0, torch.nan]), torch.ones(2, 2), [-1.0]):
+        with pytest.raises(ValueError, match=r"timestep_weights of shape .* must be \(T,\) finite numbers"):
+            GuidanceDistillation(timestep_weights=weights)
+    for clip in (0, torch.nan, True):
+        with pytest.raises(ValueError, match="clip="):
+            snr_weights(diffusers.DDIMScheduler(), clip)
+        with pytest.raises(ValueError, match="clip="):
+            space_weights(diffusers.DDIMScheduler(), "noise", clip)
+    for options, message in (({"by": "class"}, "by='class' is unknown"), ({"edges": [3, 1]}, "numbers that rise")):
+        with pytest.raises(ValueError, match=message):
+            relative_error(model, [batch], **options)
     with pytest.raises(ValueError, match=r"remove_unused_columns=True would drop.*'guidance_scale', 'target'"):
         trainer(model, data, tmp_path, remove_unused_columns=True)
 
@@ -574,13 +585,20 @@ def test_generation_knows_where_its_prompt_ends(tiny) -> None:
     for options in ({"use_cache": False}, {"prefill_chunk_size": 4}, {"cache_implementation": "static"}):
         assert torch.equal(model.generate(input_ids=ids, attention_mask=real, **settings, **options), found), options
     prompt = torch.ones_like(ids)
-    plain = language_adapters(tiny, task_type=None)  # whose `generate` is the base model's
+    plain = language_adapters(tiny, task_type=None)  # whose `generate` PEFT hands on
     del settings["guidance_scale"]
-    with plain.base_model.context.pin(guidance_scale=2.5):
-        with pytest.raises(ValueError, match=r"without one context.pin\(prompt_mask="):
-            plain.generate(input_ids=ids, attention_mask=real, **settings)
-        with plain.base_model.context.pin(prompt_mask=prompt):
-            assert torch.equal(plain.generate(input_ids=ids, attention_mask=real, **settings), found)
+    context = plain.base_model.context
+    with context.pin(guidance_scale=2.5):
+        assert torch.equal(plain.generate(input_ids=ids, attention_mask=real, **settings), found)
+        with context.pin(prompt_mask=prompt), context.pin_in_thread(prompt_mask=torch.zeros_like(prompt)):
+            assert not torch.equal(plain.generate(input_ids=ids, attention_mask=real, **settings), found)
+        with pytest.raises(ValueError, match=r"pass prompt_mask .*`generate` knows it"):
+            plain(input_ids=ids, attention_mask=real)
+    ours = plain.generate(input_ids=ids, attention_mask=real, guidance_scale=2.5, **settings)
+    with model.disable_adapter():
+        theirs = model.get_base_model().generate(input_ids=ids, attention_mask=real, guidance_scale=2.5, **settings)
+    assert torch.equal(ours, theirs)  # transformers' two passes
+    assert not torch.equal(ours, found)
     for step in range(5):
         sofar = found[:, : 6 + step]
         grown = [torch.cat([part, torch.full((2, step), value)], 1) for part, value in ((real, 1), (prompt, 0))]

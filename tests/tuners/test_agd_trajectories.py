@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -509,12 +510,31 @@ def test_held_out_trajectories_share_no_state_with_the_others() -> None:
         ({"scales": 3.0}, r"scales=3.0 must be two numbers"),
         ({"interval": ("200", "800")}, r"interval=\('200', '800'\) must be two numbers"),
         ({"steps": "5"}, "steps='5' must be an integer"),
+        ({"steps": -1}, "steps=-1 must be an integer, at least 1"),
+        ({"batch_size": 0}, "batch_size=0 must be an integer, at least 1"),
+        ({"shape": (4, 0)}, r"shape=\(4, 0\) must be positive sizes"),
+        ({"schedule": 3}, "schedule=3 must be a dict"),
         ({"keep": True}, "keep=True must be an integer"),
     ],
 )
 def test_impossible_plans_are_refused(fields, message) -> None:
     with pytest.raises(ValueError, match=message):
         plan(**fields)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, one: sample(lambda x, t: x, ddim(), x, steps=-1), "steps=-1 must be an integer, at least 1"),
+        (lambda x, one: sample(lambda x, t: x, ddim(), x, 2, timestep_factor=0), "timestep_factor=0 must be"),
+        (lambda x, one: classifier_free(x, x, one, one, rescale=math.nan), "rescale=nan must be a number from 0 to 1"),
+        (lambda x, one: classifier_free(x, x, one, one, channels=5), "channels=5 must be .* at most 4"),
+        (lambda x, one: guided(len, {"prompt": x}, {"promt": x}, one), r"unconditional has \['promt'\], which"),
+    ],
+)
+def test_what_guidance_cannot_do_is_refused_by_name(call, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(torch.zeros(2, 4, 3, 3), torch.ones(2))
 
 
 def test_other_files_and_uneven_conditions_are_refused(tmp_path) -> None:

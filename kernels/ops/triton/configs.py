@@ -85,8 +85,9 @@ def _expand_tiles(arch: str, br: int, load: int, few: bool, width: int) -> Tiles
         return Tiles(16, br, 32, 8, 1) if gfx else Tiles(bm, br, 32, 8, 2)
     if load > 64:
         return Tiles(bm, br, 32, 8, 2) if gfx else Tiles(bm, br, 64, 8, 3)
-    # Masked columns cost sm_100 too many registers.
-    return Tiles(bm, br, 32 if arch == "sm_100" and width % 64 else 64, 4, 2 if gfx else 3)
+    # Masked columns cost sm_100 too many registers, and biases gfx942.
+    narrow = (arch == "sm_100" and width % 64) or (gfx and load == 64)
+    return Tiles(bm, br, 32 if narrow else 64, 4, 2 if gfx else 3)
 
 
 def _wgrad_tiles(arch: str, fp32: bool, br: int) -> Tiles:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from mixadapters.core.config import one_of
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.fields import check_number
+from mixadapters.core.fields import check_number, finite
 from mixadapters.core.numbers import real_numbers
 from mixadapters.tuners.agd.calls import timestep_factor
 from mixadapters.tuners.agd.guidance import Rule, classifier_free, prediction_of
@@ -48,6 +48,15 @@ class GuidanceDistillation:
     ) -> None:  # fmt: skip
         one_of("loss", loss, LOSSES)
         check_number("delta", delta, above=0)
+        if timestep_weights is not None:
+            weights = real_numbers("timestep_weights", timestep_weights)
+            if weights.dim() != 1 or not bool((weights.isfinite() & (weights >= 0)).all()):
+                raise ValueError(
+                    f"timestep_weights of shape {tuple(weights.shape)} must be (T,) finite numbers of 0 or more, one "
+                    "for each timestep of the scheduler"
+                )
+        if not callable(rule):
+            raise ValueError(f"rule={rule!r:.80} must be a function such as classifier_free")
         self.loss, self.delta, self.timestep_weights, self.rule = loss, delta, timestep_weights, rule
 
     def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -113,6 +122,7 @@ def snr_weights(scheduler: Any, clip: float = 25.0) -> Tensor:
     Raises:
         ValueError: a scheduler of flow matching, whose models predict a velocity already.
     """
+    check_number("clip", clip, above=0)
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
         raise ValueError(
@@ -136,6 +146,7 @@ def space_weights(scheduler: Any, loss_space: str, clip: float = 25.0) -> Tensor
         ValueError: another space, or a scheduler that does not say what its model predicts.
     """
     one_of("loss_space", loss_space, SPACES)
+    check_number("clip", clip, above=0)
     if (alphas := getattr(scheduler, "alphas_cumprod", None)) is not None:
         alpha, sigma = alphas.sqrt(), (1 - alphas).sqrt()
         predicted = scheduler.config.get("prediction_type", "epsilon")
@@ -166,6 +177,10 @@ def relative_error(
         by: "guidance_scale" or "timestep"; `edges` part its values into len(edges) + 1 bins, of which empty ones are
             NaN.
     """
+    one_of("by", by, ("guidance_scale", "timestep"))
+    bounds = real_numbers("edges", list(edges)).tolist()
+    if not all(map(finite, bounds)) or bounds != sorted(bounds):
+        raise ValueError(f"edges={list(edges)} must be finite numbers that rise")
     bins = torch.zeros(2, len(edges) + 1, dtype=torch.float64)
     for batch in batches:
         batch = dict(batch)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixadapters.core.fields import check_integer, check_number, check_share
 from mixadapters.core.hooks import root_of
 from mixadapters.tuners.agd.calls import model_arguments, timestep_factor
 
@@ -104,6 +105,9 @@ def classifier_free(
         channels: guide the first channels only, the others are the conditional ones (DiT's own sampler: 3 of 4).
         rescale: share of the result that takes the conditional prediction's deviation (Lin et al. 2023, section 3.4).
     """
+    check_share("rescale", rescale)
+    if channels is not None:
+        check_integer("channels", channels, least=1, most=conditional.shape[1])
     weight = scale.view(-1, *[1] * (conditional.dim() - 1)).to(conditional.dtype)
     guided = unconditional + weight * (conditional - unconditional)
     if rescale:
@@ -130,6 +134,8 @@ def guided(
 
     unconditional: a tensor of one row, or of as many as `conditions`, for each condition that differs.
     """
+    if unknown := sorted(unconditional.keys() - conditions.keys()):
+        raise ValueError(f"unconditional has {unknown}, which conditions have not: {sorted(conditions)}")
     rows = len(scale)
     null = {name: unconditional.get(name, value).expand_as(value) for name, value in conditions.items()}
     both = {name: torch.cat([conditions[name], null[name]]) for name in conditions}
@@ -156,6 +162,8 @@ def sample(
         timestep_factor: of the timesteps that `step` is given, the scheduler's being 1; `Denoiser` knows its model's.
         schedule: further arguments of `set_timesteps`, such as `mu` of flow matching.
     """
+    check_integer("steps", steps, least=1)
+    check_number("timestep_factor", timestep_factor, above=0)
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps, device=noise.device, **schedule)
     takes = inspect.signature(scheduler.step).parameters

@@ -181,8 +181,7 @@ class GuidanceAdapter(Adapter):
             if place is None:
                 raise ValueError(
                     "the adapters read which tokens follow the prompt (after_prompt): pass prompt_mask (B, T), 1 on "
-                    "the prompt; `generate` of an adapted model with a task_type knows it, and without one "
-                    "context.pin(prompt_mask=torch.ones_like(input_ids)) says it"
+                    "the prompt; `generate` knows it"
                 )
             features = features._replace(place=place.to(device))
         record.shared[self] = features

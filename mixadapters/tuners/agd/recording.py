@@ -65,8 +65,13 @@ class TrajectoryPlan:
             raise ValueError(f"scales={self.scales!r} must be two numbers, the least scale and the largest")
         if self.interval is not None:
             check_interval("interval", self.interval)
-        for name in ("steps", "batch_size", "seed", "max_bytes", *(() if self.keep is None else ("keep",))):
-            check_integer(name, getattr(self, name))
+        if not fits(self.shape, list[int]) or not self.shape or min(self.shape) < 1:
+            raise ValueError(f"shape={self.shape!r} must be positive sizes of one noisy input, (C, ...)")
+        for name in ("steps", "batch_size", "max_bytes", *(() if self.keep is None else ("keep",))):
+            check_integer(name, getattr(self, name), least=None if name == "keep" else 1)
+        check_integer("seed", self.seed)
+        if not isinstance(self.schedule, dict):
+            raise ValueError(f"schedule={self.schedule!r} must be a dict: argument of set_timesteps -> value")
         if not 0 < self.scales[0] <= self.scales[1]:
             raise ValueError(f"scales={self.scales} is no range of positive numbers")
         if self.keep is not None and not 0 < self.keep <= self.steps:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from mixadapters.core.folders import written_aside
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -26,16 +26,12 @@ LATER = frozenset({*IDENTITY, "trajectories", "model_class", "model_dtypes", "un
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
     """`write(aside)`, then `file` at once: who is killed leaves no half of a file, and two writers do not mix."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
-        write(aside)
-        try:
-            os.replace(aside, file)
-        except FileNotFoundError:  # another process has written the same, and swept
-            if not file.exists():
-                raise
-    finally:
-        aside.unlink(missing_ok=True)
+        with written_aside(file) as aside:
+            write(aside)
+    except FileNotFoundError:  # another process has written the same, and swept
+        if not file.exists():
+            raise
     for left in file.parent.glob(f".{file.name}.*.part"):  # of processes that were killed
         left.unlink(missing_ok=True)
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.adapter import Chain, Site
+from mixadapters.core.fields import check_switches
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
+from mixadapters.core.names import check_known
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import row_numbers
 from mixadapters.routers.counts import CountsRouter
@@ -152,9 +154,9 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         Raises:
             ValueError: there is no such domain.
         """
+        check_switches(renormalize=renormalize)
         config = self.config_of(adapter_name)
-        if name not in config.domains:
-            raise ValueError(f"unknown domain {name!r}; have {list(config.domains)}.{nearest(name, config.domains)}")
+        check_known("domain", name, config.domains)
         require_surgery(config, "remove_domain")
         self.refuse_in_blocks("remove_domain")
         for path, mixture in list(self._mixtures(adapter_name)):
@@ -166,6 +168,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         self, kept: Mapping[str, Sequence[str]], *, renormalize: bool = True, adapter_name: str = "default"
     ) -> None:
         """As `CuttingVerbs.keep_experts`, of domains. Make optimizers anew afterwards."""
+        check_switches(renormalize=renormalize)
         config, mixtures = self.config_of(adapter_name), dict(self._mixtures(adapter_name))
         require_surgery(config, "remove_domain")
         self.refuse_in_blocks("cutting domains")

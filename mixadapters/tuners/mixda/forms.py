@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.bank import Weights, norm_folded
+from mixadapters.core.fields import check_switches
 from mixadapters.core.files import PREFIX
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.registry import nearest
+from mixadapters.core.names import check_known
 from mixadapters.routers.fixed import ConstantRouter
 from mixadapters.tuners.bottleneck.config import BottleneckConfig, placement_taps
 from mixadapters.tuners.bottleneck.model import EXPERT
@@ -56,9 +57,9 @@ class DomainForms(MixtureModel):
             ValueError: there is no such domain, it stands for the whole output of its layers (combine="convex"), or
                 `folder` is none.
         """
+        check_switches(pad_ranks=pad_ranks)
         config = self.config_of(adapter_name)
-        if name not in config.domains:
-            raise ValueError(f"unknown domain {name!r}; have {list(config.domains)}.{nearest(name, config.domains)}")
+        check_known("domain", name, config.domains)
         check_folder("export_domain", folder)
         if config.combine == "convex":
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mixadapters.core.bank import Expert
-from mixadapters.core.fields import check_integer
+from mixadapters.core.fields import check_integer, check_switches
 from mixadapters.core.registry import nearest
 from mixadapters.routers.counts import CountsRouter
 from mixadapters.tuners.moa.config import MoAConfig
@@ -30,6 +30,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
         An arm of a router leaves it once no module under it has the expert. Where the router cannot lose arms, or with
         `renormalize` False, an arm without expert takes what it is given.
         """
+        check_switches(renormalize=renormalize)
         config, mixtures = self._ready(kept, adapter_name)
         lost = {path: self._lost(path, mixtures[path], names) for path, names in kept.items()}
         gone = self._arms_gone(mixtures, lost)

@@ -8,7 +8,7 @@ import torch
 
 from mixadapters.core.bank import Expert
 from mixadapters.core.fields import check_number
-from mixadapters.core.registry import nearest
+from mixadapters.core.names import check_known
 from mixadapters.tuners.moa.config import check_experts
 from mixadapters.tuners.moa.verbs import ExpertVerbs
 from mixadapters.tuners.sources import check_new
@@ -42,9 +42,7 @@ class ExpertSpawning(ExpertVerbs):
             ValueError: no such expert, a name that is taken, a number out of range, or a router that cannot gain arms.
         """
         config = self._moa(adapter_name)
-        if from_expert not in config.all_names():
-            have = config.all_names()
-            raise ValueError(f"unknown expert {from_expert!r}; have {have}.{nearest(from_expert, have)}")
+        check_known("expert", from_expert, config.all_names())
         if isinstance(names, str) or not names or len(set(names)) < len(names):
             raise ValueError(f"names={names!r} must be a list of different names for the new experts")
         check_number("mask_fraction", mask_fraction, least=0, below=1)

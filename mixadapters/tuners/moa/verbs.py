@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixadapters.core.registry import nearest
+from mixadapters.core.fields import check_switches
+from mixadapters.core.names import check_known
 from mixadapters.core.routes import row_numbers
 from mixadapters.tuners.gates import GateVerbs
 from mixadapters.tuners.gathering import Gathered
@@ -186,10 +187,10 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
             ValueError: there is no such expert, it is the last, the router cannot lose an arm, or other layers share
                 the router of a layer that has no other expert.
         """
+        check_switches(renormalize=renormalize)
         config = self._moa(adapter_name)
         names = config.all_names()
-        if name not in names:
-            raise ValueError(f"unknown expert {name!r}; have {names}.{nearest(name, names)}")
+        check_known("expert", name, names)
         if len(names) == 1:
             raise ValueError(f"expert {name!r} is the only one; delete the adapter instead")
         self._require(adapter_name, "remove_expert")

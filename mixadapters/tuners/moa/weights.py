@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from mixadapters.core.fields import check_switches
 from mixadapters.core.files import being_loaded
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.registry import nearest
+from mixadapters.core.names import check_known
 from mixadapters.surgery.splitting import segment
 from mixadapters.tuners.gathering import Gathered
 from mixadapters.tuners.lora import Factors, save_lora
@@ -67,9 +68,9 @@ class ExpertWeights(MixtureModel):
         Raises:
             ValueError: there is no such expert, it is no LoRA, or `folder` is none.
         """
+        check_switches(pad_ranks=pad_ranks)
         config = self._moa(adapter_name)
-        if name not in config.all_names():
-            raise ValueError(f"unknown expert {name!r}; have {config.all_names()}.{nearest(name, config.all_names())}")
+        check_known("expert", name, config.all_names())
         if config.expert_type != "lora":
             raise ValueError(f"export_expert writes LoRA, and expert_type={config.expert_type!r}")
         check_folder("export_expert", folder)
