@@ -321,10 +321,10 @@ def resident_bytes() -> int:
 
 
 def memory(folder: Path, adapters: int, rounds: int) -> None:
-    """Many adapters of which 16 lie in the model: the others in host memory, or in files."""
+    """Many adapters of which 16 lie in the model: the others in host memory, or in files. Of requests the CPU time."""
     size, config = {"width": 64, "layers": 2}, BottleneckConfig(r=64, task_type="CAUSAL_LM")
     save(config, folder / "n", 0, **size)
-    print("| adapters | the others lie | memory of each | in files | first token, in the model | away |")
+    print("| adapters | the others lie | memory of each | in files | a request, adapter in the model | away |")
     print("|---|---|---|---|---|---|", flush=True)
     for where in ("in files", "in host memory"):
         (folder / where).mkdir()
@@ -342,9 +342,7 @@ def memory(folder: Path, adapters: int, rounds: int) -> None:
         with server:
 
             def first(name: str, server: AdapterServer = server) -> float:
-                request = server.submit([5, 6, 7], name, max_new_tokens=1)
-                request.result()
-                return request.first_token or 0.0
+                return cpu_seconds(lambda: server.submit([5, 6, 7], name, max_new_tokens=1).result())
 
             first(f"n{adapters - 1}")
             near = statistics.median(first(f"n{adapters - 1}") for _ in range(rounds))

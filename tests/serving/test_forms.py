@@ -329,6 +329,22 @@ def test_adapter_with_counts_has_none(causal, tmp_path) -> None:
     assert server.context.hosted == {"first", "second"}
 
 
+DTYPES: dict[str, Callable[[str, torch.Tensor], torch.Tensor]] = {
+    "two": lambda key, tensor: tensor.half() if ".up." in key else tensor,
+    "eight bits": lambda key, tensor: tensor.to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("dtypes", list(DTYPES))
+def test_file_of_dtypes_that_are_not_compared_has_none(causal, folders, tmp_path, dtypes) -> None:
+    server, folder = AdapterServer(causal(), **SMALL), copied(folders["bottleneck0"], tmp_path / "x")
+    written(folder, DTYPES[dtypes])
+    for name in ("first", "second"):
+        server.load(name, folder)
+    assert not server.adapters._forms
+    assert server.context.hosted == {"first", "second"}
+
+
 def test_weights_of_a_size_are_tried_one_by_one(known, folders, tmp_path) -> None:
     """Larger ones may overflow: they come into the model, where a forward tells."""
     for factor, waits in ((0.5, True), (2.0, False)):
