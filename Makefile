@@ -69,6 +69,7 @@ bench: $(VENV)/.test  ## time the operation, layers and models on one CPU thread
 ifndef ARGS
 	$(BIN)/python kernels/bench/models.py
 	$(BIN)/python kernels/bench/mixtures.py
+	$(BIN)/python kernels/bench/compiled.py
 endif
 
 test-peft: $(VENV)/.test  ## PEFT's own test suite on the types of this package

@@ -14,7 +14,7 @@ import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class SavedAdapter:
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]  # key -> shape of the tensor
     other: str | None = None  # why the weights are not those that the config was saved with
+    not_real: dict[str, str] = field(default_factory=dict)  # key -> dtype of what holds no real numbers
     mapped: bool = False  # whether keys are renamed on loading, for another version of the base model
 
     @cached_property
@@ -104,6 +105,11 @@ def weights_of(path: str | Path) -> Iterator[Mapping[str, Any]]:
             for key, tensor in content.items():
                 if not isinstance(key, str) or not isinstance(tensor, Tensor):
                     raise ValueError(f"{path} holds no weights by name: {key!r:.100} is a {type(tensor).__name__}")
+                if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+                    raise ValueError(  # a few bytes that stand for gigabytes
+                        f"{path}: {key!r:.100} is {tuple(tensor.shape)} of fewer entries, each of which stands for "
+                        "many: save it contiguous, as safetensors"
+                    )
             yield content
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(f"{path} cannot be read as weights: {error}") from error
@@ -126,6 +132,10 @@ class Safetensors(Mapping[str, Any]):
 
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.opened.get_slice(key).get_shape())
+
+    def dtype(self, key: str) -> str:
+        """As the format calls it: F32, BF16, F8_E4M3, I64, BOOL, C64 ..."""
+        return str(self.opened.get_slice(key).get_dtype())
 
 
 def read_adapter(
@@ -160,10 +170,12 @@ def read_adapter(
     with weights_of(weights_path) as weights:
         if isinstance(weights, Safetensors):
             shapes = {key: weights.shape(key) for key in weights}
+            not_real = {key: name for key in weights if (name := weights.dtype(key))[0] not in "FB" or name == "BOOL"}
         else:
             shapes = {key: tuple(tensor.shape) for key, tensor in weights.items() if isinstance(tensor, Tensor)}
+            not_real = {key: str(tensor.dtype) for key, tensor in weights.items() if not tensor.is_floating_point()}
         other = other_save(weights, config, weights_path)
-    return SavedAdapter(str(model_id), config, shapes, other)
+    return SavedAdapter(str(model_id), config, shapes, other, not_real)
 
 
 def other_save(weights: Mapping[str, Any], config: dict[str, Any], path: str) -> str | None:

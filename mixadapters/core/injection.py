@@ -26,11 +26,19 @@ from mixadapters.core.adapter import Adapter, Site
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.fields import check_fields
-from mixadapters.core.files import SavedAdapter, being_loaded
+from mixadapters.core.files import PREFIX, SavedAdapter, being_loaded
 from mixadapters.core.finding import SiteFinder
 from mixadapters.core.layer import AdapterHost, HookedLayer, MixtureLayer
 from mixadapters.core.names import check_apart, check_name
-from mixadapters.core.saving import check_keys, check_shapes, embedding_keys, head_shapes, outside_state, token_keys
+from mixadapters.core.saving import (
+    check_keys,
+    check_shapes,
+    embedding_keys,
+    head_shapes,
+    other_kind,
+    outside_state,
+    token_keys,
+)
 from mixadapters.core.sites import Tap
 from mixadapters.core.walking import outside_adapters
 
@@ -66,13 +74,16 @@ class Injection(SiteFinder):
     def _check_file(self, config: Any, adapter_name: str, saved: SavedAdapter) -> None:
         """Compare a file's header with what the config makes of this model, at no cost in memory."""
         own: dict[str, tuple[int, ...]] = {}
+        real: set[str] = set()
         with torch.device("meta"):
             for path in self.matched(config):
                 adapter = self.build(config, self._site(config, adapter_name, self._unwrapped(path), path))
                 if adapter is not None:
                     where = f"{path}.{HookedLayer.attribute}" if self.attachment is HookedLayer else path
                     state = adapter.state_dict()
-                    own |= {f"{where}.{self.prefix}adapters.{key}": tuple(t.shape) for key, t in state.items()}
+                    mine = {f"{where}.{self.prefix}adapters.{key}": tensor for key, tensor in state.items()}
+                    own |= {key: tuple(tensor.shape) for key, tensor in mine.items()}
+                    real |= {key for key, tensor in mine.items() if tensor.is_floating_point()}
         heads = head_shapes(self.model, config)
         given = saved.plain_shapes()
         beside = embedding_keys(self.model)
@@ -80,6 +91,9 @@ class Injection(SiteFinder):
         check_keys(adapter_name, given, set(own) | set(heads), beside | token_keys(config, given))
         wanted = {key: tuple(tensor.shape) for key, tensor in here.items()} | own | heads
         check_shapes(adapter_name, given, wanted)
+        for key, dtype in saved.not_real.items():
+            if (plain := key.removeprefix(PREFIX)) in real:
+                raise other_kind(adapter_name, plain, dtype)
 
     def after_injection(self, config: Any, adapter_name: str) -> None:
         """The adapters sit at their sites; what raises here has them taken out again."""

@@ -60,6 +60,11 @@ class HardRoutes(nn.Module):
             usual = torch.full((rows,), self.usual, device=self.expert_of.device)
             return None if self.usual < 0 else self.of(usual)
         by_token = whole_numbers(self.field, given).dim() == 2
+        if by_token and stack == "decoder":
+            raise ValueError(
+                f"{self.field} has one number for each token, and this model reads two texts, in its encoder and its "
+                "decoder: give one number for each row, (B,)"
+            )
         # What `generate` adds to a row goes on with the number of its last token.
         numbers = (
             context.token_field(self.field, stack, after=None) if by_token else context.rows(self.field, rows, stack)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,7 @@ class SavedForm(BaseTuner):
         check_keys(adapter_name, given, own, heads | embeddings | _token_twins(given))
         here = own_here | outside_state(model, given.keys() - own_here.keys())
         check_shapes(adapter_name, given, {key: tuple(here[key].shape) for key in given if key in here})
+        check_kinds(adapter_name, given, here)
         if saved is not None and saved.other is not None:
             raise ValueError(saved.other)
         if replaced := sorted((embeddings - heads) & given.keys() & here.keys()):
@@ -308,3 +309,17 @@ def check_shapes(adapter_name: str, given: Any, wanted: dict[str, tuple[int, ...
                 f"adapter {adapter_name!r}: {key!r} is {found} in the file and {shape} in this model. Load it under "
                 "another adapter_name, with its own config, or onto the model that it was trained on"
             )
+
+
+def check_kinds(adapter_name: str, given: Mapping[str, Tensor], here: Mapping[str, Tensor]) -> None:
+    """Refuse numbers that are not real where the model's are, and would be cut to fit."""
+    for key in given.keys() & here.keys():
+        if here[key].is_floating_point() and not given[key].is_floating_point():
+            raise other_kind(adapter_name, key, str(given[key].dtype))
+
+
+def other_kind(adapter_name: str, key: str, dtype: str) -> ValueError:
+    return ValueError(
+        f"adapter {adapter_name!r}: {key!r} is of {dtype} in the file, where the model has real numbers: it holds no "
+        "weights of this adapter"
+    )

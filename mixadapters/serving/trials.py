@@ -15,6 +15,7 @@ from torch import nn
 
 from mixadapters.core.files import PREFIX, SavedAdapter, loading, weights_of
 from mixadapters.core.layer import AdapterHost
+from mixadapters.core.saving import check_kinds
 from mixadapters.core.sites import unwrapped
 from mixadapters.serving.forms import LORA, Form, Found, form_of
 from mixadapters.serving.requests import AdapterRefused
@@ -86,6 +87,7 @@ class Trials:
                     raise ValueError(f"{str(path)!r} holds {key!r}, which is no weight of this adapter's own")
                 parts[place][rest] = weights[key]
         for place, adapter in own.items():
+            check_kinds(name, parts[place], adapter.state_dict())
             try:
                 adapter.load_state_dict(parts[place])
             except RuntimeError as error:

@@ -24,6 +24,7 @@ from mixadapters.surgery.choices import (
     GROUPINGS,
     ROUNDINGS,
     SCALES,
+    SCOPES,
     SIMILARITIES,
     check_tolerance,
 )
@@ -197,7 +198,7 @@ def prune(arguments: Sequence[str]) -> int:
     count.add_argument("--keep", type=int, metavar="N", help="experts that stay in each layer")
     count.add_argument("--factor", type=float, help="instead: a layer of E experts keeps E / factor")
     parser.add_argument("--criterion", choices=CRITERIA, default="saliency", help="default: saliency")
-    parser.add_argument("--scope", choices=("layer", "global"), default="layer", help="of the budget; default: layer")
+    parser.add_argument("--scope", choices=SCOPES, default="layer", help="of the budget; default: layer")
     parser.add_argument("--preserve-mass", action="store_true", help="those that stay get nothing of the others'")
     _add_cutting(parser)
     args = parser.parse_args(arguments)
@@ -231,7 +232,7 @@ def merge(arguments: Sequence[str]) -> int:
     parser.add_argument("--grouping", choices=GROUPINGS, default="dominant", help="default: dominant")
     parser.add_argument("--weight", choices=AVERAGINGS, default="usage", help="default: usage")
     parser.add_argument("--no-align", action="store_true", help="add up neurons as they are numbered")
-    parser.add_argument("--scope", choices=("layer", "global"), default="layer", help="of the budget; default: layer")
+    parser.add_argument("--scope", choices=SCOPES, default="layer", help="of the budget; default: layer")
     _add_cutting(parser)
     args = parser.parse_args(arguments)
     if args.doubles is not None:

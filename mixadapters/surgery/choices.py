@@ -8,6 +8,8 @@ from mixadapters.core.fields import finite
 
 Criterion = Literal["saliency", "usage", "router_weighted_norm", "random"]  # what experts are kept by
 CRITERIA: tuple[str, ...] = get_args(Criterion)
+Scope = Literal["layer", "global"]  # of a budget
+SCOPES: tuple[str, ...] = get_args(Scope)
 
 Similarity = Literal["router_logits", "router_weight", "weight", "output"]
 SIMILARITIES: tuple[str, ...] = get_args(Similarity)

@@ -11,22 +11,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters.core.bank import Weights
+from mixadapters.core.config import one_of
 from mixadapters.core.fields import check_integer, check_switches
 from mixadapters.core.registry import nearest
 from mixadapters.routers.permutation import assignment
 from mixadapters.surgery.choices import (
     AVERAGINGS,
     GROUPINGS,
+    SCOPES,
     SIMILARITIES,
     Averaging,
     Grouping,
+    Scope,
     Similarity,
 )
 from mixadapters.surgery.layers import ExpertLayer
@@ -108,7 +111,7 @@ def merge_experts(
     grouping: Grouping = "dominant",
     align: bool = True,
     weight: Averaging = "usage",
-    scope: Literal["layer", "global"] = "layer",
+    scope: Scope = "layer",
     inputs: Mapping[str, Tensor] | None = None,
     dry_run: bool = False,
     adapter: str | None = None,
@@ -193,15 +196,10 @@ def _check_choice(groups: Any, similarity: str, grouping: str, weight: str, scop
             )
     elif type(groups) is not int or groups < 1:
         raise ValueError(f"groups={groups!r} must be a number of experts, 1 or more, or names by layer")
-    if similarity not in SIMILARITIES:
-        hint = nearest(similarity, SIMILARITIES)
-        raise ValueError(f"similarity={similarity!r} is unknown; have {SIMILARITIES}.{hint}")
-    if grouping not in GROUPINGS:
-        raise ValueError(f"grouping={grouping!r} is unknown; have {GROUPINGS}.{nearest(grouping, GROUPINGS)}")
-    if weight not in AVERAGINGS:
-        raise ValueError(f"weight={weight!r} is unknown; have {AVERAGINGS}.{nearest(weight, AVERAGINGS)}")
-    if scope not in ("layer", "global"):
-        raise ValueError(f"scope={scope!r} must be 'layer' or 'global'")
+    one_of("similarity", similarity, SIMILARITIES)
+    one_of("grouping", grouping, GROUPINGS)
+    one_of("weight", weight, AVERAGINGS)
+    one_of("scope", scope, SCOPES)
 
 
 def _named_groups(

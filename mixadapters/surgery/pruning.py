@@ -10,14 +10,14 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixadapters.core.config import one_of
 from mixadapters.core.fields import check_integer, check_switches
-from mixadapters.surgery.choices import CRITERIA, Criterion
+from mixadapters.surgery.choices import CRITERIA, SCOPES, Criterion, Scope
 from mixadapters.surgery.layers import ExpertLayer, expert_layers, require_layers
 from mixadapters.surgery.layouts import settle_config
 from mixadapters.surgery.mixtures import MixtureExperts, mixture_layers
@@ -92,7 +92,7 @@ def prune_experts(
     *,
     factor: float | None = None,
     criterion: Criterion = "saliency",
-    scope: Literal["layer", "global"] = "layer",
+    scope: Scope = "layer",
     preserve_mass: bool = False,
     dry_run: bool = False,
     adapter: str | None = None,
@@ -170,8 +170,7 @@ def _check_choice(keep: Any, factor: Any, criterion: str, scope: str) -> None:
     if factor is not None and (type(factor) not in (int, float) or not 1 <= factor < math.inf):
         raise ValueError(f"factor={factor!r} must be a number, 1 or more: a layer of E experts keeps E / factor")
     one_of("criterion", criterion, CRITERIA)
-    if scope not in ("layer", "global"):
-        raise ValueError(f"scope={scope!r} must be 'layer' or 'global'")
+    one_of("scope", scope, SCOPES)
 
 
 def scores_of(layer: ExpertLayer, usage: ExpertUsage | None, criterion: str, seed: int = 0) -> Tensor:

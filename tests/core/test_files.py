@@ -212,6 +212,29 @@ def test_a_width_that_the_file_does_not_have_takes_no_memory(tiny: Any, tmp_path
     refused(tiny, tmp_path / "mixda", r"in the file and \(.*1000000000000")
 
 
+def test_a_few_bytes_that_claim_a_large_weight_take_no_memory(tiny: Any, tmp_path: Path) -> None:
+    """A pickle may say that every entry of a tensor is the same one."""
+    saved(tiny, tmp_path, "bottleneck")
+    weights = load_file(tmp_path / WEIGHTS)
+    (tmp_path / WEIGHTS).unlink()
+    key = next(key for key in weights if key.endswith("down.weight"))
+    weights[key] = torch.zeros(1).expand(10**9, weights[key].shape[1])
+    torch.save(weights, tmp_path / "adapter_model.bin")
+    refused(tiny, tmp_path, r"down\.weight' is \(1000000000, \d+\) of fewer entries")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_numbers_of_another_kind_are_not_cut_to_fit(dtype: torch.dtype, tiny: Any, tmp_path: Path) -> None:
+    saved(tiny, tmp_path, "bottleneck")
+    change_config(tmp_path, digest=None)
+    key = next(key for key in load_file(tmp_path / WEIGHTS) if key.endswith("up.weight"))
+    change_weights(tmp_path, **{key: load_file(tmp_path / WEIGHTS)[key].to(dtype)})
+    refused(tiny, tmp_path, r"up.weight' is of (I64|BOOL|C64) in the file, where the model has real numbers")
+    model = get_peft_model(tiny("llama"), CONFIGS["bottleneck"]())
+    with pytest.raises(ValueError, match=f"up.weight' is of {dtype} in the file"):
+        set_peft_model_state_dict(model, load_file(tmp_path / WEIGHTS))
+
+
 def test_a_source_in_a_file_is_not_followed_and_an_origin_names_no_local_path(tiny: Any, tmp_path: Path) -> None:
     for name in ("law", "code"):
         model = get_peft_model(tiny("llama"), MixDAConfig(domains=[name], r=4, task_adapter=None, **TASK))

@@ -335,3 +335,15 @@ def test_generation_goes_on_with_the_number_of_a_rows_last_token(tiny, tiny_inpu
     steps = [routing.indices.view(2, 2, -1)[:, 0] for key, routing, _ in seen if key.layer == 1]
     assert steps[0].tolist() == by_token.tolist()
     assert [step.flatten().tolist() for step in steps[1:]] == [[1, -1]] * 2
+
+
+@torch.no_grad()
+def test_numbers_by_token_are_no_numbers_of_two_texts(tiny, tiny_inputs) -> None:
+    """A decoder would read those of the tokens that its encoder has at the same places."""
+    model, inputs = adapted(tiny, "t5"), tiny_inputs("t5", batch=2)
+    by_token = torch.ones_like(inputs["input_ids"])
+    ids = inputs["input_ids"]
+    for call in (model, lambda **given: model.generate(input_ids=ids, max_new_tokens=2, domain_ids=by_token)):
+        with pytest.raises(ValueError, match=r"domain_ids has one number for each token.*for each row, \(B,\)"):
+            call(**inputs, domain_ids=by_token)
+    assert model.generate(input_ids=ids, max_new_tokens=2, domain_ids=[0, 1]).shape[0] == 2

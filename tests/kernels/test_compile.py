@@ -80,6 +80,32 @@ def test_compiled_whole_with_dynamic_rows(backend, slots) -> None:
     torch._dynamo.reset()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("experts", [1, 3])
+def test_a_graph_sees_the_products_of_few_rows_that_all_experts_run_on(experts) -> None:
+    """An operator that it cannot see into costs more there. Unless rows are many, or choose, or are open."""
+
+    def in_graph(rows: int, slots: int | None = None, dynamic: bool = False, **forced: str) -> bool:
+        torch._dynamo.reset()
+        given, graphs = arguments(rows, slots, experts=experts, glu=True), []
+        with adapter_backend(**forced):
+            compiled = torch.compile(
+                lowrank,
+                fullgraph=True,
+                dynamic=dynamic,
+                backend=lambda graph, _: graphs.append(graph) or graph.forward,
+            )
+            torch.testing.assert_close(compiled(**given), lowrank(**given))
+        return "mixadapters" in graphs[0].code
+
+    assert not in_graph(12)
+    assert in_graph(65)
+    assert in_graph(12, slots=1)
+    assert in_graph(12, dynamic=True)
+    assert in_graph(12, name="dense")
+    torch._dynamo.reset()
+
+
 def test_a_backend_forced_around_a_compiled_call_is_the_one_that_runs() -> None:
     """And compiling again, not a stale graph, follows when it changes."""
     torch._dynamo.reset()

@@ -261,7 +261,7 @@ def test_scores_of_nothing_choose_nothing(tiny: Any, tiny_inputs: Any) -> None:
         ({"keep": 1}, "fewer than the 2 that a token uses"),
         ({"factor": 0.5}, "a number, 1 or more"),
         ({"keep": 2, "criterion": "salience"}, "Did you mean 'saliency'"),
-        ({"keep": 2, "scope": "model"}, "'layer' or 'global'"),
+        ({"keep": 2, "scope": "model"}, r"one of \['layer', 'global'\]"),
         ({"keep": 2, "usage": None}, "record_usage"),
         ({"keep": 2, "usage": ExpertUsage()}, "has nothing of"),
     ],
