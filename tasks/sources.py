@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mixadapters.core.columns import distinct_fields
 from mixadapters.tasks.registry import SPLITS, Task
 
 
@@ -91,19 +92,12 @@ def rows_of(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line.strip():
             raise ValueError(f"{where}: the line is blank, which only the last may be; remove it")
         try:
-            row = json.loads(line, object_pairs_hook=_distinct)
+            row = json.loads(line, object_pairs_hook=distinct_fields)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: must be an object with named fields, got {line.strip()[:40]}")
         yield where, row
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError(f"a field is named twice: {[name for name, _ in pairs]}")
-    return fields
 
 
 def read_texts(folder: Path, names: str, *fields: str, value: str = "") -> list[tuple[str, ...]]:

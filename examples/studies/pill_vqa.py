@@ -353,7 +353,7 @@ def plot_answers(rows: list[Row], answers: list[str], path: Path, method: str, e
     asked = [(row, text) for row, text in zip(rows, answers, strict=True) if row["images"]]
     right = [pair for pair in asked if pair[1] == pair[0]["answer"].strip()][:each]
     wrong = [pair for pair in asked if pair[1] != pair[0]["answer"].strip()][:each]
-    figure, axes = pyplot.subplots(2, each, figsize=(2.6 * each, 7), layout="constrained")
+    figure, axes = pyplot.subplots(2, each, figsize=(2.6 * each, 8.6), layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for line, pairs, color in zip(axes, (right, wrong), ("#2a7f3f", "#b03030"), strict=True):
@@ -362,7 +362,7 @@ def plot_answers(rows: list[Row], answers: list[str], path: Path, method: str, e
             question = textwrap.wrap(without_image(row["prompt"]), 34)
             told = f"{method}: {text}" + ("" if color == "#2a7f3f" else f"   right: {row['answer'].strip()}")
             axis.set_title(told, color=color, fontsize=9)
-            shown = "\n".join([*question[:9], *(["..."] if len(question) > 9 else [])])
+            shown = "\n".join([*question[:8], *(["..."] if len(question) > 8 else [])])
             axis.text(0.5, -0.05, shown, ha="center", va="top", fontsize=7, transform=axis.transAxes)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -74,6 +74,8 @@ def refuse_layers(config: Any, model: nn.Module) -> None:
     chosen = config.layers_to_transform
     if chosen is not None:
         wanted = {chosen} if isinstance(chosen, int) else set(chosen)
+        if not wanted:
+            raise ValueError("layers_to_transform=[] names no layer; None takes all")
         have = {index for name in names if (index := layer_index(name)) is not None}
         if unknown := sorted(wanted - have):
             raise ValueError(f"layers_to_transform={chosen}: the model has no layers {unknown}; it has {sorted(have)}")

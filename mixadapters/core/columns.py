@@ -66,6 +66,12 @@ def text_of(where: str, row: Mapping[str, Any], column: str) -> str:
             f"{where} with the columns {sorted(map(str, row))} has {column}={text!r:.80}, not a string; rename the "
             "column, and pass remove_unused_columns=False to TrainingArguments"
         )
+    check_characters(where, column, text)
+    return text
+
+
+def check_characters(where: str, column: str, text: str) -> None:
+    """Raises ValueError where a text cannot be written as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -73,4 +79,11 @@ def text_of(where: str, row: Mapping[str, Any], column: str) -> str:
             f"{where} has {column}={text!r:.80} with half of a surrogate pair at character {error.start}, which no "
             "tokenizer takes; read the text anew, as UTF-8"
         ) from None
-    return text
+
+
+def distinct_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads(object_pairs_hook=...)`. Raises ValueError for a field that is named twice."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"a field is named twice: {[name for name, _ in pairs]}")
+    return fields

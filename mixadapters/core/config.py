@@ -226,3 +226,9 @@ def one_of(name: str, value: object, choices: Any) -> None:
     """Raise ValueError if the field `name` has a value that is not among `choices`."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {list(choices)}.{nearest(str(value), choices)}")
+
+
+def refuse_no_scale(scale: Any) -> None:
+    """Raise ValueError for a factor of 0 on what adapters add: nothing would be added, and nothing train."""
+    if scale == 0:
+        raise ValueError(f"scale={scale} takes away what the adapter adds, and it would not train; leave it 1")

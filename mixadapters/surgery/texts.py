@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from mixadapters.core.columns import check_characters, distinct_fields
+
 LONGEST = 1 << 20  # bytes of a line
 MOST_LABELS = 256
 KINDS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
@@ -88,35 +90,19 @@ def _rows(path: Path) -> Iterator[tuple[str, str, None]]:
         yield where, line, None
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError(f"a field is named twice: {[name for name, _ in pairs]}")
-    return fields
-
-
-def _check_characters(where: str, field: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: the field {field!r} has half of a surrogate pair at character {error.start}, which is no text"
-        ) from None
-
-
 def _objects(path: Path, text_field: str, label_field: str) -> Iterator[tuple[str, str, str | None]]:
     for where, line in _lines(path):
         if not line.strip():
             continue
         try:
-            row: Any = json.loads(line, object_pairs_hook=_distinct)
+            row: Any = json.loads(line, object_pairs_hook=distinct_fields)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is no JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
             have = f"; it has {sorted(row)[:10]}" if isinstance(row, dict) else ""
             raise ValueError(f"{where} has no text in a field {text_field!r}{have}: name the field by --text-field")
         label = row.get(label_field)
-        _check_characters(where, text_field, row[text_field])
+        check_characters(where, text_field, row[text_field])
         if label is not None and (not isinstance(label, (str, int)) or isinstance(label, bool)):
             raise ValueError(f"{where}: the field {label_field!r} is {label!r:.60}, no word and no number")
         yield where, row[text_field], None if label is None else str(label)

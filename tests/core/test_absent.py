@@ -18,6 +18,7 @@ CONFIGS = {
     "mosa": lambda **given: MoSAConfig(**{"r": 4, **given}),
 }
 ABSENT = [
+    ({"layers_to_transform": []}, r"layers_to_transform=\[\] names no layer"),
     ({"layers_to_transform": [0, 99]}, r"layers_to_transform=\[0, 99\]: the model has no layers \[99\]"),
     ({"modules_to_save": ["lm_hed"]}, r"no module of the model is called 'lm_hed'. Did you mean 'lm_head'"),
     ({"target_modules": r".*\.down_prj"}, r"target_modules='.*down_prj' matches no module of the model"),

@@ -28,6 +28,8 @@ from mixadapters.tuners.moa.model import MoAModel
 CONFIGS = (AGDConfig, BottleneckConfig, MixDAConfig, MoSAConfig, PILLConfig)
 NAN, INF = float("nan"), float("inf")
 WRONG: list[tuple[type, dict[str, Any]]] = [
+    (BottleneckConfig, {"scale": 0}),
+    (MoSAConfig, {"scale": 0.0}),
     (BottleneckConfig, {"scale": NAN}),
     (BottleneckConfig, {"scale": INF}),
     (BottleneckConfig, {"scale": True}),

@@ -6,6 +6,7 @@ import importlib
 import json
 import random
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,18 @@ def demo(monkeypatch) -> Any:
 
 
 @pytest.mark.slow
-def test_demo_tells_its_story_and_a_fresh_process_agrees(demo, tmp_path, capsys) -> None:
+def test_demo_tells_its_story_and_a_fresh_process_agrees(demo, tmp_path, capsys, monkeypatch) -> None:
+    setup, bases, most = importlib.import_module("demo_setup"), weakref.WeakSet(), [0]
+    load = setup.load_base
+
+    def counted(name: Any) -> Any:
+        bases.add(model := load(name))
+        most[0] = max(most[0], len(bases))
+        return model
+
+    monkeypatch.setattr(setup, "load_base", counted)
     report = demo.main(["--out", str(tmp_path), *SIZES.split()])
+    assert most == [2]  # at a time: a base may be large
     assert report["equal_in_a_fresh_process"] is True
     assert json.loads((tmp_path / "report.json").read_text())["systems"] == report["systems"]
     systems = {system["name"]: system for system in report["systems"]}

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from mixadapters.core.config import MixtureConfig
+from mixadapters.core.config import MixtureConfig, refuse_no_scale
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.tuners.registration import peft_type
 
@@ -61,6 +61,7 @@ class BottleneckConfig(MixtureConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type("BOTTLENECK")
+        refuse_no_scale(self.scale)
         if self.adapter_input != "ffn_input" and self.placement != "parallel":
             raise ValueError(
                 f"adapter_input={self.adapter_input!r} needs placement='parallel', not {self.placement!r}"

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from peft import LoraConfig
 
-from mixadapters.core.config import MixtureConfig
+from mixadapters.core.config import MixtureConfig, refuse_no_scale
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
 from mixadapters.tuners.registration import peft_type
@@ -129,6 +129,7 @@ class MoSAConfig(MixtureConfig):
         self.r = (16 if lora else 64) if self.r is None else self.r
         self.biases = ("none" if lora else "shared") if self.biases is None else self.biases
         self.scale = (1.0 if lora else STYLES[str(self.style)]["scale"]) if self.scale is None else self.scale
+        refuse_no_scale(self.scale)
         if self.consistency is None:
             self.consistency = 1.0 if self.num_experts > 1 else 0.0
         if self.inactive_update == "lazy" and not self.sync_ranks:
