@@ -254,12 +254,12 @@ def digest_of(weights: Mapping[str, Any], kind: str, heads: Any) -> str | None:
         kind: of the adapter, as in `peft_type`.
         heads: its `modules_to_save`.
     """
-    total, empty = hashlib.sha256(), True
+    total, empty, own = hashlib.sha256(), True, f".{kind.lower()}_adapters."
     for key in sorted(weights, key=_plain):
         name = _plain(key)
         # PEFT goes by the end of a module's name: "head" saves "lm_head" too.
-        head = any(f"{head}." in name for head in heads or ()) and not BESIDE & set(name.split("."))
-        if head or f".{kind.lower()}_adapters." in name or name.endswith(TOKENS):
+        head = heads and any(f"{head}." in name for head in heads) and not BESIDE & set(name.split("."))
+        if head or own in name or name.endswith(TOKENS):
             tensor = weights[key].detach().cpu().contiguous()
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

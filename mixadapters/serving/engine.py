@@ -173,7 +173,7 @@ class AdapterServer(StepWork):
         cache_tokens: tokens whose keys and values are kept, of all requests together.
         page_size: tokens of a page of that cache; shared prefixes are whole pages.
         max_resident: how many adapters lie in the model, on its device; the others wait in host memory, and come in
-            when a request names them. None: all lie in it.
+            when a request names them. None: any number.
         offload_folder: those others wait in files of a folder that the server makes here, from which a thread reads
             them when they are named. None: in host memory.
         share_prefixes: whether requests of one adapter share the pages of a common beginning.

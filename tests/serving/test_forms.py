@@ -190,9 +190,9 @@ def test_adapter_that_finds_no_place_fails_its_request_alone(causal, folders, al
 # --- refusals: as of the first of a form --------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def known(causal, folders) -> AdapterServer:
-    """A server that has one of each kind."""
+    """A server that has one of each kind; tests that add to it put it back."""
     server = AdapterServer(causal(), **SMALL)
     for kind in KINDS:
         server.load(kind, folders[f"{kind}0"])
@@ -201,11 +201,14 @@ def known(causal, folders) -> AdapterServer:
 
 def refusals(server: AdapterServer, name: str, folder: Path) -> Iterator[str]:
     """What is said where its form is known, and where it is not."""
-    for _ in range(2):
+    forms = dict(server.adapters._forms)
+    for known in (forms, {}):
+        server.adapters._forms.clear()
+        server.adapters._forms.update(known)
         with pytest.raises((ValueError, RuntimeError)) as refused:
             server.load(name, folder)
         yield f"{type(refused.value).__name__}: {refused.value}"
-        server.adapters._forms.clear()
+    server.adapters._forms.update(forms)
 
 
 CHANGES: dict[str, Callable[[str, torch.Tensor], torch.Tensor]] = {
@@ -271,6 +274,8 @@ def test_layers_that_take_no_adapter_any_more_are_asked(known, folders) -> None:
     host.closed = None
     known.load("x", folders["lora1"])
     assert "x" not in known.adapters.residents
+    assert known.unload("x")
+    assert known.unload("tried")
 
 
 @pytest.mark.parametrize("where", ["forms.read_config", "trials.weights_of"])
@@ -324,6 +329,22 @@ def test_adapter_with_counts_has_none(causal, tmp_path) -> None:
     assert server.context.hosted == {"first", "second"}
 
 
+DTYPES: dict[str, Callable[[str, torch.Tensor], torch.Tensor]] = {
+    "two": lambda key, tensor: tensor.half() if ".up." in key else tensor,
+    "eight bits": lambda key, tensor: tensor.to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("dtypes", list(DTYPES))
+def test_file_of_dtypes_that_are_not_compared_has_none(causal, folders, tmp_path, dtypes) -> None:
+    server, folder = AdapterServer(causal(), **SMALL), copied(folders["bottleneck0"], tmp_path / "x")
+    written(folder, DTYPES[dtypes])
+    for name in ("first", "second"):
+        server.load(name, folder)
+    assert not server.adapters._forms
+    assert server.context.hosted == {"first", "second"}
+
+
 def test_weights_of_a_size_are_tried_one_by_one(known, folders, tmp_path) -> None:
     """Larger ones may overflow: they come into the model, where a forward tells."""
     for factor, waits in ((0.5, True), (2.0, False)):
@@ -331,3 +352,4 @@ def test_weights_of_a_size_are_tried_one_by_one(known, folders, tmp_path) -> Non
         written(folder, lambda key, tensor, factor=factor: tensor / tensor.abs().max() * LARGEST * factor)
         known.load(f"x{waits}", folder)
         assert (f"x{waits}" in known.adapters.residents) is not waits
+        assert known.unload(f"x{waits}")
