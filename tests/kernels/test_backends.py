@@ -155,6 +155,9 @@ def test_rule_copies_weights_to_few_rows_while_copies_are_small() -> None:
     assert rule(256, 1, 64, 16, width=768) == "grouped"
     assert rule(8, 1, 32, 4, training=True) == "gathered"
     assert rule(64, 1, 32, 16, training=True) == "grouped"
+    runs = {"run": 2, "dtype": torch.bfloat16}  # whose weights outweigh them: in training their gradients do as well
+    assert rule(8, 1, 64, 64, **runs) == "gathered"
+    assert rule(8, 1, 64, 64, training=True, **runs) == "grouped"
 
 
 def test_rule_knows_what_is_kept_for_backward_without_the_number_of_rows() -> None:
