@@ -292,7 +292,7 @@ def prompt_of(model: nn.Module, inputs: Any = None, *args: Any, **kwargs: Any) -
     """
     config = kwargs.get("generation_config") or (args[0] if args else None)
     packed = "paged" in (kwargs.get("cache_implementation"), getattr(config, "cache_implementation", None))
-    given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), inputs)
+    given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs)
     tokens = next((value for value in given if isinstance(value, Tensor)), None)
     if packed or tokens is None or tokens.dim() < 2 or getattr(model.config, "is_encoder_decoder", False):
         return {}

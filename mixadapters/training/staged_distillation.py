@@ -111,7 +111,7 @@ class StagedDistillCallback(TrainerCallback):
         check_number("T", T, above=0)
         self.objective = TeacherDistillation(teacher, T)
         self.stop_at, self.alpha = stop_at, alpha
-        self.made = False  # whether the model had no context before
+        self.made: ForwardContext | None = None  # for a model that had none before
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -127,8 +127,8 @@ class StagedDistillCallback(TrainerCallback):
             device = next(model.parameters()).device
             if any(p.device != device for p in teacher.parameters()):
                 teacher.to(device)
-        self.made = self.made or ForwardContext.find(model) is None
-        context = ForwardContext.of(model)
+        found, context = ForwardContext.find(model), ForwardContext.of(model)
+        self.made = context if found is None else self.made
         if self.objective not in context.objectives:  # it stayed there if an earlier run has failed
             context.objectives.append(self.objective)
         self._weigh(state)
@@ -146,5 +146,5 @@ class StagedDistillCallback(TrainerCallback):
     ) -> None:
         context = ForwardContext.of(model)
         context.objectives.remove(self.objective)
-        if self.made:
+        if self.made is context and not context.hosted:  # nobody else's, whatever model an earlier run has trained
             context.detach(model)

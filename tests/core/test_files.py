@@ -218,9 +218,10 @@ def test_a_few_bytes_that_claim_a_large_weight_take_no_memory(tiny: Any, tmp_pat
     weights = load_file(tmp_path / WEIGHTS)
     (tmp_path / WEIGHTS).unlink()
     key = next(key for key in weights if key.endswith("down.weight"))
-    weights[key] = torch.zeros(1).expand(10**9, weights[key].shape[1])
-    torch.save(weights, tmp_path / "adapter_model.bin")
-    refused(tiny, tmp_path, r"down\.weight' is \(1000000000, \d+\) of fewer entries")
+    width = weights[key].shape[1]
+    for claimed in (torch.zeros(1).expand(10**9, width), torch.zeros(width).expand(2, width)):
+        torch.save({**weights, key: claimed}, tmp_path / "adapter_model.bin")
+        refused(tiny, tmp_path, rf"down\.weight' is \({len(claimed)}, {width}\) of fewer entries")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
@@ -389,6 +390,30 @@ def test_embeddings_that_peft_saves_come_back(
     tokens = get_peft_model(base(1), CONFIGS[kind](trainable_token_indices=[3, 5]))
     tokens.save_pretrained(tmp_path / "tokens", save_embedding_layers=False)
     PeftModel.from_pretrained(base(1), tmp_path / "tokens")
+
+
+def test_trained_tokens_that_two_tied_tables_share_may_come_twice(tiny: Any, tmp_path: Path) -> None:
+    """So PEFT writes them where it saves embeddings too. What differs is no copy."""
+
+    def load() -> PeftModel:
+        return PeftModel.from_pretrained(tiny("llama", tie_word_embeddings=True), tmp_path)
+
+    config = CONFIGS["bottleneck"](trainable_token_indices=[3, 5])
+    get_peft_model(tiny("llama", tie_word_embeddings=True), config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / WEIGHTS)
+    (key,) = (key for key in weights if key.endswith("trainable_tokens_delta"))
+    twin = key.replace("model.embed_tokens", "lm_head")
+    up = next(key for key in weights if key.endswith("up.weight"))
+    change_weights(tmp_path, **{twin: weights[key].clone()})
+    state = load().state_dict()
+    assert torch.equal(state[f"{key}.default"], weights[key])
+    change_weights(tmp_path, **{up: weights[up] + 1})
+    with pytest.raises(ValueError, match=r"is not what adapter_config\.json was saved with"):
+        load()
+    change_config(tmp_path, digest=None)
+    change_weights(tmp_path, **{twin: weights[key] + 1})
+    with pytest.raises(ValueError, match=r"lm_head\.token_adapter"):
+        load()
 
 
 # --- over an adapter that is there --------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, MoSAConfig, PILLConfig
 from mixadapters.core import hooks
@@ -108,6 +109,54 @@ def test_generate_is_wrapped_and_given_back(tiny) -> None:
     assert base.generate() == "theirs"
     ForwardContext.of(base).detach(base)
     assert base.generate is theirs
+
+
+def test_prompt_of_a_generation_is_what_its_decoder_goes_on_from(tiny) -> None:
+    model, ids, embeddings = tiny("llama"), torch.ones(2, 3, dtype=torch.long), torch.zeros(2, 5, 32)
+    paged = GenerationConfig(cache_implementation="paged")
+    for args, given in (((ids,), {}), ((), {"inputs": ids}), ((), {"input_ids": ids})):
+        assert hooks.prompt_of(model, *args, **given)["prompt_mask"].tolist() == [[True] * 3] * 2
+        assert hooks.prompt_of(model, *args, **given, inputs_embeds=embeddings)["prompt_mask"].shape == (2, 5)
+        for packed in ({"cache_implementation": "paged"}, {"generation_config": paged}):
+            assert hooks.prompt_of(model, *args, **given, **packed) == {}
+    assert hooks.prompt_of(model, ids, paged) == {}
+    assert hooks.prompt_of(model, ids[0]) == {}
+    assert hooks.prompt_of(tiny("t5"), ids) == {}
+
+
+@torch.no_grad()
+def test_rows_of_a_generation_name_their_saved_modules_in_its_encoder_too(tiny) -> None:
+    """The encoder runs before any forward of the root, which looks for the modules."""
+    config = BottleneckConfig(r=3, init_weights=False, modules_to_save=["SelfAttention.o"])
+    base = tiny("t5")
+    model = get_peft_model(base, config, adapter_name="first").eval()
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.mul_(-3)
+
+    def scores(**given: Any) -> Tensor:
+        ids = torch.tensor([[5, 6, 7]] * 2)
+        given |= {"max_new_tokens": 1, "return_dict_in_generate": True, "output_scores": True}
+        return base.generate(input_ids=ids, **given).scores[0]
+
+    adapted = scores()
+    with model.disable_adapter():
+        plain = scores()
+    assert not torch.allclose(adapted, plain)
+    torch.testing.assert_close(scores(adapter_names=["first", "__base__"]), torch.stack([adapted[0], plain[1]]))
+
+
+def test_prompt_mask_of_a_caller_and_settings_of_a_name_are_left_as_given(tiny) -> None:
+    base = tiny("llama")
+    ids = torch.ones(2, 3, dtype=torch.long)
+    context = ForwardContext.of(base)
+    context.fields |= {"prompt_mask", "num_beams"}  # the second is a setting of `generate` too
+    base.model.layers[0].reads_prompt = True
+    masks, mask = [], torch.tensor([[1, 1, 0]] * 2)
+    base.model.layers[0].register_forward_hook(lambda *_: masks.append(context.held["prompt_mask"]))
+    beams = base.generate(input_ids=ids, prompt_mask=mask, num_beams=2, num_return_sequences=2, max_new_tokens=1)
+    assert beams.shape[0] == 4
+    assert masks[0] is mask
 
 
 def test_expansion_outside_generate_is_nobodys(tiny) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from banks import WIDTH, bank_of, routed, single
@@ -144,3 +146,10 @@ def test_who_watches_a_single_expert_is_told(context, x, y) -> None:
     ((read, routing, _),) = seen
     assert torch.equal(read, x.flatten(0, 1))
     assert routing.arms == ("expert0",)
+
+
+def test_copies_of_a_mixture_are_not_watched() -> None:
+    mixture = single(3)
+    mixture.watchers.append(lambda *_: None)
+    assert not copy.deepcopy(mixture).watchers
+    assert mixture.watchers

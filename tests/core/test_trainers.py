@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,13 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import nn
+from torch.utils.data import Dataset as Rows
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig
+from mixadapters.core import trainers
+from mixadapters.core.trainers import columns
 
 IDS = [[5 + i, 6, 7, 8] for i in range(8)]
 
@@ -58,6 +62,33 @@ def test_columns_that_adapters_read_are_not_dropped(config: Any, column: str, ti
         trainer(model, tmp_path, unread).train()
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_columns_of_an_evaluation_are_not_dropped_either(several: bool, mixture: nn.Module, tmp_path: Path) -> None:
+    plain, chosen = trainer(mixture, tmp_path, rows()), rows(domain_ids=[0, 1] * 4)
+    plain.eval_dataset = {"plain": rows(), "chosen": chosen} if several else chosen
+    with pytest.raises(ValueError, match=r"drop the columns \['domain_ids'\]"):
+        plain.train()
+
+
+class Drawn(Rows):
+    """Rows that are drawn when they are asked for, and alone say what they hold."""
+
+    def __len__(self) -> int:
+        return len(IDS)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = torch.randint(5, 90, (4,))
+        return {"input_ids": ids, "labels": ids, "domain_ids": index % 2}
+
+
+def test_a_look_at_a_row_draws_no_numbers(mixture: nn.Module, tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    assert columns(Drawn()) == {"input_ids", "labels", "domain_ids"}
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ValueError, match=r"drop the columns \['domain_ids'\]"):
+        trainer(mixture, tmp_path, Drawn()).train()
+
+
 def test_each_trainer_of_a_model_is_looked_at(mixture: nn.Module, tmp_path: Path) -> None:
     chosen = rows(domain_ids=[0, 1] * 4)
     first = trainer(mixture, tmp_path, chosen, remove_unused_columns=False)
@@ -67,6 +98,18 @@ def test_each_trainer_of_a_model_is_looked_at(mixture: nn.Module, tmp_path: Path
     assert usage.report()["gate/mean/weight/a"] == pytest.approx(0.5)
     with pytest.raises(ValueError, match="domain_ids"):
         trainer(mixture, tmp_path, chosen).train()
+
+
+def test_a_pass_over_rows_is_looked_at_once(
+    mixture: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, look = [], trainers.trainer_above
+    monkeypatch.setattr(trainers, "trainer_above", lambda: looks.append(1) or look())
+    plain = trainer(mixture, tmp_path, rows(), max_steps=3)
+    plain.train()
+    assert len(looks) == 1
+    plain.evaluate()
+    assert len(looks) == 2
 
 
 class Stream(IterableDataset):
@@ -101,6 +144,7 @@ def test_processes_that_would_train_by_themselves_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")  # as a launcher sets it
     with pytest.raises(ValueError, match="WORLD_SIZE=2 processes were launched"):
         plain.train()
+    trainers.check_launched(SimpleNamespace(world_size=2))  # they train together
 
 
 def test_the_best_checkpoint_of_an_adapter_that_would_not_be_reloaded_is_refused(tiny: Any, tmp_path: Path) -> None:

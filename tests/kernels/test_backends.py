@@ -143,6 +143,7 @@ def test_rule_takes_one_call_for_runs_whose_products_are_small(training) -> None
     assert rule(2048, 1, 16, 32, width=1024, dtype=half, **long) == "gathered"  # of which any call is dear
     assert rule(64, 1, 16, 8, run=2, training=training) == "gathered"
     assert rule(64, 1, 16, 64, run=2, training=training) == ("segments" if training else "grouped")
+    assert rule(64, 1, 16, 16, run=2, training=training) == ("segments" if training else "gathered")
     assert rule(64, 1, 4, 8, run=4, training=training) == "gathered"
     assert rule(64, 1, 4, 8, run=1, training=training) == "dense"
 

@@ -317,6 +317,22 @@ def test_form_that_may_not_be_finite_is_none_and_weights_come_back(causal, folde
     assert form_of(found, parts, lambda: None) is not None
 
 
+def test_adapter_that_is_more_than_its_file_or_another_has_none(causal, folders) -> None:
+    server = AdapterServer(causal(), **SMALL)
+    server.load("x", folders["moa0"])
+    parts, found = server.adapters.residents.parts_in("x"), read_folder(folders["moa0"], {})
+    mixture = next(adapter for _, adapter in parts.at if isinstance(adapter, Mixture))
+    assert form_of(read_folder(folders["moa1"], {}), parts, lambda: None) is None
+    for changes in (mixture.tunings, mixture.watchers):
+        changes.append(lambda *_: None)
+        assert form_of(found, parts, lambda: None) is None
+        changes.clear()
+    mixture.register_buffer("more", torch.zeros(1))
+    assert form_of(found, parts, lambda: None) is None
+    del mixture.more
+    assert form_of(found, parts, lambda: None) is not None
+
+
 def test_adapter_with_counts_has_none(causal, tmp_path) -> None:
     """Whole numbers are places in tables, where others might lead outside."""
     model = get_peft_model(causal(), KINDS["mixda"](router={"kind": "counts"}))
@@ -347,9 +363,11 @@ def test_file_of_dtypes_that_are_not_compared_has_none(causal, folders, tmp_path
 
 def test_weights_of_a_size_are_tried_one_by_one(known, folders, tmp_path) -> None:
     """Larger ones may overflow: they come into the model, where a forward tells."""
-    for factor, waits in ((0.5, True), (2.0, False)):
-        folder = copied(folders["lora1"], tmp_path / str(factor))
-        written(folder, lambda key, tensor, factor=factor: tensor / tensor.abs().max() * LARGEST * factor)
-        known.load(f"x{waits}", folder)
-        assert (f"x{waits}" in known.adapters.residents) is not waits
-        assert known.unload(f"x{waits}")
+    forms = dict(known.adapters._forms)
+    for i, (factor, waits) in enumerate(((0.5, True), (2.0, False), (-2.0, False))):
+        known.adapters._forms.update(forms)  # one that is tried takes its form along
+        folder = copied(folders["lora1"], tmp_path / str(i))
+        written(folder, lambda key, tensor, factor=factor: tensor.abs() / tensor.abs().max() * LARGEST * factor)
+        known.load(f"x{i}", folder)
+        assert (f"x{i}" in known.adapters.residents) is not waits
+        assert known.unload(f"x{i}")

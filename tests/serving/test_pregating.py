@@ -178,8 +178,9 @@ def test_what_cannot_be_taught_is_said_before_anything_runs(tiny: Any, mixture: 
         distill_pregate(mixture, [{"inputs_embeds": torch.zeros(1, 2, 32)}])
     with pytest.raises(ValueError, match="lr=0 must be a number above 0"):
         distill_pregate(mixture, batches(1, 0), lr=0)
-    with pytest.raises(ValueError, match=r"its arms .* must be the mixture's experts"):
-        distill_pregate(mixture, batches(1, 0), {"null_arms": 1})
+    for teach in (distill_pregate, distill_layer_pregates):
+        with pytest.raises(ValueError, match=r"its arms .* must be the mixture's experts"):
+            teach(mixture, batches(1, 0), {"null_arms": 1})
     two = get_peft_model(
         tiny("llama", num_hidden_layers=2),
         MixDAConfig(domains={"law": {"ranks": {"layers.0.mlp.down_proj": 2}}, "news": {"ranks": {"down_proj": 2}}}),

@@ -56,15 +56,20 @@ def test_all_are_served_and_few_are_in_the_model(server, alone) -> None:
             assert request.result(60).tokens == alone[name]
             assert len(inside(server)) <= 2
     assert inside(server) == set(server.context.hosted) == set(server.model.peft_config)
+    assert not server.adapters.residents._away.keys() & inside(server)  # they count as bytes in files alone
     assert server.adapters.hits + server.adapters.misses == 12
     assert server.adapters.residents.evictions >= 4
 
 
 def test_the_one_unused_for_longest_makes_room(server) -> None:
     with server:
-        for name in ("a0", "a1", "a0", "a2"):
+        for name in ("a0", "a1", "a0"):
             server.submit(PROMPT, name, max_new_tokens=1).result(30)
+        leaves = server.adapters.residents.parts_in("a1").tensors()
+        server.submit(PROMPT, "a2", max_new_tokens=1).result(30)
         assert inside(server) == {"a0", "a2"}
+        assert leaves
+        assert not any(tensor.numel() for tensor in leaves.values())  # whoever still has its modules
         before = server.adapters.hits
         server.submit(PROMPT, "a0", max_new_tokens=1).result(30)
         assert server.adapters.hits == before + 1

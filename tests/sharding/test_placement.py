@@ -88,6 +88,8 @@ def test_tasks_are_copied_no_more_than_balance_asks_for() -> None:
     assert deal_tasks({"a": 100, "b": 100}, 2) == [{"a": 100}, {"b": 100}]
     assert deal_tasks({"a": 300, "b": 50, "c": 50}, 2) == [{"a": 150, "b": 50}, {"a": 150, "c": 50}]
     assert deal_tasks({"a": 100}, 1) == [{"a": 100}]
+    assert deal_tasks({"a": 100}, 2, at_most=1) == [{"a": 50}, {"a": 50}]
+    assert deal_tasks({"a": 100, "b": 100, "c": 200}, 3) == [{"a": 50, "c": 100}, {"c": 100}, {"a": 50, "b": 100}]
     with pytest.raises(ValueError, match="at_most="):
         deal_tasks({"a": 100}, 1, at_most=0.5)
     with pytest.raises(ValueError, match="1 or more"):

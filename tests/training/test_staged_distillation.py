@@ -145,6 +145,24 @@ def test_a_run_that_failed_leaves_no_second_teacher_to_the_next(tiny, rows, tmp_
     assert callback.objective not in ForwardContext.of(model).objectives
 
 
+def test_contexts_that_a_run_has_made_go_with_it_and_no_others(tiny, rows, tmp_path) -> None:
+    callback = StagedDistillCallback(tiny("llama", num_hidden_layers=3))
+    first, second = (tiny("llama", num_hidden_layers=1) for _ in range(2))
+    for bare in (first, second):
+        with pytest.raises(RuntimeError, match="has failed"):
+            trained(bare, rows, tmp_path, [callback, Fails()], max_steps=1)
+        if bare is first:  # an adapter takes the context that has stayed
+            get_peft_model(first, BottleneckConfig(r=4, task_type="CAUSAL_LM"))
+        kept = ForwardContext.find(bare)
+        trained(bare, rows, tmp_path, [callback], max_steps=1)
+        assert kept is not None
+        assert ForwardContext.find(bare) is (kept if bare is first else None)
+    third = tiny("llama", num_hidden_layers=1)
+    own = ForwardContext.of(third)
+    trained(third, rows, tmp_path, [callback], max_steps=1)
+    assert ForwardContext.find(third) is own
+
+
 def test_only_what_has_classes_in_its_last_axis_is_brought_to_a_teacher() -> None:
     from transformers.modeling_outputs import BaseModelOutput, SemanticSegmenterOutput, SequenceClassifierOutput
 
@@ -177,4 +195,7 @@ def test_causal_models_that_name_no_loss_compare_the_logits_before_each_label(ti
     assert predicts_next(model)
     assert predicts_next(tiny("llama"))
     assert not predicts_next(tiny("bert"))
-    assert not predicts_next(tiny("t5"))
+    two_texts = tiny("t5")
+    for named in (two_texts.loss_type, None):  # which EncoderDecoderModel has
+        two_texts.loss_type = named
+        assert not predicts_next(two_texts)
