@@ -57,6 +57,7 @@ class TrainerLook:
         if trainer is not None and holds(trainer.model):
             check_launched(trainer.args)
             check_columns(trainer, fields)
+            warn_of_idle_routers(trainer, fields)
             active = getattr(trainer.model, "active_adapter", None)  # of a PeftModel, a name
             if isinstance(active, str):
                 check_best(trainer.args, active, active)
@@ -113,6 +114,21 @@ def check_best(args: Any, active: Any, trains: str) -> None:
             f"load_best_model_at_end=True reloads the adapter 'default' only, and {trains!r} trains "
             f"while {active!r} is active first; name the adapter 'default', or pass "
             "load_best_model_at_end=False and load the best checkpoint yourself (state.best_model_checkpoint)"
+        )
+
+
+def warn_of_idle_routers(trainer: Any, fields: Iterable[str]) -> None:
+    """Warn where a column chooses the experts of every row, and routers that are to train decide nothing."""
+    chosen = sorted((columns(trainer.train_dataset) or set()) & CHOOSING.intersection(fields))
+    mixtures = [
+        m for m in trainer.model.modules() if getattr(getattr(m, "hard_routes", None), "field", None) in chosen
+    ]
+    idle = [m.router for m in mixtures if m.hard_routes.field not in getattr(m.router, "fields", ())]
+    if chosen and any(parameter.requires_grad for router in idle for parameter in router.parameters()):
+        warnings.warn(
+            f"the column {chosen[0]} chooses the experts of every row, so that routers, which are to train, learn "
+            "nothing: leave the column out, or train a stage without them",
+            stacklevel=2,
         )
 
 

@@ -84,7 +84,8 @@ class TokenCounts(nn.Module):
             if int(given.min()) < 0 or not bool(given.any()) or int(given.max()) > MOST:
                 raise ValueError(f"counts of {arm!r} must be 0 to {MOST}, and not all 0")
         if lacking := [arm for arm in self.missing() if arm not in counts]:
-            raise ValueError(f"nothing has been counted of {lacking}; give their text too")
+            general = ", and general text as `general`" if FROZEN in lacking else ""
+            raise ValueError(f"nothing has been counted of {lacking}; give their text too{general}")
         for arm, given in counts.items():
             first = len(self.domains)
             for null in reversed(range(first, first + self.null_arms)):

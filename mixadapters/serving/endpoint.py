@@ -81,6 +81,11 @@ class Endpoint:
         names = self.folder.names()
         if self.base in names:
             raise ValueError(f"an adapter has the name of the base, {self.base!r}: give another by --name")
+        for name, why in self.folder.passed_over().items():
+            self.left_out[name] = why
+            logger.warning("folder %r is left out: %s", name, why)
+        if not names:
+            logger.warning("%s holds no adapter: the base alone is served", self.folder.path)
         for name in names:
             try:
                 self.server.load(name, self.folder.find(name))

@@ -26,6 +26,21 @@ class AdapterFolder:
         """Those of the subfolders that hold an adapter."""
         return sorted(entry.name for entry in self.path.iterdir() if self._holds(entry))
 
+    def passed_over(self) -> dict[str, str]:
+        """The subfolders that are no adapters to serve -> why."""
+        found = {}
+        for entry in sorted(self.path.iterdir()):
+            if entry.is_dir() and not self._holds(entry):
+                files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME]
+                lacking = [name for name in files if (entry / name).is_symlink() or not (entry / name).is_file()]
+                if entry.is_symlink():
+                    found[entry.name] = "it is a link, which is not followed"
+                elif not NAME.fullmatch(entry.name):
+                    found[entry.name] = "its name may have letters, digits, '_' and '-' only"
+                else:
+                    found[entry.name] = f"it holds no {' and no '.join(lacking)}"
+        return found
+
     @staticmethod
     def check(name: str) -> None:
         """Raises ValueError for what can be no name."""

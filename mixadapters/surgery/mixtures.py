@@ -35,6 +35,12 @@ def mixture_layers(model: nn.Module, adapter: str | None = None) -> list[ExpertL
     found = [tuner for tuner in model.modules() if callable(getattr(tuner, "mixtures", None))]
     tuner: Any = found[0] if found else None
     have = list(tuner.peft_config) if tuner is not None else []
+    if adapter is not None and tuner is None and hasattr(model, "peft_config"):
+        types = sorted({getattr(config.peft_type, "value", config.peft_type) for config in model.peft_config.values()})
+        raise ValueError(
+            f"adapter={adapter!r}: the model's adapters are of {types}, which has no routed experts; put several side "
+            "by side by MoAConfig(experts={...})"
+        )
     if adapter is not None and adapter not in have:
         raise ValueError(f"adapter={adapter!r} is unknown; have {have}")
     mixtures = [] if tuner is None else tuner.mixtures().values()

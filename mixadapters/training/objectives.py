@@ -236,6 +236,7 @@ def require_pretrained_head(model: nn.Module, batch: Mapping[str, Any]) -> float
         raise ValueError(
             f"loss={loss:.2f} is above 0.8 * ln(vocabulary) = {bound:.2f}: the head looks newly initialised. "
             "Load a checkpoint that has its language modelling head, or use ContrastiveObjective, which needs none, "
-            "for a sentence encoder"
+            "for a sentence encoder. If the head is trained and the text strange to it: "
+            "StageCallback(..., check_head=False)"
         )
     return loss

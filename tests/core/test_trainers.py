@@ -90,6 +90,7 @@ def test_a_look_at_a_row_draws_no_numbers(mixture: nn.Module, tmp_path: Path) ->
 
 
 def test_each_trainer_of_a_model_is_looked_at(mixture: nn.Module, tmp_path: Path) -> None:
+    mixture.base_model.set_stage("domain")
     chosen = rows(domain_ids=[0, 1] * 4)
     first = trainer(mixture, tmp_path, chosen, remove_unused_columns=False)
     first.train()
@@ -157,3 +158,17 @@ def test_the_best_checkpoint_of_an_adapter_that_would_not_be_reloaded_is_refused
             continue
         with pytest.raises(ValueError, match="reloads the adapter 'default' only, and 'mine' trains"):
             plain.train()
+
+
+def test_routers_that_a_column_goes_past_are_warned_of_where_they_are_to_train(mixture, tmp_path) -> None:
+    kept = {"remove_unused_columns": False}
+    chosen = rows(domain_ids=[0, 1] * 4)
+    with pytest.warns(
+        UserWarning, match=r"the column domain_ids chooses the experts.*learn nothing: leave the column"
+    ):
+        trainer(mixture, tmp_path, chosen, **kept).train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*learn nothing")
+        trainer(mixture, tmp_path, rows(), **kept).train()
+        mixture.base_model.set_stage("domain")
+        trainer(mixture, tmp_path, chosen, **kept).train()

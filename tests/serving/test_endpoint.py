@@ -515,9 +515,20 @@ def test_folder_that_cannot_be_served_is_left_out_and_said(causal, folder, monke
     weights = tmp_path / "cut" / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-40])
+    shutil.copytree(folder / "law", tmp_path / "a name.v2")
+    shutil.copytree(folder / "law", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "link").symlink_to(tmp_path / "law")
     found, thread = running(causal(), tmp_path)
     try:
         assert "adapter 'cut' is left out" in caplog.text
+        for name, why in {
+            "a name.v2": "its name may have letters", "bare": "it holds no adapter_model.safetensors",
+            "link": "it is a link",
+        }.items():  # fmt: skip
+            assert f"folder {name!r} is left out: {why}" in caplog.text
+        assert (
+            "it holds no adapter_model" in error_of(found.post("/v1/completions", model="bare", prompt="w"))["message"]
+        )
         assert [model.id for model in found.client.models.list()] == ["tiny", "law"]
         for answer in (found.post("/v1/completions", model="cut", prompt="w8"), found.send("GET", "/v1/models/cut")):
             assert answer.status_code == 404

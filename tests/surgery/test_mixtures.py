@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -245,6 +245,9 @@ def test_rows_of_other_adapters_do_not_count(tiny: Any, tiny_inputs: Any) -> Non
     assert {layer.adapter for layer in usage.layers.values()} == {"default", "other"}
     with pytest.raises(ValueError, match=r"adapter='third' is unknown; have \['default', 'other'\]"):
         expert_layers(model, "third")
+    plain = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"adapter='default': the model's adapters are of \['LORA'\].*MoAConfig"):
+        expert_layers(plain, "default")
     with pytest.raises(ValueError, match="no routed experts"), record_usage(model, adapter=""):
         pass
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import warnings
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from mixadapters import PILLConfig
 from mixadapters.tuners.pill import ImageInputs, ImageTextCollator
+from mixadapters.tuners.pill.inputs import warn_of_projector
 
 transformers.logging.set_verbosity_error()
 pytestmark = [
@@ -98,7 +100,9 @@ def test_images_stand_where_their_placeholders_are(tiny) -> None:
 @torch.no_grad()
 def test_each_row_is_as_alone_with_any_number_of_images(tiny) -> None:
     base, images = attached(tiny, grid=2)
-    model = get_peft_model(base, PILLConfig(r=4, token_ids=images.token_ids, init_weights=False)).eval()
+    model = get_peft_model(
+        base, PILLConfig(r=4, token_ids=images.token_ids, init_weights=False, modules_to_save=["projector"])
+    ).eval()
     pixels = torch.randn(4, 3, 16, 16)
     ids = prompt(images, 3, 0, 1)
     together = model(input_ids=ids, pixel_values=pixels).logits
@@ -162,7 +166,8 @@ def test_batches_that_do_not_fit_are_refused(tiny) -> None:
 
 def test_images_at_a_token_that_the_config_does_not_name_are_refused(tiny, tmp_path) -> None:
     base, images = attached(tiny, grid=1)
-    get_peft_model(base, PILLConfig(r=4, token_ids=images.token_ids, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    config = PILLConfig(r=4, token_ids=images.token_ids, task_type="CAUSAL_LM", modules_to_save=["projector"])
+    get_peft_model(base, config).save_pretrained(tmp_path)
     other, _ = attached(tiny, grid=1, token_id=97)
     message = r"ImageInputs puts images at token 97, and token_ids=\{'image': \[96\]\} .*attach it with token_id=96"
     with pytest.raises(ValueError, match=message):
@@ -183,10 +188,23 @@ def test_a_base_without_what_the_adapter_saw_by_is_told_what_to_attach(tiny, tmp
         get_peft_model(tiny("llama"), PILLConfig(**fields))
 
 
+def test_a_projector_that_is_neither_trained_nor_saved_is_warned_of(tiny) -> None:
+    base, images = attached(tiny, grid=1)
+    with pytest.warns(UserWarning, match=r"neither trained nor saved.*modules_to_save=\['projector'\]"):
+        get_peft_model(base, PILLConfig(r=4, token_ids=images.token_ids, task_type="CAUSAL_LM"))
+    base, images = attached(tiny, grid=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for saved in ("projector", "image_inputs.projector"):
+            warn_of_projector(base, [saved])
+
+
 @torch.no_grad()
 def test_generation_from_images_is_that_from_their_embeddings(tiny) -> None:
     base, images = attached(tiny, grid=2)
-    config = PILLConfig(r=4, token_ids=images.token_ids, init_weights=False, task_type="CAUSAL_LM")
+    config = PILLConfig(
+        r=4, token_ids=images.token_ids, init_weights=False, task_type="CAUSAL_LM", modules_to_save=["projector"]
+    )
     model = get_peft_model(base, config).eval()
     ids, pixels = prompt(images, 1, 0), torch.randn(1, 3, 16, 16)
     mask = torch.ones_like(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mixadapters.core.fields import LARGEST, check_integer
+from mixadapters.core.files import being_loaded
 from mixadapters.routers.modality import TOKEN_TYPES
 
 if TYPE_CHECKING:
@@ -188,13 +190,26 @@ def refuse_other_placeholders(model: nn.Module, token_ids: Mapping[str, Sequence
                 )
 
 
+def warn_of_projector(model: nn.Module, saved_whole: Iterable[str]) -> None:
+    """Warn where images or sounds have a way in that the adapter neither trains nor saves."""
+    if front_ends(model) and not any("projector".endswith(module.rpartition(".")[2]) for module in saved_whole):
+        warnings.warn(
+            "the projector of images or sounds, which is drawn at random where it is attached, is neither trained nor "
+            "saved with this adapter: pass modules_to_save=['projector'], unless it has been trained before",
+            stacklevel=2,
+        )
+
+
 def refuse_lack_of_projector(
     model: nn.Module, names: list[str], saved_whole: Iterable[str], token_ids: Mapping[str, Sequence[int]]
 ) -> None:
-    """Refuse a config whose projector the model lacks, as it does where its images or sounds have no way in.
+    """Refuse a config whose projector the model lacks, as it does where its images or sounds have no way in. Warn of a
+    new one that leaves the projector which is there as it is.
 
     names: of all modules of the model.
     """
+    if being_loaded() is None:
+        warn_of_projector(model, saved_whole)
     lacking = sorted(module for module in saved_whole if not any(name.endswith(module) for name in names))
     if lacking and not front_ends(model):
         given = f", token_id={ids[0]}" if (ids := [token for tokens in token_ids.values() for token in tokens]) else ""
