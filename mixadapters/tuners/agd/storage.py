@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mixadapters.core.folders import written_aside
@@ -46,7 +46,9 @@ def shard_file(folder: Path, number: int) -> Path:
 
 
 def write_shard(file: Path, shard: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    write_whole(file, lambda aside: save_file(shard, aside, metadata={"record": digest_of(facts)}))
+    # `save_file` writes beside `aside` first, under a name that nobody would sweep.
+    content = save(shard, metadata={"record": digest_of(facts)})
+    write_whole(file, lambda aside: aside.write_bytes(content))
 
 
 def shard_stands(file: Path, facts: dict[str, Any]) -> bool:
