@@ -22,9 +22,8 @@ from mixadapters.routers.schedules import Points, value_at
 # Auxiliary losses, and the part of a routing of which each is made.
 LOSSES = {"balance": "probs", "z": "logits", "entropy": "probs", "importance": "probs", "load": "chances"}
 COEFFICIENTS: tuple[str, ...] = tuple(f"{name}_coef" for name in LOSSES)
-LOSS_OPTIONS: frozenset[str] = frozenset(
-    {*COEFFICIENTS, "balance_groups"}
-)  # of no use to a router in which nothing learns
+# Of no use to a router in which nothing learns.
+LOSS_OPTIONS: frozenset[str] = frozenset({*COEFFICIENTS, "balance_groups"})
 
 
 class Router(nn.Module):

@@ -120,8 +120,8 @@ class PreservationObjective:
     in_eval = False
 
     def __init__(self, weight: float = 1.0, knowledge_weight: float = 0.5) -> None:
-        for name, value in (("weight", weight), ("knowledge_weight", knowledge_weight)):
-            check_number(name, value, least=0)
+        check_number("weight", weight, least=0)
+        check_number("knowledge_weight", knowledge_weight, least=0)
         self.weight, self.knowledge_weight = weight, knowledge_weight
 
     def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
