@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -119,6 +120,7 @@ class SiteFinder(BaseTuner):
                 path for path, base in bases.items() if isinstance(base, (nn.Linear, Conv1D)) and base is not head
             }
             config.target_modules = {*config.target_modules, *linear}
+            config.target_modules -= {p for p in config.target_modules if is_base_router(self._unwrapped(p))}
         return config
 
     def ranked(self, config: Any) -> list[str]:
@@ -145,6 +147,32 @@ class SiteFinder(BaseTuner):
                 raise ValueError(
                     f"{inner!r} lies inside {outer!r}, and both would hold adapters; target one of them, or use "
                     "exclude_modules"
+                )
+
+    def _refuse_unfollowed(self, config: MixtureConfig) -> None:
+        """Modules that no adapter can follow: torch's attention reads their weights and calls them not, or a router
+        of the base gives more than one tensor. In a saved adapter nothing comes of those, so it is read as it is."""
+        fused = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+        owners = {f"{name}.": m for name, m in self.model.named_modules() if isinstance(m, fused)}
+        made_here = being_loaded() is None
+        for path in self.matched(config):
+            base, outer = self._unwrapped(path), next((owners[name] for name in owners if path.startswith(name)), None)
+            if made_here and isinstance(owners.get(f"{path.rpartition('.')[0]}."), nn.MultiheadAttention):
+                raise ValueError(
+                    f"{path!r} lies in nn.MultiheadAttention, which reads the weights and calls none of its layers, "
+                    "so an adapter there would do nothing: target the attention as a whole, or leave it out "
+                    "(exclude_modules)"
+                )
+            if outer is not None and torch.backends.mha.get_fastpath_enabled():
+                raise ValueError(
+                    f"{path!r} lies in {type(outer).__name__}, whose fast path reads the weights in evaluation and "
+                    "calls none of its layers, so an adapter there would do nothing: call "
+                    "torch.backends.mha.set_fastpath_enabled(False) in this process before"
+                )
+            if made_here and is_base_router(base):
+                raise ValueError(
+                    f"{path!r} ({type(base).__name__}) chooses experts of the base model and gives several tensors "
+                    "that belong together, of which an adapter would change one: leave it out (exclude_modules)"
                 )
 
     def _unwrapped(self, path: str) -> nn.Module:
@@ -204,7 +232,10 @@ class SiteFinder(BaseTuner):
         """The module that matches `pattern` and shares the longest path with `path`."""
         matching = [name for name in module_names(self.model) if re.fullmatch(pattern, name)]
         if not matching:
-            raise ValueError(f"no module matches {pattern!r}, whose input the adapter at {path!r} reads")
+            raise ValueError(
+                f"no module matches {pattern!r}, whose input the adapter at {path!r} reads; choose another input "
+                "(adapter_input), or pass sites"
+            )
 
         def shared(name: str) -> int:
             pairs = zip(name.split("."), path.split("."), strict=False)
@@ -225,3 +256,8 @@ class SiteFinder(BaseTuner):
                 f"the config asks for rank {rank} at {path!r}, and the file's widest weight has {saved.widest}"
             )
         return rank
+
+
+def is_base_router(module: nn.Module) -> bool:
+    """Whether a linear layer chooses experts of the base model, and gives scores and more (Llama 4, PhiMoE)."""
+    return isinstance(module, nn.Linear) and type(module).__name__.endswith("Router")

@@ -42,6 +42,7 @@ class AdapterHost(BaseTunerLayer):
     prefix: str
     path: str
     closed: str | None = None  # why no other adapter may come now
+    _said_passed = False  # whether it has been said that the model goes past this layer
 
     def _begin(self, base: nn.Module, context: ForwardContext, prefix: str, path: str, in_features: int,
                out_features: int, **quantization: Any) -> None:  # fmt: skip
@@ -54,6 +55,7 @@ class AdapterHost(BaseTunerLayer):
         self._active_adapter: list[str] = []
         self._before_merge: tuple[Tensor, Tensor | None] | None = None
         self._stride: tuple[int, ...] | None = base.stride if is_pointwise(base) else None
+        self.tokens_first = False  # whether the module reads (T, B, K), not (B, T, K)
         self.stages: dict[str, tuple[str, ...]] = {}  # adapter -> patterns of the parameters that its stage trains
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
 
@@ -135,6 +137,8 @@ class AdapterHost(BaseTunerLayer):
         adapters, merged = self.adapters._modules, list(self.merged_adapters)
         names = [name for name in self._active_adapter if name in adapters and name not in merged]
         now = None if self._disable_adapters else names
+        if record.passed:
+            record.passed.pop(self, None)
         if not record.grad or torch.compiler.is_compiling():  # the compiler runs nothing again
             return now
         if not self.context.records.again:
@@ -153,6 +157,8 @@ class AdapterHost(BaseTunerLayer):
 
         Convolutions of kernel 1 have their channels second: (B, K, ...) and (B, M, ...).
         """
+        if self.tokens_first and x.dim() > 2:
+            return self._run_adapters(x.transpose(0, 1), y.transpose(0, 1), names, record).transpose(0, 1)
         if self._stride is None:
             return self._run_adapters(x, y, names, record)
         places: Any = (..., *(slice(None, None, step) for step in self._stride))
@@ -308,7 +314,7 @@ class MixtureLayer(nn.Module, AdapterHost):
         if names is None:
             return output
         x = _first_input(args, kwargs)
-        if not record.plain or self._stride is not None or type(output) is not Tensor:
+        if not record.plain or self._stride is not None or self.tokens_first or type(output) is not Tensor:
             return _adapted(self, x, output, names, record)
         adapters = self._modules[self.adapter_layer_names[0]]._modules
         for name in names:
@@ -316,6 +322,22 @@ class MixtureLayer(nn.Module, AdapterHost):
             y = adapter.alone(x, output) if adapter.lone else None
             output = adapter(x, output, self.context) if y is None else y
         return output
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight. A model that reads it, and does not call the layer, goes past the adapters around it."""
+        weight, record = super().weight, self.context.record
+        if record.open and not torch.compiler.is_compiling():
+            record.passed[self] = None
+        return weight
+
+    def newly_passed(self) -> bool:
+        """Whether adapters were to act in a forward that has read the weight alone; True once."""
+        acting = not self.disable_adapters and any(name in self.adapters for name in self.active_adapters)
+        if not acting or self.merged or self._said_passed:
+            return False
+        self._said_passed = True
+        return True
 
     def __getattr__(self, name: str) -> Any:
         # The base model reads attributes of a wrapped block (layer_idx, attention_type ...).
