@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from transformers import cache_utils
+from transformers.utils import ModelOutput
+
+# What arguments and outputs of forwards call the key-value cache: transformers has changed it in version 5.24, where
+# outputs have the name of before as a property.
+CACHE = "cache" if hasattr(ModelOutput, "past_key_values") else "past_key_values"
+NAMES = tuple(dict.fromkeys((CACHE, "past_key_values", "cache_params")))  # the last where layers sum tokens up (Mamba)
 
 # A layer that holds no keys: what counts, offloads or masks the layers of a cache passes over those.
 _Layer: Any = getattr(cache_utils, "DummyLayer", cache_utils.CacheLayerMixin)
-NAMES = ("past_key_values", "cache_params")  # of a cache, among the arguments of a forward and in its output
 # Of what a model keeps of earlier tokens in a form of its own, to which a router can add nothing.
-FOREIGN = (*NAMES, "state", "mems", "past_buckets_states")
+FOREIGN = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 
 class RouterStateLayer(_Layer):
@@ -75,6 +81,15 @@ class RouterStateLayer(_Layer):
     def prefetch(self) -> None: ...
 
 
+def given_cache(inputs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward, whose callers may use any of its names; None without one.
+
+    The cache of continuous batching is none: it holds pages, and does not know the length of a sequence.
+    """
+    found = next((inputs[name] for name in NAMES if inputs.get(name) is not None), None)
+    return found if hasattr(found, "get_seq_length") else None
+
+
 def router_state(cache: Any) -> dict[str, Tensor] | None:
     """The tensors that routers keep with `cache`; None while it still makes its layers, in its first forward."""
     cache = getattr(cache, "self_attention_cache", cache)
@@ -111,10 +126,10 @@ def _sums_up(cache: Any) -> bool:
     return bool(layers) and not any(map(_counts, layers))
 
 
-def cache_in(values: Any) -> Any:
-    """The cache among the arguments of a forward, or in its output, under any of its names; None: there is none."""
-    found = (values.get(name) if isinstance(values, dict) else getattr(values, name, None) for name in NAMES)
-    return next((cache for cache in found if hasattr(cache, "get_seq_length")), None)
+def made_cache(output: Any) -> Any:
+    """The cache that the output of a forward holds; None without one."""
+    found = next((cache for name in NAMES if (cache := getattr(output, name, None)) is not None), None)
+    return found if hasattr(found, "get_seq_length") else None
 
 
 def foreign_in(inputs: dict[str, Any]) -> str | None:

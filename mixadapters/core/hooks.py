@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters import kernels
-from mixadapters.core.cache import cache_in, claim, count_read, settle
+from mixadapters.core.cache import claim, count_read, made_cache, settle
 from mixadapters.core.joining import countable, join_losses, refuse_idle
 from mixadapters.core.processes import several
 from mixadapters.core.record import Record, Records
@@ -28,6 +28,12 @@ from mixadapters.core.sites import has_two_stacks, layer_index
 from mixadapters.core.streams import read_stream, refuse_packed
 
 NUMBERS = frozenset({"domain_ids", "expert_ids", "modality_ids"})  # which expert a row takes: each of other adapters
+# What collators make for objectives -> the objective, and a field without which no adapter here can mean it.
+FOR_OBJECTIVES = {
+    "old_input_ids": ("PreservationObjective", None),
+    "old_attention_mask": ("PreservationObjective", None),
+    "target": ("GuidanceDistillation", "guidance_scale"),
+}
 MISSPELT = 0.92  # likeness of two words: one letter or two; token_type_ids are not mm_token_type_ids
 
 
@@ -86,8 +92,8 @@ class RootHooks:
         return args, kwargs
 
     def _refuse_unread(self, kwargs: dict[str, Any]) -> None:
-        """Raises ValueError for an argument that is a field of other adapters, or nearly one of these: models with
-        **kwargs swallow it."""
+        """Raises ValueError for an argument that is a field of other adapters or an objective's, or nearly one of
+        these: models with **kwargs swallow it."""
         if torch.compiler.is_compiling():
             return
         fields = self.context.fields
@@ -97,6 +103,12 @@ class RootHooks:
                     raise ValueError(
                         f"{name} is read by no adapter of this model, so nothing would come of it. They read "
                         f"{sorted(fields)}"
+                    )
+                objective, field = FOR_OBJECTIVES.get(name, (None, None))
+                if objective is not None and (field is None or field in fields):
+                    raise ValueError(
+                        f"{name} is for {objective}, which this model has not, so nothing would come of it: give "
+                        f"StageCallback(..., objectives=[{objective}()]) to the Trainer, or leave it out of the batch"
                     )
                 if meant := get_close_matches(name, sorted(fields), n=1, cutoff=MISSPELT):
                     raise ValueError(
@@ -142,7 +154,7 @@ class RootHooks:
         refuse_idle(record, output)
         if record.passed:
             warn_of_passed(record)
-        cache, stream = cache_in(output), record.streams[""]
+        cache, stream = made_cache(output), record.streams[""]
         kept_in = stream.cache if cache is None else cache
         if kept_in is not None:
             settle(kept_in, record.router_state)
@@ -227,7 +239,7 @@ class StackHook:
 
     def close(self, module: nn.Module, args: tuple, output: Any) -> None:
         record = self.context.record
-        cache = cache_in(output)
+        cache = made_cache(output)
         if not record.open and cache is not None:  # no root will do it
             stream = record.streams[self.stack]
             settle(cache, record.router_state)

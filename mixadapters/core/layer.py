@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
 from itertools import chain
@@ -42,7 +42,6 @@ class AdapterHost(BaseTunerLayer):
     prefix: str
     path: str
     closed: str | None = None  # why no other adapter may come now
-    _said_passed = False  # whether it has been said that the model goes past this layer
 
     def _begin(self, base: nn.Module, context: ForwardContext, prefix: str, path: str, in_features: int,
                out_features: int, **quantization: Any) -> None:  # fmt: skip
@@ -137,8 +136,6 @@ class AdapterHost(BaseTunerLayer):
         adapters, merged = self.adapters._modules, list(self.merged_adapters)
         names = [name for name in self._active_adapter if name in adapters and name not in merged]
         now = None if self._disable_adapters else names
-        if record.passed:
-            record.passed.pop(self, None)
         if not record.grad or torch.compiler.is_compiling():  # the compiler runs nothing again
             return now
         if not self.context.records.again:
@@ -155,14 +152,10 @@ class AdapterHost(BaseTunerLayer):
     def apply_adapters(self, x: Tensor, y: Tensor, names: list[str], record: Record) -> Tensor:
         """x: input of the frozen module; y: (..., M) its output. Returns the output with the adapters `names`.
 
-        Convolutions of kernel 1 have their channels second: (B, K, ...) and (B, M, ...).
+        Convolutions of kernel 1 have their channels second, (B, K, ...) and (B, M, ...), and some models tokens first.
         """
-        if self.tokens_first and x.dim() > 2:
-            return self._run_adapters(x.transpose(0, 1), y.transpose(0, 1), names, record).transpose(0, 1)
-        if self._stride is None:
-            return self._run_adapters(x, y, names, record)
-        places: Any = (..., *(slice(None, None, step) for step in self._stride))
-        return self._run_adapters(x[places].movedim(1, -1), y.movedim(1, -1), names, record).movedim(-1, 1)
+        x, y, back = _rows_first(x, y, self._stride, self.tokens_first)
+        return back(self._run_adapters(x, y, names, record))
 
     def _run_adapters(self, x: Tensor, y: Tensor, names: list[str], record: Record) -> Tensor:
         if record.observed is not None:
@@ -297,6 +290,8 @@ class AdapterHost(BaseTunerLayer):
 class MixtureLayer(nn.Module, AdapterHost):
     """A frozen module of the base model, wrapped together with its adapters."""
 
+    _said_passed = False  # whether it has been said that the model goes past this layer
+
     def __init__(
         self, base_layer: nn.Module, context: ForwardContext, prefix: str, path: str, in_features: int,
         out_features: int, **quantization: Any,
@@ -309,6 +304,8 @@ class MixtureLayer(nn.Module, AdapterHost):
         if self._disable_adapters and self.merged:
             self.unmerge()
         record = self.context.record
+        if record.passed:
+            record.passed.pop(self, None)
         names = self.acting(record)
         output = self._modules["base_layer"](*args, **kwargs)
         if names is None:
@@ -427,6 +424,21 @@ def is_pointwise(module: nn.Module) -> bool:
         return False
     padded = isinstance(module.padding, str) or any(module.padding)
     return all(size == 1 for size in module.kernel_size) and module.groups == 1 and not padded
+
+
+def _rows_first(
+    x: Tensor, y: Tensor, stride: tuple[int, ...] | None, tokens_first: bool
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """Input and output of a layer as (B, ..., K) and (B, ..., M), and the way back for an output.
+
+    stride: of a convolution, whose channels come second; None: they come last.
+    """
+    if tokens_first and x.dim() > 2:
+        return x.transpose(0, 1), y.transpose(0, 1), lambda out: out.transpose(0, 1)
+    if stride is None:
+        return x, y, lambda out: out
+    places: Any = (..., *(slice(None, None, step) for step in stride))
+    return x[places].movedim(1, -1), y.movedim(1, -1), lambda out: out.movedim(-1, 1)
 
 
 def _first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixadapters.core.cache import cache_in, foreign_in, tokens_in
+from mixadapters.core.cache import foreign_in, given_cache, tokens_in
 
 
 @dataclass(eq=False)
@@ -167,7 +167,7 @@ def read_stream(
     tokens = inputs.get("input_ids")
     if tokens is None:
         tokens = inputs.get("inputs_embeds")
-    cache, foreign = cache_in(inputs), foreign_in(inputs)
+    cache, foreign = given_cache(inputs), foreign_in(inputs)
     past = 0 if cache is None else tokens_in(cache)
     past = past.clone() if isinstance(past, Tensor) else past  # static caches count in place
     if tokens is None:
