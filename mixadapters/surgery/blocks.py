@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from mixadapters.core.bank import Weights
 from mixadapters.core.hooks import root_of
 from mixadapters.core.routing import chosen_experts
+from mixadapters.core.sites import unwrapped
+from mixadapters.core.walking import plain_path
 from mixadapters.surgery.bases import BASES, Base
 from mixadapters.surgery.layouts import FUSED, holds_experts, hook_saving, recount
-from mixadapters.surgery.view import ExpertLayer, Routed, Watcher, check_map, check_order, context_of
+from mixadapters.surgery.view import ExpertLayer, Routed, Watcher, check_map, check_model, check_order, context_of
 
 
 def base_layers(model: nn.Module) -> list[ExpertLayer]:
@@ -23,6 +25,7 @@ def base_layers(model: nn.Module) -> list[ExpertLayer]:
     Raises:
         ValueError: their type is not in the table; or they are quantized, sharded or without weights.
     """
+    check_model(model)
     root = root_of(model)
     found: list[ExpertLayer] = []
     for name, module in root.named_modules():
@@ -107,6 +110,7 @@ class BaseExperts(ExpertLayer):
 
     Attributes:
         experts: the module that holds them. block: the one around it, with the router.
+        placed: what stands in the block for experts and router, which adapters of PEFT may wrap.
         model_type: the row of the table.
     """
 
@@ -114,9 +118,14 @@ class BaseExperts(ExpertLayer):
 
     def __init__(self, root: nn.Module, name: str, experts: nn.Module, base: Base, model_type: str) -> None:
         self.root, self.experts, self.base, self.model_type = root, experts, base, model_type
-        self.path = ".".join(part for part in name.split(".") if part != "base_layer")
-        self.block = root.get_submodule(name.rpartition(".")[0])
-        self.gate: Any = self.block.get_submodule(base.router)
+        self.path = plain_path(name)
+        around = name
+        while around.endswith(".base_layer"):  # adapters of PEFT may wrap the experts, or their router
+            around = around.removesuffix(".base_layer")
+        owner, _, child = around.rpartition(".")
+        self.block = root.get_submodule(owner)
+        self.placed = (self.block.get_submodule(child), self.block.get_submodule(base.router))
+        self.gate: Any = unwrapped(self.placed[1])
         self.groups = 1 if base.groups is None else int(getattr(self.gate, base.groups, None) or 1)
         if isinstance(base.competes, str):
             self.competes = not getattr(self.gate, base.competes)
@@ -154,7 +163,7 @@ class BaseExperts(ExpertLayer):
 
     @property
     def _down(self) -> Any:
-        return self.experts._parameters["down_proj"]
+        return self.experts.down_proj
 
     @property
     def _transposed(self) -> bool:
@@ -233,7 +242,7 @@ class BaseExperts(ExpertLayer):
         kept = [int(e) for e in order]
         numbers = self._renumbered({e: place for place, e in enumerate(kept)})
         if not preserve_mass:
-            stay = _staying(numbers)
+            stay = self._staying(numbers)
             self._keep_columns(stay)
             numbers = [numbers[c] for c in stay]
         self._keep_experts(kept)
@@ -245,12 +254,23 @@ class BaseExperts(ExpertLayer):
         self._refuse_adapted()
         if not preserve_mass:
             numbers = self._renumbered({e: place for place, e in enumerate(kept)})
-            _check_columns(self, _staying(numbers), len(numbers))
+            _check_columns(self, self._staying(numbers), len(numbers))
 
     def _renumbered(self, place_of: Mapping[int, int]) -> list[int]:
         """For each of the router's columns the place that its expert gets, -1 for none."""
         columns = list(range(len(self.names))) if self.map is None else self.map.numbers.tolist()
         return [place_of.get(e, -1) for e in columns]
+
+    def _staying(self, numbers: Sequence[int]) -> list[int]:
+        """The router's columns that stay where those of experts that leave go; of these `numbers` says which.
+
+        Without a map in the order of their experts. Columns whose experts have left before, and whose mass has been
+        preserved, stay.
+        """
+        if self.map is None:
+            return sorted((c for c, number in enumerate(numbers) if number >= 0), key=lambda c: numbers[c])
+        before = self.map.numbers.tolist()
+        return [c for c, number in enumerate(numbers) if number >= 0 or before[c] < 0]
 
     @torch.no_grad()
     def assign(self, expert_map: Sequence[int]) -> None:
@@ -264,8 +284,8 @@ class BaseExperts(ExpertLayer):
 
     def _refuse_adapted(self) -> None:
         """Raise ValueError where adapters of PEFT sit on the experts or their router."""
-        parts = [self.experts, *self.gate.modules()]
-        if any(hasattr(m, "base_layer") or hasattr(m, "parametrizations") for m in (*parts, self.block)):
+        parts = [part for module in self.placed for part in module.modules()]
+        if any(hasattr(part, "base_layer") or hasattr(part, "parametrizations") for part in parts):
             raise ValueError(
                 f"adapters sit on the experts at {self.path!r}, or on their router, and would not fit any more: cut "
                 "the base model first, then add adapters"
@@ -446,11 +466,6 @@ def _each(plain: Callable[..., Tensor], experts: nn.Module, x: Tensor, indices: 
     count, k = indices.shape
     rows = x.repeat_interleave(k, 0)
     return plain(experts, rows, indices.reshape(-1, 1), x.new_ones(count * k, 1)).view(count, k, -1)
-
-
-def _staying(numbers: Sequence[int]) -> list[int]:
-    """The columns that have an expert, in the order of these."""
-    return sorted((c for c, number in enumerate(numbers) if number >= 0), key=lambda c: numbers[c])
 
 
 def _found(block: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
