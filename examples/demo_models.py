@@ -148,16 +148,19 @@ class Advance(TrainerCallback):
 
 def train(
     model: nn.Module, rows: Rows, progress: Progress, *, rate: float, batch: int, epochs: float, out: str,
-    seed: int = 0,
+    seed: int = 0, **fields: int,
 ) -> None:  # fmt: skip
-    """One run of transformers' Trainer over the rows, without its logs."""
+    """One run of transformers' Trainer over the rows, without its logs.
+
+    fields: more of the batch, the same for every row.
+    """
     arguments = TrainingArguments(
         out, per_device_train_batch_size=batch, num_train_epochs=epochs, learning_rate=rate, warmup_steps=0.06,
         lr_scheduler_type="cosine", adam_beta2=0.98, bf16=has_bfloat16(), save_strategy="no", logging_strategy="no",
         report_to="none", disable_tqdm=True, use_cpu=not torch.cuda.is_available(), dataloader_drop_last=True,
-        seed=seed,
+        seed=seed, remove_unused_columns=not fields,
     )  # fmt: skip
-    data = [{"input_ids": row, "labels": row} for row in rows]
+    data = [{"input_ids": row, "labels": row, **fields} for row in rows]
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Advance(progress, batch * rows.shape[1])])
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -203,4 +206,5 @@ def autocast(device: torch.device) -> Iterator[None]:
 
 def size(model: nn.Module) -> int:
     """Parameters that adapters add."""
-    return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name or "bank.experts" in name)
+    parts = ("lora_A", "lora_B", "bank.experts")
+    return sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in parts))

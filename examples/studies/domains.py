@@ -42,7 +42,7 @@ from demo_models import Progress, lora, mixture, new_base, perplexities, routing
 from demo_table import mean
 from demo_text import new_tokenizer, token_rows
 from domains_claims import report
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, XLoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, HfArgumentParser
 from transformers import logging as transformers_logging
@@ -56,6 +56,8 @@ GATES: dict[str, Any] = {  # router -> its specification; how it is fitted is in
     "lm_token": {"kind": "softmax", "granularity": "token"},
     "lm_prefix": {"kind": "softmax", "granularity": "causal_prefix"},
     "uniform": "constant",
+    "arrow": "arrow",
+    "phatgoose": "phatgoose",
 }
 FEATURE_ROWS = 200  # of each kind of text, for gates that a regression on states fits
 CHOOSING = 100  # the seed that rates are chosen with
@@ -68,7 +70,8 @@ SIZES: dict[str, dict[str, int]] = {
 CHOICES: dict[str, dict[str, Any]] = {
     "lora": {
         "expert": (5e-3, 1e-2, 2e-2), "temperature": (1.0, 3.0, 10.0), "joint": (2e-3, 5e-3, 1e-2),
-        "twice": (2e-3, 5e-3), "shared": (5e-3, 1e-2), "gate": (3e-3, 3e-2),
+        "twice": (2e-3, 5e-3), "shared": (5e-3, 1e-2), "gate": (3e-3, 3e-2), "phatgoose": (1e-3, 3e-3, 3e-2),
+        "xlora": (1e-3, 3e-3, 3e-2),
     },
     "bottleneck": {
         "expert": (5e-3, 1e-2, 2e-2), "temperature": (1.0, 3.0, 10.0), "joint": (2e-3, 5e-3, 1e-2),
@@ -100,7 +103,7 @@ class Arguments:
     later: str | None = field(default=None, metadata={"help": "name=FILE of a domain that is added later."})
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
     cells: list[str] = field(
-        default_factory=lambda: ["usual"], metadata={"help": "Of CELLS; or usual, fewer, main, more."}
+        default_factory=lambda: ["usual"], metadata={"help": "Of CELLS; or usual, fewer, main, more, others."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     size: str = field(default="small", metadata={"help": "What the next four are unless given: small or large."})
@@ -139,6 +142,8 @@ class Arguments:
             raise ValueError(
                 "cells: shared adapters first need --kinds lora, since no bottleneck merges into its base"
             )
+        if "bottleneck" in self.kinds and (others := set(OTHERS).intersection(self.cells)):
+            raise ValueError(f"cells={sorted(others)} need --kinds lora, since they route LoRA adapters alone")
         if CHOOSING in self.seeds:
             raise ValueError(f"seeds={self.seeds}: {CHOOSING} is the seed that rates are chosen with")
 
@@ -219,10 +224,13 @@ class Trial:
             model.save_pretrained(self.start)
         return AutoModelForCausalLM.from_pretrained(self.start)
 
-    def train(self, model: Any, rows: Tensor, rate: float, epochs: float = 1, batch: int | None = None) -> Any:
+    def train(
+        self, model: Any, rows: Tensor, rate: float, epochs: float = 1, batch: int | None = None, **fields: int
+    ) -> Any:
+        """fields: of the batch, the same for every row."""
         out = str(Path(self.args.out) / "trainer")
         train(model, rows, self.progress, rate=rate, batch=batch or self.args.batch, epochs=epochs, out=out,
-              seed=self.seed)  # fmt: skip
+              seed=self.seed, **fields)  # fmt: skip
         self.read = round(rows.numel() * epochs)
         return model
 
@@ -503,6 +511,27 @@ def counts_few(trial: Trial) -> Any:
     return model
 
 
+def phatgoose(trial: Trial) -> Any:
+    """A gate vector for each domain, trained on its text with its own adapter alone."""
+    model = trial.mixture("phatgoose")
+    model.base_model.set_stage("router")
+    for place, name in enumerate(trial.texts.domains):
+        trial.train(model, trial.texts.train[name], trial.choices["phatgoose"], expert_ids=place)
+    trial.read = trial.texts.of(trial.texts.domains).numel()
+    return model
+
+
+def xlora(trial: Trial) -> Any:
+    """PEFT's own mixture: a classifier on the base model's last states, from a first pass, trained on all text."""
+    for name in trial.texts.domains:
+        trial.expert(name)
+    base = trial.base()
+    base.config.use_cache = False
+    folders = {str(i): str(trial.own / name) for i, name in enumerate(trial.texts.domains)}  # it knows numbers alone
+    config = XLoraConfig(task_type="CAUSAL_LM", hidden_size=base.config.hidden_size, adapters=folders)
+    return trial.train(get_peft_model(base, config), trial.texts.of(trial.texts.old), trial.choices["xlora"])
+
+
 CELLS: dict[str, Cell] = {
     "base": base, "own": own_adapters, "counts": under("counts"), "joint": joint, "joint_active": joint_active,
     "added": added, "joint_anew": joint_anew, "joint_replay": joint_replay, "joint_new_alone": joint_new_alone,
@@ -514,6 +543,7 @@ CELLS: dict[str, Cell] = {
     "shared_first_wide": first_shared(3, 0.5, under("counts")), "added_first_wide": first_shared(3, 0.5, added),
     "removed_first_wide": first_shared(3, 0.5, removed),
     "counts_twice": counts_twice, "product": product, "counts_few": counts_few,
+    "arrow": under("arrow"), "phatgoose": phatgoose, "xlora": xlora,
 }  # fmt: skip
 FEWER = ("base", "own", "counts", "joint", "added", "removed", "shared", "joint_twice", "added_shared", "features",
          "uniform", "posterior")  # fmt: skip
@@ -522,7 +552,13 @@ MAIN = ("base", "own", "counts", "joint", "added", "joint_anew", "joint_new_alon
 # What may do more; run when it is asked for. A bottleneck cannot become part of the base model.
 MORE = ("shared_half", "shared_quarter", "shared_first", "shared_first_wide", "added_first_wide",
         "removed_first_wide", "counts_twice", "product", "counts_few")  # fmt: skip
-NAMED = {"usual": [cell for cell in CELLS if cell not in MORE], "fewer": FEWER, "main": MAIN, "more": MORE}
+OTHERS = ("arrow", "phatgoose", "xlora")  # how other systems route trained LoRA adapters
+NAMED = {
+    "usual": [cell for cell in CELLS if cell not in (*MORE, *OTHERS)], "fewer": FEWER, "main": MAIN, "more": MORE,
+    "others": OTHERS,
+}  # fmt: skip
+# What is chosen where cells that begin so are run, and only there.
+CHOSEN_FOR = {"gate": "lm_", "phatgoose": "phatgoose", "xlora": "xlora"}
 
 
 # --- choices on dev text ------------------------------------------------------------------------------------------
@@ -536,8 +572,8 @@ def choose(args: Arguments, texts: Texts, kind: str) -> dict[str, float]:
     chosen = known["chosen"]
     chosen.update(args.given)
     for what, values in args.choices(kind).items():
-        trains_gates = any(cell.startswith("lm_") for cell in args.cells)
-        if what not in chosen and (what != "gate" or trains_gates):
+        wanted = what not in CHOSEN_FOR or any(cell.startswith(CHOSEN_FOR[what]) for cell in args.cells)
+        if what not in chosen and wanted:
             if isinstance(values, str):
                 chosen[what] = chosen[values]
             else:
@@ -555,7 +591,7 @@ def _dev(args: Arguments, texts: Texts, kind: str, what: str, value: float, chos
     if what == "expert":
         trial.own = trial.own / f"rate{value}"
         return mean([perplexities(trial.expert(name), {name: texts.dev[name]})[name] for name in texts.domains])
-    if "expert" in chosen and what in ("gate", "shared", "temperature"):
+    if "expert" in chosen and what in ("gate", "shared", "temperature", *OTHERS):
         trial.own = trial.own / f"rate{chosen['expert']}"
     size_of = len(texts.domains)
     made: dict[str, Callable[[], Any]] = {
@@ -563,6 +599,8 @@ def _dev(args: Arguments, texts: Texts, kind: str, what: str, value: float, chos
         "twice": lambda: trial.adapter(f"twice{value}", texts.old, "twice", size_of + 1, epochs=2),
         "shared": lambda: trial.train(trial.gate("counts", shared=True), texts.of(texts.old), value),
         "gate": lambda: trial.gate("lm_prefix"),
+        "phatgoose": lambda: phatgoose(trial),
+        "xlora": lambda: xlora(trial),
         "temperature": lambda: trial.gate("counts"),
     }
     return mean(list(perplexities(made[what](), {name: texts.dev[name] for name in texts.old}).values()))

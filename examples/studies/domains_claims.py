@@ -72,6 +72,11 @@ CLAIMS = (
     Claim("experts that read twice are behind it", "counts_twice", "joint_twice", "domains", (0, 10)),
     Claim("counts times features is counts", "product", "counts", "old", (-1, 1)),
     Claim("3,000 counted tokens of each kind are nearly enough", "counts_few", "counts", "old", (0, 3)),
+    Claim("counts before Arrow", "counts", "arrow", "old", (-40, -5)),
+    Claim("counts before PHATGOOSE", "counts", "phatgoose", "old", (-35, -5)),
+    Claim("counts before PEFT's X-LoRA", "counts", "xlora", "old", (-20, -2)),
+    Claim("Arrow is before a uniform mean", "arrow", "uniform", "old", (-20, 5)),
+    Claim("X-LoRA, which reads the last states, before a gate for each layer", "xlora", "lm_token", "old", (-20, 0)),
 )  # fmt: skip
 BETWEEN_KINDS = Claim("LoRA is the better kind", "own", "own", "domains", (-INFINITE, 0))
 

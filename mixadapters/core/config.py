@@ -181,7 +181,8 @@ class MixtureConfig(PeftConfig):
         """Refuse files of an adapter that this config does not describe: their weights would mean something else.
 
         Fields whose metadata say `free` may differ: what is only for training, and what keys and shapes tell. So may
-        the keys that the metadata of a field name as `free_keys`.
+        the keys that the metadata of a field name as `free_keys`, and a `told` field where one of both is None:
+        earlier files do not say it.
 
         Raises:
             ValueError: the first field that differs, and its two values.
@@ -195,6 +196,8 @@ class MixtureConfig(PeftConfig):
         for f in fields(self):
             if f.name not in PeftConfig.__dataclass_fields__ and not f.metadata.get("free"):
                 free = f.metadata.get("free_keys", ())
+                if f.metadata.get("told") and None in (in_file[f.name], here[f.name]):
+                    continue
                 if without_keys(in_file[f.name], free) != without_keys(here[f.name], free):
                     raise ValueError(
                         f"{where}: {f.name}={in_file[f.name]!r} in the file, {here[f.name]!r} here. Load it under "

@@ -32,7 +32,8 @@ Change = Callable[[Tensor], Tensor]
 class Objective(Protocol):
     """Changes what a root forward computes: its inputs, its outputs, its loss.
 
-    Active in training; also in evaluation where the class says `in_eval = True`.
+    Active in training; also in evaluation where the class says `in_eval = True`. A class that says `passing = True` is
+    attached for a block or a run only, and is not in copies of the model that are made then.
     """
 
     takes: tuple[str, ...]  # arguments that it removes from the forward of the base model
@@ -80,7 +81,9 @@ class ForwardContext(hooks.Rooted):
     def __getstate__(self) -> dict[str, Any]:
         # Tensors of a batch are no state of the model, and those with a history cannot be copied.
         left_out: dict[str, Any] = {"records": None, "loss_log": {}, "observers": [], "usage": UsageRecorder()}
-        return {**self.__dict__, **left_out}
+        # A copy is in no run and in no block, even where it is made inside one.
+        staying = [objective for objective in self.objectives if not getattr(objective, "passing", False)]
+        return {**self.__dict__, **left_out, "objectives": staying, "loss_scale": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -2,8 +2,8 @@
 
 Metadata beside `help`: `least`, `above`, `most`, `below` (a number's range), `choices` (of a string), `pattern` (a
 string, a list's strings or a dict's keys are regular expressions), `patterns` (a dict's values are). `free` fields may
-differ between a file and the adapter that it is loaded into (`MixtureConfig.refuse_other`). An `order` gives numbers
-or weights their meaning: a saved config holds a digest of it.
+differ between a file and the adapter that it is loaded into (`MixtureConfig.refuse_other`), `told` ones where one of
+both does not say them. An `order` gives numbers or weights their meaning: a saved config holds a digest of it.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -58,7 +59,7 @@ class SavedAdapter:
 
 
 class FileWeights(dict[str, Any]):
-    """Weights that know which files they are of, also when PEFT copies them."""
+    """Weights that know which files, or which adapter of which config, they are of, also when PEFT copies them."""
 
     def __init__(self, weights: Mapping[str, Any], saved: SavedAdapter) -> None:
         super().__init__(weights)
@@ -72,6 +73,9 @@ class FileWeights(dict[str, Any]):
 
     def copy(self) -> FileWeights:
         return FileWeights(self, self.saved)
+
+    def __reduce__(self) -> Any:  # a pickle holds weights, and no code of this library
+        return OrderedDict, (), None, None, iter(self.items())
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -27,6 +27,12 @@ from mixadapters.core.sites import has_two_stacks, layer_index
 from mixadapters.core.streams import read_stream, refuse_packed
 
 NUMBERS = frozenset({"domain_ids", "expert_ids", "modality_ids"})  # which expert a row takes: each of other adapters
+# What collators make for objectives -> the objective, and a field without which no adapter here can mean it.
+FOR_OBJECTIVES = {
+    "old_input_ids": ("PreservationObjective", None),
+    "old_attention_mask": ("PreservationObjective", None),
+    "target": ("GuidanceDistillation", "guidance_scale"),
+}
 MISSPELT = 0.92  # likeness of two words: one letter or two; token_type_ids are not mm_token_type_ids
 
 
@@ -85,8 +91,8 @@ class RootHooks:
         return args, kwargs
 
     def _refuse_unread(self, kwargs: dict[str, Any]) -> None:
-        """Raises ValueError for an argument that is a field of other adapters, or nearly one of these: models with
-        **kwargs swallow it."""
+        """Raises ValueError for an argument that is a field of other adapters or an objective's, or nearly one of
+        these: models with **kwargs swallow it."""
         if torch.compiler.is_compiling():
             return
         fields = self.context.fields
@@ -96,6 +102,12 @@ class RootHooks:
                     raise ValueError(
                         f"{name} is read by no adapter of this model, so nothing would come of it. They read "
                         f"{sorted(fields)}"
+                    )
+                objective, field = FOR_OBJECTIVES.get(name, (None, None))
+                if objective is not None and (field is None or field in fields):
+                    raise ValueError(
+                        f"{name} is for {objective}, which this model has not, so nothing would come of it: give "
+                        f"StageCallback(..., objectives=[{objective}()]) to the Trainer, or leave it out of the batch"
                     )
                 if meant := get_close_matches(name, sorted(fields), n=1, cutoff=MISSPELT):
                     raise ValueError(

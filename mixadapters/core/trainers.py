@@ -58,6 +58,7 @@ class TrainerLook:
             check_launched(trainer.args)
             check_columns(trainer, fields)
             warn_of_idle_routers(trainer, fields)
+            warn_of_lacking(trainer, getattr(loader, "dataset", None), fields)
             active = getattr(trainer.model, "active_adapter", None)  # of a PeftModel, a name
             if isinstance(active, str):
                 check_best(trainer.args, active, active)
@@ -128,6 +129,19 @@ def warn_of_idle_routers(trainer: Any, fields: Iterable[str]) -> None:
         warnings.warn(
             f"the column {chosen[0]} chooses the experts of every row, so that routers, which are to train, learn "
             "nothing: leave the column out, or train a stage without them",
+            stacklevel=2,
+        )
+
+
+def warn_of_lacking(trainer: Any, dataset: Any, fields: Iterable[str]) -> None:
+    """Warn where rows of `dataset`, which is run through now, lack what adapters read and rows of training have."""
+    told, names = columns(trainer.train_dataset), columns(dataset)
+    if trainer.train_dataset is None or told is None or names is None:
+        return
+    if lacking := sorted(told.intersection(fields) - names):
+        warnings.warn(
+            f"adapters read the columns {lacking}, which the train dataset has and this one lacks: its rows go by the "
+            "router or the active adapter, and are not what was trained. Add the columns, if that is not meant",
             stacklevel=2,
         )
 

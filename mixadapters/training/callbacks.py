@@ -21,11 +21,11 @@ from mixadapters.core.saving import restore_frozen
 from mixadapters.core.trainers import check_best, check_columns, check_launched, trainer_above
 from mixadapters.routers.base import COEFFICIENTS
 from mixadapters.training.checkpoints import fault, lay_out_moments, note_stage, stage_of
-from mixadapters.training.events import find_tuner, progress
+from mixadapters.training.events import RunCallback, find_tuner, progress
 from mixadapters.training.objectives import require_pretrained_head
 
 
-class StageCallback(TrainerCallback):
+class StageCallback(RunCallback):
     """Trains the parameters of one stage of a method, with the objectives of that stage.
 
     It acts at the end of `Trainer.__init__`, before the optimizer is made, so that frozen weights never enter it, and
@@ -207,9 +207,7 @@ class StageCallback(TrainerCallback):
         if args.should_save and folder.is_dir():
             note_stage(folder, self.adapter_name, self.noted)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def run_ended(self, model: nn.Module) -> None:
         context = find_tuner(model).context
         context.loss_scale = None
         context.steps.ended(self.adapter_name)
@@ -267,6 +265,13 @@ class GateUsageCallback(TrainerCallback):
         check_switches(per_layer=per_layer)
         self.trainer, self.per_layer = trainer, per_layer
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        if (context := context_within(model)) is not None:  # what a run that has failed, or a loop, has left
+            context.usage.reset()
+            context.loss_log.clear()
+
     # Not `on_step_end`: to log there would take the place of the Trainer's own entry.
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
@@ -278,9 +283,13 @@ class GateUsageCallback(TrainerCallback):
                 self.trainer.log(report)
 
 
+def context_within(model: nn.Module) -> ForwardContext | None:
+    return next((found for module in model.modules() if (found := ForwardContext.find(module))), None)
+
+
 def collect_usage(model: nn.Module, per_layer: bool = False) -> dict[str, float]:
     """The gate usage and auxiliary losses of `model`, reset by reading: of all processes, which all call this."""
-    context = next((found for module in model.modules() if (found := ForwardContext.find(module))), None)
+    context = context_within(model)
     if context is None:
         return {}
     report = context.usage.over_processes().report(per_layer)

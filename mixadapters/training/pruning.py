@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from mixadapters.core.fields import check_integer, check_number
 from mixadapters.core.trainers import trainer_above
 from mixadapters.surgery.layers import ExpertLayer
 from mixadapters.surgery.pruning import cut, layers_to_cut
 from mixadapters.surgery.view import Routed
-from mixadapters.training.events import plain_optimizer
+from mixadapters.training.events import RunCallback, plain_optimizer
 from mixadapters.training.spawning import take_up
 
 
@@ -28,7 +28,7 @@ class Pruned:
     shares: dict[str, float]
 
 
-class ExpertPruneCallback(TrainerCallback):
+class ExpertPruneCallback(RunCallback):
     """Every so many steps drops the experts whose share of their layer's weight has fallen below beta / alive.
 
     The share is that of the weights in training, real tokens only, as an exponential average over windows of `every`
@@ -84,9 +84,7 @@ class ExpertPruneCallback(TrainerCallback):
         self.averages.clear()
         self._watch(model)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def run_ended(self, model: nn.Module) -> None:
         self._watching.close()
 
     def _watch(self, model: nn.Module) -> None:

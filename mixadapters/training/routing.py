@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from mixadapters.core.fields import check_number, finite
 from mixadapters.routers.permutation import assignment
 from mixadapters.routers.schedules import Points, check_schedules
-from mixadapters.training.events import find_tuner, progress
+from mixadapters.training.events import RunCallback, find_tuner, progress
 
 
-class RouterScheduleCallback(TrainerCallback):
+class RouterScheduleCallback(RunCallback):
     """Lets options of routers follow the training: `{"temperature": [[0, 2.0], [0.6, 0.3]]}`, piecewise linear over
     step / max_steps, for temperature, k, p, noise, jitter and the coefficients of losses.
 
@@ -60,13 +61,11 @@ class RouterScheduleCallback(TrainerCallback):
         # Before the Trainer saves: a checkpoint after step n holds what step n + 1 is to begin with.
         find_tuner(model).set_progress(progress(state), self.adapter_name)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def run_ended(self, model: nn.Module) -> None:
         find_tuner(model).context.steps.ended(self.adapter_name)
 
 
-class BalanceBiasCallback(TrainerCallback):
+class BalanceBiasCallback(RunCallback):
     """After each step of the optimizer moves the biases by which routers balance their experts (`bias_update_rate`),
     by the rows that all processes have routed in the step, accumulated micro-batches included.
 
@@ -94,13 +93,11 @@ class BalanceBiasCallback(TrainerCallback):
     ) -> None:
         find_tuner(model).update_biases(self.adapter_name)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def run_ended(self, model: nn.Module) -> None:
         find_tuner(model).context.steps.ended(self.adapter_name)
 
 
-class PermutationSearchCallback(TrainerCallback):
+class PermutationSearchCallback(RunCallback):
     """Searches the permutations that routers learn ("tree" with `learn_permutation`) in the first part of a run.
 
     tau and the number of Sinkhorn iterations go from their first to their last value, log-linearly; then each
@@ -155,9 +152,7 @@ class PermutationSearchCallback(TrainerCallback):
             progress(state) / self.fraction, tau=self.tau, iterations=self.iterations, adapter_name=self.adapter_name
         )
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+    def run_ended(self, model: nn.Module) -> None:
         find_tuner(model).context.steps.ended(self.adapter_name)
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.fields import check_number, check_share
 from mixadapters.core.joining import ITEMS, predicts_next
 from mixadapters.core.losses import masked_mean
-from mixadapters.training.events import progress
+from mixadapters.training.events import RunCallback, progress
 
 
 class TeacherDistillation:
@@ -30,6 +30,7 @@ class TeacherDistillation:
     """
 
     takes: tuple[str, ...] = ()
+    passing = True
 
     def __init__(self, teacher: nn.Module | Callable[..., Tensor], temperature: float = 1.0) -> None:
         if not callable(teacher):
@@ -86,7 +87,7 @@ def _labelled(labels: Tensor | None, logits: Tensor, module: nn.Module) -> Tenso
     return counts
 
 
-class StagedDistillCallback(TrainerCallback):
+class StagedDistillCallback(RunCallback):
     """Adds alpha * T^2 * KL(teacher || student) to the loss until `stop_at` of the run, and nothing after.
 
     For models with adapters and bare ones, such as a base whose experts have been pruned. A run that is resumed goes
@@ -129,7 +130,7 @@ class StagedDistillCallback(TrainerCallback):
                 teacher.to(device)
         found, context = ForwardContext.find(model), ForwardContext.of(model)
         self.made = context if found is None else self.made
-        if self.objective not in context.objectives:  # it stayed there if an earlier run has failed
+        if self.objective not in context.objectives:  # as where Trainer begins anew with smaller batches
             context.objectives.append(self.objective)
         self._weigh(state)
 
@@ -141,10 +142,10 @@ class StagedDistillCallback(TrainerCallback):
     def _weigh(self, state: TrainerState) -> None:
         self.objective.weight = self.alpha if progress(state) < self.stop_at else 0.0
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        context = ForwardContext.of(model)
+    def run_ended(self, model: nn.Module) -> None:
+        context = ForwardContext.find(model)
+        if context is None or self.objective not in context.objectives:  # the run did not come to its first step
+            return
         context.objectives.remove(self.objective)
         if self.made is context and not context.hosted:  # nobody else's, whatever model an earlier run has trained
             context.detach(model)

@@ -8,6 +8,7 @@ an adapter of the name is there, and transformers asks no tuner at all. A causal
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import warnings
 from dataclasses import replace
@@ -77,11 +78,25 @@ def watch_verbs() -> None:
         weights = load_weights(model_id, *args, **kwargs)
         return weights if saved is None else FileWeights(weights, saved)
 
+    state_dict_of = peft.get_peft_model_state_dict
+
+    @functools.wraps(state_dict_of)
+    def get_peft_model_state_dict(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        weights = state_dict_of(model, *args, **kwargs)
+        given = inspect.signature(state_dict_of).bind(model, *args, **kwargs).arguments
+        name = given.get("adapter_name", "default")
+        config = getattr(model, "peft_config", {}).get(name)
+        if not isinstance(config, MixtureConfig):
+            return weights
+        shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
+        return FileWeights(weights, SavedAdapter(f"the weights of an adapter {name!r}", config.to_dict(), shapes))
+
     for name in ("get_alora_offsets_for_forward", "get_alora_offsets_for_generate"):
         setattr(peft.peft_model, name, _with_read_names(getattr(peft.peft_model, name)))
     setattr(peft_from_pretrained, MARK, True)
     for module in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):
         module.load_peft_weights = load_peft_weights
+        module.get_peft_model_state_dict = get_peft_model_state_dict
     PeftModel.from_pretrained = classmethod(peft_from_pretrained)
     PeftModel.load_adapter = load_adapter
     PeftModel.create_or_update_model_card = create_or_update_model_card

@@ -491,6 +491,22 @@ def test_states_in_memory_are_set_as_before(tiny: Any) -> None:
     assert torch.equal(logits(two, "mixda"), logits(one, "mixda"))
 
 
+def test_states_in_memory_know_what_they_are_of(tiny: Any, tmp_path: Path) -> None:
+    """Domains in another order would swap the gate's arms; a pickle holds plain weights."""
+    one, two = (
+        get_peft_model(tiny("llama"), MixDAConfig(domains=names, r=4, **TASK))
+        for names in (["law", "code"], ["code", "law"])
+    )
+    weights, before = get_peft_model_state_dict(one), logits(two, "mixda")
+    with pytest.raises(ValueError, match=r"an adapter 'default'.*domain_order=.* in the file"):
+        set_peft_model_state_dict(two, weights)
+    assert torch.equal(logits(two, "mixda"), before)
+    torch.save(weights, tmp_path / "weights.pt")
+    again = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert list(again) == list(weights)
+    assert all(torch.equal(again[key], tensor) for key, tensor in weights.items())
+
+
 def test_lora_beside_a_mixture_is_asked_for(tiny: Any, tmp_path: Path) -> None:
     base = tiny("llama")
     lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)

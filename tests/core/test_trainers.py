@@ -172,3 +172,12 @@ def test_routers_that_a_column_goes_past_are_warned_of_where_they_are_to_train(m
         trainer(mixture, tmp_path, rows(), **kept).train()
         mixture.base_model.set_stage("domain")
         trainer(mixture, tmp_path, chosen, **kept).train()
+
+
+def test_rows_of_an_evaluation_that_lack_what_training_had_are_warned_of(mixture: nn.Module, tmp_path: Path) -> None:
+    run = trainer(mixture, tmp_path, rows(domain_ids=[0, 1] * 4), remove_unused_columns=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.evaluate()
+    with pytest.warns(UserWarning, match=r"columns \['domain_ids'\], which the train dataset has and this one lacks"):
+        run.evaluate(rows())

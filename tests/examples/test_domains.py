@@ -22,12 +22,15 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def plain(model: Any, rows: Any, progress: Any, *, rate: float, epochs: float, **_: Any) -> None:
+def plain(
+    model: Any, rows: Any, progress: Any, *, rate: float, epochs: float, batch: int, out: str, seed: int, **fields: int
+) -> None:
     """A training without transformers' Trainer, which takes a second to begin; the test of the demo has that."""
+    given = {name: torch.full((len(rows),), value) for name, value in fields.items()}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
     for _ in range(round(12 * epochs)):
         optimizer.zero_grad()
-        model(input_ids=rows, attention_mask=torch.ones_like(rows), labels=rows).loss.backward()
+        model(input_ids=rows, attention_mask=torch.ones_like(rows), labels=rows, **given).loss.backward()
         optimizer.step()
     model.eval()
 
@@ -53,7 +56,7 @@ def given(study, tmp_path_factory) -> dict[str, Any]:
         texts = [" ".join(draw.choices(words.split(), k=30)) + f" {i}" for i in range(40)]
         (folder / f"{kind}.txt").write_text("\n\n".join(texts), encoding="utf-8")
     few = {"expert": (5e-3, 1e-2), "temperature": (3.0,), "joint": (1e-2,), "twice": "joint", "shared": "expert",
-           "gate": (1e-2,)}  # fmt: skip
+           "gate": (1e-2,), "phatgoose": (1e-2,), "xlora": (1e-2,)}  # fmt: skip
     study.CHOICES.update(dict.fromkeys(study.KINDS, few))
     files = {kind: f"{kind}={folder}/{kind}.txt" for kind in WORDS}
     return {
@@ -114,6 +117,29 @@ def test_what_may_do_more(made, given, study) -> None:
     assert all(few[name] == pytest.approx(whole[name], rel=0.05) for name in ("law", "code", "general"))
 
 
+@pytest.mark.slow
+def test_how_others_route_the_same_adapters(made, given, study, monkeypatch) -> None:
+    trained = []
+
+    def noted(model: Any, rows: Any, *others: Any, **options: Any) -> None:
+        plain(model, rows, *others, **options)
+        names = {name for name, p in model.named_parameters() if p.requires_grad}
+        parts = {part for part in (".router.", ".internal_xlora_classifier.") if all(part in name for name in names)}
+        trained.append((len(rows), options.get("expert_ids"), parts))
+
+    monkeypatch.setattr(study, "train", noted)
+    cells = ["uniform", *study.OTHERS]
+    found = study.main(study.Arguments(**{**given, "kinds": ["lora"], "cells": cells}))
+    chosen, trained = trained[:-3], trained[-3:]
+    assert trained[:2] == [(30, 0, {".router."}), (30, 1, {".router."})]  # each vector on text of its domain
+    assert trained[2] == (90, None, {".internal_xlora_classifier."})
+    assert len(chosen) == 3  # the same of the seed that rates are chosen with
+    runs = {run["cell"]: run for run in found["runs"]}
+    assert [runs[cell]["tokens"] for cell in cells] == [0, 0, 1200, 1800]
+    assert len({run["parameters"] for run in found["runs"]}) == 1  # those of the domains' adapters
+    assert len({run["perplexity"]["law"] for run in found["runs"]}) == len(cells)  # each routes in a way of its own
+
+
 def test_experts_that_read_twice_have_the_rate_of_two_readings(study, given, monkeypatch) -> None:
     trial, asked = study.Trial(study.Arguments(**given), None, "lora", 0, {}), []
     monkeypatch.setattr(trial, "adapter", lambda name, kinds, what, epochs: asked.append((what, epochs)))
@@ -154,6 +180,7 @@ def test_what_has_no_time_is_missing_and_its_claims_are_not_run(made, given, stu
     [
         ({"cells": ["nonesuch"]}, "cells="),
         ({"cells": ["more"]}, "shared adapters first need --kinds lora"),
+        ({"cells": ["arrow"]}, "'arrow'.* need --kinds lora"),
         ({"size": "huge"}, "size='huge' is unknown; choose from"),
         ({"rates": ["expert=0"]}, "expert=0.0 must be one of .* above 0"),
         ({"rates": ["nonesuch=1"]}, "nonesuch=1.0 must be one of"),

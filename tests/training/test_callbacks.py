@@ -548,6 +548,25 @@ def test_what_no_entry_has_reported_is_reported_at_the_end(
         assert [entry["step"] for entry in gates(entries)] == steps
 
 
+def test_gate_usage_of_a_run_holds_nothing_of_before(tiny: Any, tmp_path: Path) -> None:
+    model = get_peft_model(tiny("bert", "sequence_classification"), mixda(balance_coef=0.5, task_type="SEQ_CLS"))
+    batch = {name: torch.stack([row[name] for row in rows(4, classes=True)]) for name in rows(1)[0]}
+    model.train()(**batch)  # as in a run that has failed
+    seen = model.base_model.context
+    assert seen.loss_log
+    trainer = Trainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=rows(classes=True))
+    counted: list[int] = []
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            counted.append(seen.loss_log["balance"][1])
+
+    trainer.add_callback(GateUsageCallback(trainer))
+    trainer.add_callback(Looks())
+    trainer.train()
+    assert counted == [1]
+
+
 def test_gate_usage_of_a_model_without_a_wrapper(tiny: Any, tmp_path: Path) -> None:
     model = tiny("bert", "sequence_classification")
     model.add_adapter(mixda(balance_coef=0.5))

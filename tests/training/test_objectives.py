@@ -2,14 +2,17 @@ from __future__ import annotations
 
 from math import log
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig, BertForMaskedLM, BertModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
+from mixadapters import AGDConfig, BottleneckConfig
 from mixadapters.training.objectives import (
     ContrastiveObjective,
     MaskedObjectObjective,
@@ -340,3 +343,20 @@ def test_the_forward_returns_the_mean_per_text() -> None:
         torch.testing.assert_close(output.loss, mean_per_text(output.logits, batch["labels"]))
     del batch["labels"]
     assert model(**batch).loss is None
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "objective"),
+    [
+        (BottleneckConfig(r=2), "old_input_ids", "PreservationObjective"),
+        (BottleneckConfig(r=2), "old_attention_mask", "PreservationObjective"),
+        (AGDConfig(r=4), "target", "GuidanceDistillation"),
+    ],
+)
+def test_what_a_batch_holds_for_an_objective_that_is_not_there_is_refused(
+    config: Any, name: str, objective: str, tiny: Any, tiny_inputs: Any
+) -> None:
+    model = get_peft_model(tiny("llama", num_hidden_layers=2), config).train()
+    batch = tiny_inputs("llama", labels="tokens")
+    with pytest.raises(ValueError, match=rf"{name} is for {objective}.*objectives=\[{objective}\(\)\]"):
+        model(**batch, **{name: batch["input_ids"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -130,37 +131,43 @@ class Fails(TrainerCallback):
         raise RuntimeError("the run has failed")
 
 
-def test_a_run_that_failed_leaves_no_second_teacher_to_the_next(tiny, rows, tmp_path) -> None:
+class Interrupts(TrainerCallback):
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("ends", [Fails, Interrupts])
+def test_a_run_that_fails_leaves_no_teacher_no_scale_and_no_context(ends, tiny, rows, tmp_path) -> None:
     model, callback = adapter(tiny), StagedDistillCallback(tiny("llama", num_hidden_layers=3), stop_at=1.0)
-    with pytest.raises(RuntimeError, match="has failed"):
-        trained(model, rows, tmp_path, [StageCallback("task"), callback, Fails()])
-    seen: list[int] = []
+    context, bare = ForwardContext.of(model), tiny("llama", num_hidden_layers=1)
+    for one, stage in ((model, [StageCallback("task")]), (bare, [])):
+        with pytest.raises((RuntimeError, KeyboardInterrupt)):
+            trained(one, rows, tmp_path, [*stage, callback, ends()], gradient_accumulation_steps=2)
+    assert (context.objectives, context.loss_scale) == ([], None)
+    assert ForwardContext.find(bare) is None
 
-    class Counts(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            seen.append(ForwardContext.of(model).objectives.count(callback.objective))
 
-    trained(model, rows, tmp_path, [StageCallback("task"), callback, Counts()], max_steps=1)
-    assert seen == [1]
-    assert callback.objective not in ForwardContext.of(model).objectives
+def test_a_copy_that_is_made_in_a_run_has_no_teacher_and_no_scale(tiny, rows, tmp_path) -> None:
+    copies: list[Any] = []
+
+    class Copies(TrainerCallback):
+        def on_step_end(self, *_: Any, model: Any = None, **__: Any) -> None:
+            copies.append(copy.deepcopy(model))
+
+    callback = StagedDistillCallback(tiny("llama", num_hidden_layers=3), stop_at=1.0)
+    trained(adapter(tiny), rows, tmp_path, [StageCallback("task"), callback, Copies()], max_steps=1)
+    context = ForwardContext.of(copies[0])
+    assert (context.objectives, context.loss_scale) == ([], None)
 
 
 def test_contexts_that_a_run_has_made_go_with_it_and_no_others(tiny, rows, tmp_path) -> None:
     callback = StagedDistillCallback(tiny("llama", num_hidden_layers=3))
-    first, second = (tiny("llama", num_hidden_layers=1) for _ in range(2))
-    for bare in (first, second):
-        with pytest.raises(RuntimeError, match="has failed"):
-            trained(bare, rows, tmp_path, [callback, Fails()], max_steps=1)
-        if bare is first:  # an adapter takes the context that has stayed
-            get_peft_model(first, BottleneckConfig(r=4, task_type="CAUSAL_LM"))
-        kept = ForwardContext.find(bare)
-        trained(bare, rows, tmp_path, [callback], max_steps=1)
-        assert kept is not None
-        assert ForwardContext.find(bare) is (kept if bare is first else None)
-    third = tiny("llama", num_hidden_layers=1)
-    own = ForwardContext.of(third)
-    trained(third, rows, tmp_path, [callback], max_steps=1)
-    assert ForwardContext.find(third) is own
+    own = tiny("llama", num_hidden_layers=1)
+    context, bare = ForwardContext.of(own), tiny("llama", num_hidden_layers=1)
+    for one in (own, bare):
+        trained(one, rows, tmp_path, [callback], max_steps=1)
+    assert ForwardContext.find(own) is context
+    assert ForwardContext.find(bare) is None
 
 
 def test_only_what_has_classes_in_its_last_axis_is_brought_to_a_teacher() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
+import shutil
 import warnings
 from typing import Any
 
@@ -175,6 +177,27 @@ def test_images_at_a_token_that_the_config_does_not_name_are_refused(tiny, tmp_p
     with pytest.raises(ValueError, match=message):
         get_peft_model(other, PILLConfig(r=4, token_ids=images.token_ids))
     PeftModel.from_pretrained(attached(tiny, grid=1)[0], tmp_path)
+
+
+@pytest.mark.parametrize("option", [{"grid": 2}, {"layer": 0}])
+def test_images_come_in_as_the_adapter_was_trained_with_them(option, tiny, tmp_path) -> None:
+    def adapted(**given: Any) -> Any:
+        base, images = attached(tiny, **{"grid": 1, **given})
+        return get_peft_model(base, PILLConfig(r=4, token_ids=images.token_ids, modules_to_save=["projector"]))
+
+    adapted().save_pretrained(tmp_path / "now")
+    message = r"trained with images of layer=-1, tokens=1, and here ImageInputs has layer="
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(attached(tiny, **{"grid": 1, **option})[0], tmp_path / "now")
+    with pytest.raises(ValueError, match="front_ends="):
+        adapted(**option).load_adapter(tmp_path / "now", "default")
+
+    config = json.loads((tmp_path / "now" / "adapter_config.json").read_text())
+    assert config.pop("front_ends") == {"image": {"tokens": 1, "layer": -1}}
+    shutil.copytree(tmp_path / "now", tmp_path / "old")  # earlier files say nothing of it
+    (tmp_path / "old" / "adapter_config.json").write_text(json.dumps(config))
+    PeftModel.from_pretrained(attached(tiny, **{"grid": 1, **option})[0], tmp_path / "old")
+    adapted().load_adapter(tmp_path / "old", "default")
 
 
 def test_a_base_without_what_the_adapter_saw_by_is_told_what_to_attach(tiny, tmp_path) -> None:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 from mixadapters.core.config import MixtureConfig, one_of
 from mixadapters.core.names import check_name
 from mixadapters.routers.modality import TOKEN_TYPES, Modalities
+from mixadapters.tuners.pill.inputs import check_token_ids
 from mixadapters.tuners.registration import peft_type
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -15,23 +16,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "last_layer_experts": True, "modules_to_save": ["projector"],
     },
 }  # fmt: skip
-
-
-def check_token_ids(token_ids: dict[str, list[int]]) -> None:
-    """Raises ValueError unless each modality has tokens, and no token has two modalities."""
-    modality_of: dict[int, str] = {}
-    for modality, tokens in token_ids.items():
-        if not tokens:
-            raise ValueError(f"token_ids={token_ids} has no token for {modality!r}; name one, or leave it out")
-        for token in tokens:
-            if token < 0:
-                raise ValueError(f"token_ids={token_ids}: {token} is no token id, an integer from 0")
-            if token in modality_of:
-                raise ValueError(
-                    f"token_ids={token_ids}: token {token} stands for {modality_of[token]!r} and for {modality!r}; "
-                    "name each token once"
-                )
-            modality_of[token] = modality
 
 
 @dataclass
@@ -90,6 +74,9 @@ class PILLConfig(MixtureConfig):
     stage: Literal["align", "tune"] = field(
         default="tune",
         metadata={"help": "The stage it is in; set_stage keeps it. In 'align' the gate is 1.", "free": True},
+    )
+    front_ends: dict[str, dict[str, int]] | None = field(
+        default=None, metadata={"help": "Modality -> how images or sounds come in; filled in, checked.", "told": True}
     )
 
     def __post_init__(self) -> None:

@@ -66,6 +66,9 @@ class ImageInputs(EncodedInputs):
     def tokens_per_image(self) -> int:
         return self.tokens
 
+    def facts(self) -> dict[str, int]:
+        return {**super().facts(), "layer": self.layer}
+
     def states(self, *given: Any) -> Tensor:
         return self.encode(*given)
 

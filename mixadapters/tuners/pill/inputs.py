@@ -88,6 +88,10 @@ class EncodedInputs(nn.Module):
         """For configs: the tokens that stand for this modality."""
         return {self.modality: [self.token_id]}
 
+    def facts(self) -> dict[str, int]:
+        """What gives its tokens their meaning beside encoder and projector: a config holds it, and it is compared."""
+        return {"tokens": self.tokens}
+
     def _apply(self, fn: Any, recurse: bool = True) -> EncodedInputs:
         self.encoder._apply(fn)
         return super()._apply(fn, recurse)
@@ -177,17 +181,54 @@ def embed(model: Any, input_ids: Tensor, given: dict[str, Any]) -> Tensor:
     return embeddings
 
 
-def refuse_other_placeholders(model: nn.Module, token_ids: Mapping[str, Sequence[int]]) -> None:
-    """Refuse images or sounds that stand at a token which a config does not name: it would count as text."""
-    for module in model.modules():
-        if isinstance(module, EncodedInputs):
-            named = token_ids.get(module.modality)
-            if named and module.token_id not in named:
+def check_token_ids(token_ids: dict[str, list[int]]) -> None:
+    """Raises ValueError unless each modality has tokens, and no token has two modalities."""
+    modality_of: dict[int, str] = {}
+    for modality, tokens in token_ids.items():
+        if not tokens:
+            raise ValueError(f"token_ids={token_ids} has no token for {modality!r}; name one, or leave it out")
+        for token in tokens:
+            if token < 0:
+                raise ValueError(f"token_ids={token_ids}: {token} is no token id, an integer from 0")
+            if token in modality_of:
                 raise ValueError(
-                    f"{type(module).__name__} puts {module.medium} at token {module.token_id}, and "
-                    f"token_ids={token_ids} names {named}: attach it with token_id={named[0]}, or name its own "
-                    "(token_ids)"
+                    f"token_ids={token_ids}: token {token} stands for {modality_of[token]!r} and for {modality!r}; "
+                    "name each token once"
                 )
+            modality_of[token] = modality
+
+
+def check_front_ends(model: nn.Module, config: Any) -> None:
+    """Note in a new config how images and sounds come into the model; refuse a model in which they come in otherwise.
+
+    What the model has no way in for is not asked for: text needs none.
+
+    Raises:
+        ValueError: they stand at a token that the config does not name, and would count as text; or they are not read
+            as they were when an adapter that is being loaded was saved.
+    """
+    fronts, token_ids = front_ends(model), config.token_ids or {}
+    for front in fronts:
+        named = token_ids.get(front.modality)
+        if named and front.token_id not in named:
+            raise ValueError(
+                f"{type(front).__name__} puts {front.medium} at token {front.token_id}, and token_ids={token_ids} "
+                f"names {named}: attach it with token_id={named[0]}, or name its own (token_ids)"
+            )
+    if being_loaded() is None:
+        config.front_ends = {front.modality: front.facts() for front in fronts} or None
+    for front in fronts:
+        wanted = (config.front_ends or {}).get(front.modality, front.facts())
+        if wanted != front.facts():
+            raise ValueError(
+                f"the adapter was trained with {front.medium} of {_words(wanted)}, and here {type(front).__name__} "
+                f"has {_words(front.facts())}: attach it to the base model as it was then (tokens are grid x grid of "
+                "images), before the adapter is loaded"
+            )
+
+
+def _words(facts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(facts.items()))
 
 
 def warn_of_projector(model: nn.Module, saved_whole: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from mixadapters.core.walking import outside_adapters
 from mixadapters.routers import ModalityRouter, SingleRouter
 from mixadapters.routers.modality import TOKEN_TYPES
 from mixadapters.tuners.pill.config import PILLConfig
-from mixadapters.tuners.pill.inputs import EncodedInputs, refuse_lack_of_projector, refuse_other_placeholders
+from mixadapters.tuners.pill.inputs import EncodedInputs, check_front_ends, refuse_lack_of_projector
 
 # How one linear for query, key and value orders its outputs: all values last, or the values last in each head.
 QKV_LAYOUTS = {"gpt2": "blocks", "phi3": "blocks", "gpt_neox": "heads", "bloom": "heads"}
@@ -83,7 +83,7 @@ class PILLModel(MixtureModel):
             config.token_ids = known
         if config.gate_init is None:
             config.gate_init = "one" if known or model_config.get("vision_config") else "zero"
-        refuse_other_placeholders(self.model, config.token_ids or {})
+        check_front_ends(self.model, config)
         heads = set(config.modules_to_save or ()) - HEADS
         refuse_lack_of_projector(self.model, self.places(), heads, config.token_ids or {})
         if being_loaded() is None:
