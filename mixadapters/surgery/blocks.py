@@ -242,7 +242,7 @@ class BaseExperts(ExpertLayer):
         kept = [int(e) for e in order]
         numbers = self._renumbered({e: place for place, e in enumerate(kept)})
         if not preserve_mass:
-            stay = self._staying(numbers)
+            stay = _staying(self, numbers)
             self._keep_columns(stay)
             numbers = [numbers[c] for c in stay]
         self._keep_experts(kept)
@@ -251,45 +251,25 @@ class BaseExperts(ExpertLayer):
 
     def check_keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
         kept = check_order(self, order)
-        self._refuse_adapted()
+        _refuse_adapted(self)
         if not preserve_mass:
             numbers = self._renumbered({e: place for place, e in enumerate(kept)})
-            _check_columns(self, self._staying(numbers), len(numbers))
+            _check_columns(self, _staying(self, numbers), len(numbers))
 
     def _renumbered(self, place_of: Mapping[int, int]) -> list[int]:
         """For each of the router's columns the place that its expert gets, -1 for none."""
         columns = list(range(len(self.names))) if self.map is None else self.map.numbers.tolist()
         return [place_of.get(e, -1) for e in columns]
 
-    def _staying(self, numbers: Sequence[int]) -> list[int]:
-        """The router's columns that stay where those of experts that leave go; of these `numbers` says which.
-
-        Without a map in the order of their experts. Columns whose experts have left before, and whose mass has been
-        preserved, stay.
-        """
-        if self.map is None:
-            return sorted((c for c, number in enumerate(numbers) if number >= 0), key=lambda c: numbers[c])
-        before = self.map.numbers.tolist()
-        return [c for c, number in enumerate(numbers) if number >= 0 or before[c] < 0]
-
     @torch.no_grad()
     def assign(self, expert_map: Sequence[int]) -> None:
         stands = check_map(self, expert_map)
-        self._refuse_adapted()
+        _refuse_adapted(self)
         kept = sorted(set(stands))
         numbers = self._renumbered({e: kept.index(other) for e, other in enumerate(stands)})
         self._keep_experts(kept)
         self.settle_map(numbers)
         hook_saving(self.root)
-
-    def _refuse_adapted(self) -> None:
-        """Raise ValueError where adapters of PEFT sit on the experts or their router."""
-        parts = [part for module in self.placed for part in module.modules()]
-        if any(hasattr(part, "base_layer") or hasattr(part, "parametrizations") for part in parts):
-            raise ValueError(
-                f"adapters sit on the experts at {self.path!r}, or on their router, and would not fit any more: cut "
-                "the base model first, then add adapters"
-            )
 
     def _keep_columns(self, stay: Sequence[int]) -> None:
         """Shrink the router, and whatever has an entry for each of its columns."""
@@ -374,6 +354,27 @@ class BaseExperts(ExpertLayer):
             if outputs:
                 stack.enter_context(_standing_in(self.experts, watched.forward))
             yield
+
+
+def _refuse_adapted(layer: BaseExperts) -> None:
+    """Raise ValueError where adapters of PEFT sit on the experts or their router."""
+    parts = [part for module in layer.placed for part in module.modules()]
+    if any(hasattr(part, "base_layer") or hasattr(part, "parametrizations") for part in parts):
+        raise ValueError(
+            f"adapters sit on the experts at {layer.path!r}, or on their router, and would not fit any more: cut "
+            "the base model first, then add adapters"
+        )
+
+
+def _staying(layer: BaseExperts, numbers: Sequence[int]) -> list[int]:
+    """The columns of a router that stay, where that of an expert that leaves goes: its place in `numbers` is -1.
+
+    Columns of experts that have left before, whose mass was preserved, stay; without these in the order of experts.
+    """
+    if layer.map is None:
+        return sorted((c for c, number in enumerate(numbers) if number >= 0), key=lambda c: numbers[c])
+    before = layer.map.numbers.tolist()
+    return [c for c, number in enumerate(numbers) if number >= 0 or before[c] < 0]
 
 
 def _check_columns(layer: BaseExperts, stay: Sequence[int], total: int) -> None:

@@ -40,18 +40,14 @@ def split_expert(weights: Weights, parts: int | Sequence[Tensor]) -> list[Weight
     check_kind("weights", weights, Weights, "the Weights of an expert")
     width, device = weights.down.shape[0], weights.down.device
     if not isinstance(parts, Sequence):
-        check_integer("parts", parts, least=1)
-        if width % parts:
+        check_integer("parts", parts)
+        if parts < 1 or width % parts:
             raise ValueError(f"parts={parts} does not divide the expert's width of {width}")
         units = list(torch.arange(width, device=device).chunk(parts))
     else:
         units = [whole_numbers("parts", part).to(device).long() for part in parts]
-        if (
-            not units
-            or any(part.dim() != 1 for part in units)
-            or torch.cat(units).sort().values.tolist() != list(range(width))
-            or not all(len(part) for part in units)
-        ):
+        named = sorted(unit for part in units for unit in part.reshape(-1).tolist())
+        if named != list(range(width)) or not all(part.dim() == 1 and len(part) for part in units):
             raise ValueError(f"parts must name each of the {width} hidden units once, and none may be empty")
     return [_part(weights, part, len(units)) for part in units]
 

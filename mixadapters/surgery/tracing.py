@@ -143,6 +143,8 @@ def routes(
         ValueError: the model has no routed experts, there are no texts, or one that has no tokens or too many.
     """
     layers = _one_of_each_router(require_layers(expert_layers(model, adapter)))
+    check_texts(texts)
+    check_labels(labels, len(texts))
     for name, number in (("batch", batch), ("top", top)):
         check_integer(name, number, least=1)
     ids = read_tokens(model, tokenizer, texts, length)
