@@ -120,7 +120,7 @@ class SiteFinder(BaseTuner):
                 path for path, base in bases.items() if isinstance(base, (nn.Linear, Conv1D)) and base is not head
             }
             config.target_modules = {*config.target_modules, *linear}
-            config.target_modules -= {p for p in config.target_modules if is_base_router(self._unwrapped(p))}
+            config.target_modules = {path for path in config.target_modules if not self._cannot_follow(path)}
         return config
 
     def ranked(self, config: Any) -> list[str]:
@@ -149,35 +149,39 @@ class SiteFinder(BaseTuner):
                     "exclude_modules"
                 )
 
+    def _cannot_follow(self, path: str) -> str | None:
+        """Why no adapter can follow the module at `path`; None if one can."""
+        base, parent = self._unwrapped(path), self._unwrapped(path.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            return (
+                "lies in nn.MultiheadAttention, which reads the weights and calls none of its layers, so that an "
+                "adapter there would do nothing: target the attention as a whole, or leave it out (exclude_modules)"
+            )
+        if is_base_router(base):
+            return (
+                f"({type(base).__name__}) chooses experts of the base model and gives several tensors that belong "
+                "together, of which an adapter would change one: leave it out (exclude_modules)"
+            )
+        return None
+
     def _refuse_unfollowed(self, config: MixtureConfig) -> None:
-        """Modules that no adapter can follow: torch's attention reads their weights and calls them not, or a router
-        of the base gives more than one tensor. In a saved adapter nothing comes of those, so it is read as it is."""
+        """Refuse modules that adapters cannot follow. In a saved adapter nothing comes of those, so it is read."""
         fused = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-        owners = {f"{name}.": m for name, m in self.model.named_modules() if isinstance(m, fused)}
-        made_here = being_loaded() is None
+        owners = {f"{name}.": m for name, m in self.model.named_modules() if name and isinstance(m, fused)}
         for path in self.matched(config):
-            base, outer = self._unwrapped(path), next((owners[name] for name in owners if path.startswith(name)), None)
-            if made_here and isinstance(owners.get(f"{path.rpartition('.')[0]}."), nn.MultiheadAttention):
-                raise ValueError(
-                    f"{path!r} lies in nn.MultiheadAttention, which reads the weights and calls none of its layers, "
-                    "so an adapter there would do nothing: target the attention as a whole, or leave it out "
-                    "(exclude_modules)"
-                )
+            if being_loaded() is None and (reason := self._cannot_follow(path)):
+                raise ValueError(f"{path!r} {reason}")
+            outer = next((owner for name, owner in owners.items() if path.startswith(name)), None)
             if outer is not None and torch.backends.mha.get_fastpath_enabled():
                 raise ValueError(
                     f"{path!r} lies in {type(outer).__name__}, whose fast path reads the weights in evaluation and "
-                    "calls none of its layers, so an adapter there would do nothing: call "
+                    "calls none of its layers, so that an adapter there would do nothing: call "
                     "torch.backends.mha.set_fastpath_enabled(False) in this process before"
-                )
-            if made_here and is_base_router(base):
-                raise ValueError(
-                    f"{path!r} ({type(base).__name__}) chooses experts of the base model and gives several tensors "
-                    "that belong together, of which an adapter would change one: leave it out (exclude_modules)"
                 )
 
     def _unwrapped(self, path: str) -> nn.Module:
         module = self.model
-        for part in path.split("."):
+        for part in filter(None, path.split(".")):
             module = unwrapped(getattr(module, part))
         return module
 
