@@ -159,6 +159,27 @@ def test_leader_of_a_block_is_the_module_that_runs_first(defined, run) -> None:
     assert _in_running_order(defined) == run
 
 
+def test_counting_gate_knows_the_vocabulary_of_a_model_of_images_and_text() -> None:
+    torch.manual_seed(0)
+    text = transformers.LlamaConfig(**SMALL, **ATTENTION)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    base = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=95)
+    ).eval()
+    config = MoAConfig(
+        num_experts=2, r=2, router="counts", router_scope="model", target_modules=r".*language_model.*q_proj"
+    )
+    model = get_peft_model(base, config)
+    texts = {"expert0": [list(range(5, 40))], "expert1": [list(range(30, 80))]}
+    model.base_model.fit_gate(texts, [list(range(60, 90))])
+    ids = tokens()
+    with torch.no_grad():
+        start = model(input_ids=ids).logits
+        assert not torch.allclose(randomize(model)(input_ids=ids).logits, start, atol=1e-3)
+
+
 # --- layers that are not called, or give more than one tensor ----------------------------------------------------
 
 
@@ -223,6 +244,11 @@ def test_torchs_encoder_takes_adapters_without_its_fast_path(config, slow_path) 
         changed = randomize(model)(x)
     assert not torch.allclose(changed, base, atol=1e-3)
     torch.testing.assert_close(model(x), changed)
+
+
+def test_all_linear_leaves_out_what_no_adapter_can_follow(slow_path) -> None:
+    model = get_peft_model(encoder(), BottleneckConfig(r=2, target_modules="all-linear"))
+    assert {host.path.rpartition(".")[2] for host in model.base_model.hosts()} == {"linear1", "linear2"}
 
 
 def test_no_adapter_sits_inside_torchs_attention(slow_path) -> None:
