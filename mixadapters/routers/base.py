@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -189,8 +189,11 @@ class Router(nn.Module):
         own = type(self).at_progress is not Router.at_progress
         return ("set_progress",) if own or self.has_schedules else ()
 
-    def fit(self, weights: Mapping[str, Weights | None]) -> None:
-        """Make the router from the weights of its experts; None: the expert has nothing at this place."""
+    def fit(self, weights: Mapping[str, Weights | None], kept: Collection[str] = ()) -> None:
+        """Make the router from the weights of its experts; None: the expert has nothing at this place.
+
+        kept: experts that are chosen as before, as others take their rows, or none does; given where there are any.
+        """
         raise ValueError(f"{type(self).__name__} is not made from the experts' weights, so there is nothing to fit")
 
     def constant(self) -> list[float] | None:
