@@ -225,7 +225,7 @@ class MoAModel(ExpertOverriding, ExpertCutting):
         if "k" in options:
             options["k"] = self.chosen(config, len(experts) + options.get("null_arms", cls.usual_null_arms))
         defaults: dict[str, Any] = {"first": first} if first is not None and getattr(cls, "shares", False) else {}
-        base = getattr(self.model, "config", None)
+        base: Any = getattr(self.model, "config", None)
         text = base.get_text_config() if hasattr(base, "get_text_config") else base
         vocabulary = getattr(text, "vocab_size", None)
         defaults |= {} if vocabulary is None else {"vocab_size": vocabulary}
