@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mixadapters import kernels
 from mixadapters.core.cache import claim, settle
+from mixadapters.core.fields import check_kind
 from mixadapters.core.joining import countable, join_losses, refuse_idle
 from mixadapters.core.processes import several
 from mixadapters.core.record import Record, Records
@@ -345,6 +346,7 @@ WRAPPED = (Generate, Expand, PackedBatch, PackedManager)
 
 def root_of(model: nn.Module) -> nn.Module:
     """The model whose forwards have records, inside what PEFT, data parallelism and the compiler put around it."""
+    check_kind(nn.Module, "a model", model=model)
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module

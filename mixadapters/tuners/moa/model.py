@@ -210,7 +210,9 @@ class MoAModel(ExpertOverriding, ExpertCutting):
         if "k" in options:
             options["k"] = self.chosen(config, len(experts) + options.get("null_arms", cls.usual_null_arms))
         defaults: dict[str, Any] = {"first": first} if first is not None and getattr(cls, "shares", False) else {}
-        vocabulary = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        known: Any = getattr(self.model, "config", None)
+        text = known.get_text_config() if hasattr(known, "get_text_config") else known
+        vocabulary = getattr(text, "vocab_size", None)
         defaults |= {} if vocabulary is None else {"vocab_size": vocabulary}
         assert isinstance(config.router, dict)
         return build_router({"kind": config.router["kind"], **options}, width, experts, **defaults)
