@@ -211,7 +211,9 @@ def _read_nvidia(asm: dict[str, Any], matrix: str) -> tuple[int, int, str]:
         file.write(asm["cubin"])
         file.flush()
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
-        code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        # Without analysis of data flow, a third of its time: labels of jumps are not what is looked for.
+        disassemble = [TOOLS / "nvdisasm", "-c", "-ndf", file.name]
+        code = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
     registers = re.search(r"REG:(\d+)", usage.stdout + usage.stderr)
     return int(registers[1]), len(re.findall(r"\b(?:STL|LDL)\b", code)), _first(matrix, code)
 

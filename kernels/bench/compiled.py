@@ -4,8 +4,9 @@
 
 The adapters' part alone, of width 768 and rank 16, in float32: whole batches, training steps and decoding. *plain* is
 what one would write: for one adapter two products; for eight the weights of each sequence or row, gathered, and two
-batched products. Contenders take turns in random order; the time is CPU time of the thread, the median of all turns.
-Each is compiled by inductor with shapes that do not change. Writes compiled.json.
+batched products; *keeping* the same that leaves rows of the number -1, without adapter, as they are, which ours does
+and which plain gives the last adapter. Contenders take turns in random order; the time is CPU time of the thread, the
+median of all turns. Each is compiled by inductor with shapes that do not change. Writes compiled.json.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 from mixadapters import kernels
 
 CLOSE = 1e-5  # relative distance of results
+LAYERS = 16
 
 
 class Ours(nn.Module):
@@ -54,10 +56,32 @@ class Plain(nn.Module):
         return torch.baddbmm(start, torch.bmm(rows, down[owners].mT), up[owners]).flatten(0, 1)
 
 
+class Keeping(Plain):
+    def forward(self, x: Tensor, base: Tensor, down: Tensor, up: Tensor, owners: Tensor) -> Tensor:
+        rows, start = (t.unflatten(0, (-1, self.run)) for t in (x, base))
+        named = owners.clamp_min(0)
+        y = torch.baddbmm(start, torch.bmm(rows, down[named].mT), up[named])
+        return torch.where((owners < 0)[:, None, None], start, y).flatten(0, 1)
+
+
+class Layers(nn.Module):
+    """As many in one graph as a model has: what is checked before each call is checked once for all."""
+
+    def __init__(self, one: nn.Module) -> None:
+        super().__init__()
+        self.one = one
+
+    def forward(self, x: Tensor, base: Tensor, down: Tensor, up: Tensor, owners: Tensor) -> Tensor:
+        for _ in range(LAYERS):
+            x = self.one(x, base + x, down, up, owners)
+        return x
+
+
 def cases() -> list[Case]:
     found = [Case("compiled", "lora", 2048, E, sequences=E, training=t) for t in (False, True) for E in (1, 8)]
     found += [Case("compiled", "lora", rows, 1, sequences=1) for rows in (1, 8, 64)]
-    return [*found, Case("compiled", "lora", 64, 8)]
+    found += [Case("layers", "lora", rows, 1, sequences=1) for rows in (1, 8, 64)]
+    return [*found, Case("compiled", "lora", 64, 8), Case("layers", "lora", 64, 8)]
 
 
 def measure(case: Case, turns: int) -> dict[str, float]:
@@ -65,9 +89,12 @@ def measure(case: Case, turns: int) -> dict[str, float]:
     setting = Setting(case)
     given = (setting.x, setting.base, setting.down, setting.up)
     steps: dict[str, Callable[[], object]] = {}
-    expected = Plain(case)(*given, setting.owners).detach()
+    modules = {"ours": Ours(case), "plain": Plain(case)} | ({} if case.E == 1 else {"keeping": Keeping(case)})
+    if case.group == "layers":
+        modules = {name: Layers(module) for name, module in modules.items()}
+    expected = modules["plain"](*given, setting.owners).detach()
     torch._dynamo.reset()  # or shapes that change from case to case would be dynamic
-    for name, module in {"ours": Ours(case), "plain": Plain(case)}.items():
+    for name, module in modules.items():
         for way, run in ((name, module), (f"{name}, compiled", torch.compile(module, fullgraph=True))):
 
             def step(run: Callable[..., Tensor] = run) -> object:
@@ -98,9 +125,12 @@ def main() -> None:
     results = []
     for case in cases():
         ms = measure(case, args.turns * (1 if case.T > 64 else 4))
-        ratio = ms["ours, compiled"] / ms["plain, compiled"]
-        results.append({"label": case.label, "ms": ms, "compiled, ours / plain": ratio})
-        print(f"{case.label}: {ratio:.2f}  ", "  ".join(f"{n} {v:.3g}" for n, v in ms.items()), flush=True)
+        others = [name for name in ("plain", "keeping") if name in ms]
+        ratios = {f"compiled, ours / {name}": ms["ours, compiled"] / ms[f"{name}, compiled"] for name in others}
+        results.append({"label": case.label, "group": case.group, "ms": ms, **ratios})
+        label = f"{case.label}, {LAYERS} layers" if case.group == "layers" else case.label
+        found = "  ".join(f"{ratio:.2f}" for ratio in ratios.values())
+        print(f"{label}: {found}  ", "  ".join(f"{n} {v:.3g}" for n, v in ms.items()), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     about = {"torch": torch.__version__, "python": platform.python_version(), "cpu": cpu_name(), "threads": 1}
     (args.out / "compiled.json").write_text(json.dumps({"about": about, "results": results}, indent=1))

@@ -4,12 +4,9 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mixadapters.kernels import backends, dense
+from mixadapters.kernels import backends, opened
 from mixadapters.kernels.problem import DIFFERENTIABLE, Problem, without_autocast
-
-FEW_ROWS = 64  # above, the products outweigh the call
 
 _PROBLEM = (
     "Tensor x, Tensor down, Tensor up, int[] ranks, Tensor? b_down, Tensor? b_up, Tensor? gate, Tensor? b_gate, "
@@ -142,29 +139,13 @@ def call(p: Problem, backend: str) -> Tensor:
     if not torch.is_grad_enabled():
         if nobody_looks_on(p.x):
             return _run(p, backend, keep=False)[0]
-        if not backend and _better_open(p):
-            with without_autocast(p.x):
-                return dense.forward(p, keep=False)[0]
+        y = None if backend else opened.forward(p)
+        if y is not None:
+            return y
     args = (*(getattr(p, name) for name in _NAMES), backend)
     if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in _FLOATS):
         return _Lowrank.apply(*args)
     return _forward_op(*args, False)[0]
-
-
-def _better_open(p: Problem) -> bool:
-    """Whether a compiled graph is better off with the products than with an operator that it cannot see into.
-
-    As in decoding with one expert, or a mixture of all: the call costs more there than they do, and there is nothing
-    to choose. The rows must be known to be few, so that no graph is compiled for few rows beside that for many.
-    """
-    return (
-        torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
-        and p.x.is_cpu
-        and p.indices is None
-        and not p.batch_invariant
-        and statically_known_true(p.x.shape[0] <= FEW_ROWS)
-    )
 
 
 def nobody_looks_on(x: Tensor) -> bool:

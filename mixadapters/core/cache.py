@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from transformers import cache_utils
+from transformers.utils import ModelOutput
+
+# What arguments and outputs of forwards call the key-value cache: transformers has changed it in version 5.24, where
+# outputs have the name of before as a property.
+CACHE = "cache" if hasattr(ModelOutput, "past_key_values") else "past_key_values"
 
 # A layer that holds no keys: what counts, offloads or masks the layers of a cache passes over those.
 _Layer: Any = getattr(cache_utils, "DummyLayer", cache_utils.CacheLayerMixin)
@@ -68,6 +74,15 @@ class RouterStateLayer(_Layer):
     def offload(self) -> None: ...
 
     def prefetch(self) -> None: ...
+
+
+def given_cache(inputs: Mapping[str, Any]) -> Any:
+    """The key-value cache among the arguments of a forward, whose callers may use either name; None without one.
+
+    The cache of continuous batching is none: it holds pages, and does not know the length of a sequence.
+    """
+    found = next((inputs[name] for name in (CACHE, "past_key_values") if inputs.get(name) is not None), None)
+    return found if hasattr(found, "get_seq_length") else None
 
 
 def router_state(cache: Any) -> dict[str, Tensor] | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from mixadapters.core.cache import CACHE, given_cache
 from mixadapters.core.context import ROUTES, ForwardContext
 from mixadapters.core.fields import check_integer
 from mixadapters.core.routing import FROZEN
@@ -81,7 +82,8 @@ class PosteriorRouter:
         record.values[self.field] = numbers.repeat(rows) if chosen is None else numbers[chosen.cpu()]
         kwargs = {name: self._repeated(name, value, rows, arms) for name, value in kwargs.items() if name != "labels"}
         if cache is not None:
-            kwargs["past_key_values"] = cache
+            kwargs.pop("past_key_values", None)
+            kwargs[CACHE] = cache
         if kwargs.get("logits_to_keep") is not None and arms > 1:
             kwargs["logits_to_keep"] = 0  # all: they weigh what comes
         names = context.argument_names
@@ -106,7 +108,7 @@ class PosteriorRouter:
 
     def _cache(self, inputs: dict[str, Any]) -> ArmsCache | None:
         """The cache of this forward, of all arms. Raises ValueError where another one has been filled."""
-        given = inputs.get("past_key_values")
+        given = given_cache(inputs)
         if given is None or isinstance(given, ArmsCache):
             return given
         if type(given) is not DynamicCache:
@@ -141,8 +143,8 @@ class PosteriorRouter:
             weights = self._weigh(logs, context.stream(), cache)
             logits = (logs + weights.log().unsqueeze(-1)).logsumexp(1)
             self.weights = weights.transpose(1, 2)
-        if cache is None and getattr(output, "past_key_values", None) is not None:
-            output["past_key_values"] = None  # it holds no likelihoods, so nobody can go on with it
+        if cache is None and getattr(output, CACHE, None) is not None:
+            output[CACHE] = None  # it holds no likelihoods, so nobody can go on with it
         labels = inputs.get("labels")
         if labels is not None:
             count = {n: inputs[n] for n in ("num_items_in_batch", "shift_labels") if inputs.get(n) is not None}

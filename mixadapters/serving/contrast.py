@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
+from mixadapters.core.cache import CACHE
 from mixadapters.core.context import ROUTES, ForwardContext
 from mixadapters.core.fields import finite
 from mixadapters.core.hooks import root_of
@@ -119,15 +120,14 @@ class SelfContrastLogitsProcessor(LogitsProcessor):
     def _weak_logits(self, input_ids: Tensor) -> Tensor:
         """(R, V) of the weak form after these tokens, in fp32."""
         known = 0 if self._seen is None else self._seen.shape[1]
-        more = {}
+        more = {CACHE: self._cache}
         if "position_ids" in self.context.argument_names:
             more["position_ids"] = positions(self._mask)[:, known:]
         with self._weakened(len(input_ids) // self.context.record.copies):
             output = self.root(
-                input_ids=input_ids[:, known:], attention_mask=self._mask, past_key_values=self._cache, use_cache=True,
-                **more,
+                input_ids=input_ids[:, known:], attention_mask=self._mask, use_cache=True, **more,
             )  # fmt: skip
-        self._cache, self._seen = output.past_key_values, input_ids
+        self._cache, self._seen = output[CACHE], input_ids
         return output.logits[:, -1].float()
 
 

@@ -84,9 +84,9 @@ class ServingManager(ContinuousBatchingManager):
         with self.context.packing(requests):
             super()._generation_step()
 
-    def _run_generation_loop(self) -> None:
+    def _run_generation_loop(self, **modes: Any) -> None:
         try:
-            super()._run_generation_loop()
+            super()._run_generation_loop(**modes)
         finally:
             self.work.ended(self.background_thread_status.fatal_error)
 

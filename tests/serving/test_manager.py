@@ -9,7 +9,7 @@ import pytest
 from transformers.generation.continuous_batching import cache, input_outputs, requests
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 
-from mixadapters.serving.manager import SALTED, salt_prefixes, salted
+from mixadapters.serving.manager import SALTED, ServingManager, salt_prefixes, salted
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -56,7 +56,8 @@ def test_pages_are_found_under_the_salt_under_which_they_were_kept() -> None:
     ],
 )  # fmt: skip
 def test_piece_of_transformers_that_we_rely_on_is_there(owner, name, arguments) -> None:
-    assert list(inspect.signature(getattr(owner, name)).parameters) == arguments
+    found = list(inspect.signature(getattr(owner, name)).parameters)
+    assert [argument for argument in found if argument != "use_inference_mode"] == arguments  # that is handed on
 
 
 def test_attributes_of_transformers_that_we_rely_on_are_there() -> None:
@@ -65,3 +66,13 @@ def test_attributes_of_transformers_that_we_rely_on_are_there() -> None:
     assert "def use_prefix_sharing" in inspect.getsource(cache) or "self.use_prefix_sharing" in inspect.getsource(
         cache
     )
+
+
+def test_the_loop_runs_in_the_modes_that_transformers_names_and_says_when_it_has_ended(monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(ContinuousBatchingManager, "_run_generation_loop", lambda self, **modes: seen.append(modes))
+    manager = object.__new__(ServingManager)
+    manager.work = SimpleNamespace(ended=seen.append)
+    manager.background_thread_status = SimpleNamespace(fatal_error=None)
+    manager._run_generation_loop(use_inference_mode=False)
+    assert seen == [{"use_inference_mode": False}, None]
