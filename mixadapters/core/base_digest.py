@@ -6,7 +6,7 @@ Names cannot tell: a base into which something was merged has the name of the pl
 from __future__ import annotations
 
 import hashlib
-import warnings
+import logging
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from mixadapters.core.engines import is_sharded
 from mixadapters.core.sites import layer_index
 from mixadapters.core.walking import WRAPPERS, outside_adapters, plain_path
+
+logger = logging.getLogger(__name__)
 
 SAMPLED = 8  # entries of a weight
 ALIKE = (torch.float64, torch.float32, torch.bfloat16)  # rounded to bfloat16 they say the same
@@ -56,12 +58,12 @@ def _entries(weight: Tensor) -> Tensor:
 
 
 def warn_of_other_base(model: nn.Module, saved: str | None, who: str) -> None:
-    """Warn where the weights of the base model are not those that an adapter was saved with."""
+    """Log a warning where the weights of the base model are not those that an adapter was saved with."""
     here = None if saved is None else base_digest(model)
     if here is not None and here != saved:
-        warnings.warn(
-            f"{who} was trained on a base model of other weights than this one: on another checkpoint, or on one into "
+        logger.warning(
+            "%s was trained on a base model of other weights than this one: on another checkpoint, or on one into "
             "which something had been merged. Load that, or take `base_digest` out of adapter_config.json if this is "
             "meant",
-            stacklevel=2,
+            who,
         )
