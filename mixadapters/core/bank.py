@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,6 +29,11 @@ class Weights(NamedTuple):
     b_gate: Tensor | None = None  # (r,)
     norm: tuple[Tensor, Tensor] | None = None  # weight and bias (K,) of a LayerNorm on the input
     scale: Tensor | float = 1.0  # a tensor has one entry
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them, those of the norm included."""
+        for part in self:
+            yield from (t for t in (part if isinstance(part, tuple) else (part,)) if isinstance(t, Tensor))
 
 
 class Scale(nn.Module):

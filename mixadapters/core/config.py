@@ -231,7 +231,7 @@ def refuse_unknown(cls: type, given: dict[str, Any]) -> None:
 
 def one_of(name: str, value: object, choices: Any) -> None:
     """Raise ValueError if the field `name` has a value that is not among `choices`."""
-    if value not in choices:
+    if value not in list(choices):  # a dict would hash the value
         raise ValueError(f"{name}={value!r} is unknown; choose one of {list(choices)}.{nearest(str(value), choices)}")
 
 

@@ -288,11 +288,8 @@ class ForwardContext(hooks.Rooted):
         record.open = True
         self._hooks.carry_into_checkpoints(module)
         if has_two_stacks(module):
-            inputs = {
-                **inputs,
-                "decoder_input_ids": inputs["input_ids"],
-                "decoder_attention_mask": inputs.get("attention_mask"),
-            }
+            mask = inputs.get("attention_mask")
+            inputs = {**inputs, "decoder_input_ids": inputs["input_ids"], "decoder_attention_mask": mask}
         with self.records.using(record), hooks.truncated(backbone):
             if backbone is module:
                 module.forward(**inputs)

@@ -97,6 +97,12 @@ def check_number(
         raise ValueError(_must_be(f"{name}={_shown(value)}", "a finite number", said) + _size_of(value))
 
 
+def check_kind(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> None:
+    """Raises ValueError where an argument is of another kind. what: that it must be, in words."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name}={_shown(value)} must be {what}")
+
+
 def check_switches(**switches: Any) -> None:
     """Raises ValueError where an argument is neither True nor False: any other value would count as one of them."""
     for name, value in switches.items():

@@ -82,8 +82,10 @@ def _looks_like_a_path(name: str) -> bool:
 def written_aside(path: str | Path) -> Iterator[Path]:
     """A name of its own beside `path`, for the next content: it takes its place in one step, when all is written.
 
-    A process that is killed leaves `.{name}.*.part`.
+    A process that is killed leaves `.{name}.*.part`. Raises ValueError: `path` names no file.
     """
+    if not isinstance(path, (str, os.PathLike)) or not Path(path).name:
+        raise ValueError(f"{path!r:.80} names no file to write")
     path = Path(path)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
@@ -93,8 +95,15 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def check_folder(folder: object) -> None:
+    """Raises ValueError where an argument is no path."""
+    if not isinstance(folder, (str, os.PathLike)):
+        raise ValueError(f"folder={folder!r:.80} must be the path of a folder")
+
+
 def new_folder(folder: str | Path) -> Path:
     """The path of a folder that is to be written, with a place to stand. Raises ValueError: it holds something."""
+    check_folder(folder)
     path = Path(folder)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"folder={str(folder)!r} holds something already; name a new or an empty one")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ class ArrowRouter(DirectionRouter):
         self.fitted = False
 
     @torch.no_grad()
-    def fit(self, weights: Mapping[str, Weights | None]) -> None:
-        """weights: of each expert, by name; None where it has nothing here, and is never chosen.
+    def fit(self, weights: Mapping[str, Weights | None], kept: Collection[str] = ()) -> None:
+        """weights: of each expert, by name; None where it has nothing here, and is never chosen. kept: as in `Router`.
 
         Raises:
             ValueError: other experts.
@@ -54,6 +54,8 @@ class ArrowRouter(DirectionRouter):
         if weights.keys() != set(self.experts):
             raise ValueError(f"fit needs the weights of {self.experts}, and got those of {list(weights)}")
         for place, name in enumerate(self.experts):
+            if name in kept:
+                continue
             expert = weights[name]
             row = torch.zeros(self.in_features) if expert is None else direction(expert.down, expert.up)
             self.output.weight[place] = row.to(self.output.weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class Router(nn.Module):
     has_schedules = False  # whether its mixture's config has schedules for it
     usual_null_arms = 0  # arms without expert where the option `null_arms` is not given
     needs_fit = False  # whether `fit` makes it from the experts' weights
+    anywhere = False  # whether it decides the same at every layer of its scope, so that any of them may ask it first
     shares = False  # whether it takes `first`, the router of the adapter's first layer
     fixed_experts: str | None = None  # why its experts cannot come or go; None: they can
 
@@ -189,8 +190,11 @@ class Router(nn.Module):
         own = type(self).at_progress is not Router.at_progress
         return ("set_progress",) if own or self.has_schedules else ()
 
-    def fit(self, weights: Mapping[str, Weights | None]) -> None:
-        """Make the router from the weights of its experts; None: the expert has nothing at this place."""
+    def fit(self, weights: Mapping[str, Weights | None], kept: Collection[str] = ()) -> None:
+        """Make the router from the weights of its experts; None: the expert has nothing at this place.
+
+        kept: experts that are chosen as before, as others take their rows, or none does; given where there are any.
+        """
         raise ValueError(f"{type(self).__name__} is not made from the experts' weights, so there is nothing to fit")
 
     def constant(self) -> list[float] | None:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from mixadapters.core.bank import Weights
 from mixadapters.core.hooks import root_of
 from mixadapters.core.routing import chosen_experts
+from mixadapters.core.sites import unwrapped
+from mixadapters.core.walking import plain_path
 from mixadapters.surgery.bases import BASES, Base
 from mixadapters.surgery.layouts import FUSED, holds_experts, hook_saving, recount
-from mixadapters.surgery.view import ExpertLayer, Routed, Watcher, check_map, check_order, context_of
+from mixadapters.surgery.view import ExpertLayer, Routed, Watcher, check_map, check_model, check_order, context_of
 
 
 def base_layers(model: nn.Module) -> list[ExpertLayer]:
@@ -23,6 +25,7 @@ def base_layers(model: nn.Module) -> list[ExpertLayer]:
     Raises:
         ValueError: their type is not in the table; or they are quantized, sharded or without weights.
     """
+    check_model(model)
     root = root_of(model)
     found: list[ExpertLayer] = []
     for name, module in root.named_modules():
@@ -107,6 +110,7 @@ class BaseExperts(ExpertLayer):
 
     Attributes:
         experts: the module that holds them. block: the one around it, with the router.
+        placed: what stands in the block for experts and router, which adapters of PEFT may wrap.
         model_type: the row of the table.
     """
 
@@ -114,9 +118,14 @@ class BaseExperts(ExpertLayer):
 
     def __init__(self, root: nn.Module, name: str, experts: nn.Module, base: Base, model_type: str) -> None:
         self.root, self.experts, self.base, self.model_type = root, experts, base, model_type
-        self.path = ".".join(part for part in name.split(".") if part != "base_layer")
-        self.block = root.get_submodule(name.rpartition(".")[0])
-        self.gate: Any = self.block.get_submodule(base.router)
+        self.path = plain_path(name)
+        around = name
+        while around.endswith(".base_layer"):  # adapters of PEFT may wrap the experts, or their router
+            around = around.removesuffix(".base_layer")
+        owner, _, child = around.rpartition(".")
+        self.block = root.get_submodule(owner)
+        self.placed = (self.block.get_submodule(child), self.block.get_submodule(base.router))
+        self.gate: Any = unwrapped(self.placed[1])
         self.groups = 1 if base.groups is None else int(getattr(self.gate, base.groups, None) or 1)
         if isinstance(base.competes, str):
             self.competes = not getattr(self.gate, base.competes)
@@ -154,7 +163,7 @@ class BaseExperts(ExpertLayer):
 
     @property
     def _down(self) -> Any:
-        return self.experts._parameters["down_proj"]
+        return self.experts.down_proj
 
     @property
     def _transposed(self) -> bool:
@@ -233,7 +242,7 @@ class BaseExperts(ExpertLayer):
         kept = [int(e) for e in order]
         numbers = self._renumbered({e: place for place, e in enumerate(kept)})
         if not preserve_mass:
-            stay = _staying(numbers)
+            stay = _staying(self, numbers)
             self._keep_columns(stay)
             numbers = [numbers[c] for c in stay]
         self._keep_experts(kept)
@@ -242,10 +251,10 @@ class BaseExperts(ExpertLayer):
 
     def check_keep(self, order: Sequence[int], preserve_mass: bool = False) -> None:
         kept = check_order(self, order)
-        self._refuse_adapted()
+        _refuse_adapted(self)
         if not preserve_mass:
             numbers = self._renumbered({e: place for place, e in enumerate(kept)})
-            _check_columns(self, _staying(numbers), len(numbers))
+            _check_columns(self, _staying(self, numbers), len(numbers))
 
     def _renumbered(self, place_of: Mapping[int, int]) -> list[int]:
         """For each of the router's columns the place that its expert gets, -1 for none."""
@@ -255,21 +264,12 @@ class BaseExperts(ExpertLayer):
     @torch.no_grad()
     def assign(self, expert_map: Sequence[int]) -> None:
         stands = check_map(self, expert_map)
-        self._refuse_adapted()
+        _refuse_adapted(self)
         kept = sorted(set(stands))
         numbers = self._renumbered({e: kept.index(other) for e, other in enumerate(stands)})
         self._keep_experts(kept)
         self.settle_map(numbers)
         hook_saving(self.root)
-
-    def _refuse_adapted(self) -> None:
-        """Raise ValueError where adapters of PEFT sit on the experts or their router."""
-        parts = [self.experts, *self.gate.modules()]
-        if any(hasattr(m, "base_layer") or hasattr(m, "parametrizations") for m in (*parts, self.block)):
-            raise ValueError(
-                f"adapters sit on the experts at {self.path!r}, or on their router, and would not fit any more: cut "
-                "the base model first, then add adapters"
-            )
 
     def _keep_columns(self, stay: Sequence[int]) -> None:
         """Shrink the router, and whatever has an entry for each of its columns."""
@@ -354,6 +354,27 @@ class BaseExperts(ExpertLayer):
             if outputs:
                 stack.enter_context(_standing_in(self.experts, watched.forward))
             yield
+
+
+def _refuse_adapted(layer: BaseExperts) -> None:
+    """Raise ValueError where adapters of PEFT sit on the experts or their router."""
+    parts = [part for module in layer.placed for part in module.modules()]
+    if any(hasattr(part, "base_layer") or hasattr(part, "parametrizations") for part in parts):
+        raise ValueError(
+            f"adapters sit on the experts at {layer.path!r}, or on their router, and would not fit any more: cut "
+            "the base model first, then add adapters"
+        )
+
+
+def _staying(layer: BaseExperts, numbers: Sequence[int]) -> list[int]:
+    """The columns of a router that stay, where that of an expert that leaves goes: its place in `numbers` is -1.
+
+    Columns of experts that have left before, whose mass was preserved, stay; without these in the order of experts.
+    """
+    if layer.map is None:
+        return sorted((c for c, number in enumerate(numbers) if number >= 0), key=lambda c: numbers[c])
+    before = layer.map.numbers.tolist()
+    return [c for c, number in enumerate(numbers) if number >= 0 or before[c] < 0]
 
 
 def _check_columns(layer: BaseExperts, stay: Sequence[int], total: int) -> None:
@@ -446,11 +467,6 @@ def _each(plain: Callable[..., Tensor], experts: nn.Module, x: Tensor, indices: 
     count, k = indices.shape
     rows = x.repeat_interleave(k, 0)
     return plain(experts, rows, indices.reshape(-1, 1), x.new_ones(count * k, 1)).view(count, k, -1)
-
-
-def _staying(numbers: Sequence[int]) -> list[int]:
-    """The columns that have an expert, in the order of these."""
-    return sorted((c for c, number in enumerate(numbers) if number >= 0), key=lambda c: numbers[c])
 
 
 def _found(block: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:

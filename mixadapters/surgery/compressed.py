@@ -23,14 +23,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mixadapters.core.config import one_of
+from mixadapters.core.fields import check_kind
 from mixadapters.core.files import digest_of, read_config, weights_of
-from mixadapters.core.folders import folder_aside, new_folder
+from mixadapters.core.folders import check_folder, folder_aside, new_folder
 from mixadapters.surgery.choices import CODECS
 from mixadapters.surgery.codec import EncodedRows, PackedRows
 from mixadapters.surgery.layouts import EXPERTS_FILE
 from mixadapters.surgery.lowrank import LowRankSparse, content_digest
 from mixadapters.surgery.qmoe import TernaryMatrix, encode_matrix
 from mixadapters.surgery.saving import load_pruned
+from mixadapters.surgery.view import check_model
 
 INDEX = "compression.json"  # which tensors lie in codes, by file
 LOW_RANK = "lowrank_sparse"
@@ -75,7 +77,8 @@ def save_compressed(
     Raises:
         ValueError: the folder holds something, or the codec is unknown; nothing is written.
     """
-    one_of("codec", codec, CODECS)
+    check_model(model)
+    _check_choice(codec, factors)
     target = new_folder(folder)
     with tempfile.TemporaryDirectory(dir=target.parent) as beside:
         if hasattr(model, "peft_config"):
@@ -83,6 +86,8 @@ def save_compressed(
                 raise ValueError(f"adapter_name={adapter_name!r} is unknown; have {sorted(model.peft_config)}")
             model.save_pretrained(beside, selected_adapters=[adapter_name])
             plain = Path(beside) if adapter_name == "default" else Path(beside) / adapter_name
+        elif adapter_name != "default":
+            raise ValueError(f"adapter_name={adapter_name!r}: the model has no adapters of PEFT; leave it out")
         else:
             plain = Path(beside) / "model"
             model.save_pretrained(plain)
@@ -99,7 +104,8 @@ def compress_folder(
     Raises:
         ValueError: `target` holds something, or `source` has no weights in safetensors.
     """
-    one_of("codec", codec, CODECS)
+    check_folder(source)
+    _check_choice(codec, factors)
     if (Path(source) / INDEX).exists():
         raise ValueError(f"{source} holds {INDEX}: its weights lie in codes already; expand it first")
     index: dict[str, Any] = {}
@@ -124,6 +130,14 @@ def compress_folder(
         card = aside / "README.md"
         card.write_text((card.read_text(encoding="utf-8") if card.exists() else "") + NOTE, encoding="utf-8")
     return sizes
+
+
+def _check_choice(codec: str, factors: Any) -> None:
+    one_of("codec", codec, CODECS)
+    if factors is not None:
+        check_kind("factors", factors, Mapping, "those of a Compression")
+        for form in factors.values():
+            check_kind("factors: an entry", form, LowRankSparse, "a LowRankSparse")
 
 
 def _file_digest(path: Path) -> str:
@@ -239,6 +253,7 @@ def expand_compressed(folder: str | Path, target: str | Path) -> None:
     Raises:
         ValueError: `folder` is no compressed one, is incomplete or was changed, or `target` holds something.
     """
+    check_folder(folder)
     source = Path(folder)
     files, digests = _read_index(source)
     with folder_aside(target) as aside:
@@ -364,6 +379,7 @@ def load_compressed(folder: str | Path, base_model: nn.Module | None = None, **o
     """
     from peft import PeftModel
 
+    check_folder(folder)
     _read_index(Path(folder))
     is_adapter = (Path(folder) / "adapter_config.json").is_file()
     if is_adapter != (base_model is not None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from mixadapters.core.bank import Weights
 from mixadapters.core.config import one_of
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import check_integer, check_share, check_switches
+from mixadapters.core.fields import check_integer, check_number, check_share, check_switches
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.surgery.choices import CODECS, COMPRESSIONS, ROUNDINGS, SCALES
 from mixadapters.surgery.layers import ExpertLayer, Routed
 from mixadapters.surgery.lowrank import LowRankSparse, content_digest, low_rank_sparse_expert
 from mixadapters.surgery.pruning import layers_to_cut
 from mixadapters.surgery.qmoe import MATRICES, encode_matrix, ternary_expert
-from mixadapters.surgery.view import expert_output
+from mixadapters.surgery.view import batches_of, expert_output, refuse_broken
 
 
 class Shrunk(NamedTuple):
@@ -117,9 +117,9 @@ def compress_experts(
     check_switches(dry_run=dry_run)
     shrink, options = _shrink(method, options)
     layers = layers_to_cut(model, adapter)
-    if iter(calibration) is iter(calibration):
+    if isinstance(calibration, Iterator):
         raise ValueError("calibration can be run only once, and each layer needs it: pass a list of batches")
-    if not (batches := list(calibration)) or not all(isinstance(batch, Mapping) for batch in batches):
+    if not (batches := list(batches_of("calibration", calibration))):
         raise ValueError("calibration must be a list of batches, at least one, each a dict of the model's arguments")
     check_integer("samples", samples, least=1)
     for layer in layers:
@@ -140,7 +140,7 @@ def compress_experts(
 
 
 def routed_inputs(
-    model: nn.Module, layer: ExpertLayer, batches: Iterable[dict[str, Any]], samples: int
+    model: nn.Module, layer: ExpertLayer, batches: Iterable[Mapping[str, Any]], samples: int
 ) -> list[Tensor]:
     """(n, K) for each expert of a layer, the first n <= samples rows that it gets. Padding is left out."""
     found: list[list[Tensor]] = [[] for _ in layer.names]
@@ -198,6 +198,7 @@ def _shrink(method: str, given: dict[str, Any]) -> tuple[Shrink, dict[str, Any]]
         return low_rank, options
     for name, choices in (("scale", SCALES), ("rounding", ROUNDINGS), ("codec", CODECS)):
         one_of(name, options[name], choices)
+    check_number("damping", options["damping"], above=0)
     rounding = {name: options[name] for name in ("scale", "rounding", "damping")}
 
     def ternary(weights: Weights, inputs: Tensor | None, activation: str) -> Shrunk:
@@ -225,6 +226,7 @@ def _refuse(layer: ExpertLayer, method: str, options: dict[str, Any]) -> None:
             f"the experts at {layer.key!r} have an activation of their own, {layer.activation!r}, so what they "
             f"compute is not known here; known are {sorted(ACTIVATIONS)}"
         )
+    refuse_broken(layer)
     seen = set()
     for e, name in enumerate(layer.names):
         weights = layer.weights(e)

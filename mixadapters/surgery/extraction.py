@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from torch.nn import functional as F
 
 from mixadapters.core.bank import AdapterBank, Weights
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import check_integer, check_number
+from mixadapters.core.fields import check_integer, check_kind, check_number
 from mixadapters.core.files import weights_of
 from mixadapters.core.folders import written_aside
 from mixadapters.core.hooks import root_of
 from mixadapters.core.routing import Routing
 from mixadapters.surgery.splitting import split_expert
+from mixadapters.surgery.view import batches_of, check_model
 
 Batches = Sequence[dict[str, Any]]  # arguments of a model
 PARTS = ("gate_proj", "up_proj", "down_proj")  # of the FFNs that are known here
@@ -97,6 +99,7 @@ class Extraction:
         Raises:
             ValueError: FFNs that are not there, or of another width; or top_k out of range. Nothing is changed.
         """
+        check_model(model)
         root = root_of(model)
         ffns = dense_ffns(root)
         for path, plan in self.plans.items():
@@ -121,13 +124,14 @@ class Extraction:
         for path, plan in self.plans.items():
             tensors |= {f"{path}:{i}": group for i, group in enumerate(plan.groups)}
             tensors |= {f"{path}:shared": plan.shared, f"{path}:router": plan.router.contiguous()}
-        with written_aside(Path(file)) as aside:
+        with written_aside(file) as aside:
             save_file(tensors, aside)
 
     @classmethod
     def load(cls, file: str | Path) -> Extraction:
         """What `save` has written. Raises ValueError for another file."""
         found: dict[str, dict[str, Tensor]] = {}
+        check_kind("file", file, (str, PathLike), "the path of a file")
         with weights_of(file) as tensors:
             for key in tensors:
                 path, _, name = key.rpartition(":")
@@ -190,6 +194,7 @@ def extract_experts(
     Raises:
         ValueError: a number out of range, other numbers of domains, FFNs that are not known, or no tokens.
     """
+    check_model(model)
     check_integer("seed", seed)
     _check_numbers(n, shared, top_k, samples)
     domains = dict(calibration) if isinstance(calibration, Mapping) else {"": calibration}
@@ -197,12 +202,17 @@ def extract_experts(
         raise ValueError(
             f"n={n} experts of {len(domains)} domains {sorted(domains)}: give as many, or one list of batches"
         )
-    root = root_of(model)
-    plans = {}
-    for path, (ffn, _) in dense_ffns(root).items():
+    ffns, plans = dense_ffns(root_of(model)), {}
+    for path, (ffn, _) in ffns.items():
+        units = ffn.down_proj.in_features
+        if units - round(shared * units) < n:
+            raise ValueError(f"n={n} and shared={shared} leave no unit for some experts of the {units} at {path!r}")
+    for path, (ffn, _) in ffns.items():
         seen = [_seen(model, ffn, batches, samples) for batches in domains.values()]
         if not all(len(inputs) for inputs, _ in seen):
             raise ValueError(f"no token of calibration reaches the FFN at {path!r} in each domain")
+        if not all(bool(part.isfinite().all()) for parts in seen for part in parts):
+            raise ValueError(f"the FFN at {path!r} reads or makes values of calibration that are NaN or infinite")
         inputs, active = torch.cat([x for x, _ in seen]), torch.cat([h for _, h in seen])
         if isinstance(calibration, Mapping):
             of_domain = torch.arange(n).repeat_interleave(torch.tensor([len(x) for x, _ in seen]))
@@ -241,7 +251,7 @@ def _seen(model: nn.Module, ffn: Any, batches: Iterable[dict[str, Any]], samples
     handles = [ffn.gate_proj.register_forward_pre_hook(look), ffn.down_proj.register_forward_pre_hook(look)]
     try:
         with in_evaluation(model):
-            for batch in batches:
+            for batch in batches_of("calibration", batches):
                 mask = batch.get("attention_mask")
                 if sum(map(len, active)) < samples:
                     model(**batch)
@@ -321,11 +331,12 @@ def using_experts(model: nn.Module, top_k: int) -> Iterator[None]:
     Raises:
         ValueError: the model has none, or top_k is out of range.
     """
+    check_model(model)
     found = [module for module in model.modules() if isinstance(module, ExtractedFFN)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no extracted experts; extract_experts makes some")
     for module in found:
-        _check_top_k(top_k, module.router.out_features)
+        check_integer("top_k", top_k, least=1, most=module.router.out_features)
     before = [module.top_k for module in found]
     try:
         for module in found:

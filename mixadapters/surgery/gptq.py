@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mixadapters.core.fields import check_number
+
 Quantizer = Callable[[Tensor, int], Tensor]  # a column (M,) and its number -> the column in quantized values
 
 
@@ -43,8 +45,7 @@ def gptq(weight: Tensor, moments: Tensor, quantize: Quantizer, damping: float = 
         raise ValueError(
             f"moments {tuple(moments.shape)} must be ({columns}, {columns}) for a weight {(rows, columns)}"
         )
-    if not damping > 0:
-        raise ValueError(f"damping={damping} must be above 0: inputs rarely fill all {columns} directions")
+    check_number("damping", damping, above=0)  # inputs rarely fill all directions
     left = weight.to(moments.dtype, copy=True)
     factor = _inverse_factor(moments, damping)
     quantized = torch.empty_like(left)

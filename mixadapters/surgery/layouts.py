@@ -14,6 +14,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from mixadapters.core.folders import written_aside
+from mixadapters.core.walking import plain_path
+
 EXPERTS_FILE = "mixadapters_experts.json"
 FORMAT = 1
 FUSED = ("gate_up_proj", "up_proj", "down_proj")
@@ -37,10 +40,9 @@ def layouts_of(root: nn.Module) -> Layouts:
     for name, module in root.named_modules():
         down = module._parameters.get("down_proj") if holds_experts(module) else None
         if down is not None:
-            path = ".".join(part for part in name.split(".") if part != "base_layer")
             numbers: Any = module._modules.get("expert_map")
             columns = list(range(len(down))) if numbers is None else numbers.numbers.tolist()
-            found[path] = {"experts": len(down), "columns": columns}
+            found[plain_path(name)] = {"experts": len(down), "columns": columns}
     return found
 
 
@@ -101,12 +103,14 @@ def save_cut(root: Any, folder: str | Path, *args: Any, **options: Any) -> bool:
     settle_config(root)
     layouts = layouts_of(root)
     plain = is_plain(layouts)
+    main, file = options.get("is_main_process", True), Path(folder) / EXPERTS_FILE
+    if main:
+        file.unlink(missing_ok=True)  # of an earlier save: it must not speak of other weights, whenever this is killed
     type(root).save_pretrained(root, folder, *args, **options)
-    if options.get("is_main_process", True):
-        said, file = {"format": FORMAT, "layers": layouts}, Path(folder) / EXPERTS_FILE
-        file.unlink(missing_ok=True)  # of an earlier save
+    if main:
         if not plain:
-            file.write_text(json.dumps(said, indent=1), encoding="utf-8")
+            with written_aside(file) as aside:
+                aside.write_text(json.dumps({"format": FORMAT, "layers": layouts}, indent=1), encoding="utf-8")
         (Path(folder) / "README.md").write_text(_card(root, layouts, plain), encoding="utf-8")
     return plain
 

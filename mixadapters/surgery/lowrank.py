@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.bank import Weights
-from mixadapters.core.fields import check_share
+from mixadapters.core.fields import check_integer, check_share
 from mixadapters.surgery.function import hidden_of, read_by
 
 
@@ -62,10 +62,7 @@ def low_rank_sparse(weight: Tensor, rank: int, keep: float, inputs: Tensor | Non
         ValueError: a rank or a share out of range.
     """
     rows, columns = weight.shape
-    if type(rank) is not int or not 0 <= rank <= min(rows, columns):
-        raise ValueError(
-            f"rank={rank!r} must be an integer from 0 to {min(rows, columns)} for a weight {(rows, columns)}"
-        )
+    check_integer("rank", rank, least=0, most=min(rows, columns))
     check_share("keep", keep)
     exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     left, values, right = torch.linalg.svd(exact, full_matrices=False)

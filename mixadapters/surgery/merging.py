@@ -37,7 +37,7 @@ from mixadapters.surgery.layouts import settle_config
 from mixadapters.surgery.overspecification import same_cells
 from mixadapters.surgery.pruning import check_usage, choose_kept, layers_to_cut, scores_of
 from mixadapters.surgery.usage import ExpertUsage
-from mixadapters.surgery.view import expert_output
+from mixadapters.surgery.view import expert_output, refuse_broken
 
 ROWS = 256  # random inputs on which experts are compared where none are given
 
@@ -151,6 +151,8 @@ def merge_experts(
     _check_choice(groups, similarity, grouping, weight, scope)
     if align:
         assignment()  # now, and not when half of the layers are done
+    for layer in layers:
+        refuse_broken(layer)
     used = {layer.key: scores_of(layer, usage, "usage") for layer in layers}
     if isinstance(groups, Mapping):
         stands = _named_groups(layers, groups, used)

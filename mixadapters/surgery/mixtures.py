@@ -21,7 +21,7 @@ from mixadapters.routers.task import TaskRouter
 from mixadapters.routers.tree import TreeRouter
 from mixadapters.surgery.blocks import joined_logits, type_of
 from mixadapters.surgery.function import expert_norms
-from mixadapters.surgery.view import ExpertLayer, Routed, Watcher, check_map, check_order, expert_output
+from mixadapters.surgery.view import ExpertLayer, Routed, Watcher, check_map, check_model, check_order, expert_output
 
 DENSE_AT_MOST = 8  # experts for each that a row uses, up to which those of all rows are computed together
 
@@ -32,6 +32,7 @@ def mixture_layers(model: nn.Module, adapter: str | None = None) -> list[ExpertL
     Raises:
         ValueError: no such adapter.
     """
+    check_model(model)
     found = [tuner for tuner in model.modules() if callable(getattr(tuner, "mixtures", None))]
     tuner: Any = found[0] if found else None
     have = list(tuner.peft_config) if tuner is not None else []

@@ -21,7 +21,7 @@ from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import check_integer
 from mixadapters.surgery.choices import check_tolerance
 from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers, require_layers
-from mixadapters.surgery.view import expert_output
+from mixadapters.surgery.view import batches_of, expert_output
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,14 @@ def layer_cells(
         tolerance: distance below which two compute the same, see `function_distances`.
 
     Raises:
-        ValueError: a tolerance that is not from 0 to 2.
+        ValueError: a tolerance that is not from 0 to 2, or outputs that are not finite.
     """
     check_tolerance("tolerance", tolerance)
+    if broken := [name for name, output in zip(names, outputs, strict=True) if not bool(output.isfinite().all())]:
+        raise ValueError(
+            f"experts {broken} at {path!r} give NaN or infinite outputs, of which none can be said to be the same: "
+            "their weights are broken, or what they read, or they overflow their dtype"
+        )
     distances = function_distances(outputs)
     cells = same_cells(distances, tolerance)
     needed = None if top_k is None else needed_places([len(cell) for cell in cells], top_k)
@@ -186,7 +191,7 @@ def overspecification_report(
     with in_evaluation(model), ExitStack() as stack:
         for layer in layers:
             stack.enter_context(layer.watch(partial(seen[layer.key].add, samples=samples)))
-        for batch in data:
+        for batch in batches_of("data", data):
             model(**batch)
     if idle := [key for key, sample in seen.items() if not sum(map(len, sample.rows))]:
         raise ValueError(f"no row of data reaches the experts at {idle[0]!r}: give batches that do")

@@ -13,16 +13,15 @@ import json
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from mixadapters.core.fields import check_kind
 from mixadapters.core.folders import written_aside
 from mixadapters.core.usage import WITHOUT_EXPERT
 from mixadapters.surgery.tracing import LayerRoutes, RouteTable
-
-if TYPE_CHECKING:
-    from mixadapters.surgery.usage import ExpertUsage
+from mixadapters.surgery.usage import ExpertUsage, check_is_usage
 
 MOST_CHOICES = 2_000_000  # of all tokens in all layers: some 20 MB
 MOST_TOKENS = 100_000  # more of them are slow to draw
@@ -51,6 +50,9 @@ def write_page(
 def page(table: RouteTable, usage: ExpertUsage | None = None, title: str = "Which expert took each token") -> str:
     """The page as text. See `write_page`."""
     check_size(table)
+    check_kind("title", title, str, "a string")
+    if usage is not None:
+        check_is_usage("usage", usage)
     parts = {name: files("mixadapters.surgery").joinpath(f"page.{name}").read_text("utf-8") for name in ("css", "js")}
     values = {
         "title": html.escape(title),
@@ -66,6 +68,7 @@ def page(table: RouteTable, usage: ExpertUsage | None = None, title: str = "Whic
 
 def check_size(table: RouteTable) -> None:
     """Raises ValueError where there is nothing to show, or more than a browser draws with ease."""
+    check_kind("table", table, RouteTable, "a RouteTable, as routes gives it")
     if not table.layers or not any(table.tokens):
         raise ValueError(f"a page of {len(table.tokens)} texts and {len(table.layers)} layers has nothing to show")
     choices = sum(experts.numel() for layer in table.layers for experts in layer.experts)

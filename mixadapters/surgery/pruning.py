@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.config import one_of
-from mixadapters.core.fields import check_integer, check_switches
+from mixadapters.core.fields import check_integer, check_kind, check_switches
 from mixadapters.surgery.choices import CRITERIA, SCOPES, Criterion, Scope
 from mixadapters.surgery.layers import ExpertLayer, expert_layers, require_layers
 from mixadapters.surgery.layouts import settle_config
 from mixadapters.surgery.mixtures import MixtureExperts, mixture_layers
-from mixadapters.surgery.usage import ExpertUsage, LayerUsage
+from mixadapters.surgery.usage import ExpertUsage, LayerUsage, check_is_usage
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,7 @@ def check_usage(layers: Sequence[ExpertLayer], usage: ExpertUsage | None, withou
         if without:
             return
         raise ValueError("usage=None: say how the experts are used, by record_usage on data of the task")
+    check_is_usage("usage", usage)
     for layer in layers:
         found = usage.layers.get(layer.key)
         if found is None:
@@ -160,6 +161,11 @@ def check_usage(layers: Sequence[ExpertLayer], usage: ExpertUsage | None, withou
         found.refuse_others(layer)
         if not int(found.rows):
             raise ValueError(f"the usage of {layer.key!r} has seen no rows: run the model inside record_usage")
+        if not all(bool(t.isfinite().all()) for t in (found.mass, found.saliency)) or bool(found.logits.isnan().any()):
+            raise ValueError(
+                f"the usage of {layer.key!r} holds NaN or infinite values, which the model has computed: an expert, "
+                "its router or a layer before has broken weights, or overflows its dtype; mend that and record anew"
+            )
 
 
 def _check_choice(keep: Any, factor: Any, criterion: str, scope: str) -> None:
@@ -282,9 +288,7 @@ def sizes_of(layers: Sequence[ExpertLayer], kept: Mapping[str, Sequence[int]]) -
     before = after = 0
     for layer in layers:
         for e in range(len(layer.names)):
-            weights = layer.weights(e)
-            held = (weights.down, weights.up, weights.b_down, weights.b_up, weights.gate, weights.b_gate)
-            count = sum(tensor.numel() for tensor in held if tensor is not None)
+            count = sum(tensor.numel() for tensor in layer.weights(e).tensors())
             before += count
             after += count if e in kept[layer.key] else 0
     return before, after
@@ -366,6 +370,7 @@ def prune_curve(
     check_switches(higher_is_better=higher_is_better)
     if not callable(evaluate):
         raise ValueError(f"evaluate={evaluate!r:.80} must be a function of a model, which gives a loss or an accuracy")
+    check_kind("keeps", () if keeps is None else keeps, Iterable, "a list of numbers of experts")
     for keep in () if keeps is None else keeps:
         check_integer("keeps", keep, least=1)
     layers = layers_to_cut(model, options.get("adapter"))

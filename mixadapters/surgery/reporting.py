@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from mixadapters.core.bank import Weights
 from mixadapters.core.hooks import root_of
 from mixadapters.surgery.layers import expert_layers, require_layers
-from mixadapters.surgery.usage import ExpertUsage, LayerUsage
+from mixadapters.surgery.usage import ExpertUsage, LayerUsage, check_is_usage
 from mixadapters.surgery.view import ExpertLayer
 
 if TYPE_CHECKING:
@@ -159,6 +158,8 @@ def report(
         ValueError: the model has no routed experts, or the record is of other ones.
     """
     layers = require_layers(expert_layers(model, adapter))
+    if usage is not None:
+        check_is_usage("usage", usage)
     found = tuple(_layer(layer, usage, overspecification) for layer in layers)
     held = list(model.parameters())
     total = sum(parameter.numel() for parameter in held)
@@ -166,7 +167,7 @@ def report(
         _layer(layer, usage, None) for layer in _known_layers(model) if layer.key not in {of.key for of in found}
     ]
     active = total - sum(layer.parameters - layer.active_parameters for layer in (*found, *others))
-    nbytes = sum(parameter.numel() * parameter.element_size() for parameter in held)
+    nbytes = sum(parameter.nbytes for parameter in held)
     return Report(total, active, 2 * (active - _looked_up(model)), nbytes, found)
 
 
@@ -195,9 +196,9 @@ def _layer(layer: ExpertLayer, usage: ExpertUsage | None, found: Overspecificati
     if layer.top_k is None and recorded is not None and recorded.rows:
         active = float(recorded.tokens.sum() / recorded.rows)
     share = active / len(experts)
-    matrices = sum(part.numel() for weights in experts for part in _tensors(weights) if part.dim() == 2)
-    parameters = sum(part.numel() for weights in experts for part in _tensors(weights))
-    nbytes = sum(part.numel() * part.element_size() for weights in experts for part in _tensors(weights))
+    tensors = [tensor for weights in experts for tensor in weights.tensors()]
+    matrices = sum(tensor.numel() for tensor in tensors if tensor.dim() == 2)
+    parameters = sum(tensor.numel() for tensor in tensors)
     cells = None if found is None else found.layers.get(layer.key)
     return LayerReport(
         key=layer.key,
@@ -208,19 +209,11 @@ def _layer(layer: ExpertLayer, usage: ExpertUsage | None, found: Overspecificati
         parameters=parameters,
         active_parameters=parameters * share,
         flops=2 * (matrices * share + layer.router_entries),
-        nbytes=nbytes,
+        nbytes=sum(tensor.nbytes for tensor in tensors),
         use=None if recorded is None or not recorded.rows else _use(recorded),
         duplicates=None if cells is None else cells.duplicates,
         needed_k=None if cells is None else cells.needed_k,
     )
-
-
-def _tensors(weights: Weights) -> Iterable[Tensor]:
-    for part in weights:
-        if isinstance(part, Tensor):
-            yield part
-        elif isinstance(part, tuple):
-            yield from part
 
 
 def _use(usage: LayerUsage) -> Use:

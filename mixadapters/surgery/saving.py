@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from mixadapters.core.folders import folder_aside
+from mixadapters.core.folders import check_folder, folder_aside
 from mixadapters.core.hooks import root_of
 from mixadapters.surgery.bases import BASES
 from mixadapters.surgery.blocks import BaseExperts, base_layers
 from mixadapters.surgery.layouts import EXPERTS_FILE, FORMAT, holds_experts, hook_saving, save_cut
+from mixadapters.surgery.view import check_model
 
 LARGEST_FILE = 2**22  # bytes of the file above
 OPTIONS = ("dtype", "device_map", "attn_implementation", "experts_implementation", "max_memory", "offload_folder")
@@ -41,6 +42,7 @@ def save_pruned(model: nn.Module, folder: str | Path) -> bool:
     Raises:
         ValueError: the folder holds something, or the model is no MoE base model of the table, or has adapters in it.
     """
+    check_model(model)
     root: Any = root_of(model)
     if any("base_layer" in name.split(".") for name, _ in root.named_modules()):
         raise ValueError(
@@ -64,6 +66,7 @@ def load_pruned(folder: str | Path, **options: Any) -> Any:
     """
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise ValueError(f"load_pruned takes no {unknown}; it takes {list(OPTIONS)}")
+    check_folder(folder)
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise ValueError(f"folder={str(folder)!r} has no config.json: name a folder that save_pruned has written")

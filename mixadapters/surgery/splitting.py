@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.bank import Weights
+from mixadapters.core.fields import check_integer, check_kind
+from mixadapters.core.numbers import whole_numbers
 
 ROWS = ("down", "gate", "b_down", "b_gate")  # of `Weights`: one entry for each hidden unit; `up` has a column
 
@@ -35,14 +37,17 @@ def split_expert(weights: Weights, parts: int | Sequence[Tensor]) -> list[Weight
     Raises:
         ValueError: the width cannot be parted so, or the units are no partition of it.
     """
+    check_kind("weights", weights, Weights, "the Weights of an expert")
     width, device = weights.down.shape[0], weights.down.device
-    if isinstance(parts, int):
+    if not isinstance(parts, Sequence):
+        check_integer("parts", parts)
         if parts < 1 or width % parts:
             raise ValueError(f"parts={parts} does not divide the expert's width of {width}")
         units = list(torch.arange(width, device=device).chunk(parts))
     else:
-        units = [torch.as_tensor(part, device=device).long() for part in parts]
-        if torch.cat(units).sort().values.tolist() != list(range(width)) or not all(len(part) for part in units):
+        units = [whole_numbers("parts", part).to(device).long() for part in parts]
+        named = sorted(unit for part in units for unit in part.reshape(-1).tolist())
+        if named != list(range(width)) or not all(part.dim() == 1 and len(part) for part in units):
             raise ValueError(f"parts must name each of the {width} hidden units once, and none may be empty")
     return [_part(weights, part, len(units)) for part in units]
 
@@ -59,8 +64,11 @@ def join_experts(parts: Sequence[Weights]) -> Weights:
     Raises:
         ValueError: no parts, or they are of different kinds: gated or not, biased or not, with LayerNorms that differ.
     """
+    check_kind("parts", parts, Sequence, "a list of the Weights of experts")
     if not parts:
         raise ValueError("parts=[] are no experts to join")
+    for i, part in enumerate(parts):
+        check_kind(f"parts[{i}]", part, Weights, "the Weights of an expert")
     first = parts[0]
     for i, other in enumerate(parts):
         odd = [n for n in Weights._fields if (getattr(first, n) is None) != (getattr(other, n) is None)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mixadapters.core.evaluation import in_evaluation
+from mixadapters.core.fields import check_integer
 from mixadapters.core.routing import FROZEN
 from mixadapters.core.sites import has_two_stacks
 from mixadapters.surgery.layers import expert_layers, require_layers
@@ -69,6 +70,8 @@ class RouteTable:
 
 def check_labels(labels: Sequence[str] | None, count: int) -> None:
     """Raises ValueError where there is not one for each of so many texts."""
+    if labels is not None and (isinstance(labels, (str, Mapping)) or not isinstance(labels, Collection)):
+        raise ValueError(f"labels={labels!r:.80} must be a list with one string for each text")
     if labels is not None and len(labels) != count:
         raise ValueError(f"labels: {len(labels)} for {count} texts; give one for each")
 
@@ -140,7 +143,10 @@ def routes(
         ValueError: the model has no routed experts, there are no texts, or one that has no tokens or too many.
     """
     layers = _one_of_each_router(require_layers(expert_layers(model, adapter)))
+    check_texts(texts)
     check_labels(labels, len(texts))
+    for name, number in (("batch", batch), ("top", top)):
+        check_integer(name, number, least=1)
     ids = read_tokens(model, tokenizer, texts, length)
     seen: dict[str, tuple[ExpertLayer, list[Tensor], list[Tensor]]] = {}
     with evaluating(model), context_of(model), ExitStack() as stack:
@@ -169,10 +175,20 @@ def _one_of_each_router(layers: Sequence[ExpertLayer]) -> list[ExpertLayer]:
     return list(found.values())
 
 
+def check_texts(texts: Any) -> None:
+    """Raises ValueError where an argument is no list of texts, or one of none."""
+    several = isinstance(texts, Collection) and not isinstance(texts, (str, Mapping))
+    if not several or not len(texts) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"texts={texts!r:.80} must be a list of one text or more")
+
+
 def read_tokens(model: nn.Module, tokenizer: Any, texts: Sequence[str], length: int | None = None) -> list[list[int]]:
     """The ids of each text, as many as `length`. Raises ValueError: see `routes`."""
-    if isinstance(texts, str) or not texts:
-        raise ValueError(f"texts={texts!r} must be a list of one text or more")
+    check_texts(texts)
+    if length is not None:
+        check_integer("length", length, least=1)
+    if not callable(tokenizer):
+        raise ValueError(f"tokenizer={tokenizer!r:.80} is no tokenizer; load one: AutoTokenizer.from_pretrained(...)")
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     found = []
     for i, text in enumerate(texts):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mixadapters.core.config import one_of
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_kind, finite
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import Routing, chosen_experts
@@ -26,7 +26,8 @@ from mixadapters.routers.tree import TreeRouter
 from mixadapters.surgery.blocks import BaseExperts
 from mixadapters.surgery.layers import ExpertLayer, expert_layers, require_layers
 from mixadapters.surgery.mixtures import MixtureExperts, deciding_router
-from mixadapters.surgery.usage import ExpertUsage, record_usage
+from mixadapters.surgery.usage import ExpertUsage, check_is_usage, record_usage
+from mixadapters.surgery.view import batches_of, check_model
 
 MODES = ("zero", "mask")
 SCORES = ("count", "weight")
@@ -142,7 +143,7 @@ def tune_experts(
     """
     layers = require_layers(expert_layers(model, adapter))
     one_of("mode", mode, MODES)
-    tunings = read_places(layers, off, on or {}, scale or {})
+    tunings = read_places(layers, off, {} if on is None else on, {} if scale is None else scale)
     for layer, tuning in tunings.items():
         check_tuning(layer, tuning, mode)
     with ExitStack() as stack:
@@ -155,14 +156,16 @@ def read_places(
     layers: Sequence[ExpertLayer], off: Iterable[Place], on: Mapping[Any, float], scale: Mapping[Any, float]
 ) -> dict[ExpertLayer, LayerTuning]:
     """What to do by layer. Raises ValueError for layers and experts that are not there, and numbers out of range."""
+    check_kind("off", off, Iterable, "a list of (layer, expert)")
     for name, numbers, most, what in (("on", on, 1.0, "a share, from 0 to 1"), ("scale", scale, 1e30, "0 or more")):
+        check_kind(name, numbers, Mapping, "a dict of (layer, expert) to numbers")
         for place, number in numbers.items():
             if not finite(number) or not 0 <= number <= most:
                 raise ValueError(f"{name}[{place!r}]={number!r} must be {what}")
     by_layer = (
-        _by_layer("off", dict.fromkeys(map(tuple, off), 0.0), layers),
-        _by_layer("on", on, layers),
-        _by_layer("scale", scale, layers),
+        _by_layer("off", ((place, 0.0) for place in off), layers),
+        _by_layer("on", on.items(), layers),
+        _by_layer("scale", scale.items(), layers),
     )
     found = {}
     for layer in layers:
@@ -173,10 +176,10 @@ def read_places(
 
 
 def _by_layer(
-    argument: str, places: Mapping[Any, float], layers: Sequence[ExpertLayer]
+    argument: str, places: Iterable[tuple[Any, float]], layers: Sequence[ExpertLayer]
 ) -> dict[ExpertLayer, dict[str, float]]:
     found: dict[ExpertLayer, dict[str, float]] = {}
-    for place, number in places.items():
+    for place, number in places:
         layer, name = _found(argument, place, layers)
         entry = found.setdefault(layer, {})
         if name in entry:
@@ -187,7 +190,7 @@ def _by_layer(
 
 def _found(argument: str, place: Place, layers: Sequence[ExpertLayer]) -> tuple[ExpertLayer, str]:
     """The layer and the name of an expert."""
-    if isinstance(place, str) or len(place) < 2:
+    if isinstance(place, str) or not isinstance(place, Sequence) or len(place) < 2:
         raise ValueError(f"{argument}: {place!r} must be (layer, expert)")
     key, expert = place[0], place[1]
     named = [layer for layer in layers if layer.key == key] or [layer for layer in layers if layer.path == key]
@@ -309,6 +312,8 @@ def rank_by_usage(one: ExpertUsage, other: ExpertUsage, score: str = "count") ->
         ValueError: an unknown score, or usages of different layers, or of no rows.
     """
     one_of("score", score, SCORES)
+    for name, usage in (("one", one), ("other", other)):
+        check_is_usage(name, usage)
     if one.layers.keys() != other.layers.keys():
         raise ValueError(f"the usages are of different layers: {sorted(one.layers.keys() ^ other.layers.keys())}")
     found = []
@@ -340,11 +345,12 @@ def ftri(
         ValueError: the model has no experts, an unknown score, or no rows.
     """
     one_of("score", score, SCORES)
+    check_model(model)
     usages = []
     with in_evaluation(model):
-        for batches in (one, other):
+        for name, batches in (("one", one), ("other", other)):
             with record_usage(model, samples=0, adapter=adapter) as usage:
-                for batch in batches:
+                for batch in batches_of(name, batches):
                     model(**batch)
             usages.append(usage)
     return rank_by_usage(usages[0], usages[1], score)
@@ -358,6 +364,7 @@ def selectivity(target: tuple[float, float], rest: tuple[float, float]) -> float
     Raises:
         ValueError: an error that is not positive.
     """
-    if not all(finite(value) and value > 0 for value in (*target, *rest)):
+    pairs = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in (target, rest))
+    if not pairs or not all(finite(value) and value > 0 for value in (*target, *rest)):
         raise ValueError(f"target={target} and rest={rest} must be errors above 0, before and after")
     return (target[1] / target[0]) / (rest[1] / rest[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mixadapters.core.fields import check_integer
+from mixadapters.core.fields import check_integer, check_kind
 from mixadapters.core.folders import written_aside
 from mixadapters.core.losses import entropy, real_only
 from mixadapters.surgery.layers import expert_layers, require_layers
@@ -184,6 +184,8 @@ class ExpertUsage:
 
     def __add__(self, other: ExpertUsage) -> ExpertUsage:
         """Of both runs or processes. Raises ValueError where a layer has other experts in the other."""
+        if not isinstance(other, ExpertUsage):
+            return NotImplemented
         layers = dict(self.layers)
         for key, usage in other.layers.items():
             layers[key] = layers[key] + usage if key in layers else usage
@@ -204,7 +206,7 @@ class ExpertUsage:
                              "units": layer.units})  # fmt: skip
                 plain = layer.cpu()
                 tensors |= {f"{len(said) - 1}.{name}": getattr(plain, name).contiguous() for name in PARTS}
-        with written_aside(Path(file)) as aside:
+        with written_aside(file) as aside:
             save_file(tensors, aside, metadata={"mixadapters_usage": str(FORMAT), "layers": json.dumps(said)})
 
     @classmethod
@@ -228,6 +230,11 @@ class ExpertUsage:
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{str(file)!r} is no file that ExpertUsage.save has written: {error}") from None
         return usage
+
+
+def check_is_usage(name: str, value: Any) -> None:
+    """Raises ValueError where an argument is no usage."""
+    check_kind(name, value, ExpertUsage, "an ExpertUsage, as record_usage gives it")
 
 
 def _key_of(usage: ExpertUsage, layer: LayerUsage) -> str:
@@ -357,6 +364,7 @@ def record_usage(
 
 
 def _checked(labels: Any) -> Sequence[str] | None:
-    if isinstance(labels, str) or (labels is not None and not all(isinstance(label, str) for label in labels)):
+    given = () if labels is None else labels
+    if isinstance(given, str) or not isinstance(given, Iterable) or not all(isinstance(one, str) for one in given):
         raise ValueError(f"labels={labels!r} must be a list of strings, one for each row of the batch")
     return labels

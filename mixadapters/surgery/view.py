@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters.core.bank import Weights
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.fields import check_kind
+from mixadapters.core.numbers import whole_numbers
 from mixadapters.surgery.function import hidden_of
 
 
@@ -153,9 +155,40 @@ class ExpertLayer(ABC):
         """
 
 
+def check_model(model: Any) -> None:
+    """Raises ValueError where an argument is no model."""
+    check_kind("model", model, nn.Module, "a model, as a torch.nn.Module")
+
+
+def batches_of(name: str, given: Any) -> Iterator[Mapping[str, Any]]:
+    """The batches of the argument `name`, one by one. Raises ValueError for what is no batch."""
+    if isinstance(given, (str, Mapping, Tensor)) or not isinstance(given, Iterable):
+        raise ValueError(
+            f"{name}={given!r:.80} must be a list of batches, at least one, each a dict of the model's arguments"
+        )
+    for number, batch in enumerate(given):
+        check_kind(f"batch {number} of {name}", batch, Mapping, "a dict of the model's arguments")
+        yield batch
+
+
+def refuse_broken(layer: ExpertLayer) -> None:
+    """Raise ValueError where experts have no weights yet, or some that are no finite numbers."""
+    for e, name in enumerate(layer.names):
+        tensors = list(layer.weights(e).tensors())
+        if any(tensor.is_meta for tensor in tensors):
+            raise ValueError(
+                f"expert {name!r} at {layer.key!r} is on the meta device and has no weights: load them first"
+            )
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            raise ValueError(
+                f"expert {name!r} at {layer.key!r} has weights that are NaN or infinite: train it "
+                "anew, or take it out (ExpertLayer.keep)"
+            )
+
+
 def check_order(layer: ExpertLayer, order: Sequence[int]) -> list[int]:
     """The numbers of experts to keep. Raises ValueError where they are none of the layer's."""
-    kept, count = [int(e) for e in order], len(layer.names)
+    kept, count = _whole("order", order), len(layer.names)
     if not kept or len(set(kept)) < len(kept) or not all(0 <= e < count for e in kept):
         raise ValueError(f"order={list(order)} at {layer.key!r} must be different numbers of its {count} experts")
     return kept
@@ -163,13 +196,19 @@ def check_order(layer: ExpertLayer, order: Sequence[int]) -> list[int]:
 
 def check_map(layer: ExpertLayer, expert_map: Sequence[int]) -> list[int]:
     """Which expert stands for each. Raises ValueError as `ExpertLayer.assign`."""
-    found, count = [int(e) for e in expert_map], len(layer.names)
+    found, count = _whole("expert_map", expert_map), len(layer.names)
     if len(found) != count or not all(0 <= e < count and found[e] == e for e in found):
         raise ValueError(
             f"expert_map={list(expert_map)} at {layer.key!r} must have {count} numbers of experts, and those who "
             "stand for others must stand for themselves"
         )
     return found
+
+
+def _whole(name: str, numbers: Any) -> list[int]:
+    check_kind(name, numbers, Iterable, "numbers of experts")
+    given = list(numbers)
+    return whole_numbers(name, given).tolist() if given else []
 
 
 def expert_output(weights: Weights, activation: str, x: Tensor) -> Tensor:

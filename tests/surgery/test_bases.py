@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from moe_bases import EXPERTS, RANK, WIDTH, batch, forced_off, logits, moe
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -179,12 +180,31 @@ def test_a_router_keeps_as_many_experts_as_a_token_uses() -> None:
         layer.keep([3])
     with pytest.raises(ValueError, match="different numbers of its 6 experts"):
         layer.keep([3, 3])
+    with pytest.raises(ValueError, match="order must be whole numbers"):
+        layer.keep([0.5, 1.5, 2.5])  # type: ignore[list-item]
     assert len(layer.names) == EXPERTS
 
 
 def test_a_type_outside_of_the_table_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"'llama4_text'.* is not in the table.*mixtral"):
         expert_layers(moe("llama4_text"))
+
+
+@pytest.mark.parametrize("target", ["mlp.experts.gate_up_proj", "mlp.gate.weight"])
+def test_experts_under_lora_are_seen_and_not_cut(target: str) -> None:
+    config = LoraConfig(r=2, target_parameters=[target], target_modules=[], init_lora_weights=False)
+    model = get_peft_model(moe("mixtral"), config).eval()
+    plain = logits(model, BATCH)
+    with record_usage(model) as usage:
+        torch.testing.assert_close(logits(model, BATCH), plain, rtol=1e-5, atol=1e-5)
+    layers = layers_of(model)
+    assert [layer.key for layer in layers] == list(usage.layers) == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
+    assert layers[0].top_k == 2
+    for cut in (lambda: layers[0].keep([0, 1, 2]), lambda: layers[0].assign([0, 0, 2, 3, 4, 5])):
+        with pytest.raises(
+            ValueError, match=r"adapters sit on the experts at 'model.layers.0.mlp.experts', or on their"
+        ):
+            cut()
 
 
 def test_quantized_experts_are_refused() -> None:

@@ -136,6 +136,13 @@ def test_an_expert_that_nothing_reaches_is_rounded_to_nearest(tiny, batches) -> 
     assert all(math.isnan(expert.error) == (expert.rows == 0) for expert in told.experts)
 
 
+def broken(tiny):
+    model = tiny("mixtral", num_hidden_layers=2)
+    with torch.no_grad():
+        expert_layers(model)[1].weights(1).up[0, 0] = torch.nan
+    return model
+
+
 def test_what_cannot_be_compressed_is_refused_before_anything_changes(tiny, moa, batches) -> None:
     model = tiny("mixtral", num_hidden_layers=2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -156,6 +163,10 @@ def test_what_cannot_be_compressed_is_refused_before_anything_changes(tiny, moa,
             "keep=2 must be a number from 0 to 1",
         ),
         (lambda: compress_experts(tiny("llama"), batches), "the model has no routed experts"),
+        (lambda: compress_experts(model, batches, codec="packed", damping=-1), "damping=-1 must be a finite number"),
+        (lambda: compress_experts(model, [1], codec="packed"), "batch 0 of calibration=1 must be a dict"),
+        (lambda: compress_experts("mixtral", batches), "model='mixtral' must be a model"),
+        (lambda: compress_experts(broken(tiny), batches, codec="packed"), "expert '1' .* weights that are NaN"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -133,6 +133,12 @@ def test_padding_is_no_token(tiny, batches) -> None:
         assert all(torch.equal(a, b) for a, b in zip(plans[0][path].groups, plans[1][path].groups, strict=True))
 
 
+def overflowing(tiny):
+    model = tiny("llama", num_hidden_layers=2)
+    model.model.layers[0].mlp.up_proj.weight.data.fill_(torch.inf)
+    return model
+
+
 def test_what_cannot_be_extracted_is_refused_and_nothing_changes(tiny, batches, tmp_path) -> None:
     model = tiny("llama", num_hidden_layers=2)
     adapted = get_peft_model(tiny("llama"), BottleneckConfig())
@@ -145,6 +151,9 @@ def test_what_cannot_be_extracted_is_refused_and_nothing_changes(tiny, batches, 
         (lambda: extract_experts(model, 4, batches, samples=3), "samples=3 must be"),
         (lambda: extract_experts(model, 4, {"a": batches}), "n=4 experts of 1 domains"),
         (lambda: extract_experts(model, 4, []), "no token of calibration"),
+        (lambda: extract_experts(model, 4, [5]), "batch 0 of calibration=5 must be a dict"),
+        (lambda: extract_experts(model, 4, batches, shared=0.99), "leave no unit for some experts of the 48 at"),
+        (lambda: extract_experts(overflowing(tiny), 4, batches), "values of calibration that are NaN or infinite"),
         (lambda: extract_experts(tiny("bert"), 4, batches), "has no FFN of gate_proj"),
         (lambda: extract_experts(adapted, 4, batches), "with adapters are not known"),
         (lambda: other.apply(model), "is not for an FFN of 32 x 48"),

@@ -58,5 +58,5 @@ def test_without_usable_inputs_it_rounds_to_nearest(moments: torch.Tensor) -> No
 def test_wrong_shapes_and_dampings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"moments \(3, 3\) must be \(4, 4\)"):
         gptq(torch.zeros(2, 4), torch.eye(3), to_half)
-    with pytest.raises(ValueError, match="damping=0 must be above 0"):
+    with pytest.raises(ValueError, match="damping=0 must be a finite number, above 0"):
         gptq(torch.zeros(2, 4), torch.eye(4), to_half, damping=0)

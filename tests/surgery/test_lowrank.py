@@ -57,7 +57,7 @@ def test_an_expert_that_keeps_all_rows_is_itself_and_fewer_bytes_err_more(form: 
 
 
 def test_ranks_and_shares_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="rank=17 must be an integer from 0 to 16"):
+    with pytest.raises(ValueError, match="rank=17 must be an integer, at least 0, at most 16"):
         low_rank_sparse(planted(), 17, 0.1)
     with pytest.raises(ValueError, match=r"keep=1.5 must be a number from 0 to 1"):
         low_rank_sparse(planted(), 2, 1.5)

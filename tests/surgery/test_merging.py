@@ -104,6 +104,32 @@ def test_doubles_that_are_written_differently_are_found_and_merged_exactly(
     torch.testing.assert_close(mass, torch.stack([told_mass[0] + told_mass[3], told_mass[1], told_mass[2]]))
 
 
+@torch.no_grad()
+def test_a_router_made_of_weights_stays_as_it_is_where_experts_are_merged_or_leave(
+    tiny: Any, tiny_inputs: Any
+) -> None:
+    model, inputs = moa(tiny, router="arrow"), tiny_inputs("llama")
+    model.base_model.fit_router()
+
+    def directions() -> list[Tensor]:
+        return [layer.mixture.router.output.weight.clone() for layer in expert_layers(model)]  # type: ignore[attr-defined]
+
+    before = directions()
+    groups = {layer.key: [["expert0", "expert3"]] for layer in expert_layers(model)}
+    merge_experts(model, used(model, inputs), groups)
+    assert all(map(torch.equal, directions(), before))
+    merged = model(**inputs).logits
+    prune_experts(model, used(model, inputs), 3, preserve_mass=True)  # nobody leaves
+    assert torch.equal(model(**inputs).logits, merged)
+    model.base_model.add_expert("later")
+    rows = [layer.mixture.router.output.weight for layer in expert_layers(model)]  # type: ignore[attr-defined]
+    gone = [layer.mixture.stands for layer in expert_layers(model)]  # type: ignore[attr-defined]
+    assert all(len(stands) == 1 for stands in gone)
+    for row, old, stands in zip(rows, before, gone, strict=True):
+        place = int(next(iter(stands)).removeprefix("expert"))
+        assert torch.equal(row[place], old[place])
+
+
 def test_lora_is_merged_as_a_product_and_a_mean_of_factors_is_something_else() -> None:
     """Factors A and GA of one product: their products agree, the mean of their factors does not."""
     first = Weights(drawn(3, 8), drawn(6, 3, seed=1), scale=2.0)

@@ -14,6 +14,7 @@ from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.overspecification import (
     expert_cells,
     function_distances,
+    layer_cells,
     mutual_information,
     needed_places,
     overspecification_report,
@@ -87,6 +88,13 @@ def test_places_are_those_of_the_largest_cells(sizes: tuple[int, ...], k: int, n
 def test_a_tolerance_below_0_is_refused() -> None:
     with pytest.raises(ValueError, match=r"tolerance=-0.1 must be"):
         expert_cells([make_expert()], make_inputs(), "identity", tolerance=-0.1)
+
+
+def test_an_expert_whose_outputs_are_none_is_no_double() -> None:
+    outputs = torch.randn(3, 4, 2)
+    outputs[1, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"experts \['b'\] at 'here' give NaN"):
+        layer_cells(outputs, "abc", top_k=2, path="here")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from browser import Page, find_chromium, open_browser
 from mixadapters.surgery import page as page_module
 from mixadapters.surgery.page import page, short_keys, write_page
 from mixadapters.surgery.tracing import LayerRoutes, RouteTable
+from mixadapters.surgery.usage import ExpertUsage
 
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>{{script}}\u2028 & \"'"
 TOKENS = [["The", " cell", " di", "vides", "."], ["def", " f", "(x):", "\n   ", " return", "", " 😀"], [EVIL, " end"]]
@@ -96,11 +97,11 @@ def test_experts_are_numbered_through_by_name() -> None:
 
 def test_recorded_usage_is_that_of_its_layer_and_label() -> None:
     path = table().layers[0].key
-    usage = SimpleNamespace(
+    usage = ExpertUsage(
         layers={path: SimpleNamespace(names=("2", "0"), mass=torch.tensor([4.0, 1.0]))},
-        by_label={"code": SimpleNamespace(layers={path: SimpleNamespace(names=("2",), mass=torch.tensor([3.0]))})},
+        by_label={"code": ExpertUsage(layers={path: SimpleNamespace(names=("2",), mass=torch.tensor([3.0]))})},
     )
-    data = json.loads(Reader(page(table(), usage)).scripts[0])  # type: ignore[arg-type]
+    data = json.loads(Reader(page(table(), usage)).scripts[0])
     assert data["usage"][0] == {"all": [1.0, 0.0, 4.0], "labels": [None, [0.0, 0.0, 3.0], None]}
     assert data["usage"][1] is None  # nothing was recorded there
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mixadapters import MixDAConfig, MoAConfig
 from mixadapters.surgery.layers import expert_layers
+from mixadapters.surgery.merging import merge_experts
 from mixadapters.surgery.pruning import prune_curve, prune_experts
 from mixadapters.surgery.usage import ExpertUsage, record_usage
 
@@ -149,6 +150,39 @@ def test_layers_under_one_router_lose_the_same_experts(tiny: Any, tiny_inputs: A
 
 
 @torch.no_grad()
+def test_a_pyramid_of_experts_is_cut_saved_and_loaded(tiny: Any, tiny_inputs: Any, tmp_path: Any) -> None:
+    """Layers have other numbers of experts: each keeps its own, at its own modules."""
+    model, inputs = moa(tiny, num_experts={"0": 2, "1": 4}, router_scope="model"), tiny_inputs("llama")
+    prune_experts(model, used(model, inputs), 3, criterion="random")
+    assert [len(layer.names) for layer in expert_layers(model)] == [2, 3]
+    again = reloaded(tiny, model, tmp_path)
+    torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_who_keeps_all_that_are_left_changes_nothing() -> None:
+    """Of columns whose mass was preserved nobody has become anything since: rows that choose them get nothing."""
+    model = moe("qwen2_moe")
+    prune_experts(model, used(model, BATCH), 4, preserve_mass=True)
+    before = logits(model, BATCH)
+    prune_experts(model, used(model, BATCH), 4)
+    torch.testing.assert_close(logits(model, BATCH), before)
+    prune_experts(model, used(model, BATCH), 3)
+    assert [len(layer.map.numbers) for layer in expert_layers(model)] == [EXPERTS - 1] * 2  # type: ignore[attr-defined]
+
+
+def test_a_usage_of_values_that_are_none_chooses_nothing() -> None:
+    model = moe("mixtral")
+    with torch.no_grad():
+        expert_layers(model)[0].weights(1).up[0, 0] = torch.nan
+    usage = used(model, BATCH)
+    for criterion in ("saliency", "usage"):
+        with pytest.raises(ValueError, match=r"layers.0.mlp.experts' holds NaN or infinite values"):
+            prune_experts(model, usage, 4, criterion=criterion)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="holds NaN or infinite values"):
+        merge_experts(model, usage, 4)
+
+
+@torch.no_grad()
 def test_domains_of_mixda_can_be_pruned_layer_by_layer(tiny: Any, tiny_inputs: Any, tmp_path: Any) -> None:
     config = MixDAConfig(domains=["law", "code", "bio"], domain_layers=[0, 1])
     model = randomised(get_peft_model(tiny("llama", num_hidden_layers=2), config))
@@ -264,6 +298,7 @@ def test_scores_of_nothing_choose_nothing(tiny: Any, tiny_inputs: Any) -> None:
         ({"keep": 2, "scope": "model"}, r"one of \['layer', 'global'\]"),
         ({"keep": 2, "usage": None}, "record_usage"),
         ({"keep": 2, "usage": ExpertUsage()}, "has nothing of"),
+        ({"keep": 2, "usage": {}}, r"usage=\{\} must be an ExpertUsage, as record_usage gives it"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_changes(options: dict[str, Any], said: str) -> None:

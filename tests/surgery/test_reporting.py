@@ -13,7 +13,7 @@ from peft import get_peft_model
 from mixadapters import MixDAConfig, MoAConfig
 from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.reporting import report
-from mixadapters.surgery.usage import LayerUsage, record_usage
+from mixadapters.surgery.usage import ExpertUsage, LayerUsage, record_usage
 
 EXPERTS = 6
 
@@ -108,12 +108,12 @@ def test_use_is_that_of_the_record(base, usage) -> None:
         assert use.entropy == pytest.approx(recorded.mean_entropy)
 
 
-def planted(key: str, tokens: list[int]) -> SimpleNamespace:
+def planted(key: str, tokens: list[int]) -> ExpertUsage:
     made = LayerUsage.empty(key, "", list("012345"))
     made.tokens += torch.tensor(tokens)
     made.mass += torch.tensor(tokens).double()
     made.rows += sum(tokens) // 2
-    return SimpleNamespace(layers={key: made})
+    return ExpertUsage({key: made})
 
 
 def test_dead_and_busy_experts_are_named(base) -> None:
@@ -145,7 +145,7 @@ def test_a_record_of_other_experts_is_refused(base) -> None:
     first = report(base).layers[0].key
     made = LayerUsage.empty(first, "", ["0", "1"])
     with pytest.raises(ValueError, match=r"and it has .* now: record anew"):
-        report(base, SimpleNamespace(layers={first: made}))  # type: ignore[arg-type]
+        report(base, ExpertUsage({first: made}))
 
 
 def test_a_model_without_experts_is_refused(tiny) -> None:

@@ -197,6 +197,12 @@ def test_labels_are_counted_before_anything_runs(tiny) -> None:
         routes(tiny("mixtral"), None, TEXTS, labels=["x"])
 
 
+@pytest.mark.parametrize("options", [{"batch": -1}, {"length": -1}, {"top": 0}, {"labels": "abc"}])
+def test_numbers_that_would_drop_tokens_or_texts_are_refused(tiny, options) -> None:
+    with pytest.raises(ValueError, match=rf"{next(iter(options))}=.* must be"):
+        routes(tiny("mixtral"), Letters(), TEXTS, **options)
+
+
 def test_a_model_without_experts_is_refused(tiny) -> None:
     with pytest.raises(ValueError, match="no routed experts"):
         routes(tiny("llama"), Letters(), TEXTS)

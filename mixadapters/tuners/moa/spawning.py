@@ -57,6 +57,7 @@ class ExpertSpawning(ExpertVerbs):
                 if piece in mixture.bank.experts:
                     for name in (from_expert, *names):
                         diversify(mixture.bank.experts[config.pieces(name)[i]], mask_fraction, noise)
+        self.fit_router(adapter_name, missing_ok=True)
         self._settle(adapter_name)
 
 

@@ -91,6 +91,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         if like is not None:
             check_experts([name], from_file=False)
             self._add_copy(name, like, share, adapter_name)
+            self.fit_router(adapter_name, missing_ok=True)
             self._settle(adapter_name)
             return
         spec = check_experts({name: source}, from_file=False)[name]
@@ -105,6 +106,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         self._add(name, spec, share, adapter_name)
         if found is not None:
             self.fill(adapter_name, name, found)
+        self.fit_router(adapter_name, missing_ok=True)
         self._settle(adapter_name)
 
     def _add_copy(self, name: str, like: str, share: float, adapter_name: str) -> None:
@@ -215,6 +217,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                 config.null_arms.pop(path, None)
         del config.experts[name]
         config.expert_order = list(config.experts)
+        self.fit_router(adapter_name, missing_ok=True)
         self._settle(adapter_name)
 
     def _take_out(self, adapter_name: str, path: str) -> None:
@@ -227,14 +230,13 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         """Experts that were numbered have names of their own from now on."""
         if config.experts is not None:
             return
-        config.experts = {name: {} for name in config.all_names()}
+        named: dict[str, dict[str, Any]] = {name: {} for name in config.all_names()}
         if isinstance(config.num_experts, dict):
             for path in paths:
                 for name, rank in self._numbered_at(config, path).items():
-                    spec = config.experts[name]
-                    spec.setdefault("ranks", {})[path] = rank
-                    spec.setdefault("scales", {})[path] = config.scale_at(path, rank)
-        config.num_experts = 8
+                    named[name].setdefault("ranks", {})[path] = rank
+                    named[name].setdefault("scales", {})[path] = config.scale_at(path, rank)
+        config.experts, config.num_experts = named, 8
         config.expert_order = list(config.experts)
 
     def _require(self, adapter_name: str, verb: str) -> None:
@@ -249,7 +251,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                 config.null_arms[path] = nulls
 
     def _settle(self, adapter_name: str) -> None:
-        """Number everything anew, fit routers that read the experts' weights, and train what the stage trains."""
+        """Number everything anew, and train what the stage trains."""
         config = self._moa(adapter_name)
         pieces = (piece for name in config.all_names() for piece in config.pieces(name))
         number_of = {piece: number for number, piece in enumerate(pieces)}
@@ -259,7 +261,6 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
             mixture.number()
             assert mixture.hard_routes is not None
             mixture.hard_routes.number([number_of[name] for name in mixture.expert_names], len(number_of))
-        self.fit_router(adapter_name, missing_ok=True)
         self.set_trainable(adapter_name)
 
     def _choose_among(self, config: MoAConfig, router: Any, arms: int) -> None:

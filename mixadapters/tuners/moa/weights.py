@@ -50,7 +50,8 @@ class ExpertWeights(MixtureModel):
                 trained = any(bool(bank.experts[n].up.weight.any()) for n in bank.names if not empty)
                 if not empty and trained and (not missing_ok or being_loaded() is None):
                     weights = dict(zip(bank.names, bank.weights(None), strict=True))
-                    router.fit({name: weights.get(name) for name in router.experts})
+                    kept = {"kept": mixture.stands.keys()} if mixture.stands else {}
+                    router.fit({name: weights.get(name) for name in router.experts}, **kept)
                 fitted = True
         if not fitted and not missing_ok:
             raise ValueError(
