@@ -13,7 +13,7 @@ from mixadapters.core.fields import check_kind
 @contextmanager
 def in_evaluation(model: nn.Module) -> Iterator[None]:
     """Inside the block all of the model is in evaluation; afterwards every module is as it was."""
-    check_kind(nn.Module, "a model", model=model)
+    check_kind("model", model, nn.Module, "a model")
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

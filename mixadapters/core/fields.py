@@ -110,13 +110,6 @@ def check_switches(**switches: Any) -> None:
             raise ValueError(f"{name}={_shown(value)} must be True or False")
 
 
-def check_kind(kind: type | tuple[type, ...], what: str, **given: Any) -> None:
-    """Raises ValueError where an argument is no `kind`, which is called `what`: "a list of batches"."""
-    for name, value in given.items():
-        if not isinstance(value, kind):
-            raise ValueError(f"{name}={_shown(value)} must be {what}, and is of type {type(value).__name__}")
-
-
 def check_share(name: str, value: Any) -> None:
     """Raises ValueError where `value` is no number from 0 to 1."""
     if not (finite(value) and 0 <= value <= 1):

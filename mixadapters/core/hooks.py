@@ -363,7 +363,7 @@ WRAPPED = (Generate, Expand, PackedBatch, PackedManager)
 
 def root_of(model: nn.Module) -> nn.Module:
     """The model whose forwards have records, inside what PEFT, data parallelism and the compiler put around it."""
-    check_kind(nn.Module, "a model", model=model)
+    check_kind("model", model, nn.Module, "a model")
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module

@@ -100,7 +100,7 @@ def row_numbers(names: Sequence[str], order: Sequence[str], noun: str) -> Tensor
     """(B,) the number of each name in `order`, -1 for "__base__". Raises ValueError for other names."""
     if isinstance(names, str):
         raise ValueError(f"names={names!r} must be a list with one name for each row; write [{names!r}]")
-    check_kind(Iterable, "a list with one name for each row", names=names)
+    check_kind("names", names, Iterable, "a list with one name for each row")
     number_of = {name: number for number, name in enumerate(order)} | {"__base__": -1}
     for name in names:
         if name not in number_of:
@@ -120,7 +120,7 @@ def spread_pins(routes: Mapping[Any, Any], experts: Mapping[RoutingKey, Sequence
     Raises:
         ValueError: a key that no router has, or a value that is no routing of its experts.
     """
-    check_kind(Mapping, "a dict of patterns, such as 'ffn/*', to routings", routes=routes)
+    check_kind("routes", routes, Mapping, "a dict of patterns, such as 'ffn/*', to routings")
     names = {key: f"{key.group}/{key.layer}" for key in experts}
     pins: dict[RoutingKey, Any] = {}
     for pattern, value in sorted(routes.items(), key=lambda item: isinstance(item[0], tuple)):

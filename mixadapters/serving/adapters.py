@@ -149,7 +149,7 @@ class ServedAdapters:
             AdapterRefused: it cannot be right among packed requests, or its first forward fails; it has been taken
                 out again.
         """
-        check_kind((str, PathLike), "the path of a folder", folder=folder)
+        check_kind("folder", folder, (str, PathLike), "the path of a folder")
         with self._claimed(name):
             with _readable(name):
                 found = read_folder(folder, self._forms)
@@ -204,7 +204,7 @@ class ServedAdapters:
         """
         if name == BASE:
             raise UnknownAdapter(f"{BASE!r} is the base model, which is not unloaded")
-        check_kind(str, "the name of an adapter", name=name)
+        check_kind("name", name, str, "the name of an adapter")
         with self._lock:
             if name not in self._served:
                 raise self._unknown(name)

@@ -25,7 +25,7 @@ def confidence(logits: Tensor, dispersion: Literal["variance", "entropy"] = "var
     Raises:
         ValueError: fewer than two classes, or another dispersion.
     """
-    check_kind(Tensor, "a tensor (..., C)", logits=logits)
+    check_kind("logits", logits, Tensor, "a tensor (..., C)")
     classes = logits.shape[-1]
     if classes < 2:
         raise ValueError(f"confidence needs two classes or more, and logits {tuple(logits.shape)} have {classes}")
@@ -236,8 +236,8 @@ class OneAdapter:
     """A model of which one adapter answers all rows, in whatever batch. name: of the adapter; "__base__": none."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
-        check_kind(nn.Module, "a model", model=model)
-        check_kind(str, "the name of an adapter", name=name)
+        check_kind("model", model, nn.Module, "a model")
+        check_kind("name", name, str, "the name of an adapter")
         known = getattr(model, "peft_config", None)
         if known is None and name != BASE:
             raise ValueError(f"{type(model).__name__} has no adapters, and so none of the name {name!r}")

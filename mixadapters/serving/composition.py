@@ -193,7 +193,7 @@ class CompositionRouter:
         Raises:
             ValueError: a file is missing or cut, or says something that no router is saved with; the message names it.
         """
-        check_kind((str, PathLike), "the path of a folder", folder=folder)
+        check_kind("folder", folder, (str, PathLike), "the path of a folder")
         path = Path(folder) / CONFIG
         content = read_config(path)
         try:

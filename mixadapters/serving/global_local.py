@@ -98,7 +98,7 @@ class GlobalLocalMixture:
     """
 
     def __init__(self, model: Any, embed: Callable[..., Tensor], threshold: float = 0.5) -> None:
-        check_kind(nn.Module, "a PeftModel with an adapter for each user", model=model)
+        check_kind("model", model, nn.Module, "a PeftModel with an adapter for each user")
         check_share("threshold", threshold)
         if not hasattr(model, "peft_config") or not callable(embed):
             raise ValueError(

@@ -109,7 +109,7 @@ Lesson = tuple[PregateRouter, tuple[RoutingKey, ...]]  # a pre-gate, and the rou
 def _teach(
     model: nn.Module, tuner: MixtureModel, adapter: str, batches: Iterable[Batch], lessons: list[Lesson], lr: float
 ) -> None:
-    check_kind(Iterable, "a list, or another iterable, of batches", batches=batches)
+    check_kind("batches", batches, Iterable, "a list, or another iterable, of batches")
     if not finite(lr) or lr <= 0:
         raise ValueError(f"lr={lr!r} must be a number above 0")
     parameters = dict.fromkeys(parameter for router, _ in lessons for parameter in router.parameters())
@@ -154,8 +154,8 @@ def pregate_agreement(
     """
     tuner, mixtures = _mixtures(model, adapter)
     routers = dict.fromkeys(mixtures, router) if isinstance(router, PregateRouter) else router
-    check_kind(Mapping, "a PregateRouter, or a dict of them by the keys of routers", router=routers)
-    check_kind(Iterable, "a list, or another iterable, of batches", batches=batches)
+    check_kind("router", routers, Mapping, "a PregateRouter, or a dict of them by the keys of routers")
+    check_kind("batches", batches, Iterable, "a list, or another iterable, of batches")
     if routers.keys() != mixtures.keys():
         raise ValueError(f"router: {sorted(map(str, routers))} are not the mixture's, {sorted(map(str, mixtures))}")
     for key, mixture in mixtures.items():
@@ -224,8 +224,8 @@ def _observed(tuner: MixtureModel, observe: Any) -> Iterator[None]:
 
 def _mixtures(model: nn.Module, adapter: str) -> tuple[MixtureModel, dict[RoutingKey, Any]]:
     """The tuner of an adapter, and its mixtures by the keys of their routers."""
-    check_kind(nn.Module, "a PeftModel with MoA or MixDA", model=model)
-    check_kind(str, "the name of an adapter", adapter=adapter)
+    check_kind("model", model, nn.Module, "a PeftModel with MoA or MixDA")
+    check_kind("adapter", adapter, str, "the name of an adapter")
     tuner = next((module for module in model.modules() if isinstance(module, MixtureModel)), None)
     mixtures = {} if tuner is None else tuner.mixtures(adapter)
     if tuner is None or not mixtures:
@@ -256,7 +256,7 @@ def _check_arms(router: PregateRouter, names: Sequence[str]) -> None:
 
 
 def _new(model: Any, names: list[str], options: Any) -> PregateRouter:
-    check_kind(Mapping, "a dict of options of PregateRouter", options=options)
+    check_kind("options", options, Mapping, "a dict of options of PregateRouter")
     usual = {"vocab_size": model.config.get_text_config().vocab_size, "granularity": "token", "k": min(2, len(names))}
     router = build_router({**usual, **options, "kind": "pregate"}, 1, names)
     assert isinstance(router, PregateRouter)
@@ -264,7 +264,7 @@ def _new(model: Any, names: list[str], options: Any) -> PregateRouter:
 
 
 def _read(batch: Batch) -> tuple[Tensor, Tensor | None]:
-    check_kind(Mapping, "a batch by name: a list of batches is given, and each is a dict", batch=batch)
+    check_kind("batch", batch, Mapping, "a batch by name: a list of batches is given, and each is a dict")
     if "input_ids" not in batch:
         raise ValueError(f"a batch has {sorted(batch)}, and no input_ids, which a pre-gate reads")
     return batch["input_ids"], batch.get("attention_mask")

@@ -140,7 +140,7 @@ def mask_gate(probs: Tensor, arms: Sequence[str], kept: Iterable[str]) -> Tensor
     Raises:
         ValueError: no arm is kept, or one is that there is not.
     """
-    check_kind(torch.Tensor, "a tensor (N, A)", probs=probs)
+    check_kind("probs", probs, torch.Tensor, "a tensor (N, A)")
     names = list(kept)
     for name in names:
         if name not in arms:

@@ -55,7 +55,7 @@ class StageCallback(RunCallback):
         check_switches(check_head=check_head)
         self.stage, self.adapter_name, self.domain = stage, adapter_name, domain
         self.noted = stage if domain is None else f"{stage} {domain}"  # in checkpoints
-        check_kind(Sequence, "a list of objectives", objectives=objectives)
+        check_kind("objectives", objectives, Sequence, "a list of objectives")
         self.objectives, self.check_head = list(objectives), check_head
         for objective in self.objectives:
             if not all(hasattr(objective, name) for name in ("takes", "before", "after")):
@@ -265,7 +265,7 @@ class GateUsageCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, per_layer: bool = False) -> None:
         check_switches(per_layer=per_layer)
-        check_kind(Trainer, "the Trainer, whose log takes the report", trainer=trainer)
+        check_kind("trainer", trainer, Trainer, "the Trainer, whose log takes the report")
         self.trainer, self.per_layer = trainer, per_layer
 
     def on_train_begin(
@@ -287,7 +287,7 @@ class GateUsageCallback(TrainerCallback):
 
 
 def context_within(model: nn.Module) -> ForwardContext | None:
-    check_kind(nn.Module, "a model", model=model)
+    check_kind("model", model, nn.Module, "a model")
     return next((found for module in model.modules() if (found := ForwardContext.find(module))), None)
 
 

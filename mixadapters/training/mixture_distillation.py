@@ -56,7 +56,7 @@ class MixtureTeacher:
     """
 
     def __init__(self, model: nn.Module, features: Features = token_states) -> None:
-        check_kind(nn.Module, "a PeftModel with MoA or MixDA", model=model)
+        check_kind("model", model, nn.Module, "a PeftModel with MoA or MixDA")
         tuner = next((module for module in model.modules() if isinstance(module, MixtureModel)), None)
         if tuner is None or not _active(tuner):
             raise ValueError(f"{type(model).__name__} has no mixture: pass a PeftModel with MoA or MixDA")
@@ -159,7 +159,7 @@ class MixtureDistiller:
                 f"teacher={type(teacher).__name__} says nothing of experts: give MixtureTeacher(model), or what has "
                 "its methods"
             )
-        check_kind(nn.Module, "a model", student=student)
+        check_kind("student", student, nn.Module, "a model")
         check_integer("heads", heads, least=1)
         check_number("inner_lr", inner_lr, above=0)
         check_integer("steps", steps, least=0)
@@ -303,11 +303,11 @@ def distil_mixture(
         )
     distiller = MixtureDistiller(teacher, student, aggregator, features=features, heads=heads)
     check_number("lr", lr, above=0)
-    check_kind(Iterable, "a list, or another iterable, of batches", batches=batches)
+    check_kind("batches", batches, Iterable, "a list, or another iterable, of batches")
     optimizer = torch.optim.AdamW(distiller.own_parameters().values(), lr=lr, weight_decay=0.0)
     losses = []
     for batch in batches:
-        check_kind(Mapping, "the arguments of a forward by name", batch=batch)
+        check_kind("batch", batch, Mapping, "the arguments of a forward by name")
         with torch.no_grad():
             target = distiller.target(batch)
         loss = (features(student, batch) - target).square().mean()
