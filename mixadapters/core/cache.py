@@ -14,6 +14,9 @@ from transformers.utils import ModelOutput
 CACHE = "cache" if hasattr(ModelOutput, "past_key_values") else "past_key_values"
 NAMES = tuple(dict.fromkeys((CACHE, "past_key_values", "cache_params")))  # the last where layers sum tokens up (Mamba)
 
+# In outputs that know the new name the old ones are properties, which say in the log that they are old.
+IN_OUTPUTS = NAMES[:1] if CACHE == "cache" else NAMES
+
 # A layer that holds no keys: what counts, offloads or masks the layers of a cache passes over those.
 _Layer: Any = getattr(cache_utils, "DummyLayer", cache_utils.CacheLayerMixin)
 # Of what a model keeps of earlier tokens in a form of its own, to which a router can add nothing.
@@ -128,7 +131,7 @@ def _sums_up(cache: Any) -> bool:
 
 def made_cache(output: Any) -> Any:
     """The cache that the output of a forward holds; None without one."""
-    found = next((cache for name in NAMES if (cache := getattr(output, name, None)) is not None), None)
+    found = next((cache for name in IN_OUTPUTS if (cache := getattr(output, name, None)) is not None), None)
     return found if hasattr(found, "get_seq_length") else None
 
 
