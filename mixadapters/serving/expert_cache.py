@@ -13,6 +13,7 @@ from typing import Generic, Literal, TypeVar
 
 from torch import Tensor
 
+from mixadapters.core.fields import check_integer
 from mixadapters.core.routing import Routing
 
 K = TypeVar("K", bound=Hashable)
@@ -53,8 +54,7 @@ class ExpertCache(Generic[K, V]):
         plan: Iterable[Collection[K]] | None = None,
         drop: Callable[[K, V], None] | None = None,
     ) -> None:
-        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
-            raise ValueError(f"capacity={capacity!r} must be a whole number of 1 or more")
+        check_integer("capacity", capacity, least=1)
         if policy not in ("belady", "lru"):
             raise ValueError(f"policy={policy!r} must be 'belady' or 'lru'")
         if (plan is not None) != (policy == "belady"):
@@ -227,8 +227,8 @@ def expert_aware_batches(
         ValueError: a limit below 1, or a request that needs more experts than a batch may.
     """
     for name, limit in (("max_experts", max_experts), ("max_requests", max_requests)):
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-            raise ValueError(f"{name}={limit!r} must be a whole number of 1 or more")
+        if limit is not None:
+            check_integer(name, limit, least=1)
     sets = [frozenset(need) for need in needs]
     for number, need in enumerate(sets):
         if len(need) > max_experts:
