@@ -5,7 +5,8 @@
 
 The launches are recorded, not listed: representative problems run on tensors without data, under the name of each
 architecture. Fails if a kernel does not compile, spills registers, needs more shared memory than a block may have, or
-multiplies without matrix instructions.
+multiplies without matrix instructions. Triton keeps what it has compiled: after a run that was broken off, the next
+one reads that and goes on.
 """
 
 from __future__ import annotations

@@ -35,10 +35,10 @@ BATCH_INVARIANT = ("triton", "gathered")
 # Rows that are gathered and scattered cost as much as this many columns of the dense product (CPU, one thread).
 GATHER_COST = {torch.float32: 30, torch.bfloat16: 65}
 # The same where columns are cheap, by oneDNN, and rows dear: what several experts give to one row is added up as well.
-GATHER_COST_OF_SEVERAL = 48
+GATHER_COST_OF_SEVERAL = {torch.float32: 48, torch.bfloat16: 100}
 # The same of few rows, without gradient and with: what the others cost once in each call, sorting above all, counts
 # there as well, and so many slots of rows are few.
-GATHER_COST_OF_FEW = {torch.float32: (96, 64), torch.bfloat16: (250, 250)}
+GATHER_COST_OF_FEW = {torch.float32: (96, 64), torch.bfloat16: (450, 350)}
 FEW_PLACES = {torch.float32: 128, torch.bfloat16: 512}
 # The same of runs whose weights can come to them instead.
 GATHER_COST_OF_RUNS = {torch.float32: 16, torch.bfloat16: 100}
@@ -252,6 +252,6 @@ def _by_dtype(of: dict[torch.dtype, T], dtype: torch.dtype) -> T:
 
 
 def _gather_cost(slots: int, dtype: torch.dtype) -> int:
-    if slots > 1 and dtype == torch.float32 and products.pays():
-        return GATHER_COST_OF_SEVERAL
+    if slots > 1 and dtype in GATHER_COST_OF_SEVERAL and (dtype != torch.float32 or products.pays()):
+        return GATHER_COST_OF_SEVERAL[dtype]
     return _by_dtype(GATHER_COST, dtype)

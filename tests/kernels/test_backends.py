@@ -132,6 +132,16 @@ def test_rule_takes_one_product_for_few_rows_of_bfloat16_where_it_is_small() -> 
     assert rule(32, 2, 8, 32) == "dense"  # sorting and groups cost once in each call
     assert rule(32, 2, 8, 32, training=True) != "dense"
     assert rule(256, 2, 8, 32) != "dense"
+    assert rule(16, 1, 8, 64, dtype=half) == "dense"
+    assert rule(16, 1, 8, 64, dtype=half, training=True) != "dense"  # where products are six, and sorting is one
+    assert rule(64, 3, 32, 32, dtype=half, training=True) == "dense"
+
+
+def test_rule_counts_columns_of_bfloat16_as_cheap_for_rows_of_several_experts() -> None:
+    for training in (False, True):
+        assert rule(1024, 3, 32, 8, dtype=torch.bfloat16, training=training) == "dense"
+        assert rule(1024, 3, 32, 8, training=training) != "dense"
+        assert rule(1024, 1, 4, 32, dtype=torch.bfloat16, training=training) != "dense"  # a row of one is not added up
 
 
 @pytest.mark.parametrize("training", [False, True])
