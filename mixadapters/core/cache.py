@@ -12,9 +12,15 @@ from transformers.utils import ModelOutput
 # What arguments and outputs of forwards call the key-value cache: transformers has changed it in version 5.24, where
 # outputs have the name of before as a property.
 CACHE = "cache" if hasattr(ModelOutput, "past_key_values") else "past_key_values"
+NAMES = tuple(dict.fromkeys((CACHE, "past_key_values", "cache_params")))  # the last where layers sum tokens up (Mamba)
+
+# In outputs that know the new name the old ones are properties, which say in the log that they are old.
+IN_OUTPUTS = NAMES[:1] if CACHE == "cache" else NAMES
 
 # A layer that holds no keys: what counts, offloads or masks the layers of a cache passes over those.
 _Layer: Any = getattr(cache_utils, "DummyLayer", cache_utils.CacheLayerMixin)
+# Of what a model keeps of earlier tokens in a form of its own, to which a router can add nothing.
+FOREIGN = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 
 class RouterStateLayer(_Layer):
@@ -23,7 +29,7 @@ class RouterStateLayer(_Layer):
     Tensors of three axes hold the history of the sequence in axis 1, so that they can be cropped with it.
 
     Args:
-        first: the first layer of the cache, whose length is that of the sequence.
+        first: the first layer of the cache that counts tokens; None where all layers sum them up (Mamba).
     """
 
     is_compileable = True
@@ -52,6 +58,8 @@ class RouterStateLayer(_Layer):
 
     def crop(self, *_: Any) -> None:
         # How to say by how much has changed between versions of transformers: read it off a layer cropped before.
+        if self.first is None:
+            raise RuntimeError("a cache whose layers sum up what they have read cannot be cropped")
         length = int(self.first.get_seq_length())
         if length == 0:
             self.state.clear()
@@ -77,11 +85,11 @@ class RouterStateLayer(_Layer):
 
 
 def given_cache(inputs: Mapping[str, Any]) -> Any:
-    """The key-value cache among the arguments of a forward, whose callers may use either name; None without one.
+    """The cache among the arguments of a forward, whose callers may use any of its names; None without one.
 
     The cache of continuous batching is none: it holds pages, and does not know the length of a sequence.
     """
-    found = next((inputs[name] for name in (CACHE, "past_key_values") if inputs.get(name) is not None), None)
+    found = next((inputs[name] for name in NAMES if inputs.get(name) is not None), None)
     return found if hasattr(found, "get_seq_length") else None
 
 
@@ -106,8 +114,52 @@ def settle(cache: Any, state: dict[str, Tensor]) -> None:
 
 
 def _append(cache: Any) -> RouterStateLayer:
-    cache.layers.append(RouterStateLayer(cache.layers[0]))
+    cache.layers.append(RouterStateLayer(next(filter(_counts, cache.layers), None)))
     return cache.layers[-1]
+
+
+def _counts(layer: Any) -> bool:
+    """Whether a layer of a cache knows how many tokens it holds: those that sum them up do not."""
+    return layer.first is not None if isinstance(layer, RouterStateLayer) else hasattr(layer, "get_seq_length")
+
+
+def _sums_up(cache: Any) -> bool:
+    """Whether no layer of a cache knows how many tokens it holds."""
+    layers = getattr(cache, "layers", [])
+    return bool(layers) and not any(map(_counts, layers))
+
+
+def made_cache(output: Any) -> Any:
+    """The cache that the output of a forward holds; None without one."""
+    found = next((cache for name in IN_OUTPUTS if (cache := getattr(output, name, None)) is not None), None)
+    return found if hasattr(found, "get_seq_length") else None
+
+
+def foreign_in(inputs: dict[str, Any]) -> str | None:
+    """The argument that brings earlier tokens in a form to which routers can add nothing; None: there is none."""
+    given = ((name, inputs.get(name)) for name in FOREIGN)
+    return next((name for name, value in given if value is not None and not hasattr(value, "get_seq_length")), None)
+
+
+def tokens_in(cache: Any) -> Any:
+    """How many tokens a cache holds; a tensor for static ones.
+
+    Raises:
+        ValueError: all its layers sum tokens up, and a forward has filled it that did not count them.
+    """
+    if not _sums_up(cache):
+        return cache.get_seq_length()
+    if not cache.has_previous_state():
+        return 0
+    if not hasattr(cache, "tokens_read"):
+        raise ValueError("the cache was filled before the model had adapters; begin with a new one")
+    return cache.tokens_read
+
+
+def count_read(cache: Any, tokens: Any) -> None:
+    """Note that `cache` holds so many tokens, where no layer of it counts them."""
+    if _sums_up(cache):
+        cache.tokens_read = tokens
 
 
 def claim(cache: Any, who: str, filled: bool) -> None:

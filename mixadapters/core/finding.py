@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -119,6 +120,7 @@ class SiteFinder(BaseTuner):
                 path for path, base in bases.items() if isinstance(base, (nn.Linear, Conv1D)) and base is not head
             }
             config.target_modules = {*config.target_modules, *linear}
+            config.target_modules = {path for path in config.target_modules if not self._cannot_follow(path)}
         return config
 
     def ranked(self, config: Any) -> list[str]:
@@ -147,9 +149,39 @@ class SiteFinder(BaseTuner):
                     "exclude_modules"
                 )
 
+    def _cannot_follow(self, path: str) -> str | None:
+        """Why no adapter can follow the module at `path`; None if one can."""
+        base, parent = self._unwrapped(path), self._unwrapped(path.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            return (
+                "lies in nn.MultiheadAttention, which reads the weights and calls none of its layers, so that an "
+                "adapter there would do nothing: target the attention as a whole, or leave it out (exclude_modules)"
+            )
+        if is_base_router(base):
+            return (
+                f"({type(base).__name__}) chooses experts of the base model and gives several tensors that belong "
+                "together, of which an adapter would change one: leave it out (exclude_modules)"
+            )
+        return None
+
+    def _refuse_unfollowed(self, config: MixtureConfig) -> None:
+        """Refuse modules that adapters cannot follow. In a saved adapter nothing comes of those, so it is read."""
+        fused = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+        owners = {f"{name}.": m for name, m in self.model.named_modules() if name and isinstance(m, fused)}
+        for path in self.matched(config):
+            if being_loaded() is None and (reason := self._cannot_follow(path)):
+                raise ValueError(f"{path!r} {reason}")
+            outer = next((owner for name, owner in owners.items() if path.startswith(name)), None)
+            if outer is not None and torch.backends.mha.get_fastpath_enabled():
+                raise ValueError(
+                    f"{path!r} lies in {type(outer).__name__}, whose fast path reads the weights in evaluation and "
+                    "calls none of its layers, so that an adapter there would do nothing: call "
+                    "torch.backends.mha.set_fastpath_enabled(False) in this process before"
+                )
+
     def _unwrapped(self, path: str) -> nn.Module:
         module = self.model
-        for part in path.split("."):
+        for part in filter(None, path.split(".")):
             module = unwrapped(getattr(module, part))
         return module
 
@@ -204,7 +236,10 @@ class SiteFinder(BaseTuner):
         """The module that matches `pattern` and shares the longest path with `path`."""
         matching = [name for name in module_names(self.model) if re.fullmatch(pattern, name)]
         if not matching:
-            raise ValueError(f"no module matches {pattern!r}, whose input the adapter at {path!r} reads")
+            raise ValueError(
+                f"no module matches {pattern!r}, whose input the adapter at {path!r} reads; choose another input "
+                "(adapter_input), or pass sites"
+            )
 
         def shared(name: str) -> int:
             pairs = zip(name.split("."), path.split("."), strict=False)
@@ -225,3 +260,8 @@ class SiteFinder(BaseTuner):
                 f"the config asks for rank {rank} at {path!r}, and the file's widest weight has {saved.widest}"
             )
         return rank
+
+
+def is_base_router(module: nn.Module) -> bool:
+    """Whether a linear layer chooses experts of the base model, and gives scores and more (Llama 4, PhiMoE)."""
+    return isinstance(module, nn.Linear) and type(module).__name__.endswith("Router")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters import kernels
-from mixadapters.core.cache import claim, settle
+from mixadapters.core.cache import claim, count_read, made_cache, settle
 from mixadapters.core.joining import countable, join_losses, refuse_idle
 from mixadapters.core.processes import several
 from mixadapters.core.record import Record, Records
@@ -151,11 +152,14 @@ class RootHooks:
             output = objective.after(self.context, module, output)
         output = join_losses(record, module, output, self.context.loss_scale)
         refuse_idle(record, output)
-        cache = getattr(output, "past_key_values", None)
-        kept_in = record.streams[""].cache if cache is None else cache
+        if record.passed:
+            warn_of_passed(record)
+        cache, stream = made_cache(output), record.streams[""]
+        kept_in = stream.cache if cache is None else cache
         if kept_in is not None:
             settle(kept_in, record.router_state)
-        if cache is not record.streams[""].cache and hasattr(cache, "get_seq_length"):
+            count_read(kept_in, stream.past + (stream.length or 0))
+        if cache is not stream.cache and cache is not None:
             self._claim_cache(record, cache)
         return output
 
@@ -176,6 +180,17 @@ class RootHooks:
             function = layer.__dict__.get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, Checkpointed):
                 layer._gradient_checkpointing_func = Checkpointed(self.context, function)
+
+
+def warn_of_passed(record: Record) -> None:
+    """Say, once, at which layers a forward has read the weight alone: their adapters do nothing there."""
+    if paths := [host.path for host in record.passed if host.newly_passed()]:
+        warnings.warn(
+            f"the model reads the weight of {paths[0]!r} and does not call the layer"
+            f"{f' ({len(paths)} such layers)' if len(paths) > 1 else ''}, so that adapters do nothing there: make the "
+            f"adapter without (exclude_modules=[{paths[0].rpartition('.')[2]!r}])",
+            stacklevel=2,
+        )
 
 
 def undisturbed() -> bool:
@@ -224,9 +239,11 @@ class StackHook:
 
     def close(self, module: nn.Module, args: tuple, output: Any) -> None:
         record = self.context.record
-        cache = getattr(output, "past_key_values", None)
+        cache = made_cache(output)
         if not record.open and cache is not None:  # no root will do it
+            stream = record.streams[self.stack]
             settle(cache, record.router_state)
+            count_read(cache, stream.past + (stream.length or 0))
 
 
 class Checkpointed:

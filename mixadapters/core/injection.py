@@ -39,7 +39,7 @@ from mixadapters.core.saving import (
     outside_state,
     token_keys,
 )
-from mixadapters.core.sites import Tap
+from mixadapters.core.sites import Tap, tokens_first
 from mixadapters.core.walking import outside_adapters
 
 
@@ -117,13 +117,14 @@ class Injection(SiteFinder):
             )
         adapter.bind(site)
         for _role, tapped in site.taps:
-            Tap.attach(self._unwrapped(tapped), tapped, self.context)
+            Tap.attach(self._unwrapped(tapped), tapped, self.context, tokens_first(tapped, self.model))
         if not isinstance(host, AdapterHost):
             host = self.attachment(
                 target, self.context, self.prefix, path, site.in_features, site.out_features,
                 **get_quantization_kwargs(self.model),
             )  # fmt: skip
             host._active_adapter = list(self.active_adapters)
+            host.tokens_first = tokens_first(path, self.model)
             if isinstance(host, MixtureLayer):
                 setattr(owner, child, host)
         host.add(adapter_name, adapter, inference_mode=config.inference_mode)
@@ -189,6 +190,7 @@ class Injection(SiteFinder):
         self.resolve(peft_config, model_config)
         self._refuse_what_is_not_there(peft_config, named)
         self._refuse_nested(peft_config)
+        self._refuse_unfollowed(peft_config)
         self.before_injection(peft_config, self._injecting)
         return peft_config
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
 from itertools import chain
@@ -54,6 +54,7 @@ class AdapterHost(BaseTunerLayer):
         self._active_adapter: list[str] = []
         self._before_merge: tuple[Tensor, Tensor | None] | None = None
         self._stride: tuple[int, ...] | None = base.stride if is_pointwise(base) else None
+        self.tokens_first = False  # whether the module reads (T, B, K), not (B, T, K)
         self.stages: dict[str, tuple[str, ...]] = {}  # adapter -> patterns of the parameters that its stage trains
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
 
@@ -151,12 +152,10 @@ class AdapterHost(BaseTunerLayer):
     def apply_adapters(self, x: Tensor, y: Tensor, names: list[str], record: Record) -> Tensor:
         """x: input of the frozen module; y: (..., M) its output. Returns the output with the adapters `names`.
 
-        Convolutions of kernel 1 have their channels second: (B, K, ...) and (B, M, ...).
+        Convolutions of kernel 1 have their channels second, (B, K, ...) and (B, M, ...), and some models tokens first.
         """
-        if self._stride is None:
-            return self._run_adapters(x, y, names, record)
-        places: Any = (..., *(slice(None, None, step) for step in self._stride))
-        return self._run_adapters(x[places].movedim(1, -1), y.movedim(1, -1), names, record).movedim(-1, 1)
+        x, y, back = _rows_first(x, y, self._stride, self.tokens_first)
+        return back(self._run_adapters(x, y, names, record))
 
     def _run_adapters(self, x: Tensor, y: Tensor, names: list[str], record: Record) -> Tensor:
         if record.observed is not None:
@@ -291,6 +290,8 @@ class AdapterHost(BaseTunerLayer):
 class MixtureLayer(nn.Module, AdapterHost):
     """A frozen module of the base model, wrapped together with its adapters."""
 
+    _said_passed = False  # whether it has been said that the model goes past this layer
+
     def __init__(
         self, base_layer: nn.Module, context: ForwardContext, prefix: str, path: str, in_features: int,
         out_features: int, **quantization: Any,
@@ -303,12 +304,14 @@ class MixtureLayer(nn.Module, AdapterHost):
         if self._disable_adapters and self.merged:
             self.unmerge()
         record = self.context.record
+        if record.passed:
+            record.passed.pop(self, None)
         names = self.acting(record)
         output = self._modules["base_layer"](*args, **kwargs)
         if names is None:
             return output
         x = _first_input(args, kwargs)
-        if not record.plain or self._stride is not None or type(output) is not Tensor:
+        if not record.plain or self._stride is not None or self.tokens_first or type(output) is not Tensor:
             return _adapted(self, x, output, names, record)
         adapters = self._modules[self.adapter_layer_names[0]]._modules
         for name in names:
@@ -316,6 +319,22 @@ class MixtureLayer(nn.Module, AdapterHost):
             y = adapter.alone(x, output) if adapter.lone else None
             output = adapter(x, output, self.context) if y is None else y
         return output
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight. A model that reads it, and does not call the layer, goes past the adapters around it."""
+        weight, record = super().weight, self.context.record
+        if record.open and not torch.compiler.is_compiling():
+            record.passed[self] = None
+        return weight
+
+    def newly_passed(self) -> bool:
+        """Whether adapters were to act in a forward that has read the weight alone; True once."""
+        acting = not self.disable_adapters and any(name in self.adapters for name in self.active_adapters)
+        if not acting or self.merged or self._said_passed:
+            return False
+        self._said_passed = True
+        return True
 
     def __getattr__(self, name: str) -> Any:
         # The base model reads attributes of a wrapped block (layer_idx, attention_type ...).
@@ -405,6 +424,21 @@ def is_pointwise(module: nn.Module) -> bool:
         return False
     padded = isinstance(module.padding, str) or any(module.padding)
     return all(size == 1 for size in module.kernel_size) and module.groups == 1 and not padded
+
+
+def _rows_first(
+    x: Tensor, y: Tensor, stride: tuple[int, ...] | None, tokens_first: bool
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """Input and output of a layer as (B, ..., K) and (B, ..., M), and the way back for an output.
+
+    stride: of a convolution, whose channels come second; None: they come last.
+    """
+    if tokens_first and x.dim() > 2:
+        return x.transpose(0, 1), y.transpose(0, 1), lambda out: out.transpose(0, 1)
+    if stride is None:
+        return x, y, lambda out: out
+    places: Any = (..., *(slice(None, None, step) for step in stride))
+    return x[places].movedim(1, -1), y.movedim(1, -1), lambda out: out.movedim(-1, 1)
 
 
 def _first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -36,6 +36,7 @@ class Record:
     acting: dict[Any, Any] = field(default_factory=dict)  # layer -> what acted there, for when it runs again
     checkpointed: bool = False  # whether activation checkpointing will run layers again
     trained: dict[Any, Any] = field(default_factory=dict)  # layer -> its parameters, and whether they trained there
+    passed: dict[Any, None] = field(default_factory=dict)  # layers of which so far the weight alone has been read
     taps: dict[str, Tensor] = field(default_factory=dict)  # by path of the tapped module
     shared: dict[Any, Any] = field(default_factory=dict)  # what an adapter, router or objective keeps, by its owner
     runs: dict[str, int] = field(default_factory=dict)  # of a router with memory in this forward, by its mark

@@ -109,6 +109,16 @@ BLOOM = replace(  # its sublayers add the residual themselves
     FALCON, attention=None, attention_norm="input_layernorm", ffn=None, ffn_norm="post_attention_layernorm",
     ffn_activation=None,
 )
+MPT = Architecture(  # its FFN adds the residual itself
+    attention="attn", attention_norm="norm_1", attention_output="attn.out_proj", qkv="attn.Wqkv",
+    ffn_norm="norm_2", ffn_input="ffn.up_proj", ffn_output="ffn.down_proj", causal=True,
+)
+LFM2 = Architecture(  # convolutions, without `value`, in most layers
+    attention="self_attn|conv", attention_norm="operator_norm", attention_output="self_attn.out_proj|conv.out_proj",
+    value="self_attn.v_proj",
+    ffn="feed_forward", ffn_norm="ffn_norm", ffn_input="feed_forward.w1", ffn_output="feed_forward.w2", causal=True,
+    gated=True,
+)
 BART = Architecture(  # post-norm, and the FFN is no module of its own
     attention="self_attn", attention_output="self_attn.out_proj", cross_attention_output="encoder_attn.out_proj",
     value="self_attn.v_proj", ffn_input="fc1", ffn_output="fc2", ffn_activation="activation_function",
@@ -165,7 +175,7 @@ ROWS: tuple[tuple[str, Architecture, str], ...] = (
     ("layers.#", replace(LLAMA, causal=False), "eurobert"),
     ("layers.#", replace(POST_NORM_LLAMA, causal=False), "nomic_bert"),
     ("layers.#", LLAMA, "llama mistral ministral ministral3 qwen2 qwen3 gemma smollm3 granite olmo helium seed_oss "
-                        "cwm ernie4_5 hunyuan_v1_dense stablelm"),
+                        "cwm ernie4_5 hunyuan_v1_dense stablelm diffllama"),
     ("language_model.layers.#", LLAMA, "llava mistral3 qwen2_vl qwen2_5_vl qwen3_vl qwen2_audio"),
     ("layers.#", POST_NORM_LLAMA, "olmo2 olmo3 exaone4"),
     ("layers.#", GEMMA2, "gemma2 gemma3_text"),
@@ -186,12 +196,18 @@ ROWS: tuple[tuple[str, Architecture, str], ...] = (
     ("layers.#", replace(MOE, ffn="block_sparse_moe", ffn_input="block_sparse_moe"), "granitemoe"),
     ("layers.#", replace(HYBRID, ffn_input="mlp", ffn_output=None), "qwen3_next qwen3_5_moe_text"),
     ("h.#", GPT2, "gpt2 gpt_bigcode"),
+    ("h.#", replace(GPT2, attention=None, attention_norm=None, ffn_norm=None, cross_attention_output=None,
+                    ffn_activation=None), "openai-gpt"),  # post-norm, and its attention gives a list
     ("h.#", GPT_NEO, "gpt_neo"),
     ("h.#", GPTJ, "gptj"),
     ("h.#", replace(GPTJ, value=None, qkv="attn.qkv_proj"), "codegen"),
     ("layers.#", GPT_NEOX, "gpt_neox"),
+    ("layers.#", replace(GPT_NEOX, attention="self_attn", attention_output="self_attn.dense",
+                         qkv="self_attn.query_key_value"), "persimmon"),
     ("h.#", FALCON, "falcon"),
     ("h.#", BLOOM, "bloom"),
+    ("blocks.#", MPT, "mpt"),
+    ("layers.#", LFM2, "lfm2"),
     ("layers.#", OPT, "opt xglm"),
     ("layers.#", replace(OPT, ffn_activation="hidden_act"), "biogpt"),
     ("layers.#", BART, "bart marian plbart blenderbot-small"),
@@ -239,6 +255,21 @@ def find_architecture(model_type: str) -> Architecture:
         f"model_type={model_type!r} is not in the table of architectures.{nearest(model_type, ARCHITECTURES)} Please "
         f"specify `target_modules`, or `sites={{role: regular expression}}`, the roles being {', '.join(ROLES)}"
     )
+
+
+# Where hidden states are (T, B, d): paths by `config.model_type`.
+TOKENS_FIRST = {
+    "xlnet": r"(?:.*\.)?layer\.\d+(?:\..*)?",
+    "fsmt": r"(?:.*\.)?layers\.\d+(?:\..*)?",
+    "longformer": r".*\.self\.(?:query|key|value)(?:_global)?",
+    "led": r".*\.longformer_self_attn\.(?:query|key|value)(?:_global)?",
+}
+
+
+def tokens_first(path: str, model: nn.Module) -> bool:
+    """Whether the module at `path` reads (T, B, d), not (B, T, d)."""
+    pattern = TOKENS_FIRST.get(getattr(getattr(model, "config", None), "model_type", ""))
+    return pattern is not None and re.fullmatch(pattern, path) is not None
 
 
 def layer_index(path: str) -> int | None:
@@ -334,24 +365,29 @@ class Tap:
     The hook is a bound method, so copies and pickles of the model have their own taps on their own context.
     """
 
-    def __init__(self, path: str, context: Any) -> None:
+    def __init__(self, path: str, context: Any, turned: bool = False) -> None:
         self.path = path
         self.context = context
+        self.turned = turned
         self._handle: Any = None
 
     @classmethod
-    def attach(cls, module: nn.Module, path: str, context: Any) -> Tap:
-        """Keep the input of `module`, (B, T, d) or (N, d), in `context.record.taps[path]`; the same tap every time."""
+    def attach(cls, module: nn.Module, path: str, context: Any, turned: bool = False) -> Tap:
+        """Keep the input of `module`, (B, T, d) or (N, d), in `context.record.taps[path]`; the same tap every time.
+
+        turned: the module reads (T, B, d).
+        """
         for hook in module._forward_pre_hooks.values():
             owner = getattr(hook, "__self__", None)
             if isinstance(owner, cls) and owner.path == path and owner.context is context:
                 return owner
-        tap = cls(path, context)
+        tap = cls(path, context, turned)
         tap._handle = module.register_forward_pre_hook(tap.keep, with_kwargs=True)
         return tap
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.context.record.taps[self.path] = args[0] if args else kwargs["hidden_states"]
+        read = args[0] if args else kwargs["hidden_states"]
+        self.context.record.taps[self.path] = read.transpose(0, 1) if self.turned else read
 
     def detach(self) -> None:
         """Remove the hook; once removed, do nothing."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixadapters.core.cache import foreign_in, given_cache, tokens_in
+
 
 @dataclass(eq=False)
 class RequestMemory:
@@ -103,6 +105,7 @@ class Stream:
     requests: PackedRequests | None = None  # whose tokens these are, where a server has said it
     mask_name: str = "attention_mask"  # the argument of the root's forward that says where this stream has padding
     input_ids: Tensor | None = None  # (B, length) the tokens of this forward; None: the caller gave embeddings
+    foreign: str | None = None  # the argument that brings earlier tokens where routers can leave nothing (`state` ...)
 
     @property
     def cached(self) -> bool:
@@ -164,10 +167,8 @@ def read_stream(
     tokens = inputs.get("input_ids")
     if tokens is None:
         tokens = inputs.get("inputs_embeds")
-    cache = inputs.get("past_key_values")
-    if cache is not None and not hasattr(cache, "get_seq_length"):
-        cache = None
-    past = 0 if cache is None else cache.get_seq_length()
+    cache, foreign = given_cache(inputs), foreign_in(inputs)
+    past = 0 if cache is None else tokens_in(cache)
     past = past.clone() if isinstance(past, Tensor) else past  # static caches count in place
     if tokens is None:
         first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.dim() > 0), None)
@@ -182,10 +183,13 @@ def read_stream(
         return Stream(batch, length, None, position_ids, packed=True, requests=requests, input_ids=input_ids)
     if isinstance(mask, dict):  # one 4D mask per kind of layer
         mask = next((m for m in mask.values() if m is not None), None)
+    if foreign is not None and isinstance(mask, Tensor) and mask.dim() == 2:  # nothing else says how many came before
+        past = max(0, mask.shape[1] - length)
     mask = _current_mask(mask, batch, length, past)
     return Stream(
-        batch, length, mask, position_ids, cache, past, copies * choices, mask_name=mask_name, input_ids=input_ids
-    )
+        batch, length, mask, position_ids, cache, past, copies * choices, mask_name=mask_name, input_ids=input_ids,
+        foreign=foreign,
+    )  # fmt: skip
 
 
 def _rows_of_choices(tokens: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Any, Any, int]:

@@ -154,7 +154,7 @@ class CountsRouter(PooledRouter):
     scopes = frozenset({"model"})
     scheduled = ("temperature",)
     without = LOSS_OPTIONS
-    shares = True
+    shares = anywhere = True
 
     def __init__(
         self,
@@ -272,7 +272,7 @@ class CountsRouter(PooledRouter):
         if logits.shape[0] != rows:
             raise ValueError(
                 f"router 'counts' at {self.path!r} reads {rows} rows of hidden states for {logits.shape[0]} tokens of "
-                "input_ids, and cannot tell which is which"
+                "input_ids, and cannot tell which is which: leave it out (exclude_modules)"
             )
         logits = logits.to(tokens.device)
         probs = (logits / self.temperature).softmax(-1)

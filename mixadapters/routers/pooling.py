@@ -134,6 +134,12 @@ class Remembering(Pooling):
                     f"{self.said} cannot train on a sequence that a cache begins; to generate, call model.eval()"
                 )
             return None, key
+        if stream.foreign is not None:
+            raise ValueError(
+                f"{self.said} at {self.path!r} reads the tokens so far, and this model keeps them in "
+                f"{stream.foreign!r}, where a router can leave nothing: generate with use_cache=False, or take "
+                f"{self.field}='token'"
+            )
         if stream.cache is None:
             return context.record.router_state, key
         state = router_state(stream.cache)
@@ -145,6 +151,15 @@ class Remembering(Pooling):
             )
         return state, key
 
+    def refuse_reread(self, sequences: Tensor, stream: Stream) -> None:
+        """Raise ValueError at a layer that reads, in a step, the tokens before it again: it would count them twice."""
+        if sequences.shape[1] != stream.length and stream.cached:
+            raise ValueError(
+                f"{self.said} at {self.path!r}: in a step of {stream.length} tokens this layer reads "
+                f"{sequences.shape[1]}, those of the cache again; leave it out (exclude_modules), or take "
+                f"{self.field}='token'"
+            )
+
 
 class PrefixPooling(Remembering):
     """The mean (or the total) of the logits of the real tokens up to each one. Packed sequences start anew."""
@@ -155,6 +170,7 @@ class PrefixPooling(Remembering):
     def pooled(
         self, score: Score, sequences: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext
     ) -> Tensor:
+        self.refuse_reread(sequences, stream)
         logits = score(sequences)
         weight = torch.ones_like(logits[..., :1]) if mask is None else mask.to(logits.dtype).unsqueeze(-1)
         weighed = torch.cat([logits * weight, weight], dim=-1)  # (B, T, A + 1)
@@ -187,6 +203,7 @@ class RequestPooling(Remembering):
     def pooled(
         self, score: Score, sequences: Tensor, mask: Tensor | None, stream: Stream, context: ForwardContext
     ) -> Tensor:
+        self.refuse_reread(sequences, stream)
         logits = score(sequences)
         state, key = self.memory(stream, context)
         frozen = None if state is None else state.get(key)

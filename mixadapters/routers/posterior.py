@@ -110,6 +110,11 @@ class PosteriorRouter:
         given = given_cache(inputs)
         if given is None or isinstance(given, ArmsCache):
             return given
+        if inputs.get("cache_params") is not None:
+            raise ValueError(
+                "the cache of this model sums up what it has read, and cannot be repeated for each arm: generate with "
+                "use_cache=False"
+            )
         if type(given) is not DynamicCache:
             raise ValueError(
                 f"a {type(given).__name__} holds each row once; the posterior needs a cache that grows: leave "

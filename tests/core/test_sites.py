@@ -90,6 +90,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 4},
     "hubert": CONVOLUTIONS,
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
     "qwen2_moe": {"mlp_only_layers": [0]},
     "qwen2_vl": {"text_config": MROPE},
     "qwen2_5_vl": {"text_config": MROPE},
@@ -235,8 +236,9 @@ def expected_sites(case: str, role: str) -> int:
         if config.is_encoder_decoder:
             return DECODER_LAYERS
         return layers if getattr(config, "add_cross_attention", False) else 0
-    if role in ("query", "value") and OVERRIDES.get(case) is HYBRID:
-        return HYBRID["layer_types"].count("full_attention")
+    kinds = OVERRIDES.get(case, {}).get("layer_types")
+    if role in ("query", "value") and kinds:
+        return kinds.count("full_attention")
     if role == "ffn_norm" and case in ONE_NORM_FOR_BOTH:
         return 0
     return layers

@@ -51,6 +51,8 @@ class FollowRouter(Router):
     def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
         """Raises RuntimeError where the leader has not run in this forward, or read other rows than this layer."""
         routing = context.record.routings.get(self.key)
+        if routing is None and self.__dict__["leader"].anywhere:
+            routing = self.__dict__["leader"](tokens, context)
         if routing is None:
             raise RuntimeError(
                 f"{self.path!r} runs before {self.key.path!r}, whose router it shares: use router_scope='module', "

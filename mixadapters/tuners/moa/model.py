@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.files import FileWeights
+from mixadapters.core.files import FileWeights, being_loaded
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.routing import RoutingKey
-from mixadapters.core.sites import layer_index
+from mixadapters.core.sites import layer_index, sublayer_of
 from mixadapters.routers.base import Router, build_router
 from mixadapters.tuners.bottleneck.config import placement_roles, placement_taps
 from mixadapters.tuners.gathering import Gathered
@@ -26,9 +26,11 @@ from mixadapters.tuners.moa.router import OPTION_OF, router_spec
 from mixadapters.tuners.moa.sources import gather
 from mixadapters.tuners.sources import expert_options, key_of, rank_of
 
-QUERY = frozenset({"q", "query", "q_proj", "q_lin", "query_proj"})  # what runs first in an attention
+# What runs first in an attention.
+QUERY = frozenset({"q", "query", "q_proj", "q_lin", "query_proj", "qkv_proj", "qkv", "query_key_value"})
 # Of cross-attention, these read the encoder's tokens, the others the decoder's.
 MEMORY = frozenset({"k", "key", "k_proj", "v", "value", "v_proj"})
+REREADING = frozenset({"kv_b_proj"})  # of latent attention (DeepSeek): in each step it reads the cache's tokens again
 
 
 @dataclass
@@ -93,6 +95,7 @@ class MoAModel(ExpertOverriding, ExpertCutting):
     def before_injection(self, config: MoAConfig, adapter_name: str) -> None:
         paths = self.matched(config)
         self._refuse_left_out(config, paths)
+        self._refuse_rereading(config, paths)
         refuse_absent(config, paths, self.places())
         self._plan = self._make_plan(config, adapter_name, paths)
         super().before_injection(config, adapter_name)  # builds every layer on the meta device
@@ -109,6 +112,18 @@ class MoAModel(ExpertOverriding, ExpertCutting):
                 )
         if not paths:
             raise ValueError(f"Target modules {config.target_modules} not found in the base model: nothing to adapt")
+
+    def _refuse_rereading(self, config: MoAConfig, paths: list[str]) -> None:
+        """A layer that reads the tokens so far again in each step has no routing of the earlier ones to follow."""
+        again = next((path for path in paths if path.rpartition(".")[2] in REREADING), None)
+        by_token = router_spec(config)[1].get("granularity", "token") == "token"
+        if again is None or being_loaded() is not None or (config.router_scope == "module" and by_token):
+            return
+        raise ValueError(
+            f"{again!r} reads, in each step of generate, all tokens of the cache again, and a router that is shared "
+            f"(router_scope={config.router_scope!r}) or remembers has decided on the new ones alone: leave it out "
+            "(exclude_modules=['kv_b_proj']), or take router_scope='module' and granularity 'token'"
+        )
 
     def _make_plan(self, config: MoAConfig, adapter_name: str, paths: list[str]) -> Plan:
         plan = Plan()
@@ -129,12 +144,12 @@ class MoAModel(ExpertOverriding, ExpertCutting):
         site = self._site(config, adapter_name, self._unwrapped(path), path)
         memory = site.group == "cross_attention" and path.rpartition(".")[2] in MEMORY
         side = "encoder" if memory else site.stack
-        layer = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", path)
-        if config.router_scope == "module" or layer is None:  # a head reads other rows than the layers
+        layer = _layer_of(path)
+        if config.router_scope == "module" or not layer:  # a head reads other rows than the layers
             return (path,)
         if config.router_scope == "model":
             return (side,)
-        return (layer[0], site.group, side) if site.group else (path,)
+        return (layer, site.group, side) if site.group else (path,)
 
     def _numbered_at(self, config: MoAConfig, path: str) -> dict[str, int]:
         """{expert: rank} of the experts that have something at `path`, in the order of the config."""
@@ -210,7 +225,9 @@ class MoAModel(ExpertOverriding, ExpertCutting):
         if "k" in options:
             options["k"] = self.chosen(config, len(experts) + options.get("null_arms", cls.usual_null_arms))
         defaults: dict[str, Any] = {"first": first} if first is not None and getattr(cls, "shares", False) else {}
-        vocabulary = getattr(getattr(self.model, "config", None), "vocab_size", None)
+        base: Any = getattr(self.model, "config", None)
+        text = base.get_text_config() if hasattr(base, "get_text_config") else base
+        vocabulary = getattr(text, "vocab_size", None)
         defaults |= {} if vocabulary is None else {"vocab_size": vocabulary}
         assert isinstance(config.router, dict)
         return build_router({"kind": config.router["kind"], **options}, width, experts, **defaults)
@@ -265,4 +282,24 @@ def _in_running_order(paths: list[str]) -> list[str]:
         parent, _, name = path.rpartition(".")
         return first[parent], name not in QUERY
 
-    return sorted(paths, key=place)
+    layers: dict[str, list[str]] = {}
+    for path in sorted(paths, key=place):
+        layers.setdefault(_layer_of(path) or path, []).append(path)
+    return [path for layer, inside in layers.items() for path in _ffn_last(layer, inside)]
+
+
+def _ffn_last(layer: str, paths: list[str]) -> list[str]:
+    """The modules of one layer, its FFN after the others where a model defines it before all of them (Bamba, Jamba).
+
+    A layer that has one before and one after (Conformer) stays as it is defined.
+    """
+    ffn = [sublayer_of(path.removeprefix(layer), None) == "ffn" for path in paths]
+    if ffn != sorted(ffn, reverse=True):
+        return paths
+    return [path for late in (False, True) for path, is_ffn in zip(paths, ffn, strict=True) if is_ffn == late]
+
+
+def _layer_of(path: str) -> str:
+    """The path of the layer that a module lies in; "" outside of the layers."""
+    found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", path)
+    return "" if found is None else found[0]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mixadapters.core.files import PREFIX, being_loaded
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.saving import own_hosts
+from mixadapters.core.sites import find_architecture
 from mixadapters.core.walking import outside_adapters, plain_path
 from mixadapters.routers import SingleRouter
 from mixadapters.tuners.bottleneck.config import placement_roles, placement_taps
@@ -44,7 +46,7 @@ class MoSAModel(MixtureModel):
         if config.style == "adaptformer" and config.adapter_input is None:
             # Stages of Swin and ConvNeXt, and post-norm models, have no norm that the stream alone runs into.
             by_table = config.sites is not None or config.target_modules is None
-            whole = by_table and {"ffn", "ffn_norm"} <= self.known_roles(config)
+            whole = by_table and {"ffn", "ffn_norm"} <= self.known_roles(config) and self._has("ffn_norm", config)
             config.adapter_input = "residual" if whole else "ffn_input"
         super().resolve(config, model_config)
         depth = model_config.get("num_hidden_layers")
@@ -54,6 +56,13 @@ class MoSAModel(MixtureModel):
                 f"deep_layers={config.deep_layers}: the model has {depth} layers, whose hidden states deep_weight "
                 f"compares; set deep_layers from 1 to {depth}"
             )
+
+    def _has(self, role: str, config: MoSAConfig) -> bool:
+        """Whether the model has modules of a role: a table names more than each size of an architecture has."""
+        patterns = config.sites or vars(
+            find_architecture(self.get_model_config(self.model).get("model_type", "custom"))
+        )
+        return any(re.fullmatch(patterns[role], name) for name in self.places())
 
     def after_injection(self, config: MoSAConfig, adapter_name: str) -> None:
         objectives = self.context.objectives
