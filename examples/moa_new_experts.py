@@ -4,6 +4,7 @@ python examples/moa_new_experts.py BASE TEXT.txt
 """
 
 import argparse
+import shutil
 
 from datasets import load_dataset
 from peft import get_peft_model
@@ -36,4 +37,5 @@ arguments = TrainingArguments(given.out, max_steps=given.steps, learning_rate=2e
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 Trainer(model, arguments, collator, rows, callbacks=[StageCallback("all")]).train()
 model.save_pretrained(given.out)
+shutil.rmtree(f"{given.out}/expert0", ignore_errors=True)  # of an earlier run
 model.base_model.export_expert("expert0", f"{given.out}/expert0")  # a stock LoRA folder again

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -292,11 +293,11 @@ class Experiment:
 
     def check_merged(self, model: Any, index: Tensor) -> bool:
         """Whether the experts, merged and saved, give the same logits as a plain adapter."""
-        rows, folder = self.base.data.train, self.out / "merged"
-        before = torch.cat([logits for logits, _ in self.logits(model, rows, index)])
-        model.base_model.save_merged(folder)
-        plain = PeftModel.from_pretrained(self.base.make(), folder)
-        after = torch.cat([logits for logits, _ in self.logits(plain, rows, index)])
+        before = torch.cat([logits for logits, _ in self.logits(model, self.base.data.train, index)])
+        with tempfile.TemporaryDirectory(dir=self.out) as folder:
+            model.base_model.save_merged(folder)
+            plain = PeftModel.from_pretrained(self.base.make(), folder)
+        after = torch.cat([logits for logits, _ in self.logits(plain, self.base.data.train, index)])
         return torch.allclose(before, after, atol=1e-5)
 
     # --- what a step costs ----------------------------------------------------------------------------------------

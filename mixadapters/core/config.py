@@ -100,6 +100,10 @@ class MixtureConfig(PeftConfig):
         default=None,
         metadata={"help": "Of the weights that are saved with this config; filled in, and checked.", "free": True},
     )
+    base_digest: str | None = field(
+        default=None,
+        metadata={"help": "Of some weights of the base model; filled in, and another one is warned of.", "free": True},
+    )
     trained_beside: dict[str, str] | None = field(
         default=None,
         metadata={

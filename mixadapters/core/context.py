@@ -79,11 +79,7 @@ class ForwardContext(hooks.Rooted):
         self._hooks = hooks.RootHooks(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Tensors of a batch are no state of the model, and those with a history cannot be copied.
-        left_out: dict[str, Any] = {"records": None, "loss_log": {}, "observers": [], "usage": UsageRecorder()}
-        # A copy is in no run and in no block, even where it is made inside one.
-        staying = [objective for objective in self.objectives if not getattr(objective, "passing", False)]
-        return {**self.__dict__, **left_out, "objectives": staying, "loss_scale": None}
+        return {**self.__dict__, **left_out_of_copies(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -308,3 +304,10 @@ class ForwardContext(hooks.Rooted):
                 "checkpointing; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         return record.observed
+
+
+def left_out_of_copies(context: ForwardContext) -> dict[str, Any]:
+    """What a copy has instead: tensors with a history cannot be copied, and it is in no run and no block."""
+    staying = [objective for objective in context.objectives if not getattr(objective, "passing", False)]
+    empty: dict[str, Any] = {"records": None, "loss_log": {}, "observers": [], "usage": UsageRecorder()}
+    return {**empty, "objectives": staying, "loss_scale": None}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mixadapters.core.names import UNNAMED
+
 
 class CuttingVerbs:
     """Part of a tuner. Methods whose experts can come and go override it; paths are those of adapted modules."""
@@ -13,7 +15,7 @@ class CuttingVerbs:
         raise NotImplementedError
 
     def keep_experts(
-        self, kept: Mapping[str, Sequence[str]], *, renormalize: bool = True, adapter_name: str = "default"
+        self, kept: Mapping[str, Sequence[str]], *, renormalize: bool = True, adapter_name: str = UNNAMED
     ) -> None:
         """Remove the experts that `kept` does not name, module by module; other modules keep all of theirs.
 
@@ -26,7 +28,7 @@ class CuttingVerbs:
         """
         raise ValueError(f"keep_experts: {self._no_surgery(adapter_name)}")
 
-    def share_experts(self, stands: Mapping[str, Mapping[str, str]], adapter_name: str = "default") -> None:
+    def share_experts(self, stands: Mapping[str, Mapping[str, str]], adapter_name: str = UNNAMED) -> None:
         """Let experts of a module stand for others, which lose their weights there; the router stays as it is.
 
         stands: path -> {expert that goes: the one that takes its rows}.
@@ -36,7 +38,7 @@ class CuttingVerbs:
         """
         raise ValueError(f"share_experts: {self._no_surgery(adapter_name)}")
 
-    def resize_expert(self, path: str, name: str, rank: int, adapter_name: str = "default") -> None:
+    def resize_expert(self, path: str, name: str, rank: int, adapter_name: str = UNNAMED) -> None:
         """Give an expert another rank at one module. Its weights there are those of a new one, to be written.
 
         Raises:

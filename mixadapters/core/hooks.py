@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mixadapters import kernels
 from mixadapters.core.cache import claim, count_read, made_cache, settle
+from mixadapters.core.fields import check_kind
 from mixadapters.core.joining import countable, join_losses, refuse_idle
 from mixadapters.core.processes import several
 from mixadapters.core.record import Record, Records
@@ -362,6 +363,7 @@ WRAPPED = (Generate, Expand, PackedBatch, PackedManager)
 
 def root_of(model: nn.Module) -> nn.Module:
     """The model whose forwards have records, inside what PEFT, data parallelism and the compiler put around it."""
+    check_kind("model", model, nn.Module, "a model")
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module

@@ -13,6 +13,7 @@ from mixadapters.core.cutting import CuttingVerbs
 from mixadapters.core.injection import Injection
 from mixadapters.core.inspection import RoutingVerbs
 from mixadapters.core.layer import AdapterHost, HookedLayer, in_stage
+from mixadapters.core.names import UNNAMED, Unnamed
 from mixadapters.core.progress import StepVerbs
 from mixadapters.core.registry import nearest
 from mixadapters.core.saving import SavedForm
@@ -41,12 +42,18 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
         return self.__dict__.setdefault("_single_domain", {})
 
     def config_of(self, adapter_name: str) -> Any:
-        """The config of an adapter. Raises ValueError where there is none of the name."""
-        if adapter_name not in self.peft_config:
+        """The config of an adapter. Raises ValueError where there is none of the name, or none is named and several
+        are active."""
+        if isinstance(adapter_name, Unnamed) and len(self.active_adapters) > 1:
+            raise ValueError(
+                f"the adapters {list(self.active_adapters)} are active, so that it is not clear whose this is: pass "
+                "adapter_name="
+            )
+        if not isinstance(adapter_name, str) or adapter_name not in self.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r} is unknown; have {list(self.peft_config)}")
         return self.peft_config[adapter_name]
 
-    def set_stage(self, stage: str, adapter_name: str = "default", domain: str | None = None) -> None:
+    def set_stage(self, stage: str, adapter_name: str = UNNAMED, domain: str | None = None) -> None:
         """Train the parameters of one stage of a method, freeze the rest of the adapter and its saved modules.
 
         domain: the only one that trains; for methods that have domains.
@@ -55,8 +62,8 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
             ValueError: unknown adapter, stage or domain, or a stage without a parameter in this model.
         """
         stages = type(self.config_of(adapter_name)).stages
-        if stage not in stages:
-            raise ValueError(f"stage={stage!r} is unknown; have {list(stages)}.{nearest(stage, stages)}")
+        if not isinstance(stage, str) or stage not in stages:
+            raise ValueError(f"stage={stage!r} is unknown; have {list(stages)}.{nearest(str(stage), stages)}")
         patterns = self.patterns_of(stage, adapter_name, domain)
         chosen = list(self._stage_parameters(patterns, adapter_name))
         if not any(matches for _, matches in chosen):

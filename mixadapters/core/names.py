@@ -18,6 +18,13 @@ LONGEST = 200  # bytes: a name is a folder's too, of which file systems take 255
 TAKEN = frozenset(dir(nn.ModuleDict()))
 
 
+class Unnamed(str):
+    """What a verb takes for `adapter_name` where it is not given: "default", unless several adapters are active."""
+
+
+UNNAMED = Unnamed("default")
+
+
 def check_name(what: str, name: Any, prefix: str) -> None:
     """Refuse a name that cannot be one part of a key, or that others give a meaning to.
 
@@ -56,6 +63,8 @@ def check_known(noun: str, name: Any, have: Iterable[str]) -> None:
 def check_free(noun: str, name: Any, have: Iterable[str]) -> None:
     """Raises ValueError: there is one of this name. noun: as in `check_known`."""
     have = list(have)
+    if not isinstance(name, str):
+        raise ValueError(f"{noun} {name!r:.80} must be a name, a string")
     if name in have:
         raise ValueError(f"{noun} {name!r} exists already; have {have}")
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.fields import check_share
+from mixadapters.core.fields import check_number, check_share
 from mixadapters.core.mixture import Mixture
+from mixadapters.core.names import UNNAMED
 from mixadapters.core.processes import sum_in_place
 from mixadapters.core.routing import RoutingKey
 
@@ -37,7 +38,7 @@ class StepVerbs:
             if not getattr(mixture.router, "follows", False):
                 yield mixture.router
 
-    def set_schedules(self, schedules: Any, adapter_name: str = "default") -> None:
+    def set_schedules(self, schedules: Any, adapter_name: str = UNNAMED) -> None:
         """Let options of an adapter's routers change along the training; the config keeps the schedules.
 
         schedules: option -> [[progress from 0 to 1, value], ...], in place of those that it has.
@@ -60,7 +61,7 @@ class StepVerbs:
         for router in routers:
             router.has_schedules = bool(schedules)
 
-    def set_progress(self, done: float, adapter_name: str = "default") -> None:
+    def set_progress(self, done: float, adapter_name: str = UNNAMED) -> None:
         """Before a training step: options of routers become what the config's `schedules` say, which it notes.
 
         done: the share of the training that is done, from 0 to 1.
@@ -77,7 +78,7 @@ class StepVerbs:
             config.note_progress(done)
         self.context.steps.told.add((adapter_name, "set_progress"))
 
-    def update_biases(self, adapter_name: str = "default") -> None:
+    def update_biases(self, adapter_name: str = UNNAMED) -> None:
         """After a step of the optimizer: move the biases of routers that balance by them (`bias_update_rate`), by the
         rows that all processes have routed since the last call. All processes call it."""
         routers = [r for r in self.routers_of(adapter_name) if getattr(r, "balancing", None) is not None]
@@ -92,13 +93,14 @@ class StepVerbs:
         *,
         tau: tuple[float, float] = (1e-3, 1e-7),
         iterations: tuple[int, int] = (20, 150),
-        adapter_name: str = "default",
+        adapter_name: str = UNNAMED,
     ) -> None:
         """Before a training step: how sharp permutations that routers learn are now; at the end they are made hard.
 
         done: the share of the search that is done; from 1 on permutations are hard.
         tau, iterations: at the start and the end, log-linear between them (Ibrahim et al. 2023, section 4).
         """
+        check_number("done", done, least=0)
         permutations = [getattr(router, "permutation", None) for router in self.routers_of(adapter_name)]
         for permutation in permutations:
             if permutation is None or permutation.hard:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.context import ROUTES, ForwardContext
+from mixadapters.core.fields import check_kind
 from mixadapters.core.numbers import whole_numbers
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import Routing, RoutingKey
@@ -99,6 +100,7 @@ def row_numbers(names: Sequence[str], order: Sequence[str], noun: str) -> Tensor
     """(B,) the number of each name in `order`, -1 for "__base__". Raises ValueError for other names."""
     if isinstance(names, str):
         raise ValueError(f"names={names!r} must be a list with one name for each row; write [{names!r}]")
+    check_kind("names", names, Iterable, "a list with one name for each row")
     number_of = {name: number for number, name in enumerate(order)} | {"__base__": -1}
     for name in names:
         if name not in number_of:
@@ -118,6 +120,7 @@ def spread_pins(routes: Mapping[Any, Any], experts: Mapping[RoutingKey, Sequence
     Raises:
         ValueError: a key that no router has, or a value that is no routing of its experts.
     """
+    check_kind("routes", routes, Mapping, "a dict of patterns, such as 'ffn/*', to routings")
     names = {key: f"{key.group}/{key.layer}" for key in experts}
     pins: dict[RoutingKey, Any] = {}
     for pattern, value in sorted(routes.items(), key=lambda item: isinstance(item[0], tuple)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,17 +13,16 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from mixadapters.core.base_digest import base_digest, warn_of_other_base
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.engines import is_dtensor, is_partitioned, overwrite
 from mixadapters.core.files import PREFIX, TOKENS, FileWeights, digest_of, orders_of, weights_of
+from mixadapters.core.hooks import root_of
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.processes import rank
-from mixadapters.core.walking import outside_adapters
+from mixadapters.core.walking import WRAPPERS, outside_adapters
 
 logger = logging.getLogger(__name__)
-
-# What FSDP, torch.compile and activation checkpointing put into names.
-WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
 
 
 class SavedForm(BaseTuner):
@@ -83,6 +81,7 @@ class SavedForm(BaseTuner):
         digest = digest_of(saved, kind, config.modules_to_save) if plain else None
         orders = (f"{name}={of_it}" for name, of_it in orders_of(kind, vars(config)).items())
         config.digest = None if digest is None else " ".join([digest, *orders])
+        config.base_digest = base_digest(root_of(model))
         return found
 
     @classmethod
@@ -96,6 +95,8 @@ class SavedForm(BaseTuner):
         saved = state_dict.saved if isinstance(state_dict, FileWeights) else None
         if saved is not None:
             config.refuse_other(saved, adapter_name)
+            if not saved.mapped:
+                warn_of_other_base(root_of(model), saved.config.get("base_digest"), f"adapter {adapter_name!r}")
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         bare = not any(isinstance(module, BaseTuner) for module in model.modules())
         if len(remapped) < len(state_dict):

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+# What FSDP, torch.compile and activation checkpointing put into names.
+WRAPPERS = re.compile(r"\b(_fsdp_wrapped_module|_orig_mod|_checkpoint_wrapped_module)\.")
+
 
 def plain_path(path: str) -> str:
     """The path of a module, or the key of a parameter, as it is in a model without adapters."""

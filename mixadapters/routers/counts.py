@@ -23,6 +23,7 @@ from mixadapters.core.streams import Stream
 from mixadapters.routers.base import LOSS_OPTIONS, ROUTERS, PooledRouter, Router
 from mixadapters.routers.options import check_options
 from mixadapters.routers.pooling import POOLINGS, Pooling
+from mixadapters.routers.tokens import check_vocabulary
 
 MOST = torch.iinfo(torch.int32).max
 
@@ -296,14 +297,7 @@ class CountsRouter(PooledRouter):
                 f"router 'counts' at {self.path!r} reads the token ids of the text, and this forward has none of them "
                 "(inputs_embeds only): pass input_ids, or use a router that reads hidden states"
             )
-        # An accelerator refuses them itself, and to look at them there would wait for it.
-        if not torch.compiler.is_compiling() and ids.device.type == "cpu" and ids.numel():
-            least, most = int(ids.min()), int(ids.max())
-            if least < 0 or most >= vocab_size:
-                raise ValueError(
-                    f"input_ids holds {least if least < 0 else most}, but the counts are of the ids 0 to "
-                    f"{vocab_size - 1}: was the vocabulary changed after fit_gate?"
-                )
+        check_vocabulary(ids, vocab_size, "the counts are", "was the vocabulary changed after fit_gate?")
         return ids
 
 

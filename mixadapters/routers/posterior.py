@@ -49,6 +49,7 @@ class PosteriorRouter:
 
     takes: tuple[str, ...] = ()
     in_eval = True
+    passing = True
 
     def __init__(self, field: str, experts: Sequence[str], vocab_size: int, choose_after: int | None = None) -> None:
         if choose_after is not None:

@@ -15,7 +15,7 @@ from mixadapters.core.routing import Routing
 from mixadapters.core.streams import read_stream
 from mixadapters.routers.base import ROUTERS
 from mixadapters.routers.options import check_options
-from mixadapters.routers.tokens import token_ids
+from mixadapters.routers.tokens import check_vocabulary, token_ids
 from mixadapters.routers.top_k import TopKRouter
 
 
@@ -51,6 +51,7 @@ class PregateRouter(TopKRouter):
     def forward(self, tokens: Tensor, context: ForwardContext) -> Routing:
         ids = token_ids(context, self.stack, tokens.numel() // tokens.shape[-1], "router 'pregate'")
         weight = self.embedding.weight
+        check_vocabulary(ids, len(weight), "router 'pregate' is", "give it the model's vocab_size")
         return super().forward(F.embedding(ids.to(weight.device), weight), context)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mixadapters.core.context import ForwardContext
@@ -25,3 +26,16 @@ def token_ids(context: ForwardContext, stack: str, rows: int, who: str) -> Tenso
             "use it at layers that read the tokens themselves"
         )
     return ids
+
+
+def check_vocabulary(ids: Tensor, vocab_size: int, what: str, remedy: str) -> None:
+    """Raises ValueError where a token id is none of a router's. what: of it is of these ids.
+
+    An accelerator refuses them itself, and to look at them there would wait for it.
+    """
+    if torch.compiler.is_compiling() or ids.device.type != "cpu" or not ids.numel():
+        return
+    least, most = int(ids.min()), int(ids.max())
+    if least < 0 or most >= vocab_size:
+        wrong = least if least < 0 else most
+        raise ValueError(f"input_ids holds {wrong}, but {what} of the ids 0 to {vocab_size - 1}: {remedy}")

@@ -6,13 +6,16 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
+from mixadapters.core.base_digest import warn_of_other_base
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.fields import check_kind
 from mixadapters.core.injection import base_parts
 from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
@@ -146,6 +149,7 @@ class ServedAdapters:
             AdapterRefused: it cannot be right among packed requests, or its first forward fails; it has been taken
                 out again.
         """
+        check_kind("folder", folder, (str, PathLike), "the path of a folder")
         with self._claimed(name):
             with _readable(name):
                 found = read_folder(folder, self._forms)
@@ -154,6 +158,7 @@ class ServedAdapters:
                 remedy = "check_base_model=False (--no-check-base-model)"
                 refuse_other_base(self.model, theirs, f"adapter {name!r}", remedy)
             if (untried := self._untried(name, found)) is not None:
+                warn_of_other_base(self.model, found.saved.config.get("base_digest"), f"adapter {name!r}")
                 self.residents.wait(name, *untried)
                 self._enlist(name, untried[0].remembers)
                 return
@@ -199,6 +204,7 @@ class ServedAdapters:
         """
         if name == BASE:
             raise UnknownAdapter(f"{BASE!r} is the base model, which is not unloaded")
+        check_kind("name", name, str, "the name of an adapter")
         with self._lock:
             if name not in self._served:
                 raise self._unknown(name)

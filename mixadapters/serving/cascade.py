@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixadapters.core.fields import check_share
+from mixadapters.core.fields import check_kind, check_share
 from mixadapters.core.registry import nearest
 from mixadapters.core.rows import BASE
 
@@ -25,6 +25,7 @@ def confidence(logits: Tensor, dispersion: Literal["variance", "entropy"] = "var
     Raises:
         ValueError: fewer than two classes, or another dispersion.
     """
+    check_kind("logits", logits, Tensor, "a tensor (..., C)")
     classes = logits.shape[-1]
     if classes < 2:
         raise ValueError(f"confidence needs two classes or more, and logits {tuple(logits.shape)} have {classes}")
@@ -95,6 +96,9 @@ class ConfidenceCascade:
         check_share("threshold", threshold)
         if dispersion not in ("variance", "entropy"):
             raise ValueError(f"dispersion={dispersion!r} must be 'variance' or 'entropy'")
+        for name, expert in (("weak", weak), ("strong", strong)):
+            if expert is not None and not callable(expert):  # who only calibrates needs none
+                raise ValueError(f"{name}={expert!r:.80} must be a model, or a function that makes logits")
         self.weak, self.strong = weak, strong
         self.threshold, self.dispersion = threshold, dispersion
         self.rows = self.strong_rows = 0
@@ -232,7 +236,11 @@ class OneAdapter:
     """A model of which one adapter answers all rows, in whatever batch. name: of the adapter; "__base__": none."""
 
     def __init__(self, model: nn.Module, name: str) -> None:
+        check_kind("model", model, nn.Module, "a model")
+        check_kind("name", name, str, "the name of an adapter")
         known = getattr(model, "peft_config", None)
+        if known is None and name != BASE:
+            raise ValueError(f"{type(model).__name__} has no adapters, and so none of the name {name!r}")
         if known is not None and name not in known and name != BASE:
             raise ValueError(f"there is no adapter {name!r}; have {[*known, BASE]}.{nearest(name, known)}")
         self.model, self.name = model, name

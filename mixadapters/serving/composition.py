@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from math import log
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mixadapters.core.fields import check_share
+from mixadapters.core.fields import check_kind, check_share
 from mixadapters.core.files import read_config, weights_of
 from mixadapters.core.folders import written_aside
 from mixadapters.core.rows import BASE
@@ -63,6 +64,8 @@ class CompositionRouter:
         check_share("max_entropy", max_entropy)
         if not isinstance(fallback, str) or not fallback:
             raise ValueError(f"fallback={fallback!r} must be the name of an adapter, or {BASE!r}")
+        if not callable(embed):
+            raise ValueError(f"embed={embed!r:.80} must make features of tokens, such as PooledStates(model)")
         self.embed, self.mapping = embed, None if mapping is None else _checked(mapping)
         self.classifier, self.neighbours = classifier, neighbours
         self.max_entropy, self.fallback = max_entropy, fallback
@@ -190,6 +193,7 @@ class CompositionRouter:
         Raises:
             ValueError: a file is missing or cut, or says something that no router is saved with; the message names it.
         """
+        check_kind("folder", folder, (str, PathLike), "the path of a folder")
         path = Path(folder) / CONFIG
         content = read_config(path)
         try:

@@ -13,6 +13,7 @@ from typing import Generic, Literal, TypeVar
 
 from torch import Tensor
 
+from mixadapters.core.fields import check_kind
 from mixadapters.core.routing import Routing
 
 K = TypeVar("K", bound=Hashable)
@@ -55,6 +56,8 @@ class ExpertCache(Generic[K, V]):
     ) -> None:
         if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
             raise ValueError(f"capacity={capacity!r} must be a whole number of 1 or more")
+        if not callable(load):
+            raise ValueError(f"load={load!r:.80} must be a function from an expert to what is kept of it")
         if policy not in ("belady", "lru"):
             raise ValueError(f"policy={policy!r} must be 'belady' or 'lru'")
         if (plan is not None) != (policy == "belady"):
@@ -191,6 +194,7 @@ def request_experts(routing: Routing, batch: int, mask: Tensor | None = None) ->
 
 def token_experts(routing: Routing, batch: int, mask: Tensor | None = None) -> list[list[frozenset[int]]]:
     """The experts of each token of each request; padding is left out. Arguments and errors of `request_experts`."""
+    check_kind("routing", routing, Routing, "a Routing, such as PregateRouter.plan gives")
     indices = routing.indices
     if indices is None:
         raise ValueError("this routing weighs every expert, so there is nothing to plan; use a router that chooses")
@@ -229,6 +233,9 @@ def expert_aware_batches(
     for name, limit in (("max_experts", max_experts), ("max_requests", max_requests)):
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
             raise ValueError(f"{name}={limit!r} must be a whole number of 1 or more")
+    check_kind("needs", needs, Sequence, "a list with the experts of each request")
+    if isinstance(needs, str) or not all(isinstance(need, Collection) and not isinstance(need, str) for need in needs):
+        raise ValueError(f"needs={needs!r:.80} must be a list with a set of experts for each request")
     sets = [frozenset(need) for need in needs]
     for number, need in enumerate(sets):
         if len(need) > max_experts:

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mixadapters.core.fields import check_share
+from mixadapters.core.evaluation import in_training
+from mixadapters.core.fields import check_integer, check_kind, check_number, check_share
 from mixadapters.core.files import weights_of
 from mixadapters.core.folders import written_aside
 from mixadapters.core.registry import nearest
@@ -97,7 +98,13 @@ class GlobalLocalMixture:
     """
 
     def __init__(self, model: Any, embed: Callable[..., Tensor], threshold: float = 0.5) -> None:
+        check_kind("model", model, nn.Module, "a PeftModel with an adapter for each user")
         check_share("threshold", threshold)
+        if not hasattr(model, "peft_config") or not callable(embed):
+            raise ValueError(
+                f"model={type(model).__name__} must be a PeftModel with an adapter for each user, and embed "
+                f"({type(embed).__name__}) make features of tokens, such as PooledStates(model)"
+            )
         self.model, self.embed, self.threshold = model, embed, threshold
         self.gates: dict[str, Gate] = {}
 
@@ -128,6 +135,9 @@ class GlobalLocalMixture:
             ValueError: no adapter has the user's name, or something else of it would train.
         """
         self._check(user)
+        check_integer("epochs", epochs, least=1)
+        check_integer("batch_size", batch_size, least=1)
+        check_number("rate", rate, above=0)
         count = count_rows(samples)
         with what_trains_kept(self.model), self._alone(user):
             optimizer = torch.optim.AdamW(self._trained(user), rate)
@@ -175,13 +185,12 @@ class GlobalLocalMixture:
     @contextmanager
     def _alone(self, user: str) -> Iterator[None]:
         """The user's adapter is the active one, in training mode."""
-        active, mode = self.model.active_adapters, self.model.training
+        active = self.model.active_adapters
         self.model.set_adapter(user)
-        self.model.train()
         try:
-            yield
+            with in_training(self.model):
+                yield
         finally:
-            self.model.train(mode)
             self.model.set_adapter(active if len(active) > 1 else active[0])
 
     def _trained(self, user: str) -> list[nn.Parameter]:

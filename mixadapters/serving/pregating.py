@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_kind, finite
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.routing import Routing, RoutingKey, chosen_experts
 from mixadapters.routers import PregateRouter, build_router
@@ -69,7 +69,7 @@ def distill_pregate(
     """
     tuner, names = _common_experts(model, adapter)
     if not isinstance(router, PregateRouter):
-        router = _new(model, names, dict(router or {}))
+        router = _new(model, names, router or {})
     _check_arms(router, names)
     _teach(model, tuner, adapter, batches, [(router, tuple(tuner.mixtures(adapter)))], lr)
     return router
@@ -95,7 +95,7 @@ def distill_layer_pregates(
     trunk: PregateRouter | None = None
     routers: dict[RoutingKey, PregateRouter] = {}
     for key, mixture in mixtures.items():
-        routers[key] = _new(model, list(mixture.expert_names), dict(options or {}))
+        routers[key] = _new(model, list(mixture.expert_names), options or {})
         _check_arms(routers[key], mixture.expert_names)
         trunk = trunk or routers[key]
         routers[key].embedding, routers[key].hidden = trunk.embedding, trunk.hidden
@@ -109,6 +109,7 @@ Lesson = tuple[PregateRouter, tuple[RoutingKey, ...]]  # a pre-gate, and the rou
 def _teach(
     model: nn.Module, tuner: MixtureModel, adapter: str, batches: Iterable[Batch], lessons: list[Lesson], lr: float
 ) -> None:
+    check_kind("batches", batches, Iterable, "a list, or another iterable, of batches")
     if not finite(lr) or lr <= 0:
         raise ValueError(f"lr={lr!r} must be a number above 0")
     parameters = dict.fromkeys(parameter for router, _ in lessons for parameter in router.parameters())
@@ -152,7 +153,9 @@ def pregate_agreement(
     Errors of `distill_pregate`; and pre-gates of other routers than the mixture has.
     """
     tuner, mixtures = _mixtures(model, adapter)
-    routers = dict.fromkeys(mixtures, router) if isinstance(router, PregateRouter) else dict(router)
+    routers = dict.fromkeys(mixtures, router) if isinstance(router, PregateRouter) else router
+    check_kind("router", routers, Mapping, "a PregateRouter, or a dict of them by the keys of routers")
+    check_kind("batches", batches, Iterable, "a list, or another iterable, of batches")
     if routers.keys() != mixtures.keys():
         raise ValueError(f"router: {sorted(map(str, routers))} are not the mixture's, {sorted(map(str, mixtures))}")
     for key, mixture in mixtures.items():
@@ -221,6 +224,8 @@ def _observed(tuner: MixtureModel, observe: Any) -> Iterator[None]:
 
 def _mixtures(model: nn.Module, adapter: str) -> tuple[MixtureModel, dict[RoutingKey, Any]]:
     """The tuner of an adapter, and its mixtures by the keys of their routers."""
+    check_kind("model", model, nn.Module, "a PeftModel with MoA or MixDA")
+    check_kind("adapter", adapter, str, "the name of an adapter")
     tuner = next((module for module in model.modules() if isinstance(module, MixtureModel)), None)
     mixtures = {} if tuner is None else tuner.mixtures(adapter)
     if tuner is None or not mixtures:
@@ -250,7 +255,8 @@ def _check_arms(router: PregateRouter, names: Sequence[str]) -> None:
         )
 
 
-def _new(model: Any, names: list[str], options: dict[str, Any]) -> PregateRouter:
+def _new(model: Any, names: list[str], options: Any) -> PregateRouter:
+    check_kind("options", options, Mapping, "a dict of options of PregateRouter")
     usual = {"vocab_size": model.config.get_text_config().vocab_size, "granularity": "token", "k": min(2, len(names))}
     router = build_router({**usual, **options, "kind": "pregate"}, 1, names)
     assert isinstance(router, PregateRouter)
@@ -258,6 +264,7 @@ def _new(model: Any, names: list[str], options: dict[str, Any]) -> PregateRouter
 
 
 def _read(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    check_kind("batch", batch, Mapping, "a batch by name: a list of batches is given, and each is a dict")
     if "input_ids" not in batch:
         raise ValueError(f"a batch has {sorted(batch)}, and no input_ids, which a pre-gate reads")
     return batch["input_ids"], batch.get("attention_mask")

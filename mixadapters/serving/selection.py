@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mixadapters.core.fields import finite
+from mixadapters.core.fields import check_kind, finite
 from mixadapters.core.registry import nearest
 
 Scores = Mapping[str, Mapping[str, float]]  # category -> expert -> how well it does there; more is better
@@ -140,6 +140,7 @@ def mask_gate(probs: Tensor, arms: Sequence[str], kept: Iterable[str]) -> Tensor
     Raises:
         ValueError: no arm is kept, or one is that there is not.
     """
+    check_kind("probs", probs, torch.Tensor, "a tensor (N, A)")
     names = list(kept)
     for name in names:
         if name not in arms:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from mixadapters.core.fields import check_integer, check_number
+from mixadapters.core.fields import check_integer, check_kind, check_number
 
 
 class Placement(NamedTuple):
@@ -150,6 +150,7 @@ def deal_tasks(rows: Mapping[str, int], devices: int, at_most: float = 1.25) -> 
     Raises:
         ValueError: no task, or a number out of range.
     """
+    check_kind("rows", rows, Mapping, "a dict of tasks to their rows")
     if not rows or not all(type(count) is int and count > 0 for count in rows.values()):
         raise ValueError(f"rows={dict(rows)!r} must name tasks and how many rows each has, 1 or more")
     check_number("at_most", at_most, least=1)

@@ -14,8 +14,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.engines import loaded
-from mixadapters.core.fields import check_switches
+from mixadapters.core.fields import check_kind, check_switches
 from mixadapters.core.model import MixtureModel
+from mixadapters.core.names import UNNAMED
 from mixadapters.core.processes import gathered, several
 from mixadapters.core.saving import restore_frozen
 from mixadapters.core.trainers import check_best, check_columns, check_launched, trainer_above
@@ -48,12 +49,13 @@ class StageCallback(RunCallback):
     """
 
     def __init__(
-        self, stage: str, adapter_name: str = "default", objectives: Sequence[Objective] = (), check_head: bool = True,
+        self, stage: str, adapter_name: str = UNNAMED, objectives: Sequence[Objective] = (), check_head: bool = True,
         *, domain: str | None = None,
     ) -> None:  # fmt: skip
         check_switches(check_head=check_head)
         self.stage, self.adapter_name, self.domain = stage, adapter_name, domain
         self.noted = stage if domain is None else f"{stage} {domain}"  # in checkpoints
+        check_kind("objectives", objectives, Sequence, "a list of objectives")
         self.objectives, self.check_head = list(objectives), check_head
         for objective in self.objectives:
             if not all(hasattr(objective, name) for name in ("takes", "before", "after")):
@@ -263,6 +265,7 @@ class GateUsageCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, per_layer: bool = False) -> None:
         check_switches(per_layer=per_layer)
+        check_kind("trainer", trainer, Trainer, "the Trainer, whose log takes the report")
         self.trainer, self.per_layer = trainer, per_layer
 
     def on_train_begin(
@@ -284,6 +287,7 @@ class GateUsageCallback(TrainerCallback):
 
 
 def context_within(model: nn.Module) -> ForwardContext | None:
+    check_kind("model", model, nn.Module, "a model")
     return next((found for module in model.modules() if (found := ForwardContext.find(module))), None)
 
 

@@ -45,7 +45,7 @@ def watch_runs() -> None:
 
 def find_tuner(model: nn.Module) -> MixtureModel:
     """The tuner inside a PeftModel (or around it: DDP, torch.compile). Raises ValueError where there is none."""
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, MixtureModel):
             return module
     raise ValueError(

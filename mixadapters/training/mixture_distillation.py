@@ -6,7 +6,7 @@ features, and the student takes a few steps towards it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixadapters.core.config import one_of
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import check_integer, check_number
+from mixadapters.core.fields import check_integer, check_kind, check_number
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.routing import RoutingKey
@@ -56,6 +56,7 @@ class MixtureTeacher:
     """
 
     def __init__(self, model: nn.Module, features: Features = token_states) -> None:
+        check_kind("model", model, nn.Module, "a PeftModel with MoA or MixDA")
         tuner = next((module for module in model.modules() if isinstance(module, MixtureModel)), None)
         if tuner is None or not _active(tuner):
             raise ValueError(f"{type(model).__name__} has no mixture: pass a PeftModel with MoA or MixDA")
@@ -153,6 +154,12 @@ class MixtureDistiller:
     ) -> None:  # fmt: skip
         if not isinstance(aggregator, nn.Module):
             one_of("aggregator", aggregator, AGGREGATORS)
+        if not hasattr(teacher, "routed" if aggregator == "router" else "experts"):
+            raise ValueError(
+                f"teacher={type(teacher).__name__} says nothing of experts: give MixtureTeacher(model), or what has "
+                "its methods"
+            )
+        check_kind("student", student, nn.Module, "a model")
         check_integer("heads", heads, least=1)
         check_number("inner_lr", inner_lr, above=0)
         check_integer("steps", steps, least=0)
@@ -296,9 +303,11 @@ def distil_mixture(
         )
     distiller = MixtureDistiller(teacher, student, aggregator, features=features, heads=heads)
     check_number("lr", lr, above=0)
+    check_kind("batches", batches, Iterable, "a list, or another iterable, of batches")
     optimizer = torch.optim.AdamW(distiller.own_parameters().values(), lr=lr, weight_decay=0.0)
     losses = []
     for batch in batches:
+        check_kind("batch", batch, Mapping, "the arguments of a forward by name")
         with torch.no_grad():
             target = distiller.target(batch)
         loss = (features(student, batch) - target).square().mean()

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from mixadapters.core.config import one_of
 from mixadapters.core.context import ROUTES, ForwardContext
 from mixadapters.core.evaluation import in_evaluation
+from mixadapters.core.fields import check_integer
 from mixadapters.core.inspection import RoutingVerbs
+from mixadapters.core.names import UNNAMED
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import FROZEN
 from mixadapters.core.sites import has_two_stacks, is_causal
@@ -47,7 +49,7 @@ class GateVerbs(RoutingVerbs):
         method: str | None = None,
         max_length: int = 256,
         batch_size: int = 16,
-        adapter_name: str = "default",
+        adapter_name: str = UNNAMED,
     ) -> dict[str, int]:
         """Fit the gates of an adapter by example text, without training.
 
@@ -71,6 +73,10 @@ class GateVerbs(RoutingVerbs):
             ValueError: an unknown domain or method, text that holds no tokens of the model, or no router to fit.
         """
         self.config_of(adapter_name)  # refuses unknown names
+        check_integer("max_length", max_length, least=1)
+        check_integer("batch_size", batch_size, least=1)
+        if tokenizer is not None and not callable(tokenizer):
+            raise ValueError(f"tokenizer={tokenizer!r:.80} must be a tokenizer of transformers")
         mixtures = list(self.mixtures(adapter_name).values())
         names = list(dict.fromkeys(name for mixture in mixtures for name in mixture.expert_names))
         if not isinstance(texts, Mapping) or not (texts or general is not None):
@@ -111,9 +117,7 @@ class GateVerbs(RoutingVerbs):
         raise NotImplementedError
 
     @contextmanager
-    def posterior(
-        self, *, choose_after: int | None = None, adapter_name: str = "default"
-    ) -> Iterator[PosteriorRouter]:
+    def posterior(self, *, choose_after: int | None = None, adapter_name: str = UNNAMED) -> Iterator[PosteriorRouter]:
         """Weigh the experts by how well each alone has predicted the text so far, in the forwards of a block.
 
         `with tuner.posterior(): trainer.evaluate()`, or `model.generate(...)`. For causal language models; nothing is
@@ -126,6 +130,7 @@ class GateVerbs(RoutingVerbs):
         Raises:
             ValueError: the model does not predict next tokens, or choose_after is no number of tokens.
         """
+        self.config_of(adapter_name)  # refuses unknown names
         mixtures = self.mixtures(adapter_name)
         if not mixtures:
             raise ValueError(f"adapter_name={adapter_name!r} has no mixture; have {list(self.peft_config)}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.fields import check_number, fits
 from mixadapters.core.files import digest_of, read_adapter, read_config
-from mixadapters.core.folders import check_misspelt, written_aside
+from mixadapters.core.folders import check_misspelt, folder_aside, new_folder
 from mixadapters.core.names import check_free, check_name
 from mixadapters.core.registry import nearest
 
@@ -57,20 +57,29 @@ def read_folder(
 
 
 def check_folder(verb: str, folder: Any) -> None:
-    """Refuse what is no path of a folder to write to."""
+    """Refuse what is no path of a folder to write to, or holds something, such as what was gathered."""
     if not isinstance(folder, (str, os.PathLike)) or Path(folder).is_file():
-        raise ValueError(f"{verb}: folder={folder!r} is no folder; give the path of one, new or old")
+        raise ValueError(f"{verb}: folder={folder!r} is no folder; give the path of a new one")
+    try:
+        new_folder(Path(folder))
+    except ValueError as error:
+        raise ValueError(f"{verb}: {error}") from None
 
 
 def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, weights: Mapping[str, Tensor]) -> None:
-    """Write an adapter as PEFT saves one, for `PeftModel.from_pretrained`. weights: by the keys of a file."""
+    """Write an adapter as PEFT saves one, for `PeftModel.from_pretrained`, into a folder that is new or empty.
+
+    weights: by the keys of a file.
+
+    Raises:
+        ValueError: the folder holds something already.
+    """
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
     if isinstance(config, MixtureConfig):
         config.digest = digest_of(tensors, config.peft_type.value, config.modules_to_save)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with written_aside(Path(folder) / SAFETENSORS_WEIGHTS_NAME) as aside:
-        save_file(tensors, aside, metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
+    with folder_aside(Path(folder)) as aside:
+        save_file(tensors, aside / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(aside))
 
 
 def check_base_model(model: nn.Module, saved: Any, spec: dict[str, Any], where: str) -> None:

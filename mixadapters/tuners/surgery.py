@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mixadapters.core.model import MixtureModel
+from mixadapters.core.names import UNNAMED
 from mixadapters.surgery.merging import MergeResult, merge_experts
 from mixadapters.surgery.pruning import PruneResult, prune_experts
 from mixadapters.surgery.usage import ExpertUsage
@@ -14,7 +15,7 @@ class SurgeryVerbs(MixtureModel):
     """Part of the tuners whose experts can come and go."""
 
     def prune_experts(
-        self, usage: ExpertUsage | None, keep: int | None = None, *, adapter_name: str = "default", **options: Any
+        self, usage: ExpertUsage | None, keep: int | None = None, *, adapter_name: str = UNNAMED, **options: Any
     ) -> PruneResult:
         """Cut out the experts that matter least. See `mixadapters.surgery.prune_experts`.
 
@@ -26,7 +27,7 @@ class SurgeryVerbs(MixtureModel):
         return prune_experts(self, usage, keep, adapter=adapter_name, **options)
 
     def merge_experts(
-        self, usage: ExpertUsage, groups: Any, *, adapter_name: str = "default", **options: Any
+        self, usage: ExpertUsage, groups: Any, *, adapter_name: str = UNNAMED, **options: Any
     ) -> MergeResult:
         """Make one expert of several. See `mixadapters.surgery.merge_experts`.
 

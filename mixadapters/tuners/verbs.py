@@ -70,6 +70,18 @@ def watch_verbs() -> None:
                 mapping = kind and {"base_model_class": kind.__name__, "parent_library": kind.__module__}
                 complete_card(output_dir, config, __version__, mapping, "" if name == "default" else name)
 
+    for name in ("get_alora_offsets_for_forward", "get_alora_offsets_for_generate"):
+        setattr(peft.peft_model, name, _with_read_names(getattr(peft.peft_model, name)))
+    setattr(peft_from_pretrained, MARK, True)
+    PeftModel.from_pretrained = classmethod(peft_from_pretrained)
+    PeftModel.load_adapter = load_adapter
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    _watch_weights()
+    _watch_lora()
+    _watch_transformers()
+
+
+def _watch_weights() -> None:
     load_weights = peft.load_peft_weights
 
     @functools.wraps(load_weights)
@@ -91,17 +103,9 @@ def watch_verbs() -> None:
         shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
         return FileWeights(weights, SavedAdapter(f"the weights of an adapter {name!r}", config.to_dict(), shapes))
 
-    for name in ("get_alora_offsets_for_forward", "get_alora_offsets_for_generate"):
-        setattr(peft.peft_model, name, _with_read_names(getattr(peft.peft_model, name)))
-    setattr(peft_from_pretrained, MARK, True)
     for module in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):
         module.load_peft_weights = load_peft_weights
         module.get_peft_model_state_dict = get_peft_model_state_dict
-    PeftModel.from_pretrained = classmethod(peft_from_pretrained)
-    PeftModel.load_adapter = load_adapter
-    PeftModel.create_or_update_model_card = create_or_update_model_card
-    _watch_lora()
-    _watch_transformers()
 
 
 def _watch_lora() -> None:

@@ -6,6 +6,7 @@ import copy
 import functools
 import pickle
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -242,6 +243,13 @@ def expected_sites(case: str, role: str) -> int:
     if role == "ffn_norm" and case in ONE_NORM_FOR_BOTH:
         return 0
     return layers
+
+
+def test_docs_list_the_types_of_the_table() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "using-with-peft.md").read_text(encoding="utf-8")
+    section = page.partition("## Which models")[2].partition("\n| ")[0]
+    listed = section.partition("values of `model_type`:")[2]
+    assert re.findall(r"`([^`]+)`", listed) == sorted(ARCHITECTURES)
 
 
 @every_case

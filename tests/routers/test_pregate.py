@@ -63,3 +63,10 @@ def test_what_it_needs_is_said(forward) -> None:
     tokens = torch.randn(3, 7, 6)
     with pytest.raises(ValueError, match=r"router 'pregate' routes by the ids of tokens.*inputs_embeds"):
         make()(tokens, forward(tokens, MASK))
+
+
+def test_ids_of_another_vocabulary_are_named() -> None:
+    router = build_router({"kind": "pregate", "vocab_size": 7}, 6, ["a", "b"])
+    for wrong in (7, -1):
+        with pytest.raises(ValueError, match=rf"input_ids holds {wrong}, but router 'pregate' is of the ids 0 to 6"):
+            router.plan(torch.tensor([[1, wrong]]))

@@ -570,3 +570,13 @@ def test_safe_merge_refuses_weights_that_are_not_finite(tiny) -> None:
             parameter.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_and_unload(safe_merge=True)
+
+
+@pytest.mark.parametrize("factor", [4.5, 1.5])
+def test_a_fraction_of_the_width_is_refused_and_read_in_files(factor: float, tiny: Any, tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match=rf"reduction_factor={factor} must be a whole number, or below 1.*\(r\)"):
+        get_peft_model(tiny("llama"), BottleneckConfig(reduction_factor=factor))
+    get_peft_model(tiny("llama"), BottleneckConfig(r=int(32 // factor))).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "r": None, "reduction_factor": factor}))
+    PeftModel.from_pretrained(tiny("llama"), tmp_path)

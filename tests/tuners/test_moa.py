@@ -543,3 +543,32 @@ def test_a_list_of_names_that_are_saved_adapters_is_warned_of(config: Any, field
         warnings.simplefilter("error")
         made = config(**{field: ["code", "mine"]})  # no adapter; and what an earlier run has saved
         assert getattr(config(**{field: {"law": None}}), field)["law"] == getattr(made, field)["code"]
+
+
+def test_an_export_writes_over_nothing(tiny, tmp_path) -> None:
+    """Not even over the folder that an expert was gathered from."""
+    tuner = build(tiny("llama"), num_experts=2, target_modules=["q_proj"]).base_model
+    tuner.export_expert("expert0", tmp_path / "one")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()}
+    with pytest.raises(ValueError, match=r"export_expert: folder=.*one' holds something already; name a new"):
+        tuner.export_expert("expert1", tmp_path / "one")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "one").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+def test_verbs_ask_which_of_two_active_adapters_is_meant(tiny, tmp_path) -> None:
+    model = build(tiny("llama"), num_experts=2, target_modules=["q_proj"])
+    model.add_adapter("other", MoAConfig(num_experts=2, r=2, target_modules=["q_proj"]))
+    tuner = model.base_model
+    tuner.set_adapter(["default", "other"])
+    for verb in (
+        lambda **which: tuner.add_expert("new", **which),
+        lambda **which: tuner.remove_expert("expert1", **which),
+        lambda **which: tuner.set_stage("router", **which),
+        lambda **which: tuner.export_expert("expert0", tmp_path / "one", **which),
+        lambda **which: tuner.set_progress(0.5, **which),
+    ):
+        with pytest.raises(ValueError, match=r"adapters \['default', 'other'\] are active.*pass adapter_name="):
+            verb()
+        verb(adapter_name="default")
+    assert tuner.peft_config["other"].all_names() == ["expert0", "expert1"]

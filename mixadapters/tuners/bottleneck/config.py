@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mixadapters.core.config import MixtureConfig, refuse_no_scale
+from mixadapters.core.files import being_loaded
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.tuners.registration import peft_type
 
@@ -93,6 +94,20 @@ class BottleneckConfig(MixtureConfig):
             "layer_norm": self.layer_norm,
             "scale": None if self.scale == "learnable" else float(self.scale),
         }
+
+
+def bottleneck_width(width: int, reduction_factor: float) -> int:
+    """The width of an adapter whose input is so wide.
+
+    Raises:
+        ValueError: a factor above 1 that is no whole number, in a config that is made here: what it gives is cut.
+    """
+    if reduction_factor > 1 and reduction_factor % 1 and being_loaded() is None:
+        raise ValueError(
+            f"reduction_factor={reduction_factor} must be a whole number, or below 1 for a bottleneck that is wider "
+            f"than its input of {width}; or give the width itself (r)"
+        )
+    return max(1, int(width // reduction_factor))
 
 
 def placement_roles(placement: str, adapter_input: str, known: Collection[str]) -> tuple[str, ...]:

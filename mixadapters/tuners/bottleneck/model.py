@@ -5,7 +5,7 @@ from mixadapters.core.bank import AdapterBank
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.routers import SingleRouter
-from mixadapters.tuners.bottleneck.config import BottleneckConfig, placement_roles, placement_taps
+from mixadapters.tuners.bottleneck.config import BottleneckConfig, bottleneck_width, placement_roles, placement_taps
 
 EXPERT = "adapter"  # name of the only expert of a bank
 
@@ -29,7 +29,7 @@ def bottleneck(config: BottleneckConfig, site: Site, rank: int, tap: str | None 
     parallel = config.placement == "parallel"
     width = site.out_features if tap is not None or not parallel else site.in_features
     bank = AdapterBank(width, site.out_features, **config.bank_options())
-    bank.add(EXPERT, rank or max(1, int(width // config.reduction_factor)), config.init_weights)
+    bank.add(EXPERT, rank or bottleneck_width(width, config.reduction_factor), config.init_weights)
     return Mixture(
         SingleRouter(width, [EXPERT]), bank, "parallel" if parallel else "sequential", tap=tap,
         dropout=config.dropout, observes=True,

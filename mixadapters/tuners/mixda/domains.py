@@ -14,7 +14,7 @@ from mixadapters.core.adapter import Chain, Site
 from mixadapters.core.fields import check_switches
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.names import check_known
+from mixadapters.core.names import UNNAMED, check_known
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import row_numbers
 from mixadapters.routers.counts import CountsRouter
@@ -62,7 +62,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
                     raise ValueError("domains with a source need low_cpu_mem_usage=False")
                 parameter.copy_(tensors[key])
 
-    def domain_ids(self, names: list[str], adapter_name: str = "default") -> Tensor:
+    def domain_ids(self, names: list[str], adapter_name: str = UNNAMED) -> Tensor:
         """(B,) numbers for the batch field `domain_ids`, which routes each row to a domain; "__base__" is none."""
         return row_numbers(names, list(self.config_of(adapter_name).domains), "domain")
 
@@ -78,7 +78,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         r: int | None = None,
         like: str | None = None,
         share: float = NEW_ARM_SHARE,
-        adapter_name: str = "default",
+        adapter_name: str = UNNAMED,
     ) -> None:
         """Add a domain, new (zero), trained, or a copy of another, to a mixture. The others' weights do not change.
 
@@ -145,7 +145,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         device, base_dtype = host._get_base_layer_device_and_dtype(host.get_base_layer())
         new.to(device, dtype or base_dtype)
 
-    def remove_domain(self, name: str, *, renormalize: bool = False, adapter_name: str = "default") -> None:
+    def remove_domain(self, name: str, *, renormalize: bool = False, adapter_name: str = UNNAMED) -> None:
         """Remove a domain and its weights. Make optimizers anew afterwards.
 
         What a softmax gate gave to it goes to the frozen layer, so that the other domains' weights do not change; with
@@ -165,7 +165,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         self._forget_domains(config, [name], adapter_name)
 
     def keep_experts(
-        self, kept: Mapping[str, Sequence[str]], *, renormalize: bool = True, adapter_name: str = "default"
+        self, kept: Mapping[str, Sequence[str]], *, renormalize: bool = True, adapter_name: str = UNNAMED
     ) -> None:
         """As `CuttingVerbs.keep_experts`, of domains. Make optimizers anew afterwards."""
         check_switches(renormalize=renormalize)
@@ -233,7 +233,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
 
     # --- one domain of several ---------------------------------------------------------------------------------
 
-    def set_stage(self, stage: str, adapter_name: str = "default", domain: str | None = None) -> None:
+    def set_stage(self, stage: str, adapter_name: str = UNNAMED, domain: str | None = None) -> None:
         """As every method's; with `domain` that domain alone trains.
 
         As long as the stage is set, rows to which the batch gives no `domain_ids` take that domain, past the gate.

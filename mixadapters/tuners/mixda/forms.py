@@ -16,7 +16,7 @@ from mixadapters.core.fields import check_switches
 from mixadapters.core.files import PREFIX
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.names import check_known
+from mixadapters.core.names import UNNAMED, check_known
 from mixadapters.routers.fixed import ConstantRouter
 from mixadapters.tuners.bottleneck.config import BottleneckConfig, placement_taps
 from mixadapters.tuners.bottleneck.model import EXPERT
@@ -43,7 +43,7 @@ class DomainForms(MixtureModel):
 
     @torch.no_grad()
     def export_domain(
-        self, name: str, folder: str | Path, *, pad_ranks: bool = False, adapter_name: str = "default"
+        self, name: str, folder: str | Path, *, pad_ranks: bool = False, adapter_name: str = UNNAMED
     ) -> None:
         """Write a domain as an adapter folder of its own: at full weight, without gate and task adapter.
 
@@ -55,7 +55,7 @@ class DomainForms(MixtureModel):
 
         Raises:
             ValueError: there is no such domain, it stands for the whole output of its layers (combine="convex"), or
-                `folder` is none.
+                `folder` is none, or holds something already.
         """
         check_switches(pad_ranks=pad_ranks)
         config = self.config_of(adapter_name)
@@ -107,7 +107,7 @@ class DomainForms(MixtureModel):
 
     @torch.no_grad()
     def join_domains(
-        self, name: str, weights: Mapping[str, float] | None = None, *, adapter_name: str = "default"
+        self, name: str, weights: Mapping[str, float] | None = None, *, adapter_name: str = UNNAMED
     ) -> None:
         """Make one domain of all: their ranks side by side, each at a weight that no gate changes any more.
 
@@ -180,7 +180,7 @@ class DomainForms(MixtureModel):
     # --- merged for a request ----------------------------------------------------------------------------------
 
     @contextmanager
-    def merged_domains(self, weights: Mapping[str, float], *, adapter_name: str = "default") -> Iterator[None]:
+    def merged_domains(self, weights: Mapping[str, float], *, adapter_name: str = UNNAMED) -> Iterator[None]:
         """Within the block the domains count by these weights and not by the gate, merged into the frozen layers.
 
         `with tuner.merged_domains({"law": 0.7, "code": 0.3}): model.generate(...)`: every row, at the cost of the base

@@ -13,7 +13,7 @@ from mixadapters.core.mixture import Mixture
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.sites import layer_index, stack_of
 from mixadapters.routers import CountsRouter
-from mixadapters.tuners.bottleneck.config import placement_roles
+from mixadapters.tuners.bottleneck.config import bottleneck_width, placement_roles
 from mixadapters.tuners.bottleneck.model import bottleneck
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.domains import DomainVerbs
@@ -87,7 +87,7 @@ class MixDAModel(LoRADomains, DomainVerbs, DomainForms):
                 here = index in config.layers(depth[stack_of(path, self.model)])
             if here:
                 width, _ = self.bank_widths(config, path)
-                usual = LORA_RANK if config.domain_type == "lora" else max(1, int(width // config.reduction_factor))
+                usual = LORA_RANK if config.domain_type == "lora" else bottleneck_width(width, config.reduction_factor)
                 chosen[path] = self.rank_at(config, path, rank or config.r or usual)
         if not chosen:
             raise ValueError(

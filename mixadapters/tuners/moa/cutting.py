@@ -9,6 +9,7 @@ import torch
 
 from mixadapters.core.bank import Expert
 from mixadapters.core.fields import check_integer, check_switches
+from mixadapters.core.names import UNNAMED
 from mixadapters.core.registry import nearest
 from mixadapters.routers.counts import CountsRouter
 from mixadapters.tuners.moa.config import MoAConfig
@@ -23,7 +24,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
 
     @torch.no_grad()
     def keep_experts(
-        self, kept: Mapping[str, Sequence[str]], *, renormalize: bool = True, adapter_name: str = "default"
+        self, kept: Mapping[str, Sequence[str]], *, renormalize: bool = True, adapter_name: str = UNNAMED
     ) -> None:
         """As `CuttingVerbs.keep_experts`. Make optimizers anew afterwards.
 
@@ -56,7 +57,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
         self._settle(adapter_name)
 
     @torch.no_grad()
-    def share_experts(self, stands: Mapping[str, Mapping[str, str]], adapter_name: str = "default") -> None:
+    def share_experts(self, stands: Mapping[str, Mapping[str, str]], adapter_name: str = UNNAMED) -> None:
         """As `CuttingVerbs.share_experts`. Make optimizers anew afterwards."""
         config, mixtures = self._ready(stands, adapter_name)
         for path, moved in stands.items():
@@ -74,7 +75,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
         self._settle(adapter_name)
 
     @torch.no_grad()
-    def resize_expert(self, path: str, name: str, rank: int, adapter_name: str = "default") -> None:
+    def resize_expert(self, path: str, name: str, rank: int, adapter_name: str = UNNAMED) -> None:
         """As `CuttingVerbs.resize_expert`. Make optimizers anew afterwards."""
         config, mixtures = self._ready({path: [name]}, adapter_name)
         mixture = mixtures[path]

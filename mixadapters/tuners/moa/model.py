@@ -27,7 +27,9 @@ from mixadapters.tuners.moa.sources import gather
 from mixadapters.tuners.sources import expert_options, key_of, rank_of
 
 # What runs first in an attention.
-QUERY = frozenset({"q", "query", "q_proj", "q_lin", "query_proj", "qkv_proj", "qkv", "query_key_value"})
+QUERY = frozenset(
+    {"q", "query", "q_proj", "q_lin", "query_proj", "qkv_proj", "qkv", "query_key_value", "in_proj", "in_proj_qkv"}
+)
 # Of cross-attention, these read the encoder's tokens, the others the decoder's.
 MEMORY = frozenset({"k", "key", "k_proj", "v", "value", "v_proj"})
 REREADING = frozenset({"kv_b_proj"})  # of latent attention (DeepSeek): in each step it reads the cache's tokens again

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mixadapters.core.config import one_of
+from mixadapters.core.names import UNNAMED
 from mixadapters.surgery.mixtures import deciding_router, mixture_layers
 from mixadapters.surgery.tuning import (
     MODES,
@@ -31,7 +32,7 @@ class ExpertOverriding(ExpertSpawning):
         scale: Mapping[Any, float] | None = None,
         mode: str = "zero",
         *,
-        adapter_name: str = "default",
+        adapter_name: str = UNNAMED,
     ) -> None:
         """Switch experts off, on, or scale them, as `surgery.tune_experts` does, from now on: the config keeps it.
 

@@ -8,7 +8,7 @@ import torch
 
 from mixadapters.core.bank import Expert
 from mixadapters.core.fields import check_number
-from mixadapters.core.names import check_known
+from mixadapters.core.names import UNNAMED, check_known
 from mixadapters.tuners.moa.config import check_experts
 from mixadapters.tuners.moa.verbs import ExpertVerbs
 from mixadapters.tuners.sources import check_new
@@ -25,7 +25,7 @@ class ExpertSpawning(ExpertVerbs):
         *,
         mask_fraction: float = 0.5,
         noise: float = 0.0,
-        adapter_name: str = "default",
+        adapter_name: str = UNNAMED,
     ) -> None:
         """Add copies of an expert; of each, and of the expert itself, other weights are set to 0 at random.
 

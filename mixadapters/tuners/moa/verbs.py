@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.fields import check_switches
-from mixadapters.core.names import check_known
+from mixadapters.core.names import UNNAMED, check_known
 from mixadapters.core.routes import row_numbers
 from mixadapters.tuners.gates import GateVerbs
 from mixadapters.tuners.gathering import Gathered
@@ -51,7 +51,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
     def _expert_options(self, config: MoAConfig, path: str, name: str, rank: int) -> dict[str, Any]:
         raise NotImplementedError
 
-    def expert_ids(self, names: list[str], adapter_name: str = "default") -> Tensor:
+    def expert_ids(self, names: list[str], adapter_name: str = UNNAMED) -> Tensor:
         """(B,) numbers for the batch field `expert_ids`, which routes each row to an expert; "__base__" is none."""
         config = self._moa(adapter_name)
         return row_numbers(names, [piece for name in config.all_names() for piece in config.pieces(name)], "expert")
@@ -73,7 +73,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         r: int | None = None,
         like: str | None = None,
         share: float = NEW_ARM_SHARE,
-        adapter_name: str = "default",
+        adapter_name: str = UNNAMED,
     ) -> None:
         """Add an expert, new (zero), trained, or a copy of another. The others and their logits do not change.
 
@@ -179,7 +179,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                 mixture.bank.add(piece, rank, config.init_weights, place=place, **options)
                 mixture.bank.experts[piece].to(like.device, like.dtype)
 
-    def remove_expert(self, name: str, *, renormalize: bool = False, adapter_name: str = "default") -> None:
+    def remove_expert(self, name: str, *, renormalize: bool = False, adapter_name: str = UNNAMED) -> None:
         """Remove an expert and its weights. Make optimizers anew afterwards.
 
         Where the router's weights compete, what it gave to this expert goes to a null arm, so that those of the others

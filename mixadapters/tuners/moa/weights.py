@@ -11,7 +11,7 @@ import torch
 from mixadapters.core.fields import check_switches
 from mixadapters.core.files import being_loaded
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.names import check_known
+from mixadapters.core.names import UNNAMED, check_known
 from mixadapters.surgery.splitting import segment
 from mixadapters.tuners.gathering import Gathered
 from mixadapters.tuners.lora import Factors, save_lora
@@ -36,7 +36,7 @@ class ExpertWeights(MixtureModel):
                     parameter.copy_(segment(key, tensors[key], i, len(pieces)))
 
     @torch.no_grad()
-    def fit_router(self, adapter_name: str = "default", missing_ok: bool = False) -> None:
+    def fit_router(self, adapter_name: str = UNNAMED, missing_ok: bool = False) -> None:
         """Make routers that read the experts' weights, such as "arrow", from the weights as they are now.
 
         Raises:
@@ -59,7 +59,7 @@ class ExpertWeights(MixtureModel):
             )
 
     def export_expert(
-        self, name: str, folder: str | Path, *, pad_ranks: bool = False, adapter_name: str = "default"
+        self, name: str, folder: str | Path, *, pad_ranks: bool = False, adapter_name: str = UNNAMED
     ) -> None:
         """Write a LoRA expert as an adapter folder of PEFT's LoRA, which loads without this library.
 
@@ -67,7 +67,7 @@ class ExpertWeights(MixtureModel):
             that they run together with adapted ones (q, k and v; gate and up).
 
         Raises:
-            ValueError: there is no such expert, it is no LoRA, or `folder` is none.
+            ValueError: there is no such expert, it is no LoRA, or `folder` is none, or holds something already.
         """
         check_switches(pad_ranks=pad_ranks)
         config = self._moa(adapter_name)

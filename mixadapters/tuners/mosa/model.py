@@ -14,6 +14,7 @@ from mixadapters.core.bank import AdapterBank
 from mixadapters.core.files import PREFIX, being_loaded
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
+from mixadapters.core.names import UNNAMED
 from mixadapters.core.saving import own_hosts
 from mixadapters.core.sites import find_architecture
 from mixadapters.core.walking import outside_adapters, plain_path
@@ -23,7 +24,7 @@ from mixadapters.tuners.bottleneck.model import EXPERT, bottleneck
 from mixadapters.tuners.mosa.config import MoSAConfig
 from mixadapters.tuners.mosa.objective import ConsistencyObjective
 from mixadapters.tuners.mosa.split import HALVES, PassRouter, SplitBank, SplitMixture
-from mixadapters.tuners.sources import write_adapter
+from mixadapters.tuners.sources import check_folder, write_adapter
 
 
 class MoSAModel(MixtureModel):
@@ -103,7 +104,7 @@ class MoSAModel(MixtureModel):
 
     # --- the way back -----------------------------------------------------------------------------------------
 
-    def merge_experts(self, adapter_name: str = "default") -> tuple[PeftConfig, dict[str, Tensor]]:
+    def merge_experts(self, adapter_name: str = UNNAMED) -> tuple[PeftConfig, dict[str, Tensor]]:
         """The plain adapter that equals this one in evaluation: its config, and its weights as PEFT saves them.
 
         A BottleneckConfig for base="adapter"; stock LoRA, which needs no mixadapters to be loaded, for base="lora".
@@ -139,8 +140,13 @@ class MoSAModel(MixtureModel):
             fan_in_fan_out=any(isinstance(h.get_base_layer(), Conv1D) for h in hosts),
         ), weights  # fmt: skip
 
-    def save_merged(self, folder: str | Path, adapter_name: str = "default") -> None:
-        """Write the plain adapter of `merge_experts` as PEFT saves one, for `PeftModel.from_pretrained`."""
+    def save_merged(self, folder: str | Path, adapter_name: str = UNNAMED) -> None:
+        """Write the plain adapter of `merge_experts` as PEFT saves one, for `PeftModel.from_pretrained`.
+
+        Raises:
+            ValueError: `folder` is none, or holds something already.
+        """
+        check_folder("save_merged", folder)
         config, weights = self.merge_experts(adapter_name)
         inference_mode, config.inference_mode = config.inference_mode, True
         write_adapter(folder, config, weights)

@@ -1,0 +1,66 @@
+"""A base model of other weights than an adapter was trained on is told, whatever its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from mixadapters import BottleneckConfig, MixDAConfig
+from mixadapters.core.base_digest import base_digest
+
+OTHER = "was trained on a base model of other weights"
+
+
+def merged(base: nn.Module) -> nn.Module:
+    """With a LoRA merged into it that hardly changes it."""
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["v_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.003)
+    return model.merge_and_unload()
+
+
+def loaded(base: nn.Module, folder: Path, log: pytest.LogCaptureFixture) -> list[str]:
+    """What is warned of."""
+    log.clear()
+    PeftModel.from_pretrained(base, folder)
+    return [message for message in log.messages if OTHER in message]
+
+
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["mlp"]}])
+def test_a_merged_base_is_told_and_another_type_of_the_same_weights_not(
+    fields, tiny: Any, tmp_path: Path, caplog
+) -> None:
+    config = BottleneckConfig(r=2, target_modules=["q_proj"], **fields)
+    get_peft_model(merged(tiny("llama")), config).save_pretrained(tmp_path)
+    assert loaded(merged(tiny("llama")), tmp_path, caplog) == []
+    assert loaded(merged(tiny("llama")).bfloat16(), tmp_path, caplog) == []
+    assert loaded(tiny("llama").half(), tmp_path, caplog) == []  # whose rounding says nothing
+    assert len(loaded(tiny("llama"), tmp_path, caplog)) == 1
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_digest": None}))  # as earlier versions saved it
+    assert loaded(tiny("llama"), tmp_path, caplog) == []
+
+
+def test_adapters_change_nothing_of_it_and_merged_ones_have_none(tiny: Any) -> None:
+    base = tiny("llama")
+    before = base_digest(base)
+    model = get_peft_model(base, MixDAConfig(domains=["a"], r=2, domain_layers=[1], modules_to_save=["lm_head"]))
+    assert base_digest(model.get_base_model()) == before
+    lora = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["v_proj"]))
+    assert base_digest(lora.get_base_model()) == before
+    lora.merge_adapter()
+    assert base_digest(lora.get_base_model()) is None
+
+
+def test_what_has_no_numbered_layers_or_no_weights_here_has_none() -> None:
+    assert base_digest(nn.Linear(2, 2)) is None
+    with torch.device("meta"):
+        assert base_digest(nn.Sequential(nn.Linear(2, 2))) is None
