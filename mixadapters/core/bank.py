@@ -212,14 +212,10 @@ class AdapterBank(nn.Module):
 
         They are packed in every forward; but all steps of a `generate` run with those of its first step.
         """
-        if context is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not keeps(self):
+        if context is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return pack([self], context)
         thread = context.records.thread
-        if not thread.generates:
-            return pack([self], context)
-        if self not in thread.packed:
-            thread.packed[self] = pack([self], context)
-        return thread.packed[self]
+        return pack([self], context, thread.packed if thread.generates else None)
 
 
 class PackedExperts(NamedTuple):
@@ -255,8 +251,19 @@ class PackedExperts(NamedTuple):
         )  # fmt: skip
 
 
-def pack(banks: Sequence[AdapterBank], context: ForwardContext | None) -> PackedExperts:
-    """The weights that `banks` give for this forward, one below the other: a copy, unless there is only one expert."""
+def pack(
+    banks: Sequence[AdapterBank], context: ForwardContext | None, kept: dict[AdapterBank, PackedExperts] | None = None
+) -> PackedExperts:
+    """The weights that `banks` give for this forward, one below the other: a copy, unless there is only one expert.
+
+    kept: where they lie, by the first bank, for the next steps of a `generate`, which run with those of its first. Not
+        so where gradients are recorded, under the compiler, and where a bank computes its weights.
+    """
+    if kept is not None and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        if banks[0] not in kept and all(map(keeps, banks)):
+            kept[banks[0]] = pack(banks, context)
+        if banks[0] in kept:
+            return kept[banks[0]]
     return packed(banks[0].kind, [bank.weights(context) for bank in banks])
 
 
@@ -289,26 +296,6 @@ def keeps(bank: AdapterBank) -> bool:
     """Whether the bank's packed experts serve all steps of a `generate`: they do where they are its parameters, and no
     forward computes others."""
     return type(bank).weights is AdapterBank.weights and bank.keeps_packed
-
-
-class KeptExperts:
-    """The packed experts of banks of one kind. All steps of a `generate` run with those of its first step.
-
-    They are packed in every forward where gradients are recorded, and where a bank computes its weights, which may
-    differ from forward to forward.
-    """
-
-    def __init__(self, banks: Sequence[AdapterBank]) -> None:
-        self.banks = banks
-        self._keeps = all(keeps(bank) for bank in banks)
-        self._kept: PackedExperts | None = None
-
-    def pack(self, context: ForwardContext | None) -> PackedExperts:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._keeps:
-            return pack(self.banks, context)
-        if self._kept is None:
-            self._kept = pack(self.banks, context)
-        return self._kept
 
 
 def _scales(weights: Sequence[Weights]) -> Tensor | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mixadapters import kernels
 from mixadapters.core.adapter import Adapter, Chain
-from mixadapters.core.bank import KeptExperts
+from mixadapters.core.bank import AdapterBank, PackedExperts, pack
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.losses import real_only
 from mixadapters.core.mixture import Mixture
@@ -48,13 +48,14 @@ class JointCall:
         self.mixtures, self.owner = list(mixtures), owner
         self.always_first = all(mixture.always_first for mixture in mixtures)
         # Past `nn.Module.__getattr__`, of which a batch over many adapters would notice.
-        self.experts = KeptExperts([mixture._modules["bank"] for mixture in mixtures])
+        self.banks: list[Any] = [mixture._modules["bank"] for mixture in mixtures]
+        self.packed: dict[AdapterBank, PackedExperts] = {}  # for the steps of a `generate`
 
     def __call__(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         first: Mixture = self.mixtures[0]
         source = first.source(x, y, context).to(y.dtype)
         tokens, base = source.reshape(-1, source.shape[-1]), y.reshape(-1, y.shape[-1])
-        packed = self.experts.pack(context)
+        packed = pack(self.banks, context, self.packed)
         owners = rows_of(self.owner, len(tokens), y.device, context)
         if self.always_first and not context.observers and all(size == 1 for size in packed.sizes):
             packed_row = context.stream().packed  # its requests have other numbers of tokens

@@ -37,21 +37,19 @@ class Architecture:
     ffn_norm: str | None = None
     ffn_input: str | None = None  # a module that takes the FFN's input
     ffn_output: str | None = None  # the down projection, whose input is the FFN's intermediate
-    ffn_activation: str | None = None  # the config's attribute; None where it has none
     # Whether positions see no later ones, where attention does not say so itself; a string is the pattern of the
     # layers that a mask makes causal, whatever attention says. Of two stacks only the decoder is causal.
     causal: bool | str = False
-    gated: bool | str = False  # intermediate = act(gate) * up; a string is the config's attribute that decides
 
 
-ROLES = tuple(field.name for field in fields(Architecture) if field.name not in ("ffn_activation", "causal", "gated"))
+ROLES = tuple(field.name for field in fields(Architecture) if field.name != "causal")
 
 # fmt: off
 # Families. Paths are relative to a layer; `#` is an index, `a|b` a choice of paths.
 BERT = Architecture(  # post-norm, and the FFN is no module of its own
     attention_output="attention.output.dense", value="attention.self.value",
     cross_attention_output="crossattention.output.dense",
-    ffn_input="intermediate.dense", ffn_output="output.dense", ffn_activation="hidden_act",
+    ffn_input="intermediate.dense", ffn_output="output.dense",
 )
 MPNET = replace(BERT, attention_output="attention.attn.o", value="attention.attn.v", cross_attention_output=None)
 ALBERT = replace(  # all layers share one set of weights, and so one site
@@ -59,22 +57,21 @@ ALBERT = replace(  # all layers share one set of weights, and so one site
 )
 DISTILBERT = Architecture(  # post-norm
     attention="attention", attention_output="attention.out_lin", value="attention.v_lin",
-    ffn="ffn", ffn_input="ffn.lin1", ffn_output="ffn.lin2", ffn_activation="activation",
+    ffn="ffn", ffn_input="ffn.lin1", ffn_output="ffn.lin2",
 )
 MODERNBERT = Architecture(
     attention="attn", attention_norm="attn_norm", attention_output="attn.Wo", qkv="attn.Wqkv",
-    ffn="mlp", ffn_norm="mlp_norm", ffn_input="mlp.Wi", ffn_output="mlp.Wo", ffn_activation="hidden_activation",
-    gated=True,
+    ffn="mlp", ffn_norm="mlp_norm", ffn_input="mlp.Wi", ffn_output="mlp.Wo",
 )
 LLAMA = Architecture(
     attention="self_attn", attention_norm="input_layernorm", attention_output="self_attn.o_proj",
     value="self_attn.v_proj",
     ffn="mlp", ffn_norm="post_attention_layernorm", ffn_input="mlp.gate_proj", ffn_output="mlp.down_proj",
-    ffn_activation="hidden_act", causal=True, gated=True,
+    causal=True,
 )
 POST_NORM_LLAMA = replace(LLAMA, attention_norm=None, ffn_norm=None)
-PLAIN_LLAMA = replace(LLAMA, ffn_input="mlp.up_proj", gated=False)
-GEMMA2 = replace(LLAMA, ffn_norm="pre_feedforward_layernorm", ffn_activation="hidden_activation")
+PLAIN_LLAMA = replace(LLAMA, ffn_input="mlp.up_proj")
+GEMMA2 = replace(LLAMA, ffn_norm="pre_feedforward_layernorm")
 GLM = replace(LLAMA, ffn_input="mlp.gate_up_proj")
 HYBRID = replace(  # linear attention, without `value`, in most layers
     LLAMA, attention="self_attn|linear_attn", attention_output="self_attn.o_proj|linear_attn.out_proj",
@@ -83,7 +80,7 @@ MOE = replace(LLAMA, ffn_input="mlp", ffn_output=None)  # the whole block, share
 GPT2 = Architecture(
     attention="attn", attention_norm="ln_1", attention_output="attn.c_proj", qkv="attn.c_attn",
     cross_attention_output="crossattention.c_proj",
-    ffn="mlp", ffn_norm="ln_2", ffn_input="mlp.c_fc", ffn_output="mlp.c_proj", ffn_activation="activation_function",
+    ffn="mlp", ffn_norm="ln_2", ffn_input="mlp.c_fc", ffn_output="mlp.c_proj",
     causal=True,
 )
 GPT_NEO = replace(
@@ -98,16 +95,15 @@ GPT_NEOX = Architecture(  # in parallel by default, each sublayer with a norm of
     attention="attention", attention_norm="input_layernorm", attention_output="attention.dense",
     qkv="attention.query_key_value",
     ffn="mlp", ffn_norm="post_attention_layernorm", ffn_input="mlp.dense_h_to_4h", ffn_output="mlp.dense_4h_to_h",
-    ffn_activation="hidden_act", causal=True,
+    causal=True,
 )
 FALCON = replace(  # its norms differ from size to size
     GPT_NEOX, attention="self_attention", attention_norm="input_layernorm|ln_attn",
     attention_output="self_attention.dense", qkv="self_attention.query_key_value",
-    ffn_norm="post_attention_layernorm|ln_mlp", ffn_activation="activation",
+    ffn_norm="post_attention_layernorm|ln_mlp",
 )
 BLOOM = replace(  # its sublayers add the residual themselves
     FALCON, attention=None, attention_norm="input_layernorm", ffn=None, ffn_norm="post_attention_layernorm",
-    ffn_activation=None,
 )
 MPT = Architecture(  # its FFN adds the residual itself
     attention="attn", attention_norm="norm_1", attention_output="attn.out_proj", qkv="attn.Wqkv",
@@ -117,11 +113,10 @@ LFM2 = Architecture(  # convolutions, without `value`, in most layers
     attention="self_attn|conv", attention_norm="operator_norm", attention_output="self_attn.out_proj|conv.out_proj",
     value="self_attn.v_proj",
     ffn="feed_forward", ffn_norm="ffn_norm", ffn_input="feed_forward.w1", ffn_output="feed_forward.w2", causal=True,
-    gated=True,
 )
 BART = Architecture(  # post-norm, and the FFN is no module of its own
     attention="self_attn", attention_output="self_attn.out_proj", cross_attention_output="encoder_attn.out_proj",
-    value="self_attn.v_proj", ffn_input="fc1", ffn_output="fc2", ffn_activation="activation_function",
+    value="self_attn.v_proj", ffn_input="fc1", ffn_output="fc2",
 )
 MBART = replace(BART, attention_norm="self_attn_layer_norm", ffn_norm="final_layer_norm")
 OPT = replace(MBART, cross_attention_output=None, causal=True)  # opt-350m alone is post-norm
@@ -131,33 +126,31 @@ T5 = Architecture(
     cross_attention_output="block.#.layer.1.EncDecAttention.o",
     ffn="block.#.layer.#.DenseReluDense", ffn_input="block.#.layer.#.DenseReluDense.(?:wi|wi_0)",
     ffn_norm="encoder.block.#.layer.1.layer_norm|decoder.block.#.layer.2.layer_norm",
-    ffn_output="block.#.layer.#.DenseReluDense.wo", ffn_activation="dense_act_fn", gated="is_gated_act",
+    ffn_output="block.#.layer.#.DenseReluDense.wo",
 )
 VIT = Architecture(  # the later names are those of older releases, where the FFN is no module of its own
     attention="attention", attention_norm="layernorm_before",
     attention_output="attention.(?:o_proj|output.dense)", value="attention.(?:v_proj|attention.value|self.value)",
     ffn="mlp", ffn_norm="layernorm_after", ffn_input="mlp.fc1|intermediate.dense", ffn_output="mlp.fc2|output.dense",
-    ffn_activation="hidden_act",
 )
 DINOV2 = replace(
     VIT, attention_norm="norm1", ffn_norm="norm2", ffn_input="mlp.(?:fc1|gate_proj|weights_in)",
-    ffn_output="mlp.(?:fc2|down_proj|weights_out)", gated="use_swiglu_ffn",
+    ffn_output="mlp.(?:fc2|down_proj|weights_out)",
 )
-DINOV3 = replace(DINOV2, ffn_input="mlp.up_proj", ffn_output="mlp.down_proj", gated="use_gated_mlp")
+DINOV3 = replace(DINOV2, ffn_input="mlp.up_proj", ffn_output="mlp.down_proj")
 CLIP = replace(
     VIT, attention="self_attn", attention_norm="layer_norm1", attention_output="self_attn.out_proj",
     value="self_attn.v_proj", ffn_norm="layer_norm2",
 )
 CONVNEXT = Architecture(  # (B, height, width, d), and no attention
-    ffn_norm="layernorm", ffn_input="pwconv1", ffn_output="pwconv2", ffn_activation="hidden_act",
+    ffn_norm="layernorm", ffn_input="pwconv1", ffn_output="pwconv2",
 )
 # (B, d, height, width). The convolution of kernel 1 that ends a bottleneck layer; what comes before it has other
 # widths and strides. Layers of two convolutions (ResNet-18 and -34) have none.
-RESNET = Architecture(ffn_output="layer.(?:2|3).convolution", ffn_activation="hidden_act")
+RESNET = Architecture(ffn_output="layer.(?:2|3).convolution")
 WAV2VEC2 = Architecture(  # post-norm, but pre-norm in the large models
     attention="attention", attention_output="attention.out_proj", value="attention.v_proj",
     ffn="feed_forward", ffn_input="feed_forward.intermediate_dense", ffn_output="feed_forward.output_dense",
-    ffn_activation="hidden_act",
 )
 
 # (the layer's path, the family, values of `config.model_type`)
@@ -167,7 +160,7 @@ ROWS: tuple[tuple[str, Architecture, str], ...] = (
     ("layer.#", replace(BERT, value="attention.self.value_proj"), "deberta-v2"),
     ("layer.#", replace(BERT, attention_norm="attention.LayerNorm", ffn_norm="intermediate.LayerNorm"),
      "roberta-prelayernorm"),
-    ("layer.#", replace(BERT, attention_norm="attention.LayerNorm", ffn_norm="LayerNorm", ffn_activation=None), "esm"),
+    ("layer.#", replace(BERT, attention_norm="attention.LayerNorm", ffn_norm="LayerNorm"), "esm"),
     ("layer.#", MPNET, "mpnet"),
     ("albert_layers.#", ALBERT, "albert"),
     ("transformer.layer.#", DISTILBERT, "distilbert"),
@@ -191,13 +184,13 @@ ROWS: tuple[tuple[str, Architecture, str], ...] = (
     ("layers.#", MOE, "mixtral qwen2_moe qwen3_moe olmoe phimoe minimax_m2 glm4_moe ernie4_5_moe hunyuan_v1_moe"),
     ("layers.#", replace(MOE, value=None), "deepseek_v2 deepseek_v3 glm4_moe_lite"),
     ("layers.#", replace(MOE, attention_norm=None, ffn_norm=None), "flex_olmo"),
-    ("layers.#", replace(MOE, ffn_activation=None), "gpt_oss"),  # its block gives a tuple
+    ("layers.#", MOE, "gpt_oss"),  # its block gives a tuple
     ("layers.#", replace(MOE, ffn="feed_forward", ffn_input="feed_forward"), "llama4_text"),  # a tuple, with (N, d)
     ("layers.#", replace(MOE, ffn="block_sparse_moe", ffn_input="block_sparse_moe"), "granitemoe"),
     ("layers.#", replace(HYBRID, ffn_input="mlp", ffn_output=None), "qwen3_next qwen3_5_moe_text"),
     ("h.#", GPT2, "gpt2 gpt_bigcode"),
-    ("h.#", replace(GPT2, attention=None, attention_norm=None, ffn_norm=None, cross_attention_output=None,
-                    ffn_activation=None), "openai-gpt"),  # post-norm, and its attention gives a list
+    ("h.#", replace(GPT2, attention=None, attention_norm=None, ffn_norm=None, cross_attention_output=None),
+     "openai-gpt"),  # post-norm, and its attention gives a list
     ("h.#", GPT_NEO, "gpt_neo"),
     ("h.#", GPTJ, "gptj"),
     ("h.#", replace(GPTJ, value=None, qkv="attn.qkv_proj"), "codegen"),
@@ -208,8 +201,7 @@ ROWS: tuple[tuple[str, Architecture, str], ...] = (
     ("h.#", BLOOM, "bloom"),
     ("blocks.#", MPT, "mpt"),
     ("layers.#", LFM2, "lfm2"),
-    ("layers.#", OPT, "opt xglm"),
-    ("layers.#", replace(OPT, ffn_activation="hidden_act"), "biogpt"),
+    ("layers.#", OPT, "opt xglm biogpt"),
     ("layers.#", BART, "bart marian plbart blenderbot-small"),
     ("layers.#", MBART, "mbart pegasus m2m_100 blenderbot whisper"),
     ("", T5, "t5 mt5 umt5"),
@@ -340,23 +332,13 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
-def _setting(config: Any, *names: str) -> Any:
-    """The first of these attributes that is set in the config, or in that of its text model."""
-    parts = (config, getattr(config, "text_config", None))
-    values = (getattr(part, name, None) for part in parts for name in names)
-    return next((value for value in values if value is not None), None)
-
-
 def hidden_size_of(config: Any) -> int | None:
     """Width d of the model; None where the config does not give it, or stages differ."""
     if getattr(config, "depths", None) is not None:
         return None
-    return _setting(config, "hidden_size", "d_model", "n_embd", "dim")
-
-
-def activation_of(config: Any, architecture: Architecture) -> str | None:
-    """Name of the FFN's activation; None where the config does not give it."""
-    return _setting(config, architecture.ffn_activation) if architecture.ffn_activation else None
+    parts = (config, getattr(config, "text_config", None))
+    values = (getattr(part, name, None) for part in parts for name in ("hidden_size", "d_model", "n_embd", "dim"))
+    return next((value for value in values if value is not None), None)
 
 
 class Tap:
@@ -369,7 +351,6 @@ class Tap:
         self.path = path
         self.context = context
         self.turned = turned
-        self._handle: Any = None
 
     @classmethod
     def attach(cls, module: nn.Module, path: str, context: Any, turned: bool = False) -> Tap:
@@ -382,15 +363,9 @@ class Tap:
             if isinstance(owner, cls) and owner.path == path and owner.context is context:
                 return owner
         tap = cls(path, context, turned)
-        tap._handle = module.register_forward_pre_hook(tap.keep, with_kwargs=True)
+        module.register_forward_pre_hook(tap.keep, with_kwargs=True)
         return tap
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         read = args[0] if args else kwargs["hidden_states"]
         self.context.record.taps[self.path] = read.transpose(0, 1) if self.turned else read
-
-    def detach(self) -> None:
-        """Remove the hook; once removed, do nothing."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None

@@ -97,7 +97,7 @@ class ConfidenceCascade:
         if dispersion not in ("variance", "entropy"):
             raise ValueError(f"dispersion={dispersion!r} must be 'variance' or 'entropy'")
         for name, expert in (("weak", weak), ("strong", strong)):
-            if expert is not None and not callable(expert):  # who only calibrates needs none
+            if isinstance(expert, str):  # what only generates cannot be called, and who only calibrates needs none
                 raise ValueError(f"{name}={expert!r:.80} must be a model, or a function that makes logits")
         self.weak, self.strong = weak, strong
         self.threshold, self.dispersion = threshold, dispersion

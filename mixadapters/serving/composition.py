@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mixadapters.core.fields import check_kind, check_share
+from mixadapters.core.fields import check_integer, check_kind, check_share
 from mixadapters.core.files import read_config, weights_of
 from mixadapters.core.folders import written_aside
 from mixadapters.core.rows import BASE
@@ -59,8 +59,7 @@ class CompositionRouter:
     ) -> None:
         if classifier not in ("logistic", "knn"):
             raise ValueError(f"classifier={classifier!r} must be 'logistic' or 'knn'")
-        if not isinstance(neighbours, int) or isinstance(neighbours, bool) or neighbours < 1:
-            raise ValueError(f"neighbours={neighbours!r} must be a whole number of 1 or more")
+        check_integer("neighbours", neighbours, least=1)
         check_share("max_entropy", max_entropy)
         if not isinstance(fallback, str) or not fallback:
             raise ValueError(f"fallback={fallback!r} must be the name of an adapter, or {BASE!r}")

@@ -19,6 +19,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.fields import check_integer, finite
 from mixadapters.core.hooks import root_of
 from mixadapters.core.rows import BASE, RowNames
 from mixadapters.core.streams import PackedRequests, RequestMemory
@@ -405,8 +406,7 @@ class AdapterServer(StepWork):
 def check_sizes(sizes: dict[str, Any]) -> None:
     """Refuse sizes of a server that are no positive integers, or too small for each other."""
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name}={size!r} must be a positive integer")
+        check_integer(name, size, least=1)
     page_size, cache_tokens = sizes["page_size"], sizes["cache_tokens"]
     if page_size < 4 or cache_tokens < page_size:
         raise ValueError(f"page_size={page_size} must be 4 or more, and cache_tokens={cache_tokens} hold a page")
@@ -459,8 +459,8 @@ def sampling_options(server: AdapterServer, temperature: float | None, top_p: fl
 
 def new_tokens(server: AdapterServer, prompt: int, wanted: int | None) -> int:
     """How many tokens a request generates at most. Raises ValueError where there is no room for them."""
-    if wanted is not None and (not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1):
-        raise ValueError(f"max_new_tokens={wanted!r} must be a positive integer")
+    if wanted is not None:
+        check_integer("max_new_tokens", wanted, least=1)
     positions = getattr(server.model.config.get_text_config(), "max_position_embeddings", None) or server.capacity
     most = min(server.capacity, positions)
     if prompt + (wanted or 1) > most:
@@ -484,4 +484,4 @@ def check_numbers(server: AdapterServer, deadline: Any, temperature: Any, top_p:
 
 
 def _number(value: Any, above: float = -math.inf) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > above
+    return finite(value) and value > above

@@ -13,7 +13,7 @@ from typing import Generic, Literal, TypeVar
 
 from torch import Tensor
 
-from mixadapters.core.fields import check_kind
+from mixadapters.core.fields import check_integer, check_kind
 from mixadapters.core.routing import Routing
 
 K = TypeVar("K", bound=Hashable)
@@ -54,8 +54,7 @@ class ExpertCache(Generic[K, V]):
         plan: Iterable[Collection[K]] | None = None,
         drop: Callable[[K, V], None] | None = None,
     ) -> None:
-        if not isinstance(capacity, int) or isinstance(capacity, bool) or capacity < 1:
-            raise ValueError(f"capacity={capacity!r} must be a whole number of 1 or more")
+        check_integer("capacity", capacity, least=1)
         if not callable(load):
             raise ValueError(f"load={load!r:.80} must be a function from an expert to what is kept of it")
         if policy not in ("belady", "lru"):
@@ -231,8 +230,8 @@ def expert_aware_batches(
         ValueError: a limit below 1, or a request that needs more experts than a batch may.
     """
     for name, limit in (("max_experts", max_experts), ("max_requests", max_requests)):
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-            raise ValueError(f"{name}={limit!r} must be a whole number of 1 or more")
+        if limit is not None:
+            check_integer(name, limit, least=1)
     check_kind("needs", needs, Sequence, "a list with the experts of each request")
     if isinstance(needs, str) or not all(isinstance(need, Collection) and not isinstance(need, str) for need in needs):
         raise ValueError(f"needs={needs!r:.80} must be a list with a set of experts for each request")

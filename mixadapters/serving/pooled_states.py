@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.evaluation import in_evaluation
+from mixadapters.core.fields import check_integer
 from mixadapters.core.hooks import root_of
 from mixadapters.core.rows import BASE, row_names
 from mixadapters.training.objectives import pool
@@ -30,8 +31,7 @@ class PooledStates:
     """
 
     def __init__(self, model: nn.Module, batch_size: int = 32) -> None:
-        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r} must be a whole number of 1 or more")
+        check_integer("batch_size", batch_size, least=1)
         self.model, self.batch_size = model, batch_size
         self.root = root_of(model)
         self.backbone = _backbone(self.root)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mixadapters.core.bank import AdapterBank
+from mixadapters.core.fields import check_integer
 from mixadapters.core.hooks import root_of
 from mixadapters.core.layer import AdapterHost, MixtureLayer
 from mixadapters.core.sites import layer_index
@@ -49,8 +50,7 @@ class ExpertRing:
     """
 
     def __init__(self, model: nn.Module, resident_layers: int, *, pin: bool = True) -> None:
-        if not isinstance(resident_layers, int) or isinstance(resident_layers, bool) or resident_layers < 1:
-            raise ValueError(f"resident_layers={resident_layers!r} must be a whole number of 1 or more")
+        check_integer("resident_layers", resident_layers, least=1)
         found = _by_layer(model)
         self.layers = list(found)
         self.size = min(resident_layers, len(self.layers))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mixadapters.core.fields import check_kind, finite
+from mixadapters.core.fields import check_integer, check_kind, finite
 from mixadapters.core.registry import nearest
 
 Scores = Mapping[str, Mapping[str, float]]  # category -> expert -> how well it does there; more is better
@@ -115,8 +115,8 @@ def select_experts(
         ImportError: scipy is missing.
     """
     categories, experts = _names(scores)
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        raise ValueError(f"count={count!r} must be a whole number of 1 or more")
+    if count is not None:
+        check_integer("count", count, least=1)
     for number, budget in enumerate(budgets):
         _same_names(f"the costs of budget {number}", budget.cost, experts, "expert")
     weight = _shares(share, categories)

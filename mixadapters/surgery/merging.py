@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixadapters.core.bank import Weights
+from mixadapters.core.bank import Weights, norm_folded
 from mixadapters.core.config import one_of
 from mixadapters.core.fields import check_integer, check_switches
 from mixadapters.core.registry import nearest
@@ -427,14 +427,8 @@ def aligned(weights: Weights, like: Weights) -> Weights:
 
 def _plain(weights: Weights) -> Weights:
     """An expert without norm and scale of its own: these are in its matrices."""
-    down, b_down, gate, b_gate = weights.down, weights.b_down, weights.gate, weights.b_gate
-    if weights.norm is not None:
-        factor, shift = weights.norm
-        b_down = down @ shift if b_down is None else b_down + down @ shift
-        down = down * factor
-        if gate is not None:
-            b_gate = gate @ shift if b_gate is None else b_gate + gate @ shift
-            gate = gate * factor
+    down, b_down = norm_folded(weights.down, weights.b_down, weights.norm)
+    gate, b_gate = norm_folded(weights.gate, weights.b_gate, weights.norm)
     scale = weights.scale
     b_up = None if weights.b_up is None else weights.b_up * scale
     return Weights(down, weights.up * scale, b_down, b_up, gate, b_gate)

@@ -137,7 +137,7 @@ class MixtureExperts(ExpertLayer):
         factor = weights.scale / mine.scale
         moved = weights if isinstance(factor, float) and factor == 1 else weights._replace(
             up=weights.up * factor, b_up=None if weights.b_up is None else weights.b_up * factor)  # fmt: skip
-        for old, new in zip(_tensors(mine), _tensors(moved), strict=True):
+        for old, new in zip(mine.tensors(), moved.tensors(), strict=True):
             old.copy_(new)
 
     def _check(self, mine: Weights, weights: Weights, rank: int) -> None:
@@ -271,7 +271,3 @@ def _ranked(weights: Weights) -> list[tuple[Tensor, int]]:
     parts = [(weights.down, 0), (weights.up, 1), (weights.b_down, 0), (weights.b_up, -1), (weights.gate, 0),
              (weights.b_gate, 0), *((t, -1) for t in weights.norm or ())]  # fmt: skip
     return [(t, axis) for t, axis in parts if t is not None]
-
-
-def _tensors(weights: Weights) -> list[Tensor]:
-    return [tensor for tensor, _ in _ranked(weights)]

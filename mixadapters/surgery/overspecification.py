@@ -16,12 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixadapters.core.bank import Weights
 from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import check_integer
 from mixadapters.surgery.choices import check_tolerance
 from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers, require_layers
-from mixadapters.surgery.view import batches_of, expert_output
+from mixadapters.surgery.view import batches_of
 
 
 @dataclass(frozen=True)
@@ -108,17 +107,6 @@ def layer_cells(
     needed = None if top_k is None else needed_places([len(cell) for cell in cells], top_k)
     named = tuple(tuple(names[e] for e in cell) for cell in cells)
     return LayerCells(path, named, distances, top_k, needed)
-
-
-def expert_cells(
-    experts: Sequence[Weights], inputs: Tensor, activation: str, *, top_k: int | None = None, tolerance: float = 0.01
-) -> LayerCells:
-    """As `layer_cells`, of experts by their weights; named by number.
-
-    inputs: (N, K) rows that they read.
-    """
-    outputs = torch.stack([expert_output(weights, activation, inputs) for weights in experts])
-    return layer_cells(outputs, [str(e) for e in range(len(experts))], top_k=top_k, tolerance=tolerance)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,23 @@ def gathered(
     return Gathered(_placed(tuner, {p: s * spec.get("scale", 1.0) for p, s in scales.items()}, where), placed)
 
 
+def experts_in(weights: Mapping[str, Tensor], within: str) -> dict[str, dict[str, Tensor]]:
+    """{module that a source names: {parameter of an `Expert`: tensor}} of the expert whose keys go on so."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in weights.items():
+        path, mark, rest = key.removeprefix(PREFIX).partition(f".{within}.")
+        if mark:
+            found.setdefault(path, {})[rest] = tensor
+    return found
+
+
+def refuse_other_fields(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for a source that was trained with other values of fields than `ours`."""
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise ValueError(f"{where} was trained with {name}={theirs[name]!r}, this mixture has {value!r}")
+
+
 def check_tensors(
     widths: tuple[int, int], options: Mapping[str, Any], path: str, tensors: dict[str, Tensor], where: str
 ) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mixadapters import kernels
-from mixadapters.core.bank import AdapterBank, Expert, KeptExperts, pack
+from mixadapters.core.bank import AdapterBank, Expert, pack
 from mixadapters.core.routing import Routing
 from mixadapters.kernels import ACTIVATIONS
 
@@ -169,16 +169,16 @@ def test_a_change_between_forward_and_backward_is_noticed_where_it_matters() -> 
 
 
 def test_steps_of_a_generation_copy_no_weight(monkeypatch) -> None:
-    kept = KeptExperts(adapters(3, 1, 4))
+    banks, kept = adapters(3, 1, 4), {}
     with torch.no_grad():
-        first = kept.pack(None)
+        first = pack(banks, None, kept)
 
         def refuse(*_, **__):
             raise AssertionError("a copy")
 
         monkeypatch.setattr(torch, "cat", refuse)
         monkeypatch.setattr(torch, "stack", refuse)
-        assert all(kept.pack(None) is first for _ in range(3))
+        assert all(pack(banks, None, kept) is first for _ in range(3))
 
 
 def test_a_few_rows_of_a_generation_go_past_the_operation(monkeypatch) -> None:
@@ -186,7 +186,7 @@ def test_a_few_rows_of_a_generation_go_past_the_operation(monkeypatch) -> None:
     x, base, weights = rows(banks, 3), torch.randn(3, WIDTH_OUT), torch.rand(3, 2)
     by_operation = pack(banks, None)(x, Routing(routes, weights), base)
     with torch.no_grad():
-        packed = KeptExperts(banks).pack(None)
+        packed = pack(banks, None, {})
         calls = []
         monkeypatch.setattr(kernels, "lowrank", lambda *args, **kwargs: calls.append(args))
         torch.testing.assert_close(packed(x, Routing(routes, weights), base), by_operation)
@@ -198,14 +198,14 @@ def test_a_few_rows_of_a_generation_go_past_the_operation(monkeypatch) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_generation_runs_with_the_weights_of_its_first_step(form) -> None:
     banks = adapters(3, 1, 4, **FORMS[form])
-    kept, x = KeptExperts(banks), rows(banks, len(ROUTES))
+    kept, x = {}, rows(banks, len(ROUTES))
     first = expected(banks).detach()
     for parameter in [p for bank in banks for p in bank.parameters()]:
         with torch.no_grad():
-            torch.testing.assert_close(kept.pack(None)(x, Routing(ROUTES)), first)
+            torch.testing.assert_close(pack(banks, None, kept)(x, Routing(ROUTES)), first)
             parameter.mul_(1.5)
-            torch.testing.assert_close(KeptExperts(banks).pack(None)(x, Routing(ROUTES)), expected(banks))
-    out = kept.pack(None)(x, Routing(ROUTES))  # with gradients: those of now
+            torch.testing.assert_close(pack(banks, None, {})(x, Routing(ROUTES)), expected(banks))
+    out = pack(banks, None, kept)(x, Routing(ROUTES))  # with gradients: those of now
     torch.testing.assert_close(out, expected(banks))
     out.sum().backward()
     assert all(p.grad is not None for bank in banks for p in bank.parameters())
@@ -219,18 +219,18 @@ def test_weights_that_a_bank_computes_are_asked_for_in_every_forward() -> None:
     bank = Drawn(WIDTH_IN, WIDTH_OUT)
     bank.add("a", 2, init_weights=False)
     bank.add("b", 2, init_weights=False)
-    kept = KeptExperts([bank])
+    kept = {}
     with torch.no_grad():
-        assert not torch.equal(kept.pack(None).arguments["w_down"], kept.pack(None).arguments["w_down"])
+        first, second = (pack([bank], None, kept) for _ in range(2))
+        assert not torch.equal(first.arguments["w_down"], second.arguments["w_down"])
+        assert not kept
 
 
 def test_parameters_born_in_inference_mode_work() -> None:
     with torch.inference_mode():
         banks = adapters(3, 1, 4)
         assert_right(banks)
-        torch.testing.assert_close(
-            KeptExperts(banks).pack(None)(rows(banks, len(ROUTES)), Routing(ROUTES)), expected(banks)
-        )
+        torch.testing.assert_close(pack(banks, None, {})(rows(banks, len(ROUTES)), Routing(ROUTES)), expected(banks))
 
 
 # --- parameters that move ----------------------------------------------------------------------------------------
@@ -351,8 +351,8 @@ def test_nothing_outlives_a_batch() -> None:
     try:
         banks = adapters(3, 1, 4)
         with torch.no_grad():
-            kept = KeptExperts(banks)
-            copied = weakref.ref(kept.pack(None).arguments["w_down"])
+            kept = {}
+            copied = weakref.ref(pack(banks, None, kept).arguments["w_down"])
             assert copied() is not None
             del kept
         assert copied() is None

@@ -15,14 +15,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel
-from transformers.activations import ACT2FN
 
 from mixadapters.core.sites import (
     ARCHITECTURES,
     ROLES,
     Architecture,
     Tap,
-    activation_of,
     find_architecture,
     hidden_size_of,
     is_causal,
@@ -128,7 +126,6 @@ FFN_WIDTHS = {"dinov2 gated": 88}
 ONE_NORM_FOR_BOTH = {"falcon", "stablelm parallel"}
 GIVES_TUPLE = {"gpt_oss", "llama4_text", "llama4_text dense"}
 PERMUTES_TOKENS = {"swin"}  # windows are cut between norm and attention
-NORMALISES_INTERMEDIATE = {"convnextv2"}
 
 
 class Call(NamedTuple):
@@ -291,20 +288,12 @@ def test_ffn_block_takes_the_input_and_gives_the_output(case):
 def test_ffn_output_takes_the_intermediate(case):
     trial = run(case)
     config = trial.model.config
-    activation = activation_of(config, trial.architecture)
-    gated = trial.architecture.gated
-    if isinstance(gated, str):
-        gated = getattr(config, gated)
-    assert activation is None or activation in ACT2FN
     for path in trial.found.get("ffn_output", []):
         width = trial.calls[path][0].input.shape[-1]
         sizes = FFN_WIDTHS.get(case) or (
             DECODER_FFN if path.startswith("decoder") and hasattr(config, "decoder_ffn_dim") else FFN
         )
         assert width in (sizes, 4 * trial.calls[path][0].output.shape[-1])
-    for up, down in trial.pairs("ffn_input", "ffn_output"):
-        if activation is not None and case not in NORMALISES_INTERMEDIATE:
-            assert same(ACT2FN[activation](up.output), down.input) != bool(gated)
 
 
 @every_case
@@ -459,17 +448,6 @@ def test_a_config_without_a_width_gives_none():
     assert hidden_size_of(SimpleNamespace()) is None
 
 
-def test_activation_by_architecture():
-    for model_type, activation in {
-        "bert": "gelu",
-        "llama": "silu",
-        "t5": "relu",
-        "clip": "quick_gelu",
-        "bloom": None,
-    }.items():
-        assert activation_of(tiny_config(model_type), find_architecture(model_type)) == activation
-
-
 class Context:
     def __init__(self) -> None:
         self.record = SimpleNamespace(taps={})
@@ -517,18 +495,6 @@ def test_tap_attaches_once_per_context_and_path():
     assert Tap.attach(holder.block, "model.block", holder.context) is not holder.tap
 
 
-def test_tap_detaches_and_attaches_again():
-    holder = Holder()
-    holder.tap.detach()
-    holder.tap.detach()
-    holder(torch.ones(1))
-    assert not holder.context.record.taps
-    assert not holder.block._forward_pre_hooks
-    Tap.attach(holder.block, "block", holder.context)
-    holder(torch.ones(1))
-    assert "block" in holder.context.record.taps
-
-
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
 def test_copies_have_taps_of_their_own(duplicate):
     holder = Holder()
@@ -537,9 +503,7 @@ def test_copies_have_taps_of_their_own(duplicate):
     assert twin.context.record.taps["block"].item() == 2
     assert not holder.context.record.taps
     assert Tap.attach(twin.block, "block", twin.context) is twin.tap
-    twin.tap.detach()
-    assert not twin.block._forward_pre_hooks
-    assert holder.block._forward_pre_hooks
+    assert twin.tap is not holder.tap
 
 
 def test_tap_works_under_compile():

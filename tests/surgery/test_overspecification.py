@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import get_peft_model
 from single_experts import activation_of, make_expert, make_inputs
+from torch import Tensor
 
 from mixadapters import MoAConfig
 from mixadapters.core.hooks import root_of
 from mixadapters.surgery.compressing import compress_experts
 from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.overspecification import (
-    expert_cells,
+    LayerCells,
     function_distances,
     layer_cells,
     mutual_information,
@@ -20,6 +23,7 @@ from mixadapters.surgery.overspecification import (
     overspecification_report,
     same_cells,
 )
+from mixadapters.surgery.view import expert_output
 
 
 def rearranged(weights, form: str, seed: int, units: int = 8):
@@ -33,6 +37,12 @@ def rearranged(weights, form: str, seed: int, units: int = 8):
         n: getattr(weights, n)[order] for n in ("down", "gate", "b_down", "b_gate") if getattr(weights, n) is not None
     }
     return weights._replace(**parts, up=weights.up[:, order])
+
+
+def expert_cells(experts: Any, inputs: Tensor, activation: str, **options: Any) -> LayerCells:
+    """Of experts by their weights, named by number."""
+    outputs = torch.stack([expert_output(weights, activation, inputs) for weights in experts])
+    return layer_cells(outputs, [str(e) for e in range(len(experts))], **{"top_k": None, **options})
 
 
 @pytest.mark.parametrize("form", ["lora", "bottleneck", "glu"])

@@ -6,12 +6,19 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from mixadapters.core.files import PREFIX
 from mixadapters.core.registry import nearest
 from mixadapters.tuners.bottleneck.model import EXPERT
-from mixadapters.tuners.gathering import BaseModules, Gathered, check_tensors, gathered, lora_experts
+from mixadapters.tuners.gathering import (
+    BaseModules,
+    Gathered,
+    check_tensors,
+    experts_in,
+    gathered,
+    lora_experts,
+    refuse_other_fields,
+)
 from mixadapters.tuners.mixda.config import MixDAConfig
-from mixadapters.tuners.sources import check_base_model, rank_of, read_folder, same_module
+from mixadapters.tuners.sources import check_base_model, places_of, rank_of, read_folder
 
 
 class LoRASites(BaseModules, Protocol):
@@ -45,17 +52,14 @@ def read_source(
     expert = _check_source(config, name, saved, where)
     check_base_model(tuner.model, saved, spec, where)
     paths = tuner.domain_paths(config)
-    by_path: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in weights.items():
-        path, mark, rest = key.removeprefix(PREFIX).partition(f".{saved.peft_type.value.lower()}_adapters.")
-        if not mark or not rest.startswith(expert):
-            continue
-        here = [p for p in paths if same_module(p, path)]
-        if len(here) != 1:
-            raise ValueError(f"{where} adapts {path!r}, which is no domain site of this model; those are {paths}")
-        by_path.setdefault(here[0], {})[rest.removeprefix(expert)] = tensor
-    if not by_path:
+    found = experts_in(weights, f"{saved.peft_type.value.lower()}_adapters.{expert}")
+    if not found:
         raise ValueError(f"{where} holds no weights of a domain adapter: none of its {len(weights)} keys fits")
+    by_path: dict[str, dict[str, Tensor]] = {}
+    for path, places in places_of(found, paths).items():
+        if len(places) != 1:
+            raise ValueError(f"{where} adapts {path!r}, which is no domain site of this model; those are {paths}")
+        by_path[places[0]] = found[path]
     for path, tensors in by_path.items():
         check_tensors(tuner.bank_widths(config, path), config.bank_options(), path, tensors, where)
     if missing := [p for p in _paths_of_source(tuner, saved, name, paths) if p not in by_path]:
@@ -101,7 +105,7 @@ def _check_source(config: MixDAConfig, name: str, saved: Any, where: str) -> str
     """Refuse a source whose fields do not fit; return where its expert's parameters lie in its keys."""
     kind = getattr(saved.peft_type, "value", saved.peft_type)
     if kind == "BOTTLENECK":
-        expert = f"bank.experts.{EXPERT}."
+        expert = f"bank.experts.{EXPERT}"
         theirs = {**saved.bank_options(), "adapter_input": saved.adapter_input, "placement": saved.placement,
                   "combine": "delta"}  # fmt: skip
         ours = {**config.bank_options(), "bias": True, "placement": "parallel", "combine": config.combine}
@@ -111,7 +115,7 @@ def _check_source(config: MixDAConfig, name: str, saved: Any, where: str) -> str
             raise ValueError(
                 f"{where} has no domain {name!r}; it has {list(saved.domains)}.{nearest(name, saved.domains)}"
             )
-        expert = f"domain.bank.experts.{one}."
+        expert = f"domain.bank.experts.{one}"
         theirs = {**saved.bank_options(), "adapter_input": saved.adapter_input, "combine": saved.combine}
         ours = {**config.bank_options(), "combine": config.combine}
     else:
@@ -121,9 +125,5 @@ def _check_source(config: MixDAConfig, name: str, saved: Any, where: str) -> str
         )
     if kind == "MIXDA" and saved.domain_type != config.domain_type:
         raise ValueError(f"{where} has domains of type {saved.domain_type!r}, this mixture {config.domain_type!r}")
-    for field_name, value in {**ours, "adapter_input": config.adapter_input}.items():
-        if theirs[field_name] != value:
-            raise ValueError(
-                f"{where} was trained with {field_name}={theirs[field_name]!r}, this mixture has {value!r}"
-            )
+    refuse_other_fields(theirs, {**ours, "adapter_input": config.adapter_input}, where)
     return expert

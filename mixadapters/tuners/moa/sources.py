@@ -8,7 +8,14 @@ from torch import Tensor
 
 from mixadapters.core.files import PREFIX
 from mixadapters.tuners.bottleneck.model import EXPERT
-from mixadapters.tuners.gathering import BaseModules, Gathered, gathered, lora_experts
+from mixadapters.tuners.gathering import (
+    BaseModules,
+    Gathered,
+    experts_in,
+    gathered,
+    lora_experts,
+    refuse_other_fields,
+)
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.sources import check_base_model, read_folder
 
@@ -65,16 +72,10 @@ def _bottleneck(
     theirs = {**saved.bank_options(), "placement": saved.placement, "adapter_input": saved.adapter_input}
     ours = {**config.bank_options(), "layer_norm": False, "placement": config.placement,
             "adapter_input": config.adapter_input}  # fmt: skip
-    for name, value in ours.items():
-        if theirs[name] != value:
-            raise ValueError(f"{where} was trained with {name}={theirs[name]!r}, this mixture has {value!r}")
+    refuse_other_fields(theirs, ours, where)
     if theirs["scale"] is None:
         raise ValueError(f"{where} was trained with scale='learnable', which experts of this mixture do not have")
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in weights.items():
-        path, mark, rest = key.removeprefix(PREFIX).partition(f".bottleneck_adapters.bank.experts.{EXPERT}.")
-        if mark:
-            found.setdefault(path, {})[rest] = tensor
+    found = experts_in(weights, f"bottleneck_adapters.bank.experts.{EXPERT}")
     return dict.fromkeys(found, float(theirs["scale"])), found
 
 
