@@ -35,6 +35,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "LongformerModel": {**ATTENTION, "attention_window": 4},
     "MambaForCausalLM": {"state_size": 4, "time_step_rank": 4, "intermediate_size": 64},
+    "OpenAIGPTLMHeadModel": {"n_head": 4, "n_positions": 64},
     "PhimoeForCausalLM": {**ATTENTION, "num_key_value_heads": 2, "num_local_experts": 4},
     "XLNetLMHeadModel": {
         "vocab_size": 96, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "pad_token_id": 0,
@@ -67,8 +68,10 @@ def tokens(length: int = 8) -> Tensor:
 # --- caches ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "beams"), [("MambaForCausalLM", 2), ("Lfm2ForCausalLM", 1)])
-def test_gate_that_remembers_decodes_where_layers_sum_tokens_up(name, beams) -> None:
+@pytest.mark.parametrize(
+    ("name", "beams"), [("MambaForCausalLM", 2), ("Lfm2ForCausalLM", 1), ("OpenAIGPTLMHeadModel", 1)]
+)
+def test_gate_that_remembers_decodes_where_layers_sum_tokens_up_or_fill_no_cache(name, beams) -> None:
     config = MoAConfig(**ALL, router=PREFIX, exclude_modules=["dt_proj"] if "Mamba" in name else None)
     model = randomize(get_peft_model(tiny_of(name), config))
     asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "num_beams": beams}
