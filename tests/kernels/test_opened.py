@@ -59,6 +59,8 @@ def test_half_precision_is_near_the_definition_and_as_wide_as_its_base() -> None
     given = {**draw(0, torch.bfloat16), "base": torch.randn(len(draw(0)["x"]), WIDE[1])}
     with adapter_backend("reference"):
         torch.testing.assert_close(opened(given), lowrank(**given), atol=0.1, rtol=0.05)
+    nothing = {**given, "w_up": torch.zeros_like(given["w_up"]), "b_up": None, "base_weight": None}
+    assert torch.equal(opened(nothing), given["base"])
 
 
 def test_a_broken_expert_touches_only_the_rows_that_chose_it() -> None:
