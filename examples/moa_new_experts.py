@@ -4,7 +4,6 @@ python examples/moa_new_experts.py BASE TEXT.txt
 """
 
 import argparse
-import shutil
 
 from datasets import load_dataset
 from peft import get_peft_model
@@ -22,7 +21,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("base")
 parser.add_argument("text", help="a text file, one document a line")
 parser.add_argument("--steps", type=int, default=200)
-parser.add_argument("--out", default="runs/moa-new")
+parser.add_argument("--out", default="runs/moa-new", help="a new folder")
 given = parser.parse_args()
 config = MoAConfig(
     num_experts=8, r=8, lora_alpha=16, target_modules="all-linear", router="top_k", num_experts_per_tok=2,
@@ -37,5 +36,4 @@ arguments = TrainingArguments(given.out, max_steps=given.steps, learning_rate=2e
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 Trainer(model, arguments, collator, rows, callbacks=[StageCallback("all")]).train()
 model.save_pretrained(given.out)
-shutil.rmtree(f"{given.out}/expert0", ignore_errors=True)  # of an earlier run
 model.base_model.export_expert("expert0", f"{given.out}/expert0")  # a stock LoRA folder again

@@ -57,6 +57,7 @@ GATES: dict[str, Any] = {  # router -> its specification; how it is fitted is in
     "lm_prefix": {"kind": "softmax", "granularity": "causal_prefix"},
     "uniform": "constant",
     "arrow": "arrow",
+    "arrow_prefix": {"kind": "arrow", "k": None, "granularity": "causal_prefix"},
     "phatgoose": "phatgoose",
 }
 FEATURE_ROWS = 200  # of each kind of text, for gates that a regression on states fits
@@ -543,7 +544,7 @@ CELLS: dict[str, Cell] = {
     "shared_first_wide": first_shared(3, 0.5, under("counts")), "added_first_wide": first_shared(3, 0.5, added),
     "removed_first_wide": first_shared(3, 0.5, removed),
     "counts_twice": counts_twice, "product": product, "counts_few": counts_few,
-    "arrow": under("arrow"), "phatgoose": phatgoose, "xlora": xlora,
+    "arrow": under("arrow"), "arrow_prefix": under("arrow_prefix"), "phatgoose": phatgoose, "xlora": xlora,
 }  # fmt: skip
 FEWER = ("base", "own", "counts", "joint", "added", "removed", "shared", "joint_twice", "added_shared", "features",
          "uniform", "posterior")  # fmt: skip
@@ -552,7 +553,7 @@ MAIN = ("base", "own", "counts", "joint", "added", "joint_anew", "joint_new_alon
 # What may do more; run when it is asked for. A bottleneck cannot become part of the base model.
 MORE = ("shared_half", "shared_quarter", "shared_first", "shared_first_wide", "added_first_wide",
         "removed_first_wide", "counts_twice", "product", "counts_few")  # fmt: skip
-OTHERS = ("arrow", "phatgoose", "xlora")  # how other systems route trained LoRA adapters
+OTHERS = ("arrow", "arrow_prefix", "phatgoose", "xlora")  # how other systems route trained LoRA adapters
 NAMED = {
     "usual": [cell for cell in CELLS if cell not in (*MORE, *OTHERS)], "fewer": FEWER, "main": MAIN, "more": MORE,
     "others": OTHERS,

@@ -76,6 +76,7 @@ CLAIMS = (
     Claim("counts before PHATGOOSE", "counts", "phatgoose", "old", (-35, -5)),
     Claim("counts before PEFT's X-LoRA", "counts", "xlora", "old", (-20, -2)),
     Claim("Arrow is before a uniform mean", "arrow", "uniform", "old", (-20, 5)),
+    Claim("over the text so far and with all experts it is", "arrow_prefix", "uniform", "old", (-6, 0)),
     Claim("X-LoRA, which reads the last states, before a gate for each layer", "xlora", "lm_token", "old", (-20, 0)),
 )  # fmt: skip
 BETWEEN_KINDS = Claim("LoRA is the better kind", "own", "own", "domains", (-INFINITE, 0))
