@@ -57,7 +57,8 @@ class TrainerLook:
         if trainer is not None and holds(trainer.model):
             check_launched(trainer.args)
             check_columns(trainer, fields)
-            warn_of_idle_routers(trainer, fields)
+            if trainer.model.training:
+                warn_of_idle_routers(trainer, fields)
             warn_of_lacking(trainer, getattr(loader, "dataset", None), fields)
             active = getattr(trainer.model, "active_adapter", None)  # of a PeftModel, a name
             if isinstance(active, str):

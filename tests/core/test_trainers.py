@@ -179,7 +179,6 @@ def test_rows_of_an_evaluation_that_lack_what_training_had_are_warned_of(mixture
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         run.evaluate()
-    assert not [one for one in seen if "this one lacks" in str(one.message)]
-    warnings.filterwarnings("ignore", "the column domain_ids chooses")
+    assert not [one for one in seen if "column" in str(one.message)]  # nor that routers learn nothing: none is to
     with pytest.warns(UserWarning, match=r"columns \['domain_ids'\], which the train dataset has and this one lacks"):
         run.evaluate(rows())
