@@ -35,7 +35,7 @@ from mixadapters.core.sites import (
     sublayer_of,
     unwrapped,
 )
-from mixadapters.core.walking import outside_adapters
+from mixadapters.core.walking import outside_adapters, plain_path
 
 TARGET = "target"  # role of modules that the user names by target_modules
 
@@ -167,7 +167,8 @@ class SiteFinder(BaseTuner):
     def _refuse_unfollowed(self, config: MixtureConfig) -> None:
         """Refuse modules that adapters cannot follow. In a saved adapter nothing comes of those, so it is read."""
         fused = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-        owners = {f"{name}.": m for name, m in self.model.named_modules() if name and isinstance(m, fused)}
+        walk = ((name, module) for name, module in outside_adapters(self.model) if name and isinstance(module, fused))
+        owners = {f"{plain_path(name)}.": module for name, module in walk}
         for path in self.matched(config):
             if being_loaded() is None and (reason := self._cannot_follow(path)):
                 raise ValueError(f"{path!r} {reason}")

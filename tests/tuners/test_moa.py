@@ -479,8 +479,8 @@ def test_experts_are_packed_once_for_the_steps_of_a_generate(tiny, tiny_inputs, 
     from mixadapters.core import bank as module
 
     packed = []
-    real = module.pack
-    monkeypatch.setattr(module, "pack", lambda banks, context: packed.append(banks) or real(banks, context))
+    real = module.packed
+    monkeypatch.setattr(module, "packed", lambda kind, weights: packed.append(kind) or real(kind, weights))
     model = randomize(build(tiny("llama"), target_modules=["q_proj"]))
     inputs = tiny_inputs("llama")
     first = model.generate(**inputs, max_new_tokens=6, do_sample=False)
