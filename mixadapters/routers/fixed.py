@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ class SingleRouter(Router):
 
 @ROUTERS.register("constant")
 class ConstantRouter(Router):
-    """Every expert with a weight fixed by the user. None: the mean.
+    """Every expert with a weight fixed by the user: in their order, or by name. None: the mean.
 
     Raises:
         ValueError: as many weights as experts are needed.
@@ -42,8 +43,12 @@ class ConstantRouter(Router):
 
     without = LOSS_OPTIONS
 
-    def __init__(self, in_features: int, experts: list[str], weights: Sequence[float] | None = None) -> None:
+    def __init__(self, in_features: int, experts: list[str], weights: Any = None) -> None:
         super().__init__(in_features, experts)
+        if isinstance(weights, Mapping):
+            if weights.keys() != set(experts):
+                raise ValueError(f"weights={dict(weights)} must have one entry for each expert of {experts}")
+            weights = [weights[name] for name in experts]
         weights = [1 / len(experts)] * len(experts) if weights is None else list(weights)
         if len(weights) != len(experts):
             raise ValueError(f"weights={weights} must have one entry for each expert of {experts}")

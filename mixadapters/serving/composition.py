@@ -194,6 +194,8 @@ class CompositionRouter:
         """
         check_kind("folder", folder, (str, PathLike), "the path of a folder")
         path = Path(folder) / CONFIG
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: name a folder that CompositionRouter.save wrote")
         content = read_config(path)
         try:
             if content.pop("format", None) != FORMAT:

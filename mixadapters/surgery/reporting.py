@@ -192,8 +192,9 @@ def _layer(layer: ExpertLayer, usage: ExpertUsage | None, found: Overspecificati
     recorded = None if usage is None else usage.layers.get(layer.key)
     if recorded is not None:
         recorded.refuse_others(layer)
-    active = float(len(experts)) if layer.top_k is None else float(layer.top_k)
-    if layer.top_k is None and recorded is not None and recorded.rows:
+    # A router for several layers may choose experts that have nothing at this one.
+    active = float(len(experts)) if layer.top_k is None else float(min(layer.top_k, len(experts)))
+    if recorded is not None and recorded.rows:
         active = float(recorded.tokens.sum() / recorded.rows)
     share = active / len(experts)
     tensors = [tensor for weights in experts for tensor in weights.tensors()]

@@ -92,6 +92,11 @@ class GateVerbs(RoutingVerbs):
         if not wanted[method]:
             have = sorted({type(mixture.router).__name__ for mixture in mixtures})
             raise ValueError(f"method={method!r}: adapter {adapter_name!r} has no router that it fits, but {have}")
+        reads = getattr(self.model, "main_input_name", "input_ids")
+        if reads != "input_ids" and self._known_tokens() is None:
+            raise ValueError(
+                f"texts: {type(self.model).__name__} reads {reads!r} and no text: train its router (stage 'router')"
+            )
         given = {**texts, **({} if general is None else {FROZEN: general})}
         rows = {arm: token_rows(text, tokenizer, _where(arm)) for arm, text in given.items()}
         if method == "counts":
@@ -174,13 +179,17 @@ class GateVerbs(RoutingVerbs):
 
     def vocab_size(self) -> int:
         """How many token ids the model knows. Raises ValueError where it reads none."""
-        config: Any = getattr(self.model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        size = getattr(text, "vocab_size", None)
-        if not isinstance(size, int):
+        size = self._known_tokens()
+        if size is None:
             raise ValueError(f"router 'counts' counts tokens, but the config of {type(self.model).__name__} tells no "
                              "vocab_size; use another router")  # fmt: skip
         return size
+
+    def _known_tokens(self) -> int | None:
+        config: Any = getattr(self.model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        size = getattr(text, "vocab_size", None)
+        return size if isinstance(size, int) else None
 
     def settle_counts(self, adapter_name: str, domains: Iterable[str]) -> dict[str, int] | None:
         """Have the first counting router hold the counts of all `domains`, and the others follow it.

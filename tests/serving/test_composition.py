@@ -149,6 +149,11 @@ def test_files_that_no_router_wrote_are_refused(change, message, tmp_path) -> No
         CompositionRouter.load(tmp_path, lambda **_: None)
 
 
+def test_a_folder_without_a_router_is_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"nothing/composition.json is missing: name a folder"):
+        CompositionRouter.load(tmp_path / "nothing", lambda **_: None)
+
+
 def test_what_cannot_be_learned_or_chosen_is_refused(adapted, tiny_inputs) -> None:
     features, kinds = clusters(12)
     for arguments, message in [

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from moe_bases import RANK, VOCAB, WIDTH, batch, moe
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from mixadapters import MixDAConfig, MoAConfig
 from mixadapters.surgery.layers import expert_layers
@@ -47,6 +47,23 @@ def test_parameters_and_flops_are_those_of_a_hand_count(base) -> None:
     assert found.active_parameters == total - 2 * 4 * expert
     tied = base.get_input_embeddings().weight is base.get_output_embeddings().weight
     assert found.flops == 2 * (found.active_parameters - (0 if tied else VOCAB * WIDTH))
+
+
+def test_no_more_experts_are_active_at_a_layer_than_it_has(tiny, tiny_inputs, tmp_path) -> None:
+    for name, targets in {"a": ["q_proj"], "b": ["q_proj"], "c": ["q_proj", "down_proj"]}.items():
+        lora = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(tiny("llama"), lora).save_pretrained(tmp_path / name)
+    experts = {name: str(tmp_path / name) for name in "abc"}
+    config = MoAConfig(experts=experts, router="top_k", router_scope="model", task_type="CAUSAL_LM")
+    model = get_peft_model(tiny("llama"), config).eval()
+    assert {len(layer.experts): layer.active for layer in report(model).layers} == {3: 2.0, 1: 1.0}
+    with torch.no_grad(), record_usage(model) as usage:
+        model(**tiny_inputs("llama"))
+    found = report(model, usage)
+    recorded = {key: float(of.tokens.sum() / of.rows) for key, of in usage.layers.items()}
+    assert {layer.key: layer.active for layer in found.layers} == recorded
+    assert {layer.active for layer in found.layers if len(layer.experts) == 3} == {2.0}
+    assert found.active_parameters < found.parameters
 
 
 def test_adapters_are_counted_beside_the_base(tiny) -> None:

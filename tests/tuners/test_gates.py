@@ -261,6 +261,15 @@ def test_what_cannot_be_fitted_is_refused_and_nothing_changed(tiny, texts, gener
     assert not model.state_dict()[tables(model)[0]].any()
 
 
+@pytest.mark.parametrize("router", ["counts", "softmax"])
+def test_text_is_not_for_models_that_read_none(tiny, router) -> None:
+    config = MoAConfig(experts=["a", "b"], r=2, target_modules=["fc1"], router=router,
+                       router_scope="model" if router == "counts" else "module")  # fmt: skip
+    model = get_peft_model(tiny("vit"), config)
+    with pytest.raises(ValueError, match=r"texts: ViT\w* reads 'pixel_values' and no text: train its router"):
+        model.base_model.fit_gate({"a": [[5]], "b": [[6]]}, [[7]])
+
+
 def test_regression_refuses_what_it_cannot_fit(tiny) -> None:
     model = mixture(tiny, router="softmax", fit=False)
     with pytest.raises(ValueError, match=r"give the text of \['b', 'frozen'\] too"):

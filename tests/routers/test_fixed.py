@@ -1,0 +1,20 @@
+"""Weights that do not look at their input."""
+
+from __future__ import annotations
+
+import pytest
+
+from mixadapters.routers import build_router
+
+EXPERTS = ["a", "b"]
+
+
+@pytest.mark.parametrize("weights", [[0.75, 0.25], {"a": 0.75, "b": 0.25}, {"b": 0.25, "a": 0.75}])
+def test_constant_weights_are_given_in_order_or_by_name(weights) -> None:
+    assert build_router({"kind": "constant", "weights": weights}, 4, EXPERTS).constant() == [0.75, 0.25]
+
+
+@pytest.mark.parametrize("weights", [{"a": 0.5}, {"a": 0.5, "c": 0.5}, {"a": 0.5, "b": 0.2, "c": 0.3}, [0.5]])
+def test_constant_weights_of_other_experts_are_refused(weights) -> None:
+    with pytest.raises(ValueError, match=r"must have one entry for each expert of \['a', 'b'\]"):
+        build_router({"kind": "constant", "weights": weights}, 4, EXPERTS)
