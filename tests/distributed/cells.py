@@ -219,7 +219,7 @@ def by_trainer(cell: Cell, folder: Path, processes: int, **options: Any) -> dict
     }  # fmt: skip
     resume, callbacks = arguments.pop("resume", None), arguments.pop("callbacks", [])
     if cell.stage:
-        callbacks = [StageCallback(cell.stage, objectives=cell.objectives()), *callbacks]
+        callbacks = [StageCallback(cell.stage, "default", objectives=cell.objectives()), *callbacks]
     trainer = Trainer(
         model=model, args=TrainingArguments(str(folder), **arguments), train_dataset=cell.rows(),
         data_collator=cell.collate(model),
@@ -241,7 +241,7 @@ def by_hand(cell: Cell, folder: Path, processes: int) -> dict[str, Any]:
     model = cell.model()
     tuner = find_tuner(model)
     if cell.stage:
-        tuner.set_stage(cell.stage)
+        tuner.set_stage(cell.stage, "default")
     tuner.context.objectives.extend(cell.objectives())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=1e-3)
     rows = cell.rows()
@@ -259,7 +259,7 @@ def by_hand(cell: Cell, folder: Path, processes: int) -> dict[str, Any]:
             optimizer.zero_grad()
         losses.append(accelerator.reduce(loss.detach(), "mean"))
         if accelerator.sync_gradients:
-            tuner.update_biases()
+            tuner.update_biases("default")
     weights = accelerator.get_state_dict(model)
     plain = accelerator.unwrap_model(model)
     if accelerator.is_main_process or not plain.active_peft_config.modules_to_save:
