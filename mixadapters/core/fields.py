@@ -103,6 +103,12 @@ def check_kind(name: str, value: Any, kind: type | tuple[type, ...], what: str) 
         raise ValueError(f"{name}={_shown(value)} must be {what}")
 
 
+def check_fits(name: str, value: Any, hint: Any) -> None:
+    """Raises ValueError where a value is not of an annotated type, elements included: see `fits`."""
+    if not fits(value, hint):
+        raise ValueError(f"{name}={_shown(value)} must be {_words(hint)}{_size_of(value)}")
+
+
 def check_switches(**switches: Any) -> None:
     """Raises ValueError where an argument is neither True nor False: any other value would count as one of them."""
     for name, value in switches.items():

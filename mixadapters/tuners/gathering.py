@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.files import PREFIX
-from mixadapters.tuners.lora import read_factors, refuse_inexact
+from mixadapters.tuners.lora import REMEDIES, check_lora, read_factors, refuse_inexact, refuse_saved_modules
 from mixadapters.tuners.sources import places_of
 
 
@@ -63,6 +63,29 @@ def gathered(
         check_tensors(widths(path), options, path, tensors, where)
     _refuse_incomplete(tuner, saved, placed, where, why)
     return Gathered(_placed(tuner, {p: s * spec.get("scale", 1.0) for p, s in scales.items()}, where), placed)
+
+
+def own_weights(
+    tuner: BaseModules, saved: Any, weights: dict[str, Tensor], spec: dict[str, Any], where: str, mark: str
+) -> dict[str, Tensor]:
+    """The weights of an adapter of a type of ours that is to be an expert.
+
+    mark: in the keys of all of them.
+
+    Raises:
+        ValueError: it has more than these: modules of its own, trained tokens, or keys that are none of its type.
+    """
+    refuse_saved_modules(saved, where, spec.get("ignore_modules_to_save", False))
+    if saved.trainable_token_indices:
+        remedy = REMEDIES["trainable_token_indices"]
+        raise ValueError(f"{where} has trainable_token_indices={saved.trainable_token_indices!r:.80}: {remedy}")
+    kept = _without_base(tuner, saved, weights, where, lambda key: mark in key)
+    if stray := [key for key in kept if mark not in key]:
+        raise ValueError(
+            f"{where} holds {stray[0]!r:.200}, which is no weight of a {saved.peft_type.value} adapter, and no expert "
+            "can have; save the adapter again"
+        )
+    return kept
 
 
 def experts_in(weights: Mapping[str, Tensor], within: str) -> dict[str, dict[str, Tensor]]:
@@ -121,8 +144,14 @@ def lora_experts(
     Raises:
         ValueError: it is more, or other, than what its A and B add.
     """
+    check_lora(saved, where)
     refuse_inexact(saved, where, spec.get("ignore_modules_to_save", False))
-    factors, biases = read_factors(saved, _without_base(tuner, saved, weights, where), where)
+
+    def own(key: str) -> bool:
+        part = "weight" if key.endswith(".weight") else "bias"
+        return ".lora_" in key or (part == "bias" and (saved.bias != "none" or not key.endswith(".bias")))
+
+    factors, biases = read_factors(saved, _without_base(tuner, saved, weights, where, own), where)
     _refuse_stray(saved, factors, where)
     found = {}
     for path, (down, up, scale, b_up) in factors.items():
@@ -139,17 +168,22 @@ def lora_experts(
     return {path: factor.scale for path, factor in factors.items()}, found
 
 
-def _without_base(tuner: BaseModules, saved: Any, weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Without embeddings and heads of the base model, which PEFT may save beside: waived ones, or those unchanged."""
+def _without_base(
+    tuner: BaseModules, saved: Any, weights: dict[str, Tensor], where: str, is_own: Callable[[str], bool]
+) -> dict[str, Tensor]:
+    """Without embeddings and heads of the base model, which PEFT may save beside: waived ones, or those unchanged.
+
+    is_own: whether a key is that of a weight of the adapter.
+    """
     kept = {}
     waived = tuple(f".{module}." for module in saved.modules_to_save or ())
     for key, tensor in weights.items():
         if any(module in f".{key}" for module in waived):
             continue
-        part = "weight" if key.endswith(".weight") else "bias"
-        if ".lora_" in key or (part == "bias" and (saved.bias != "none" or not key.endswith(".bias"))):
+        if is_own(key):
             kept[key] = tensor
             continue
+        part = "weight" if key.endswith(".weight") else "bias"
         path = key.removeprefix(PREFIX).removesuffix(f".{part}").removesuffix(".base_layer")
         places = places_of([path], tuner.places())[path]
         own = getattr(tuner._unwrapped(places[0]), part, None) if len(places) == 1 else None

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -19,7 +19,9 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from mixadapters.core.fields import check_fits
 from mixadapters.core.files import PREFIX
+from mixadapters.core.patterns import check_pattern
 from mixadapters.core.sites import unwrapped
 from mixadapters.tuners.sources import write_adapter
 
@@ -55,6 +57,17 @@ def default_targets(model_type: str) -> list[str]:
     return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type]
 
 
+# Of the fields that say what its weights compute, and where.
+KINDS: dict[str, Any] = {
+    "r": int, "lora_alpha": float, "use_rslora": bool, "bias": Literal["none", "all", "lora_only"],
+    "rank_pattern": dict[str, int], "alpha_pattern": dict[str, float],
+    "target_modules": list[str] | set[str] | str | None,
+    "exclude_modules": list[str] | set[str] | str | None, "modules_to_save": list[str] | None,
+    "layers_to_transform": list[int] | int | None, "layers_pattern": list[str] | str | None,
+}  # fmt: skip
+PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+
+
 class Factors(NamedTuple):
     """What one LoRA adds at one linear layer: scale * (up (down x) + b_up)."""
 
@@ -78,17 +91,42 @@ def refuse_inexact(config: LoraConfig, where: str, ignore_modules_to_save: bool 
         )
     if config.bias == "all":
         raise ValueError(f"{where} has bias='all': biases outside of its targets changed too; train with bias='none'")
-    if config.modules_to_save and not ignore_modules_to_save:
-        raise ValueError(
-            f"{where} has modules_to_save={config.modules_to_save}, of which a mixture can hold one version only; "
-            "gather it without them by {'source': ..., 'ignore_modules_to_save': True}"
-        )
+    refuse_saved_modules(config, where, ignore_modules_to_save)
     for name, value in config.to_dict().items():
         if name in SILENT | {"bias", "modules_to_save", "init_lora_weights"}:
             continue
         if value != getattr(default, name, None) and value not in (None, [], {}, False):
             remedy = REMEDIES.get(name, "train plain LoRA, or merge the adapter")
             raise ValueError(f"{where} has {name}={value!r}, which no expert of a mixture can do: {remedy}")
+
+
+def refuse_saved_modules(config: Any, where: str, ignore: bool) -> None:
+    """Raise ValueError where a saved adapter of any type has modules of its own, and the user has not waived them."""
+    if config.modules_to_save and not ignore:
+        raise ValueError(
+            f"{where} has modules_to_save={config.modules_to_save}, of which a mixture can hold one version only; "
+            "gather it without them by {'source': ..., 'ignore_modules_to_save': True}"
+        )
+
+
+def check_lora(config: LoraConfig, where: str) -> None:
+    """Refuse values of a saved config by which nothing can be computed, or that would take for ever.
+
+    PEFT looks at few of them when it reads a file, which may be a stranger's.
+
+    Raises:
+        ValueError: the field, its value and what it must be; or a pattern that can take very long to match.
+    """
+    try:
+        for name, kind in KINDS.items():
+            check_fits(name, getattr(config, name), kind)
+        for name in PATTERNS:
+            value: Any = getattr(config, name)
+            for pattern in [value] if isinstance(value, str) else value or ():
+                if not isinstance(value, set):  # those are ends of paths
+                    check_pattern(name, pattern)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def scale_at(config: LoraConfig, path: str, rank: int) -> float:

@@ -90,6 +90,8 @@ def check_base_model(model: nn.Module, saved: Any, spec: dict[str, Any], where: 
 
 def refuse_other_base(model: nn.Module, theirs: str | None, where: str, remedy: str) -> None:
     """Raises ValueError: the name of an adapter's base model is not that of the model. `remedy`: how to say it is."""
+    if not isinstance(theirs, (str, type(None))):  # of a file
+        raise ValueError(f"{where}: base_model_name_or_path={theirs!r:.200} must be a string")
     ours = getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
     same = theirs == ours or (theirs and ours and _same_folder(theirs, ours))
     if theirs and ours and not same:

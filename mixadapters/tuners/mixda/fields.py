@@ -7,7 +7,7 @@ from typing import Any
 
 OF_BOTTLENECKS = ("reduction_factor", "adapter_input", "activation", "adapter_glu", "adapter_layer_norm", "gate_input")
 OF_LORA = ("lora_alpha",)
-ENTRIES_OF_LORA = ("scale", "ignore_modules_to_save", "scales", "biases")  # of a domain
+ENTRIES_OF_LORA = ("scale", "scales", "biases")  # of a domain
 OF_BOTTLENECK_TASKS = ("task_reduction_factor", "task_activation")
 OF_LORA_TASKS = ("task_lora_alpha", "task_target_modules")
 

@@ -15,6 +15,7 @@ from mixadapters.tuners.gathering import (
     experts_in,
     gathered,
     lora_experts,
+    own_weights,
     refuse_other_fields,
 )
 from mixadapters.tuners.mixda.config import MixDAConfig
@@ -51,8 +52,10 @@ def read_source(
     saved, weights = read_folder(where, spec)
     expert = _check_source(config, name, saved, where)
     check_base_model(tuner.model, saved, spec, where)
-    paths = tuner.domain_paths(config)
-    found = experts_in(weights, f"{saved.peft_type.value.lower()}_adapters.{expert}")
+    paths, prefix = tuner.domain_paths(config), f"{saved.peft_type.value.lower()}_adapters."
+    # A mixture has other domains too, a gate and a task adapter.
+    mark = f".{prefix}" if saved.peft_type.value == "MIXDA" else f".{prefix}{expert}."
+    found = experts_in(own_weights(tuner, saved, weights, spec, where, mark), f"{prefix}{expert}")
     if not found:
         raise ValueError(f"{where} holds no weights of a domain adapter: none of its {len(weights)} keys fits")
     by_path: dict[str, dict[str, Tensor]] = {}

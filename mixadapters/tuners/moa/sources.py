@@ -14,6 +14,7 @@ from mixadapters.tuners.gathering import (
     experts_in,
     gathered,
     lora_experts,
+    own_weights,
     refuse_other_fields,
 )
 from mixadapters.tuners.moa.config import MoAConfig
@@ -53,7 +54,7 @@ def gather(tuner: ExpertSites, config: MoAConfig, name: str, spec: dict[str, Any
     if kind == "LORA" and config.expert_type == "lora":
         scales, found = lora_experts(tuner, saved, weights, spec, where)
     elif kind == "BOTTLENECK" and config.expert_type != "lora":
-        scales, found = _bottleneck(config, saved, weights, where)
+        scales, found = _bottleneck(tuner, config, saved, weights, spec, where)
     else:
         takes = "LORA" if config.expert_type == "lora" else "BOTTLENECK"
         remedy = "; gather the LoRA folders that it routes among" if kind == "XLORA" else ""
@@ -67,7 +68,7 @@ def gather(tuner: ExpertSites, config: MoAConfig, name: str, spec: dict[str, Any
 
 
 def _bottleneck(
-    config: MoAConfig, saved: Any, weights: dict[str, Tensor], where: str
+    tuner: ExpertSites, config: MoAConfig, saved: Any, weights: dict[str, Tensor], spec: dict[str, Any], where: str
 ) -> tuple[dict[str, float], dict[str, dict[str, Tensor]]]:
     theirs = {**saved.bank_options(), "placement": saved.placement, "adapter_input": saved.adapter_input}
     ours = {**config.bank_options(), "layer_norm": False, "placement": config.placement,
@@ -75,7 +76,8 @@ def _bottleneck(
     refuse_other_fields(theirs, ours, where)
     if theirs["scale"] is None:
         raise ValueError(f"{where} was trained with scale='learnable', which experts of this mixture do not have")
-    found = experts_in(weights, f"bottleneck_adapters.bank.experts.{EXPERT}")
+    within = f"bottleneck_adapters.bank.experts.{EXPERT}"
+    found = experts_in(own_weights(tuner, saved, weights, spec, where, f".{within}."), within)
     return dict.fromkeys(found, float(theirs["scale"])), found
 
 
