@@ -302,12 +302,12 @@ def _grouped(alike: Tensor, stay: Sequence[int], grouping: str, used: Tensor) ->
 
 
 def spectral_clusters(alike: Tensor, count: int) -> list[list[int]]:
-    """So many clusters of the graph whose edges are (1 + cosine) / 2 of alike (E, E).
+    """So many clusters of the graph whose edges are (1 + cosine) / 2 of alike (E, E), which is symmetric.
 
     The rows of the largest eigenvectors of the normalised graph (Ng, Jordan and Weiss 2001), parted by complete
     linkage instead of by k-means, whose outcome depends on a draw.
     """
-    edges = ((1 + (alike + alike.T) / 2) / 2).clamp_min(0).fill_diagonal_(0)
+    edges = ((1 + alike) / 2).clamp_min(0).fill_diagonal_(0)
     root = edges.sum(1).clamp_min(1e-12).rsqrt()
     vectors = torch.linalg.eigh(root.unsqueeze(1) * edges * root).eigenvectors[:, -count:]
     vectors = F.normalize(vectors, dim=1)
@@ -336,10 +336,26 @@ def _merged(
 
 
 def _refuse_unlike(layer: ExpertLayer, stands: Sequence[int], weight: str) -> None:
-    """Raise ValueError where experts that are to become one have neurons that cannot be merged one to one."""
-    if layer.activation != "identity" and weight != "dominant":
-        for e in set(stands):
-            _refuse_ranks(layer, [other for other, mine in enumerate(stands) if mine == e])
+    """Raise ValueError where experts that are to become one have neurons that cannot be merged one to one, or where
+    the one that stands for the others has no place for what they add."""
+    for e in set(stands) if weight != "dominant" else ():
+        members = [other for other, mine in enumerate(stands) if mine == e]
+        if layer.activation != "identity":
+            _refuse_ranks(layer, members)
+        elif len(members) > 1:
+            _refuse_without_place(layer, e, members)
+
+
+def _refuse_without_place(layer: ExpertLayer, e: int, members: Sequence[int]) -> None:
+    """Of linear experts: the one that stands, `e`, must have a bias where others have, and a scale."""
+    like, biased = layer.weights(e), [layer.names[m] for m in members if layer.weights(m).b_up is not None]
+    lacks = "a scale of 0" if float(like.scale) == 0 else "no bias" if biased and like.b_up is None else ""
+    if lacks:
+        others = f", and {biased} have one" if lacks == "no bias" else ""
+        raise ValueError(
+            f"expert {layer.names[e]!r} at {layer.key!r} would stand for a group and has {lacks}{others}, so the mean "
+            "cannot be written there: keep it as it is (weight='dominant'), or group it otherwise"
+        )
 
 
 def _refuse_ranks(layer: ExpertLayer, members: Sequence[int]) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import mixadapters
+from mixadapters.core.bank import Weights
 from mixadapters.surgery.compressed import INDEX, load_compressed, save_compressed
-from mixadapters.surgery.compressing import compress_experts, routed_inputs
+from mixadapters.surgery.compressing import coded_bytes, compress_experts, routed_inputs
 from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.qmoe import encode_matrix
 
@@ -171,3 +172,12 @@ def test_what_cannot_be_compressed_is_refused_before_anything_changes(tiny, moa,
         with pytest.raises(ValueError, match=message):
             call()
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("codec", ["qmoe", "packed"])
+def test_matrices_that_codes_would_make_longer_are_told_as_they_lie(codec: str) -> None:
+    narrow = Weights(torch.ones(2, 2, dtype=torch.float16), torch.ones(2, 2, dtype=torch.float16))
+    form = encode_matrix(narrow.down, codec)
+    assert form is not None
+    assert form.nbytes > narrow.down.nbytes
+    assert coded_bytes(narrow, codec) == narrow.down.nbytes + narrow.up.nbytes

@@ -55,6 +55,11 @@ def test_without_usable_inputs_it_rounds_to_nearest(moments: torch.Tensor) -> No
     assert torch.equal(gptq(weight, moments, to_half), nearest_rounding(weight, to_half))
 
 
+def test_moments_whose_inverse_is_beyond_floats_give_numbers() -> None:
+    weight, inputs = torch.randn(4, 24), correlated() * 1e-22
+    assert torch.equal(gptq(weight, second_moments(inputs), to_half), nearest_rounding(weight, to_half))
+
+
 def test_wrong_shapes_and_dampings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"moments \(3, 3\) must be \(4, 4\)"):
         gptq(torch.zeros(2, 4), torch.eye(3), to_half)

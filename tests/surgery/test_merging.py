@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from moe_bases import batch, logits, moe
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mixadapters import MixDAConfig, MoAConfig
 from mixadapters.core.bank import Weights
@@ -24,6 +25,7 @@ from mixadapters.surgery.merging import (
 )
 from mixadapters.surgery.overspecification import overspecification_report
 from mixadapters.surgery.usage import ExpertUsage
+from mixadapters.surgery.view import expert_output
 
 BATCH = batch()
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -163,6 +165,122 @@ def test_alignment_finds_a_permutation_and_changes_nothing_else() -> None:
     torch.testing.assert_close(merged.down, expert.down)
     naive = merge_neurons([expert, other], [0.5, 0.5], expert, align=False)
     assert not torch.allclose(naive.down, expert.down, atol=0.1)
+
+
+def with_everything(rank: int, seed: int, glu: bool, scale: float) -> Weights:
+    """An expert from 8 to 6 with biases and a LayerNorm."""
+    parts = [drawn(*shape, seed=seed + i) for i, shape in enumerate([(rank, 8), (6, rank), (rank,), (6,), (rank, 8),
+                                                                     (rank,), (8,), (8,)])]  # fmt: skip
+    down, up, b_down, b_up, gate, b_gate, weight, shift = (part.double() for part in parts)
+    return Weights(down, up, b_down, b_up, gate if glu else None, b_gate if glu else None, (weight, shift), scale)
+
+
+def test_linear_experts_with_norms_and_biases_become_their_mean() -> None:
+    x, scales = drawn(5, 8, seed=9).double(), (2.0, 0.5)
+    experts = [with_everything(rank, 10 * rank, glu=False, scale=s) for rank, s in zip((2, 4), scales, strict=True)]
+    like = with_everything(6, 90, glu=False, scale=4.0)  # of a rank that holds both
+    merged = merge_lora(experts, [0.25, 0.75], like)
+    outputs = [expert_output(weights, "identity", x) for weights in experts]
+    torch.testing.assert_close(expert_output(merged, "identity", x), 0.25 * outputs[0] + 0.75 * outputs[1])
+    assert merged.scale == 4.0
+
+
+@pytest.mark.parametrize("glu", [False, True])
+def test_an_expert_and_itself_in_another_order_become_itself(glu: bool) -> None:
+    x, expert = drawn(5, 8, seed=9).double(), with_everything(7, 3, glu, scale=3.0)
+    other = in_order(expert, torch.randperm(7, generator=torch.Generator().manual_seed(6)))
+    merged = merge_neurons([expert, other], [0.4, 0.6], expert)
+    torch.testing.assert_close(expert_output(merged, "gelu", x), expert_output(expert, "gelu", x))
+
+
+def in_order(expert: Weights, order: Tensor) -> Weights:
+    moved = {n: getattr(expert, n)[order] for n in ("down", "b_down", "gate", "b_gate")
+             if getattr(expert, n) is not None}  # fmt: skip
+    return expert._replace(up=expert.up[:, order], **moved)
+
+
+@pytest.mark.parametrize("told_apart_by", ["down", "up", "b_down", "gate", "b_gate"])
+def test_neurons_are_aligned_by_all_that_they_read_and_write(told_apart_by: str) -> None:
+    same = {
+        n: torch.ones_like(t)
+        for n, t in with_everything(7, 3, True, 1.0)._asdict().items()
+        if n not in ("norm", "scale")
+    }
+    expert = Weights(**{**same, told_apart_by: getattr(with_everything(7, 3, True, 1.0), told_apart_by)})
+    other = in_order(expert, torch.randperm(7, generator=torch.Generator().manual_seed(6)))
+    assert torch.equal(getattr(aligned(other, expert), told_apart_by), getattr(expert, told_apart_by))
+
+
+@torch.no_grad()
+def test_members_have_equal_parts_where_nobody_uses_them_or_use_shall_not_count(tiny: Any, tiny_inputs: Any) -> None:
+    for tokens, weight in (([0, 0, 5], "usage"), ([3, 1, 5], "uniform")):
+        model = moa(tiny, num_experts=3, r=8)
+        usage = used(model, tiny_inputs("llama"))
+        for layer in expert_layers(model):
+            usage[layer.key].tokens = torch.tensor(tokens)
+            for e in range(2):  # of rank 2: a mean of two has room
+                layer.set_weights(e, layer.weights(e)._replace(down=F.pad(layer.weights(e).down[:2], (0, 0, 0, 6))))
+        layer = expert_layers(model)[0]
+        mean = sum(layer.weights(e).up @ layer.weights(e).down for e in range(2)) / 2
+        groups = {layer.key: [["expert0", "expert1"]] for layer in expert_layers(model)}
+        merge_experts(model, usage, groups, weight=weight)  # type: ignore[arg-type]
+        merged = expert_layers(model)[0].weights(0)
+        torch.testing.assert_close(merged.up @ merged.down, mean, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_errors_are_means_over_experts_by_their_use(tiny: Any, tiny_inputs: Any) -> None:
+    model = moa(tiny, num_experts=3)
+    usage = used(model, tiny_inputs("llama"))
+    layers = expert_layers(model)
+    for layer in layers:
+        usage[layer.key].tokens = torch.tensor([6, 3, 1])
+    rows = {layer.key: drawn(20, layer.width, seed=3) for layer in layers}
+    before = [layers[0].run(e, rows[layers[0].key]) for e in range(3)]
+    groups = {layer.key: [["expert0", "expert1"]] for layer in layers}
+    done = merge_experts(model, usage, groups, inputs=rows)
+    after = expert_layers(model)[0].run(0, rows[layers[0].key])
+
+    def error(new: Tensor, old: Tensor) -> float:
+        return float((new - old).square().sum() / old.square().sum())
+
+    expected = 0.6 * error(after, before[0]) + 0.3 * error(after, before[1])
+    assert done.layers[0].error == pytest.approx(expected, rel=1e-4)
+    assert done.layers[0].dominant_error == pytest.approx(0.3 * error(before[0], before[1]), rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_dry_run_on_a_base_changes_no_bit() -> None:
+    model = moe("mixtral")
+    usage, before = used(model, BATCH), copy.deepcopy(model.state_dict())
+    told = merge_experts(model, usage, 2, similarity="weight", dry_run=True)
+    assert max(part.error for part in told.layers) > 0.1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_mean_that_the_expert_which_stands_cannot_hold_is_refused(
+    tiny: Any, tiny_inputs: Any, tmp_path: Any
+) -> None:
+    """Such as that of biases, where it has none: they would be lost."""
+    for name, fields in (("plain", {}), ("biased", {"lora_bias": True}), ("nothing", {"lora_alpha": 0})):
+        lora = LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False, **fields)
+        get_peft_model(tiny("llama", num_hidden_layers=2), lora).save_pretrained(tmp_path / name)
+    inputs = tiny_inputs("llama")
+    for stands, other, said in (
+        ("plain", "biased", "has no bias, and .*biased"),
+        ("nothing", "plain", "a scale of 0"),
+    ):
+        config = MoAConfig(experts={name: tmp_path / name for name in (stands, other)}, router="softmax")
+        model = get_peft_model(tiny("llama", num_hidden_layers=2), config).eval()
+        usage, before = used(model, inputs), logits(model, inputs)
+        for layer in expert_layers(model):
+            usage[layer.key].tokens = torch.tensor([5, 1])
+        groups = {layer.key: [[stands, other]] for layer in expert_layers(model)}
+        with pytest.raises(ValueError, match=said):
+            merge_experts(model, usage, groups)
+        assert torch.equal(logits(model, inputs), before)
+        merge_experts(model, usage, groups, weight="dominant")
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "qwen2_moe"])

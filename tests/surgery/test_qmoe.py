@@ -7,6 +7,7 @@ import torch
 from single_experts import FORMS, activation_of, make_expert, make_inputs
 from torch.nn import functional as F
 
+from mixadapters.surgery.function import hidden_of
 from mixadapters.surgery.qmoe import (
     CODECS,
     MATRICES,
@@ -130,3 +131,12 @@ def test_unknown_scales_roundings_and_codecs_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="is unknown; choose one of"):
             call()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_up_is_rounded_for_what_the_ternary_down_and_gate_make(form: str) -> None:
+    weights, act, inputs = make_expert(form, width=64, rank=8, out=64), activation_of(form), correlated(200, 64)
+    found = ternary_expert(weights, inputs, act)
+    hidden = hidden_of(found, inputs, act)
+    assert torch.equal(found.up, ternarize(weights.up, hidden))
+    assert not torch.equal(found.up, ternarize(weights.up, None))

@@ -49,6 +49,13 @@ def test_parameters_and_flops_are_those_of_a_hand_count(base) -> None:
     assert found.flops == 2 * (found.active_parameters - (0 if tied else VOCAB * WIDTH))
 
 
+def test_a_table_of_embeddings_counts_where_it_makes_the_output_too() -> None:
+    for tied in (False, True):
+        model = moe("mixtral", tie_word_embeddings=tied)
+        found = report(model)
+        assert found.flops == 2 * (found.active_parameters - (0 if tied else VOCAB * WIDTH))
+
+
 def test_no_more_experts_are_active_at_a_layer_than_it_has(tiny, tiny_inputs, tmp_path) -> None:
     for name, targets in {"a": ["q_proj"], "b": ["q_proj"], "c": ["q_proj", "down_proj"]}.items():
         lora = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
@@ -145,6 +152,9 @@ def test_dead_and_busy_experts_are_named(base) -> None:
     busy = report(base, planted(first, [950, 10, 10, 10, 10, 10]))  # type: ignore[arg-type]
     assert busy.advice == [f"{first}: 0 takes 5.7 times its fair share"]
     assert report(base, planted(first, [5] * 6)).advice == []  # type: ignore[arg-type]
+    few = report(base, planted(first, [600, 400, 3, 3, 1, 3])).layers[0].use  # type: ignore[arg-type]
+    assert few is not None
+    assert few.dead == ("4",)  # a hundredth of the mean load is 1.7
 
 
 def test_experts_that_compute_the_same_are_named(base) -> None:
@@ -156,6 +166,9 @@ def test_experts_that_compute_the_same_are_named(base) -> None:
     assert found.advice == [
         f"{first}: experts that compute the same (0 = 3; 1 = 5), and 4 places would hold them all: merge or prune them"
     ]
+    cells.layers[first].needed_k = 2  # as many as a token uses
+    found = report(base, overspecification=cells)  # type: ignore[arg-type]
+    assert found.advice == [f"{first}: experts that compute the same (0 = 3; 1 = 5): merge or prune them"]
 
 
 def test_a_record_of_other_experts_is_refused(base) -> None:

@@ -87,6 +87,23 @@ def test_several_things_at_once_keep_the_sum_but_for_scales() -> None:
     assert torch.allclose(scaled.weights, torch.where(indices == 1, 3 * weights, weights))
 
 
+def test_rows_that_an_expert_has_left_are_nobodys_while_others_are_scaled(tiny, tiny_inputs) -> None:
+    model, inputs = tiny("mixtral", num_hidden_layers=2), tiny_inputs("mixtral", batch=4)
+    layers = expert_layers(model)
+    for layer in layers:
+        layer.keep([0, 2, 3], preserve_mass=True)
+
+    def tokens() -> list[Tensor]:
+        with torch.no_grad(), record_usage(model) as usage:
+            model(**inputs)
+        return [found.tokens for found in usage.layers.values()]
+
+    before = tokens()
+    assert int(before[0].sum()) < 2 * inputs["input_ids"].numel()  # some are lost
+    with tune_experts(model, scale={(layer.key, 1): 1.0 for layer in layers}):
+        assert all(map(torch.equal, tokens(), before))
+
+
 def test_dense_routings_are_tuned_too_and_names_that_are_gone_mean_nothing() -> None:
     weights = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
     tuned = LayerTuning(off=("a", "gone"), on={"d": 0.5}, scale={"c": 2.0})(Routing(weights=weights), NAMES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixadapters.core.registry import nearest
 from mixadapters.tuners.bottleneck.model import EXPERT
@@ -28,10 +28,8 @@ class LoRASites(BaseModules, Protocol):
     def bank_widths(self, config: MixDAConfig, path: str) -> tuple[int, int]: ...
 
 
-class DomainSites(Protocol):
+class DomainSites(BaseModules, Protocol):
     """What a tuner knows of the places that can hold domain adapters."""
-
-    model: nn.Module
 
     def domain_paths(self, config: MixDAConfig) -> list[str]: ...
 
