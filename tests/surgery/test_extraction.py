@@ -34,6 +34,7 @@ def test_all_experts_together_are_the_dense_model(tiny, batches, kind: str, shar
     model = tiny(kind, num_hidden_layers=2)
     before = model(**batches[0]).logits
     found = extract_experts(model, 4, batches, shared=shared)
+    assert not any(module.training for module in model.modules())
     assert torch.allclose(model(**batches[0]).logits, before, atol=2e-5)
     for plan in found.plans.values():
         sizes = [len(group) for group in plan.groups]
@@ -77,11 +78,11 @@ def test_tokens_are_clustered_by_the_units_that_they_activate() -> None:
 def test_a_unit_that_adds_much_counts_more_than_one_that_is_merely_active() -> None:
     inputs, active, domain = planted()
     down = torch.ones(6, 28)
-    down[:, 0] = 0  # adds nothing
-    answers = plan_ffn(inputs, active, down, domain, 3).router
-    assert torch.isfinite(answers).all()
-    loud = plan_ffn(inputs, active, down, domain, 3, shared=1 / 28)
-    assert 0 not in loud.shared
+    down[:, 24] = 0  # active everywhere, and adds nothing
+    assert plan_ffn(inputs, active, torch.ones(6, 28), domain, 3, shared=4 / 28).shared.tolist() == [24, 25, 26, 27]
+    plan = plan_ffn(inputs, active, down, domain, 3, shared=4 / 28)
+    assert 24 not in plan.shared
+    assert torch.isfinite(plan.router).all()
 
 
 def test_groups_are_balanced_where_all_prefer_one() -> None:

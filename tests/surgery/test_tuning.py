@@ -71,6 +71,15 @@ def test_what_is_on_has_its_share_in_its_own_slot_or_in_that_of_the_least() -> N
     assert torch.allclose(routing.weights, torch.tensor([[0.1, 0.9], [0.05, 0.45], [0.07, 0.63], [0.9, 0.1]]))
 
 
+def test_what_is_on_does_not_take_the_slot_of_another_that_is() -> None:
+    routing = Routing(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0.6, 0.4], [0.3, 0.2]]))
+    tuned = LayerTuning(on={"b": 0.1, "c": 0.5})(routing, NAMES)
+    assert [sorted(row) for row in tuned.indices.tolist()] == [[1, 2], [1, 2]]
+    for number, share in ((1, 0.1), (2, 0.5)):
+        got = (tuned.weights * (tuned.indices == number)).sum(1)
+        assert torch.allclose(got, share * torch.tensor([1.0, 0.5]))
+
+
 def test_several_things_at_once_keep_the_sum_but_for_scales() -> None:
     torch.manual_seed(0)
     weights = torch.rand(50, 3)
