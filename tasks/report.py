@@ -62,9 +62,14 @@ class Table:
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """All results under a folder. Raises ValueError: there are none, or one of another format or cut short."""
-    found = [read_result(file) for file in sorted(folder.glob("*/*-s*-*.json"))]
+    files = sorted(folder.glob("*/*-s*-*.json"))
+    found = [read_result(file) for file in files]
     if not found:
         raise ValueError(f"{folder} holds no results; make some with `run --out {folder}`")
+    for file, result in zip(files, found, strict=True):
+        metric = get_task(result["task"]).metrics[0]
+        if metric not in result["metrics"]:
+            raise ValueError(f"{file}: metrics={result['metrics']} lack {metric!r}, which its table is of")
     return found
 
 

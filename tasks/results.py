@@ -17,11 +17,23 @@ FIELDS: dict[str, type] = {
 }  # fmt: skip
 
 
+# What tables read of some of them: a field, its entry or None for all of them, and what that may be.
+PARTS: tuple[tuple[str, str | None, tuple[type, ...]], ...] = (
+    ("protocol", "shots", (int, type(None))), ("rows", "train", (int,)), ("rows", "test", (int,)),
+    ("setup", "model", (str,)), ("metrics", None, (int, float)), ("retention", None, (int, float)),
+)  # fmt: skip
+MAY_LACK = ("setup", "retention")  # of methods that train nothing
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}")
+
+
 def read_result(file: Path) -> dict[str, Any]:
     """A result. Raises ValueError: it is of another format, or no whole result, such as a file that was cut short."""
     again = "the command that made it makes it anew, as if it were not there"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no whole result ({error}); {again}") from None
     if not isinstance(found, dict):
@@ -31,6 +43,13 @@ def read_result(file: Path) -> dict[str, Any]:
     for name, kind in FIELDS.items():
         if not isinstance(found.get(name), kind):
             raise ValueError(f"{file} is no whole result: {name}={found.get(name)!r}; {again}")
+    for name, part, kinds in PARTS:
+        value = found.get(name) or {}
+        if not isinstance(value, dict):
+            raise ValueError(f"{file} is no whole result: {name}={value!r:.200}; {again}")
+        for key in value if part is None else [part] if value or name not in MAY_LACK else ():
+            if key not in value or type(value[key]) not in kinds:
+                raise ValueError(f"{file} is no whole result: {name}[{key!r}]={value.get(key)!r:.200}; {again}")
     said, rows = len(found["predictions"]), len(found["gold"])
     if said != rows:
         raise ValueError(f"{file} is no whole result: {said} predictions for {rows} rows; {again}")

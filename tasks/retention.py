@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from mixadapters.tasks.metrics import SCORES
 from mixadapters.tasks.sources import Example
 from mixadapters.training.objectives import pool
 
@@ -54,9 +54,10 @@ def drift(before: Tensor, after: Tensor) -> float:
 
 
 def similarity(encoder: nn.Module, tokenizer: Any, pairs: Sequence[Example], max_length: int) -> float:
-    """Spearman correlation of cosine and score over pairs of texts, such as those of STS-B."""
+    """Spearman correlation of cosine and score over pairs of texts, such as those of STS-B; 0 where all cosines, or
+    all scores, are the same."""
     first, second = (embed(encoder, tokenizer, [pair.texts[i] for pair in pairs], max_length) for i in (0, 1))
-    return float(spearmanr(F.cosine_similarity(first, second), [pair.target for pair in pairs]).statistic)
+    return SCORES["spearman"](F.cosine_similarity(first, second).tolist(), [pair.target for pair in pairs])
 
 
 @torch.no_grad()

@@ -80,9 +80,14 @@ class Compression:
         return sum(errors) / len(errors) if errors else math.nan
 
     def as_dict(self) -> dict[str, Any]:
+        """For JSON, which has no NaN: an error that is not known is None."""
         sums = {name: getattr(self, name) for name in ("plain_bytes", "nbytes", "bits_per_weight", "error")}
-        layers = {key: [asdict(expert) for expert in layer] for key, layer in self.layers.items()}
-        return {"method": self.method, "options": self.options, "layers": layers, **sums}
+        layers = {key: [_known(asdict(expert)) for expert in layer] for key, layer in self.layers.items()}
+        return {"method": self.method, "options": self.options, "layers": layers, **_known(sums)}
+
+
+def _known(said: dict[str, Any]) -> dict[str, Any]:
+    return {**said, "error": None if math.isnan(said["error"]) else said["error"]}
 
 
 @torch.no_grad()

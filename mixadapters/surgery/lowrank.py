@@ -71,7 +71,7 @@ def low_rank_sparse(weight: Tensor, rank: int, keep: float, inputs: Tensor | Non
     rest = exact - left.to(exact.dtype) @ right.to(exact.dtype)
     errors = rest if inputs is None else inputs.to(exact.dtype) @ rest.t()
     size = errors.square().sum(1 if inputs is None else 0)
-    kept = size.topk(math.ceil(keep * rows)).indices.sort().values
+    kept = size.topk(math.ceil(keep * rows)).indices
     return LowRankSparse(left, right, kept, rest[kept].to(weight.dtype))
 
 

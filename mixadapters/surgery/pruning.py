@@ -161,11 +161,7 @@ def check_usage(layers: Sequence[ExpertLayer], usage: ExpertUsage | None, withou
         found.refuse_others(layer)
         if not int(found.rows):
             raise ValueError(f"the usage of {layer.key!r} has seen no rows: run the model inside record_usage")
-        if not all(bool(t.isfinite().all()) for t in (found.mass, found.saliency)) or bool(found.logits.isnan().any()):
-            raise ValueError(
-                f"the usage of {layer.key!r} holds NaN or infinite values, which the model has computed: an expert, "
-                "its router or a layer before has broken weights, or overflows its dtype; mend that and record anew"
-            )
+        found.refuse_broken(layer.key)
 
 
 def _check_choice(keep: Any, factor: Any, criterion: str, scope: str) -> None:

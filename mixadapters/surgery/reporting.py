@@ -155,7 +155,7 @@ def report(
         adapter: see `expert_layers`.
 
     Raises:
-        ValueError: the model has no routed experts, or the record is of other ones.
+        ValueError: the model has no routed experts, or the record is of other ones, or of a broken model.
     """
     layers = require_layers(expert_layers(model, adapter))
     if usage is not None:
@@ -192,6 +192,7 @@ def _layer(layer: ExpertLayer, usage: ExpertUsage | None, found: Overspecificati
     recorded = None if usage is None else usage.layers.get(layer.key)
     if recorded is not None:
         recorded.refuse_others(layer)
+        recorded.refuse_broken(layer.key)
     # A router for several layers may choose experts that have nothing at this one.
     active = float(len(experts)) if layer.top_k is None else float(min(layer.top_k, len(experts)))
     if recorded is not None and recorded.rows:

@@ -135,6 +135,7 @@ def test_an_expert_that_nothing_reaches_is_rounded_to_nearest(tiny, batches) -> 
     told = compress_experts(model, [{"input_ids": torch.tensor([[7]])}], codec="packed")
     assert {expert.rows for expert in told.experts} == {0, 1}
     assert all(math.isnan(expert.error) == (expert.rows == 0) for expert in told.experts)
+    json.dumps(told.as_dict(), allow_nan=False)
 
 
 def broken(tiny):

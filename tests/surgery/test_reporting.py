@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -176,6 +177,15 @@ def test_a_record_of_other_experts_is_refused(base) -> None:
     made = LayerUsage.empty(first, "", ["0", "1"])
     with pytest.raises(ValueError, match=r"and it has .* now: record anew"):
         report(base, ExpertUsage({first: made}))
+
+
+@pytest.mark.parametrize("part", ["mass", "saliency", "entropy", "logits"])
+def test_a_record_of_a_broken_model_is_refused(base, usage, part: str) -> None:
+    """Its numbers would stand in tables, and in files that are no JSON."""
+    broken = copy.deepcopy(usage)
+    getattr(next(iter(broken.layers.values())), part).fill_(float("nan"))
+    with pytest.raises(ValueError, match="holds NaN or infinite values"):
+        report(base, broken)
 
 
 def test_a_model_without_experts_is_refused(tiny) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from mixadapters.tasks import __main__ as cli
 from mixadapters.tasks import results as results_module
+from mixadapters.tasks.report import read_results
 from mixadapters.tasks.results import check_folder, read_result, save_result, write_whole
 
 RESULT = {
@@ -44,6 +45,29 @@ def test_a_result_without_a_field_is_no_result(tmp_path, field: str) -> None:
     (tmp_path / "x.json").write_text(json.dumps({k: v for k, v in RESULT.items() if k != field}))
     with pytest.raises(ValueError, match=f"no whole result: {field}=None"):
         read_result(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("protocol", {}, r"protocol\['shots'\]=None"), ("rows", {"train": 8}, r"rows\['test'\]=None"),
+        ("rows", {"train": 8, "test": 2.0}, r"rows\['test'\]=2.0"), ("setup", {"x": 1}, r"setup\['model'\]=None"),
+        ("metrics", {"accuracy": None}, r"metrics\['accuracy'\]=None"), ("retention", "x", "retention='x'"),
+        ("metrics", {"accuracy": float("nan")}, "it holds NaN"), ("retention", {"drift": None}, r"\['drift'\]=None"),
+        ("retention", {"drift": float("inf")}, "it holds Infinity"),
+    ],
+)  # fmt: skip
+def test_what_a_table_cannot_be_made_of_is_no_result(tmp_path, field: str, value: Any, message: str) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({**RESULT, field: value}))
+    with pytest.raises(ValueError, match=f"no whole result.*{message}"):
+        read_result(tmp_path / "x.json")
+
+
+def test_a_result_of_other_metrics_than_its_task_is_named(tmp_path) -> None:
+    (tmp_path / "imdb").mkdir()
+    (tmp_path / "imdb" / "lora-s0-x.json").write_text(json.dumps({**RESULT, "metrics": {"f1": 0.5}}))
+    with pytest.raises(ValueError, match=r"lora-s0-x.json: metrics=.* lack 'accuracy'"):
+        read_results(tmp_path)
 
 
 @pytest.mark.parametrize(
