@@ -1,4 +1,4 @@
-"""LoRA folders under a router that needs no training: each token goes to the experts whose input it looks like.
+"""LoRA folders under a router that needs no training: experts weigh as much as the text so far looks like their input.
 
 python examples/moa_arrow.py BASE "The defendant" --expert law=user/law-lora --expert code=runs/code
 """
@@ -17,7 +17,7 @@ parser.add_argument("--expert", action="append", required=True, help="name=folde
 given = parser.parse_args()
 
 experts = dict(pair.split("=", 1) for pair in given.expert)
-model = get_peft_model(AutoModelForCausalLM.from_pretrained(given.base), MoAConfig(experts=experts, router="arrow"))
+model = get_peft_model(AutoModelForCausalLM.from_pretrained(given.base), MoAConfig(experts=experts))
 tokenizer = AutoTokenizer.from_pretrained(given.base)
 
 prompt = tokenizer(given.prompt, return_tensors="pt")

@@ -26,6 +26,7 @@ from mixadapters import (
     BottleneckConfig,
     MixDAConfig,
     MixtureModel,
+    MoAConfig,
     MoSAConfig,
     PILLConfig,
     Router,
@@ -258,6 +259,7 @@ def own_fields(cls: type, base: type) -> Iterator[Field]:
     [
         ("docs/bottleneck.md", BottleneckConfig, MixtureConfig),
         ("docs/mixda.md", MixDAConfig, MixtureConfig),
+        ("docs/moa.md", MoAConfig, MixtureConfig),
         ("docs/mosa.md", MoSAConfig, MixtureConfig),
         ("docs/pill.md", PILLConfig, MixtureConfig),
         ("docs/agd.md", AGDConfig, MixtureConfig),

@@ -30,6 +30,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "recurrent": {"router": {"kind": "recurrent", "width": 8}, "num_experts_per_tok": 1},
     "cosine": {"router": "cosine", "router_scope": "block"},
     "arrow": {"router": "arrow"},
+    "arrow so far": {"router": {"kind": "arrow", "k": None, "granularity": "causal_prefix"}},  # of LoRA folders
     "hash": {"router": "hash"},
     "pregate": {"router": "pregate", "router_scope": "model"},
 }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from mixadapters import BottleneckConfig, MoAConfig, MoSAConfig
@@ -119,6 +119,17 @@ def test_latent_attention_takes_no_router_that_has_seen_new_tokens_alone(fields)
         get_peft_model(base, MoAConfig(**{**ALL, "router": "softmax", **fields}))
     assert not base._forward_pre_hooks
     model = randomize(get_peft_model(base, MoAConfig(**ALL, router="softmax")))
+    asked = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(tokens(), **asked), model.generate(tokens(), **asked, use_cache=False))
+
+
+def test_lora_folders_on_latent_attention_are_routed_by_token(tmp_path) -> None:
+    """What gathered LoRA go by elsewhere, the text so far, would be refused there."""
+    lora = LoraConfig(r=2, target_modules=["q_b_proj", "kv_b_proj"], init_lora_weights=False)
+    get_peft_model(tiny_of("DeepseekV3ForCausalLM"), lora).save_pretrained(tmp_path)
+    config = MoAConfig(experts={"a": str(tmp_path), "b": str(tmp_path)})
+    model = get_peft_model(tiny_of("DeepseekV3ForCausalLM"), config).eval()
+    assert (config.router, config.num_experts_per_tok, config.granularity) == ({"kind": "arrow"}, None, None)
     asked = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(tokens(), **asked), model.generate(tokens(), **asked, use_cache=False))
 

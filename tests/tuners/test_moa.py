@@ -312,7 +312,7 @@ def test_bad_values_are_refused_by_name(form) -> None:
         MoAConfig(**fields)
 
 
-@pytest.mark.parametrize("k", [2, None])
+@pytest.mark.parametrize("k", ["auto", None])
 def test_a_wrapped_router_takes_the_fields_of_its_base(k) -> None:
     """The usual base chooses k experts, and k was given to those that choose none."""
     config = MoAConfig(num_experts_per_tok=k, router={"kind": "recurrent", "base": "softmax"})

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from mixadapters.core.files import being_loaded
 from mixadapters.core.sites import layer_index
 from mixadapters.tuners.moa.config import MoAConfig, layer_range
-from mixadapters.tuners.moa.router import router_spec
+from mixadapters.tuners.moa.router import default_of, router_spec
 from mixadapters.tuners.sources import same_module
 
 
@@ -22,8 +23,9 @@ def refuse_absent(config: MoAConfig, adapted: Sequence[str], modules: Sequence[s
     count = len([piece for name in config.all_names() for piece in config.pieces(name)])
     arms, chosen = count + options.get("null_arms", cls.usual_null_arms), options.get("k")
     assert isinstance(config.router, dict)
-    given = "k" in config.router or config.num_experts_per_tok != 2  # 2 is as many as there are
-    if chosen is not None and chosen > arms and given:
+    given = "k" in config.router or config.num_experts_per_tok != default_of(config, "num_experts_per_tok")
+    made_here = being_loaded() is None  # experts of a saved mixture may have been removed
+    if chosen is not None and chosen > arms and given and made_here:
         raise ValueError(f"num_experts_per_tok={chosen}: there are {arms} experts to choose from")
     _refuse_layers(config, adapted, modules)
     for pattern in config.alpha_pattern:

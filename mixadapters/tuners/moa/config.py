@@ -13,7 +13,7 @@ from mixadapters.routers.counts import refuse_null_arms
 from mixadapters.routers.pooling import GRANULARITIES
 from mixadapters.tuners.bottleneck.config import PLACEMENTS
 from mixadapters.tuners.moa.overrides import OverriddenConfig
-from mixadapters.tuners.moa.router import default_of, router_spec
+from mixadapters.tuners.moa.router import GATHERED, USUAL, default_of, router_spec
 from mixadapters.tuners.registration import peft_type
 from mixadapters.tuners.sources import Entries, refuse_unsaveable, same_module, sources_to_origins
 
@@ -36,6 +36,11 @@ class MoAConfig(OverriddenConfig):
     saved config holds what it needs of the sources, so the folder stands on its own.
 
     Fields of the router are named as in configs of MoE models, and stand for options of `router`.
+
+    Without `router`, new experts go by "top_k" and gathered LoRA by "arrow". That takes all experts, and weighs them
+    over the text so far ("causal_prefix"); by token where a layer is not causal (encoders, models of two stacks) or
+    reads its cache again (`kv_b_proj`). `num_experts_per_tok` and `granularity` go before this where they are given.
+    A router that is named takes two experts, by token, where it chooses and they are not given.
     """
 
     stages: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -82,19 +87,27 @@ class MoAConfig(OverriddenConfig):
     router: str | dict[str, Any] | None = field(
         default=None,
         metadata={
-            "help": "A router by name, or {'kind': name, option: value}. None: 'arrow' for gathered LoRA, or 'top_k'.",
+            "help": "By name, or {'kind': name, option: value}. None: 'top_k'; for gathered LoRA 'arrow', as above.",
             "free_keys": ("dropout", "jitter", "noise", "balance_coef", "z_coef", "entropy_coef", "importance_coef"),
         },
     )
-    num_experts_per_tok: int | None = field(
-        default=2, metadata={"help": "k: experts that a token uses. None: all.", "least": 1}
+    num_experts_per_tok: int | Literal["auto"] | None = field(
+        default="auto",
+        metadata={
+            "help": "k: experts that a token uses. None: all. 'auto': 2, or the one there is; or all, as above.",
+            "least": 1,
+        },
     )
     router_scope: Literal["module", "block", "model"] = field(
         default="module",
         metadata={"help": "A router for each adapted layer, for those of one attention or FFN, or one for all."},
     )
-    granularity: str = field(
-        default="token", metadata={"help": "Which tokens are routed together.", "choices": GRANULARITIES}
+    granularity: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which tokens are routed together. None: 'token'; or 'causal_prefix', as above.",
+            "choices": GRANULARITIES,
+        },
     )
     norm_topk_prob: bool = field(default=False, metadata={"help": "Weights of the chosen experts sum to 1."})
     routed_scaling_factor: float = field(default=1.0, metadata={"help": "Factor on the weights.", "above": 0})
@@ -171,6 +184,10 @@ class MoAConfig(OverriddenConfig):
         super().__post_init__()
         self.peft_type = peft_type("MOA")
         self._check_kind()
+        if from_file and self.router is not None:
+            for name, usual in USUAL.items():
+                if getattr(self, name) == usual:
+                    setattr(self, name, default_of(self, name))
         if self.experts is not None:
             EXPERTS.look_for_folders(self.experts, from_file)
             self.experts = check_experts(self.experts, from_file)
@@ -180,9 +197,8 @@ class MoAConfig(OverriddenConfig):
         check_layers(self.num_experts)
         if self.residual and not self.n_shared_experts:
             raise ValueError("residual=True weighs the base against shared experts; set n_shared_experts=1 or more")
-        if self.router is None:
-            gathered = any(spec.keys() & {"source", "origin"} for spec in (self.experts or {}).values())
-            self.router = {"kind": "arrow" if gathered and self.expert_type == "lora" else "top_k"}
+        if self.router is None and not (self.gathered() and self.expert_type == "lora"):
+            self.router = {"kind": "top_k"}
         elif isinstance(self.router, str):
             self.router = {"kind": self.router}
         for option, value in self.router.items() if isinstance(self.router, dict) else ():
@@ -191,9 +207,10 @@ class MoAConfig(OverriddenConfig):
         refuse_null_arms(cls, options)
         self.check_schedules(self.schedules)
         if self.router_scope not in cls.scopes:
+            kind = self.router["kind"] if isinstance(self.router, dict) else GATHERED
             by = "by what each layer's experts hold" if "module" in cls.scopes else "once for all layers"
             raise ValueError(
-                f"router_scope={self.router_scope!r} does not go with router {self.router['kind']!r}, which decides "
+                f"router_scope={self.router_scope!r} does not go with router {kind!r}, which decides "
                 f"{by}; use router_scope={sorted(cls.scopes)[0]!r}"
             )
 
@@ -225,10 +242,14 @@ class MoAConfig(OverriddenConfig):
             raise ValueError(f"num_experts={self.num_experts} and experts={list(self.experts)}: give one of the two")
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's; in files a source that has been gathered is its expert's `origin`: loading reads it no more."""
+        """As PEFT's; in files a source that has been gathered is its expert's `origin`: loading reads it no more.
+
+        Where a router is named, fields that say nothing hold what they stand for.
+        """
         saved = super().to_dict()
         sources_to_origins(saved["experts"] or {})
-        return saved
+        unsaid = {} if self.router is None else {n: v for n, v in USUAL.items() if saved[n] == default_of(self, n)}
+        return saved | unsaid
 
     def registered_by(self) -> dict[str, str]:
         return registered_by(self.router)
@@ -242,10 +263,13 @@ class MoAConfig(OverriddenConfig):
         """Names of the experts that do not train; a `*` for all."""
         if self.train_experts is not None:
             return [] if self.train_experts else ["*"]
-        gathered = [name for name, spec in (self.experts or {}).items() if spec.keys() & {"source", "origin"}]
-        return [piece for name in gathered for piece in self.pieces(name)]
+        return [piece for name in self.gathered() for piece in self.pieces(name)]
 
     # --- experts ---------------------------------------------------------------------------------
+
+    def gathered(self) -> list[str]:
+        """Names of the experts that were trained before."""
+        return [name for name, spec in (self.experts or {}).items() if spec.keys() & {"source", "origin"}]
 
     def pieces(self, name: str) -> list[str]:
         """Names of what the router chooses among of one expert: itself, or its segments."""

@@ -22,7 +22,7 @@ from mixadapters.tuners.moa.config import MoAConfig, stands_at
 from mixadapters.tuners.moa.cutting import ExpertCutting
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.overriding import ExpertOverriding
-from mixadapters.tuners.moa.router import OPTION_OF, router_spec
+from mixadapters.tuners.moa.router import OPTION_OF, name_router, router_spec
 from mixadapters.tuners.moa.sources import gather
 from mixadapters.tuners.sources import expert_options, key_of, rank_of
 
@@ -96,6 +96,9 @@ class MoAModel(ExpertOverriding, ExpertCutting):
 
     def before_injection(self, config: MoAConfig, adapter_name: str) -> None:
         paths = self.matched(config)
+        if config.router is None:
+            reread = any(path.rpartition(".")[2] in REREADING for path in paths)  # such a layer decides by token alone
+            name_router(config, not reread and all(self._is_causal(path) for path in paths))
         self._refuse_left_out(config, paths)
         self._refuse_rereading(config, paths)
         refuse_absent(config, paths, self.places())

@@ -48,6 +48,6 @@ class ScheduledConfig(MixtureConfig):
         said = super().compared(other)
         moving = self.schedules.keys() & getattr(other, "schedules", {}).keys()
         router = without_keys(said["router"], moving)
-        if "base" in router:
+        if router is not None and "base" in router:
             router["base"] = without_keys(router["base"], moving)
         return said | {name: None for name, option in OPTION_OF.items() if option in moving} | {"router": router}
