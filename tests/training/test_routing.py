@@ -139,7 +139,7 @@ def test_options_follow_the_progress_of_the_run(callback: str, given: str, tiny:
 
 
 def test_routers_with_a_schedule_of_their_own_are_told(tiny: Any, tmp_path: Path) -> None:
-    model = moa(tiny("llama"), router={"kind": "dense_to_sparse", "duration": 0.5}, num_experts_per_tok=2)
+    model = moa(tiny("llama"), router={"kind": "dense_to_sparse", "duration": 0.5})
     seen = Seen(lambda m: routers(m)[0].temperature)
     callbacks = [RouterScheduleCallback(), seen]
     Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(), callbacks=callbacks).train()
