@@ -288,7 +288,7 @@ def test_the_card_says_what_registers_an_own_router(own, tiny, tmp_path, module,
     if method == "mixda":
         adapted(tiny, router=router).save_pretrained(tmp_path)
     else:
-        config = MoAConfig(num_experts=2, r=2, router=router, num_experts_per_tok=2, router_aux_loss_coef=0.001)
+        config = MoAConfig(num_experts=2, r=2, router=router, router_aux_loss_coef=0.001)
         get_peft_model(tiny("llama"), config).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     said = {

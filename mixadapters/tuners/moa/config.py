@@ -13,7 +13,7 @@ from mixadapters.routers.counts import refuse_null_arms
 from mixadapters.routers.pooling import GRANULARITIES
 from mixadapters.tuners.bottleneck.config import PLACEMENTS
 from mixadapters.tuners.moa.overrides import OverriddenConfig
-from mixadapters.tuners.moa.router import GATHERED, USUAL, default_of, router_spec
+from mixadapters.tuners.moa.router import check_scope, default_of, router_spec
 from mixadapters.tuners.registration import peft_type
 from mixadapters.tuners.sources import Entries, refuse_unsaveable, same_module, sources_to_origins
 
@@ -92,11 +92,7 @@ class MoAConfig(OverriddenConfig):
         },
     )
     num_experts_per_tok: int | Literal["auto"] | None = field(
-        default="auto",
-        metadata={
-            "help": "k: experts that a token uses. None: all. 'auto': 2, or the one there is; or all, as above.",
-            "least": 1,
-        },
+        default="auto", metadata={"help": "Experts that a token uses. None: all. 'auto': 2, or as above.", "least": 1}
     )
     router_scope: Literal["module", "block", "model"] = field(
         default="module",
@@ -104,10 +100,7 @@ class MoAConfig(OverriddenConfig):
     )
     granularity: str | None = field(
         default=None,
-        metadata={
-            "help": "Which tokens are routed together. None: 'token'; or 'causal_prefix', as above.",
-            "choices": GRANULARITIES,
-        },
+        metadata={"help": "Tokens routed together. None: 'token', or as above.", "choices": GRANULARITIES},
     )
     norm_topk_prob: bool = field(default=False, metadata={"help": "Weights of the chosen experts sum to 1."})
     routed_scaling_factor: float = field(default=1.0, metadata={"help": "Factor on the weights.", "above": 0})
@@ -184,10 +177,6 @@ class MoAConfig(OverriddenConfig):
         super().__post_init__()
         self.peft_type = peft_type("MOA")
         self._check_kind()
-        if from_file and self.router is not None:
-            for name, usual in USUAL.items():
-                if getattr(self, name) == usual:
-                    setattr(self, name, default_of(self, name))
         if self.experts is not None:
             EXPERTS.look_for_folders(self.experts, from_file)
             self.experts = check_experts(self.experts, from_file)
@@ -206,13 +195,7 @@ class MoAConfig(OverriddenConfig):
         cls, options = router_spec(self)
         refuse_null_arms(cls, options)
         self.check_schedules(self.schedules)
-        if self.router_scope not in cls.scopes:
-            kind = self.router["kind"] if isinstance(self.router, dict) else GATHERED
-            by = "by what each layer's experts hold" if "module" in cls.scopes else "once for all layers"
-            raise ValueError(
-                f"router_scope={self.router_scope!r} does not go with router {kind!r}, which decides "
-                f"{by}; use router_scope={sorted(cls.scopes)[0]!r}"
-            )
+        check_scope(self, cls)
 
     def _check_kind(self) -> None:
         """Refuse what the experts' kind would pass over."""
@@ -242,14 +225,10 @@ class MoAConfig(OverriddenConfig):
             raise ValueError(f"num_experts={self.num_experts} and experts={list(self.experts)}: give one of the two")
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT's; in files a source that has been gathered is its expert's `origin`: loading reads it no more.
-
-        Where a router is named, fields that say nothing hold what they stand for.
-        """
+        """As PEFT's; in files a source that has been gathered is its expert's `origin`: loading reads it no more."""
         saved = super().to_dict()
         sources_to_origins(saved["experts"] or {})
-        unsaid = {} if self.router is None else {n: v for n, v in USUAL.items() if saved[n] == default_of(self, n)}
-        return saved | unsaid
+        return saved
 
     def registered_by(self) -> dict[str, str]:
         return registered_by(self.router)

@@ -57,6 +57,17 @@ def router_spec(config: Any) -> tuple[type[Router], dict[str, Any]]:
     return cls, options
 
 
+def check_scope(config: Any, cls: type[Router]) -> None:
+    """Raise ValueError if a router of this class cannot decide for as many layers as the config's `router_scope`."""
+    if config.router_scope not in cls.scopes:
+        kind = GATHERED if config.router is None else config.router["kind"]
+        by = "by what each layer's experts hold" if "module" in cls.scopes else "once for all layers"
+        raise ValueError(
+            f"router_scope={config.router_scope!r} does not go with router {kind!r}, which decides {by}; use "
+            f"router_scope={sorted(cls.scopes)[0]!r}"
+        )
+
+
 def name_router(config: Any, causal: bool) -> None:
     """Have the config of gathered LoRA that names no router say which it is: Arrow with all experts, over the text so
     far, which was level with their mean where Arrow by token and with two experts was 10 % behind (docs/results.md).

@@ -1,4 +1,4 @@
-"""Options of MoA's router that change along a training: the config says what they are now."""
+"""Options of MoA's router in its config: fields that say nothing, and what changes along a training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from mixadapters.core.config import MixtureConfig, without_keys
 from mixadapters.routers.schedules import check_schedules, value_at
-from mixadapters.tuners.moa.router import OPTION_OF, default_of, router_spec
+from mixadapters.tuners.moa.router import OPTION_OF, USUAL, default_of, router_spec
 
 
 class ScheduledConfig(MixtureConfig):
@@ -14,6 +14,20 @@ class ScheduledConfig(MixtureConfig):
 
     router: Any
     schedules: Any
+
+    def __post_init__(self) -> None:
+        from_file = type(self.__dict__["peft_type"]) is str  # as JSON has it; in Python: None, or of PEFT's enum
+        super().__post_init__()
+        if from_file and self.router is not None:
+            for name, usual in USUAL.items():
+                if getattr(self, name) == usual:
+                    setattr(self, name, default_of(self, name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT's; where a router is named, fields of it that say nothing hold what they stand for."""
+        saved = super().to_dict()
+        unsaid = {} if self.router is None else {n: v for n, v in USUAL.items() if saved[n] == default_of(self, n)}
+        return saved | unsaid
 
     def check_schedules(self, schedules: Any) -> None:
         """Raise ValueError if these are no schedules of options that the router may change in training."""
