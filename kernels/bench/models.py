@@ -4,9 +4,9 @@
     python kernels/bench/models.py --only generate       some of: module, single, generate, forward, step
 
 Both libraries hold the same weights: low-rank adapters on every linear layer. Outputs, generated tokens and gradients
-are compared before anything is timed. Contenders take turns; the time is CPU time of the thread, the median of all
-turns. PEFT's mixed batch is for inference: its training step is the loop that a user has to write in its place, the
-rows of each adapter by themselves with `set_adapter` before. Writes models.json.
+are compared before anything is timed. Contenders take turns in random order; the time is CPU time of the thread, the
+median of all turns. PEFT's mixed batch is for inference: its training step is the loop that a user has to write in its
+place, the rows of each adapter by themselves with `set_adapter` before. Writes models.json.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -299,7 +300,8 @@ def measure(case: Case, seconds: float) -> dict[str, float]:
     """Median milliseconds of each contender."""
     times: dict[str, list[float]] = {name: [] for name in case.contenders}
     while min(map(len, times.values())) < 5 or min(map(sum, times.values())) < seconds:
-        for name, contender in case.contenders.items():
+        for name in random.sample(list(times), len(times)):  # whoever comes next finds what another has left in caches
+            contender = case.contenders[name]
             contender.prepare()
             if not times[name]:
                 contender.run()  # warm

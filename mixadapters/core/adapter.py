@@ -43,7 +43,8 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def alone(self, x: Tensor, y: Any) -> Tensor | None:
-        """As `forward`, the shortest way, where the forward's record is `plain`; None where only `forward` will do."""
+        """As `forward`, the shortest way, where the forward's record is `plain` and nobody but the compiler records
+        gradients; None where only `forward` will do."""
         return None
 
     def bind(self, site: Site, step: str = "") -> None:

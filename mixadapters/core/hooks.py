@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mixadapters import kernels
@@ -27,6 +28,7 @@ from mixadapters.core.record import Record, Records
 from mixadapters.core.rows import row_names
 from mixadapters.core.sites import has_two_stacks, layer_index
 from mixadapters.core.streams import read_stream, refuse_packed
+from mixadapters.core.walking import outside_adapters
 
 NUMBERS = frozenset({"domain_ids", "expert_ids", "modality_ids"})  # which expert a row takes: each of other adapters
 # What collators make for objectives -> the objective, and a field without which no adapter here can mean it.
@@ -86,7 +88,7 @@ class RootHooks:
                 context.engine.look(module, record.training and record.grad)
             if record.training or "labels" in kwargs:  # steps of decoding are not held up
                 records.trainers.look(lambda model: root_of(model) is module, context.own_fields)
-        record.plain = not (record.grad or record.values or context.observers) and undisturbed()
+        record.plain = not (record.values or context.observers) and undisturbed()
         self._claim_cache(record, stream.cache)
         self.carry_into_checkpoints(module)
         context.prepare()
@@ -195,8 +197,8 @@ def warn_of_passed(record: Record) -> None:
 
 
 def undisturbed() -> bool:
-    """Whether operations run one by one, as they are written: not compiled, cast or chosen by the caller."""
-    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or kernels.overridden())
+    """Whether operations run as they are written: not cast or chosen by the caller."""
+    return not (torch.is_autocast_enabled("cpu") or kernels.overridden())
 
 
 class Rooted:
@@ -278,7 +280,8 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         held = self._taken(kwargs)
-        if "prompt_mask" not in self.context.held | held and reads_prompt(self.model):
+        fields = self.context.held | held
+        if "prompt_mask" not in fields and reads_prompt(self.model, fields.get("adapter_names")):
             held |= prompt_of(self.model, *args, **kwargs)
         with self.context.records.generating(), self.context.pin_in_thread(**held):
             return self.plain(*args, **kwargs)
@@ -305,13 +308,23 @@ class Generate:
         return inspect.signature(self.plain)
 
 
-def reads_prompt(model: nn.Module) -> bool:
-    """Whether a part of this model asks which tokens are the prompt, as routers do that decide once for a request."""
-    return any(
-        part.__dict__.get("reads_prompt", False)
-        or (hasattr(type(part), "granularity") and part.granularity == "request")
-        for part in model.modules()
-    )
+def reads_prompt(model: nn.Module, names: Sequence[str] | None = None) -> bool:
+    """Whether one of these adapters asks which tokens are the prompt, as routers do that decide once for a request.
+
+    names: None stands for the active ones. Of adapters there may be many: others are not looked at.
+    """
+    for _, host in outside_adapters(model):
+        adapters = getattr(host, "adapters", None) if isinstance(host, BaseTunerLayer) else None
+        if isinstance(adapters, nn.ModuleDict):
+            acting = host.active_adapters if names is None else dict.fromkeys(names)
+            if any(map(_asks, (part for name in acting if name in adapters for part in adapters[name].modules()))):
+                return True
+    return False
+
+
+def _asks(part: nn.Module) -> bool:
+    by_request = hasattr(type(part), "granularity") and part.granularity == "request"
+    return by_request or part.__dict__.get("reads_prompt", False)
 
 
 def prompt_of(model: nn.Module, inputs: Any = None, *args: Any, **kwargs: Any) -> dict[str, Tensor]:

@@ -313,6 +313,8 @@ class MixtureLayer(nn.Module, AdapterHost):
         x = _first_input(args, kwargs)
         if not record.plain or self._stride is not None or self.tokens_first or type(output) is not Tensor:
             return _adapted(self, x, output, names, record)
+        if record.grad and not torch.compiler.is_compiling():  # which derives for itself what it sees
+            return _adapted(self, x, output, names, record)
         adapters = self._modules[self.adapter_layer_names[0]]._modules
         for name in names:
             adapter = adapters[name]

@@ -20,7 +20,8 @@ Insertion = Literal["parallel", "sequential"]
 Watcher = Callable[[Tensor, Routing, "Tensor | None"], None]
 # What is made of a router's routing, whose experts have these names.
 Tuning = Callable[[Routing, "list[str]"], Routing]
-# Rows up to which the products of one expert cost less than a call of the op, which passes over the output once less.
+# Rows up to which the products of one expert, called one by one, cost less than a call of the op, which passes over
+# the output once less.
 FEW = 64
 
 
@@ -94,7 +95,10 @@ class Mixture(Adapter):
         return x if self.tap is None else context.tap(self.tap)
 
     def alone(self, x: Tensor, y: Any) -> Tensor | None:
-        if type(y) is not Tensor or not y.is_cpu or y.numel() > FEW * y.shape[-1]:
+        if type(y) is not Tensor or not y.is_cpu:
+            return None
+        # A graph adds the products up in loops that it has anyway, however many the rows.
+        if not torch.compiler.is_compiling() and y.numel() > FEW * y.shape[-1]:
             return None
         if self.watchers or self._forward_hooks or self._forward_pre_hooks or self.rate:
             return None
@@ -129,7 +133,7 @@ class Mixture(Adapter):
             return router(source, context)
         record, rows = context.record, source.numel() // source.shape[-1]
         fixed = self.hard_routes is not None and self.hard_routes.usual >= 0
-        plain = record.plain and not fixed
+        plain = record.plain and not (record.grad or fixed or torch.compiler.is_compiling())
         if plain and not (self.tunings or self.watchers):  # nobody has a say in it, and nobody asks
             reads = source if self.router_tap is None else context.tap(self.router_tap)
             brief = getattr(router, "brief", _nothing)(reads)

@@ -157,6 +157,74 @@ def test_where_anybody_has_a_say_the_operation_runs(run: Any, taken: list[bool])
     assert y.isfinite().all()
 
 
+def compiled(model: Any, graphs: list[str], dynamic: bool = False) -> Any:
+    """The model under the compiler, which notes what it sees."""
+
+    def note(graph: Any, _: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch._dynamo.reset()
+    return torch.compile(model, fullgraph=True, dynamic=dynamic, backend=note)
+
+
+def has_operator(graphs: list[str]) -> bool:
+    return any(name in code for code in graphs for name in ("mixadapters", "autograd_function_apply"))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_a_graph_sees_plain_products_however_many_the_rows(form: dict[str, Any], training: bool) -> None:
+    """An operator that it cannot see into keeps it from adding them up in loops that it has anyway."""
+    model, graphs = adapted(**form), []
+    expert = model.linear.adapters["default"].bank.experts["adapter"]
+    run = compiled(model, graphs, dynamic=True)
+    with torch.set_grad_enabled(training):
+        for rows in (3, 2 * FEW):
+            x = torch.randn(2, rows, 6, requires_grad=training)
+            found = run(x)
+            with adapter_backend("reference"):
+                expected = model(x)
+            torch.testing.assert_close(found, expected)
+            if training:
+                leaves, weight = [x, *expert.parameters()], torch.randn_like(found)
+                torch.testing.assert_close(
+                    torch.autograd.grad(found, leaves, weight), torch.autograd.grad(expected, leaves, weight)
+                )
+    assert len(graphs) == 1
+    assert not has_operator(graphs)
+
+
+def trained_dropout(model: Any) -> Any:
+    model.linear.adapters["default"].dropout.p = 0.5
+    return model.train()
+
+
+def watched(model: Any) -> Any:
+    model.linear.adapters["default"].watchers.append(lambda *_: None)
+    return model
+
+
+def watched_from_outside(model: Any) -> Any:
+    ForwardContext.of(model).observers.append(lambda *_: None)
+    return model
+
+
+@pytest.mark.parametrize("change", [trained_dropout, watched, watched_from_outside])
+def test_a_graph_has_the_operator_where_anybody_has_a_say(change: Any) -> None:
+    graphs: list[str] = []
+    with torch.no_grad():
+        compiled(change(adapted()), graphs)(torch.randn(2, FEW, 6))
+    assert has_operator(graphs)
+
+
+def test_a_graph_has_the_operator_where_the_caller_chose_how_it_runs() -> None:
+    graphs: list[str] = []
+    with torch.no_grad(), adapter_backend("segments"):
+        compiled(adapted(), graphs)(torch.randn(2, FEW, 6))
+    assert has_operator(graphs)
+
+
 def test_merged_disabled_and_several_adapters_are_what_they_were(taken: list[bool]) -> None:
     model, x = adapted(activation="identity", use_bias=False), torch.randn(2, 1, 6)
     base = model.get_base_model().linear.base_layer

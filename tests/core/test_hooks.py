@@ -124,6 +124,20 @@ def test_prompt_of_a_generation_is_what_its_decoder_goes_on_from(tiny) -> None:
     assert hooks.prompt_of(tiny("t5"), ids) == {}
 
 
+def test_a_generation_looks_for_its_prompt_only_where_adapters_act_that_ask(tiny) -> None:
+    """Those of others may be many."""
+    common = {"domains": ["a", "b"], "r": 4, "target_modules": ["q_proj"]}
+    model = get_peft_model(tiny("llama"), MixDAConfig(**common, gate_granularity="request"), adapter_name="asks")
+    model.add_adapter("not", MixDAConfig(**common))
+    base = model.get_base_model()
+    assert hooks.reads_prompt(base)
+    assert hooks.reads_prompt(base, ["not", "__base__", "asks"])
+    assert not hooks.reads_prompt(base, ["not", "__base__"])
+    model.set_adapter("not")
+    assert not hooks.reads_prompt(base)
+    assert hooks.reads_prompt(base, ["asks"])
+
+
 @torch.no_grad()
 def test_rows_of_a_generation_name_their_saved_modules_in_its_encoder_too(tiny) -> None:
     """The encoder runs before any forward of the root, which looks for the modules."""
