@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from transformers import (
     BertForMaskedLM,
@@ -167,3 +168,25 @@ def test_losses_ride_on_every_tensor_with_a_gradient(kind: type) -> None:
     assert loss.grad == 1
     with pytest.raises(ValueError, match="neither a loss nor an output with a gradient"):
         attach(CausalLMOutput(logits=torch.ones(2)), loss)
+
+
+def test_a_loop_that_accumulates_must_say_how_much_a_part_weighs() -> None:
+    state = GradientState()
+    before = state.sync_gradients
+    try:
+        state._set_sync_gradients(False)
+        _, added, carried = once(None)
+        with pytest.raises(ValueError, match="accumulates gradients, so the weight of an auxiliary loss is not known"):
+            carried.backward()
+        added.backward()
+    finally:
+        state._set_sync_gradients(before)
+
+
+def test_a_loss_that_an_objective_scales_is_not_left_aside() -> None:
+    """A loop that makes its own loss of the logits would train without the scale."""
+    model = Head(divides=False).train()
+    ForwardContext.of(model).objectives.append(Makes(main=False))
+    output = model(LABELS)
+    with pytest.raises(ValueError, match="an objective makes or weighs the model's loss"):
+        output.logits.sum().backward()

@@ -17,7 +17,7 @@ from mixadapters.core.record import Record
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.routing import Routing, RoutingKey
 from mixadapters.core.streams import Stream
-from mixadapters.core.usage import UsageRecorder
+from mixadapters.core.usage import Usage, UsageRecorder
 from mixadapters.routers import Router, build_router
 
 KEY = RoutingKey("default", "ffn", 3, "layers.3.mlp")
@@ -288,3 +288,14 @@ def test_a_picture_of_nothing_and_without_matplotlib_says_so(tmp_path: Any, monk
     with pytest.raises(ImportError, match="needs matplotlib: pip install matplotlib"):
         recorded(([[0.5, 0.5]], None)).plot(tmp_path / "load.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_choices_of_several_processes_are_summed() -> None:
+    whole, chosen = Usage(("a", "b")), torch.tensor([[True, False], [True, True]])
+    for _ in range(3):
+        one = Usage(("a", "b"))
+        one.add(torch.full((2, 2), 0.5), None, chosen)
+        whole.join(one.on_cpu())
+    assert whole.chosen is not None
+    assert whole.chosen.tolist() == [6, 3]
+    assert float(whole.count) == 6

@@ -248,3 +248,26 @@ def test_counts_that_do_not_fit_change_nothing(given, message) -> None:
 def test_options_out_of_range_are_named(option, message) -> None:
     with pytest.raises(ValueError, match=message):
         CountsRouter(D, ["law"], **option)
+
+
+def test_a_short_text_that_comes_later_weighs_the_others_as_before() -> None:
+    """All counts are weighed as if their texts had the size of the smallest one when all were counted."""
+    router = fitted()
+    before = probs(router, IDS)
+    router.add_expert("short", 0.05)
+    router.first.table.fit({"short": count([0, 6])})
+    after = probs(router, IDS)
+    ratio = lambda p: p[..., 0] / p[..., 1]  # noqa: E731
+    torch.testing.assert_close(ratio(after), ratio(before))
+
+
+def test_domains_of_one_text_that_have_left_leave_no_arm_when_it_comes_back() -> None:
+    table = TokenCounts(["a", "b", "c"], VOCAB)
+    table.fit({"a": count([1, 2]), "b": count([1, 2]), "c": count([3]), "frozen": count([4, 5])})
+    for name in ("a", "b"):
+        table.remove(name, renormalize=False)
+    assert table.null_arms == 2
+    table.add("again")
+    table.fit({"again": count([1, 2])})
+    assert table.null_arms == 0
+    assert table.counts.sum(0).tolist() == [1, 2, 2]  # of c, again and general text

@@ -111,3 +111,11 @@ def test_it_may_turn_hard() -> None:
 def test_nonsense_is_refused_by_name(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_what_ends_hard_is_hard_in_evaluation_at_any_time() -> None:
+    router = make(hard_after=0.5)
+    assert bool((active(run(router)) == 1).all())
+    assert bool((active(run(make())) > 1).any())
+    router.train().at_progress(0.2)
+    assert bool((active(run(router)) > 1).any())

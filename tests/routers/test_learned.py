@@ -476,11 +476,13 @@ def test_causal_prefix_is_cropped_with_the_cache() -> None:
     router = make(granularity="causal_prefix")
     tokens = torch.randn(2, 6, D)
     whole = run(router, tokens)
-    steps = Steps(router, 2)
-    steps.feed(torch.cat([tokens[:, :4], torch.randn(2, 3, D)], 1))
-    steps.cache.crop(-3)
-    steps.past = 4
-    torch.testing.assert_close(steps.feed(tokens[:, 4:]), whole[:, 4:])
+    for pieces in ([4 + 3], [4, 1, 1, 1], [2, 3, 2]):  # back into an earlier step too
+        steps = Steps(router, 2)
+        for piece in torch.cat([tokens[:, :4], torch.randn(2, 3, D)], 1).split(pieces, 1):
+            steps.feed(piece)
+        steps.cache.crop(-3)
+        steps.past = 4
+        torch.testing.assert_close(steps.feed(tokens[:, 4:]), whole[:, 4:])
 
 
 def test_two_gates_share_a_cache_without_mixing_their_state() -> None:
@@ -938,3 +940,35 @@ def test_arms_are_reordered_by_name(gate) -> None:
     torch.testing.assert_close(after[..., 3:], before[..., 3:])
     with pytest.raises(ValueError, match=r"names=\['c', 'a'\] must be the experts"):
         router.reorder(["c", "a"])
+
+
+def test_jitter_goes_both_ways() -> None:
+    router, tokens = make(jitter=0.5, normalize=False, granularity="token").train(), torch.ones(400, 1, D)
+    plain = make(normalize=False, granularity="token")
+    read = router(tokens, context_of(tokens, training=True)).logits - plain.output.bias
+    expected = plain(tokens, context_of(tokens)).logits - plain.output.bias
+    torch.testing.assert_close(read.mean(0), expected[0], rtol=0, atol=0.15)
+    assert bool((read.std(0) > 0.1).all())
+
+
+def test_a_temperature_is_applied_once_with_an_activation() -> None:
+    router, tokens = make(activation="tanh", temperature=4.0, granularity="token"), torch.randn(3, 2, D)
+    read = nn.functional.rms_norm(tokens, (D,))
+    logits = (read @ router.output.weight.T).tanh() / 4.0 + router.output.bias
+    torch.testing.assert_close(run(router, tokens), logits.softmax(-1))
+
+
+def test_padding_inside_a_document_does_not_part_it() -> None:
+    router, tokens = make(granularity="causal_prefix"), torch.randn(1, 5, D)
+    holed = torch.cat([tokens[:, :3], torch.randn(1, 2, D), tokens[:, 3:]], 1)
+    mask, positions = torch.tensor([[1, 1, 1, 0, 0, 1, 1]]), torch.tensor([[0, 1, 2, 0, 0, 3, 4]])
+    found = run(router, holed, mask, position_ids=positions)[:, mask[0].bool()]
+    torch.testing.assert_close(found, run(router, tokens, torch.ones(1, 5)))
+
+
+@pytest.mark.parametrize("granularity", ["sequence", "request"])
+def test_positions_of_padding_are_no_packing(granularity) -> None:
+    router, tokens = make(granularity=granularity), torch.randn(1, 5, D)
+    mask, positions = torch.tensor([[1, 1, 1, 0, 0]]), torch.tensor([[0, 1, 2, 0, 0]])
+    found = run(router, tokens, mask, position_ids=positions)
+    torch.testing.assert_close(found, run(router, tokens, mask))

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import Tensor
 
 from mixadapters import MixDAConfig
-from mixadapters.routers import build_router
+from mixadapters.routers import SoftmaxGate, build_router
 
 
 def weights_of(kind: str, logits: list[float], **options: Any) -> Tensor:
@@ -72,3 +72,13 @@ def test_an_expert_is_absent_from_whole_sequences_in_training_only(kind: str, le
     with torch.no_grad():
         model.eval()(**inputs)
     assert bool((seen[-1] > 0).all())
+
+
+def test_where_there_is_no_other_arm_all_stay(forward) -> None:
+    class Bare(SoftmaxGate):
+        frozen_arm = False
+
+    tokens = torch.randn(50, 1, 4)
+    router = Bare(4, ["a", "b"], expert_dropout=0.9).train()
+    weights = router(tokens, forward(tokens, training=True)).weights
+    torch.testing.assert_close(weights.sum(1), torch.ones(50))

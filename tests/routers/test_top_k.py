@@ -446,3 +446,38 @@ def test_whoever_changes_a_gate_afterwards_is_heard() -> None:
         assert router.brief(tokens) is None
     assert router.train().brief(tokens) is None
     assert type("Mine", (TopKRouter,), {})(D, NAMES).eval().brief(tokens) is None
+
+
+def test_an_empty_group_leaves_the_balance_loss_with_its_expert() -> None:
+    router = make(balance_coef=1.0, balance_groups=[["a"], ["b", "c"], ["d"]]).train()
+    router.remove_expert("a", renormalize=True)
+    assert router.balance_groups == [["b", "c"], ["d"]]
+    routing = run(router, TOKENS, training=True)
+    assert torch.isfinite(router.losses(routing, None)["balance"][0])
+
+
+def test_arms_of_no_group_are_groups_of_their_own() -> None:
+    router = make("null", null_arms=2, balance_coef=1.0, balance_groups=[["a", "b"], ["c", "d"]]).train()
+    routing = run(router, TOKENS, training=True)
+    shares, probs = routing.selected.float().mean(0), routing.probs.mean(0)
+    groups = [[0, 1], [2, 3], [4], [5]]
+    expected = 6 * sum(shares[group].mean() * probs[group].sum() for group in groups)
+    torch.testing.assert_close(router.losses(routing, None)["balance"][0], expected)
+
+
+def test_a_row_of_null_arms_alone_has_no_weight_to_norm() -> None:
+    router = make("null", null_arms=2, k=1, norm_topk_prob=True)
+    with torch.no_grad():
+        router.output.bias[4] = 50.0
+    routing = run(router, TOKENS)
+    assert bool((routing.indices == -1).all())
+    assert bool((routing.weights == 0).all())
+
+
+def test_what_capacity_drops_is_left_to_the_frozen_layer() -> None:
+    router = make(k=1, convex=True, capacity_factor=0.5).train()
+    routing = run(router, TOKENS, training=True)
+    dropped = (routing.indices == -1).all(1)
+    assert 0 < int(dropped.sum()) < len(dropped)
+    torch.testing.assert_close(routing.base_weight + routing.weights.sum(1), torch.ones(len(dropped)))
+    assert bool((routing.base_weight[dropped] == 1).all())

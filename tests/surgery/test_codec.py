@@ -113,3 +113,12 @@ def test_codes_that_were_changed_are_refused() -> None:
                   PackedRows(torch.full_like(packed.digits, 243), 31), PackedRows(packed.digits + 1, 31)):  # fmt: skip
         with pytest.raises(ValueError, match="packed rows"):
             unpack(wrong)
+
+
+def test_what_fills_up_an_odd_width_must_be_nothing() -> None:
+    rows = draw(3, 6)
+    rows[1, 5] = 1
+    with pytest.raises(ValueError, match="what fills up an odd width is not 0"):
+        decode(encode(rows)._replace(width=5))
+    rows[:, 5] = 0
+    assert torch.equal(decode(encode(rows)._replace(width=5)), rows[:, :5])

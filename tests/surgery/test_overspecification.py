@@ -16,6 +16,7 @@ from mixadapters.surgery.compressing import compress_experts
 from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.overspecification import (
     LayerCells,
+    _Sample,
     function_distances,
     layer_cells,
     mutual_information,
@@ -23,7 +24,7 @@ from mixadapters.surgery.overspecification import (
     overspecification_report,
     same_cells,
 )
-from mixadapters.surgery.view import expert_output
+from mixadapters.surgery.view import Routed, expert_output
 
 
 def rearranged(weights, form: str, seed: int, units: int = 8):
@@ -180,3 +181,11 @@ def test_mutual_information_is_the_entropy_of_a_copy_and_nothing_of_a_stranger()
     assert mutual_information(one, 7 - one) == pytest.approx(torch.tensor(4.0).log().item())
     assert mutual_information(one, one.sort().values) == pytest.approx(0)
     assert mutual_information(one, one // 2) == pytest.approx(torch.tensor(2.0).log().item())
+
+
+def test_the_first_choice_of_a_row_is_an_expert_where_it_has_one() -> None:
+    """A router's column whose expert has left weighs as before."""
+    indices, weights = torch.tensor([[-1, 2], [1, 0], [-1, -1]]), torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.7, 0.3]])
+    sample = _Sample()
+    sample.add(Routed(torch.zeros(3, 4), indices, weights, None, None, None), samples=8)
+    assert sample.first[0].tolist() == [2, 0, -1]

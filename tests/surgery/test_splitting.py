@@ -74,3 +74,13 @@ def test_parts_that_are_none_are_refused() -> None:
 def test_an_activation_of_the_base_alone_is_refused() -> None:
     with pytest.raises(ValueError, match="activation='gpt_oss' belongs to the base"):
         hidden_of(Weights(torch.ones(1, 2), torch.ones(2, 1)), torch.ones(1, 2), "gpt_oss")
+
+
+@pytest.mark.parametrize("form", ["normed", "glu"])
+def test_experts_of_other_scales_join_to_their_sum_with_their_biases(form: str) -> None:
+    whole, act, inputs = make_expert(form), activation_of(form), make_inputs()
+    parts = [part._replace(scale=scale) for part, scale in zip(split_expert(whole, 2), (2.0, 0.5), strict=True)]
+    assert parts[0].b_up is not None
+    assert bool(parts[0].b_up.any())
+    expected = sum(expert_output(part, act, inputs) for part in parts)
+    assert torch.allclose(expert_output(join_experts(parts), act, inputs), expected, atol=1e-5)

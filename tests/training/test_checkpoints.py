@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mixadapters.training.checkpoints import fault, note_stage, stage_of
+from mixadapters.training.checkpoints import fault, lay_out_moments, note_stage, stage_of
 
 
 @pytest.fixture
@@ -70,3 +70,14 @@ def test_the_stage_of_an_adapter_is_noted(tmp_path: Path) -> None:
 def test_a_note_that_says_nothing_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "stage.json").write_text(text, encoding="utf-8")
     assert stage_of(tmp_path, "default") is None
+
+
+def test_moments_come_to_lie_as_their_parameters_do() -> None:
+    parameter = torch.nn.Parameter(torch.randn(3, 4))
+    optimizer = torch.optim.AdamW([parameter])
+    moment = torch.randn(4, 3).t()
+    optimizer.state[parameter] = {"exp_avg": moment, "step": torch.tensor(2.0)}
+    lay_out_moments(optimizer)
+    kept = optimizer.state[parameter]["exp_avg"]
+    assert kept.stride() == parameter.stride()
+    assert torch.equal(kept, moment)

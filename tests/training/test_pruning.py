@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,10 @@ from moe_bases import moe
 from peft import PeftModel, get_peft_model
 from runs import arguments, rows
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from mixadapters import ExpertPruneCallback, MoAConfig
-from mixadapters.surgery import expert_layers
+from mixadapters.surgery import expert_layers, record_usage
 
 
 def with_a_dead_expert(base: nn.Module, **fields: Any) -> Any:
@@ -86,3 +88,37 @@ def test_what_cannot_be_pruned_is_refused_before_the_run(tiny: Any, tmp_path: Pa
     for model, said in ((hashed, "cannot lose experts"), (tiny("llama", num_hidden_layers=2), "no routed experts")):
         with pytest.raises(ValueError, match=said):
             Trainer(model, arguments(tmp_path), train_dataset=rows(), callbacks=[ExpertPruneCallback()])
+
+
+def test_an_average_of_few_looks_is_not_smaller_for_that(tiny: Any) -> None:
+    model = with_a_dead_expert(tiny("llama", num_hidden_layers=2))
+    callback = ExpertPruneCallback(beta=0.5, every=1, ema=0.9)
+    layer = expert_layers(model)[0]
+    callback._sums[layer.key] = torch.tensor([4.0, 3.0, 1.0, 2.0]).double()
+    assert callback._kept(layer, 1) == [0, 1, 3]  # below 1/8 is the third alone
+    assert callback.pruned[0].shares == pytest.approx({"expert2": 0.1})
+
+
+def test_shares_are_those_of_real_tokens_in_training_since_the_last_look(tiny: Any, tiny_inputs: Any) -> None:
+    model = with_a_dead_expert(tiny("llama", num_hidden_layers=2))
+    callback, inputs = ExpertPruneCallback(every=2, min_experts=4), tiny_inputs("llama", batch=3, padding="right")
+    state = TrainerState(global_step=2, max_steps=8)
+    with watched(callback, model):
+        model.eval()(**inputs)
+        assert not callback._sums
+        model.train()
+        with torch.no_grad(), record_usage(model) as usage:
+            model(**inputs)
+        for layer in expert_layers(model):
+            assert torch.allclose(callback._sums[layer.key], usage[layer.key].mass)
+        callback.on_step_end(None, state, None, model=model)
+        assert not callback._sums
+
+
+@contextmanager
+def watched(callback: ExpertPruneCallback, model: nn.Module) -> Iterator[None]:
+    callback._watch(model)
+    try:
+        yield
+    finally:
+        callback.run_ended(model)

@@ -164,7 +164,7 @@ def test_contexts_that_a_run_has_made_go_with_it_and_no_others(tiny, rows, tmp_p
     callback = StagedDistillCallback(tiny("llama", num_hidden_layers=3))
     own = tiny("llama", num_hidden_layers=1)
     context, bare = ForwardContext.of(own), tiny("llama", num_hidden_layers=1)
-    for one in (own, bare):
+    for one in (own, bare, own):
         trained(one, rows, tmp_path, [callback], max_steps=1)
     assert ForwardContext.find(own) is context
     assert ForwardContext.find(bare) is None
