@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,15 @@ from torch import Tensor, nn
 from mixadapters import MixDAConfig, MoAConfig
 from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.merging import merge_experts
-from mixadapters.surgery.pruning import prune_curve, prune_experts
+from mixadapters.surgery.pruning import (
+    CurvePoint,
+    PruneCurve,
+    after_pruning,
+    choose_kept,
+    prune_curve,
+    prune_experts,
+    scores_of,
+)
 from mixadapters.surgery.usage import ExpertUsage, record_usage
 
 BATCH = batch()
@@ -308,3 +317,70 @@ def test_what_cannot_be_done_is_refused_before_anything_changes(options: dict[st
     with pytest.raises(ValueError, match=said):
         prune_experts(model, usage, **options)
     assert torch.equal(logits(model, BATCH), before)
+
+
+# --- what stays, of scores by hand --------------------------------------------------------------------------------
+
+
+def some(key: str, names: str, router: str = "", **about: int) -> Any:
+    """A layer as far as choosing goes."""
+    return SimpleNamespace(key=key, names=tuple(names), router=router or key, **{"groups": 1, "top_k": 1, **about})
+
+
+def kept_of(layers: list[Any], scores: list[list[float]], *how: Any) -> list[list[int]]:
+    given = {layer.key: torch.tensor(found).double() for layer, found in zip(layers, scores, strict=True)}
+    return list(choose_kept(layers, given, *how).values())
+
+
+def test_blocks_of_a_router_keep_as_many_each_rounded_up() -> None:
+    assert kept_of([some("l", "abcdef", groups=2)], [[6, 5, 4, 3, 2, 1]], 3, None, "layer") == [[0, 1, 3, 4]]
+
+
+def test_a_factor_keeps_the_quotient_rounded_up() -> None:
+    assert kept_of([some("l", "abcde")], [[5, 4, 3, 2, 1]], None, 2, "layer") == [[0, 1, 2]]
+    assert kept_of([some("l", "abcd")], [[5, 4, 3, 2]], None, 1.5, "layer") == [[0, 1, 2]]
+
+
+def test_a_global_budget_is_dealt_by_shares_and_leaves_what_a_token_uses() -> None:
+    scores = [[9000.0, 1000, 1000, 1000], [4, 4, 4, 1]]
+    for top_k, expected in ((1, [[0], [0, 1, 2]]), (2, [[0, 1], [0, 1]])):
+        layers = [some("first", "abcd", top_k=top_k), some("second", "abcd", top_k=top_k)]
+        found = kept_of(layers, scores, 2, None, "global")
+        assert [len(kept) for kept in found] == [len(kept) for kept in expected]
+        assert found[0][0] == 0
+
+
+def test_a_layer_none_of_whose_experts_stay_by_their_router_keeps_its_best() -> None:
+    layers = [some("first", "ab", "r"), some("second", "cd", "r")]
+    assert kept_of(layers, [[9, 1], [1, 3]], 1, None, "layer") == [[0], [1]]
+
+
+def test_layers_are_drawn_for_apart_and_those_of_one_router_together() -> None:
+    first, second, other = some("a", "abcd", "r"), some("b", "abcd", "r"), some("c", "abcd", "s")
+    drawn = [scores_of(layer, None, "random", seed).tolist() for layer in (first, second, other) for seed in (0, 1)]
+    assert drawn[0] == drawn[2]
+    assert drawn[0] != drawn[4]
+    assert drawn[0] != drawn[1]
+
+
+def test_a_curve_ends_where_the_first_point_is_worse() -> None:
+    values = [0.9, 0.88, 0.5, 0.95]
+    points = tuple(CurvePoint(8 - i, 8 - i, 0, value) for i, value in enumerate(values))
+    assert PruneCurve("usage", points, higher_is_better=True).threshold(0.05).keep == 7
+    losses = tuple(CurvePoint(8 - i, 8 - i, 0, 1 - value) for i, value in enumerate(values))
+    assert PruneCurve("usage", losses, higher_is_better=False).threshold(0.05).keep == 7
+
+
+def test_what_was_recorded_of_those_who_stay_is_kept_by_label_too(tiny: Any, tiny_inputs: Any) -> None:
+    model = moa(tiny)
+    usage = used(model, tiny_inputs("llama", batch=4), labels=["a", "b", "a", "b"])
+    result = prune_experts(model, usage, 2)
+    for before, after in ((usage, after_pruning(usage, result)),
+                          (usage.by_label["a"], after_pruning(usage, result).by_label["a"])):  # fmt: skip
+        for part in result.layers:
+            old, new, kept = before[part.key], after[part.key], list(part.kept)
+            assert new.names == tuple(part.names[e] for e in kept)
+            for name in ("tokens", "mass", "saliency"):
+                assert torch.equal(getattr(new, name), getattr(old, name)[kept])
+            assert torch.equal(new.pairs, old.pairs[kept][:, kept])
+            assert torch.equal(new.logits, old.logits[:, kept])
