@@ -29,6 +29,7 @@ from mixadapters import MoAConfig
 Rows = Tensor  # (n, T) token ids
 
 MOST_LOGITS = 2**27  # half a gigabyte
+ASTRAY = 100.0  # nats of a token, which no model needs that has learnt anything
 
 
 def new_base(vocabulary: int, width: int, layers: int, length: int, seed: int = 0) -> LlamaForCausalLM:
@@ -183,7 +184,12 @@ def token_losses(model: Any, rows: Rows, batch: int = 16) -> Tensor:
 
 
 def perplexities(model: nn.Module, tests: dict[str, Rows]) -> dict[str, float]:
-    return {kind: math.exp(token_losses(model, rows).mean().item()) for kind, rows in tests.items()}
+    """By kind of text. Raises ValueError: one is beyond all numbers, as after a training that went astray."""
+    losses = {kind: token_losses(model, rows).mean().item() for kind, rows in tests.items()}
+    for kind, loss in losses.items():
+        if not loss < ASTRAY:
+            raise ValueError(f"the loss on text of {kind} is {loss:g}: training went astray; give a lower --rate")
+    return {kind: math.exp(loss) for kind, loss in losses.items()}
 
 
 @torch.no_grad()

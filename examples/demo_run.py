@@ -122,6 +122,10 @@ def check(args: Arguments) -> None:
     """In a fresh process: the saved mixtures' perplexities, as JSON."""
     quieten()
     out, found = Path(args.out), {}
+    if lacking := [name for name in (*SAVED, "tests.safetensors") if not (out / name).exists()]:
+        raise ValueError(
+            f"--check: --out {args.out} lacks {lacking[0]}: it holds no demo; run it without --check first"
+        )
     for name in SAVED:
         model = PeftModel.from_pretrained(load_base(args.base or out / "base"), out / name).eval()
         found[name] = perplexities(model, load_file(out / "tests.safetensors"))

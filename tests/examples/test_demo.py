@@ -337,3 +337,16 @@ def test_prose_of_an_installation_is_prose(monkeypatch) -> None:
     assert next(text._paragraphs(source)) == words
     assert not any(">>>" in paragraph for paragraph in text._paragraphs(source))
     assert text._files(Path("nowhere"), "*.py") == []
+
+
+def test_a_folder_without_a_demo_is_named(demo, tmp_path) -> None:
+    with pytest.raises(SystemExit, match=r"--check: --out .*nowhere lacks .*: it holds no demo"):
+        demo.main(["--check", "True", "--out", str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), 800.0])
+def test_a_training_that_went_astray_is_no_row_of_a_table(loss: float, demo, monkeypatch) -> None:
+    models = importlib.import_module("demo_models")
+    monkeypatch.setattr(models, "token_losses", lambda model, rows: torch.tensor([1.0, loss]))
+    with pytest.raises(ValueError, match=r"the loss on text of law is .*: training went astray; give a lower --rate"):
+        models.perplexities(torch.nn.Identity(), {"law": torch.zeros(1, 2)})
