@@ -107,6 +107,9 @@ def new_folder(folder: str | Path) -> Path:
     path = Path(folder)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"folder={str(folder)!r} holds something already; name a new or an empty one")
+    path = path.resolve() if path.is_symlink() else path  # what a link leads to is written, and the link stays
+    if path.is_dir() and (path.samefile(".") or path.is_mount()):
+        raise ValueError(f"folder={str(folder)!r} is where this process works, or a mount: name a folder inside it")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 

@@ -174,6 +174,10 @@ class BaseExperts(ExpertLayer):
         """The `ExpertMap`; None where each column of the router has an expert of its own."""
         return self.experts._modules.get("expert_map")
 
+    @property
+    def adapted(self) -> bool:  # type: ignore[override]
+        return _has_adapters(self.placed[0])
+
     # --- weights ----------------------------------------------------------------------------------------------
 
     def weights(self, e: int) -> Weights:
@@ -356,10 +360,13 @@ class BaseExperts(ExpertLayer):
             yield
 
 
+def _has_adapters(placed: nn.Module) -> bool:
+    return any(hasattr(part, "base_layer") or hasattr(part, "parametrizations") for part in placed.modules())
+
+
 def _refuse_adapted(layer: BaseExperts) -> None:
     """Raise ValueError where adapters of PEFT sit on the experts or their router."""
-    parts = [part for module in layer.placed for part in module.modules()]
-    if any(hasattr(part, "base_layer") or hasattr(part, "parametrizations") for part in parts):
+    if any(map(_has_adapters, layer.placed)):
         raise ValueError(
             f"adapters sit on the experts at {layer.path!r}, or on their router, and would not fit any more: cut "
             "the base model first, then add adapters"

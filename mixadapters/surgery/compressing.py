@@ -231,6 +231,11 @@ def _refuse(layer: ExpertLayer, method: str, options: dict[str, Any]) -> None:
             f"the experts at {layer.key!r} have an activation of their own, {layer.activation!r}, so what they "
             f"compute is not known here; known are {sorted(ACTIVATIONS)}"
         )
+    if layer.adapted:
+        raise ValueError(
+            f"adapters sit on the experts at {layer.key!r}, and were trained for these as they are: compress the base "
+            "model first, then add adapters, or merge them into it before (merge_and_unload)"
+        )
     refuse_broken(layer)
     seen = set()
     for e, name in enumerate(layer.names):

@@ -127,6 +127,7 @@ class MixtureExperts(ExpertLayer):
     @torch.no_grad()
     def set_weights(self, e: int, weights: Weights) -> None:
         """As `ExpertLayer.set_weights`. Another rank is taken; a scale other than the expert's goes into `up`."""
+        self.refuse_merged()
         mine = self.weights(e)
         rank = weights.down.shape[0]
         if rank != mine.down.shape[0]:
@@ -193,8 +194,18 @@ class MixtureExperts(ExpertLayer):
 
     # --- watching ---------------------------------------------------------------------------------------------
 
+    def refuse_merged(self) -> None:
+        """Raise ValueError where the frozen layer computes what the experts did: nothing would come by them."""
+        for host in self.tuner.hosts():
+            if host.path == self.path and self.adapter in host.merged_adapters:
+                raise ValueError(
+                    f"adapter {self.adapter!r} is merged into {self.path!r}: unmerge it first (unmerge_adapter)"
+                )
+
     @contextmanager
     def watch(self, callback: Watcher, outputs: bool = False) -> Iterator[None]:
+        self.refuse_merged()
+
         def tell(read: Tensor, routing: Routing, mask: Tensor | None) -> None:
             callback(self._routed(read.detach(), routing, mask, outputs))
 

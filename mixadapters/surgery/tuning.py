@@ -276,6 +276,7 @@ def _tuned(layer: ExpertLayer, tuning: LayerTuning, mode: str) -> Iterator[None]
             yield
         return
     assert isinstance(layer, MixtureExperts)
+    layer.refuse_merged()
     attach_tuning(layer.mixture, tuning, mode)
     try:
         yield

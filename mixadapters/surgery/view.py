@@ -44,6 +44,7 @@ class ExpertLayer(ABC):
         competes: whether experts that a row does not use take weight from those that it does. Then the weights of all
             rows grow where experts leave, unless their mass is preserved.
         stack: "encoder" or "decoder" in models that have both.
+        adapted: whether adapters of PEFT sit on the experts.
     """
 
     path: str
@@ -52,6 +53,7 @@ class ExpertLayer(ABC):
     groups: int = 1
     competes: bool = False
     stack: str = ""
+    adapted: bool = False
 
     @property
     def key(self) -> str:

@@ -182,3 +182,16 @@ def test_matrices_that_codes_would_make_longer_are_told_as_they_lie(codec: str) 
     assert form is not None
     assert form.nbytes > narrow.down.nbytes
     assert coded_bytes(narrow, codec) == narrow.down.nbytes + narrow.up.nbytes
+
+
+def test_experts_under_lora_are_not_made_smaller_and_those_beside_it_are(tiny, batches) -> None:
+    base = tiny("mixtral", num_hidden_layers=1)
+    on = peft.LoraConfig(r=2, target_parameters=["mlp.experts.gate_up_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, on).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"adapters sit on the experts at .*: compress the base model first"):
+        compress_experts(model, batches, codec="packed")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    beside = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny("mixtral", num_hidden_layers=1), beside).eval()
+    assert compress_experts(model, batches, codec="packed").error > 0

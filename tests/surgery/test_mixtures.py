@@ -16,11 +16,13 @@ from torch.nn import functional as F
 
 from mixadapters import ROUTERS, MixDAConfig, MoAConfig
 from mixadapters.core.bank import Weights
+from mixadapters.surgery.compressing import compress_experts
 from mixadapters.surgery.function import expert_norms
 from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.mixtures import MixtureExperts
 from mixadapters.surgery.pruning import prune_experts
 from mixadapters.surgery.reporting import report
+from mixadapters.surgery.tuning import tune_experts
 from mixadapters.surgery.usage import ExpertUsage, record_usage
 from mixadapters.surgery.view import expert_output
 
@@ -301,3 +303,33 @@ def test_domains_of_mixda_are_layers_too(tiny: Any, tiny_inputs: Any) -> None:
     with record_usage(model) as usage:
         model(**tiny_inputs("llama", padding="right"))
     assert all(layer.tokens.tolist() == [int(layer.rows)] * 2 for layer in usage.layers.values())
+
+
+@torch.no_grad()
+def test_experts_of_a_merged_adapter_are_neither_watched_nor_written(tiny: Any, tiny_inputs: Any) -> None:
+    """The frozen layer computes what they did: all of it would be without effect, until they are unmerged."""
+    config = MoAConfig(num_experts=3, r=2, target_modules=["down_proj"], router="constant")
+    model: Any = randomised(get_peft_model(tiny("llama", num_hidden_layers=2), config))
+    inputs = tiny_inputs("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.merge_adapter()
+    layer = expert_layers(model)[0]
+
+    def recorded() -> None:
+        with record_usage(model):
+            model(**inputs)
+
+    def tuned() -> None:
+        with tune_experts(model, off=[(layer.key, 0)]):
+            model(**inputs)
+
+    for verb in (
+        recorded, tuned, lambda: layer.set_weights(0, layer.weights(1)),
+        lambda: compress_experts(model, [inputs], method="lowrank_sparse"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"adapter 'default' is merged into .*: unmerge it first"):
+            verb()
+    model.unmerge_adapter()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    recorded()
+    tuned()

@@ -1,0 +1,46 @@
+"""Folders are written whole, where their user says, or refused by name before anything is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mixadapters.core.folders import folder_aside
+
+
+def write(folder: str | Path) -> None:
+    with folder_aside(folder) as aside:
+        (aside / "file").write_text("whole")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_what_a_link_leads_to_is_written_and_the_link_stays(there: bool, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real", target_is_directory=True)
+    if there:
+        (tmp_path / "real").mkdir()
+    write(link)
+    assert link.is_symlink()
+    assert (tmp_path / "real" / "file").read_text() == "whole"
+    assert sorted(os.listdir(tmp_path)) == ["link", "real"]
+
+
+@pytest.mark.parametrize("name", [".", "", "../here"])
+def test_the_folder_where_the_process_works_stays(name: str, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match=r"folder=.* is where this process works, or a mount: name a folder inside"):
+        write(name)
+    assert os.listdir(tmp_path) == ["here"]
+    assert os.listdir(tmp_path / "here") == []
+
+
+def test_a_folder_that_holds_something_is_refused_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    write(tmp_path / "new" / "inside")
+    with pytest.raises(ValueError, match="holds something already"):
+        write(tmp_path / "new" / "inside")
+    with pytest.raises(RuntimeError), folder_aside(tmp_path / "other"):
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["new"]
