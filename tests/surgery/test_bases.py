@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.surgery.bases import BASES
-from mixadapters.surgery.blocks import BaseExperts
+from mixadapters.surgery.blocks import BaseExperts, _check_columns, joined_logits
 from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.usage import record_usage
 from mixadapters.surgery.view import Routed, expert_output
@@ -242,3 +243,37 @@ def test_nothing_is_left_on_a_model_that_has_been_watched() -> None:
         logits(model, BATCH)
     assert hooks() == before
     assert seen[-1].outputs().shape == (18, 2, WIDTH)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("stay", "groups", "said"),
+    [
+        ([0, 1, 3, 4], 2, None), ([0, 3], 2, "keep as many of each, two or more"),
+        ([0, 1, 3], 2, "keep as many of each"), ([3, 4, 0, 1], 2, "in their order"),
+        ([0, 1, 2, 3, 4, 5], 6, None), ([0], 1, "fewer than the 2"), ([5, 0], 1, None),
+    ],
+)  # fmt: skip
+def test_columns_that_stay_are_some_of_each_group_in_its_place(stay: list[int], groups: int, said: str | None) -> None:
+    layer: Any = SimpleNamespace(groups=groups, top_k=2, path="layer")
+    if said is None:
+        _check_columns(layer, stay, 6)
+        return
+    with pytest.raises(ValueError, match=said):
+        _check_columns(layer, stay, 6)
+
+
+def test_an_expert_of_several_columns_has_the_logit_of_their_sum() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0, 9.0], [0.0, 0.0, -1.0, 9.0]])
+    found = joined_logits(logits, torch.tensor([0, 0, 1, -1]), 2)
+    torch.testing.assert_close(found.exp(), torch.stack([logits[:, :2].exp().sum(1), logits[:, 2].exp()], 1))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3"])
+def test_the_distribution_of_a_router_sums_to_one(kind: str) -> None:
+    model, seen = moe(kind), []
+    for layer in layers_of(model):
+        with torch.no_grad(), layer.watch(lambda routed: seen.append(routed.probs)):
+            model(**BATCH)
+    assert seen
+    for probs in seen:
+        torch.testing.assert_close(probs.sum(-1), torch.ones(len(probs)))
