@@ -277,3 +277,13 @@ def test_the_distribution_of_a_router_sums_to_one(kind: str) -> None:
     assert seen
     for probs in seen:
         torch.testing.assert_close(probs.sum(-1), torch.ones(len(probs)))
+
+
+def test_a_map_that_is_not_needed_leaves_nothing_on_the_experts() -> None:
+    for layer in layers_of(moe("mixtral")):
+        layer.keep([0, 1, 2, 3], preserve_mass=True)
+        assert layer.map is not None
+        layer.settle_map(range(4))
+        assert layer.map is None
+        assert not layer.experts._forward_pre_hooks
+        assert not layer.experts._forward_pre_hooks_with_kwargs
