@@ -67,7 +67,11 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
         patterns = self.patterns_of(stage, adapter_name, domain)
         chosen = list(self._stage_parameters(patterns, adapter_name))
         if not any(matches for _, matches in chosen):
-            raise ValueError(f"stage={stage!r} trains nothing: no parameter of {adapter_name!r} is in {patterns}")
+            made = {by for r in self.routers_of(adapter_name) if "router.*" in patterns and (by := r.made_by)}
+            remedy = f". Its router does not train: {made.pop()}" if made else ""
+            raise ValueError(
+                f"stage={stage!r} trains nothing: no parameter of {adapter_name!r} is in {patterns}{remedy}"
+            )
         for parameter, matches in chosen:
             parameter.requires_grad_(matches)
         self.stage[adapter_name] = stage

@@ -37,6 +37,7 @@ class ArrowRouter(DirectionRouter):
     """
 
     learns, needs_fit = False, True
+    made_by = "it is read off the experts' weights when the mixture is made, and by fit_router"
     without = DirectionRouter.without | {"jitter", "bias_update_rate"}
 
     def __init__(self, in_features: int, experts: list[str], **options: Any) -> None:

@@ -53,6 +53,7 @@ class Router(nn.Module):
     has_schedules = False  # whether its mixture's config has schedules for it
     usual_null_arms = 0  # arms without expert where the option `null_arms` is not given
     needs_fit = False  # whether `fit` makes it from the experts' weights
+    made_by: str | None = None  # how it is made, for messages where it would be trained and nothing of it trains
     anywhere = False  # whether it decides the same at every layer of its scope, so that any of them may ask it first
     shares = False  # whether it takes `first`, the router of the adapter's first layer
     fixed_experts: str | None = None  # why its experts cannot come or go; None: they can

@@ -156,6 +156,7 @@ class CountsRouter(PooledRouter):
     scheduled = ("temperature",)
     without = LOSS_OPTIONS
     shares = anywhere = True
+    made_by = "it counts tokens of each domain's text by fit_gate(texts, general, tokenizer=...)"
 
     def __init__(
         self,

@@ -350,3 +350,14 @@ def test_a_router_that_is_made_of_the_experts_is_not_fitted(tiny) -> None:
     model = get_peft_model(tiny("llama"), config)
     with pytest.raises(ValueError, match=r"no router that it fits, but \['ArrowRouter'\]"):
         model.base_model.fit_gate({"a": [[5]], "b": [[6]]})
+
+
+@pytest.mark.parametrize(
+    ("router", "remedy"), [("counts", r"fit_gate\(texts, general"), ("arrow", "experts' weights.*fit_router")]
+)
+def test_a_stage_of_a_gate_that_does_not_train_says_how_it_is_made(router, remedy, tiny) -> None:
+    scope = "model" if router == "counts" else "module"
+    config = MoAConfig(experts=["a", "b"], router=router, router_scope=scope, target_modules=["down_proj"])
+    model = get_peft_model(tiny("llama"), config)
+    with pytest.raises(ValueError, match=f"stage='router' trains nothing.*{remedy}"):
+        model.base_model.set_stage("router")

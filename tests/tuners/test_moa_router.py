@@ -124,6 +124,20 @@ def test_a_file_is_that_of_a_config_that_says_so_and_of_one_that_says_nothing(ti
         other.load_adapter(tmp_path, "default")
 
 
+@pytest.mark.parametrize("kind", ["pregate", "counts"])
+def test_token_is_kept_where_the_router_would_take_another(kind, tiny, tmp_path) -> None:
+    """A file says 'token' for nothing, and these go by the text so far then."""
+    fields = {"num_experts": 2, "r": 2, "target_modules": ["q_proj"], "router": kind, "router_scope": "model"}
+    for granularity, expected in ((None, "causal_prefix"), ("token", "token")):
+        model = get_peft_model(tiny("llama"), MoAConfig(**fields, granularity=granularity))
+        assert routers(model)[0].granularity == expected
+        model.save_pretrained(tmp_path / expected)
+        assert routers(PeftModel.from_pretrained(tiny("llama"), tmp_path / expected))[0].granularity == expected
+        get_peft_model(tiny("llama"), MoAConfig(**fields, granularity=granularity)).load_adapter(
+            tmp_path / expected, "default"
+        )
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two for one that does not choose": ({"router": "softmax", "num_experts_per_tok": 2}, "no option 'k'"),
     "token for one that has no granularity": ({"router": "hash", "granularity": "token"}, "no option 'granularity'"),

@@ -39,8 +39,9 @@ class MoAConfig(OverriddenConfig):
 
     Without `router`, new experts go by "top_k" and gathered LoRA by "arrow". That takes all experts, and weighs them
     over the text so far ("causal_prefix"); by token where a layer is not causal (encoders, models of two stacks) or
-    reads its cache again (`kv_b_proj`). `num_experts_per_tok` and `granularity` go before this where they are given.
-    A router that is named takes two experts, by token, where it chooses and they are not given.
+    reads its cache again (`kv_b_proj`). `num_experts_per_tok` and `granularity` go before that where they are given.
+    Where a router is named and they are not, it takes two experts, if it chooses, and its own granularity: "token", or of
+    "counts" and "pregate" the text so far.
     """
 
     stages: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -100,7 +101,7 @@ class MoAConfig(OverriddenConfig):
     )
     granularity: str | None = field(
         default=None,
-        metadata={"help": "Tokens routed together. None: 'token', or as above.", "choices": GRANULARITIES},
+        metadata={"help": "Tokens routed together. None: as above.", "choices": GRANULARITIES},
     )
     norm_topk_prob: bool = field(default=False, metadata={"help": "Weights of the chosen experts sum to 1."})
     routed_scaling_factor: float = field(default=1.0, metadata={"help": "Factor on the weights.", "above": 0})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
+from inspect import signature
 from typing import Any
 
 from mixadapters.core.registry import LIBRARY
@@ -55,6 +56,16 @@ def router_spec(config: Any) -> tuple[type[Router], dict[str, Any]]:
     if cls.__module__.startswith(f"{LIBRARY}."):  # options of others may be called so and mean something else
         check_options(**options)
     return cls, options
+
+
+def spelled_out(config: Any) -> dict[str, Any]:
+    """`router` as files have it: with the granularity that the field says where USUAL would not say it, since the
+    router's own is another."""
+    cls, given = read_spec(config.router)
+    own = (signature(base.__dict__["__init__"]).parameters for base in cls.__mro__ if "__init__" in base.__dict__)
+    default = next((found["granularity"].default for found in own if "granularity" in found), USUAL["granularity"])
+    said = config.granularity == USUAL["granularity"] != default and "granularity" not in given
+    return {**config.router, **({"granularity": config.granularity} if said else {})}
 
 
 def check_scope(config: Any, cls: type[Router]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mixadapters.core.config import MixtureConfig, without_keys
 from mixadapters.routers.schedules import check_schedules, value_at
-from mixadapters.tuners.moa.router import OPTION_OF, USUAL, default_of, router_spec
+from mixadapters.tuners.moa.router import OPTION_OF, USUAL, default_of, router_spec, spelled_out
 
 
 class ScheduledConfig(MixtureConfig):
@@ -26,8 +26,10 @@ class ScheduledConfig(MixtureConfig):
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's; where a router is named, fields of it that say nothing hold what they stand for."""
         saved = super().to_dict()
-        unsaid = {} if self.router is None else {n: v for n, v in USUAL.items() if saved[n] == default_of(self, n)}
-        return saved | unsaid
+        if self.router is None:
+            return saved
+        said = spelled_out(self)
+        return saved | {n: v for n, v in USUAL.items() if saved[n] == default_of(self, n)} | {"router": said}
 
     def check_schedules(self, schedules: Any) -> None:
         """Raise ValueError if these are no schedules of options that the router may change in training."""
