@@ -40,8 +40,8 @@ class MoAConfig(OverriddenConfig):
     Without `router`, new experts go by "top_k" and gathered LoRA by "arrow". That takes all experts, and weighs them
     over the text so far ("causal_prefix"); by token where a layer is not causal (encoders, models of two stacks) or
     reads its cache again (`kv_b_proj`). `num_experts_per_tok` and `granularity` go before that where they are given.
-    Where a router is named and they are not, it takes two experts, if it chooses, and its own granularity: "token", or of
-    "counts" and "pregate" the text so far.
+    Where a router is named and they are not, it takes two experts, if it chooses, and its own granularity: "token",
+    or of "counts" and "pregate" the text so far.
     """
 
     stages: ClassVar[dict[str, tuple[str, ...]]] = {
