@@ -16,7 +16,6 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from mixadapters import kernels
@@ -28,7 +27,7 @@ from mixadapters.core.record import Record, Records
 from mixadapters.core.rows import row_names
 from mixadapters.core.sites import has_two_stacks, layer_index
 from mixadapters.core.streams import read_stream, refuse_packed
-from mixadapters.core.walking import outside_adapters
+from mixadapters.core.walking import adapters_named
 
 NUMBERS = frozenset({"domain_ids", "expert_ids", "modality_ids"})  # which expert a row takes: each of other adapters
 # What collators make for objectives -> the objective, and a field without which no adapter here can mean it.
@@ -311,15 +310,9 @@ class Generate:
 def reads_prompt(model: nn.Module, names: Sequence[str] | None = None) -> bool:
     """Whether one of these adapters asks which tokens are the prompt, as routers do that decide once for a request.
 
-    names: None stands for the active ones. Of adapters there may be many: others are not looked at.
+    names: None stands for the active ones.
     """
-    for _, host in outside_adapters(model):
-        adapters = getattr(host, "adapters", None) if isinstance(host, BaseTunerLayer) else None
-        if isinstance(adapters, nn.ModuleDict):
-            acting = host.active_adapters if names is None else dict.fromkeys(names)
-            if any(map(_asks, (part for name in acting if name in adapters for part in adapters[name].modules()))):
-                return True
-    return False
+    return any(_asks(part) for adapter in adapters_named(model, names) for part in adapter.modules())
 
 
 def _asks(part: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -36,3 +36,12 @@ def outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             children = {name: child for name, child in children.items() if name == "base_layer"}
         before = f"{path}." if path else ""
         waiting += [(f"{before}{name}", child) for name, child in reversed(children.items()) if child is not None]
+
+
+def adapters_named(model: nn.Module, names: Sequence[str] | None) -> Iterator[nn.Module]:
+    """The adapters of this library with these names, layer by layer. names: None stands for the active ones."""
+    for _, layer in outside_adapters(model):
+        adapters = getattr(layer, "adapters", None) if isinstance(layer, BaseTunerLayer) else None
+        if isinstance(adapters, nn.ModuleDict):
+            wanted = layer.active_adapters if names is None else dict.fromkeys(names)
+            yield from (adapters[name] for name in wanted if name in adapters)

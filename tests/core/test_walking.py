@@ -15,7 +15,9 @@ from torch import nn
 
 import mixadapters
 from mixadapters import AGDConfig, BottleneckConfig, MixDAConfig, MoAConfig
-from mixadapters.core.walking import outside_adapters
+from mixadapters.core.adapter import Adapter
+from mixadapters.core.layer import AdapterHost
+from mixadapters.core.walking import adapters_named, outside_adapters
 
 OURS = str(Path(mixadapters.__file__).parent)
 TYPES: dict[str, Callable[[], Any]] = {
@@ -24,6 +26,21 @@ TYPES: dict[str, Callable[[], Any]] = {
     "MOA": lambda: MoAConfig(num_experts=2, r=2, target_modules=["down_proj"]),
     "hooked": lambda: AGDConfig(target_modules=["self_attn"], hidden_size=32),
 }
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_adapters_by_name_are_those_of_this_library_alone(kind: str, tiny: Any) -> None:
+    base = tiny("llama")
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), base, "lora")
+    model = get_peft_model(base, TYPES[kind](), "first")
+    model.add_adapter("second", TYPES[kind]())
+    layers = [layer for layer in model.modules() if isinstance(layer, AdapterHost)]
+    every = {name: [layer.adapters[name] for layer in layers] for name in ("first", "second")}
+    assert every["first"]
+    for names, wanted in ((None, ["first"]), (["second", "__base__", "lora", "second"], ["second"]), ([], [])):
+        found = list(adapters_named(model, names))
+        assert all(isinstance(adapter, Adapter) for adapter in found)
+        assert found == [adapter for name in wanted for adapter in every[name]]
 
 
 def test_all_but_the_insides_of_adapters_in_the_order_of_named_modules(tiny: Any) -> None:
