@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -85,5 +86,6 @@ def distinct_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For `json.loads(object_pairs_hook=...)`. Raises ValueError for a field that is named twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError(f"a field is named twice: {[name for name, _ in pairs]}")
+        twice = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
+        raise ValueError(f"a field is named twice: {twice[:3]!s:.200}")
     return fields

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
+from mixadapters.core.columns import distinct_fields
 from mixadapters.core.folders import check_folder, folder_aside
 from mixadapters.core.hooks import root_of
 from mixadapters.surgery.bases import BASES
@@ -114,7 +115,7 @@ def _read_layouts(file: Path) -> dict[str, dict[str, Any]]:
     try:
         if file.stat().st_size > LARGEST_FILE:
             raise ValueError(f"it is larger than {LARGEST_FILE} bytes")
-        said = json.loads(file.read_text(encoding="utf-8"))
+        said = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=distinct_fields)
         if not isinstance(said, dict) or said.keys() != {"format", "layers"} or said["format"] != FORMAT:
             raise ValueError(f"it is not of format {FORMAT}")
         layers = said["layers"]

@@ -564,3 +564,21 @@ def test_names_and_revisions_make_nothing_of_the_card(tiny: Any, tmp_path: Path)
     assert "free" not in outside.split("How to load")[0]
     line = next(line for line in text.splitlines() if line.startswith("- Settings") or "revision" in line)
     assert line.count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "first", "said"),
+    [("kind", '"kind": "top_k"', '"kind": "top_p", "kind": "top_k"'), ("r", '"r": 8', '"r": 8, "r": 8')],
+)
+def test_a_config_that_says_a_field_twice_says_nothing(
+    field: str, first: str, said: str, tiny: Any, tmp_path: Path
+) -> None:
+    """Who reads it would believe the first or the last."""
+    config = MoAConfig(experts=["a"], router={"kind": "top_k", "k": 1}, target_modules=["q_proj"])
+    get_peft_model(tiny("llama", num_hidden_layers=1), config).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    text = file.read_text()
+    assert first in text
+    file.write_text(text.replace(first, said, 1))
+    with pytest.raises(ValueError, match=rf"config.json is no adapter config: a field is named twice: \['{field}'\]"):
+        PeftModel.from_pretrained(tiny("llama", num_hidden_layers=1), tmp_path)

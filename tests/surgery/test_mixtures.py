@@ -19,12 +19,12 @@ from mixadapters.core.bank import Weights
 from mixadapters.surgery.compressing import compress_experts
 from mixadapters.surgery.function import expert_norms
 from mixadapters.surgery.layers import expert_layers
-from mixadapters.surgery.mixtures import MixtureExperts
+from mixadapters.surgery.mixtures import MixtureExperts, _Outputs
 from mixadapters.surgery.pruning import prune_experts
 from mixadapters.surgery.reporting import report
 from mixadapters.surgery.tuning import tune_experts
-from mixadapters.surgery.usage import ExpertUsage, record_usage
-from mixadapters.surgery.view import expert_output
+from mixadapters.surgery.usage import ExpertUsage, LayerUsage, _Seen, record_usage
+from mixadapters.surgery.view import Routed, expert_output
 
 ROUTED = sorted(name for name in ROUTERS if not name.startswith("toy_") and name not in ("single", "modality"))
 OPTIONS: dict[str, dict[str, Any]] = {"top_p": {"p": 0.8}, "tree": {"gamma": 10.0}}
@@ -333,3 +333,51 @@ def test_experts_of_a_merged_adapter_are_neither_watched_nor_written(tiny: Any, 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     recorded()
     tuned()
+
+
+def test_layers_of_one_router_lose_the_experts_that_one_of_them_loses(tiny: Any) -> None:
+    config = MoAConfig(num_experts=4, r=2, target_modules=["down_proj"], router_scope="model")
+    model = randomised(get_peft_model(tiny("llama", num_hidden_layers=2), config))
+    expert_layers(model)[0].keep([0, 2, 3])
+    assert [layer.names for layer in expert_layers(model)] == [("expert0", "expert2", "expert3")] * 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "competes"),
+    [({}, True), ({"norm_topk_prob": True}, False), ({"router": {"kind": "top_k", "scoring_func": "sigmoid"}}, False)],
+)
+def test_experts_compete_where_what_one_gets_the_others_lack(
+    fields: dict[str, Any], competes: bool, tiny: Any
+) -> None:
+    config = MoAConfig(num_experts=4, r=2, target_modules=["down_proj"], **{"router": "top_k", **fields})
+    model = get_peft_model(tiny("llama", num_hidden_layers=2), config)
+    assert [layer.competes for layer in expert_layers(model)] == [competes] * 2
+
+
+def test_slots_without_an_expert_have_no_norm(tiny: Any) -> None:
+    config = MoAConfig(num_experts=3, r=2, target_modules=["down_proj"])
+    layer: Any = expert_layers(randomised(get_peft_model(tiny("llama", num_hidden_layers=2), config)))[0]
+    read, indices = torch.randn(4, layer.width), torch.tensor([[0, -1], [-1, 2], [1, 0], [-1, -1]])
+    found = _Outputs(layer, read, indices)
+    torch.testing.assert_close(found.norms(), found.outputs().norm(dim=-1), rtol=1e-4, atol=1e-6)
+    assert bool((found.norms() > 0).eq(indices >= 0).all())
+
+
+def test_what_is_taken_away_counts_as_what_is_added() -> None:
+    usage, weights = LayerUsage.empty("layer", "", ["a", "b"]), torch.tensor([[-0.5], [2.0]])
+    routed = Routed(torch.zeros(2, 4), torch.tensor([[0], [1]]), weights, None, None, None, lambda: torch.ones(2, 1))
+    usage.add(_Seen(routed), None, torch.rand(2).double())
+    assert usage.saliency.tolist() == [0.5, 2.0]
+    assert usage.mass.tolist() == [-0.5, 2.0]
+
+
+def test_a_sum_of_usages_keeps_as_many_rows_as_the_larger_one() -> None:
+    parts = []
+    for samples in (8, 3):
+        part = LayerUsage.empty("layer", "", ["a"], samples)
+        part._sample(torch.randn(20, 1), torch.rand(20).double())
+        parts.append(part)
+    for one, other in (parts, parts[::-1]):
+        whole = one + other
+        assert whole.samples == 8
+        assert len(whole.logits) == 8
