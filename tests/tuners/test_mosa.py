@@ -736,7 +736,7 @@ def test_m14_without_labels_the_attention_mask_says_what_counts(tiny, tiny_input
 def test_m14_distance_is_zero_for_equal_draws_and_pulls_each_side_to_the_other_held_fixed(tiny, tiny_inputs) -> None:
     model = mosa(without_dropout(tiny("vit")), sampler="batch", scale=1.0)
     model(**tiny_inputs("vit", labels="classes")).loss.backward()
-    assert losses(model) == {"consistency": 0.0}
+    assert losses(model) == {"consistency": pytest.approx(0.0, abs=1e-12)}  # rows lie elsewhere, and round otherwise
     z1, z2 = (torch.randn(4, 5, dtype=torch.double, requires_grad=True) for _ in range(2))
     pair = Pair(z1, z2, None, None)
     pair.first, pair.second = z1, z2
