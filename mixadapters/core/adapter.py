@@ -21,7 +21,7 @@ class Site:
     path: str  # name of the frozen module, as in `named_modules()`
     in_features: int
     out_features: int
-    stack: str = ""  # "encoder" or "decoder" in models that have both
+    stack: str = ""  # "encoder" or "decoder" in models that have both; the path of a part that reads images or sounds
     causal: bool = False  # a position must not see later ones
     taps: tuple[tuple[str, str], ...] = ()  # (role, path of the module whose input is kept) pairs
     adapter: str = ""  # name of the adapter that is put here

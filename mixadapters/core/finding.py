@@ -23,6 +23,7 @@ from mixadapters.core.adapter import Site
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.files import being_loaded
 from mixadapters.core.layer import AdapterHost, is_pointwise
+from mixadapters.core.media import generates_beside_media, media_part
 from mixadapters.core.routing import NO_LAYER
 from mixadapters.core.sites import (
     ROLES,
@@ -191,7 +192,7 @@ class SiteFinder(BaseTuner):
         if config.sites is not None:
             role = next(r for r in self.roles(config) if re.fullmatch(config.sites[r], path))
         width_in, width_out = self._widths(config, base, path)
-        stack = stack_of(path, self.model)
+        stack = media_part(path, self.model) or stack_of(path, self.model)
         taps = tuple((r, self._nearest_tap(config.sites[r], path)) for r in self.taps(config)) if config.sites else ()
         layer = layer_index(path)
         return Site(
@@ -231,6 +232,8 @@ class SiteFinder(BaseTuner):
 
     def _is_causal(self, path: str) -> bool:
         """Whether positions at this module must not see later ones."""
+        if generates_beside_media(self.model) and not media_part(path, self.model):
+            return True
         return is_causal(path, self.model, self.get_model_config(self.model))
 
     def _nearest_tap(self, pattern: str, path: str) -> str:

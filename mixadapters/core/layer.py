@@ -55,6 +55,7 @@ class AdapterHost(BaseTunerLayer):
         self._before_merge: tuple[Tensor, Tensor | None] | None = None
         self._stride: tuple[int, ...] | None = base.stride if is_pointwise(base) else None
         self.tokens_first = False  # whether the module reads (T, B, K), not (B, T, K)
+        self.stack = ""  # that it belongs to, as `Site` has it
         self.stages: dict[str, tuple[str, ...]] = {}  # adapter -> patterns of the parameters that its stage trains
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
 
@@ -183,7 +184,7 @@ class AdapterHost(BaseTunerLayer):
             mine = [name for name in self.adapters if name in asked]
             place = {name: i for i, name in enumerate(mine)}
             owner = [place.get(name, -1) for name in named]
-            kept[self] = MixedBatch([self.adapters[name] for name in mine], owner)
+            kept[self] = MixedBatch([self.adapters[name] for name in mine], owner, self.stack)
         return kept[self]
 
     def _joining(self, named: Sequence[str]) -> list[str]:

@@ -29,10 +29,11 @@ class MixedBatch:
 
     Args:
         owner: index into `adapters` for each row of the batch, -1 for rows that stay as they are, bit for bit.
+        stack: that the layer belongs to.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], owner: Sequence[int]) -> None:
-        self._calls = list(_plan(adapters, tuple(owner)))
+    def __init__(self, adapters: Sequence[Adapter], owner: Sequence[int], stack: str = "") -> None:
+        self._calls = list(_plan(adapters, tuple(owner), stack))
 
     def __call__(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         """y: (B, ..., M) or (B * T, M); each entry of `owner` stands for as many rows as it takes."""
@@ -44,8 +45,8 @@ class MixedBatch:
 class JointCall:
     """Mixtures whose banks are of one kind: one call of the operation, in which experts are numbered through."""
 
-    def __init__(self, mixtures: Sequence[Any], owner: tuple[int, ...]) -> None:
-        self.mixtures, self.owner = list(mixtures), owner
+    def __init__(self, mixtures: Sequence[Any], owner: tuple[int, ...], stack: str) -> None:
+        self.mixtures, self.owner, self.stack = list(mixtures), owner, stack
         self.always_first = all(mixture.always_first for mixture in mixtures)
         # Past `nn.Module.__getattr__`, of which a batch over many adapters would notice.
         self.banks: list[Any] = [mixture._modules["bank"] for mixture in mixtures]
@@ -56,10 +57,11 @@ class JointCall:
         source = first.source(x, y, context).to(y.dtype)
         tokens, base = source.reshape(-1, source.shape[-1]), y.reshape(-1, y.shape[-1])
         packed = pack(self.banks, context, self.packed)
-        owners = rows_of(self.owner, len(tokens), y.device, context)
+        owners = rows_of(self.owner, len(tokens), y.device, context, self.stack)
         if self.always_first and not context.observers and all(size == 1 for size in packed.sizes):
             packed_row = context.stream().packed  # its requests have other numbers of tokens
-            run = 1 if packed_row else len(tokens) // len(self.owner)
+            # Images and sounds of rows that all name one adapter may be any number.
+            run = 1 if packed_row or len(tokens) % len(self.owner) else len(tokens) // len(self.owner)
             routing = Routing(owners, run=run)  # each mixture is its only expert
         else:
             routing = self._route(packed.sizes, owners, source, context)
@@ -78,13 +80,13 @@ class JointCall:
 class LoneCall:
     """An adapter that computes all rows, of which its own are taken."""
 
-    def __init__(self, adapter: Adapter, owner: tuple[int, ...]) -> None:
-        self.adapter, self.owner = adapter, owner
+    def __init__(self, adapter: Adapter, owner: tuple[int, ...], stack: str) -> None:
+        self.adapter, self.owner, self.stack = adapter, owner, stack
 
     def __call__(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
-        rows = rows_of(self.owner, y.numel() // y.shape[-1], y.device, context)[:, 0] >= 0
+        rows = rows_of(self.owner, y.numel() // y.shape[-1], y.device, context, self.stack)[:, 0] >= 0
         if torch.is_grad_enabled():  # of what is broken in other rows gradients see nothing, nor they of it
-            own = rows_of(self.owner, y.shape[0], y.device, context)[:, 0] >= 0
+            own = rows_of(self.owner, y.shape[0], y.device, context, self.stack)[:, 0] >= 0
             x, y_read = real_only(x, own), real_only(y, own)
         else:
             y_read = y
@@ -94,21 +96,23 @@ class LoneCall:
         return torch.where(rows.view(*y.shape[:-1], 1), new, y)
 
 
-def rows_of(owner: tuple[int, ...], count: int, device: torch.device, context: ForwardContext) -> Tensor:
+def rows_of(
+    owner: tuple[int, ...], count: int, device: torch.device, context: ForwardContext, stack: str = ""
+) -> Tensor:
     """(count, 1) owner of each row. Layers share it, and the steps of a `generate`."""
     record, requests = context.record, context.stream().requests
     kept = getattr(record.values.get("adapter_names"), "owners", None)
     if requests is not None:  # who the tokens are of, and how many, is of one step
         kept, owner = record.owners, tuple(owner[number] for number in requests.named)
     made = record.owners if kept is None or torch.compiler.is_compiling() else kept
-    key = (owner, count, device)
+    key = (owner, count, device, stack)
     if key not in made:
-        rows = context.stream().spread(torch.tensor(owner, device=device), count, "adapter_names")
+        rows = context.stream(stack).spread(torch.tensor(owner, device=device), count, "adapter_names")
         made[key] = kernels.constant(rows.unsqueeze(1))
     return made[key]
 
 
-def _plan(adapters: Sequence[Adapter], owner: tuple[int, ...]) -> Iterator[JointCall | LoneCall]:
+def _plan(adapters: Sequence[Adapter], owner: tuple[int, ...], stack: str) -> Iterator[JointCall | LoneCall]:
     """The calls for these adapters, in order. Chains are taken step by step."""
     if all(isinstance(adapter, Chain) for adapter in adapters):
         waiting = [list(adapter.steps.items()) for adapter in adapters]
@@ -118,14 +122,14 @@ def _plan(adapters: Sequence[Adapter], owner: tuple[int, ...]) -> Iterator[Joint
             later = {name for steps in waiting for name, _ in steps[1:]}
             name = next((name for name in first if name not in later), first[0])
             have = [i for i, steps in enumerate(waiting) if steps and steps[0][0] == name]
-            yield from _plan([waiting[i].pop(0)[1] for i in have], _renumber(owner, have))
+            yield from _plan([waiting[i].pop(0)[1] for i in have], _renumber(owner, have), stack)
         return
     groups: dict[object, list[int]] = {}
     for i, adapter in enumerate(adapters):
         groups.setdefault(_group(adapter), []).append(i)
     for group, members in groups.items():
         mine, owned = [adapters[i] for i in members], _renumber(owner, members)
-        yield LoneCall(mine[0], owned) if group is mine[0] else JointCall(mine, owned)
+        yield LoneCall(mine[0], owned, stack) if group is mine[0] else JointCall(mine, owned, stack)
 
 
 def _group(adapter: Adapter) -> object:

@@ -32,7 +32,7 @@ class Record:
     pinned: frozenset[str] = frozenset()  # the names of the pinned ones among them
     copies: int = 1  # rows of `inputs` for each row of `values`: what `generate` or an objective repeats
     passes: int = 1  # how often an objective has put each row into the batch, to compare what comes of it
-    streams: dict[str, Stream] = field(default_factory=dict)  # by stack: "", "encoder", "decoder"
+    streams: dict[str, Stream] = field(default_factory=dict)  # by stack, as `Site` has it
     acting: dict[Any, Any] = field(default_factory=dict)  # layer -> what acted there, for when it runs again
     checkpointed: bool = False  # whether activation checkpointing will run layers again
     trained: dict[Any, Any] = field(default_factory=dict)  # layer -> its parameters, and whether they trained there

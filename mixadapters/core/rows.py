@@ -11,7 +11,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
+from mixadapters.core.media import media_part
 from mixadapters.core.processes import several
+from mixadapters.core.walking import plain_path
 
 BASE = "__base__"  # the name that PEFT gives to rows without an adapter
 # Modules of which PEFT makes a mixed batch: a row of their output depends on the same row of their input alone.
@@ -58,12 +60,13 @@ def row_names(value: Any, context: Any, model: nn.Module) -> RowNames:
     names = RowNames.read(value)
     unknown = set(names) - context.hosted - {BASE}
     for path, module in _of_peft(model):
+        stack = media_part(plain_path(path), model)
         if isinstance(module, AuxiliaryTrainingWrapper):
             unknown -= module._get_available_adapters()
-            SavedModule.attach(module, path, context)
+            SavedModule.attach(module, path, context, stack)
         elif not module.disable_adapters:
             unknown -= set(module._all_available_adapter_names())
-            OtherLayer.attach(module, path, context)
+            OtherLayer.attach(module, path, context, stack)
     if unknown:
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}{_chosen_by(unknown, model)}"
@@ -110,11 +113,11 @@ def _of_peft(model: nn.Module) -> Iterator[tuple[str, Any]]:
 class OtherLayer:
     """Tells a layer of PEFT's LoRA the adapter of each row, as PEFT tells it in a model of LoRA alone."""
 
-    def __init__(self, path: str, context: Any) -> None:
-        self.path, self.context = path, context
+    def __init__(self, path: str, context: Any, stack: str = "") -> None:
+        self.path, self.context, self.stack = path, context, stack
 
     @classmethod
-    def attach(cls, layer: Any, path: str, context: Any) -> None:
+    def attach(cls, layer: Any, path: str, context: Any, stack: str = "") -> None:
         """Hook one up to `layer`, once.
 
         Raises:
@@ -134,7 +137,7 @@ class OtherLayer:
                 f"{path!r} has adapters of another type, which a compiled model cannot prepare for adapter_names: "
                 "call the model with adapter_names once before it is compiled"
             )
-        layer.register_forward_pre_hook(cls(path, context).tell, with_kwargs=True)
+        layer.register_forward_pre_hook(cls(path, context, stack).tell, with_kwargs=True)
 
     def tell(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         names = self.context.records.names
@@ -142,7 +145,8 @@ class OtherLayer:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        rows = self.context.stream().spread([numbers[name] for name in names], x.shape[0], "adapter_names")
+        stream = self.context.stream(self.stack)
+        rows = stream.spread([numbers[name] for name in names], x.shape[0], "adapter_names")
         order = list(numbers)
         return args, {**kwargs, "adapter_names": [order[number] for number in rows.tolist()]}
 
@@ -153,11 +157,11 @@ class SavedModule:
     A row uses the copy of the adapter that it names, or the base's module where that has none, as after `set_adapter`.
     """
 
-    def __init__(self, path: str, context: Any) -> None:
-        self.path, self.context = path, context
+    def __init__(self, path: str, context: Any, stack: str = "") -> None:
+        self.path, self.context, self.stack = path, context, stack
 
     @classmethod
-    def attach(cls, wrapper: AuxiliaryTrainingWrapper, path: str, context: Any) -> None:
+    def attach(cls, wrapper: AuxiliaryTrainingWrapper, path: str, context: Any, stack: str = "") -> None:
         """Hook one up to `wrapper`, once."""
         owners = (getattr(hook, "__self__", None) for hook in wrapper._forward_hooks.values())
         if any(isinstance(owner, cls) and owner.context is context for owner in owners):
@@ -167,7 +171,7 @@ class SavedModule:
                 f"{path!r} is a module of several adapters, which a compiled model cannot prepare for adapter_names: "
                 "call the model with adapter_names once before it is compiled"
             )
-        wrapper.register_forward_hook(cls(path, context).mix, with_kwargs=True)
+        wrapper.register_forward_hook(cls(path, context, stack).mix, with_kwargs=True)
 
     def mix(self, module: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         names = self.context.records.names
@@ -194,7 +198,8 @@ class SavedModule:
                 "of their own"
             )
         place = {name: i for i, name in enumerate(dict.fromkeys([*wanted, *joining]))}
-        owner = self.context.stream().spread([place[name] for name in wanted], x.shape[0], "adapter_names")
+        stream = self.context.stream(self.stack)
+        owner = stream.spread([place[name] for name in wanted], x.shape[0], "adapter_names")
         for name, i in place.items():
             if name != _used(module):
                 rows = (owner == i).nonzero()[:, 0].to(x.device)

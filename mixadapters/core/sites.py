@@ -294,6 +294,9 @@ def group_of(role: str) -> str:
     return "attention"
 
 
+STACKS = ("", "encoder", "decoder")  # of text; parts that read images or sounds have others (`media_part`)
+
+
 def has_two_stacks(model: nn.Module) -> bool:
     """Whether the model has an encoder and a decoder."""
     return getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.cache import foreign_in, given_cache, tokens_in
+from mixadapters.core.media import is_even
 
 
 @dataclass(eq=False)
@@ -97,7 +98,7 @@ class Stream:
     batch: int = 0
     length: int | None = None  # tokens in this forward, without those in the cache; None where there are none
     mask: Tensor | None = None  # (B, length) bool, False at padding; None: not given
-    position_ids: Tensor | None = None  # (B or 1, length), only where the caller gave them
+    position_ids: Tensor | None = None  # (B or 1, length) in the text, only where the caller gave them
     cache: Any = None
     past: Any = 0  # tokens in the cache when the forward began; a tensor for static caches
     copies: int = 1  # rows of this forward for each row of the caller's batch, next to each other
@@ -148,6 +149,33 @@ class Stream:
         return repeat_rows(values, count, name)
 
 
+@dataclass(eq=False)
+class MediaStream(Stream):
+    """What a part of the model reads that takes in images or sounds: any number of rows for each of the batch."""
+
+    part: str = ""  # its path
+    by_row: Callable[[], list[Any] | None] = lambda: None  # what rows hold of images and sounds, as `media_by_row`
+
+    def spread(self, values: Any, count: int, name: str) -> Tensor:
+        """As of any stream, where the rows of the batch have the same value, or hold as much of images and sounds.
+
+        Raises:
+            ValueError: neither is so, or nothing says what the rows hold.
+        """
+        values = super().spread(values, self.batch or count, name)
+        if bool((values == values[:1]).all()):
+            return values[:1].expand(count, *values.shape[1:])
+        by_row = self.by_row()  # it waits for the device
+        if not is_even(by_row) or count % len(values):
+            held = "nothing says how many" if by_row is None else f"of placeholders for them {by_row}"
+            raise ValueError(
+                f"{name} differs from row to row, and {self.part!r} reads images or sounds, of which rows hold "
+                f"different numbers ({held}): give rows that hold the same number, or rows of one value, in a batch "
+                "of their own, or leave that part of the model out (exclude_modules)"
+            )
+        return repeat_rows(values, count, name)
+
+
 def read_stream(
     inputs: dict[str, Any],
     copies: int = 1,
@@ -176,6 +204,7 @@ def read_stream(
         return Stream(batch, cache=cache, past=past, copies=copies, mask_name=mask_name)
     tokens, mask, position_ids, choices = _rows_of_choices(tokens, inputs)
     batch, length = tokens.shape[:2]
+    position_ids = _in_text(position_ids)
     input_ids = tokens if inputs.get("input_ids") is not None else None
     if inputs.get("cache") is not None and inputs.get("cu_seq_lens_q") is not None:
         if requests is not None and sum(requests.lengths) != length:
@@ -190,6 +219,14 @@ def read_stream(
         batch, length, mask, position_ids, cache, past, copies * choices, mask_name=mask_name, input_ids=input_ids,
         foreign=foreign,
     )  # fmt: skip
+
+
+def _in_text(position_ids: Any) -> Any:
+    """The positions of tokens in the text (B, length), where a model also takes them in time, height and width: all
+    four, (4, B, length), the text's first. The last three alone do not say where documents begin."""
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 3:
+        return position_ids
+    return position_ids[0] if position_ids.shape[0] == 4 else None
 
 
 def _rows_of_choices(tokens: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Any, Any, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from mixadapters.core.bank import Weights
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.fields import check_integer
 from mixadapters.core.losses import entropy, group_balance, importance, load, load_balance, router_z
+from mixadapters.core.media import reads_media
 from mixadapters.core.registry import LIBRARY, Registry, nearest
 from mixadapters.core.routing import Routing
 from mixadapters.routers.options import check_options
@@ -43,6 +45,7 @@ class Router(nn.Module):
     """
 
     refuses_packed: str | None = None  # why it cannot route requests that are packed into one row; None: it can
+    by_text = False  # whether it decides by the tokens of the text, which parts that read images or sounds do not see
     by_request = False  # whether it can where a server says whose tokens these are, and keeps what it remembers
     learns = False  # whether its weights are made by training
     always_first = False  # every row uses expert 0 with weight 1: lets mixed batches skip the routing
@@ -104,7 +107,17 @@ class Router(nn.Module):
         self.balance_groups = None if balance_groups is None else [list(group) for group in balance_groups]
 
     def bind(self, site: Site) -> None:
-        """Called once the router has its place."""
+        """Called once the router has its place.
+
+        Raises:
+            ValueError: in a part of the model that reads images or sounds, it decides by sequences or by the text.
+        """
+        if reads_media(site.stack) and (said := self.refuses_packed or (self.by_text and type(self).__name__)):
+            raise ValueError(
+                f"{said} at {site.path!r}: {site.stack!r} reads images or sounds, which are no text, and any number "
+                f"of them for each row; leave it out (exclude_modules={f'.*{re.escape(site.stack)}.*'!r}), or choose "
+                "a router that decides by token on hidden states"
+            )
         self.path, self.stack = site.path, site.stack
 
     @property

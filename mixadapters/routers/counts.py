@@ -155,7 +155,7 @@ class CountsRouter(PooledRouter):
     scopes = frozenset({"model"})
     scheduled = ("temperature",)
     without = LOSS_OPTIONS
-    shares = anywhere = True
+    shares = anywhere = by_text = True
     made_by = "it counts tokens of each domain's text by fit_gate(texts, general, tokenizer=...)"
 
     def __init__(

@@ -25,6 +25,7 @@ class HashRouter(Router):
 
     fixed_experts = "with other experts every token would have another one; make a new router"
     without = LOSS_OPTIONS
+    by_text = True
 
     def __init__(self, in_features: int, experts: list[str], *, seed: int = 0) -> None:
         super().__init__(in_features, experts)

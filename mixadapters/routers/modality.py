@@ -89,6 +89,7 @@ class ModalityRouter(Router):
 
     fields = ("modality_ids", "mm_token_type_ids")
     without = LOSS_OPTIONS
+    by_text = True
 
     def __init__(self, in_features: int, experts: list[str], modalities: Modalities | None = None) -> None:
         super().__init__(in_features, experts)

@@ -70,6 +70,7 @@ class PosteriorRouter:
         if stream.packed:
             raise refuse_packed("the posterior")
         rows = stream.batch
+        context.refuse_uneven(inputs, rows, "the posterior", "give rows of as many")
         cache = self._cache(inputs)
         record.shared[self] = inputs, cache
         copies, record.copies = record.copies, 1

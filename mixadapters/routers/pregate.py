@@ -31,6 +31,8 @@ class PregateRouter(TopKRouter):
         width: of the embedding.
     """
 
+    by_text = True
+
     def __init__(
         self,
         in_features: int,

@@ -92,6 +92,11 @@ class SelfContrastLogitsProcessor(LogitsProcessor):
 
     def _begin(self, input_ids: Tensor, stream: Stream) -> None:
         """A prompt, or a whole sequence where the strong form keeps no cache."""
+        media = torch.tensor(self.context.placeholders, device=input_ids.device)
+        if bool(torch.isin(input_ids, media).any()):
+            raise ValueError(
+                "the prompt holds images or sounds, which the weak form would not see: self-contrast is for text alone"
+            )
         self._seen, self._cache = None, None
         self._mask = torch.ones_like(input_ids) if stream.mask is None else stream.mask.to(input_ids)
 

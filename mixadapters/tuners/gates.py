@@ -16,6 +16,7 @@ from mixadapters.core.context import ROUTES, ForwardContext
 from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import check_integer
 from mixadapters.core.inspection import RoutingVerbs
+from mixadapters.core.media import reads_media
 from mixadapters.core.names import UNNAMED
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import FROZEN
@@ -139,7 +140,8 @@ class GateVerbs(RoutingVerbs):
         mixtures = self.mixtures(adapter_name)
         if not mixtures:
             raise ValueError(f"adapter_name={adapter_name!r} has no mixture; have {list(self.peft_config)}")
-        key, mixture = next(iter(mixtures.items()))
+        of_text = (item for item in mixtures.items() if not reads_media(item[1].stack))
+        key, mixture = next(of_text, next(iter(mixtures.items())))
         config = self.model.config.to_dict() if hasattr(self.model, "config") else {}
         if has_two_stacks(self.model) or not is_causal(key.path, self.model, config):
             raise ValueError(

@@ -59,6 +59,7 @@ class ConsistencyObjective:
         kwargs = dict(kwargs)
         inputs = {**dict(zip(positional, args, strict=False)), **kwargs}
         batch = read_stream(inputs).batch if inputs else next(a.shape[0] for a in args if isinstance(a, Tensor))
+        context.refuse_uneven(inputs, batch, "the consistency of MoSA", f"give rows of as many, or {REMEDY}")
         ignored = _ignored(self.model, inputs)
         if decoder_input := self._decoder_input(inputs):
             kwargs |= decoder_input

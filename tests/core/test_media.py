@@ -1,0 +1,277 @@
+"""Models that read images beside text: whose images are whose, and what decides there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from seeing import IMAGE, seeing, seen
+from torch import nn
+
+from mixadapters import BottleneckConfig, MoAConfig, MoSAConfig
+from mixadapters.core.media import media_by_row, media_part
+from mixadapters.core.streams import read_stream
+from mixadapters.serving.contrast import SelfContrastLogitsProcessor
+
+TOWER = r".*(?:vision_tower.*[qv]_proj|visual.*(?:qkv|fc1))"
+UNEVEN = [[2, 0], [0, 2], [1, 3], [1, 2]]  # of the first two the images are as many as the rows
+
+
+def moa(**fields: Any) -> MoAConfig:
+    fields = {"target_modules": TOWER, "router": "softmax", **fields}
+    return MoAConfig(num_experts=2, r=2, task_type="CAUSAL_LM", **fields)
+
+
+def bottleneck() -> BottleneckConfig:
+    return BottleneckConfig(r=2, target_modules=TOWER, task_type="CAUSAL_LM")
+
+
+def randomized(model: nn.Module, seed: int = 1) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_adapters." in name or "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model.eval()
+
+
+def two_adapters(kind: str, make: Any) -> PeftModel:
+    model = get_peft_model(seeing(kind), make())
+    model.add_adapter("other", make())
+    return randomized(model)
+
+
+@torch.no_grad()
+def by_adapter(model: PeftModel, inputs: dict[str, Any], names: list[str]) -> list[torch.Tensor]:
+    """The logits (T, V) of each row, in a batch under its adapter alone."""
+    rows = []
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        rows.append(model(**inputs).logits[row])
+    return rows
+
+
+# --- which modules read images -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("llava", {"model.vision_tower", "model.multi_modal_projector"}),
+        ("paligemma", {"model.vision_tower", "model.multi_modal_projector"}),
+        ("qwen2_vl", {"model.visual"}),
+    ],
+)
+def test_parts_that_read_images_are_found_and_the_text_is_none_of_them(kind, parts) -> None:
+    model = seeing(kind)
+    found = {name: media_part(name, model) for name, _ in model.named_modules() if name}
+    assert set(found.values()) - {""} == parts
+    for name, part in found.items():
+        assert part == next((p for p in parts if name == p or name.startswith(f"{p}.")), ""), name
+
+
+def test_of_clip_the_images_are_apart_from_the_text_and_other_models_have_no_such_part(tiny) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config=small, vision_config={**small, "image_size": 16, "patch_size": 8}, projection_dim=8
+    )
+    model = transformers.CLIPModel(config)
+    found = {media_part(name, model) for name, _ in model.named_modules() if name}
+    assert found == {"", "vision_model", "visual_projection"}
+    assert media_part("text_projection", model) == ""
+    for kind in ("bert", "vit", "t5", "llama"):
+        other = tiny(kind)
+        assert {media_part(name, other) for name, _ in other.named_modules() if name} == {""}
+
+
+def test_what_rows_hold_is_said_by_placeholders_or_by_one_image_for_each() -> None:
+    ids = torch.tensor([[1, 90, 90, 91], [1, 90, 5, 5]])
+    assert media_by_row({"input_ids": ids}, (90, 91), 2) == [[2, 1], [1, 0]]
+    assert media_by_row({"inputs_embeds": torch.zeros(2, 4, 8)}, (90, 91), 2) is None
+    assert media_by_row({"input_ids": ids, "pixel_values": torch.zeros(2, 3, 8, 8)}, (), 2) == [1, 1]
+    assert media_by_row({"input_ids": ids, "pixel_values": torch.zeros(3, 3, 8, 8)}, (), 2) is None
+    cut = {"input_ids": ids, "image_sizes": torch.tensor([[10, 20], [20, 10]])}
+    assert media_by_row(cut, (90,), 2) is None
+
+
+# --- whose images are whose ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("make", [moa, bottleneck])
+def test_images_go_through_the_adapter_of_their_row(kind, make) -> None:
+    model = two_adapters(kind, make)
+    for per_row in ([1, 1], [2, 2]):
+        inputs, names = seen(kind, per_row), ["default", "other"]
+        expected = by_adapter(model, inputs, names)
+        with torch.no_grad():
+            mixed = model(**inputs, adapter_names=names).logits
+        assert not torch.allclose(expected[1], model(**inputs, adapter_names=["default"] * 2).logits[1], atol=1e-2)
+        for row in range(2):
+            torch.testing.assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("make", [moa, bottleneck])
+@pytest.mark.parametrize("per_row", UNEVEN)
+def test_rows_of_different_numbers_of_images_are_refused_where_they_name_different_adapters(
+    kind, make, per_row
+) -> None:
+    model, inputs = two_adapters(kind, make), seen(kind, per_row)
+    with pytest.raises(
+        ValueError, match=r"adapter_names differs from row to row.*vis.*reads images.*different number"
+    ):
+        model(**inputs, adapter_names=["default", "other"])
+    expected = by_adapter(model, inputs, ["other", "other"])
+    with torch.no_grad():
+        mixed = model(**inputs, adapter_names=["other", "other"]).logits
+    torch.testing.assert_close(mixed, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_lora_of_peft_and_saved_modules_beside_ours_read_the_images_of_their_rows() -> None:
+    base = seeing("llava")
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=TOWER, init_lora_weights=False), base, "lora")
+    text = r".*language_model.*q_proj"
+    model = get_peft_model(base, moa(target_modules=text, modules_to_save=["linear_1"])).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name or "lora_" in name:
+                parameter.normal_(std=0.3)
+        inputs = seen("llava", [1, 1])
+        alone = [model(**inputs, adapter_names=[name] * 2).logits for name in ("lora", "default")]
+        mixed = model(**inputs, adapter_names=["lora", "default"]).logits
+        for row in range(2):
+            torch.testing.assert_close(mixed[row], alone[row][row], rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(mixed[row], alone[1 - row][row], atol=1e-2)
+        inputs = seen("llava", [2, 0])
+        with pytest.raises(ValueError, match=r"adapter_names differs.*'model\.vision_tower'"):
+            model(**inputs, adapter_names=["lora", "default"])
+        saved = get_peft_model(seeing("llava"), moa(target_modules=text, modules_to_save=["linear_1"])).eval()
+        with pytest.raises(ValueError, match=r"adapter_names differs.*'model\.multi_modal_projector'"):
+            saved(**inputs, adapter_names=["default", "__base__"])
+
+
+def test_experts_by_number_go_to_the_images_of_their_row() -> None:
+    model, numbers = randomized(get_peft_model(seeing("llava"), moa())), torch.tensor([0, 1])
+    with torch.no_grad():
+        inputs = seen("llava", [1, 1])
+        mixed = model(**inputs, expert_ids=numbers).logits
+        for row in range(2):
+            alone = model(**inputs, expert_ids=torch.tensor([row, row])).logits[row]
+            torch.testing.assert_close(mixed[row], alone, rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="expert_ids differs from row to row"):
+            model(**seen("llava", [2, 0]), expert_ids=numbers)
+
+
+@pytest.mark.parametrize("per_row", [[1, 1], [2, 0]])
+def test_what_repeats_rows_refuses_those_of_different_numbers_of_images(per_row) -> None:
+    inputs, text = seen("llava", per_row), r".*language_model.*q_proj"
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    split = get_peft_model(seeing("llava"), MoSAConfig(base="lora", r=2, target_modules=text, task_type="CAUSAL_LM"))
+    split.train()
+    model = randomized(get_peft_model(seeing("llava"), moa(target_modules=text)))
+    with torch.no_grad(), model.base_model.posterior():
+        if per_row == [2, 0]:
+            with pytest.raises(ValueError, match=r"the posterior repeats the rows.*different numbers of images"):
+                model(**inputs)
+        else:
+            both = model(**inputs).logits
+            for row in range(2):
+                alone = model(**{name: value[row : row + 1] for name, value in inputs.items()}).logits[0]
+                torch.testing.assert_close(both[row], alone, rtol=1e-4, atol=1e-4)
+    if per_row == [2, 0]:
+        with pytest.raises(ValueError, match=r"consistency of MoSA repeats.*different numbers.*consistency=0"):
+            split(**inputs, labels=labels)
+    else:
+        split(**inputs, labels=labels).loss.backward()
+
+
+def test_self_contrast_refuses_images_that_the_weak_form_would_not_see() -> None:
+    model = randomized(get_peft_model(seeing("llava"), moa(target_modules=r".*language_model.*q_proj")))
+    contrast = SelfContrastLogitsProcessor(model, {"adapters_off": True})
+    asked = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [IMAGE]}
+    with pytest.raises(ValueError, match="self-contrast is for text alone"):
+        model.generate(**seen("llava", [1, 1]), **asked, logits_processor=[contrast])
+    ids = torch.randint(5, 80, (2, 6))
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **asked, logits_processor=[contrast])
+
+
+# --- what decides there --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        *({"kind": "softmax", "granularity": name} for name in ("sequence", "causal_prefix", "request")),
+        {"kind": "expert_choice"}, {"kind": "hash"}, {"kind": "pregate", "granularity": "token"},
+        {"kind": "recurrent", "base": {"kind": "softmax", "granularity": "causal_prefix"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_routers_that_decide_by_sequences_or_by_the_text_are_refused_where_images_are_read(router) -> None:
+    base = seeing("llava")
+    said = r"at 'model\.vision_tower\..*reads images or sounds.*exclude_modules='\.\*model"
+    with pytest.raises(ValueError, match=said):
+        get_peft_model(base, moa(router=router))
+    assert not base._forward_pre_hooks
+    scope = {"router_scope": "model"} if router["kind"] == "pregate" else {}
+    left = moa(router=router, target_modules="all-linear", exclude_modules=r".*(?:vision_tower|projector).*", **scope)
+    if router["kind"] != "expert_choice" and router.get("granularity") != "sequence":  # which no causal model takes
+        get_peft_model(seeing("llava"), left)(**seen("llava", [1, 1]))
+
+
+def test_routers_that_count_the_text_are_refused_where_images_are_read() -> None:
+    with pytest.raises(ValueError, match=r"'model\.vision_tower' reads images or sounds"):
+        get_peft_model(seeing("llava"), moa(router="counts", router_scope="model", target_modules="all-linear"))
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+def test_a_router_for_the_model_decides_for_the_text_and_for_each_part_that_sees_apart(kind) -> None:
+    model = get_peft_model(seeing(kind), moa(target_modules="all-linear", router_scope="model"))
+    scopes: dict[str, set[str]] = {}
+    for host in model.base_model.hosts():
+        router = host.adapters["default"].router
+        leader = router.key.path if hasattr(router, "leader") else host.path
+        scopes.setdefault(leader, set()).add(host.stack)
+    assert all(len(stacks) == 1 for stacks in scopes.values())
+    assert list(scopes.values()).count({""}) == 1
+    inputs = seen(kind, [1, 2])
+    randomized(model)(**inputs, labels=inputs["input_ids"]).loss.backward()
+
+
+# --- positions, and what generates ---------------------------------------------------------------------------------
+
+
+def test_positions_in_time_height_and_width_leave_those_in_the_text() -> None:
+    ids = torch.ones(2, 5, dtype=torch.long)
+    text, space = torch.arange(5).expand(2, -1), torch.zeros(3, 2, 5, dtype=torch.long)
+    four = torch.cat([text[None], space])
+    assert torch.equal(read_stream({"input_ids": ids, "position_ids": four}).position_ids, text)
+    assert read_stream({"input_ids": ids, "position_ids": space}).position_ids is None
+    assert torch.equal(read_stream({"input_ids": ids, "position_ids": text}).position_ids, text)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("granularity", ["causal_prefix", "request"])
+def test_gate_that_remembers_generates_from_images_as_without_a_cache(kind, granularity) -> None:
+    router = {"kind": "softmax", "granularity": granularity}
+    model = randomized(get_peft_model(seeing(kind), moa(target_modules=r".*language_model.*[qv]_proj", router=router)))
+    asked = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [1, 2, IMAGE, 91, 92, 93]}
+    for per_row, beams in (([1, 2], 1), ([1, 1], 2)):
+        inputs = seen(kind, per_row)
+        cached = model.generate(**inputs, **asked, num_beams=beams)
+        assert torch.equal(cached, model.generate(**inputs, **asked, num_beams=beams, use_cache=False))
+
+
+def test_what_generates_is_causal_though_its_attention_sees_the_whole_prompt() -> None:
+    text = r".*language_model.*q_proj"
+    model = get_peft_model(seeing("paligemma"), moa(router="counts", router_scope="model", target_modules=text))
+    routers = [host.adapters["default"].router for host in model.base_model.hosts()]
+    assert routers[0].granularity == "causal_prefix"
+    with pytest.raises(ValueError, match="would see the future"):
+        get_peft_model(
+            seeing("paligemma"), moa(router={"kind": "softmax", "granularity": "sequence"}, target_modules=text)
+        )

@@ -1,0 +1,83 @@
+"""Tiny models that see: their inputs have any number of images in each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+IMAGE, IMAGES_TAKE = 90, 4  # the token that stands for a part of an image, and how many do for one
+TEXT = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "image_size": 16, "patch_size": 8}  # fmt: skip
+
+
+def _llava() -> nn.Module:
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**VISION), text_config=transformers.LlamaConfig(**TEXT),
+        image_token_id=IMAGE, vision_feature_layer=-1,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def _paligemma() -> nn.Module:
+    config = transformers.PaliGemmaConfig(
+        vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False, "projection_dim": 32},
+        text_config={**TEXT, "head_dim": 8, "model_type": "gemma"}, image_token_id=IMAGE, projection_dim=32,
+        hidden_size=32,
+    )  # fmt: skip
+    return transformers.PaliGemmaForConditionalGeneration(config)
+
+
+def _qwen2_vl() -> nn.Module:
+    """Its tower reads the patches of all images as one sequence (N, d)."""
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    config = transformers.Qwen2VLConfig(
+        text_config={**TEXT, "rope_parameters": rope}, image_token_id=IMAGE, video_token_id=91,
+        vision_start_token_id=92, vision_end_token_id=93, vision_config={
+            "depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "mlp_ratio": 2,
+        },
+    )  # fmt: skip
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+MAKERS: dict[str, Callable[[], nn.Module]] = {"llava": _llava, "paligemma": _paligemma, "qwen2_vl": _qwen2_vl}
+
+
+def seeing(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = MAKERS[kind]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+def seen(kind: str, per_row: Sequence[int]) -> dict[str, Any]:
+    """Rows of text with so many images each, padded on the left."""
+    generator = torch.Generator().manual_seed(1)
+
+    def words(count: int) -> list[int]:
+        return torch.randint(5, 80, (count,), generator=generator).tolist()
+
+    rows, count = [], sum(per_row)
+    for images in per_row:
+        row = [1, *words(3)]
+        for _ in range(images):
+            row += [92, *[IMAGE] * IMAGES_TAKE, 93, *words(2)]
+        rows.append(row)
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    if kind == "qwen2_vl":
+        inputs["mm_token_type_ids"] = (ids == IMAGE).long()
+        inputs["pixel_values"] = torch.randn(16 * count, 3 * 2 * 16, generator=generator)
+        inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * count)
+    else:
+        inputs["pixel_values"] = torch.randn(count, 3, 16, 16, generator=generator)
+    return inputs
