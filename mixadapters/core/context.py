@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -16,12 +15,12 @@ from torch import Tensor, nn
 
 from mixadapters.core import hooks
 from mixadapters.core.engines import Engine
-from mixadapters.core.media import is_even, media_by_row, placeholders_of, reads_media
+from mixadapters.core.media import placeholders_of, reads_media
 from mixadapters.core.record import Record, Records
 from mixadapters.core.routing import Routing, RoutingKey, find_routing
 from mixadapters.core.sites import has_two_stacks
 from mixadapters.core.steps import Steps
-from mixadapters.core.streams import MediaStream, PackedRequests, Stream, read_stream, refuse_packed
+from mixadapters.core.streams import MediaStream, PackedRequests, Stream, media_stream, read_stream, refuse_packed
 from mixadapters.core.usage import UsageRecorder
 
 ROUTES = "routes"  # the field that holds pinned routings by their keys
@@ -141,15 +140,11 @@ class ForwardContext(hooks.Rooted):
     # --- for adapters and routers -----------------------------------------------------------------------------
 
     def stream(self, stack: str = "") -> Stream:
-        """The sequence that the layers of `stack` read in this forward: an encoder, a decoder, or a part of the model
-        that reads images or sounds."""
+        """The sequence that the layers of `stack` read in this forward."""
         streams = self.record.streams
         found = streams.get(stack) or streams.get("") or next(iter(streams.values()), None) or Stream()
         if reads_media(stack) and not isinstance(found, MediaStream):
-            by_row = partial(media_by_row, self.record.inputs, self.placeholders, found.batch)
-            found = streams[stack] = MediaStream(
-                found.batch, copies=found.copies, packed=found.packed, part=stack, by_row=by_row
-            )
+            found = streams[stack] = media_stream(found, stack, self.record.inputs, self.placeholders)
         return found
 
     def tap(self, path: str) -> Tensor:
@@ -165,15 +160,6 @@ class ForwardContext(hooks.Rooted):
             RuntimeError: no router has decided it yet, or several have.
         """
         return find_routing(self.record.routings, key)
-
-    def refuse_uneven(self, inputs: dict[str, Any], batch: int, who: str, remedy: str) -> None:
-        """Raise ValueError where `who` repeats rows of a batch that hold different numbers of images or sounds."""
-        by_row = media_by_row(inputs, self.placeholders, batch) if self.placeholders else None
-        if by_row is not None and not is_even(by_row):
-            raise ValueError(
-                f"{who} repeats the rows of a batch, and theirs hold different numbers of images or sounds (of "
-                f"placeholders {by_row}), which cannot be repeated along: {remedy}"
-            )
 
     def as_sequences(self, tokens: Tensor, stack: str = "") -> Tensor:
         """tokens (B, T, d) or flattened (B*T, d) -> (B, T, d)."""

@@ -96,3 +96,13 @@ def media_by_row(inputs: Mapping[str, Any], placeholders: tuple[int, ...], batch
 def is_even(by_row: list[Any] | None) -> bool:
     """Whether all rows hold as much of images and sounds; False where nothing says it."""
     return by_row is not None and all(row == by_row[0] for row in by_row)
+
+
+def refuse_uneven(inputs: Mapping[str, Any], placeholders: tuple[int, ...], batch: int, who: str, remedy: str) -> None:
+    """Raise ValueError where `who` repeats rows of a batch that hold different numbers of images or sounds."""
+    by_row = media_by_row(inputs, placeholders, batch) if placeholders else None
+    if by_row is not None and not is_even(by_row):
+        raise ValueError(
+            f"{who} repeats the rows of a batch, and theirs hold different numbers of images or sounds (of "
+            f"placeholders {by_row}), which cannot be repeated along: {remedy}"
+        )

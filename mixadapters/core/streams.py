@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixadapters.core.cache import foreign_in, given_cache, tokens_in
-from mixadapters.core.media import is_even
+from mixadapters.core.media import is_even, media_by_row
 
 
 @dataclass(eq=False)
@@ -174,6 +175,12 @@ class MediaStream(Stream):
                 "of their own, or leave that part of the model out (exclude_modules)"
             )
         return repeat_rows(values, count, name)
+
+
+def media_stream(text: Stream, part: str, inputs: dict[str, Any], placeholders: tuple[int, ...]) -> MediaStream:
+    """What `part` of the model reads in a forward of these `inputs`, beside the text."""
+    by_row = partial(media_by_row, inputs, placeholders, text.batch)
+    return MediaStream(text.batch, copies=text.copies, packed=text.packed, part=part, by_row=by_row)
 
 
 def read_stream(

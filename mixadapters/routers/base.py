@@ -116,7 +116,7 @@ class Router(nn.Module):
             raise ValueError(
                 f"{said} at {site.path!r}: {site.stack!r} reads images or sounds, which are no text, and any number "
                 f"of them for each row; leave it out (exclude_modules={f'.*{re.escape(site.stack)}.*'!r}), or choose "
-                "a router that decides by token on hidden states"
+                "a router that decides by token (granularity='token') on hidden states"
             )
         self.path, self.stack = site.path, site.stack
 

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from mixadapters.core.cache import CACHE, given_cache
 from mixadapters.core.context import ROUTES, ForwardContext
 from mixadapters.core.fields import check_integer
+from mixadapters.core.media import refuse_uneven
 from mixadapters.core.routing import FROZEN
 from mixadapters.core.streams import Stream, read_stream, refuse_packed
 from mixadapters.routers.pooling import holds_documents
@@ -70,7 +71,7 @@ class PosteriorRouter:
         if stream.packed:
             raise refuse_packed("the posterior")
         rows = stream.batch
-        context.refuse_uneven(inputs, rows, "the posterior", "give rows of as many")
+        refuse_uneven(inputs, context.placeholders, rows, "the posterior", "give rows of as many")
         cache = self._cache(inputs)
         record.shared[self] = inputs, cache
         copies, record.copies = record.copies, 1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters.core.joining import predicts_next
+from mixadapters.core.media import refuse_uneven
 from mixadapters.core.sites import has_two_stacks
 from mixadapters.core.streams import read_stream
 
@@ -59,7 +60,8 @@ class ConsistencyObjective:
         kwargs = dict(kwargs)
         inputs = {**dict(zip(positional, args, strict=False)), **kwargs}
         batch = read_stream(inputs).batch if inputs else next(a.shape[0] for a in args if isinstance(a, Tensor))
-        context.refuse_uneven(inputs, batch, "the consistency of MoSA", f"give rows of as many, or {REMEDY}")
+        remedy = f"give rows of as many, or {REMEDY}"
+        refuse_uneven(inputs, context.placeholders, batch, "the consistency of MoSA", remedy)
         ignored = _ignored(self.model, inputs)
         if decoder_input := self._decoder_input(inputs):
             kwargs |= decoder_input
