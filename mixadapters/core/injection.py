@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -49,6 +50,12 @@ class Injection(SiteFinder):
     fields: tuple[str, ...] = ()
     attachment: type[MixtureLayer] | type[HookedLayer] = MixtureLayer
     moving: tuple[str, ...] = ()  # fields of the config that verbs change later
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, which writes the config over that of an adapter of the name before it looks at anything."""
+        refuse_within(model)
+        refuse_taken(model, adapter_name, BaseTunerLayer)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def build(self, config: Any, site: Site) -> Adapter | None:
         """The adapter for one site; None where there is nothing to add."""
@@ -257,17 +264,7 @@ class Injection(SiteFinder):
     def _check_name(self, adapter_name: str) -> None:
         """Refuse a name that can be none, or that another adapter has or holds in its keys. Nothing is changed yet."""
         check_name("adapter_name", adapter_name, self.prefix)
-        wrappers = [m for _, m in outside_adapters(self.model) if isinstance(m, AuxiliaryTrainingWrapper)]
-        parts = {part for wrapper in wrappers for part in wrapper.children()}  # PEFT's own, of the same name
-        for module in (m for _, m in outside_adapters(self.model) if m not in parts):
-            foreign = isinstance(module, BaseTunerLayer) and not (
-                isinstance(module, AdapterHost) and module.prefix == self.prefix
-            )
-            if foreign and adapter_name in module._all_available_adapter_names():
-                raise ValueError(
-                    f"adapter_name={adapter_name!r} is the name of an adapter of another type in this model "
-                    f"({type(module).__name__}): one of the two would be lost when they are saved. Choose another"
-                )
+        refuse_taken(self.model, adapter_name, BaseTunerLayer)
         others = [name for name in self.peft_config if name != adapter_name]
         found = (pair for host in self._own_hosts() for pair in host.adapters.items() if pair[0] != adapter_name)
         keys = {other: {adapter_name} for other, adapter in found if holds(adapter, adapter_name)}
@@ -281,6 +278,38 @@ class Injection(SiteFinder):
 
     def _own_hosts(self) -> Iterator[AdapterHost]:
         return (host for host in self.hosts() if host.prefix == self.prefix)
+
+
+def refuse_within(model: nn.Module) -> None:
+    """Refuse a PeftModel as the base of another: its adapters' files would name modules that no base model has."""
+    if isinstance(model, PeftModel):
+        kinds = {name: getattr(config.peft_type, "value", None) for name, config in model.peft_config.items()}
+        raise ValueError(
+            f"this model is a PeftModel already, with the adapters {kinds}: add one of the same type under another "
+            "name by model.add_adapter(name, config). Of two types, inject the first into the base model "
+            "(inject_adapter_in_model) before get_peft_model; to begin anew, give get_peft_model what model.unload() "
+            "returns"
+        )
+
+
+def refuse_taken(model: nn.Module, adapter_name: str, among: type) -> None:
+    """Refuse the name of an adapter that the model has: one of the two would be lost, at once or when it is saved.
+
+    among: the type of the layers that are asked.
+    """
+    outside = [module for _, module in outside_adapters(model)]
+    # PEFT's own in wrappers of saved modules, which have the names of those that they belong to.
+    parts = {part for m in outside if isinstance(m, AuxiliaryTrainingWrapper) for part in m.children()}
+    for module in outside:
+        taken = isinstance(module, among) and module not in parts
+        if taken and adapter_name in module._all_available_adapter_names():
+            host = isinstance(module, AdapterHost)
+            kind = module.prefix.rstrip("_").upper() if host else f"{type(module).__module__}.{type(module).__name__}"
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is the name of an adapter ({kind}) that this model has already, and "
+                "one of the two would be lost: give another adapter_name; or to begin anew, call unload() of the "
+                "PeftModel or load the base model again"
+            )
 
 
 def refuse_closed(hosts: Iterable[AdapterHost]) -> None:

@@ -19,6 +19,7 @@ import peft
 import peft.peft_model
 import peft.utils.save_and_load
 from peft import LoraModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME
 from transformers.integrations import PeftAdapterMixin
 
@@ -26,6 +27,8 @@ from mixadapters.core.card import complete_card
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.files import FileWeights, SavedAdapter, being_loaded, loading, read_adapter, read_config
+from mixadapters.core.injection import refuse_taken
+from mixadapters.core.layer import AdapterHost
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.rows import RowNames
 from mixadapters.tuners.registration import config_class
@@ -77,6 +80,7 @@ def watch_verbs() -> None:
     PeftModel.load_adapter = load_adapter
     PeftModel.create_or_update_model_card = create_or_update_model_card
     _watch_weights()
+    _watch_tuners()
     _watch_lora()
     _watch_transformers()
 
@@ -106,6 +110,18 @@ def _watch_weights() -> None:
     for module in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):
         module.load_peft_weights = load_peft_weights
         module.get_peft_model_state_dict = get_peft_model_state_dict
+
+
+def _watch_tuners() -> None:
+    begin = BaseTuner.__init__
+
+    @functools.wraps(begin)
+    def begin_tuner(self: Any, model: Any, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's own types would take the name of one of ours, which then nobody saves."""
+        refuse_taken(model, adapter_name, AdapterHost)
+        begin(self, model, peft_config, adapter_name, *args, **kwargs)
+
+    BaseTuner.__init__ = begin_tuner
 
 
 def _watch_lora() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +162,52 @@ def test_transformers_own_verbs_refuse_the_same_names(tiny: Any) -> None:
         model.add_adapter(mixture("x"), adapter_name="mlp")
 
 
-def test_two_types_cannot_share_a_name(tiny: Any) -> None:
+MODIFIED = pytest.mark.filterwarnings("ignore:You are trying to modify")
+TYPES = {
+    "ours": lambda: mixture("law"),
+    "another of ours": lambda: BottleneckConfig(r=2),
+    "lora": lambda: LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False),
+}
+
+
+@MODIFIED
+@pytest.mark.parametrize(("first", "second"), [pair for pair in product(TYPES, TYPES) if pair != ("lora", "lora")])
+@pytest.mark.parametrize("through", ["inject", "the base again", "the PeftModel again"])
+def test_a_second_adapter_does_not_take_the_name_of_the_first(
+    tiny: Any, tiny_inputs: Any, tmp_path: Path, first: str, second: str, through: str
+) -> None:
+    """Whatever the types and the order, as long as one is ours; the first one computes and is saved as before."""
     base = tiny("llama")
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), base)
-    with pytest.raises(ValueError, match="'default' is the name of an adapter of another type"):
-        get_peft_model(base, mixture("law"))
+    if through == "inject":
+        inject_adapter_in_model(TYPES[first](), base)
+        held = base
+    else:
+        held = get_peft_model(base, TYPES[first]())
+    inputs = tiny_inputs("llama")
+    before = held(**inputs).logits
+    nested = through == "the PeftModel again" and second != "lora"
+    says = "is a PeftModel already, .*add_adapter.*unload" if nested else "adapter_name='default' is the name of an"
+    with pytest.raises(ValueError, match=says):
+        get_peft_model(held if through == "the PeftModel again" else base, TYPES[second]())
+    assert torch.equal(held(**inputs).logits, before)
+    assert held.peft_config["default"].peft_type == TYPES[first]().peft_type
+    if held is not base:
+        held.save_pretrained(tmp_path)
+        torch.testing.assert_close(PeftModel.from_pretrained(tiny("llama"), tmp_path)(**inputs).logits, before)
+
+
+@MODIFIED
+@pytest.mark.filterwarnings("ignore:Already found a")
+def test_what_messages_of_taken_names_advise_works(tiny: Any, tiny_inputs: Any) -> None:
+    inputs = tiny_inputs("llama")
+    model = get_peft_model(tiny("llama"), mixture("law"))
+    model.add_adapter("second", mixture("medicine"))
+    anew = get_peft_model(model.unload(), BottleneckConfig(r=2))
+    torch.testing.assert_close(anew(**inputs).logits, tiny("llama")(**inputs).logits)
+    other = get_peft_model(tiny("llama"), TYPES["another of ours"]()).get_base_model()
+    both = get_peft_model(other, mixture("law"), adapter_name="law_adapter")
+    assert {type(host).__name__ for host in both.base_model.hosts()} == {"MixtureLayer"}
+    assert {name for host in both.base_model.hosts() for name in host.adapters} == {"default", "law_adapter"}
 
 
 def test_a_head_keeps_its_keys_whatever_the_adapter_is_called(tiny: Any, tmp_path: Path) -> None:
