@@ -56,13 +56,13 @@ class SiteFinder(BaseTuner):
         """The roles that have modules here: those of `sites`, or of the architecture."""
         if config.sites is not None:
             return set(config.sites)
-        row = find_architecture(self.get_model_config(self.model).get("model_type", "custom"))
+        row = find_architecture(self.get_model_config(self.model).get("model_type", "custom"), self.model)
         return {role for role in ROLES if getattr(row, role) is not None}
 
     def resolve(self, config: Any, model_config: dict[str, Any]) -> None:
         """Fill in what the config leaves to the model: sites, widths ... Raises ValueError where that cannot be."""
         if config.sites is None and config.target_modules is None:
-            row = find_architecture(model_config.get("model_type", "custom"))
+            row = find_architecture(model_config.get("model_type", "custom"), self.model)
             needed = (*self.roles(config), *self.taps(config))
             for role in needed:
                 if getattr(row, role) is None:

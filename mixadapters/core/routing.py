@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixadapters.core.showing import brief
+
 FROZEN = "frozen"  # the arm of the frozen layer's own output
 NO_LAYER = -1  # of a module that lies in no numbered layer
 
@@ -24,6 +26,9 @@ class Routing(NamedTuple):
     arms: tuple[str, ...] = ()  # names of the columns of probs; filled in for observers
     selected: Tensor | None = None  # (N, A) bool: the arms that were chosen; None: the router chooses none
     chances: Tensor | None = None  # (N, A) how probable each arm's choice was, where noise is drawn; for the load loss
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 class RoutingKey(NamedTuple):

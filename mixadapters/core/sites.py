@@ -239,14 +239,31 @@ def _anchored(layer: str, family: Architecture) -> Architecture:
 ARCHITECTURES = {name: _anchored(layer, family) for layer, family, names in ROWS for name in names.split()}
 
 
-def find_architecture(model_type: str) -> Architecture:
-    """The row of `config.model_type`; ValueError with the nearest name and the remedy where there is none."""
+def find_architecture(model_type: str, model: nn.Module | None = None) -> Architecture:
+    """The row of `config.model_type`; ValueError with the nearest name and the remedy where there is none.
+
+    model: whose modules the remedy names.
+    """
     if model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     raise ValueError(
         f"model_type={model_type!r} is not in the table of architectures.{nearest(model_type, ARCHITECTURES)} Please "
-        f"specify `target_modules`, or `sites={{role: regular expression}}`, the roles being {', '.join(ROLES)}"
+        f"specify `target_modules`{such_as(model)}, or `sites={{role: regular expression}}`, the roles being "
+        f"{', '.join(ROLES)}"
     )
+
+
+def such_as(model: nn.Module | None) -> str:
+    """ ", such as [...]": names of two linear layers of a model, for messages that ask for `target_modules`.
+
+    Those of numbered layers, or of all where there are none; "" where a model has no linear layer.
+    """
+    outside = () if model is None else outside_adapters(model)
+    linear = [path for path, m in outside if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
+    linear = [re.sub(r"(\.base_layer)+$", "", path) for path in linear]
+    within = [path for path in linear if layer_index(path) is not None] or linear
+    names = list(dict.fromkeys(path.rpartition(".")[2] for path in within))[:2]
+    return f", such as {names}" if names else ""
 
 
 # Where hidden states are (T, B, d): paths by `config.model_type`.

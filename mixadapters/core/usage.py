@@ -14,6 +14,7 @@ from torch import Tensor
 from mixadapters.core.losses import entropy, real_only
 from mixadapters.core.processes import gathered, several
 from mixadapters.core.routing import FROZEN, Routing, RoutingKey
+from mixadapters.core.showing import span
 
 WITHOUT_EXPERT = re.compile(rf"{FROZEN}|null\d+")  # arms; no expert may have such a name
 
@@ -28,6 +29,9 @@ class Usage:
         self.entropy: Tensor | float = 0.0
         self.count: Tensor | float = 0.0
         self.chosen: Tensor | None = None  # (A,) rows; None: the router chooses none
+
+    def __repr__(self) -> str:
+        return f"<Usage of the arms {list(self.arms)}, {int(self.count):,} rows>"
 
     def add(self, probs: Tensor, mask: Tensor | None, selected: Tensor | None = None) -> None:
         """probs (N, A), mask (N,) bool or None, selected (N, A) bool or None."""
@@ -62,6 +66,13 @@ class UsageRecorder:
 
     def __init__(self) -> None:
         self.seen: dict[tuple[RoutingKey, tuple[str, ...]], Usage] = {}
+
+    def __repr__(self) -> str:
+        keys = dict.fromkeys(key for key, _ in self.seen)
+        if not keys:
+            return "<UsageRecorder: no router has been seen>"
+        arms, rows = span([len(arms) for _, arms in self.seen]), span([self.count(key) for key in keys])
+        return f"<UsageRecorder: {len(keys)} routers, each of {arms} arms and {rows} rows; see report(), summaries()>"
 
     def __call__(self, key: RoutingKey, routing: Routing, mask: Tensor | None) -> None:
         assert routing.probs is not None

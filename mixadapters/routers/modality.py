@@ -45,14 +45,25 @@ class Modalities:
             if torch.compiler.is_compiling():
                 return found
             if found.numel() and not -1 <= int(found.min()) <= int(found.max()) < len(self.names):
-                wrong = found[(found < -1) | (found >= len(self.names))].unique().tolist()
-                known = dict(enumerate(self.names))
-                raise ValueError(
-                    f"the batch has tokens of a modality (number {wrong}, {UNKNOWN}: one without a number) that is "
-                    f"not among modalities={known}; add it to the config, or leave such tokens out"
-                )
+                raise self._unknown(context, (found < -1) | (found >= len(self.names)))
             shared[self] = found
         return shared[self]
+
+    def _unknown(self, context: ForwardContext, wrong: Tensor) -> ValueError:
+        """An error that says what the tokens are of whose modality the config knows nothing. wrong (B, T) bool."""
+        for field, called in (("modality_ids", ()), ("mm_token_type_ids", TOKEN_TYPES), ("input_ids", None)):
+            codes = context.record.inputs.get(field) if called is None else context.token_field(field)
+            if codes is not None:
+                break
+        assert codes is not None
+        found = codes.to(wrong.device)[wrong].unique().tolist()
+        names = dict(enumerate(called)) if called is not None else dict(self.tokens or ())
+        said = sorted({names[int(code)] for code in found if int(code) in names})
+        kinds = f" ({', '.join(said)})" if said else ""
+        return ValueError(
+            f"the batch has tokens with {field}={found}{kinds}, which are not among "
+            f"modalities={dict(enumerate(self.names))}: add the modality to the config, or leave such tokens out"
+        )
 
     def _given(self, context: ForwardContext) -> Tensor:
         given = context.token_field("modality_ids")

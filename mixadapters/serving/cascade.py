@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mixadapters.core.fields import check_kind, check_share
 from mixadapters.core.registry import nearest
 from mixadapters.core.rows import BASE
+from mixadapters.core.showing import brief
 
 
 def confidence(logits: Tensor, dispersion: Literal["variance", "entropy"] = "variance") -> Tensor:
@@ -46,6 +47,9 @@ class CascadeOutput(NamedTuple):
     sequences: Tensor | None  # (B, T) of a generation, padded on the right
     confidence: Tensor  # (B,) of the weak expert
     strong: Tensor  # (B,) bool: the rows that the strong one answered
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
@@ -21,12 +22,14 @@ from mixadapters.serving.engine import AUTO, AdapterServer
 from mixadapters.serving.folder import AdapterFolder
 from mixadapters.serving.metrics import Metrics
 from mixadapters.serving.requests import (
+    AdapterRefused,
     DeadlineExceeded,
     Request,
     RequestCancelled,
     ServerBusy,
     ServerStopped,
     UnknownAdapter,
+    WrongArgument,
 )
 from mixadapters.serving.texts import Detokenizer, StopStrings
 from mixadapters.serving.wire import (
@@ -42,6 +45,8 @@ from mixadapters.serving.wire import (
 )
 
 logger = logging.getLogger(__name__)
+# The beginning of an absolute path in quotes, up to its last part.
+ABSOLUTE = re.compile(r"(?<=['\"])(?:~?/|[A-Za-z]:[\\/])(?:[^'\"/\\\n]+[/\\]+)*")
 LOOK = 0.25  # seconds between two looks whether a client is still there
 
 
@@ -90,12 +95,14 @@ class Endpoint:
             try:
                 self.server.load(name, self.folder.find(name))
             except ValueError as error:
-                self.left_out[name] = self._said(error)
+                self.left_out[name] = without_paths(self._said(error))
                 logger.error("adapter %r is left out: %s", name, error)
 
     def _said(self, error: Exception) -> str:
         """A message as clients may read it: with their name of the base, and not where our folders lie."""
-        return str(error).replace(f"{self.folder.path}/", "").replace(repr(BASE), repr(self.base))
+        path = getattr(getattr(self.server.model, "config", None), "_name_or_path", None)
+        ours = str(error).replace(f"{self.folder.path}/", "").replace(repr(BASE), repr(self.base))
+        return ours.replace(repr(path), repr(self.base)) if path else ours
 
     def app(self) -> FastAPI:
         app = FastAPI(title="mixadapters", docs_url=None, redoc_url=None, openapi_url=None)
@@ -232,6 +239,12 @@ class Endpoint:
             for request in requests:
                 request.cancel()
             raise WireError(404, self._said(error), code="model_not_found", param="model") from None
+        except WrongArgument as error:
+            for request in requests:
+                request.cancel()
+            field = body.field_of(error.argument)
+            said = self._said(error).replace(f"{error.argument}=", f"{field}=")
+            raise WireError(400, said, param=field) from None
         except BaseException:
             for request in requests:
                 request.cancel()
@@ -283,7 +296,7 @@ class Endpoint:
         try:
             await asyncio.to_thread(self.server.load, name, path)
         except ValueError as error:
-            raise WireError(400, self._said(error), param="lora_name") from None
+            raise WireError(400, without_paths(self._said(error)), param="lora_name") from None
         self.left_out.pop(name, None)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
@@ -345,12 +358,19 @@ async def pieces(
     )
 
 
+def without_paths(text: str) -> str:
+    """A message with the last part of each absolute path in it: what an adapter's config names may lie anywhere."""
+    return ABSOLUTE.sub("", text)
+
+
 def as_wire_error(error: Exception) -> WireError:
     """What a client is told. Of an error that is not its own, nothing but that."""
     if isinstance(error, WireError):
         return error
     if isinstance(error, UnknownAdapter):
         return WireError(404, str(error), code="model_not_found", param="model")
+    if isinstance(error, AdapterRefused):
+        return WireError(400, str(error), param="model")
     if isinstance(error, ServerBusy):
         return WireError(429, str(error), kind="rate_limit_error", code="server_busy", headers={"Retry-After": "1"})
     if isinstance(error, DeadlineExceeded):

@@ -25,7 +25,7 @@ from mixadapters.core.rows import BASE, RowNames
 from mixadapters.core.streams import PackedRequests, RequestMemory
 from mixadapters.serving.adapters import ServedAdapters
 from mixadapters.serving.manager import ServingManager
-from mixadapters.serving.requests import AdapterUnreadable, Request, ServerBusy, ServerStopped
+from mixadapters.serving.requests import AdapterUnreadable, Request, ServerBusy, ServerStopped, WrongArgument
 from mixadapters.serving.scheduler import SCHEDULERS
 
 logger = logging.getLogger(__name__)
@@ -351,18 +351,22 @@ class AdapterServer(StepWork):
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise ValueError("prompt is text, and the server has no tokenizer: give token ids, or tokenizer=")
+                raise WrongArgument(
+                    "prompt", "prompt is text, and the server has no tokenizer: give token ids, or tokenizer="
+                )
             try:
                 prompt = self.tokenizer(prompt)["input_ids"]
             except TypeError:  # what tokenizers say of half a surrogate pair
-                raise ValueError(f"prompt={prompt!r:.60} is no valid Unicode text") from None
+                raise WrongArgument("prompt", f"prompt={prompt!r:.60} is no valid Unicode text") from None
         given: Any = prompt
         if not (hasattr(given, "tolist") or isinstance(given, Sequence)):
-            raise ValueError(f"prompt={given!r:.60} must be text or token ids")
+            raise WrongArgument("prompt", f"prompt={given!r:.60} must be text or token ids")
         ids: list[int] = given.tolist() if hasattr(given, "tolist") else list(given)
         size = self.model.config.get_text_config().vocab_size
         if not ids or not all(type(i) is int and 0 <= i < size for i in ids):
-            raise ValueError(f"prompt={prompt!r:.60} must be token ids from 0 to {size - 1}, at least one")
+            raise WrongArgument(
+                "prompt", f"prompt={prompt!r:.60} must be token ids from 0 to {size - 1}, at least one"
+            )
         return ids
 
     def _choose(self, ids: list[int]) -> str:
@@ -463,10 +467,14 @@ def new_tokens(server: AdapterServer, prompt: int, wanted: int | None) -> int:
         check_integer("max_new_tokens", wanted, least=1)
     positions = getattr(server.model.config.get_text_config(), "max_position_embeddings", None) or server.capacity
     most = min(server.capacity, positions)
-    if prompt + (wanted or 1) > most:
-        raise ValueError(
-            f"a prompt of {prompt} tokens and max_new_tokens={wanted} are more than the {most} tokens of a request "
-            f"(positions of the model: {positions}, cache_tokens: {server.capacity})"
+    room = f"the {most} tokens of a request (positions of the model: {positions}, cache_tokens: {server.capacity})"
+    if prompt >= most:
+        raise WrongArgument("prompt", f"a prompt of {prompt} tokens leaves none to generate of {room}: shorten it")
+    if wanted is not None and prompt + wanted > most:
+        raise WrongArgument(
+            "max_new_tokens",
+            f"a prompt of {prompt} tokens and max_new_tokens={wanted} are more than {room}: ask for at most "
+            f"{most - prompt}, or shorten the prompt",
         )
     return wanted or min(NEW_TOKENS, most - prompt)
 
@@ -474,13 +482,16 @@ def new_tokens(server: AdapterServer, prompt: int, wanted: int | None) -> int:
 def check_numbers(server: AdapterServer, deadline: Any, temperature: Any, top_p: Any) -> None:
     """Raises ValueError for numbers that a request cannot have."""
     if deadline is not None and not _number(deadline, above=0.0):
-        raise ValueError(f"deadline={deadline!r} must be seconds above 0, or None")
+        raise WrongArgument("deadline", f"deadline={deadline!r} must be seconds above 0, or None")
     if temperature is not None and not (_number(temperature) and (temperature == 0 or temperature >= COLDEST)):
-        raise ValueError(f"temperature={temperature!r} must be 0, or {COLDEST} or more")
+        raise WrongArgument("temperature", f"temperature={temperature!r} must be 0, or {COLDEST} or more")
     if not _number(top_p, above=0.0) or top_p > 1:
-        raise ValueError(f"top_p={top_p!r} must be above 0 and at most 1")
+        raise WrongArgument("top_p", f"top_p={top_p!r} must be above 0 and at most 1")
     if temperature and not server.sampling:
-        raise ValueError(f"temperature={temperature}: this server is greedy; start it with sampling=True (--sampling)")
+        raise WrongArgument(
+            "temperature",
+            f"temperature={temperature}: this server is greedy; start it with sampling=True (--sampling)",
+        )
 
 
 def _number(value: Any, above: float = -math.inf) -> bool:

@@ -18,6 +18,7 @@ from mixadapters.core.files import weights_of
 from mixadapters.core.folders import written_aside
 from mixadapters.core.registry import nearest
 from mixadapters.core.rows import BASE
+from mixadapters.core.showing import brief
 from mixadapters.serving.cascade import count_rows, rows_of
 from mixadapters.serving.pooled_states import what_trains_kept
 
@@ -35,6 +36,8 @@ class FeatureGaussian:
 
     mean: Tensor
     factor: Tensor
+
+    __repr__ = brief
 
     @classmethod
     def fit(cls, features: Tensor) -> FeatureGaussian:
@@ -58,6 +61,8 @@ class Gate:
 
     weight: Tensor  # (d,)
     bias: Tensor  # ()
+
+    __repr__ = brief
 
     def __call__(self, features: Tensor) -> Tensor:
         """features (N, d) -> (N,)"""

@@ -73,7 +73,7 @@ def http_server(options: argparse.Namespace, model: Any, tokenizer: Any) -> Http
         max_resident=options.max_resident, scheduler=options.scheduler, check_base_model=options.check_base_model,
         offload_folder=options.offload_folder,
     )  # fmt: skip
-    base = options.name or Path(options.base).name
+    base = options.name or Path(options.base).resolve().name
     endpoint = Endpoint(
         engine, folder, base=base, token=token, deadline=options.deadline, largest_body=options.largest_body
     )

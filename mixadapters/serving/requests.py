@@ -22,6 +22,14 @@ class UnknownAdapter(ValueError):
     """No adapter of the server has this name."""
 
 
+class WrongArgument(ValueError):
+    """A request cannot have this value. argument: the name of what is wrong, in `AdapterServer.submit`."""
+
+    def __init__(self, argument: str, message: str) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+
 class AdapterRefused(ValueError):
     """The adapter, as it is, cannot be right where requests are packed into one row."""
 

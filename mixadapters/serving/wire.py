@@ -7,7 +7,16 @@ import time
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 MOST_STOPS = 4  # as OpenAI's
 
@@ -63,12 +72,17 @@ class Generation(Body):
     logit_bias: Nothing | None = None
     seed: int | None = None
 
-    @model_validator(mode="after")
-    def _seed_is_neutral(self) -> Generation:
+    @field_validator("seed")
+    @classmethod
+    def _seed_is_neutral(cls, seed: int | None, info: ValidationInfo) -> int | None:
         """Greedy answers are the same under every seed; those that are drawn have none here."""
-        if self.seed is not None and self.temperature:
-            raise ValueError("seed has no effect on what is drawn here: leave it out, or temperature")
-        return self
+        if seed is not None and info.data.get("temperature"):
+            raise ValueError("it has no effect on what is drawn here: leave it out, or temperature")
+        return seed
+
+    def field_of(self, argument: str) -> str:
+        """How a client calls an argument of `AdapterServer.submit`."""
+        return "max_tokens" if argument == "max_new_tokens" else argument
 
     @property
     def stops(self) -> list[str]:
@@ -142,6 +156,11 @@ class ChatBody(Generation):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    def field_of(self, argument: str) -> str:
+        if argument == "max_new_tokens" and self.max_completion_tokens is not None:
+            return "max_completion_tokens"
+        return "messages" if argument == "prompt" else super().field_of(argument)
 
     @property
     def most(self) -> int | None:

@@ -56,6 +56,12 @@ class Compression:
     # The products that matrices have become, by `content_digest`: for `save_compressed`. None of a dry run.
     factors: dict[str, LowRankSparse] = field(default_factory=dict, repr=False, compare=False)
 
+    def __str__(self) -> str:
+        return (
+            f"{self.method}: {len(self.experts)} experts of {len(self.layers)} layers in {self.nbytes:,} bytes for "
+            f"{self.plain_bytes:,}, {self.bits_per_weight:.2f} bits per weight"
+        )
+
     @property
     def experts(self) -> list[ExpertCompression]:
         return [expert for layer in self.layers.values() for expert in layer]

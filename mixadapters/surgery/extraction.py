@@ -27,6 +27,7 @@ from mixadapters.core.files import weights_of
 from mixadapters.core.folders import written_aside
 from mixadapters.core.hooks import root_of
 from mixadapters.core.routing import Routing
+from mixadapters.core.showing import brief
 from mixadapters.surgery.splitting import split_expert
 from mixadapters.surgery.view import batches_of, check_model
 
@@ -44,6 +45,8 @@ class FFNPlan:
     groups: tuple[Tensor, ...]  # (h,) int64 each, the units of each expert
     shared: Tensor  # (s,) int64, units that are always on
     router: Tensor  # (n, K + 1), how strongly each group answers; the last column is the bias
+
+    __repr__ = brief
 
 
 class ExtractedFFN(nn.Module):
@@ -90,6 +93,8 @@ class Extraction:
     """What `extract_experts` has found, by the path of each FFN."""
 
     plans: dict[str, FFNPlan]
+
+    __repr__ = brief
 
     def apply(self, model: nn.Module, top_k: int | None = None) -> None:
         """Put experts in the place of the model's FFNs.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import check_integer
+from mixadapters.core.showing import brief
 from mixadapters.surgery.choices import check_tolerance
 from mixadapters.surgery.layers import ExpertLayer, Routed, expert_layers, require_layers
 from mixadapters.surgery.view import batches_of
@@ -32,6 +33,8 @@ class LayerCells:
     distances: Tensor  # (E, E), see `function_distances`
     top_k: int | None  # experts that a row uses
     needed_k: int | None  # so many would have room for every duplicate; None where `top_k` is
+
+    __repr__ = brief
 
     @property
     def duplicates(self) -> tuple[tuple[str, ...], ...]:

@@ -111,6 +111,9 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "advice": self.advice}
 
+    def __str__(self) -> str:
+        return self.markdown()
+
     def markdown(self) -> str:
         """Tables: the model, its layers, and what to look at."""
         lines = [

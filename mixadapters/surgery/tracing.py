@@ -15,6 +15,7 @@ from tqdm import tqdm
 from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import check_integer
 from mixadapters.core.routing import FROZEN
+from mixadapters.core.showing import brief, span
 from mixadapters.core.sites import has_two_stacks
 from mixadapters.surgery.layers import expert_layers, require_layers
 from mixadapters.surgery.view import ExpertLayer, Routed, context_of
@@ -30,6 +31,8 @@ class LayerRoutes:
     names: tuple[str, ...]  # of the experts, in the order of their numbers
     experts: list[Tensor]  # by text: (T, k) int, the heaviest first, -1 for none
     weights: list[Tensor]  # by text: (T, k) float
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         for i, (experts, weights) in enumerate(zip(self.experts, self.weights, strict=True)):
@@ -58,6 +61,14 @@ class RouteTable:
     tokens: list[list[str]]  # by text: as they stand in it, spaces included
     layers: list[LayerRoutes]
     labels: list[str] | None = field(default=None)  # by text, such as its domain
+
+    def __repr__(self) -> str:
+        tokens, experts = sum(map(len, self.tokens)), span([len(layer.names) for layer in self.layers])
+        labels = f"; labels {sorted(set(self.labels))}" if self.labels else ""
+        return (
+            f"<RouteTable: {len(self.tokens)} texts of {tokens:,} tokens in all, {len(self.layers)} layers, each of "
+            f"{experts} experts{labels}>"
+        )
 
     def __post_init__(self) -> None:
         check_labels(self.labels, len(self.tokens))

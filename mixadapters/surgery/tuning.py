@@ -31,6 +31,8 @@ from mixadapters.surgery.view import batches_of, check_model
 
 MODES = ("zero", "mask")
 SCORES = ("count", "weight")
+_PLACE = ["model.layers.0.mlp.down_proj", "law"]
+WRITTEN = {"off": [_PLACE], "on": [[*_PLACE, 0.5]], "scale": [[*_PLACE, 2.0]]}  # what a config may hold
 
 
 class Ranked(NamedTuple):
@@ -191,7 +193,8 @@ def _by_layer(
 def _found(argument: str, place: Place, layers: Sequence[ExpertLayer]) -> tuple[ExpertLayer, str]:
     """The layer and the name of an expert."""
     if isinstance(place, str) or not isinstance(place, Sequence) or len(place) < 2:
-        raise ValueError(f"{argument}: {place!r} must be (layer, expert)")
+        example = next(((layer.key, layer.names[0]) for layer in layers), "")
+        raise ValueError(f"{argument}: {place!r} must be (layer, expert), such as {example}")
     key, expert = place[0], place[1]
     named = [layer for layer in layers if layer.key == key] or [layer for layer in layers if layer.path == key]
     if len(named) != 1:
@@ -226,13 +229,18 @@ def check_written(said: Any) -> None:
     """Raise ValueError for what `written_places` could not have written."""
     lengths = {"off": (str, str), "on": (str, str, float), "scale": (str, str, float)}
     if not isinstance(said, dict) or not said.keys() <= {"mode", *lengths}:
-        raise ValueError(f"expert_overrides={said!r:.200} must have `off`, `on`, `scale` and `mode`, and nothing else")
+        raise ValueError(
+            f"expert_overrides={said!r:.200} must have `off`, `on`, `scale` and `mode`, and nothing else, such as "
+            f"{{'off': {WRITTEN['off']}}}; override_experts of the tuner writes it"
+        )
     one_of("expert_overrides: mode", said.get("mode", "zero"), MODES)
     for part, kinds in lengths.items():
         entries = said.get(part, [])
         if not isinstance(entries, list) or not all(_is_entry(entry, kinds) for entry in entries):
             form = "[module, expert]" if part == "off" else "[module, expert, number]"
-            raise ValueError(f"expert_overrides: {part}={entries!r:.200} must be a list of {form}")
+            raise ValueError(
+                f"expert_overrides: {part}={entries!r:.200} must be a list of {form}, such as {WRITTEN[part]}"
+            )
 
 
 def _is_entry(entry: Any, kinds: Sequence[type]) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mixadapters.core.fields import check_integer, check_kind
 from mixadapters.core.folders import written_aside
 from mixadapters.core.losses import entropy, real_only
+from mixadapters.core.showing import span
 from mixadapters.surgery.layers import expert_layers, require_layers
 from mixadapters.surgery.view import ExpertLayer, Routed, context_of
 
@@ -76,6 +77,10 @@ class LayerUsage:
             zeros(dtype=torch.long), zeros(count, count, dtype=torch.long), zeros(0, count, dtype=torch.float32),
             zeros(0), samples, form, tuple(units),
         )  # fmt: skip
+
+    def __repr__(self) -> str:
+        of = f" of adapter {self.adapter!r}" if self.adapter else ""
+        return f"<LayerUsage of {self.path!r}{of}: {len(self.names)} experts, {int(self.rows):,} rows>"
 
     @property
     def mean_saliency(self) -> Tensor:
@@ -188,6 +193,12 @@ class ExpertUsage:
     layers: dict[str, LayerUsage] = field(default_factory=dict)
     by_label: dict[str, ExpertUsage] = field(default_factory=dict)
     labels: Sequence[str] | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        layers = self.layers.values()
+        experts, rows = span([len(layer.names) for layer in layers]), span([int(layer.rows) for layer in layers])
+        labels = f"; labels {list(self.by_label)}" if self.by_label else ""
+        return f"<ExpertUsage: {len(layers)} layers, each of {experts} experts and {rows} rows{labels}>"
 
     def __getitem__(self, key: str) -> LayerUsage:
         return self.layers[key]

@@ -14,6 +14,7 @@ from mixadapters.core.bank import Weights
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.fields import check_kind
 from mixadapters.core.numbers import whole_numbers
+from mixadapters.core.showing import brief
 from mixadapters.surgery.function import hidden_of
 
 
@@ -28,6 +29,9 @@ class Routed(NamedTuple):
     mask: Tensor | None  # (N,) bool, False for padding and for rows of other adapters; None: all count
     norms: Callable[[], Tensor] | None = None  # -> (N, k) of the experts' outputs, before their weights; 0 for -1
     outputs: Callable[[], Tensor] | None = None  # -> (N, k, M) the outputs themselves
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 Watcher = Callable[[Routed], None]

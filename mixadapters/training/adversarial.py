@@ -18,6 +18,7 @@ from mixadapters.core.fields import check_integer, check_number, check_switches
 from mixadapters.core.hooks import root_of
 from mixadapters.core.losses import masked_mean
 from mixadapters.core.routing import Routing, RoutingKey
+from mixadapters.core.showing import brief
 from mixadapters.training.events import find_tuner
 from mixadapters.training.staged_distillation import distillation_loss
 
@@ -30,6 +31,9 @@ class Seen(NamedTuple):
     logits: Tensor  # (B, C) or (B, T, C)
     routings: dict[RoutingKey, Routing]  # of the routers that have decided it
     mask: Tensor | None  # (B, T) bool: real tokens
+
+    def __repr__(self) -> str:
+        return brief(self)
 
 
 class EmbeddingAttack:

@@ -55,14 +55,13 @@ class StageCallback(RunCallback):
         check_switches(check_head=check_head)
         self.stage, self.adapter_name, self.domain = stage, adapter_name, domain
         self.noted = stage if domain is None else f"{stage} {domain}"  # in checkpoints
-        check_kind("objectives", objectives, Sequence, "a list of objectives")
+        such = "such as [PreservationObjective()] of mixadapters.training.objectives"
+        check_kind("objectives", objectives, (list, tuple), f"a list of objectives, {such}")
         self.objectives, self.check_head = list(objectives), check_head
         for objective in self.objectives:
-            if not all(hasattr(objective, name) for name in ("takes", "before", "after")):
-                raise ValueError(
-                    f"objectives hold {objective!r:.80}, which has no takes, before and after: give such as "
-                    "PreservationObjective()"
-                )
+            if isinstance(objective, type) or not all(hasattr(objective, n) for n in ("takes", "before", "after")):
+                reason = "a class, not an object of it" if isinstance(objective, type) else "no objective"
+                raise ValueError(f"objectives hold {objective!r:.80}, which is {reason}: give a list {such}")
         self.trainer: Trainer | None = None
 
     def on_init_end(

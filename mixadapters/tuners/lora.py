@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mixadapters.core.fields import check_fits
 from mixadapters.core.files import PREFIX
 from mixadapters.core.patterns import check_pattern
-from mixadapters.core.sites import unwrapped
+from mixadapters.core.sites import such_as, unwrapped
 from mixadapters.tuners.sources import write_adapter
 
 RUN_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by servers, as one layer
@@ -47,12 +47,15 @@ REMEDIES = {
 }
 
 
-def default_targets(model_type: str) -> list[str]:
-    """Suffixes of the modules to which PEFT gives LoRA in models of a type. Raises ValueError where it has none."""
+def default_targets(model_type: str, model: nn.Module) -> list[str]:
+    """Suffixes of the modules to which PEFT gives LoRA in models of a type. Raises ValueError where it has none.
+
+    model: whose modules the remedy names.
+    """
     if model_type not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
         raise ValueError(
-            f"Please specify `target_modules`: PEFT has no default for model_type={model_type!r}; such as "
-            "target_modules=['q_proj', 'v_proj'], or 'all-linear'"
+            f"Please specify `target_modules`{such_as(model)}, or 'all-linear': PEFT has no default for "
+            f"model_type={model_type!r}"
         )
     return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type]
 

@@ -287,17 +287,23 @@ def error_of(answer: Answer) -> dict[str, Any]:
     [
         ({"model": "law"}, "prompt", "Field required"),
         ({"model": "law", "prompt": []}, "prompt", "empty"),
-        ({"model": "law", "prompt": [[]]}, None, "at least one"),
-        ({"model": "law", "prompt": [1000]}, None, "from 0 to 95"),
+        ({"model": "law", "prompt": [[]]}, "prompt", "at least one"),
+        ({"model": "law", "prompt": [1000]}, "prompt", "from 0 to 95"),
         ({"model": 3, "prompt": "w8"}, "model", "valid string"),
         ({"model": "law", "prompt": "w8", "max_tokens": 0}, "max_tokens", "greater than"),
         ({"model": "law", "prompt": "w8", "max_tokens": "9"}, "max_tokens", "valid integer"),
-        ({"model": "law", "prompt": "w8", "max_tokens": 1000}, None, "more than the 256 tokens"),
+        (
+            {"model": "law", "prompt": "w8", "max_tokens": 1000},
+            "max_tokens",
+            "and max_tokens=1000 are more than the 256",
+        ),
+        ({"model": "law", "prompt": [8] * 256}, "prompt", "a prompt of 256 tokens leaves none to generate"),
+        ({"model": "law", "prompt": "w8", "temperature": 1e-5}, "temperature", "temperature=1e-05 must be 0, or"),
         ({"model": "law", "prompt": "w8", "temperature": 3}, "temperature", "less than or equal to 2"),
         ({"model": "law", "prompt": "w8", "n": 2}, "n", "should be 1"),
         ({"model": "law", "prompt": "w8", "logit_bias": {"5": 1}}, "logit_bias", "no effect here"),
         ({"model": "law", "prompt": "w8", "min_p": 0.1}, "min_p", "not permitted"),
-        ({"model": "law", "prompt": "w8", "seed": 3, "temperature": 1}, None, "seed has no effect"),
+        ({"model": "law", "prompt": "w8", "seed": 3, "temperature": 1}, "seed", "it has no effect"),
         ({"model": "law", "prompt": "w8", "stop": [""]}, "stop", "1 to 200"),
         ({"model": "law", "prompt": "w8", "stop": list("abcde")}, "stop", "at most 4"),
         ({"model": "law", "prompt": ["w8", "w9"], "stream": True}, "prompt", "one prompt"),
@@ -321,6 +327,42 @@ def test_fields_that_would_have_no_effect_are_refused(served, more) -> None:
     answer = served.post("/v1/chat/completions", model="law", messages=[{"role": "user", "content": "w8"}], **more)
     assert answer.status_code == 400
     assert next(iter(more)) in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "message"),
+    [
+        ({"max_tokens": 1000}, "max_tokens", "and max_tokens=1000 are more than"),
+        ({"max_completion_tokens": 1000}, "max_completion_tokens", "and max_completion_tokens=1000 are more than"),
+        ({"content": "w8 " * 300}, "messages", "leaves none to generate"),
+        ({"seed": 1, "temperature": 0.5}, "seed", "no effect"),
+    ],
+)
+def test_messages_name_the_fields_that_a_client_has_sent(served, given, param, message) -> None:
+    content = given.pop("content", "w8")
+    answer = served.post("/v1/chat/completions", model="law", messages=[{"role": "user", "content": content}], **given)
+    assert answer.status_code == 400
+    error = error_of(answer)
+    assert error["param"] == param
+    assert message in error["message"]
+    assert "max_new_tokens" not in error["message"]
+
+
+def test_replies_do_not_say_where_models_lie(served, folder, monkeypatch) -> None:
+    """Neither the server's own base, nor the one that an adapter's config names."""
+    shutil.copytree(folder / "chat", folder / "foreign")
+    config = folder / "foreign" / "adapter_config.json"
+    said = json.loads(config.read_text()) | {"base_model_name_or_path": "/home/someone/our bases/other"}
+    config.write_text(json.dumps(said))
+    monkeypatch.setattr(served.engine.model.config, "_name_or_path", "/srv/secret/base")
+    try:
+        answer = served.post("/v1/load_lora_adapter", lora_name="foreign")
+        assert answer.status_code == 400
+        assert "trained on 'other', this model is 'tiny'" in error_of(answer)["message"]
+        for path in ("/v1/models", "/v1/models/law"):
+            assert "secret" not in served.send("GET", path).text
+    finally:
+        shutil.rmtree(folder / "foreign")
 
 
 def test_long_names_are_not_said_again(served) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -248,7 +249,10 @@ def test_what_cannot_be_tuned_is_refused(tiny, tiny_inputs) -> None:
     model, base, tree = moa(tiny), MODELS["mixtral"](tiny), moa(tiny, "tree", num_experts_per_tok=2)
     key, base_key, tree_key = (expert_layers(m)[0].key for m in (model, base, tree))
     for call, message in (
-        (lambda: tune_experts(model, off=["a"]), "must be \\(layer, expert\\)"),
+        (
+            lambda: tune_experts(model, off=["a"]),
+            rf"must be \(layer, expert\), such as \('{re.escape(key)}', 'expert0'\)",
+        ),
         (lambda: tune_experts(model, off=[("x", 0)]), "off: 0 layers are 'x'"),
         (lambda: tune_experts(model, off=[(key, 4)]), "has no expert 4"),
         (lambda: tune_experts(model, off=[(key, "law")]), "has no expert 'law'"),
@@ -314,9 +318,10 @@ def test_an_expert_that_leaves_leaves_the_overrides(mode: str, tiny, tiny_inputs
     ("said", "message"),
     [
         ([], "expert_overrides"),
-        ({"of": []}, "and nothing else"),
+        ({"of": []}, r"and nothing else, such as \{'off': \[\['model.layers.0.mlp.down_proj', 'law'\]\]\}"),
         ({"mode": "max"}, "is unknown"),
-        ({"off": [["x"]]}, r"must be a list of \[module, expert\]"),
+        ({"off": [["x"]]}, r"must be a list of \[module, expert\], such as \[\['model.*', 'law'\]\]"),
+        ({"off": [[7]]}, r"must be a list of \[module, expert\]"),
         ({"on": [["x", "a", "1"]]}, r"must be a list of \[module, expert, number\]"),
         ({"scale": [["x", "a", float("inf")]]}, "expert_overrides"),
         ({"off": [["x", "a"]]}, "off: 0 layers are 'x'"),

@@ -107,9 +107,20 @@ def test_the_optimizer_holds_what_the_stage_trains_and_nothing_else(
     assert moved <= trainable(classifier)
 
 
-def test_what_is_no_objective_is_refused_when_the_callback_is_made() -> None:
-    with pytest.raises(ValueError, match=r"objectives hold 'preservation', which has no takes, before and after"):
-        StageCallback("task", objectives=["preservation"])  # type: ignore[list-item]
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["preserve"], "objectives hold 'preserve', which is no objective"),
+        ([PreservationObjective], "objectives hold <class .*PreservationObjective'>, which is a class, not an object"),
+        ("preserve", "objectives='preserve' must be a list of objectives"),
+        (PreservationObjective(), "objectives=.* must be a list of objectives"),
+    ],
+)
+def test_what_is_no_objective_is_refused_when_the_callback_is_made(given: Any, message: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"{message}.*PreservationObjective\(\)\] of mixadapters.training.objectives"
+    ):
+        StageCallback("task", objectives=given)
 
 
 def test_stage_of_another_adapter(tiny: Any, tmp_path: Path) -> None:

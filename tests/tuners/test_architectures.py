@@ -12,7 +12,7 @@ import transformers
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from mixadapters import BottleneckConfig, MixDAConfig
+from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig
 
 KINDS = [
     "bert", "roberta", "distilbert", "deberta_v2", "vit", "gpt2", "opt", "llama", "mistral", "qwen2", "qwen3",
@@ -344,6 +344,27 @@ def test_unknown_architecture_is_refused_with_the_remedy(config) -> None:
     with pytest.raises(ValueError, match=r"'strange' is not in the table of architectures.*`target_modules`.*`sites="):
         get_peft_model(model, config)
     assert not model._forward_pre_hooks
+
+
+NO_TABLE_KNOWS: dict[str, tuple[Any, str]] = {
+    "bottleneck": (BottleneckConfig(), "`target_modules`"),
+    "moa": (MoAConfig(num_experts=2), "`target_modules`"),
+    "moa bottleneck": (MoAConfig(num_experts=2, expert_type="bottleneck", r=4), "`target_modules`"),
+    "lora domains": (MixDAConfig(domain_type="lora", r=2, task_adapter=None), "`target_modules`"),
+    "lora task": (MixDAConfig(domain_type="lora", target_modules=["mix"], task_adapter="lora"), "task_target_modules"),
+}
+
+
+@pytest.mark.parametrize("key", NO_TABLE_KNOWS)
+def test_modules_of_a_remedy_are_modules_of_the_model(key: str) -> None:
+    """Also where an adapter sits already at some of them."""
+    config, field = NO_TABLE_KNOWS[key]
+    for model in (
+        strange(),
+        get_peft_model(strange(), BottleneckConfig(r=2, target_modules=["mix"])).get_base_model(),
+    ):
+        with pytest.raises(ValueError, match=rf"{field}, such as \['mix', 'enter'\]"):
+            get_peft_model(model, config, adapter_name="second")
 
 
 UNKNOWN: dict[str, tuple[type, dict[str, Any], set[str]]] = {

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError
-from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, XLoraConfig, get_peft_model
 from processes import Process
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mixadapters import BottleneckConfig, MoAConfig
+from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig
 from mixadapters.tuners.lora import _alpha
 from mixadapters.tuners.moa.sources import MOE_PEFT
 
@@ -231,6 +231,24 @@ def test_experts_of_xlora_that_lost_layers_are_refused_with_the_reason(tiny, tmp
         gather(tiny("llama"), {"one": tmp_path / "x" / "0"})
     with pytest.raises(ValueError, match=r"gather the LoRA folders that it routes among"):
         gather(tiny("llama"), {"one": tmp_path / "x"})
+
+
+@pytest.mark.parametrize(
+    ("saved", "expert_type", "message"),
+    [
+        (LoraConfig(r=2, target_modules=["down_proj"]), "bottleneck", "a LORA .* leave expert_type at 'lora'"),
+        (BottleneckConfig(r=2), "lora", "a BOTTLENECK .*say expert_type='bottleneck', or 'glu'"),
+        (MoAConfig(num_experts=2, r=2, target_modules=["down_proj"]), "lora", r"a MOA .*\(export_expert\)"),
+        (MixDAConfig(domains=["law"], r=2), "bottleneck", r"a MIXDA .*\(export_domain\)"),
+        (VeraConfig(r=2, target_modules=["down_proj"]), "lora", "a VERA .*gathers LORA adapters$"),
+    ],
+    ids=lambda value: getattr(value, "peft_type", None),
+)
+def test_sources_of_another_type_are_refused_with_a_way_out(saved, expert_type, message, tiny, tmp_path) -> None:
+    get_peft_model(tiny("llama"), saved).save_pretrained(tmp_path)
+    config = MoAConfig(experts={"one": str(tmp_path)}, expert_type=expert_type)
+    with pytest.raises(ValueError, match=rf"experts\['one'\].* is {message}"):
+        get_peft_model(tiny("llama"), config)
 
 
 @pytest.mark.parametrize(("kind", "remedy"), MOE_PEFT.items())

@@ -35,6 +35,9 @@ class Trajectories(Dataset):
         self.shards, self.info = shards, info
         self._ends = list(accumulate(s["timestep"].numel() for s in shards))
 
+    def __repr__(self) -> str:
+        return f"<Trajectories: {len(self):,} states in {len(self.shards)} shards>"
+
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Trajectories:
         """A record on disk. Its shards are mapped into memory, not read.

@@ -7,13 +7,13 @@ from collections.abc import Collection, Iterable
 from copy import copy
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.sites import find_architecture
+from mixadapters.core.sites import ARCHITECTURES, Architecture, find_architecture, such_as
 from mixadapters.routers import SingleRouter
 from mixadapters.tuners.bottleneck.model import EXPERT
 from mixadapters.tuners.lora import default_targets
@@ -47,12 +47,14 @@ class LoRADomains(MixtureModel):
         sites: dict[str, str] = {}
         if config.domain_type == "lora":
             new = not gathered or any("source" not in spec for spec in config.domains.values())
-            sites[LORA_DOMAIN] = lora_domain_pattern(config.target_modules, gathered, model_type, new)
+            sites[LORA_DOMAIN] = lora_domain_pattern(
+                config.target_modules, gathered, model_type, self.model if new else None
+            )
         if config.task_adapter == "lora":
-            sites[LORA_TASK] = lora_task_pattern(config.task_target_modules, model_type)
+            sites[LORA_TASK] = lora_task_pattern(config.task_target_modules, model_type, self.model)
         wanted = {*self.roles(config), *self.taps(config)} - sites.keys()
         for role in wanted:
-            pattern = getattr(find_architecture(model_type), role)
+            pattern = getattr(find_architecture(model_type, self.model), role)
             if pattern is None:
                 raise ValueError(
                     f"{model_type!r} models have no module for the role {role!r}, which this config needs; choose "
@@ -109,31 +111,31 @@ def lora_task(config: MixDAConfig, site: Site) -> Mixture:
     return Mixture(SingleRouter(site.in_features, [EXPERT]), bank, "parallel")
 
 
-def lora_domain_pattern(targets: Any, gathered: Collection[str], model_type: str, new: bool) -> str:
+def lora_domain_pattern(targets: Any, gathered: Collection[str], model_type: str, model: nn.Module | None) -> str:
     """Of the modules that take LoRA domains.
 
     Args:
         targets: `target_modules` of the config.
         gathered: modules of domains that have been trained.
-        new: whether there are new domains, which lie where PEFT puts LoRA.
+        model: where there are new domains, which lie where PEFT puts LoRA in it.
     """
     if targets is not None:
         return suffixes(targets)
     parts = [pattern_of(gathered)] if gathered else []
-    if new:
-        parts.append(suffixes(default_targets(model_type)))
+    if model is not None:
+        parts.append(suffixes(default_targets(model_type, model)))
     return "|".join(f"(?:{part})" for part in parts)
 
 
-def lora_task_pattern(targets: Any, model_type: str) -> str:
+def lora_task_pattern(targets: Any, model_type: str, model: nn.Module) -> str:
     """Of the modules that take the LoRA of the task: the attention's query and value, where `targets` is None."""
     if targets is not None:
         return suffixes(targets)
-    row = find_architecture(model_type)
+    row = ARCHITECTURES.get(model_type, Architecture())
     found = [pattern for pattern in ((row.query, row.value) if row.value else (row.qkv,)) if pattern]
     if not found:
         raise ValueError(f"{model_type!r} models have no modules of query and value that the table knows; pass "
-                         "task_target_modules")  # fmt: skip
+                         f"task_target_modules{such_as(model)}")  # fmt: skip
     return "|".join(f"(?:{pattern})" for pattern in found)
 
 

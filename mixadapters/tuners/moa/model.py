@@ -79,7 +79,7 @@ class MoAModel(ExpertOverriding, ExpertCutting):
             if config.target_modules is None and self._gathered:
                 config.target_modules = {path for found in self._gathered.values() for path in found.weights}
             elif config.target_modules is None:
-                config.target_modules = set(default_targets(model_config.get("model_type", "custom")))
+                config.target_modules = set(default_targets(model_config.get("model_type", "custom"), self.model))
             self.name_all_linear(config)
             return
         super().resolve(config, model_config)

@@ -57,7 +57,13 @@ def gather(tuner: ExpertSites, config: MoAConfig, name: str, spec: dict[str, Any
         scales, found = _bottleneck(tuner, config, saved, weights, spec, where)
     else:
         takes = "LORA" if config.expert_type == "lora" else "BOTTLENECK"
-        remedy = "; gather the LoRA folders that it routes among" if kind == "XLORA" else ""
+        remedy = {
+            "XLORA": "; gather the LoRA folders that it routes among",
+            "LORA": "; for LoRA folders leave expert_type at 'lora'",
+            "BOTTLENECK": "; say expert_type='bottleneck', or 'glu' for gated ones",
+            "MOA": "; write its experts as folders first (export_expert)",
+            "MIXDA": "; write its domains as folders first (export_domain)",
+        }.get(kind, "")
         raise ValueError(
             f"{where} is a {kind} adapter; expert_type={config.expert_type!r} gathers {takes} adapters{remedy}"
         )
