@@ -374,7 +374,10 @@ def mixtures_to_spread(tuner: MixtureModel, adapter_name: str) -> dict[str, Mixt
         if key.adapter != adapter_name or len(mixture.bank.experts) < 2:
             continue
         if isinstance(mixture.bank, ShardedBank):
-            raise ValueError(f"the experts of adapter {adapter_name!r} are spread over processes already")
+            raise ValueError(
+                f"the experts of adapter {adapter_name!r} are spread over processes already, by a run that has failed "
+                "perhaps: end that by its sharding.close(), in every process, or make the model anew"
+            )
         if type(mixture.bank) is not AdapterBank or not mixture.bank.keeps_packed:
             raise ValueError(f"the experts at {key.path!r} are computed, or in an ExpertRing: they cannot be spread")
         found[f"{key.path} {key.step}".rstrip()] = mixture

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from mixadapters.core.fields import check_integer, check_number
 from mixadapters.core.trainers import trainer_above
+from mixadapters.sharding.bank import ShardedBank
 from mixadapters.sharding.experts import ExpertSharding, keep_from_ddp, mixtures_to_spread, shard_experts
-from mixadapters.training.events import find_tuner, plain_optimizer
+from mixadapters.training.events import RunCallback, find_tuner, plain_optimizer
 
 
 class SameBatchesMixin:
@@ -19,16 +22,27 @@ class SameBatchesMixin:
 
         class ExpertTrainer(SameBatchesMixin, Trainer): ...
 
-    A step has the rows of one process. Evaluation and prediction share rows out, as in any Trainer.
+    A step has the rows of one process. Evaluation and prediction share rows out, as in any Trainer. Warns where no
+    experts are spread, so that all processes would do the same work.
     """
 
     args: TrainingArguments
     accelerator: Any
+    model: nn.Module
+    callback_handler: Any
 
     def get_train_dataloader(self) -> DataLoader:
         parts: Any = super()
         if self.args.world_size == 1:
             return parts.get_train_dataloader()
+        watched = any(isinstance(callback, ExpertShardingCallback) for callback in self.callback_handler.callbacks)
+        if not watched and not any(isinstance(module, ShardedBank) for module in self.model.modules()):
+            warnings.warn(
+                f"{type(self).__name__} gives all {self.args.world_size} processes the same rows, and no experts are "
+                "spread over them, so that they do the same work: add ExpertShardingCallback(), or leave "
+                "SameBatchesMixin out",
+                stacklevel=2,
+            )
         state = self.accelerator.state
         before = state.device_mesh
         # How accelerate is told of processes that read the same batch, whatever they do with it.
@@ -43,7 +57,7 @@ class SameBatchesMixin:
         return parts.get_total_train_batch_size(args) // args.world_size
 
 
-class ExpertShardingCallback(TrainerCallback):
+class ExpertShardingCallback(RunCallback):
     """Spreads the experts of an adapter over the processes of a Trainer (`shard_experts`), and deals them anew by
     their load after every so many steps, with what the optimizer keeps for them.
 
@@ -55,6 +69,10 @@ class ExpertShardingCallback(TrainerCallback):
     While Trainer evaluates or saves, and after the run, every process holds all experts: checkpoints are ordinary
     ones, from which any number of processes goes on, experts dealt evenly at first.
 
+    A run that fails leaves the experts where they lie, since processes that have ended can give none back. Where all
+    are still there, `callback.sharding.close(trainer.optimizer)` in each of them gathers the experts; else go on from
+    the last checkpoint. A warning says so.
+
     Args:
         every: steps between deals; 0: they stay as they are dealt at first, evenly.
         copies: see `shard_experts`.
@@ -62,7 +80,7 @@ class ExpertShardingCallback(TrainerCallback):
         adapter_name: the adapter in the model.
 
     Attributes:
-        sharding: of the run; None outside of it.
+        sharding: of the run; None outside of it, unless it has failed.
 
     Raises:
         ValueError: a number out of range; one process; FSDP, DeepSpeed or another engine that takes parameters apart,
@@ -134,6 +152,15 @@ class ExpertShardingCallback(TrainerCallback):
         if self.sharding is not None:
             self.sharding.close(plain_optimizer(optimizer))
             self.sharding = None
+
+    def run_ended(self, model: nn.Module) -> None:
+        if self.sharding is not None and not self.sharding.is_whole:
+            warnings.warn(
+                "the run has ended before its time, and the experts are still spread over the processes: where all of "
+                "these go on, call callback.sharding.close(trainer.optimizer) in each of them, callback being this "
+                "ExpertShardingCallback; else make the model anew, and go on from the last checkpoint",
+                stacklevel=2,
+            )
 
 
 def check(args: TrainingArguments, trainer: Trainer) -> None:

@@ -260,19 +260,31 @@ class GateUsageCallback(TrainerCallback):
     Args:
         trainer: as in `trainer.add_callback(GateUsageCallback(trainer))`; its `log` takes the report.
         per_layer: report single layers too, not only means.
+
+    Warns where the adapters have no router that decides, and no auxiliary loss.
+
+    Raises:
+        ValueError: at the beginning of a run whose model holds no adapter of this library.
     """
 
     def __init__(self, trainer: Trainer, per_layer: bool = False) -> None:
         check_switches(per_layer=per_layer)
         check_kind("trainer", trainer, Trainer, "the Trainer, whose log takes the report")
         self.trainer, self.per_layer = trainer, per_layer
+        self._silent = True  # whether this run has had nothing to report so far, and nobody has been told
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        if (context := context_within(model)) is not None:  # what a run that has failed, or a loop, has left
-            context.usage.reset()
-            context.loss_log.clear()
+        context = context_within(model)
+        if context is None:
+            raise ValueError(
+                f"GateUsageCallback: {type(model).__name__} holds no adapter of mixadapters, so that no gate spreads "
+                "any weight: leave the callback out"
+            )
+        context.usage.reset()  # what a run that has failed, or a loop, has left
+        context.loss_log.clear()
+        self._silent = True
 
     # Not `on_step_end`: to log there would take the place of the Trainer's own entry.
     def on_log(
@@ -283,6 +295,13 @@ class GateUsageCallback(TrainerCallback):
             report = collect_usage(model, self.per_layer)
             if report:
                 self.trainer.log(report)
+            elif self._silent:
+                warnings.warn(
+                    "GateUsageCallback has nothing to report: no adapter that trains here has a router that decides "
+                    "anything, or an auxiliary loss. Leave it out",
+                    stacklevel=2,
+                )
+            self._silent = False
 
 
 def context_within(model: nn.Module) -> ForwardContext | None:

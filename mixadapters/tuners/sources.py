@@ -17,6 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mixadapters.core.base_digest import warn_of_other_base
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.fields import check_number, fits
 from mixadapters.core.files import digest_of, read_adapter, read_config
@@ -83,9 +84,11 @@ def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, weights: M
 
 
 def check_base_model(model: nn.Module, saved: Any, spec: dict[str, Any], where: str) -> None:
-    """Refuse an adapter of another base model, by the names that both give."""
+    """Refuse an adapter of another base model, by the names that both give; and warn of other weights, where its
+    config knows those that it was trained on: PEFT's own do not."""
     if spec.get("check_base_model", True):
         refuse_other_base(model, saved.base_model_name_or_path, where, "{'source': ..., 'check_base_model': False}")
+        warn_of_other_base(model, getattr(saved, "base_digest", None), where)
 
 
 def refuse_other_base(model: nn.Module, theirs: str | None, where: str, remedy: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from mixadapters import BottleneckConfig, MixDAConfig
+from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig
 from mixadapters.core.base_digest import base_digest
 
 OTHER = "was trained on a base model of other weights"
@@ -47,6 +47,25 @@ def test_a_merged_base_is_told_and_another_type_of_the_same_weights_not(
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_digest": None}))  # as earlier versions saved it
     assert loaded(tiny("llama"), tmp_path, caplog) == []
+
+
+def test_a_source_that_was_trained_on_other_weights_is_told(tiny: Any, tmp_path: Path, caplog) -> None:
+    config = BottleneckConfig(r=2, placement="parallel")
+    get_peft_model(merged(tiny("llama")), config).save_pretrained(tmp_path / "bottleneck")
+    lora = LoraConfig(r=2, target_modules=["q_proj"])
+    get_peft_model(merged(tiny("llama")), lora).save_pretrained(tmp_path / "lora")  # PEFT's own, which say nothing
+
+    def gathered(base: nn.Module, kind: str, **spec: Any) -> list[str]:
+        caplog.clear()
+        experts = {"one": {"source": str(tmp_path / kind), **spec}}
+        get_peft_model(base, MoAConfig(experts=experts, expert_type=kind, router="softmax"))
+        return [message for message in caplog.messages if OTHER in message]
+
+    (said,) = gathered(tiny("llama"), "bottleneck")
+    assert said.startswith("experts['one']: ")
+    assert gathered(merged(tiny("llama")), "bottleneck") == []
+    assert gathered(tiny("llama"), "bottleneck", check_base_model=False) == []
+    assert gathered(tiny("llama"), "lora") == []
 
 
 def test_adapters_change_nothing_of_it_and_merged_ones_have_none(tiny: Any) -> None:

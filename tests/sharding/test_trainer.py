@@ -7,9 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 from transformers import Trainer
 
 from mixadapters.sharding import ExpertShardingCallback, SameBatchesMixin
+from mixadapters.sharding.bank import ShardedBank
 from mixadapters.sharding.trainer import check
 
 
@@ -49,6 +52,40 @@ def test_what_can_be_is_not_refused() -> None:
 def test_what_cannot_be_is_refused_by_name(given: dict[str, Any], trainer: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(arguments(**given), trainer)
+
+
+class Served:
+    """What is above a mixin, in place of Trainer."""
+
+    def get_train_dataloader(self) -> str:
+        return "rows"
+
+
+class Mixed(SameBatchesMixin, Served):
+    def __init__(self, model: nn.Module, *callbacks: Any) -> None:
+        self.args, self.model = SimpleNamespace(world_size=2, device=torch.device("cpu")), model
+        self.callback_handler = SimpleNamespace(callbacks=callbacks)
+        self.accelerator = SimpleNamespace(state=SimpleNamespace(device_mesh="before"))
+
+
+def test_same_batches_for_experts_that_nobody_spreads_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixadapters.sharding.trainer.init_device_mesh", lambda *_, **__: "mesh")
+    with pytest.warns(UserWarning, match="Mixed gives all 2 processes the same rows, and no experts are spread"):
+        assert Mixed(nn.Linear(2, 2)).get_train_dataloader() == "rows"
+    Mixed(nn.Linear(2, 2), ExpertShardingCallback()).get_train_dataloader()
+    spread = ShardedBank.__new__(ShardedBank)  # what `shard_experts` puts into a model
+    nn.Module.__init__(spread)
+    Mixed(nn.Sequential(spread)).get_train_dataloader()
+
+
+def test_a_run_that_fails_says_that_experts_are_still_spread() -> None:
+    callback = ExpertShardingCallback()
+    callback.run_ended(nn.Linear(2, 2))
+    callback.sharding = SimpleNamespace(is_whole=True)  # type: ignore[assignment]
+    callback.run_ended(nn.Linear(2, 2))
+    callback.sharding = SimpleNamespace(is_whole=False)  # type: ignore[assignment]
+    with pytest.warns(UserWarning, match=r"still spread .*callback\.sharding\.close\(trainer\.optimizer\)"):
+        callback.run_ended(nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(

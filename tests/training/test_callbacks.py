@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -609,12 +609,22 @@ def test_gate_usage_counts_training_batches_since_the_last_report(tiny: Any, tin
     assert collect_usage(model) == {}
 
 
-def test_models_without_gates_report_nothing(tiny: Any, tmp_path: Path) -> None:
+def test_models_without_gates_report_nothing_and_are_told_so_once(tiny: Any, tmp_path: Path) -> None:
     model = get_peft_model(tiny("bert", "sequence_classification"), BottleneckConfig(r=4))
     trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(classes=True))
     trainer.add_callback(GateUsageCallback(trainer))
-    trainer.train()
+    with pytest.warns(UserWarning, match="GateUsageCallback has nothing to report") as told:
+        trainer.train()
+    assert len([one for one in told if "GateUsageCallback" in str(one.message)]) == 1
     assert gates(trainer.state.log_history) == []
+
+
+def test_gate_usage_of_a_model_without_our_adapters_is_refused(tiny: Any, tmp_path: Path) -> None:
+    model = get_peft_model(tiny("bert", "sequence_classification"), LoraConfig(r=2, target_modules=["query"]))
+    trainer = Trainer(model=model, args=arguments(tmp_path), train_dataset=rows(classes=True))
+    trainer.add_callback(GateUsageCallback(trainer))
+    with pytest.raises(ValueError, match="GateUsageCallback: PeftModel holds no adapter of mixadapters"):
+        trainer.train()
 
 
 def test_processes_that_would_train_by_themselves_are_refused(monkeypatch, tmp_path) -> None:
