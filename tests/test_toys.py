@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
+import adapted
 import pytest
 import torch
 import transformers
+from adapted import gradients
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,19 +36,7 @@ pytestmark = [
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 
 
-def randomize(model: nn.Module, std: float = 0.2, seed: int = 0) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "adapters." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    return model
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
+randomize = partial(adapted.randomize, scale=0.2, seed=0)
 
 
 def assert_same_gradients(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

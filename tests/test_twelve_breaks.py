@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
+import adapted
 import pytest
 import torch
 import transformers
+from adapted import gradients, without_dropout
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,21 +41,7 @@ CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 LAYERS = 4
 
 
-def randomize(model: nn.Module, std: float = 0.2, seed: int = 0) -> nn.Module:
-    """Adapters with an effect: at the start they have none."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "adapters." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    return model
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
+randomize = partial(adapted.randomize, scale=0.2, seed=0)
 
 
 def adapt(base: nn.Module, *configs: Any, **named: Any) -> PeftModel:
@@ -64,12 +53,6 @@ def adapt(base: nn.Module, *configs: Any, **named: Any) -> PeftModel:
         model.add_adapter(name, config)
     model.base_model.set_adapter(list(named))
     return randomize(without_dropout(model)).eval()
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 def assert_same_gradients(one: dict[str, Tensor], other: dict[str, Tensor], **tolerance: float) -> None:
@@ -826,7 +809,7 @@ def test_break_08_trunk_is_ready_for_an_encoder_that_runs_before_any_root(tiny, 
         host(model, path, adapter, 48, 32)
     context = ForwardContext.of(model)
     context.fields.add("strength")
-    randomize(model, std=1.0)
+    randomize(model, scale=1.0)
     inputs = tiny_inputs("t5", batch=2)
     inputs.pop("decoder_input_ids")
     settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}

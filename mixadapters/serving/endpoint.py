@@ -235,19 +235,15 @@ class Endpoint:
                 events = self._events(requests[0], answer, stops, body.counts_usage)
                 return StreamingResponse(events, media_type="text/event-stream")
             return JSONResponse(await self._whole(http, requests, answer, stops))
-        except UnknownAdapter as error:
+        except BaseException as error:
             for request in requests:
                 request.cancel()
-            raise WireError(404, self._said(error), code="model_not_found", param="model") from None
-        except WrongArgument as error:
-            for request in requests:
-                request.cancel()
-            field = body.field_of(error.argument)
-            said = self._said(error).replace(f"{error.argument}=", f"{field}=")
-            raise WireError(400, said, param=field) from None
-        except BaseException:
-            for request in requests:
-                request.cancel()
+            if isinstance(error, UnknownAdapter):
+                raise WireError(404, self._said(error), code="model_not_found", param="model") from None
+            if isinstance(error, WrongArgument):
+                field = body.field_of(error.argument)
+                said = self._said(error).replace(f"{error.argument}=", f"{field}=")
+                raise WireError(400, said, param=field) from None
             raise
 
     async def _whole(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapted import logits
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -166,11 +167,6 @@ def test_a_copy_of_the_model_has_no_observers(tiny, tiny_inputs) -> None:
 
 
 # --- pinned ------------------------------------------------------------------------------------------------------
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
 
 
 def test_a_pinned_routing_replaces_what_the_router_decides(tiny, tiny_inputs) -> None:

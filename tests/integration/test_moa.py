@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapted import logits
 from peft import ArrowConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.arrow import create_arrow_model
 from processes import Process
@@ -62,11 +63,6 @@ def of_form(tiny: Any, form: str) -> PeftModel:
 def prompt_of(form: str, mask: Tensor) -> dict[str, Tensor]:
     """What a router by request must know where a forward holds more than the prompt."""
     return {"prompt_mask": mask} if form.startswith("request") else {}
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor], **fields: Any) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs, **fields).logits
 
 
 # --- decoding -----------------------------------------------------------------------------------------------------

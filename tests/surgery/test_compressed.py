@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import peft
@@ -210,7 +211,7 @@ def test_products_lie_as_their_factors_of_the_size_that_is_told(products, tmp_pa
     assert (sizes.coded, sizes.uncoded) == (told.nbytes, told.plain_bytes)
     assert sizes.coded < 0.6 * sizes.uncoded
     before = logits(model, batch())
-    loaded = load_compressed(tmp_path / "codes", base)
+    loaded = load_compressed(tmp_path / "codes", copy.deepcopy(base))
     torch.testing.assert_close(logits(loaded, batch()), before, rtol=1e-5, atol=1e-6)
     assert save_compressed(model, tmp_path / "plain").coded == 0  # nobody says that they are products
     layer = expert_layers(model)[0]

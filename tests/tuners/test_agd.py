@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from functools import partial
 from typing import Any
 
+import adapted
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -26,14 +28,7 @@ KINDS = ("film", "cross_attention", "offset")
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 
 
-def randomize(model: nn.Module, std: float = 0.3, seed: int = 0) -> nn.Module:
-    """Adapters as if trained."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "agd_adapters." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    return model.eval()
+randomize = partial(adapted.randomize, seed=0, evaluation=True)
 
 
 class PlainDenoiser(nn.Module):

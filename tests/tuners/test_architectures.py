@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from adapted import logits, randomize
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -62,24 +63,10 @@ CASES = [
 ]
 
 
-def randomize(model: nn.Module, scale: float = 0.3) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "_adapters." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model
-
-
 def labelled(tiny_inputs: Any, kind: str) -> dict[str, Tensor]:
     return tiny_inputs(
         kind, padding=None if kind == "vit" else "right", labels="classes" if kind == "vit" else "tokens"
     )
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)

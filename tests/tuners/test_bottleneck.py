@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from typing import Any
 
+import adapted
 import pytest
 import torch
+from adapted import logits
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,19 +20,7 @@ from mixadapters import BottleneckConfig
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh, "identity": lambda x: x}
 
 
-def randomize(model: nn.Module, scale: float = 0.3, seed: int = 1) -> nn.Module:
-    """Draw every trainable parameter anew, so that adapters do something."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
+randomize = partial(adapted.randomize, trained=True)
 
 
 def expert_weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:

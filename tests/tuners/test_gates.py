@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapted import logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -30,11 +31,6 @@ def mixture(tiny: Any, kind: str = "llama", fit: bool = True, **fields: Any) -> 
     if fit:
         model.base_model.fit_gate(TEXTS, GENERAL)
     return model
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
 
 
 def shares(model: nn.Module, text: Tensor) -> dict[str, float]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import adapted
 import pytest
 import torch
 import transformers
@@ -52,13 +54,7 @@ def tiny_of(name: str) -> nn.Module:
     return cls(cls.config_class(**({} if "d_model" in fields else SMALL), **fields)).eval()
 
 
-def randomize(model: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "_adapters." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model.eval()
+randomize = partial(adapted.randomize, evaluation=True)
 
 
 def tokens(length: int = 8) -> Tensor:

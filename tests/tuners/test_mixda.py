@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapted import logits, randomize
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,25 +26,10 @@ from mixadapters.training.objectives import PreservationObjective
 DOMAINS, SITES = ["a", "b"], [1, 2]
 
 
-def randomize(model: nn.Module, scale: float = 0.3, seed: int = 1, only: str = "mixda_adapters") -> nn.Module:
-    """Draw every adapter parameter (whose name holds `only`) anew, so that adapters and gates do something."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "mixda_adapters" in name and only in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model
-
-
 def mixda(tiny: Any, kind: str = "llama", head: str | None = None, **fields: Any) -> nn.Module:
     """A tiny model with a random mixture, in evaluation mode."""
     fields = {"domains": DOMAINS, "domain_layers": SITES, "r": 4, **fields}
     return randomize(get_peft_model(tiny(kind, head), MixDAConfig(**fields))).eval()
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
 
 
 def mixtures(model: nn.Module) -> dict[str, Mixture]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import adapted
 import pytest
 import torch
+from adapted import logits
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -18,19 +21,7 @@ LAYERS_OF = {"a": [0, 2], "b": [2, 3]}  # domains differ in layers ...
 RANK_OF = {"a": 3, "b": 5}  # ... and in rank
 
 
-def randomize(model: nn.Module, scale: float = 0.3, seed: int = 1, only: str = "") -> nn.Module:
-    """Draw every trainable parameter (whose name holds `only`) anew, so that adapters and gates do something."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and only in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model.eval()
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
+randomize = partial(adapted.randomize, trained=True, evaluation=True)
 
 
 def tuner(model: nn.Module) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapted import logits
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
@@ -54,11 +55,6 @@ def adapted(tiny: Any, kind: str = "llama", **fields: Any) -> nn.Module:
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
     return model.eval()
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs).logits
 
 
 # --- one by one, or together -------------------------------------------------------------------------------------

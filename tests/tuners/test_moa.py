@@ -7,10 +7,13 @@ import itertools
 import json
 import re
 import warnings
+from functools import partial
 from typing import Any
 
+import adapted
 import pytest
 import torch
+from adapted import logits
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
@@ -25,18 +28,7 @@ def build(base: nn.Module, **fields: Any) -> nn.Module:
     return get_peft_model(base, MoAConfig(**{"num_experts": 4, "r": 3, **fields}))
 
 
-def randomize(model: nn.Module, seed: int = 1) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model.eval()
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor], **fields: Any) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs, **fields).logits
+randomize = partial(adapted.randomize, trained=True, evaluation=True)
 
 
 def mixtures(model: nn.Module, adapter_name: str = "default") -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapted import logits
 from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, PeftModel, VeraConfig, XLoraConfig, get_peft_model
 from processes import Process
@@ -36,11 +37,6 @@ def save_lora(base: nn.Module, folder: Path, **fields: Any) -> nn.Module:
 
 def gather(base: nn.Module, experts: dict[str, Any], **fields: Any) -> nn.Module:
     return get_peft_model(base, MoAConfig(experts=experts, router="softmax", **fields)).eval()
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor], **fields: Any) -> Tensor:
-    with torch.no_grad():
-        return model(**inputs, **fields).logits
 
 
 def by_expert(model: nn.Module, name: str, inputs: dict[str, Tensor]) -> Tensor:

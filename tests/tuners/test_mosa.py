@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from adapted import gradients, randomize, without_dropout
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from processes import Process
 from torch import Tensor, nn
@@ -33,25 +34,9 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 IMAGES = {"image_size": 16, "patch_size": 4, "num_labels": 3}
 
 
-def randomize(model: nn.Module, scale: float = 0.3, seed: int = 1) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "mosa_adapters." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return model
-
-
 def mosa(model: nn.Module, **fields: Any) -> PeftModel:
     """A MoSA model with random D, in training mode."""
     return randomize(get_peft_model(model, MoSAConfig(**{"r": 8, **fields}))).train()
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 def banks(model: nn.Module) -> list[SplitBank]:
@@ -66,12 +51,6 @@ def drawn(model: nn.Module) -> list[Tensor]:
     """The experts of the last forward, (passes, 2) for each bank."""
     shared = model.base_model.context.record.shared
     return [shared[bank] for bank in banks(model)]
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 def losses(model: nn.Module) -> dict[str, float]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from adapted import gradients
 from peft import PeftModel, get_peft_model
 from processes import Process
 from torch import Tensor, nn
@@ -73,12 +74,6 @@ def mixed(inputs: dict[str, Tensor], *rows: list[int]) -> Tensor:
     for b, row in enumerate(rows[: len(ids)]):
         ids[b, : len(row)] = torch.tensor(row)
     return ids
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 def gates(model: nn.Module) -> list[ValueGate]:
