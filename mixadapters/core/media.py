@@ -99,8 +99,11 @@ def is_even(by_row: list[Any] | None) -> bool:
 
 
 def refuse_uneven(inputs: Mapping[str, Any], placeholders: tuple[int, ...], batch: int, who: str, remedy: str) -> None:
-    """Raise ValueError where `who` repeats rows of a batch that hold different numbers of images or sounds."""
-    by_row = media_by_row(inputs, placeholders, batch) if placeholders else None
+    """Raise ValueError where `who` repeats rows of a batch that hold different numbers of images or sounds, one after
+    the other. Where a mask says which of its places for images a row has used (Idefics, SmolVLM), they repeat with it.
+    """
+    one_by_one = placeholders and inputs.get("pixel_attention_mask") is None
+    by_row = media_by_row(inputs, placeholders, batch) if one_by_one else None
     if by_row is not None and not is_even(by_row):
         raise ValueError(
             f"{who} repeats the rows of a batch, and theirs hold different numbers of images or sounds (of "

@@ -166,13 +166,14 @@ def test_experts_by_number_go_to_the_images_of_their_row() -> None:
             model(**seen("llava", [2, 0]), expert_ids=numbers)
 
 
-@pytest.mark.parametrize("per_row", [[1, 1], [2, 0]])
-def test_what_repeats_rows_refuses_those_of_different_numbers_of_images(per_row) -> None:
-    inputs, text = seen("llava", per_row), r".*language_model.*q_proj"
+@pytest.mark.parametrize(("kind", "per_row"), [("llava", [1, 1]), ("llava", [2, 0]), ("smolvlm", [2, 1])])
+def test_what_repeats_rows_refuses_images_that_would_not_follow_them(kind, per_row) -> None:
+    """Different numbers of images do where each row has a place for as many."""
+    inputs, text = seen(kind, per_row), r".*text_model.*q_proj" if kind == "smolvlm" else r".*language_model.*q_proj"
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    split = get_peft_model(seeing("llava"), MoSAConfig(base="lora", r=2, target_modules=text, task_type="CAUSAL_LM"))
+    split = get_peft_model(seeing(kind), MoSAConfig(base="lora", r=2, target_modules=text, task_type="CAUSAL_LM"))
     split.train()
-    model = randomized(get_peft_model(seeing("llava"), moa(target_modules=text)))
+    model = randomized(get_peft_model(seeing(kind), moa(target_modules=text)))
     with torch.no_grad(), model.base_model.posterior():
         if per_row == [2, 0]:
             with pytest.raises(ValueError, match=r"the posterior repeats the rows.*different numbers of images"):

@@ -45,7 +45,18 @@ def _qwen2_vl() -> nn.Module:
     return transformers.Qwen2VLForConditionalGeneration(config)
 
 
-MAKERS: dict[str, Callable[[], nn.Module]] = {"llava": _llava, "paligemma": _paligemma, "qwen2_vl": _qwen2_vl}
+def _smolvlm() -> nn.Module:
+    """Each row has places for as many images, and a mask that says which of them it has."""
+    config = transformers.SmolVLMConfig(
+        vision_config={**VISION, "model_type": "smolvlm_vision"}, text_config={**TEXT, "model_type": "llama"},
+        image_token_id=IMAGE, scale_factor=1, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.SmolVLMForConditionalGeneration(config)
+
+
+MAKERS: dict[str, Callable[[], nn.Module]] = {
+    "llava": _llava, "paligemma": _paligemma, "qwen2_vl": _qwen2_vl, "smolvlm": _smolvlm,
+}  # fmt: skip
 
 
 def seeing(kind: str) -> nn.Module:
@@ -78,6 +89,11 @@ def seen(kind: str, per_row: Sequence[int]) -> dict[str, Any]:
         inputs["mm_token_type_ids"] = (ids == IMAGE).long()
         inputs["pixel_values"] = torch.randn(16 * count, 3 * 2 * 16, generator=generator)
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * count)
+    elif kind == "smolvlm":
+        has = torch.arange(max(per_row)) < torch.tensor(per_row).unsqueeze(1)
+        mask = has[:, :, None, None].expand(-1, -1, 16, 16)
+        inputs["pixel_values"] = torch.randn(*has.shape, 3, 16, 16, generator=generator) * mask.unsqueeze(2)
+        inputs["pixel_attention_mask"] = mask
     else:
         inputs["pixel_values"] = torch.randn(count, 3, 16, 16, generator=generator)
     return inputs
