@@ -106,11 +106,24 @@ def refuse_exceptions(config: Any, model: nn.Module, adapted: list[str]) -> None
             )
     else:
         _refuse_suffixes("exclude_modules", left_out, names)
+        _refuse_blocks(left_out, names, adapted)
     for pattern in config.rank_pattern:
         if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in adapted):  # as PEFT reads it
             raise ValueError(
                 f"rank_pattern={config.rank_pattern}: {pattern!r} matches no module that takes an adapter; those are "
                 f"{_some(adapted)}"
+            )
+
+
+def _refuse_blocks(left_out: Any, names: list[str], adapted: list[str]) -> None:
+    """Refuse entries that name what holds adapted modules: a list leaves out what it names, and nothing inside."""
+    for entry in left_out or ():
+        blocks = tuple(f"{name}." for name in names if f".{name}".endswith(f".{entry}"))
+        if inside := next((path for path in adapted if path.startswith(blocks)), None):
+            raise ValueError(
+                f"exclude_modules={sorted(left_out)}: {entry!r} holds {inside!r}, which takes an adapter still: "
+                "a list leaves out what it names and nothing inside. Give a pattern of whole paths, "
+                f"{f'.*{re.escape(entry)}.*'!r}"
             )
 
 

@@ -43,11 +43,13 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
 
     def config_of(self, adapter_name: str) -> Any:
         """The config of an adapter. Raises ValueError where there is none of the name, or none is named and several
-        are active."""
-        if isinstance(adapter_name, Unnamed) and len(self.active_adapters) > 1:
+        are active, or another than "default"."""
+        if isinstance(adapter_name, Unnamed) and self.active_adapters not in ([], ["default"]):
+            active = list(self.active_adapters)
+            what = f"the adapters {active} are" if len(active) > 1 else f"{active[0]!r} and not 'default' is"
             raise ValueError(
-                f"the adapters {list(self.active_adapters)} are active, so that it is not clear whose this is: pass "
-                "adapter_name="
+                f"{what} active, so that it is not clear whose this is: pass adapter_name={active[-1]!r}, or another "
+                f"of {list(self.peft_config)}"
             )
         if not isinstance(adapter_name, str) or adapter_name not in self.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r} is unknown; have {list(self.peft_config)}")
@@ -62,6 +64,7 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
             ValueError: unknown adapter, stage or domain, or a stage without a parameter in this model.
         """
         stages = type(self.config_of(adapter_name)).stages
+        adapter_name = str(adapter_name)  # it stays the one that is meant, whatever is active later
         if not isinstance(stage, str) or stage not in stages:
             raise ValueError(f"stage={stage!r} is unknown; have {list(stages)}.{nearest(str(stage), stages)}")
         patterns = self.patterns_of(stage, adapter_name, domain)

@@ -19,7 +19,7 @@ TAKEN = frozenset(dir(nn.ModuleDict()))
 
 
 class Unnamed(str):
-    """What a verb takes for `adapter_name` where it is not given: "default", unless several adapters are active."""
+    """What a verb takes for `adapter_name` where it is not given: "default", unless another adapter is active."""
 
 
 UNNAMED = Unnamed("default")

@@ -115,8 +115,9 @@ class Router(nn.Module):
         if reads_media(site.stack) and (said := self.refuses_packed or (self.by_text and type(self).__name__)):
             raise ValueError(
                 f"{said} at {site.path!r}: {site.stack!r} reads images or sounds, which are no text, and any number "
-                f"of them for each row; leave it out (exclude_modules={f'.*{re.escape(site.stack)}.*'!r}), or choose "
-                "a router that decides by token (granularity='token') on hidden states"
+                f"of them for each row; choose a router that decides by token (granularity='token') on hidden states, "
+                f"or leave it out (exclude_modules={f'.*{re.escape(site.stack)}.*'!r}; of experts that are gathered, "
+                "when they are trained)"
             )
         self.path, self.stack = site.path, site.stack
 

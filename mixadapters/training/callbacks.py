@@ -71,6 +71,7 @@ class StageCallback(RunCallback):
         if self.adapter_name in tuner.peft_config:
             self._check(args, tuner)
         tuner.set_stage(self.stage, self.adapter_name, self.domain)  # refuses unknown names
+        self.adapter_name = str(self.adapter_name)  # this one, whatever the run makes active (the reference of DPO)
         self._attach(tuner.context)
         self._look_at_checkpoints(args)
 

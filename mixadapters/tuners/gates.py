@@ -92,7 +92,10 @@ class GateVerbs(RoutingVerbs):
         one_of("method", method, wanted)
         if not wanted[method]:
             have = sorted({type(mixture.router).__name__ for mixture in mixtures})
-            raise ValueError(f"method={method!r}: adapter {adapter_name!r} has no router that it fits, but {have}")
+            raise ValueError(
+                f"method={method!r}: adapter {adapter_name!r} has no router that it fits, but {have}; make it with "
+                "router='counts' and router_scope='model', which counts tokens, or with a router that learns"
+            )
         reads = getattr(self.model, "main_input_name", "input_ids")
         if reads != "input_ids" and self._known_tokens() is None:
             raise ValueError(

@@ -54,7 +54,9 @@ def read_folder(
         saved = PeftConfig.from_pretrained(source, revision=revision)
         return saved, dict(load_peft_weights(source, device="cpu", revision=revision))
     except (ValueError, OSError, KeyError, TypeError) as error:  # of PEFT, for what is no adapter of its types
-        raise ValueError(f"{where} cannot be read as an adapter folder or hub id: {error}") from error
+        inside = sorted(file.parent.name for file in Path(str(source)).glob(f"*/{CONFIG_NAME}"))
+        remedy = f". It holds {inside[:5]}, which are adapter folders: name one of these" if inside else ""
+        raise ValueError(f"{where} cannot be read as an adapter folder or hub id: {error}{remedy}") from error
 
 
 def check_folder(verb: str, folder: Any) -> None:

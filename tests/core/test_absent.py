@@ -26,6 +26,7 @@ ABSENT = [
     ({"target_modules": []}, r"target_modules=\[\] names no module"),
     ({"exclude_modules": r".*\.down_prj"}, "exclude_modules='.*down_prj' matches no module of the model"),
     ({"exclude_modules": ["down_prj"]}, "exclude_modules=.*called 'down_prj'. Did you mean 'down_proj'"),
+    ({"exclude_modules": ["layers.1"]}, r"'layers.1' holds 'model.layers.1.*, which takes an adapter still"),
     ({"rank_pattern": {"down_prj": 2}}, "rank_pattern=.*'down_prj' matches no module that takes an adapter; those"),
     ({"rank_pattern": {"q_proj": 2}}, "rank_pattern=.*'q_proj' matches no module that takes an adapter"),
     ({"trainable_token_indices": []}, r"trainable_token_indices=\[\] names no token"),

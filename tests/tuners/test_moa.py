@@ -548,11 +548,15 @@ def test_an_export_writes_over_nothing(tiny, tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
-def test_verbs_ask_which_of_two_active_adapters_is_meant(tiny, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("active", "said"),
+    [(["default", "other"], r"adapters \['default', 'other'\] are"), (["other"], "'other' and not 'default' is")],
+)
+def test_verbs_ask_which_adapter_is_meant_where_others_are_active(active, said, tiny, tmp_path) -> None:
     model = build(tiny("llama"), num_experts=2, target_modules=["q_proj"])
     model.add_adapter("other", MoAConfig(num_experts=2, r=2, target_modules=["q_proj"]))
     tuner = model.base_model
-    tuner.set_adapter(["default", "other"])
+    tuner.set_adapter(active)
     for verb in (
         lambda **which: tuner.add_expert("new", **which),
         lambda **which: tuner.remove_expert("expert1", **which),
@@ -560,7 +564,7 @@ def test_verbs_ask_which_of_two_active_adapters_is_meant(tiny, tmp_path) -> None
         lambda **which: tuner.export_expert("expert0", tmp_path / "one", **which),
         lambda **which: tuner.set_progress(0.5, **which),
     ):
-        with pytest.raises(ValueError, match=r"adapters \['default', 'other'\] are active.*pass adapter_name="):
+        with pytest.raises(ValueError, match=f"{said} active.*pass adapter_name='other'"):
             verb()
         verb(adapter_name="default")
     assert tuner.peft_config["other"].all_names() == ["expert0", "expert1"]

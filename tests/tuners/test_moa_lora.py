@@ -188,6 +188,21 @@ def test_modules_that_the_config_leaves_out_are_an_error(tiny, tmp_path) -> None
         gather(tiny("llama"), {"one": tmp_path / "one"}, target_modules=["q_proj"])
 
 
+def test_layers_of_gathered_experts_are_not_chosen(tiny, tmp_path) -> None:
+    """Their paths are whole names, of which PEFT does not ask for layers."""
+    save_lora(tiny("llama"), tmp_path / "one", r=2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"layers_to_transform=\[0\]: gathered experts are taken with all layers"):
+        gather(tiny("llama"), {"one": tmp_path / "one"}, layers_to_transform=[0])
+
+
+def test_a_folder_of_checkpoints_is_told_from_one_of_an_adapter(tiny, tmp_path) -> None:
+    """A run of Trainer leaves these."""
+    for step in (5, 15):
+        save_lora(tiny("llama"), tmp_path / "run" / f"checkpoint-{step}", r=2, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"It holds \['checkpoint-15', 'checkpoint-5'\].*name one of these"):
+        gather(tiny("llama"), {"one": tmp_path / "run"})
+
+
 def test_kinds_are_not_mixed(tiny, tmp_path) -> None:
     get_peft_model(tiny("llama"), BottleneckConfig(placement="parallel")).save_pretrained(tmp_path / "one")
     with pytest.raises(ValueError, match="BOTTLENECK adapter; expert_type='lora'"):

@@ -77,6 +77,11 @@ class MoAModel(ExpertOverriding, ExpertCutting):
         if config.expert_type == "lora" and config.sites is None:
             self._gather(config)
             if config.target_modules is None and self._gathered:
+                if config.layers_to_transform is not None:
+                    raise ValueError(
+                        f"layers_to_transform={config.layers_to_transform}: gathered experts are taken with all "
+                        "layers that they adapt; leave the field out, or train them on fewer"
+                    )
                 config.target_modules = {path for found in self._gathered.values() for path in found.weights}
             elif config.target_modules is None:
                 config.target_modules = set(default_targets(model_config.get("model_type", "custom"), self.model))
@@ -113,7 +118,8 @@ class MoAModel(ExpertOverriding, ExpertCutting):
             if outside := [path for path in spec.get("ranks", {}) if key_of(known, path) is None]:
                 raise ValueError(
                     f"experts[{name!r}] adapts {outside[0]!r}, which is not among the modules that target_modules, "
-                    "exclude_modules and layers_to_transform leave; leave these out, or give them all its modules"
+                    "exclude_modules and layers_to_transform leave; an expert is taken with all its modules: leave "
+                    "these fields out, or train it on fewer"
                 )
         if not paths:
             raise ValueError(f"Target modules {config.target_modules} not found in the base model: nothing to adapt")
