@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from mixadapters import BottleneckConfig
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.mixture import FEW, Mixture
+from mixadapters.core.mixture import FEW, SMALL, Mixture
 from mixadapters.kernels import adapter_backend
 from mixadapters.routers.fixed import SingleRouter
 
@@ -62,7 +62,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
 def test_plain_products_give_what_the_operation_gives(form: dict[str, Any], taken: list[bool]) -> None:
     model = adapted(**form)
-    for x in (torch.randn(2, 1, 6), torch.randn(7, 6)):
+    for x in (torch.randn(2, 1, 6), torch.randn(7, 6), torch.randn(3, 2 * FEW, 6)):
         taken.clear()
         with torch.no_grad():
             found = model(x)
@@ -121,7 +121,7 @@ def by_row(model: Any, x: Tensor) -> Tensor:
 
 def many_rows(model: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(x.expand(2, FEW, 6))
+        return model(x.expand(2, SMALL // 5, 6))
 
 
 def half(model: Any, x: Tensor) -> Tensor:
