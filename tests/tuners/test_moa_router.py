@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from typing import Any
 
+import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from mixadapters import MoAConfig
+from mixadapters.routers import ROUTERS
+from mixadapters.routers.base import build_router, options_of
+from mixadapters.tuners.moa.router import router_spec
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "bert": ["query", "value"], "t5": ["q", "wo"]}
 SO_FAR = {"router": {"kind": "arrow", "k": None, "granularity": "causal_prefix"}}
@@ -156,6 +162,31 @@ def test_what_is_said_is_never_passed_over(case) -> None:
     fields, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         MoAConfig(**fields)
+
+
+@pytest.mark.parametrize("granularity", [None, "token"])
+@pytest.mark.parametrize("kind", ["constant", "hash", "softmax", "top_k", "counts"])
+def test_a_config_comes_back_from_its_dict_and_as_a_copy(kind, granularity) -> None:
+    """PEFT hands weights in memory on with such a dict, in which the type is no string as in a file."""
+    given = {"granularity": granularity} if "granularity" in options_of(ROUTERS[kind], {}) else {}
+    config = MoAConfig(num_experts=2, target_modules=["q_proj"], router=kind, router_scope="model", **given)
+    said = {name: value for name, value in config.to_dict().items() if name != "auto_mapping"}
+    for again in (PeftConfig.from_peft_type(**said), replace(config), copy.deepcopy(config)):
+        assert again.to_dict() == config.to_dict()
+        made, expected = (
+            build_router({"kind": kind, **router_spec(c)[1]}, 4, ["a", "b"], vocab_size=9) for c in (again, config)
+        )
+        assert getattr(made, "granularity", None) == getattr(expected, "granularity", None)
+        assert getattr(made, "k", None) == getattr(expected, "k", None)
+
+
+@pytest.mark.parametrize("kind", ["constant", "top_k"])
+def test_weights_in_memory_come_back_under_a_router_that_chooses_or_not(kind, tiny) -> None:
+    config = MoAConfig(num_experts=2, target_modules=["q_proj"], router=kind, init_weights=False)
+    model, other = (get_peft_model(tiny("llama"), copy.deepcopy(config)) for _ in range(2))
+    peft.set_peft_model_state_dict(other, peft.get_peft_model_state_dict(model))
+    for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
 
 
 def test_more_than_there_are_is_refused_where_it_is_said(tiny) -> None:

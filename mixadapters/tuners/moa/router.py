@@ -58,14 +58,17 @@ def router_spec(config: Any) -> tuple[type[Router], dict[str, Any]]:
     return cls, options
 
 
-def spelled_out(config: Any) -> dict[str, Any]:
-    """`router` as files have it: with the granularity that the field says where USUAL would not say it, since the
-    router's own is another."""
+def says_granularity(config: Any) -> bool:
+    """Whether the field says the usual granularity where that is not what the router takes by itself."""
     cls, given = read_spec(config.router)
     own = (signature(base.__dict__["__init__"]).parameters for base in cls.__mro__ if "__init__" in base.__dict__)
     default = next((found["granularity"].default for found in own if "granularity" in found), USUAL["granularity"])
-    said = config.granularity == USUAL["granularity"] != default and "granularity" not in given
-    return {**config.router, **({"granularity": config.granularity} if said else {})}
+    return bool(config.granularity == USUAL["granularity"] != default and "granularity" not in given)
+
+
+def spelled_out(config: Any) -> dict[str, Any]:
+    """`router` as files have it: with the granularity that the field says where USUAL would not say it."""
+    return {**config.router, **({"granularity": config.granularity} if says_granularity(config) else {})}
 
 
 def check_scope(config: Any, cls: type[Router]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mixadapters.core.config import MixtureConfig, without_keys
 from mixadapters.routers.schedules import check_schedules, value_at
-from mixadapters.tuners.moa.router import OPTION_OF, USUAL, default_of, router_spec, spelled_out
+from mixadapters.tuners.moa.router import OPTION_OF, USUAL, default_of, router_spec, says_granularity, spelled_out
 
 
 class ScheduledConfig(MixtureConfig):
@@ -14,14 +14,18 @@ class ScheduledConfig(MixtureConfig):
 
     router: Any
     schedules: Any
+    num_experts_per_tok: Any
 
     def __post_init__(self) -> None:
-        from_file = type(self.__dict__["peft_type"]) is str  # as JSON has it; in Python: None, or of PEFT's enum
+        kind = self.__dict__["peft_type"]  # a string in JSON, of PEFT's enum in `to_dict` and in copies, or None
         super().__post_init__()
-        if from_file and self.router is not None:
+        if kind is not None and self.router is not None:
+            auto = {name: default_of(self, name) for name in USUAL}
+            # Copies, unlike what is saved, have "auto" itself; what else they say is said.
+            copied = type(kind) is not str and self.num_experts_per_tok == auto["num_experts_per_tok"]
             for name, usual in USUAL.items():
-                if getattr(self, name) == usual:
-                    setattr(self, name, default_of(self, name))
+                if getattr(self, name) == usual and not (copied and says_granularity(self)):
+                    setattr(self, name, auto[name])
 
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's; where a router is named, fields of it that say nothing hold what they stand for."""
