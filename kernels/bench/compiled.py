@@ -1,6 +1,6 @@
 """Under torch.compile, ours against plain products that are compiled as well, on one CPU thread.
 
-    python kernels/bench/compiled.py                      both, about six minutes
+    python kernels/bench/compiled.py                      both
     python kernels/bench/compiled.py --only models        or: operation
 
 The adapters' part alone, of width 768 and rank 16, in float32: whole batches, training steps and decoding. *plain* is

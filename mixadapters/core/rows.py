@@ -60,13 +60,12 @@ def row_names(value: Any, context: Any, model: nn.Module) -> RowNames:
     names = RowNames.read(value)
     unknown = set(names) - context.hosted - {BASE}
     for path, module in _of_peft(model):
-        stack = media_part(plain_path(path), model)
         if isinstance(module, AuxiliaryTrainingWrapper):
             unknown -= module._get_available_adapters()
-            SavedModule.attach(module, path, context, stack)
+            SavedModule.attach(module, path, context, model)
         elif not module.disable_adapters:
             unknown -= set(module._all_available_adapter_names())
-            OtherLayer.attach(module, path, context, stack)
+            OtherLayer.attach(module, path, context, model)
     if unknown:
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}{_chosen_by(unknown, model)}"
@@ -113,11 +112,11 @@ def _of_peft(model: nn.Module) -> Iterator[tuple[str, Any]]:
 class OtherLayer:
     """Tells a layer of PEFT's LoRA the adapter of each row, as PEFT tells it in a model of LoRA alone."""
 
-    def __init__(self, path: str, context: Any, stack: str = "") -> None:
+    def __init__(self, path: str, context: Any, stack: str) -> None:
         self.path, self.context, self.stack = path, context, stack
 
     @classmethod
-    def attach(cls, layer: Any, path: str, context: Any, stack: str = "") -> None:
+    def attach(cls, layer: Any, path: str, context: Any, model: nn.Module) -> None:
         """Hook one up to `layer`, once.
 
         Raises:
@@ -137,6 +136,7 @@ class OtherLayer:
                 f"{path!r} has adapters of another type, which a compiled model cannot prepare for adapter_names: "
                 "call the model with adapter_names once before it is compiled"
             )
+        stack = media_part(plain_path(path), model)
         layer.register_forward_pre_hook(cls(path, context, stack).tell, with_kwargs=True)
 
     def tell(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
@@ -157,11 +157,11 @@ class SavedModule:
     A row uses the copy of the adapter that it names, or the base's module where that has none, as after `set_adapter`.
     """
 
-    def __init__(self, path: str, context: Any, stack: str = "") -> None:
+    def __init__(self, path: str, context: Any, stack: str) -> None:
         self.path, self.context, self.stack = path, context, stack
 
     @classmethod
-    def attach(cls, wrapper: AuxiliaryTrainingWrapper, path: str, context: Any, stack: str = "") -> None:
+    def attach(cls, wrapper: AuxiliaryTrainingWrapper, path: str, context: Any, model: nn.Module) -> None:
         """Hook one up to `wrapper`, once."""
         owners = (getattr(hook, "__self__", None) for hook in wrapper._forward_hooks.values())
         if any(isinstance(owner, cls) and owner.context is context for owner in owners):
@@ -171,6 +171,7 @@ class SavedModule:
                 f"{path!r} is a module of several adapters, which a compiled model cannot prepare for adapter_names: "
                 "call the model with adapter_names once before it is compiled"
             )
+        stack = media_part(plain_path(path), model)
         wrapper.register_forward_hook(cls(path, context, stack).mix, with_kwargs=True)
 
     def mix(self, module: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

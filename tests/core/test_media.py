@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from adapted import randomize
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from seeing import IMAGE, seeing, seen
 from torch import nn
@@ -29,13 +30,8 @@ def bottleneck() -> BottleneckConfig:
     return BottleneckConfig(r=2, target_modules=TOWER, task_type="CAUSAL_LM")
 
 
-def randomized(model: nn.Module, seed: int = 1) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "_adapters." in name or "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model.eval()
+def randomized(model: nn.Module) -> Any:
+    return randomize(model, evaluation=True)
 
 
 def two_adapters(kind: str, make: Any) -> PeftModel:

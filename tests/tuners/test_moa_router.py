@@ -10,8 +10,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapted import logits
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
 
 from mixadapters import MoAConfig
 from mixadapters.routers import ROUTERS
@@ -38,11 +38,6 @@ def folders(tiny, tmp_path) -> Any:
         return found
 
     return make
-
-
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(**inputs).logits
 
 
 def routers(model: Any) -> list[Any]:
