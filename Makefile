@@ -28,6 +28,8 @@ tests test-peft test-distributed: export HF_HUB_OFFLINE = 1
 tests test-peft test-distributed: export TOKENIZERS_PARALLELISM = false
 tests test-peft test-distributed: export OMP_NUM_THREADS = 1
 tests test-peft test-distributed: export OMP_WAIT_POLICY = PASSIVE
+# Each process would compile torch, transformers and the tests anew where this is set, as images of containers do.
+tests test-peft test-distributed: export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
