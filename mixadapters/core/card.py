@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
+from peft.utils import CONFIG_NAME
 
 from mixadapters.core.folders import written_aside
 
 BEGIN, END = "<!-- mixadapters {} -->", "<!-- /mixadapters {} -->"  # of the adapter's folder, seen from the card
 NO_SETTINGS = {  # fields that say nothing about the method
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "sites", "format_version", "digest", "trained_beside",
+    "sites", "format_version", "digest", "base_digest", "trained_beside",
 }  # fmt: skip
+SHORT = 80  # characters of a value that is shown
+MOST = 32  # entries of a field that are shown
 CLASSES = {  # task type -> class that loads the base model
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -102,26 +106,39 @@ def _what_it_is(config: Any, base: str | None, licence: str | None, version: str
         lines.append(f"- Base model: {_code(base)}{revision}{f', licence {_code(licence)}' if licence else ''}")
     for stage, patterns in type(config).stages.items():
         lines.append(f"- Stage `{stage}` trains {', '.join(f'`{p}`' for p in patterns)}")
+    told = config.in_words()
+    for name, entries in ((name, entries) for name, entries in told.items() if entries):
+        more = f" and {len(entries) - MOST} more" if len(entries) > MOST else ""
+        lines.append(f"- {name.capitalize()}: {', '.join(map(_code, entries[:MOST]))}{more}")
     router = getattr(config, "router", None)
     for what in config.registered_by().values():
         lines.append(f"- Needs {what}, which is none of mixadapters': {_code(json.dumps(router, sort_keys=True))}")
-    if changed := _changed(config):
+    changed, longer = _changed(config, told)
+    if changed:
         lines.append(f"- Settings other than the defaults: {', '.join(changed)}")
+    if longer:
+        lines.append(f"- Longer ones, in `{CONFIG_NAME}`: {', '.join(map(_code, longer))}")
     return lines
 
 
-def _changed(config: Any) -> list[str]:
-    """The settings that differ from their defaults and are short enough to read."""
-    found = []
-    hidden = NO_SETTINGS if config.sites is None else NO_SETTINGS | {"target_modules"}
+def _changed(config: Any, told: Collection[str]) -> tuple[list[str], list[str]]:
+    """The settings that differ from their defaults, as code, and the names of those that are too long to read.
+
+    told: fields that the card has said already.
+    """
+    shown, longer = [], []
+    hidden = NO_SETTINGS.union(told, () if config.sites is None else ["target_modules"])
     for f in fields(config):
         default = f.default_factory() if f.default_factory is not MISSING else f.default
         value = getattr(config, f.name)
         value = sorted(value) if isinstance(value, set) else value
-        readable = isinstance(value, (str, int, float, list)) and len(str(value)) < 80
-        if f.name not in hidden and readable and value != default:
-            found.append(_code(f"{f.name}={value!r}"))
-    return found
+        if f.name in hidden or f.metadata.get("order") or value == default:  # an order is that of the entries
+            continue
+        if len(str(value)) < SHORT:
+            shown.append(_code(f"{f.name}={value!r}"))
+        else:
+            longer.append(f.name)
+    return shown, longer
 
 
 def _code(text: str) -> str:

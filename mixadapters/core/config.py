@@ -170,6 +170,10 @@ class MixtureConfig(PeftConfig):
         """What a process must import before it loads this adapter: module -> what that registers. Said in the card."""
         return {}
 
+    def in_words(self) -> dict[str, list[str]]:
+        """Fields that the model card tells in the method's own words: field -> its entries, [] where others say it."""
+        return {}
+
     def _note_others(self) -> None:
         """Note adapters of other types that act in the model of this one: without them it would not do the same."""
         user, name, _ = self._used or (lambda: None, "", {})

@@ -142,6 +142,17 @@ def sources_to_origins(entries: Mapping[str, dict[str, Any]]) -> None:
             spec["origin"] = public_origin(spec["origin"])
 
 
+def entries_in_words(entries: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Named experts for a model card: each with the folder or hub id that it came from, and the factor on it."""
+    found = []
+    for name, spec in entries.items():
+        origin = spec.get("origin", spec.get("source"))
+        revision = f" at {spec['revision']}" if spec.get("revision") else ""
+        factor = f", scale {spec['scale']}" if "scale" in spec else ""
+        found.append(name if origin is None else f"{name} from {public_origin(origin)}{revision}{factor}")
+    return found
+
+
 def places_of(paths: Iterable[str], modules: Iterable[str]) -> dict[str, list[str]]:
     """path -> the modules that it names, with or without a head around the backbone."""
     by_end: dict[str, list[str]] = {}

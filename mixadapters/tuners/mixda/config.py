@@ -10,9 +10,9 @@ from mixadapters.routers.base import COEFFICIENTS, registered_by
 from mixadapters.routers.pooling import GRANULARITIES, POOLS
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
 from mixadapters.tuners.mixda.fields import check_lora
-from mixadapters.tuners.mixda.router import competes, read_router
+from mixadapters.tuners.mixda.router import OPTION_OF, competes, read_router, router_spec
 from mixadapters.tuners.registration import peft_type
-from mixadapters.tuners.sources import Entries, expert_options, sources_to_origins
+from mixadapters.tuners.sources import Entries, entries_in_words, expert_options, sources_to_origins
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Section 3.3 and appendix A: sigmoid gate on the attention output, one linear layer.
@@ -210,6 +210,13 @@ class MixDAConfig(MixtureConfig):
 
     def registered_by(self) -> dict[str, str]:
         return registered_by(self.router)
+
+    def in_words(self) -> dict[str, list[str]]:
+        """The domains with their origins, and the router with its options, which the older fields repeat."""
+        spec = router_spec(self)
+        said = [f"{name}={value!r}" for name, value in spec.items() if name != "kind"]
+        router = [spec["kind"], *([] if self.gate_input is None else [f"input={self.gate_input!r}"]), *said]
+        return {"domains": entries_in_words(self.domains), "router": router} | {name: [] for name in OPTION_OF}
 
     @classmethod
     def preset(cls, name: Literal["paper", "released"], **overrides: Any) -> MixDAConfig:

@@ -13,9 +13,9 @@ from mixadapters.routers.counts import refuse_null_arms
 from mixadapters.routers.pooling import GRANULARITIES
 from mixadapters.tuners.bottleneck.config import PLACEMENTS
 from mixadapters.tuners.moa.overrides import OverriddenConfig
-from mixadapters.tuners.moa.router import check_scope, default_of, router_spec
+from mixadapters.tuners.moa.router import OPTION_OF, check_scope, default_of, router_in_words, router_spec
 from mixadapters.tuners.registration import peft_type
-from mixadapters.tuners.sources import Entries, refuse_unsaveable, same_module, sources_to_origins
+from mixadapters.tuners.sources import Entries, entries_in_words, refuse_unsaveable, same_module, sources_to_origins
 
 EXPERTS = Entries(
     "experts", "an expert", "moa_", r"frozen|null\d+|shared\d+",
@@ -233,6 +233,12 @@ class MoAConfig(OverriddenConfig):
 
     def registered_by(self) -> dict[str, str]:
         return registered_by(self.router)
+
+    def in_words(self) -> dict[str, list[str]]:
+        """The experts with their origins, and the router with its options, those that fields stand for among them."""
+        experts = {name: {} for name in self.all_names()} if self.experts is None else self.experts
+        told = {"experts": entries_in_words(experts), "router": router_in_words(self)}
+        return told | {name: [] for name in (*OPTION_OF, "router_scope")}
 
     def trained_in(self, stage: str) -> tuple[str, ...]:
         """As the class's `stages`; experts that do not train are left out, except in the stage that is for them."""

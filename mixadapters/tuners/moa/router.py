@@ -58,6 +58,15 @@ def router_spec(config: Any) -> tuple[type[Router], dict[str, Any]]:
     return cls, options
 
 
+def router_in_words(config: Any) -> list[str]:
+    """The router for a model card: its name, its options, and for how many layers it decides once."""
+    _, options = router_spec(config)
+    kind = GATHERED if config.router is None else config.router["kind"]
+    said = [f"{name}={value!r}" for name, value in options.items() if (name, value) != ("k", None)]
+    everyone = ["all experts"] if options.get("k", 0) is None else []
+    return [kind, *everyone, *said, f"router_scope={config.router_scope!r}"]
+
+
 def says_granularity(config: Any) -> bool:
     """Whether the field says the usual granularity where that is not what the router takes by itself."""
     cls, given = read_spec(config.router)
