@@ -43,7 +43,8 @@ class Ranked(NamedTuple):
     difference: float
 
 
-Place = Sequence[Any]  # (layer, expert), or the beginning of a longer tuple, such as `Ranked`
+# (layer, expert), or the beginning of a longer tuple, such as `Ranked`; or the name of an expert, in every layer.
+Place = Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,9 @@ def tune_experts(
         with tune_experts(model, off=ftri(model, refused, answered)[:10]):
             model.generate(**inputs)
 
-    Experts are named by (layer, expert): the key or the path of an `ExpertLayer`, and a name or a number in it. What a
-    caller or the batch has decided (`pin_routes`, `expert_ids`) is not changed.
+    Experts are named by (layer, expert): the key or the path of an `ExpertLayer`, and a name or a number in it; or by
+    name alone, "law", which means the expert in every layer that has it. What a caller or the batch has decided
+    (`pin_routes`, `expert_ids`) is not changed.
 
     Args:
         off: experts that get nothing.
@@ -158,9 +160,11 @@ def read_places(
     layers: Sequence[ExpertLayer], off: Iterable[Place], on: Mapping[Any, float], scale: Mapping[Any, float]
 ) -> dict[ExpertLayer, LayerTuning]:
     """What to do by layer. Raises ValueError for layers and experts that are not there, and numbers out of range."""
-    check_kind("off", off, Iterable, "a list of (layer, expert)")
+    if isinstance(off, str):
+        raise ValueError(f"off={off!r} must be a list of names or of (layer, expert): write [{off!r}]")
+    check_kind("off", off, Iterable, "a list of names or of (layer, expert)")
     for name, numbers, most, what in (("on", on, 1.0, "a share, from 0 to 1"), ("scale", scale, 1e30, "0 or more")):
-        check_kind(name, numbers, Mapping, "a dict of (layer, expert) to numbers")
+        check_kind(name, numbers, Mapping, "a dict of names or of (layer, expert) to numbers")
         for place, number in numbers.items():
             if not finite(number) or not 0 <= number <= most:
                 raise ValueError(f"{name}[{place!r}]={number!r} must be {what}")
@@ -182,19 +186,39 @@ def _by_layer(
 ) -> dict[ExpertLayer, dict[str, float]]:
     found: dict[ExpertLayer, dict[str, float]] = {}
     for place, number in places:
-        layer, name = _found(argument, place, layers)
-        entry = found.setdefault(layer, {})
-        if name in entry:
-            raise ValueError(f"{argument} names expert {name!r} of {layer.key!r} twice")
-        entry[name] = float(number)
+        one = not isinstance(place, str)
+        for layer, name in [_found(argument, place, layers)] if one else _everywhere(argument, place, layers):
+            entry = found.setdefault(layer, {})
+            if name in entry:
+                raise ValueError(f"{argument} names expert {name!r} of {layer.key!r} twice")
+            entry[name] = float(number)
     return found
+
+
+def _everywhere(argument: str, name: str, layers: Sequence[ExpertLayer]) -> list[tuple[ExpertLayer, str]]:
+    """An expert in every layer that has it and whose router decides: others go by one of these."""
+    found = [(layer, name) for layer in layers if name in layer.names and not _follows(layer)]
+    if not found:
+        names = list(dict.fromkeys(name for layer in layers for name in layer.names))
+        keys = [layer.key for layer in layers]
+        remedy = f" {name!r} is a layer: write ({name!r}, expert)" if name in keys else nearest(name, names)
+        raise ValueError(f"{argument}: no layer has an expert {name!r}; there are {names}.{remedy}")
+    return found
+
+
+def _follows(layer: ExpertLayer) -> bool:
+    """Whether a layer goes by the router of another."""
+    return isinstance(layer, MixtureExperts) and bool(getattr(layer.mixture.router, "follows", False))
 
 
 def _found(argument: str, place: Place, layers: Sequence[ExpertLayer]) -> tuple[ExpertLayer, str]:
     """The layer and the name of an expert."""
-    if isinstance(place, str) or not isinstance(place, Sequence) or len(place) < 2:
+    if not isinstance(place, Sequence) or len(place) < 2:
         example = next(((layer.key, layer.names[0]) for layer in layers), "")
-        raise ValueError(f"{argument}: {place!r} must be (layer, expert), such as {example}")
+        raise ValueError(
+            f"{argument}: {place!r} must be (layer, expert), such as {example}, or the name of an expert alone, which "
+            "means it in every layer"
+        )
     key, expert = place[0], place[1]
     named = [layer for layer in layers if layer.key == key] or [layer for layer in layers if layer.path == key]
     if len(named) != 1:
@@ -262,7 +286,7 @@ def check_tuning(layer: ExpertLayer, tuning: LayerTuning, mode: str) -> None:
         raise ValueError(
             f"the shares of what is on at {layer.key!r} sum to {sum(tuning.on.values())}, which is over 1"
         )
-    if isinstance(layer, MixtureExperts) and getattr(layer.mixture.router, "follows", False):
+    if _follows(layer):
         raise ValueError(f"{layer.key!r} goes by the router of {layer.router!r}: tune the experts there")
     if mode == "mask" and off and mask_of(layer) is None:
         raise ValueError(

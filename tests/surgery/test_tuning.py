@@ -245,14 +245,53 @@ def test_layers_that_share_a_router_follow_and_are_not_tuned_twice(tiny, tiny_in
         pass
 
 
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_a_name_alone_is_the_expert_in_every_layer(kind: str, tiny, tiny_inputs) -> None:
+    model, inputs = MODELS[kind](tiny), tiny_inputs("llama")
+    layers = expert_layers(model)
+    names = layers[0].names
+    given = [
+        {"off": [names[0]], "on": {names[1]: 0.5}, "scale": {names[2]: 2.0}},
+        {
+            "off": [(layer.key, names[0]) for layer in layers],
+            "on": {(layer.key, names[1]): 0.5 for layer in layers},
+            "scale": {(layer.key, names[2]): 2.0 for layer in layers},
+        },
+    ]
+    plain, found = model(**inputs).logits, []
+    for options in given:
+        with tune_experts(model, **options):
+            found.append(model(**inputs).logits)
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], plain)
+
+
+@torch.no_grad()
+def test_a_name_alone_is_taken_where_routers_decide_and_experts_are(tiny, tiny_inputs) -> None:
+    model, inputs = moa(tiny, router_scope="model"), tiny_inputs("llama")
+    with tune_experts(model, off=["expert1"]):
+        given = [choices(model, inputs, layer) for layer in expert_layers(model)]
+    assert len(given) == 2
+    assert not any(weights[:, 1].any() for weights in given)
+    uneven = moa(tiny, num_experts={"0": 2, "1": 3})
+    uneven.base_model.override_experts(off=["expert2"])
+    last = expert_layers(uneven)[1].path
+    assert uneven.peft_config["default"].expert_overrides == {"mode": "zero", "off": [[last, "expert2"]]}
+
+
 def test_what_cannot_be_tuned_is_refused(tiny, tiny_inputs) -> None:
     model, base, tree = moa(tiny), MODELS["mixtral"](tiny), moa(tiny, "tree", num_experts_per_tok=2)
     key, base_key, tree_key = (expert_layers(m)[0].key for m in (model, base, tree))
     for call, message in (
         (
-            lambda: tune_experts(model, off=["a"]),
-            rf"must be \(layer, expert\), such as \('{re.escape(key)}', 'expert0'\)",
+            lambda: tune_experts(model, off=[("expert0",)]),
+            rf"must be \(layer, expert\), such as \('{re.escape(key)}', 'expert0'\), or the name of an expert alone",
         ),
+        (lambda: tune_experts(model, off="expert1"), r"off='expert1' must be a list .* write \['expert1'\]"),
+        (lambda: tune_experts(model, off=["expert9"]), r"no layer has an expert 'expert9'; .* Did you mean 'expert"),
+        (lambda: tune_experts(model, on={key: 0.5}), rf"is a layer: write \('{re.escape(key)}', expert\)"),
+        (lambda: tune_experts(model, off=["expert1", (key, 1)]), "names expert 'expert1' .* twice"),
         (lambda: tune_experts(model, off=[("x", 0)]), "off: 0 layers are 'x'"),
         (lambda: tune_experts(model, off=[(key, 4)]), "has no expert 4"),
         (lambda: tune_experts(model, off=[(key, "law")]), "has no expert 'law'"),
