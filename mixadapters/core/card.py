@@ -11,9 +11,8 @@ from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
-from peft.utils import CONFIG_NAME
 
-from mixadapters.core.folders import written_aside
+from mixadapters.core.folders import ADAPTER_FILE, written_aside
 
 BEGIN, END = "<!-- mixadapters {} -->", "<!-- /mixadapters {} -->"  # of the adapter's folder, seen from the card
 NO_SETTINGS = {  # fields that say nothing about the method
@@ -117,7 +116,7 @@ def _what_it_is(config: Any, base: str | None, licence: str | None, version: str
     if changed:
         lines.append(f"- Settings other than the defaults: {', '.join(changed)}")
     if longer:
-        lines.append(f"- Longer ones, in `{CONFIG_NAME}`: {', '.join(map(_code, longer))}")
+        lines.append(f"- Longer ones, in `{ADAPTER_FILE}`: {', '.join(map(_code, longer))}")
     return lines
 
 

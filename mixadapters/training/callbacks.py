@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from mixadapters.core.config import MixtureConfig
 from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.engines import loaded
 from mixadapters.core.fields import check_kind, check_switches
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.names import UNNAMED
 from mixadapters.core.processes import gathered, several
+from mixadapters.core.registry import nearest
 from mixadapters.core.saving import restore_frozen
 from mixadapters.core.trainers import check_best, check_columns, check_launched, trainer_above
 from mixadapters.routers.base import COEFFICIENTS
@@ -42,10 +45,11 @@ class StageCallback(RunCallback):
         domain: the only domain that trains, in MixDA's stage "domain". Rows without `domain_ids` take it.
 
     Raises:
-        ValueError: unknown adapter, stage or domain; a Trainer that would drop columns which an objective or the
-            adapter needs, or which the train dataset has and adapters read; load_best_model_at_end with another
-            adapter than "default"; reentrant activation checkpointing together with auxiliary losses; a Trainer that
-            trains after the model was set to another stage, or goes on from a checkpoint of another stage.
+        ValueError: when it is made, a stage that no method has. When the Trainer is, an unknown adapter or domain, or
+            a stage of another method; a Trainer that would drop columns which an objective or the adapter needs, or
+            which the train dataset has and adapters read; load_best_model_at_end with another adapter than "default";
+            reentrant activation checkpointing together with auxiliary losses. When it trains, a Trainer that was made
+            without it, or before the model was set to another stage, or goes on from a checkpoint of another stage.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class StageCallback(RunCallback):
         *, domain: str | None = None,
     ) -> None:  # fmt: skip
         check_switches(check_head=check_head)
+        check_stage(stage)
         self.stage, self.adapter_name, self.domain = stage, adapter_name, domain
         self.noted = stage if domain is None else f"{stage} {domain}"  # in checkpoints
         such = "such as [PreservationObjective()] of mixadapters.training.objectives"
@@ -63,6 +68,7 @@ class StageCallback(RunCallback):
                 reason = "a class, not an object of it" if isinstance(objective, type) else "no objective"
                 raise ValueError(f"objectives hold {objective!r:.80}, which is {reason}: give a list {such}")
         self.trainer: Trainer | None = None
+        self.set_up = False  # whether a Trainer has been made with it
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -73,6 +79,7 @@ class StageCallback(RunCallback):
         tuner.set_stage(self.stage, self.adapter_name, self.domain)  # refuses unknown names
         self.adapter_name = str(self.adapter_name)  # this one, whatever the run makes active (the reference of DPO)
         self._attach(tuner.context)
+        self.set_up = True
         self._look_at_checkpoints(args)
 
     def _check(self, args: TrainingArguments, tuner: MixtureModel) -> None:
@@ -148,6 +155,11 @@ class StageCallback(RunCallback):
         self.trainer = trainer_above()
         tuner = find_tuner(model)
         now, domain = tuner.stage.get(self.adapter_name), tuner.single_domain.get(self.adapter_name)
+        if (now, domain) != (self.stage, self.domain) and not self.set_up:
+            raise ValueError(
+                f"StageCallback({self.stage!r}) was added when the Trainer had been made, whose optimizer may hold "
+                "other parameters than the stage's: pass it in Trainer(..., callbacks=[...])"
+            )
         if (now, domain) != (self.stage, self.domain):
             raise ValueError(
                 f"the model has been set to stage={now if domain is None else f'{now} {domain}'!r} since this Trainer "
@@ -213,6 +225,17 @@ class StageCallback(RunCallback):
         context = find_tuner(model).context
         context.loss_scale = None
         context.steps.ended(self.adapter_name)
+
+
+def check_stage(stage: Any) -> None:
+    """Raises ValueError where no method that is registered has such a stage; the model says whether its own has."""
+    kinds = [kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING.values() if issubclass(kind, MixtureConfig)]
+    stages = sorted({name for kind in kinds for name in kind.stages})
+    if stage not in stages:
+        raise ValueError(
+            f"stage={stage!r} is a stage of no method; there are {stages}.{nearest(str(stage), stages)} Stages of a "
+            "method of your own are known once it is registered"
+        )
 
 
 def check_saves(trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -135,13 +136,27 @@ def test_stage_of_another_adapter(tiny: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("callback", "message"),
     [
-        (lambda: StageCallback("tsk"), r"stage='tsk' is unknown; have \['domain', 'task'\]. Did you mean 'task'"),
+        (lambda: StageCallback("tune"), r"stage='tune' is unknown; have \['domain', 'task'\]"),  # of another method
         (lambda: StageCallback("task", adapter_name="b"), r"adapter_name='b' is unknown; have \['default'\]"),
     ],
 )
 def test_unknown_names_are_refused(callback: Any, message: str, classifier: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         Trainer(model=classifier, args=arguments(tmp_path), callbacks=[callback()])
+
+
+@pytest.mark.parametrize(("stage", "meant"), [("rooter", "router"), ("tsk", "task"), (["task"], None)])
+def test_a_stage_of_no_method_is_refused_when_the_callback_is_made(stage: Any, meant: str | None) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"stage={stage!r} is a stage of no method")) as refused:
+        StageCallback(stage)
+    assert (f"Did you mean {meant!r}?" in str(refused.value)) == (meant is not None)
+
+
+def test_a_callback_that_comes_after_its_trainer_is_refused(classifier: nn.Module, tmp_path: Path) -> None:
+    trainer = Trainer(model=classifier, args=arguments(tmp_path), train_dataset=rows(classes=True))
+    trainer.add_callback(StageCallback("task"))
+    with pytest.raises(ValueError, match=r"StageCallback\('task'\) was added when .* callbacks=\[...\]"):
+        trainer.train()
 
 
 def test_a_model_without_our_adapters_is_refused(tiny: Any, tmp_path: Path) -> None:
