@@ -114,8 +114,13 @@ class MixtureConfig(PeftConfig):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> MixtureConfig:
         # PEFT would drop unknown keys of a saved config with a warning. A file without a type is for PEFT to refuse.
-        if not kwargs or kwargs.keys() & {f.name for f in fields(cls)}:
+        known = {f.name for f in fields(cls)}
+        if not kwargs or kwargs.keys() & known:
             refuse_unknown(cls, kwargs)
+        else:
+            name = next(iter(kwargs))
+            said = f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}"  # what PEFT looks for
+            raise TypeError(f"{said}.{nearest(name, known)}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:

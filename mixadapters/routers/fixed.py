@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.fields import finite
+from mixadapters.core.registry import nearest
 from mixadapters.core.routing import Routing
 from mixadapters.routers.base import LOSS_OPTIONS, ROUTERS, Router
 
@@ -46,12 +47,23 @@ class ConstantRouter(Router):
     def __init__(self, in_features: int, experts: list[str], weights: Any = None) -> None:
         super().__init__(in_features, experts)
         if isinstance(weights, Mapping):
-            if weights.keys() != set(experts):
-                raise ValueError(f"weights={dict(weights)} must have one entry for each expert of {experts}")
+            missing = [name for name in experts if name not in weights]
+            unknown = [name for name in weights if name not in experts]
+            if missing or unknown:
+                remedies = [f"add {missing}, 0 for no weight"] if missing else []
+                remedies += [f"take out {unknown}"] if unknown else []
+                close = nearest(str(unknown[0]), missing) if unknown else ""
+                raise ValueError(
+                    f"weights={dict(weights)} must have one entry for each expert of {experts}, which this layer has: "
+                    f"{' and '.join(remedies)}.{close}"
+                )
             weights = [weights[name] for name in experts]
         weights = [1 / len(experts)] * len(experts) if weights is None else list(weights)
         if len(weights) != len(experts):
-            raise ValueError(f"weights={weights} must have one entry for each expert of {experts}")
+            raise ValueError(
+                f"weights={weights} must have one entry for each expert of {experts}, which this layer has: give "
+                f"{len(experts)}, or a dict of names to weights"
+            )
         if not all(finite(weight) for weight in weights):
             raise ValueError(f"weights={weights} must be finite numbers")
         self.register_buffer("weights", torch.tensor(weights), persistent=False)

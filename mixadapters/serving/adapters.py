@@ -105,7 +105,8 @@ class ServedAdapters:
         have = [other for other in self._served if other not in self._leaving]
         gone = " (it is being unloaded)" if name in self._leaving else ""
         shown = f"{[BASE, *have]}" if len(have) < SHOWN else f"{len(have)} others"
-        return UnknownAdapter(f"no adapter {name!r:.100}{gone}; have {shown}.{nearest(name[:100], have)}")
+        said = f"no adapter {name!r:.100}{gone}; have {shown}.{nearest(name[:100], have)}"
+        return UnknownAdapter(said, leaving=name in self._leaving)
 
     def begin(self, name: str) -> bool:
         """A request of the adapter may be in the next steps. To be called where no forward runs.

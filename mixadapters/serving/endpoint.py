@@ -17,7 +17,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from mixadapters.core.registry import nearest
 from mixadapters.core.rows import BASE
+from mixadapters.serving.adapters import SHOWN
 from mixadapters.serving.engine import AUTO, AdapterServer
 from mixadapters.serving.folder import AdapterFolder
 from mixadapters.serving.metrics import Metrics
@@ -183,9 +185,10 @@ class Endpoint:
             raise self._no_model(name)
         return JSONResponse(self._model(name))
 
-    def _no_model(self, name: str) -> WireError:
-        why = f": its folder could not be served ({self.left_out[name]})" if name in self.left_out else ""
-        return WireError(404, f"no model {name!r:.100}{why}", code="model_not_found", param="model")
+    def _no_model(self, name: str, leaving: bool = False) -> WireError:
+        why = ": it is being unloaded" if leaving else ""
+        why = f": its folder could not be served ({self.left_out[name]})" if name in self.left_out else why
+        return unknown_model(name, [self.base, *self._names], why)
 
     @property
     def _names(self) -> list[str]:
@@ -239,7 +242,7 @@ class Endpoint:
             for request in requests:
                 request.cancel()
             if isinstance(error, UnknownAdapter):
-                raise WireError(404, self._said(error), code="model_not_found", param="model") from None
+                raise self._no_model(body.model, error.leaving) from None
             if isinstance(error, WrongArgument):
                 field = body.field_of(error.argument)
                 said = self._said(error).replace(f"{error.argument}=", f"{field}=")
@@ -357,6 +360,13 @@ async def pieces(
 def without_paths(text: str) -> str:
     """A message with the last part of each absolute path in it: what an adapter's config names may lie anywhere."""
     return ABSOLUTE.sub("", text)
+
+
+def unknown_model(name: str, have: list[str], why: str) -> WireError:
+    """OpenAI's error for a model that does not exist, with those that there are. why: the reason, or nothing."""
+    shown = f"{have}" if len(have) <= SHOWN else f"{len(have)}, which GET /v1/models lists"
+    said = f"the model {name!r:.100} does not exist{why}; there are {shown}.{nearest(name[:100], have)}"
+    return WireError(404, said, code="model_not_found", param="model")
 
 
 def as_wire_error(error: Exception) -> WireError:

@@ -19,7 +19,11 @@ class ServerStopped(RuntimeError):
 
 
 class UnknownAdapter(ValueError):
-    """No adapter of the server has this name."""
+    """No adapter of the server has this name. leaving: one has it, and is being unloaded."""
+
+    def __init__(self, message: str, leaving: bool = False) -> None:
+        super().__init__(message)
+        self.leaving = leaving
 
 
 class WrongArgument(ValueError):

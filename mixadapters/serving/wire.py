@@ -18,6 +18,8 @@ from pydantic import (
     field_validator,
 )
 
+from mixadapters.core.registry import nearest
+
 MOST_STOPS = 4  # as OpenAI's
 
 
@@ -176,6 +178,25 @@ class UnloadBody(Body):
     lora_name: str
 
 
+def said_of(kind: type[Body], found: Any) -> str:
+    """What a client is told of the first field that is wrong. found: of pydantic's `errors`."""
+    name, said, wrong = str(found["loc"][-1]) if found["loc"] else "", str(found["msg"]), found["type"]
+    if wrong == "value_error":
+        return said.removeprefix("Value error, ")
+    if wrong == "extra_forbidden":
+        known = kind.model_fields if len(found["loc"]) == 1 else ()
+        return f"there is no such field here: leave it out.{nearest(name, known)}"
+    top = kind.model_fields.get(name) if len(found["loc"]) == 1 else None
+    if top is None or top.is_required():
+        return said
+    if wrong == "none_required":
+        return "it is not supported: leave it out"
+    if wrong == "literal_error":  # a field of OpenAI's, of which there is its neutral value alone
+        taken = {"False": "false", "True": "true"}.get(found["ctx"]["expected"], found["ctx"]["expected"])
+        return f"nothing but {taken} is supported: leave it out"
+    return said
+
+
 def read_body(kind: type[Body], content: bytes) -> Any:
     """A body of this kind. Raises WireError, naming the first field that is wrong."""
     try:
@@ -184,7 +205,7 @@ def read_body(kind: type[Body], content: bytes) -> Any:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"]) or "the body"
         raise WireError(
-            400, f"{field}: {first['msg']}", param=str(first["loc"][0]) if first["loc"] else None
+            400, f"{field}: {said_of(kind, first)}", param=str(first["loc"][0]) if first["loc"] else None
         ) from None
     except (ValueError, RecursionError) as error:
         raise WireError(400, f"the body is no JSON: {type(error).__name__}") from None

@@ -98,11 +98,23 @@ def experts_in(weights: Mapping[str, Tensor], within: str) -> dict[str, dict[str
     return found
 
 
-def refuse_other_fields(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError for a source that was trained with other values of fields than `ours`."""
+def refuse_other_fields(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str, config: Any, fields: Mapping[str, str]
+) -> None:
+    """Raise ValueError for a source that was trained with other values than `ours`.
+
+    Args:
+        config: of the mixture.
+        fields: what is called otherwise there -> the field with its value that would fit the source.
+    """
     for name, value in ours.items():
         if theirs[name] != value:
-            raise ValueError(f"{where} was trained with {name}={theirs[name]!r}, this mixture has {value!r}")
+            fitting = fields.get(name, f"{name}={theirs[name]!r}" if hasattr(config, name) else None)
+            remedy = "no field of this mixture changes that" if fitting is None else f"make the mixture with {fitting}"
+            raise ValueError(
+                f"{where} was trained with {name}={theirs[name]!r}, this mixture has {value!r}: {remedy}, or leave "
+                f"this source out, or train it with {value!r}"
+            )
 
 
 def check_tensors(

@@ -137,7 +137,7 @@ def test_base_and_adapters_are_models(served) -> None:
     models = served.client.models.list().data
     assert [model.id for model in models] == ["tiny", *sorted(NAMES)]
     assert served.client.models.retrieve("law").id == "law"
-    with pytest.raises(openai.NotFoundError, match="no model 'laws'"):
+    with pytest.raises(openai.NotFoundError, match="the model 'laws' does not exist"):
         served.client.models.retrieve("laws")
 
 
@@ -147,7 +147,7 @@ def test_the_base_has_one_name_and_messages_say_it(served) -> None:
         answer = served.post("/v1/completions", prompt="w8", **body)
         assert answer.status_code == 404
         assert error_of(answer)["param"] == "model"
-    assert "have ['tiny', " in error_of(answer)["message"]
+    assert "there are ['tiny', " in error_of(answer)["message"]
     answer = served.post("/v1/unload_lora_adapter", lora_name="laws")
     assert answer.status_code == 404
     assert error_of(answer)["param"] == "lora_name"
@@ -228,7 +228,7 @@ def test_sampling_is_by_request(served, alone) -> None:
 def test_adapters_are_loaded_and_unloaded_while_it_runs(served, folder, alone, tmp_path) -> None:
     shutil.copytree(folder / "law", folder / "late")
     try:
-        with pytest.raises(openai.NotFoundError, match="no adapter 'late'"):
+        with pytest.raises(openai.NotFoundError, match="the model 'late' does not exist"):
             served.client.completions.create(model="late", prompt=WORDS)
         answer = served.post("/v1/load_lora_adapter", lora_name="late", lora_path="late")
         assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'late' added successfully.")
@@ -300,10 +300,13 @@ def error_of(answer: Answer) -> dict[str, Any]:
         ({"model": "law", "prompt": [8] * 256}, "prompt", "a prompt of 256 tokens leaves none to generate"),
         ({"model": "law", "prompt": "w8", "temperature": 1e-5}, "temperature", "temperature=1e-05 must be 0, or"),
         ({"model": "law", "prompt": "w8", "temperature": 3}, "temperature", "less than or equal to 2"),
-        ({"model": "law", "prompt": "w8", "n": 2}, "n", "should be 1"),
+        ({"model": "law", "prompt": "w8", "n": 2}, "n", "nothing but 1 is supported: leave it out"),
+        ({"model": "law", "prompt": "w8", "echo": True}, "echo", "nothing but false is supported: leave it out"),
+        ({"model": "law", "prompt": "w8", "logprobs": 3}, "logprobs", "logprobs: it is not supported: leave it out"),
         ({"model": "law", "prompt": "w8", "logit_bias": {"5": 1}}, "logit_bias", "no effect here"),
-        ({"model": "law", "prompt": "w8", "min_p": 0.1}, "min_p", "not permitted"),
-        ({"model": "law", "prompt": "w8", "seed": 3, "temperature": 1}, "seed", "it has no effect"),
+        ({"model": "law", "prompt": "w8", "min_p": 0.1}, "min_p", "there is no such field here: leave it out"),
+        ({"model": "law", "prompt": "w8", "max_token": 3}, "max_token", "leave it out. Did you mean 'max_tokens'?"),
+        ({"model": "law", "prompt": "w8", "seed": 3, "temperature": 1}, "seed", "seed: it has no effect"),
         ({"model": "law", "prompt": "w8", "stop": [""]}, "stop", "1 to 200"),
         ({"model": "law", "prompt": "w8", "stop": list("abcde")}, "stop", "at most 4"),
         ({"model": "law", "prompt": ["w8", "w9"], "stream": True}, "prompt", "one prompt"),
@@ -316,6 +319,20 @@ def test_bodies_that_ask_for_nothing_that_there_is(served, body, param, message)
     assert message in error["message"]
     assert error["param"] == param
     assert served.engine.waiting == 0
+
+
+def test_an_unknown_model_is_answered_with_those_that_there_are(served) -> None:
+    for answer in (served.post("/v1/completions", model="laws", prompt="w8"), served.send("GET", "/v1/models/laws")):
+        assert answer.status_code == 404
+        error = error_of(answer)
+        assert (error["code"], error["param"]) == ("model_not_found", "model")
+        names = [model.id for model in served.client.models.list()]
+        assert error["message"] == f"the model 'laws' does not exist; there are {names}. Did you mean 'law'?"
+
+
+def test_a_message_of_another_role_is_not_to_be_left_out(served) -> None:
+    answer = served.post("/v1/chat/completions", model="law", messages=[{"role": "tool", "content": "w8"}])
+    assert "messages.0.role: Input should be 'system'" in error_of(answer)["message"]
 
 
 @pytest.mark.parametrize(

@@ -126,5 +126,7 @@ def _check_source(config: MixDAConfig, name: str, saved: Any, where: str) -> str
         )
     if kind == "MIXDA" and saved.domain_type != config.domain_type:
         raise ValueError(f"{where} has domains of type {saved.domain_type!r}, this mixture {config.domain_type!r}")
-    refuse_other_fields(theirs, {**ours, "adapter_input": config.adapter_input}, where)
+    ours |= {"adapter_input": config.adapter_input}
+    fields = {name: f"adapter_{name}={theirs[name]!r}" for name in ("glu", "layer_norm") if name in theirs}
+    refuse_other_fields(theirs, ours, where, config, fields)
     return expert

@@ -79,7 +79,8 @@ def _bottleneck(
     theirs = {**saved.bank_options(), "placement": saved.placement, "adapter_input": saved.adapter_input}
     ours = {**config.bank_options(), "layer_norm": False, "placement": config.placement,
             "adapter_input": config.adapter_input}  # fmt: skip
-    refuse_other_fields(theirs, ours, where)
+    kind = "glu" if theirs["glu"] else "bottleneck"
+    refuse_other_fields(theirs, ours, where, config, {"glu": f"expert_type={kind!r}"})
     if theirs["scale"] is None:
         raise ValueError(f"{where} was trained with scale='learnable', which experts of this mixture do not have")
     within = f"bottleneck_adapters.bank.experts.{EXPERT}"
