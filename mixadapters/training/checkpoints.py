@@ -12,13 +12,17 @@ from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 
+from mixadapters.core.folders import written_aside
+
 STAGE_FILE = "stage.json"  # {"adapter": name, "stage": name}
 TORCH_FILES = frozenset({".pt", ".pth", ".bin"})  # optimizer, scheduler, state of each process's random generators
 LONGEST_HEADER = 100_000_000  # bytes; what safetensors itself takes
 
 
 def note_stage(folder: Path, adapter: str, stage: str) -> None:
-    (folder / STAGE_FILE).write_text(json.dumps({"adapter": adapter, "stage": stage}), encoding="utf-8")
+    """Say in a checkpoint which stage of `adapter` made it: whole or not at all, also where the process is killed."""
+    with written_aside(folder / STAGE_FILE) as aside:
+        aside.write_text(json.dumps({"adapter": adapter, "stage": stage}), encoding="utf-8")
 
 
 def stage_of(folder: Path, adapter: str) -> str | None:

@@ -66,6 +66,21 @@ def test_the_stage_of_an_adapter_is_noted(tmp_path: Path) -> None:
     assert stage_of(tmp_path, "other") is None
 
 
+def test_a_note_that_is_interrupted_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_text
+
+    def interrupted(self: Path, text: str, **options: str) -> None:
+        write(self, text[:9], **options)
+        raise KeyboardInterrupt
+
+    note_stage(tmp_path, "default", "domain")
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        note_stage(tmp_path, "default", "task")
+    assert stage_of(tmp_path, "default") == "domain"
+    assert [file.name for file in tmp_path.iterdir()] == ["stage.json"]
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", "1", '{"adapter": "default"}', '{"adapter": "default", "stage": 1}'])
 def test_a_note_that_says_nothing_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "stage.json").write_text(text, encoding="utf-8")
