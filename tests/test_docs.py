@@ -72,7 +72,6 @@ GIVEN = {
     "biomed": [f"the cell number {i} grows" for i in range(9)],
     "reviews": [f"the film number {i} is dull" for i in range(9)],
     "general": [f"there are {i} rivers" for i in range(12)],
-    "mixed": [{"input_ids": [5 + i, 6, 7], "labels": [5 + i, 6, 7]} for i in range(8)],
     "labelled": [(f"the cell number {i} grows", i % 2) for i in range(8)],
 }
 GIVEN |= {"law": GIVEN["biomed"], "code": GIVEN["general"], "films": GIVEN["reviews"]}
@@ -159,7 +158,7 @@ def test_code_runs(page, offline) -> None:
 def test_code_of_the_readme_ends_in_what_it_promises(offline, tmp_path) -> None:
     names = run_page("README.md")
     for folder in ("biomed", "reviews", "mixture"):
-        assert (tmp_path / folder / "adapter_model.safetensors").is_file()
+        assert (tmp_path / "runs" / folder / "adapter_model.safetensors").is_file()
     assert names["tuner"].expert_ids(["films", "biomed"]).tolist() == [1, 0]
     run_alone("README.md", "import mixadapters  #")
 
@@ -167,7 +166,7 @@ def test_code_of_the_readme_ends_in_what_it_promises(offline, tmp_path) -> None:
 def test_code_of_the_two_stages_ends_in_what_it_promises(offline, tmp_path) -> None:
     names = run_page("docs/two-stages.md")
     for folder in ("biomed", "reviews", "abstracts"):
-        assert (tmp_path / folder / "adapter_model.safetensors").is_file()
+        assert (tmp_path / "runs" / folder / "adapter_model.safetensors").is_file()
     assert list(names["model"].peft_config["default"].domains) == ["law", "code"]
     run_alone("docs/two-stages.md", "import mixadapters  #", "causal_prefix")
 
