@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 
 from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig
@@ -29,7 +30,7 @@ KINDS = {
         num_experts=4, r=4, init_weights=False, router_scope="block", router_z_loss_coef=1.0, n_shared_experts=1, **f
     ),
 }
-every = pytest.mark.parametrize("kind", KINDS)
+STEPPED = ("mixda", "moa_softmax")  # of these, whole trainings are compared
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
@@ -38,6 +39,12 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def batch(tiny_inputs: Any) -> Callable[[int], dict[str, Any]]:
+    """Rows of other lengths, with labels, by seed."""
+    return lambda seed: tiny_inputs("llama", batch=3, padding="left", labels="tokens", seed=seed)
 
 
 def made(tiny: Any, kind: str, architecture: str = "llama", **fields: Any) -> nn.Module:
@@ -49,26 +56,60 @@ def made(tiny: Any, kind: str, architecture: str = "llama", **fields: Any) -> nn
     return model
 
 
-@every
-def test_outputs_and_gradients_are_those_of_eager_mode(kind: str, tiny: Any, tiny_inputs: Any) -> None:
-    model = made(tiny, kind, task_type="CAUSAL_LM" if kind == "mixda" else None).train()
-    inputs = tiny_inputs("llama", batch=3, padding="left", labels="tokens")
+class Outcome(NamedTuple):
+    logits: Tensor
+    loss: Tensor
+    grads: dict[str, Tensor]
 
-    def run(forward: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        model.zero_grad()
-        output = forward(**inputs, use_cache=False)
-        output.loss.backward()
-        grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
-        return output.logits.detach(), output.loss.detach(), grads
 
-    eager = run(model)
-    compiled = run(torch.compile(model, backend="aot_eager", fullgraph=True))
-    torch.testing.assert_close(compiled[0], eager[0], **CLOSE)
-    torch.testing.assert_close(compiled[1], eager[1], **CLOSE)
-    for name, grad in eager[2].items():
-        torch.testing.assert_close(compiled[2][name], grad, msg=name, **CLOSE)
+def outcome(model: nn.Module, forward: Any, inputs: dict[str, Any]) -> Outcome:
+    model.zero_grad()
+    output = forward(**inputs, use_cache=False)
+    output.loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    return Outcome(output.logits.detach(), output.loss.detach(), grads)
+
+
+def assert_equal(compiled: Outcome, eager: Outcome) -> None:
+    torch.testing.assert_close(compiled.logits, eager.logits, **CLOSE)
+    torch.testing.assert_close(compiled.loss, eager.loss, **CLOSE)
+    for name, grad in eager.grads.items():
+        torch.testing.assert_close(compiled.grads[name], grad, msg=name, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in STEPPED])
+def test_outputs_and_gradients_are_those_of_eager_mode(kind: str, tiny: Any, batch: Any) -> None:
+    model, inputs = made(tiny, kind).train(), batch(0)
+    eager = outcome(model, model, inputs)
+    assert_equal(outcome(model, torch.compile(model, backend="aot_eager", fullgraph=True), inputs), eager)
     if kind.startswith(("mixda", "moa")):  # the auxiliary loss is in it
-        assert eager[1] > model.eval()(**inputs).loss + 0.1
+        assert eager.loss > model.eval()(**inputs).loss + 0.1
+
+
+@pytest.mark.parametrize("kind", STEPPED)
+def test_steps_of_training_are_those_of_eager_mode_and_not_each_compiled(kind: str, tiny: Any, batch: Any) -> None:
+    runs, ends, plain = [], [], torch.tensor(0.0)
+    for compiling in (False, True):
+        torch.manual_seed(0)
+        model = made(tiny, kind, task_type="CAUSAL_LM" if kind == "mixda" else None)
+        if not compiling:
+            plain = model.eval()(**batch(0)).loss.detach()
+        model.train()
+        counter = CompileCounterWithBackend("aot_eager")
+        forward = torch.compile(model, backend=counter, fullgraph=True) if compiling else model
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        steps = []
+        for seed in range(4):  # other routes in every step
+            steps.append(outcome(model, forward, batch(seed)))
+            optimizer.step()
+        runs.append(steps)
+        ends.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+    assert counter.frame_count <= 2  # the first step begins the running sums of usage
+    for eager, compiled in zip(*runs, strict=True):
+        assert_equal(compiled, eager)
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, msg=name, **CLOSE)
+    assert runs[0][0].loss > plain + 0.1  # the auxiliary loss is in it
 
 
 @pytest.mark.parametrize("kind", ["bottleneck", "mixda", "moa"])
@@ -85,31 +126,15 @@ def test_outputs_of_an_encoder(kind: str, tiny: Any, tiny_inputs: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "task_type"), [("bottleneck", "CAUSAL_LM"), ("mixda_prefix", None), ("moa_block", None)]
 )
-def test_adapter_names_are_honoured_after_compiling(
+def test_adapters_that_are_switched_disabled_named_or_loaded_are_honoured_after_compiling(
     kind: str, task_type: str | None, tiny: Any, tiny_inputs: Any
 ) -> None:
     model = made(tiny, kind, task_type=task_type)
     model.add_adapter("second", KINDS[kind](task_type=task_type))
     model.eval()
     inputs = {**tiny_inputs("llama", batch=3), "use_cache": False}
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        plain = model(**inputs).logits
-        torch.testing.assert_close(compiled(**inputs).logits, plain, **CLOSE)
-        for names in (["second", "__base__", "default"], ["__base__", "default", "second"]):
-            expected = model(**inputs, adapter_names=names).logits
-            assert not torch.allclose(expected, plain, atol=1e-3)
-            torch.testing.assert_close(compiled(**inputs, adapter_names=names).logits, expected, **CLOSE)
-        torch.testing.assert_close(compiled(**inputs).logits, plain, **CLOSE)
-
-
-@pytest.mark.parametrize("kind", ["bottleneck", "mixda", "moa_block"])
-def test_switching_and_disabling_are_honoured_after_compiling(kind: str, tiny: Any, tiny_inputs: Any) -> None:
-    model = made(tiny, kind)
-    model.add_adapter("second", KINDS[kind]())
-    model.eval()
-    inputs = {**tiny_inputs("llama"), "use_cache": False}
-    compiled = torch.compile(model, backend="aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
     with torch.no_grad():
         for name in ("default", "second", "default"):
             model.set_adapter(name)
@@ -117,14 +142,23 @@ def test_switching_and_disabling_are_honoured_after_compiling(kind: str, tiny: A
         with model.disable_adapter():
             base = tiny("llama", num_hidden_layers=1)(**inputs).logits
             torch.testing.assert_close(compiled(**inputs).logits, base, **CLOSE)
-        torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, **CLOSE)
+        plain = model(**inputs).logits
+        torch.testing.assert_close(compiled(**inputs).logits, plain, **CLOSE)
+        for names in (["second", "__base__", "default"], ["__base__", "default", "second"]):
+            expected = model(**inputs, adapter_names=names).logits
+            assert not torch.allclose(expected, plain, atol=1e-3)
+            torch.testing.assert_close(compiled(**inputs, adapter_names=names).logits, expected, **CLOSE)
+        torch.testing.assert_close(compiled(**inputs).logits, plain, **CLOSE)
+        frames, other = counter.frame_count, made(tiny, kind, task_type=task_type).eval()
+        set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+        expected = other(**inputs).logits
+        assert not torch.allclose(expected, plain, atol=1e-3)
+        torch.testing.assert_close(compiled(**inputs).logits, expected, **CLOSE)
+    assert counter.frame_count == frames  # weights that are loaded are used without compiling again
 
 
-@pytest.mark.parametrize("kind", ["bottleneck", "mixda", "moa", "moa_block"])
+@pytest.mark.parametrize("kind", ["mixda", "moa"])
 def test_weights_loaded_later_are_used_without_compiling_again(kind: str, tiny: Any, tiny_inputs: Any) -> None:
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from torch._dynamo.testing import CompileCounterWithBackend
-
     model, other = made(tiny, kind).eval(), made(tiny, kind).eval()
     inputs = {**tiny_inputs("llama"), "use_cache": False}
     counter = CompileCounterWithBackend("aot_eager")
@@ -166,27 +200,6 @@ def test_auxiliary_losses_of_a_micro_batch_weigh_as_in_eager_mode(kind: str, tin
         model.zero_grad(set_to_none=True)
     for name, grad in grads[0].items():
         torch.testing.assert_close(grads[1][name], grad, msg=name, **CLOSE)
-
-
-@pytest.mark.parametrize("kind", ["mixda", "moa_softmax"])
-def test_steps_of_training_are_not_each_compiled(kind: str, tiny: Any, tiny_inputs: Any) -> None:
-    from torch._dynamo.testing import CompileCounterWithBackend
-
-    ends = []
-    for compiling in (False, True):
-        torch.manual_seed(0)
-        model = made(tiny, kind).train()
-        counter = CompileCounterWithBackend("aot_eager")
-        forward = torch.compile(model, backend=counter, fullgraph=True) if compiling else model
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        for seed in range(4):  # other routes in every step
-            forward(**tiny_inputs("llama", labels="tokens", seed=seed), use_cache=False).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        ends.append({n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
-    assert counter.frame_count <= 2  # the first step begins the running sums of usage
-    for name, value in ends[0].items():
-        torch.testing.assert_close(ends[1][name], value, msg=name, **CLOSE)
 
 
 @pytest.mark.parametrize("granularity", ["causal_prefix", "request"])

@@ -1068,7 +1068,7 @@ def test_t20_an_answer_that_only_the_image_tells_is_learned(tiny) -> None:
         model.unload()
         return (logits.argmax(-1) == kind).float().mean().item()
 
-    base, images = with_images(tiny("llama"), grid=1)
+    base, images = with_images(tiny("llama", num_hidden_layers=2), grid=1)
     assert accuracy({"gate_init": "one"}) > 0.95
     assert accuracy({"gate": False}) > 0.95
     assert accuracy({"gate_init": "zero"}) > 0.9
