@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import importlib.util
 import json
 import os
 import re
@@ -208,3 +209,19 @@ def test_tests_refuse_the_package_of_another_tree(tmp_path: Path, installed: boo
 
 def test_tests_do_not_see_the_checkout() -> None:
     assert ROOT not in {Path(entry or os.curdir).resolve() for entry in sys.path}
+
+
+@pytest.mark.parametrize("folder", ["tests", "tests/kernels/interpreted"])
+def test_settings_of_tests_import_nothing_that_takes_seconds(folder: str) -> None:
+    """The process that hands tests to workers reads them before it starts these."""
+    if importlib.util.find_spec("triton") is None and "interpreted" in folder:
+        pytest.skip("nothing is interpreted without triton")
+    code = f"""
+import runpy, sys
+runpy.run_path({str(ROOT / folder / "conftest.py")!r})
+print({{"torch", "transformers", "triton"}} & set(sys.modules))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
