@@ -16,6 +16,7 @@ from mixadapters.core.sites import STACKS, has_two_stacks, unwrapped
 
 MEDIA = re.compile("vision|image|video|audio")
 # What configs call the token that stands for a part of an image or a sound.
+PLACES = ("pixel_attention_mask", "aspect_ratio_mask")
 PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
 
 
@@ -98,11 +99,31 @@ def is_even(by_row: list[Any] | None) -> bool:
     return by_row is not None and all(row == by_row[0] for row in by_row)
 
 
+def has_places(inputs: Mapping[str, Any]) -> bool:
+    """Whether each row has places for images of its own, and a mask says which of them it has used (Idefics, SmolVLM,
+    Mllama)."""
+    return any(inputs.get(name) is not None for name in PLACES)
+
+
+def refuse_unpaired(inputs: Mapping[str, Any], placeholders: tuple[int, ...], who: str) -> None:
+    """Raise ValueError where `who` takes image or sound i for that of row i, and a row holds none: another has two."""
+    ids = inputs.get("input_ids")
+    if not placeholders or not isinstance(ids, Tensor) or has_places(inputs):
+        return
+    holds = (ids.flatten(1).unsqueeze(-1) == torch.tensor(placeholders, device=ids.device)).any(1)  # (B, kinds)
+    if bool((holds.any(0) & ~holds.all(0)).any()):
+        rows = (~holds[:, holds.any(0)]).any(1).nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"{who} takes the rows of a batch apart, and images or sounds do not say whose they are where rows hold "
+            f"none or several (here rows {rows} hold none): give each row one, or part those with and without"
+        )
+
+
 def refuse_uneven(inputs: Mapping[str, Any], placeholders: tuple[int, ...], batch: int, who: str, remedy: str) -> None:
     """Raise ValueError where `who` repeats rows of a batch that hold different numbers of images or sounds, one after
-    the other. Where a mask says which of its places for images a row has used (Idefics, SmolVLM), they repeat with it.
+    the other. Where rows have places of their own (`has_places`), these repeat with them.
     """
-    one_by_one = placeholders and inputs.get("pixel_attention_mask") is None
+    one_by_one = placeholders and not has_places(inputs)
     by_row = media_by_row(inputs, placeholders, batch) if one_by_one else None
     if by_row is not None and not is_even(by_row):
         raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.fields import check_kind, check_share
+from mixadapters.core.media import placeholders_of, refuse_unpaired
 from mixadapters.core.registry import nearest
 from mixadapters.core.rows import BASE
 from mixadapters.core.showing import brief
@@ -127,9 +128,10 @@ class ConfidenceCascade:
             batch: arguments of the experts, each a tensor or list with an entry for each row.
 
         Raises:
-            ValueError: arguments of different numbers of rows, or logits that are not (B, C).
+            ValueError: arguments of different numbers of rows, images that are not one for each row, or logits that
+                are not (B, C).
         """
-        rows = count_rows(batch)
+        rows = self._count_rows(batch)
         logits = _logits(self.weak(**batch), rows)
         sure = confidence(logits, self.dispersion)
         strong = self._unsure(sure)
@@ -148,10 +150,10 @@ class ConfidenceCascade:
             options: other arguments of transformers' `generate`.
 
         Raises:
-            ValueError: arguments of different numbers of rows; beams, or several answers for each request, whose
-                distributions cannot be told apart; an expert that generates nothing.
+            ValueError: arguments of different numbers of rows; images that are not one for each row; beams, or several
+                answers for each request, whose distributions cannot be told apart; an expert that generates nothing.
         """
-        rows = count_rows(batch)
+        rows = self._count_rows(batch)
         for name in ("num_beams", "num_return_sequences"):
             if _setting(name, self.weak, options) not in (None, 1):
                 raise ValueError(f"{name} must be 1: a cascade goes by one answer for each request, without beams")
@@ -228,6 +230,15 @@ class ConfidenceCascade:
             if (threshold := _threshold(values, called)) is not None
         ]
 
+    def _count_rows(self, batch: Mapping[str, Any]) -> int:
+        """As `count_rows`. Raises ValueError too where images are not one for each row, as the models tell."""
+        rows = count_rows(batch)
+        for expert in (self.weak, self.strong):
+            model = getattr(expert, "model", expert)
+            if isinstance(model, nn.Module):
+                refuse_unpaired(batch, placeholders_of(model), "a cascade")
+        return rows
+
     def _unsure(self, sure: Tensor) -> Tensor:
         return ~(sure >= self.threshold) | (self.threshold >= 1)  # a confidence that is no number is none
 
@@ -269,7 +280,10 @@ def count_rows(batch: Mapping[str, Any]) -> int:
     """
     counts = {name: len(value) if hasattr(value, "__len__") else None for name, value in batch.items()}
     if not counts or len(set(counts.values())) > 1 or None in counts.values():
-        raise ValueError(f"a batch must have one entry for each row under every name, and has {counts}")
+        raise ValueError(
+            f"a batch must have one entry for each row under every name, and has {counts}. Images, of which a row may "
+            "have several, must be one for each row"
+        )
     return next(iter(counts.values())) or 0
 
 

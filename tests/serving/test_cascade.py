@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from seeing import IMAGE, seeing, seen
 from torch import nn
 
 from mixadapters import BottleneckConfig
@@ -86,6 +87,36 @@ def test_a_cascade_of_adapters_answers_like_each_of_them(config, tiny, tiny_inpu
     torch.testing.assert_close(output.logits, torch.where(output.strong[:, None], law, base), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="there is no adapter 'lav'"):
         ConfidenceCascade.of_adapters(model, "__base__", "lav")
+
+
+@pytest.mark.parametrize(
+    ("per_row", "said"), [([2, 0], r"rows \[1\] hold none"), ([0, 2, 1], r"rows \[0\] hold none")]
+)
+def test_images_that_are_not_one_for_each_row_are_refused(per_row, said) -> None:
+    config = BottleneckConfig(r=2, target_modules=r".*language_model.*q_proj", task_type="CAUSAL_LM")
+    cascade = ConfidenceCascade.of_adapters(
+        get_peft_model(seeing("llava"), config, "law").eval(), "__base__", "law", 1
+    )
+    for call in (cascade.generate, cascade.classify):
+        with pytest.raises(ValueError, match=rf"a cascade takes the rows of a batch apart.*{said}"):
+            call(seen("llava", per_row))
+        with pytest.raises(ValueError, match=r"'pixel_values': 4.* must be one for each row"):
+            call(seen("llava", [2, 2]))
+
+
+@pytest.mark.parametrize(("kind", "per_row"), [("llava", [1, 1, 1]), ("smolvlm", [2, 1, 1])])
+def test_images_follow_the_rows_that_the_strong_expert_answers(kind, per_row) -> None:
+    config = BottleneckConfig(r=2, init_weights=False, target_modules=r".*(?:language|text)_model.*q_proj")
+    model, batch = get_peft_model(seeing(kind), config, "law").eval(), seen(kind, per_row)
+    settings = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": [IMAGE]}
+    cascade = ConfidenceCascade.of_adapters(model, "__base__", "law", 0.0)
+    cascade.threshold = float(cascade.generate(batch, **settings).confidence.median()) + 1e-6
+    found = cascade.generate(batch, **settings)
+    assert found.strong.sum() == 2
+    for row, name in enumerate("law" if strong else "__base__" for strong in found.strong):
+        one = {key: value[row : row + 1] for key, value in batch.items()}
+        alone = model.generate(**one, **settings, adapter_names=[name])
+        assert torch.equal(found.sequences[row], alone[0])
 
 
 @pytest.fixture(scope="module")
