@@ -232,8 +232,8 @@ class SiteFinder(BaseTuner):
 
     def _is_causal(self, path: str) -> bool:
         """Whether positions at this module must not see later ones."""
-        if generates_beside_media(self.model) and not media_part(path, self.model):
-            return True
+        if generates_beside_media(self.model):
+            return not media_part(path, self.model)
         return is_causal(path, self.model, self.get_model_config(self.model))
 
     def _nearest_tap(self, pattern: str, path: str) -> str:

@@ -22,11 +22,12 @@ from mixadapters import kernels
 from mixadapters.core.cache import claim, count_read, made_cache, settle
 from mixadapters.core.fields import check_kind
 from mixadapters.core.joining import countable, join_losses, refuse_idle
+from mixadapters.core.media import generates_beside_media
 from mixadapters.core.processes import several
 from mixadapters.core.record import Record, Records
 from mixadapters.core.rows import row_names
 from mixadapters.core.sites import has_two_stacks, layer_index
-from mixadapters.core.streams import read_stream, refuse_packed
+from mixadapters.core.streams import Stream, read_stream, refuse_packed
 from mixadapters.core.walking import adapters_named
 
 NUMBERS = frozenset({"domain_ids", "expert_ids", "modality_ids"})  # which expert a row takes: each of other adapters
@@ -283,7 +284,21 @@ class Generate:
         if "prompt_mask" not in fields and reads_prompt(self.model, fields.get("adapter_names")):
             held |= prompt_of(self.model, *args, **kwargs)
         with self.context.records.generating(), self.context.pin_in_thread(**held):
+            if self.context.running is None and generates_beside_media(self.model):
+                self._begin(*args, **kwargs)
             return self.plain(*args, **kwargs)
+
+    def _begin(self, inputs: Any = None, *args: Any, **kwargs: Any) -> None:
+        """A record for what reads images before the first forward, as in transformers: these rows and fields."""
+        arguments = {**kwargs, "input_ids": kwargs.get("input_ids", inputs)}
+        tokens = next((v for n in ("input_ids", "inputs_embeds") if isinstance(v := arguments.get(n), Tensor)), None)
+        values = self.context.held
+        record = Record(
+            self.model.training, torch.is_grad_enabled(), inputs=arguments, values=values, pinned=frozenset(values)
+        )
+        record.streams[""] = Stream(0 if tokens is None else tokens.shape[0])
+        self.context.enter(record)
+        self.context.prepare()
 
     def _taken(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The batch fields of adapters, taken out of `kwargs`: transformers refuses those that are no settings."""

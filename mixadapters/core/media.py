@@ -16,6 +16,7 @@ from mixadapters.core.sites import STACKS, has_two_stacks, unwrapped
 
 MEDIA = re.compile("vision|image|video|audio")
 # What configs call the token that stands for a part of an image or a sound.
+CROSS = re.compile(r"(?:.*\.)?cross_attn\.[kv]_proj")  # of Mllama, which reads images there, beside its text
 PLACES = ("pixel_attention_mask", "aspect_ratio_mask")
 PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
 
@@ -26,11 +27,14 @@ def reads_media(stack: str) -> bool:
 
 
 def media_part(path: str, model: nn.Module) -> str:
-    """The part of a model of text and more that holds the module at `path` and reads images or sounds: a tower, or
-    what stands between it and the text. "" in the text, and in models of one kind or of an encoder and a decoder."""
+    """The part of a model of text and more that holds the module at `path` and reads images or sounds: a tower, what
+    stands between it and the text, or keys and values of cross-attention. "" in the text, and in models of one kind or
+    of an encoder and a decoder."""
     towers, text = _kinds_of_parts(model)
     if not towers:
         return ""
+    if CROSS.fullmatch(path):
+        return path
     above, names = model, path.split(".")
     for end, name in enumerate(names, 1):
         below = unwrapped(getattr(above, name))
@@ -79,8 +83,11 @@ def placeholders_of(model: nn.Module) -> tuple[int, ...]:
 def media_by_row(inputs: Mapping[str, Any], placeholders: tuple[int, ...], batch: int) -> list[Any] | None:
     """What each of the `batch` rows of a forward holds of images and sounds, to be compared; None: nothing says it.
 
-    With placeholders, how many of each kind; in models without (CLIP), row i has image i.
+    With placeholders, how many of each kind; in models without (CLIP), row i has image i. Mllama reads all places for
+    images and tiles, of which each row has as many, used or not.
     """
+    if inputs.get("aspect_ratio_mask") is not None:
+        return [1] * batch
     ids, images = inputs.get("input_ids"), inputs.get("pixel_values")
     if not placeholders:
         own = isinstance(images, Tensor) and images.shape[0] == batch

@@ -169,7 +169,10 @@ ROWS: tuple[tuple[str, Architecture, str], ...] = (
     ("layers.#", replace(POST_NORM_LLAMA, causal=False), "nomic_bert"),
     ("layers.#", LLAMA, "llama mistral ministral ministral3 qwen2 qwen3 gemma smollm3 granite olmo helium seed_oss "
                         "cwm ernie4_5 hunyuan_v1_dense stablelm diffllama"),
-    ("language_model.layers.#", LLAMA, "llava mistral3 qwen2_vl qwen2_5_vl qwen3_vl qwen2_audio"),
+    ("language_model.layers.#", LLAMA, "llava mistral3 qwen2_vl qwen2_5_vl qwen3_vl qwen2_audio paligemma internvl"),
+    ("text_model.layers.#", LLAMA, "idefics3 smolvlm"),
+    ("language_model.layers.#", replace(LLAMA, attention="self_attn|cross_attn", attention_output="self_attn.o_proj",
+                                        cross_attention_output="cross_attn.o_proj"), "mllama"),
     ("layers.#", POST_NORM_LLAMA, "olmo2 olmo3 exaone4"),
     ("layers.#", GEMMA2, "gemma2 gemma3_text"),
     ("language_model.layers.#", GEMMA2, "gemma3"),

@@ -12,12 +12,14 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from seeing import IMAGE, seeing, seen
 from torch import nn
 
-from mixadapters import BottleneckConfig, MoAConfig, MoSAConfig
+from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig, MoSAConfig, PILLConfig
 from mixadapters.core.media import media_by_row, media_part
 from mixadapters.core.streams import read_stream
 from mixadapters.serving.contrast import SelfContrastLogitsProcessor
 
-TOWER = r".*(?:vision_tower.*[qv]_proj|visual.*(?:qkv|fc1))"
+TOWER = r".*(?:vision_(?:tower|model).*[qv]_proj|visual.*(?:qkv|fc1))"
+TEXT = r".*(?:language|text)_model.*self_attn.[qv]_proj"
+OTHERS = ["paligemma", "internvl", "idefics3", "smolvlm", "mllama"]
 UNEVEN = [[2, 0], [0, 2], [1, 3], [1, 2]]  # of the first two the images are as many as the rows
 
 
@@ -59,6 +61,14 @@ def by_adapter(model: PeftModel, inputs: dict[str, Any], names: list[str]) -> li
         ("llava", {"model.vision_tower", "model.multi_modal_projector"}),
         ("paligemma", {"model.vision_tower", "model.multi_modal_projector"}),
         ("qwen2_vl", {"model.visual"}),
+        ("internvl", {"model.vision_tower", "model.multi_modal_projector"}),
+        ("idefics3", {"model.vision_model", "model.connector"}),
+        ("smolvlm", {"model.vision_model", "model.connector"}),
+        (
+            "mllama",
+            {"model.vision_model", "model.multi_modal_projector"}
+            | {f"model.language_model.layers.1.cross_attn.{name}_proj" for name in "kv"},
+        ),
     ],
 )
 def test_parts_that_read_images_are_found_and_the_text_is_none_of_them(kind, parts) -> None:
@@ -96,7 +106,7 @@ def test_what_rows_hold_is_said_by_placeholders_or_by_one_image_for_each() -> No
 # --- whose images are whose ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", *OTHERS])
 @pytest.mark.parametrize("make", [moa, bottleneck])
 def test_images_go_through_the_adapter_of_their_row(kind, make) -> None:
     model = two_adapters(kind, make)
@@ -110,7 +120,63 @@ def test_images_go_through_the_adapter_of_their_row(kind, make) -> None:
             torch.testing.assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+ASKED = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [1, 2, IMAGE, 91, 92, 93]}
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", *OTHERS])
+def test_generate_reads_the_images_of_each_row_by_its_adapter_and_none_of_the_batch_before(kind) -> None:
+    """transformers reads them before the first forward."""
+    model, inputs = two_adapters(kind, bottleneck), seen(kind, [1, 1])
+    asked = {**ASKED, "output_logits": True, "return_dict_in_generate": True}
+    alone = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone.append(model.generate(**inputs, **asked).logits[0])
+    model.set_adapter("default")
+    names = ["other", "default"]
+    mixed = model.generate(**inputs, **asked, adapter_names=names).logits[0]
+    torch.testing.assert_close(mixed, torch.stack([alone[1][0], alone[0][1]]), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(alone[0], alone[1], atol=1e-2)
+    model(**inputs, adapter_names=names)
+    torch.testing.assert_close(model.generate(**inputs, **asked).logits[0], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_rows_that_all_have_places_for_as_many_images_may_use_fewer_of_them() -> None:
+    model, inputs, names = two_adapters("mllama", bottleneck), seen("mllama", [1, 2]), ["default", "other"]
+    expected = by_adapter(model, inputs, names)
+    mixed = model(**inputs, adapter_names=names).logits
+    for row in range(2):
+        torch.testing.assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-5)
+
+
+METHODS = {
+    "bottleneck": BottleneckConfig, "mixda": lambda **fields: MixDAConfig(domain_layers=[0, 1], **fields),
+    "pill": PILLConfig, "moa": lambda **fields: MoAConfig(target_modules=["q_proj", "v_proj"], **fields),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_generates_and_comes_back_from_its_folder(kind, method, tmp_path) -> None:
+    fields: dict[str, Any] = {"layers_to_transform": [0, 2]} if (kind, method) == ("mllama", "pill") else {}
+    config = METHODS[method](r=2, init_weights=False, task_type="CAUSAL_LM", **fields)
+    inputs, base = seen(kind, [2, 1]), seeing(kind)
+    plain = base(**inputs).logits
+    model = get_peft_model(base, config)
+    model.train()(**inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] >= IMAGE, -100)).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    logits, tokens = randomized(model)(**inputs).logits, model.generate(**inputs, **ASKED)
+    assert not torch.allclose(logits, plain, atol=1e-2)
+    if kind != "paligemma":  # without a cache its attention sees the new tokens from all before
+        assert torch.equal(model.generate(**inputs, **ASKED, use_cache=False), tokens)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(seeing(kind), tmp_path).eval()
+    assert torch.equal(again(**inputs).logits, logits)
+    with again.disable_adapter():
+        assert torch.equal(again(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "internvl", "idefics3"])
 @pytest.mark.parametrize("make", [moa, bottleneck])
 @pytest.mark.parametrize("per_row", UNEVEN)
 def test_rows_of_different_numbers_of_images_are_refused_where_they_name_different_adapters(
@@ -162,10 +228,12 @@ def test_experts_by_number_go_to_the_images_of_their_row() -> None:
             model(**seen("llava", [2, 0]), expert_ids=numbers)
 
 
-@pytest.mark.parametrize(("kind", "per_row"), [("llava", [1, 1]), ("llava", [2, 0]), ("smolvlm", [2, 1])])
+@pytest.mark.parametrize(
+    ("kind", "per_row"), [("llava", [1, 1]), ("llava", [2, 0]), ("smolvlm", [2, 1]), ("mllama", [2, 1])]
+)
 def test_what_repeats_rows_refuses_images_that_would_not_follow_them(kind, per_row) -> None:
     """Different numbers of images do where each row has a place for as many."""
-    inputs, text = seen(kind, per_row), r".*text_model.*q_proj" if kind == "smolvlm" else r".*language_model.*q_proj"
+    inputs, text = seen(kind, per_row), r".*(?:language|text)_model.*q_proj"
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     split = get_peft_model(seeing(kind), MoSAConfig(base="lora", r=2, target_modules=text, task_type="CAUSAL_LM"))
     split.train()
@@ -251,16 +319,32 @@ def test_positions_in_time_height_and_width_leave_those_in_the_text() -> None:
     assert torch.equal(read_stream({"input_ids": ids, "position_ids": text}).position_ids, text)
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "internvl", "idefics3", "mllama"])
 @pytest.mark.parametrize("granularity", ["causal_prefix", "request"])
 def test_gate_that_remembers_generates_from_images_as_without_a_cache(kind, granularity) -> None:
     router = {"kind": "softmax", "granularity": granularity}
-    model = randomized(get_peft_model(seeing(kind), moa(target_modules=r".*language_model.*[qv]_proj", router=router)))
+    model = randomized(get_peft_model(seeing(kind), moa(target_modules=TEXT, router=router)))
     asked = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [1, 2, IMAGE, 91, 92, 93]}
     for per_row, beams in (([1, 2], 1), ([1, 1], 2)):
         inputs = seen(kind, per_row)
         cached = model.generate(**inputs, **asked, num_beams=beams)
         assert torch.equal(cached, model.generate(**inputs, **asked, num_beams=beams, use_cache=False))
+
+
+@pytest.mark.parametrize("scope", ["module", "block", "model"])
+def test_a_gate_over_the_text_is_refused_where_cross_attention_reads_images(scope) -> None:
+    router = {"kind": "softmax", "granularity": "causal_prefix"}
+    config = moa(target_modules=r".*language_model.*[qv]_proj", router=router, router_scope=scope)
+    with pytest.raises(ValueError, match=r"layers\.1\.cross_attn\.v_proj' reads images or sounds"):
+        get_peft_model(seeing("mllama"), config)
+
+
+def test_lora_folders_of_cross_attention_are_routed_by_token(tmp_path) -> None:
+    lora = LoraConfig(r=2, target_modules=r".*language_model.*[qv]_proj", init_lora_weights=False)
+    get_peft_model(seeing("mllama"), lora).save_pretrained(tmp_path)
+    model = get_peft_model(seeing("mllama"), MoAConfig(experts={"one": tmp_path}, task_type="CAUSAL_LM")).eval()
+    assert model.peft_config["default"].granularity is None
+    model(**seen("mllama", [1, 1]))
 
 
 def test_what_generates_is_causal_though_its_attention_sees_the_whole_prompt() -> None:

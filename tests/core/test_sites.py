@@ -62,6 +62,7 @@ LATENT = {
     "n_group": 1,
     "topk_group": 1,
 }
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 STAGES = {"depths": [2, 1], "num_heads": [2, 4], "patch_size": 4, "embed_dim": WIDTH, "window_size": 2}
 HYBRID = {
@@ -90,6 +91,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "hubert": CONVOLUTIONS,
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "mllama": {
+        "text_config": {"num_hidden_layers": 2, "cross_attention_layers": [1], "rope_parameters": ROPE},
+        "vision_config": {
+            "num_global_layers": 1,
+            "attention_heads": 4,
+            "max_num_tiles": 2,
+            "vision_output_dim": 64,
+            "intermediate_layers_indices": [0],
+            "supported_aspect_ratios": [[1, 1], [1, 2]],
+        },
+    },
     "qwen2_moe": {"mlp_only_layers": [0]},
     "qwen2_vl": {"text_config": MROPE},
     "qwen2_5_vl": {"text_config": MROPE},
@@ -181,6 +193,9 @@ def inputs_of(model: nn.Module) -> dict[str, Tensor]:
         return {"input_values": torch.randn(2, 32, 16)}
     if model.config.model_type in ("clip", "siglip"):
         inputs["pixel_values"] = torch.randn(2, 3, 16, 16)
+    if model.config.model_type == "mllama":
+        inputs["pixel_values"] = torch.randn(2, 1, 2, 3, 16, 16)
+        inputs["aspect_ratio_ids"], inputs["aspect_ratio_mask"] = torch.full((2, 1), 2), torch.ones(2, 1, 2).long()
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids[:, :5]
     if getattr(model.config, "add_cross_attention", False):
@@ -233,7 +248,12 @@ def expected_sites(case: str, role: str) -> int:
     if role == "cross_attention_output":
         if config.is_encoder_decoder:
             return DECODER_LAYERS
+        if crossing := getattr(config.get_text_config(), "cross_attention_layers", None):
+            return len(crossing)
         return layers if getattr(config, "add_cross_attention", False) else 0
+    crossing = getattr(config.get_text_config(), "cross_attention_layers", None)
+    if role in ("attention_output", "query", "value") and crossing:
+        return layers - len(crossing)
     kinds = OVERRIDES.get(case, {}).get("layer_types")
     if role in ("query", "value") and kinds:
         return kinds.count("full_attention")

@@ -54,8 +54,43 @@ def _smolvlm() -> nn.Module:
     return transformers.SmolVLMForConditionalGeneration(config)
 
 
+def _idefics3() -> nn.Module:
+    config = transformers.Idefics3Config(
+        vision_config={**VISION, "model_type": "idefics3_vision"}, text_config={**TEXT, "model_type": "llama"},
+        image_token_id=IMAGE, scale_factor=1, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.Idefics3ForConditionalGeneration(config)
+
+
+def _internvl() -> nn.Module:
+    vision = {**VISION, "image_size": [16, 16], "patch_size": [4, 4], "model_type": "internvl_vision"}
+    config = transformers.InternVLConfig(
+        vision_config=vision, text_config={**TEXT, "model_type": "qwen2"}, image_token_id=IMAGE
+    )
+    return transformers.InternVLForConditionalGeneration(config)
+
+
+def _mllama() -> nn.Module:
+    """Its text reads images by cross-attention, and each row has places for as many images and tiles."""
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_global_layers": 1,
+        "attention_heads": 4, "image_size": 16, "patch_size": 8, "max_num_tiles": 2, "vision_output_dim": 64,
+        "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1], [1, 2]],
+    }  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    text = {**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": rope}
+    config = transformers.MllamaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    model = transformers.MllamaForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate"):  # 0 at the start, where the text sees no image
+                parameter.fill_(1.0)
+    return model
+
+
 MAKERS: dict[str, Callable[[], nn.Module]] = {
-    "llava": _llava, "paligemma": _paligemma, "qwen2_vl": _qwen2_vl, "smolvlm": _smolvlm,
+    "llava": _llava, "paligemma": _paligemma, "qwen2_vl": _qwen2_vl, "smolvlm": _smolvlm, "idefics3": _idefics3,
+    "internvl": _internvl, "mllama": _mllama,
 }  # fmt: skip
 
 
@@ -80,7 +115,7 @@ def seen(kind: str, per_row: Sequence[int]) -> dict[str, Any]:
     for images in per_row:
         row = [1, *words(3)]
         for _ in range(images):
-            row += [92, *[IMAGE] * IMAGES_TAKE, 93, *words(2)]
+            row += [92, *[IMAGE] * (1 if kind == "mllama" else IMAGES_TAKE), 93, *words(2)]
         rows.append(row)
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
@@ -89,7 +124,14 @@ def seen(kind: str, per_row: Sequence[int]) -> dict[str, Any]:
         inputs["mm_token_type_ids"] = (ids == IMAGE).long()
         inputs["pixel_values"] = torch.randn(16 * count, 3 * 2 * 16, generator=generator)
         inputs["image_grid_thw"] = torch.tensor([[1, 4, 4]] * count)
-    elif kind == "smolvlm":
+    elif kind == "mllama":  # images of one tile and of two
+        has = torch.arange(max(per_row)) < torch.tensor(per_row).unsqueeze(1)
+        tiles = torch.stack([torch.ones_like(has), has & (torch.arange(max(per_row)) % 2 == 0)], -1)  # (B, n, tiles)
+        inputs["pixel_values"] = torch.randn(*tiles.shape, 3, 16, 16, generator=generator)
+        inputs["aspect_ratio_mask"], inputs["aspect_ratio_ids"] = tiles.long(), has.long() * tiles.sum(-1)
+        seen_by = (has.unsqueeze(-1) & tiles).unsqueeze(1) & (ids != 0)[:, :, None, None]
+        inputs["cross_attention_mask"] = seen_by.long()
+    elif kind in ("smolvlm", "idefics3"):
         has = torch.arange(max(per_row)) < torch.tensor(per_row).unsqueeze(1)
         mask = has[:, :, None, None].expand(-1, -1, 16, 16)
         inputs["pixel_values"] = torch.randn(*has.shape, 3, 16, 16, generator=generator) * mask.unsqueeze(2)
