@@ -167,6 +167,8 @@ def bottlenecks(base: nn.Module) -> tuple[Any, Any]:
     """The model with GELU bottlenecks by this library, and the same layers as plain modules."""
     config = BottleneckConfig(r=16, target_modules=LINEARS, placement="parallel", scale=SCALE, init_weights=False)
     plain, ours = copy.deepcopy(base), peft.get_peft_model(copy.deepcopy(base), config).eval()
+    # Frozen too: torch multiplies the last tokens of a prompt by a frozen head row after row, by another all at once.
+    plain.requires_grad_(False)
     for path in [name for name, _ in plain.named_modules() if name.rpartition(".")[2] in LINEARS]:
         expert = ours.get_base_model().get_submodule(path).adapters["default"].bank.experts["adapter"]
         plain.set_submodule(path, Beside(plain.get_submodule(path), expert.down, expert.up))

@@ -180,16 +180,20 @@ class AdapterBank(nn.Module):
         None where it takes the op: dtypes differ, or the expert's layers are others than those that it was made with.
         """
         (expert,) = self._modules["experts"]._modules.values()  # past `nn.Module.__getattr__`, as below
-        parts, activation = expert._modules, ACTIVATIONS[self.activation]
+        parts = expert._modules
         down, up, gate, scale = parts["down"], parts["up"], parts.get("gate"), parts.get("scale")
         if not type(down) is type(up) is nn.Linear:  # parametrized, for one
             return None
-        w_down, w_up = down._parameters["weight"], up._parameters["weight"]
+        before, after = down._parameters, up._parameters
+        w_down, w_up = before["weight"], after["weight"]
         if not x.dtype == y.dtype == w_down.dtype == w_up.dtype:
             return None
-        hidden = F.linear(x, w_down, down._parameters["bias"])
-        hidden = activation(hidden) if gate is None else activation(gate(x)) * hidden
-        delta = F.linear(hidden, w_up, up._parameters["bias"])
+        hidden = F.linear(x, w_down, before["bias"])
+        if gate is not None:
+            hidden = ACTIVATIONS[self.activation](gate(x)) * hidden
+        elif self.activation != "identity":
+            hidden = ACTIVATIONS[self.activation](hidden)
+        delta = F.linear(hidden, w_up, after["bias"])
         return y.add(delta, alpha=self.scale) if scale is None else y + delta * scale.weight
 
     def forward(

@@ -327,7 +327,8 @@ def reads_prompt(model: nn.Module, names: Sequence[str] | None = None) -> bool:
 
     names: None stands for the active ones.
     """
-    return any(_asks(part) for adapter in adapters_named(model, names) for part in adapter.modules())
+    deciding = (adapter for adapter in adapters_named(model, names) if not adapter.lone)
+    return any(_asks(part) for adapter in deciding for part in adapter.modules())
 
 
 def _asks(part: nn.Module) -> bool:

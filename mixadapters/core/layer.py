@@ -134,11 +134,12 @@ class AdapterHost(BaseTunerLayer):
         Raises:
             RuntimeError: one of those has been removed, merged or unmerged since.
         """
-        adapters, merged = self.adapters._modules, list(self.merged_adapters)
+        adapters, merged = self._modules[self.adapter_layer_names[0]]._modules, self.merged_adapters
         names = [name for name in self._active_adapter if name in adapters and name not in merged]
         now = None if self._disable_adapters else names
         if not record.grad or torch.compiler.is_compiling():  # the compiler runs nothing again
             return now
+        merged = list(merged)
         if not self.context.records.again:
             record.acting[self] = (now, merged)
             return now

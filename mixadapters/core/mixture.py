@@ -97,12 +97,16 @@ class Mixture(Adapter):
     def alone(self, x: Tensor, y: Any) -> Tensor | None:
         if type(y) is not Tensor or not y.is_cpu:
             return None
+        entries = y.numel()
         # A graph adds the products up in loops that it has anyway, however many the rows.
-        if not torch.compiler.is_compiling() and y.numel() > max(FEW * y.shape[-1], SMALL):
+        if entries > SMALL and entries > FEW * y.shape[-1] and not torch.compiler.is_compiling():
             return None
-        if self.watchers or self._forward_hooks or self._forward_pre_hooks or self.rate:
+        modules = self._modules
+        if modules["dropout"].training and self.rate:
             return None
-        return self._modules["bank"].alone(x if self.insertion == "parallel" else y, y)
+        if self.watchers or self._forward_hooks or self._forward_pre_hooks:
+            return None
+        return modules["bank"].alone(x if self.insertion == "parallel" else y, y)
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         source = self.source(x, y, context)

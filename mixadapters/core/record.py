@@ -118,9 +118,11 @@ class Records:
     @property
     def thread(self) -> _Thread:
         """What this thread is in the middle of."""
-        if not hasattr(self._local, "thread"):
+        try:
+            return self._local.thread
+        except AttributeError:  # its first forward
             self._local.thread = _Thread()
-        return self._local.thread
+            return self._local.thread
 
     # The latest record serves threads that have none of their own, such as those of the autograd engine.
     @property

@@ -98,7 +98,7 @@ class Stream:
 
     batch: int = 0
     length: int | None = None  # tokens in this forward, without those in the cache; None where there are none
-    mask: Tensor | None = None  # (B, length) bool, False at padding; None: not given
+    given_mask: Any = None  # `mask`, or a function that reads it: in decoding hardly anybody asks
     position_ids: Tensor | None = None  # (B or 1, length) in the text, only where the caller gave them
     cache: Any = None
     past: Any = 0  # tokens in the cache when the forward began; a tensor for static caches
@@ -108,6 +108,13 @@ class Stream:
     mask_name: str = "attention_mask"  # the argument of the root's forward that says where this stream has padding
     input_ids: Tensor | None = None  # (B, length) the tokens of this forward; None: the caller gave embeddings
     foreign: str | None = None  # the argument that brings earlier tokens where routers can leave nothing (`state` ...)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """(B, length) bool, False at padding; None: not given."""
+        if callable(self.given_mask):
+            self.given_mask = self.given_mask()
+        return self.given_mask
 
     @property
     def cached(self) -> bool:
@@ -221,7 +228,11 @@ def read_stream(
         mask = next((m for m in mask.values() if m is not None), None)
     if foreign is not None and isinstance(mask, Tensor) and mask.dim() == 2:  # nothing else says how many came before
         past = max(0, mask.shape[1] - length)
-    mask = _current_mask(mask, batch, length, past)
+    if mask is not None:
+        if mask.dim() <= 2:
+            _refuse_misfit(mask, batch, length, past)
+        mask = partial(_current_mask, mask, batch, length, past)
+        mask = mask() if torch.compiler.is_compiling() else mask  # what nobody reads is no part of a graph anyway
     return Stream(
         batch, length, mask, position_ids, cache, past, copies * choices, mask_name=mask_name, input_ids=input_ids,
         foreign=foreign,
@@ -256,15 +267,23 @@ def refuse_packed(what: str) -> ValueError:
     )
 
 
-def _current_mask(mask: Tensor | None, batch: int, length: int, past: Any) -> Tensor | None:
-    """(B, length) bool mask of the tokens of this forward, from any mask that transformers passes.
+def _refuse_misfit(mask: Tensor, batch: int, length: int, past: Any) -> None:
+    """Raises ValueError for a mask by token that has not one value for each token of each row: of the whole sequence
+    so far, and where there is no cache, of these tokens."""
+    known = not isinstance(past, Tensor)  # by static caches it is only on the device
+    fits = mask.dim() == 2 and mask.shape[0] in (1, batch)
+    if not fits or (known and mask.shape[1] not in (length, length + past)):
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} does not fit {batch} rows of {length} tokens"
+            f"{f' after {past} in the cache' if known and past else ''}; give one value for each token"
+        )
 
-    Raises:
-        ValueError: a mask by token that has not one value for each token of each row.
-    """
-    if mask is not None and mask.dim() <= 2:
-        mask = _by_token(mask, batch, length, past)
-    if mask is None or mask.shape[0] != batch:
+
+def _current_mask(mask: Tensor, batch: int, length: int, past: Any) -> Tensor | None:
+    """(B, length) bool mask of the tokens of this forward, from any mask that transformers passes."""
+    if mask.dim() == 2:
+        mask = mask.expand(batch, -1)
+    if mask.shape[0] != batch:
         return None
     if mask.dim() == 2 and mask.shape[1] == length:
         return mask != 0
@@ -278,18 +297,6 @@ def _current_mask(mask: Tensor | None, batch: int, length: int, past: Any) -> Te
         return None
     own = mask[:, 0].gather(2, columns.clamp_max(mask.shape[-1] - 1).view(1, -1, 1).expand(batch, -1, 1)).squeeze(2)
     return own if own.dtype == torch.bool else own == 0
-
-
-def _by_token(mask: Tensor, batch: int, length: int, past: Any) -> Tensor:
-    """(B, width) mask of the whole sequence so far: where there is no cache, of these tokens."""
-    known = not isinstance(past, Tensor)  # by static caches it is only on the device
-    fits = mask.dim() == 2 and mask.shape[0] in (1, batch)
-    if not fits or (known and mask.shape[1] not in (length, length + past)):
-        raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)} does not fit {batch} rows of {length} tokens"
-            f"{f' after {past} in the cache' if known and past else ''}; give one value for each token"
-        )
-    return mask.expand(batch, -1)
 
 
 def repeat_rows(values: Tensor, count: int, name: str) -> Tensor:

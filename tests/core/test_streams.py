@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import get_peft_model
+from torch import Tensor
 from transformers import BertConfig, BertForMultipleChoice
 
 from mixadapters import BottleneckConfig, MixDAConfig
+from mixadapters.core import streams
 from mixadapters.core.rows import RowNames
 from mixadapters.core.streams import PackedRequests, RequestMemory, read_stream
 
@@ -110,3 +114,36 @@ def test_memory_of_a_request_begins_anew_where_it_is_read_again() -> None:
     assert memory.read(0, 3)
     assert not memory.state
     assert not memory.read(5, 1)
+
+
+def test_padding_is_read_when_it_is_asked_for_as_it_was_when_the_forward_began(monkeypatch) -> None:
+    """In decoding hardly anybody asks; a static cache counts on in place meanwhile."""
+    read: list[int] = []
+    plain = streams._current_mask
+
+    def noted(mask: Tensor, batch: int, length: int, past: Any) -> Tensor | None:
+        read.append(length)
+        return plain(mask, batch, length, past)
+
+    monkeypatch.setattr(streams, "_current_mask", noted)
+
+    class Static:
+        layers: tuple[()] = ()
+        count = torch.tensor(3)
+
+        def get_seq_length(self) -> Tensor:
+            return self.count
+
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 0, 1]])
+    given = {"input_ids": torch.ones(2, 1, dtype=torch.long), "attention_mask": mask, "past_key_values": Static()}
+    stream = read_stream(given)
+    Static.count += 1
+    assert not read
+    found = stream.mask
+    assert found is not None
+    assert found.tolist() == [[True], [False]]
+    assert stream.mask is found
+    assert read == [1]
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 5\) does not fit 2 rows of 2 tokens"):
+        read_stream({"input_ids": torch.ones(2, 2, dtype=torch.long), "attention_mask": mask})
+    assert read == [1]
