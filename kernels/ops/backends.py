@@ -18,45 +18,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from mixadapters.kernels import products
+from mixadapters.kernels import costs, products
 from mixadapters.kernels.problem import Problem
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 BACKENDS = ("triton", "grouped", "segments", "gathered", "dense", "reference")
 # Those that compute a row in the same way whatever other rows there are.
 BATCH_INVARIANT = ("triton", "gathered")
-
-# Rows that are gathered and scattered cost as much as this many columns of the dense product (CPU, one thread).
-GATHER_COST = {torch.float32: 30, torch.bfloat16: 65}
-# The same where columns are cheap, by oneDNN, and rows dear: what several experts give to one row is added up as well.
-GATHER_COST_OF_SEVERAL = {torch.float32: 48, torch.bfloat16: 100}
-# The same of few rows, without gradient and with: what the others cost once in each call, sorting above all, counts
-# there as well, and so many slots of rows are few.
-GATHER_COST_OF_FEW = {torch.float32: (96, 64), torch.bfloat16: (450, 350)}
-FEW_PLACES = {torch.float32: 128, torch.bfloat16: 512}
-# The same of runs whose weights can come to them instead.
-GATHER_COST_OF_RUNS = {torch.float32: 16, torch.bfloat16: 100}
-
-# Rows of one expert that stand together in such numbers are worth a product of their own,
-TOGETHER = 32
-# if it has as many multiplications as this: smaller ones cost less in one call for all, since a call of its own, and
-# in training six, cost each run more than the copy of its weights.
-LEAST_OF_A_RUN = 2e6
-# Weights of a run, in multiples of its rows, up to which they are copied to it: without gradient, and with.
-MOST_COPIED = (16, 4)
-# A product by oneDNN costs about 60 us however small it is, one by BLAS about 10.
-FEW_CALLS = (torch.bfloat16, torch.float16)
-# Bytes of weights that are copied to rows: for each expert, as many as cost what a group of its own does, without
-# gradient and with; and in all, as many as stay in the cache.
-COPIED_BY_EXPERT, COPIED_IN_ALL = (2e5, 4e4), 8e6
-# Slots of rows above which blocks pay, since copies of all of them leave the cache.
-MOST_GROUPED = 4096
 
 _announced: set[str] = set()
 
@@ -160,21 +133,28 @@ def pick(p: Problem, forced: str, rows: int, training: bool, layout_fixed: bool)
         return chosen
     name = "triton"
     if not (p.x.is_cuda and _has_triton()) or module(name).refuses(p) is not None:
-        name = choose_backend(
-            rows, p.slots, len(p.ranks), p.down.shape[0], p.x.dtype,
-            run=p.run, width=p.x.shape[1], training=training, layout_fixed=layout_fixed,
-            batch_invariant=p.batch_invariant,
-        )  # fmt: skip
-        reason = module(name).refuses(p)
+        name, reason = _chosen(p, rows, training, layout_fixed)
         if reason is not None and p.batch_invariant:
             raise ValueError(
                 f"batch_invariant=True: no backend can promise it here; {name!r} cannot run this: {reason}"
             )
-        if reason is not None:
-            name = "segments"
+        if reason is not None:  # there is a way that takes all problems
+            name, _ = _chosen(p, rows, training, layout_fixed, refused=(name,))
     if name not in _announced:
         _announce(name, p)
     return module(name)
+
+
+def _chosen(
+    p: Problem, rows: int, training: bool, layout_fixed: bool, refused: tuple[str, ...] = ()
+) -> tuple[str, str | None]:
+    """What the rule takes, and why that cannot run the problem, None if it can."""
+    name = choose_backend(
+        rows, p.slots, len(p.ranks), p.down.shape[0], p.x.dtype,
+        run=p.run, width=(p.x.shape[1] + p.up.shape[0]) // 2, training=training, layout_fixed=layout_fixed,
+        batch_invariant=p.batch_invariant, refused=refused,
+    )  # fmt: skip
+    return name, module(name).refuses(p)
 
 
 def _announce(name: str, p: Problem) -> None:
@@ -198,60 +178,34 @@ def choose_backend(
     training: bool = False,
     layout_fixed: bool = False,
     batch_invariant: bool = False,
+    refused: tuple[str, ...] = (),
 ) -> str:
     """The backend for `rows` rows that each use `slots` of `num_experts` experts, on a CPU or without triton.
 
-    1. One product of all experts, "dense", wastes what a row did not choose; the others gather rows, or weights. Dense
-       wins where `slots * (mean rank + c) >= total rank`, with c the measured cost of gathering a row; c = 0 where
-       rows of one expert stand together, which are not gathered at all ("segments").
-    2. Runs of rows of one expert: one call for all, "gathered", where the product of a run costs less than a call of
-       its own, and copies of weights do not outweigh the rows. Otherwise one product for each, "segments".
-    3. Few rows: their weights come to them, "gathered", where the copies cost less than groups.
-    4. Few rows for each expert: "grouped", one call for all experts, where grouped_mm takes the shapes.
-    5. Otherwise "segments", whose blocks stay in the cache.
+    The one of which `costs.cheapest` expects the least time; one product of all experts, "dense", where each row uses
+    them all, which wastes nothing.
 
     Args:
-        width: of the rows.
+        run: rows that stand together and use the same experts.
+        width: of the rows, input and output on average.
         training: whether a backward follows.
         layout_fixed: what is kept for it must not depend on the number of rows. All but dense keep the same.
+        refused: backends that cannot run it.
     """
     forced, _ = settings()
     if forced:
         return forced
     if batch_invariant:
         return "gathered"
-    together, places, half = run >= TOGETHER, rows * slots, dtype in FEW_CALLS
-    mean_rank = total_rank / max(num_experts, 1)
-    one_call = half or run * mean_rank * width < LEAST_OF_A_RUN
-    to_runs = run > 1 and one_call and slots * mean_rank <= MOST_COPIED[training] * run
-    few = not layout_fixed and places <= _by_dtype(FEW_PLACES, dtype)
-    if together:
-        cost = 0
-    elif to_runs:
-        cost = _by_dtype(GATHER_COST_OF_RUNS, dtype)
-    elif few:
-        cost = _by_dtype(GATHER_COST_OF_FEW, dtype)[training]
-    else:
-        cost = _gather_cost(slots, dtype)
-    if slots >= num_experts or slots * (mean_rank + cost) >= total_rank:
+    if slots >= num_experts:
         return "dense"
-    if to_runs:
-        return "gathered"
-    trains_runs = run > 1 and training
-    if together or (trains_runs and not half):
-        return "segments"
-    copied = places * mean_rank * width * dtype.itemsize
-    if not trains_runs and copied <= min(COPIED_IN_ALL, COPIED_BY_EXPERT[training] * num_experts):
-        return "gathered"
-    rows_each = 256 if half else 64
-    return "grouped" if places <= min(MOST_GROUPED, rows_each * num_experts) else "segments"
-
-
-def _by_dtype(of: dict[torch.dtype, T], dtype: torch.dtype) -> T:
-    return of.get(dtype, of[torch.float32])
-
-
-def _gather_cost(slots: int, dtype: torch.dtype) -> int:
-    if slots > 1 and dtype in GATHER_COST_OF_SEVERAL and (dtype != torch.float32 or products.pays()):
-        return GATHER_COST_OF_SEVERAL[dtype]
-    return _by_dtype(GATHER_COST, dtype)
+    half = dtype in costs.HALF
+    onednn = products.pays() and not half
+    shape = costs.Shape(int(slots), num_experts, int(total_rank), int(width), int(run), half, training, onednn)
+    among = tuple(name for name in costs.BACKENDS if name not in refused)
+    if layout_fixed:
+        usual = costs.cheapest(shape, costs.USUAL_ROWS, among)
+        if usual == "dense":
+            return usual
+        among = tuple(name for name in among if name != "dense")
+    return costs.cheapest(shape, rows, among)

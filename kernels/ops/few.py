@@ -90,6 +90,9 @@ class Few:
     def _by_one_product(self, slots: int, run: int) -> bool:
         key = (slots, run)
         if key not in self._dense:
-            chosen = backends.choose_backend(ROWS, slots, len(self.ranks), self.down.shape[0], self.dtype, run=run)
+            width = (self.down.shape[1] + self.up.shape[1]) // 2
+            chosen = backends.choose_backend(
+                ROWS, slots, len(self.ranks), self.down.shape[0], self.dtype, run=run, width=width
+            )
             self._dense[key] = chosen == "dense"
         return self._dense[key]

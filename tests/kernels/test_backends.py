@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixadapters.kernels import adapter_backend, backends, choose_backend, lowrank, products
+from mixadapters.kernels import adapter_backend, backends, choose_backend, costs, lowrank, products
 
 
 def arguments(rows=64, experts=8, rank=8, width=32, slots=1, dtype=torch.float32):
@@ -98,77 +98,43 @@ def test_unknown_backend_is_refused_with_the_choices() -> None:
     assert backends.settings() == ("", False)
 
 
-def test_rule_prefers_one_product_unless_most_of_it_is_wasted() -> None:
+@pytest.mark.parametrize("pays", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rule_prefers_one_product_unless_most_of_it_is_wasted(dtype, pays, monkeypatch) -> None:
+    monkeypatch.setattr(products, "_PAYS", pays)
     for training in (False, True):
-        assert rule(2048, 4, 4, 64, training=training) == "dense"  # every expert for every row
-        assert rule(2048, 1, 2, 16, training=training) == "dense"  # small ranks: gathering costs more
-        assert rule(2048, 1, 16, 64, training=training) != "dense"
-        assert rule(8192, 1, 64, 16, run=128, training=training) == "segments"  # rows of one expert stand together
-        assert rule(2048, 1, 64, 16, run=32, training=training) == "gathered"  # in short runs
-        assert rule(2048, 1, 64, 128, run=32, training=training) == "segments"  # but the weights outweigh the rows
-        assert rule(2048, 2, 64, 16, training=training) == "grouped"  # few rows for each expert
-        assert rule(10**5, 2, 64, 16, training=training) == "segments"
+        more = {"dtype": dtype, "training": training}
+        assert rule(2048, 4, 4, 64, **more) == "dense"  # every expert for every row
+        assert rule(2048, 1, 64, 64, **more) != "dense"
+        assert rule(10**5, 2, 64, 16, **more) in ("segments", "grouped")  # copies would outweigh the rows
+        assert rule(8192, 1, 64, 16, run=128, **more) in ("segments", "gathered")  # nothing has to be sorted
     assert rule(8, 1, 64, 16) == "gathered"  # decoding
     assert rule(0, 2, 0, 0) == "dense"
 
 
-def test_rule_counts_columns_as_cheap_where_onednn_multiplies(monkeypatch) -> None:
-    """For rows of several experts alone, whose results are added up besides; the choice is the same in training."""
-    for pays, chosen in ((True, "dense"), (False, "segments")):
-        monkeypatch.setattr(products, "_PAYS", pays)
-        for training in (False, True):
-            assert rule(2048, 4, 16, 16, training=training) == chosen
-        assert rule(2048, 1, 4, 16) == rule(2048, 2, 16, 16) == "segments"
-        assert rule(2048, 2, 8, 16, dtype=torch.bfloat16) == "dense"
+def test_rule_asks_for_the_cheapest_of_what_the_call_is(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(costs, "cheapest", lambda *given: asked.append(given) or given[2][-1])
+    monkeypatch.setattr(products, "_PAYS", True)
+    assert rule(32, 2, 8, 4, run=4, width=96) == "dense"
+    assert asked.pop() == (costs.Shape(2, 8, 32, 96, 4, False, False, True), 32, costs.BACKENDS)
+    assert rule(32, 2, 8, 4, dtype=torch.float16, training=True, refused=("dense",)) == "gathered"
+    assert asked.pop() == (costs.Shape(2, 8, 32, 1024, 1, True, True, False), 32, costs.BACKENDS[:-1])
+    with torch.no_grad():
+        lowrank(**arguments())
+    assert asked.pop() == (costs.Shape(1, 8, 64, 32, 1, False, False, True), 64, costs.BACKENDS)
 
 
-def test_rule_takes_one_product_for_few_rows_of_bfloat16_where_it_is_small() -> None:
-    few, half = {"rows": 64, "slots": 1, "rank": 16}, torch.bfloat16
-    assert rule(**few, experts=8, dtype=half) == "dense"
-    assert rule(**few, experts=8) == "grouped"
-    assert rule(**few, experts=64, dtype=half) == "gathered"
-    assert rule(**few, experts=8, dtype=half, training=True) == "dense"
-    assert rule(**few, experts=8, dtype=half, training=True, layout_fixed=True) == "grouped"
-    assert rule(32, 2, 8, 32) == "dense"  # sorting and groups cost once in each call
-    assert rule(32, 2, 8, 32, training=True) != "dense"
-    assert rule(256, 2, 8, 32) != "dense"
-    assert rule(16, 1, 8, 64, dtype=half) == "dense"
-    assert rule(16, 1, 8, 64, dtype=half, training=True) != "dense"  # where products are six, and sorting is one
-    assert rule(64, 3, 32, 32, dtype=half, training=True) == "dense"
-
-
-def test_rule_counts_columns_of_bfloat16_as_cheap_for_rows_of_several_experts() -> None:
-    for training in (False, True):
-        assert rule(1024, 3, 32, 8, dtype=torch.bfloat16, training=training) == "dense"
-        assert rule(1024, 3, 32, 8, training=training) != "dense"
-        assert rule(1024, 1, 4, 32, dtype=torch.bfloat16, training=training) != "dense"  # a row of one is not added up
-
-
-@pytest.mark.parametrize("training", [False, True])
-def test_rule_takes_one_call_for_runs_whose_products_are_small(training) -> None:
-    """A call of its own costs each run more than the copy of its weights, until one of the two is large."""
-    half, long = torch.bfloat16, {"run": 128, "training": training}
-    assert rule(2048, 1, 16, 8, width=512, **long) == "gathered"
-    assert rule(2048, 1, 16, 32, width=1024, **long) == "segments"
-    assert rule(2048, 1, 16, 32, width=1024, dtype=half, **long) == "gathered"  # of which any call is dear
-    assert rule(64, 1, 16, 8, run=2, training=training) == "gathered"
-    assert rule(64, 1, 16, 64, run=2, training=training) == ("segments" if training else "grouped")
-    assert rule(64, 1, 16, 16, run=2, training=training) == ("segments" if training else "gathered")
-    assert rule(64, 1, 4, 8, run=4, training=training) == "gathered"
-    assert rule(64, 1, 4, 8, run=1, training=training) == "dense"
-
-
-def test_rule_copies_weights_to_few_rows_while_copies_are_small() -> None:
-    """What is copied to the rows of an expert costs less than a group of its own, and stays in the cache."""
-    assert rule(64, 1, 64, 32, width=256) == "gathered"
-    assert rule(64, 1, 16, 64, width=768) == "grouped"
-    assert rule(256, 1, 64, 4, width=512) == "gathered"
-    assert rule(256, 1, 64, 16, width=768) == "grouped"
-    assert rule(8, 1, 32, 4, training=True) == "gathered"
-    assert rule(64, 1, 32, 16, training=True) == "grouped"
-    runs = {"run": 2, "dtype": torch.bfloat16}  # whose weights outweigh them: in training their gradients do as well
-    assert rule(8, 1, 64, 64, **runs) == "gathered"
-    assert rule(8, 1, 64, 64, training=True, **runs) == "grouped"
+def test_what_the_cheapest_refuses_goes_to_the_next(monkeypatch) -> None:
+    """grouped_mm takes no ranks of 6; nobody is asked twice for a problem that it takes."""
+    given = arguments(rank=6)
+    with adapter_backend("reference"):
+        expected = lowrank(**given)
+    asked = []
+    monkeypatch.setattr(costs, "cheapest", lambda shape, rows, among: asked.append(among) or among[-1])
+    monkeypatch.setattr(costs, "BACKENDS", ("segments", "grouped"))
+    torch.testing.assert_close(lowrank(**given), expected)
+    assert asked == [("segments", "grouped"), ("segments",)]
 
 
 def test_rule_knows_what_is_kept_for_backward_without_the_number_of_rows() -> None:
@@ -187,7 +153,9 @@ def test_rule_knows_what_is_kept_for_backward_without_the_number_of_rows() -> No
 @pytest.mark.parametrize("looked_at", [False, True])
 def test_backward_is_that_of_the_backend_that_ran_whoever_looks_on(looked_at, monkeypatch) -> None:
     """With nobody to look on the choice knows the number of rows, which a graph's does not; backward takes it over."""
-    given, ran = arguments(rows=16, rank=16, dtype=torch.bfloat16), []
+    given, ran = arguments(rows=16), []
+    by_rows = lambda shape, rows, among: "dense" if "dense" in among and rows < 100 else "gathered"  # noqa: E731
+    monkeypatch.setattr(costs, "cheapest", by_rows)
 
     def watched(name: str, way: str) -> Callable[..., object]:
         original = getattr(backends.module(name), way)

@@ -1,0 +1,74 @@
+"""What calls are expected to cost: what is counted, the table, and who is the cheapest."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixadapters.kernels import backends, costs
+from mixadapters.kernels.problem import Problem
+
+EVERY = list(product(costs.BACKENDS, (False, True), (False, True)))  # backend, half precision, training
+
+
+def shape(slots=1, experts=8, rank=16, width=512, run=1, half=False, training=False, onednn=False) -> costs.Shape:
+    return costs.Shape(slots, experts, experts * rank, width, run, half, training, onednn)
+
+
+def problem(rows: int, of: costs.Shape) -> Problem:
+    """Every expert is chosen as often as any other."""
+    indices = torch.arange(rows // of.run * of.slots).view(-1, of.slots).remainder(of.experts)
+    return Problem(
+        torch.randn(rows, of.width), torch.randn(of.total_rank, of.width), torch.randn(of.width, of.total_rank),
+        (of.total_rank // of.experts,) * of.experts, indices=indices.repeat_interleave(of.run, 0),
+        base=torch.randn(rows, of.width), run=of.run, act="identity",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("run", [1, 16])
+@pytest.mark.parametrize("name", ["segments", "dense"])  # torch does not count products that are added in place
+def test_multiplications_are_those_of_the_backend(name: str, run: int) -> None:
+    of = shape(slots=2 if run == 1 else 1, run=run)
+    with FlopCounterMode(display=False) as counter:
+        backends.module(name).forward(problem(128, of), False)
+    # An operation of both products is a multiplication and an addition.
+    assert costs.counts(name, of, 128)[1] * 4e6 == counter.get_total_flops()
+
+
+def test_every_count_has_a_cost_and_no_cost_is_negative() -> None:
+    assert set(costs.COSTS) == set(EVERY)
+    for (name, half, training), each in costs.COSTS.items():
+        for run in (1, 8):
+            assert len(each) == len(costs.counts(name, shape(run=run, half=half, training=training), 64))
+        assert min(each) >= 0 < each[0]
+
+
+@pytest.mark.parametrize(("name", "half", "training"), EVERY)
+def test_more_of_anything_never_costs_less(name: str, half: bool, training: bool) -> None:
+    def expected(rows: int = 256, **fields: int) -> float:
+        return costs.expected(name, shape(**{"slots": 2, **fields}, half=half, training=training), rows)
+
+    for field, values in (("rows", (16, 512, 8192)), ("width", (256, 2048)), ("rank", (8, 64)), ("slots", (1, 4))):
+        times = [expected(**{field: value}) for value in values]
+        assert times == sorted(times), field
+    assert expected(rows=8192) > expected(rows=16)
+
+
+def test_the_cheapest_of_those_that_are_left_is_taken() -> None:
+    of, among = shape(experts=64), costs.BACKENDS
+    ranked = sorted(among, key=lambda name: costs.expected(name, of, 512))
+    for i in range(len(among)):
+        assert costs.cheapest(of, 512, tuple(name for name in among if name in ranked[i:])) == ranked[i]
+
+
+def test_products_that_are_too_small_for_onednn_take_longer_where_torch_is_slow() -> None:
+    for name, rows, rank, slower in (
+        ("dense", 2048, 64, False), ("dense", 64, 64, True), ("dense", 256, 1, True),
+        ("segments", 4096, 64, False), ("segments", 256, 64, True), ("grouped", 4096, 64, True),
+        ("gathered", 4096, 64, True),
+    ):  # fmt: skip
+        usual, slow = (costs.expected(name, shape(rank=rank, onednn=onednn), rows) for onednn in (False, True))
+        assert (slow > usual) is slower, (name, rows, rank)
