@@ -36,8 +36,8 @@ class Shape(NamedTuple):
 def counts(name: str, shape: Shape, rows: int) -> tuple[float, ...]:
     """What a call does of what costs time.
 
-    The call itself; millions of multiplications; thousands of numbers of rows that it passes over, and of hidden values;
-    millions of weights that it reads or sums gradients of; then what each backend has besides.
+    The call itself; multiplications in millions; numbers of rows that it passes over, and hidden values, in thousands;
+    weights that it reads or sums gradients of in millions; then what each backend has besides.
     """
     slots, experts, total_rank, width, run, _, training, _ = shape
     rank, places, runs = total_rank / experts, rows * slots, rows / run

@@ -66,7 +66,7 @@ class Few:
     def _factors(self, rows: int, indices: Tensor | None, weights: Tensor | None, run: int) -> Tensor | None:
         """(N, E) what each expert is multiplied by in each row; None where the rule chooses another way."""
         experts, given = len(self.ranks), weights if indices is None else indices
-        if given is None or given.dim() != 2 or not self._by_one_product(given.shape[1], run):
+        if given is None or given.dim() != 2 or not given.shape[1] or not self._by_one_product(given.shape[1], run):
             return None
         if indices is None:
             if given.shape != (rows, experts) or given.dtype != self.dtype:

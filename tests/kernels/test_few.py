@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixadapters.kernels import Few, adapter_backend, lowrank
+from mixadapters.kernels import Few, adapter_backend, costs, lowrank
 from mixadapters.kernels.few import ROWS
 
 EXPERTS, RANK, WIDTH, OUT, N = 4, 3, 6, 5, 7
@@ -95,7 +95,7 @@ LEFT = {
     "weights of other experts": {"indices": None, "weights": torch.rand(N, EXPERTS + 1)},
     "no base": {"base": None},
     "nobody's choice": {"indices": None, "weights": None},
-    "rows that another way is faster for": {"indices": torch.zeros(N, 0, dtype=torch.long), "weights": None},
+    "no slots": {"indices": torch.zeros(N, 0, dtype=torch.long), "weights": None},
 }
 
 
@@ -103,6 +103,13 @@ LEFT = {
 def test_what_is_in_doubt_is_left_to_the_operation(doubt: str) -> None:
     with torch.no_grad():
         assert Few("gelu", arguments())(**call(**LEFT[doubt])) is None
+
+
+def test_rows_that_another_way_is_faster_for_are_left_to_the_operation(monkeypatch) -> None:
+    with torch.no_grad():
+        assert Few("gelu", arguments())(**call()) is not None
+        monkeypatch.setattr(costs, "cheapest", lambda *_: "grouped")
+        assert Few("gelu", arguments())(**call()) is None
 
 
 def test_other_rows_dtypes_and_ranks_are_left_to_the_operation() -> None:
