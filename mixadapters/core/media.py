@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from mixadapters.core.sites import STACKS, has_two_stacks, unwrapped
 
 MEDIA = re.compile("vision|image|video|audio")
-# What configs call the token that stands for a part of an image or a sound.
 CROSS = re.compile(r"(?:.*\.)?cross_attn\.[kv]_proj")  # of Mllama, which reads images there, beside its text
-PLACES = ("pixel_attention_mask", "aspect_ratio_mask")
+PLACES = ("pixel_attention_mask", "aspect_ratio_mask")  # which of its places for images each row has used
+# What configs call the token that stands for a part of an image or a sound.
 PLACEHOLDERS = tuple(f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index"))
 
 
