@@ -69,7 +69,7 @@ def losses(cases: list[tuple[Case, dict[str, float]]], table: dict[Any, tuple[fl
     for case, times in cases:
         shape = shape_of(case)
         chosen = "dense"
-        if case.k < case.E:
+        if case.k < case.E and case.T * shape.total_rank * case.d >= costs.SMALL:
             chosen = min(times, key=lambda name: costs.expected(name, shape, case.T, table))
         found.append(times[chosen] / min(times.values()) - 1)
     return found

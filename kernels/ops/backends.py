@@ -183,7 +183,7 @@ def choose_backend(
     """The backend for `rows` rows that each use `slots` of `num_experts` experts, on a CPU or without triton.
 
     The one of which `costs.cheapest` expects the least time; one product of all experts, "dense", where each row uses
-    them all, which wastes nothing.
+    them all, which wastes nothing, and where it is small, in training as without gradient.
 
     Args:
         run: rows that stand together and use the same experts.
@@ -197,7 +197,8 @@ def choose_backend(
         return forced
     if batch_invariant:
         return "gathered"
-    if slots >= num_experts:
+    small = not layout_fixed and rows * total_rank * width < costs.SMALL
+    if small or slots >= num_experts:
         return "dense"
     half = dtype in costs.HALF
     onednn = products.pays() and not half

@@ -139,9 +139,8 @@ class AdapterHost(BaseTunerLayer):
         now = None if self._disable_adapters else names
         if not record.grad or torch.compiler.is_compiling():  # the compiler runs nothing again
             return now
-        merged = list(merged)
         if not self.context.records.again:
-            record.acting[self] = (now, merged)
+            record.acting[self] = (now, list(merged))
             return now
         then, merged_then = record.acting.get(self, (now, merged))
         if merged != merged_then or any(name not in self.adapters for name in then or ()):
