@@ -77,7 +77,8 @@ def test_compiled_whole_with_dynamic_rows(backend, slots) -> None:
         for rows in (12, 20, 7):
             given = arguments(rows, slots, seed=rows)
             for ours, theirs in zip(outcome(compiled, given), outcome(layer, given), strict=True):
-                torch.testing.assert_close(ours, theirs)
+                # A graph, which knows no number of rows, may take another backend than a call by itself.
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
             frames.append(counter.frame_count)
     assert len(set(frames)) == 1  # nothing is compiled again
     torch._dynamo.reset()
