@@ -72,6 +72,18 @@ def test_plain_products_give_what_the_operation_gives(form: dict[str, Any], take
         assert not torch.equal(found, model.get_base_model().linear.base_layer(x))
 
 
+def test_few_rows_of_a_wide_layer_are_few(taken: list[bool]) -> None:
+    base = OneLayer()
+    base.linear = nn.Linear(6, SMALL // FEW + 8)
+    config = BottleneckConfig(r=3, target_modules=["linear"], init_weights=False, placement="parallel")
+    model = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        model(torch.randn(FEW, 6))
+        assert taken == [True]
+        model(torch.randn(FEW + 1, 6))
+    assert taken == [True]
+
+
 def test_weights_are_read_anew_in_each_forward(taken: list[bool]) -> None:
     model, x = adapted(), torch.randn(2, 1, 6)
     expert = model.linear.adapters["default"].bank.experts["adapter"]

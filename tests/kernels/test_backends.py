@@ -133,7 +133,9 @@ def test_rule_asks_for_the_cheapest_of_what_the_call_is(monkeypatch) -> None:
     assert asked.pop() == (costs.Shape(2, 8, 32, 1024, 1, True, True, False), 32, costs.BACKENDS[:-1])
     with torch.no_grad():
         lowrank(**arguments(rows=640))
-    assert asked.pop() == (costs.Shape(1, 8, 64, 32, 1, False, False, True), 640, costs.BACKENDS)
+        assert asked.pop() == (costs.Shape(1, 8, 64, 32, 1, False, False, True), 640, costs.BACKENDS)
+        lowrank(**arguments(rows=640) | {"w_up": torch.randn(96, 64), "base": torch.randn(640, 96)})
+    assert asked.pop()[0].width == 64  # of 32 in and 96 out
 
 
 def test_what_the_cheapest_refuses_goes_to_the_next(monkeypatch) -> None:

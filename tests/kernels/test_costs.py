@@ -38,6 +38,13 @@ def test_multiplications_are_those_of_the_backend(name: str, run: int) -> None:
     assert costs.counts(name, of, 128)[1] * 4e6 == counter.get_total_flops()
 
 
+@pytest.mark.parametrize("name", ["segments", "grouped", "gathered"])
+def test_weights_that_are_read_are_those_met_and_in_training_all_have_gradients(name: str) -> None:
+    read, trained = (costs.counts(name, shape(experts=64, training=training), 4)[4] for training in (False, True))
+    assert trained == 64 * 16 * 512 / 1e6
+    assert 0 < read < 4 / 64 * trained  # two of four rows may meet in one expert
+
+
 def test_every_count_has_a_cost_and_no_cost_is_negative() -> None:
     assert set(costs.COSTS) == set(EVERY)
     for (name, half, training), each in costs.COSTS.items():
