@@ -133,28 +133,30 @@ def pick(p: Problem, forced: str, rows: int, training: bool, layout_fixed: bool)
         return chosen
     name = "triton"
     if not (p.x.is_cuda and _has_triton()) or module(name).refuses(p) is not None:
-        name, reason = _chosen(p, rows, training, layout_fixed)
-        if reason is not None and p.batch_invariant:
-            raise ValueError(
-                f"batch_invariant=True: no backend can promise it here; {name!r} cannot run this: {reason}"
-            )
-        if reason is not None:  # there is a way that takes all problems
-            name, _ = _chosen(p, rows, training, layout_fixed, refused=(name,))
+        name = _usual(p, rows, training, layout_fixed)
     if name not in _announced:
         _announce(name, p)
     return module(name)
 
 
-def _chosen(
-    p: Problem, rows: int, training: bool, layout_fixed: bool, refused: tuple[str, ...] = ()
-) -> tuple[str, str | None]:
-    """What the rule takes, and why that cannot run the problem, None if it can."""
-    name = choose_backend(
-        rows, p.slots, len(p.ranks), p.down.shape[0], p.x.dtype,
-        run=p.run, width=(p.x.shape[1] + p.up.shape[0]) // 2, training=training, layout_fixed=layout_fixed,
-        batch_invariant=p.batch_invariant, refused=refused,
-    )  # fmt: skip
-    return name, module(name).refuses(p)
+def _usual(p: Problem, rows: int, training: bool, layout_fixed: bool) -> str:
+    """What the rule takes of those that can run the problem. Blocks that hold now have no say: in a backward they may
+    be others than when the forward ran."""
+    if p.batch_invariant:
+        reason = module("gathered").refuses(p)
+        if reason is not None:
+            raise ValueError(
+                f"batch_invariant=True: no backend can promise it here; 'gathered' cannot run this: {reason}"
+            )
+        return "gathered"
+    width = (p.x.shape[1] + p.up.shape[0]) // 2
+    shape = _shape(p.slots, len(p.ranks), p.down.shape[0], p.x.dtype, p.run, width, training)
+    refused: tuple[str, ...] = ()
+    while True:  # there are some that refuse nothing
+        name = _by_costs(shape, rows, layout_fixed, refused)
+        if module(name).refuses(p) is None:
+            return name
+        refused = (*refused, name)
 
 
 def _announce(name: str, p: Problem) -> None:
@@ -178,7 +180,6 @@ def choose_backend(
     training: bool = False,
     layout_fixed: bool = False,
     batch_invariant: bool = False,
-    refused: tuple[str, ...] = (),
 ) -> str:
     """The backend for `rows` rows that each use `slots` of `num_experts` experts, on a CPU or without triton.
 
@@ -190,23 +191,31 @@ def choose_backend(
         width: of the rows, input and output on average.
         training: whether a backward follows.
         layout_fixed: what is kept for it must not depend on the number of rows. All but dense keep the same.
-        refused: backends that cannot run it.
     """
     forced, _ = settings()
     if forced:
         return forced
     if batch_invariant:
         return "gathered"
-    small = not layout_fixed and rows * total_rank * width < costs.SMALL
-    if small or slots >= num_experts:
-        return "dense"
+    return _by_costs(_shape(slots, num_experts, total_rank, dtype, run, width, training), rows, layout_fixed)
+
+
+def _shape(
+    slots: int, experts: int, total_rank: int, dtype: torch.dtype, run: int, width: int, training: bool
+) -> costs.Shape:
     half = dtype in costs.HALF
     onednn = products.pays() and not half
-    shape = costs.Shape(int(slots), num_experts, int(total_rank), int(width), int(run), half, training, onednn)
+    return costs.Shape(int(slots), experts, int(total_rank), int(width), int(run), half, training, onednn)
+
+
+def _by_costs(shape: costs.Shape, rows: int, layout_fixed: bool, refused: tuple[str, ...] = ()) -> str:
+    small = not layout_fixed and rows * shape.total_rank * shape.width < costs.SMALL
+    if small or shape.slots >= shape.experts:
+        return "dense"
     among = tuple(name for name in costs.BACKENDS if name not in refused)
     if layout_fixed:
-        usual = costs.cheapest(shape, costs.USUAL_ROWS, among)
-        if usual == "dense":
-            return usual
+        # Who refuses depends on who is asked, and that on the rows: dense or not is decided among all.
+        if costs.cheapest(shape, costs.USUAL_ROWS, costs.BACKENDS) == "dense":
+            return "dense"
         among = tuple(name for name in among if name != "dense")
     return costs.cheapest(shape, rows, among)

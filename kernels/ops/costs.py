@@ -17,7 +17,8 @@ from mixadapters.kernels.segments import BLOCK
 
 BACKENDS = ("segments", "grouped", "gathered", "dense")
 HALF = (torch.bfloat16, torch.float16)  # whose products cost other than those of float32
-SMALL = 1e6  # multiplications of a product of all experts up to which none of 25 timed cases had a faster way by much
+# Multiplications of a product of all experts below which it lost 0.9 % on average, 17 at most, in 48 timed cases.
+SMALL = 1e6
 USUAL_ROWS = 2048  # where a choice must not depend on their number
 
 

@@ -101,12 +101,9 @@ class Mixture(Adapter):
         # A graph adds the products up in loops that it has anyway, however many the rows.
         if entries > SMALL and entries > FEW * y.shape[-1] and not torch.compiler.is_compiling():
             return None
-        modules = self._modules
-        if modules["dropout"].training and self.rate:
+        if self.watchers or self._forward_hooks or self._forward_pre_hooks or self.rate:
             return None
-        if self.watchers or self._forward_hooks or self._forward_pre_hooks:
-            return None
-        return modules["bank"].alone(x if self.insertion == "parallel" else y, y)
+        return self._modules["bank"].alone(x if self.insertion == "parallel" else y, y)
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         source = self.source(x, y, context)

@@ -129,8 +129,8 @@ def test_rule_asks_for_the_cheapest_of_what_the_call_is(monkeypatch) -> None:
     monkeypatch.setattr(products, "_PAYS", True)
     assert rule(512, 2, 8, 4, run=4, width=96) == "dense"
     assert asked.pop() == (costs.Shape(2, 8, 32, 96, 4, False, False, True), 512, costs.BACKENDS)
-    assert rule(32, 2, 8, 4, dtype=torch.float16, training=True, refused=("dense",)) == "gathered"
-    assert asked.pop() == (costs.Shape(2, 8, 32, 1024, 1, True, True, False), 32, costs.BACKENDS[:-1])
+    rule(512, 2, 8, 4, dtype=torch.float16, training=True)
+    assert asked.pop()[0] == costs.Shape(2, 8, 32, 1024, 1, True, True, False)
     with torch.no_grad():
         lowrank(**arguments(rows=640))
         assert asked.pop() == (costs.Shape(1, 8, 64, 32, 1, False, False, True), 640, costs.BACKENDS)
@@ -138,16 +138,46 @@ def test_rule_asks_for_the_cheapest_of_what_the_call_is(monkeypatch) -> None:
     assert asked.pop()[0].width == 64  # of 32 in and 96 out
 
 
-def test_what_the_cheapest_refuses_goes_to_the_next(monkeypatch) -> None:
-    """grouped_mm takes no ranks of 6; nobody is asked twice for a problem that it takes."""
-    given = arguments(rows=1000, rank=6)
+def test_what_the_cheapest_refuse_goes_to_the_next_that_does_not(monkeypatch) -> None:
+    """As on a GPU without triton; nobody is asked twice for a problem that it takes."""
+    given = arguments(rows=1000)
     with adapter_backend("reference"):
         expected = lowrank(**given)
     asked = []
     monkeypatch.setattr(costs, "cheapest", lambda shape, rows, among: asked.append(among) or among[-1])
-    monkeypatch.setattr(costs, "BACKENDS", ("segments", "grouped"))
+    monkeypatch.setattr(costs, "BACKENDS", ("segments", "grouped", "gathered"))
+    for name in ("grouped", "gathered"):
+        monkeypatch.setattr(backends.module(name), "refuses", lambda p: "not here")
     torch.testing.assert_close(lowrank(**given), expected)
-    assert asked == [("segments", "grouped"), ("segments",)]
+    assert asked == [costs.BACKENDS, costs.BACKENDS[:2], costs.BACKENDS[:1]]
+
+
+@pytest.mark.parametrize("usual", ["dense", "segments"])
+def test_refusals_do_not_change_what_is_kept(usual, monkeypatch) -> None:
+    """With few rows another backend is the cheapest than usually, and where it refuses dense would be the next."""
+    rest = lambda rows, among: usual if rows == costs.USUAL_ROWS else sorted(among)[-1]  # noqa: E731
+    monkeypatch.setattr(costs, "cheapest", lambda shape, rows, among: rest(rows, among))
+    shape = costs.Shape(1, 8, 64, 32, 1, False, True, False)
+    for refused in ((), ("segments",), ("segments", "grouped")):
+        for rows in (0, 16, costs.USUAL_ROWS):
+            chosen = backends._by_costs(shape, rows, True, refused)
+            assert (chosen == "dense") is (usual == "dense")
+
+
+@pytest.mark.parametrize("name", ["dense", "segments", "gathered"])
+def test_a_block_around_backward_alone_changes_nothing(name) -> None:
+    """It runs by what has run forward, whose kept tensors another backend would misread."""
+
+    def gradient(block: str | None) -> torch.Tensor:
+        given = arguments(rows=600, experts=64)
+        x = given["x"].requires_grad_()
+        with FlopCounterMode(display=False):  # which looks on, so that nobody notes who ran
+            y = lowrank(**given)
+        with adapter_backend(block), FlopCounterMode(display=False):
+            y.square().sum().backward()
+        return x.grad
+
+    assert torch.equal(gradient(name), gradient(None))
 
 
 def test_rule_knows_what_is_kept_for_backward_without_the_number_of_rows() -> None:
