@@ -127,6 +127,8 @@ def test_rule_asks_for_the_cheapest_of_what_the_call_is(monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(costs, "cheapest", lambda *given: asked.append(given) or given[2][-1])
     monkeypatch.setattr(products, "_PAYS", True)
+    assert rule(2048, 4, 4, 64) == "dense"  # every expert for every row
+    assert not asked
     assert rule(512, 2, 8, 4, run=4, width=96) == "dense"
     assert asked.pop() == (costs.Shape(2, 8, 32, 96, 4, False, False, True), 512, costs.BACKENDS)
     rule(512, 2, 8, 4, dtype=torch.float16, training=True)
@@ -154,9 +156,9 @@ def test_what_the_cheapest_refuse_goes_to_the_next_that_does_not(monkeypatch) ->
 
 @pytest.mark.parametrize("usual", ["dense", "segments"])
 def test_refusals_do_not_change_what_is_kept(usual, monkeypatch) -> None:
-    """With few rows another backend is the cheapest than usually, and where it refuses dense would be the next."""
-    rest = lambda rows, among: usual if rows == costs.USUAL_ROWS else sorted(among)[-1]  # noqa: E731
-    monkeypatch.setattr(costs, "cheapest", lambda shape, rows, among: rest(rows, among))
+    """Also where dense would be the next after what refuses."""
+    ranked = (usual, "dense", "grouped", "gathered", "segments")
+    monkeypatch.setattr(costs, "cheapest", lambda shape, rows, among: next(n for n in ranked if n in among))
     shape = costs.Shape(1, 8, 64, 32, 1, False, True, False)
     for refused in ((), ("segments",), ("segments", "grouped")):
         for rows in (0, 16, costs.USUAL_ROWS):
