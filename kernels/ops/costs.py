@@ -62,22 +62,22 @@ def counts(name: str, shape: Shape, rows: int) -> tuple[float, ...]:
 
 # (backend, half precision, training) -> costs, by `kernels/bench/fit.py`.
 COSTS: dict[tuple[str, bool, bool], tuple[float, ...]] = {
-    ("segments", False, False): (128, 22.5, 2.23, 8.08, 1730, 135, 0.863, 22.8),
-    ("segments", False, True): (284, 123, 4.79, 0, 2930, 873, 4.54, 92.1),
-    ("segments", True, False): (116, 7.39, 0.789, 0, 739, 139, 1.76, 121),
-    ("segments", True, True): (423, 8.43, 2.66, 0, 4880, 834, 5.01, 263),
-    ("grouped", False, False): (296, 33.4, 0.449, 1.79, 1010, 2.65, 3.13),
-    ("grouped", False, True): (1100, 113, 0, 0, 2620, 10.5, 10.7),
-    ("grouped", True, False): (549, 0, 0, 0, 2720, 2.9, 8.27),
-    ("grouped", True, True): (1580, 0, 0, 0, 2160, 7.85, 116),
-    ("gathered", False, False): (168, 56, 1.29, 0, 352, 1860, 0),
-    ("gathered", False, True): (727, 142, 4.15, 0, 817, 6890, 0),
-    ("gathered", True, False): (307, 0, 1.39, 0, 441, 1070, 0.14),
-    ("gathered", True, True): (1020, 0, 2.77, 0, 239, 9290, 0),
-    ("dense", False, False): (164, 27.2, 1.66, 3.8, 1200, 0),
-    ("dense", False, True): (856, 96.8, 4.08, 9.07, 3940, 144),
-    ("dense", True, False): (295, 4.94, 1.1, 2.6, 804, 0),
-    ("dense", True, True): (1150, 22, 2.35, 5.75, 5000, 56.4),
+    ("segments", False, False): (218, 14.5, 1.35, 11.8, 1430, 86.9, 1.06, 16.3),
+    ("segments", False, True): (325, 115, 2.99, 0, 2930, 739, 5.12, 96.7),
+    ("segments", True, False): (171, 4.73, 0.836, 0, 1000, 103, 1.49, 105),
+    ("segments", True, True): (533, 19.1, 1.89, 0, 4480, 1020, 4.01, 292),
+    ("grouped", False, False): (327, 24.9, 0.124, 4.38, 753, 2.06, 2.86),
+    ("grouped", False, True): (1080, 107, 0, 0, 2470, 8.81, 10.6),
+    ("grouped", True, False): (568, 0, 0, 0, 2720, 2.3, 3.4),
+    ("grouped", True, True): (1680, 0, 0, 0, 3440, 6.51, 105),
+    ("gathered", False, False): (183, 14.1, 1.11, 10.2, 579, 1430, 0),
+    ("gathered", False, True): (915, 86.4, 3.22, 0, 1690, 5500, 0),
+    ("gathered", True, False): (340, 0, 0.988, 0, 415, 900, 0.19),
+    ("gathered", True, True): (1300, 0, 2.03, 0, 912, 7550, 0),
+    ("dense", False, False): (197, 25.2, 1.1, 3.42, 847, 0),
+    ("dense", False, True): (864, 82.1, 2.88, 12.8, 3700, 129),
+    ("dense", True, False): (332, 5.09, 0.846, 1.69, 604, 0),
+    ("dense", True, True): (1460, 18, 1.48, 8.96, 3470, 80.4),
 }
 # The table is of a processor whose float32 products by torch are as fast as those by oneDNN. Where these go to oneDNN
 # because torch's take twice as long, the ones that are too small for it, or go past `products`, do so.

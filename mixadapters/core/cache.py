@@ -156,6 +156,13 @@ def tokens_in(cache: Any) -> Any:
     return cache.tokens_read
 
 
+def room_in(cache: Any) -> int | None:
+    """The tokens that a static cache has room for; None for those that grow."""
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
+    rooms = [layer.max_cache_len for layer in layers if hasattr(layer, "max_cache_len")]
+    return max(rooms) if rooms else None
+
+
 def count_read(cache: Any, tokens: Any) -> None:
     """Note that `cache` holds so many tokens, where no layer of it counts them."""
     if _sums_up(cache):

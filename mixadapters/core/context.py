@@ -73,6 +73,7 @@ class ForwardContext(hooks.Rooted):
         self.loss_log: dict[str, tuple[Tensor, int]] = {}
         self.preparing: list[Any] = []  # layers with an adapter to prepare before each forward
         self.hosted: set[str] = set()  # names of adapters that this model holds
+        self.deciding: set[str] = set()  # of those of them, perhaps removed since, that are more than one expert
         self.cache_owner: Callable[[], str] | None = None
         self.engine = Engine(self)
         self.argument_names = argument_names  # of the root's forward

@@ -51,7 +51,8 @@ class RootHooks:
     def open(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         context, records = self.context, self.context.records
         taken = context.own_fields.union(*(o.takes for o in context.objectives))
-        held, given = records.held, {name: kwargs[name] for name in kwargs if name in context.fields | taken}
+        known, held = context.fields | taken, records.held
+        given = {name: kwargs[name] for name in kwargs if name in known}
         kwargs = {name: value for name, value in kwargs.items() if name not in taken}
         record = Record(
             module.training,
@@ -88,11 +89,16 @@ class RootHooks:
                 context.engine.look(module, record.training and record.grad)
             if record.training or "labels" in kwargs:  # steps of decoding are not held up
                 records.trainers.look(lambda model: root_of(model) is module, context.own_fields)
-        record.plain = not (record.values or context.observers) and undisturbed()
+        record.plain = self.plain(record)
         self._claim_cache(record, stream.cache)
         self.carry_into_checkpoints(module)
         context.prepare()
         return args, kwargs
+
+    def plain(self, record: Record) -> bool:
+        """Whether the layers of a forward that begins may go the shortest way, as `Record` has it."""
+        steps = record.grad and not torch.compiler.is_compiling()  # the compiler derives for itself what it sees
+        return not (steps or record.values or self.context.observers) and undisturbed()
 
     def _refuse_unread(self, kwargs: dict[str, Any]) -> None:
         """Raises ValueError for an argument that is a field of other adapters or an objective's, or nearly one of
@@ -139,7 +145,7 @@ class RootHooks:
             if output is not None:  # None: the forward raised
                 output = self._finish(record, module, output)
         finally:
-            record.open, record.closed = False, True
+            record.open, record.closed, record.plain = False, True, False
             if record.parent is not None:
                 self.context.enter(record.parent)
         return output
@@ -229,11 +235,11 @@ class StackHook:
         inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if running is None:  # alone it reads the caller's rows as they are
             values = records.held
-            records.enter(
-                Record(
-                    module.training, torch.is_grad_enabled(), inputs=inputs, values=values, pinned=frozenset(values)
-                )
+            record = Record(
+                module.training, torch.is_grad_enabled(), inputs=inputs, values=values, pinned=frozenset(values)
             )
+            record.plain = self.context._hooks.plain(record)
+            records.enter(record)
         record = records.current
         mask_name = "decoder_attention_mask" if self.stack == "decoder" else "attention_mask"
         record.streams[self.stack] = read_stream(inputs, record.copies, mask_name)
@@ -242,8 +248,11 @@ class StackHook:
 
     def close(self, module: nn.Module, args: tuple, output: Any) -> None:
         record = self.context.record
-        cache = made_cache(output)
-        if not record.open and cache is not None:  # no root will do it
+        if record.open:  # its root will do it
+            return
+        record.plain = False
+        cache = None if output is None else made_cache(output)  # None: the forward raised
+        if cache is not None:
             stream = record.streams[self.stack]
             settle(cache, record.router_state)
             count_read(cache, stream.past + (stream.length or 0))
@@ -281,7 +290,8 @@ class Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         held = self._taken(kwargs)
         fields = self.context.held | held
-        if "prompt_mask" not in fields and reads_prompt(self.model, fields.get("adapter_names")):
+        deciding = self.context.deciding and "prompt_mask" not in fields  # most often there is nobody to be asked
+        if deciding and reads_prompt(self.model, fields.get("adapter_names")):
             held |= prompt_of(self.model, *args, **kwargs)
         with self.context.records.generating(), self.context.pin_in_thread(**held):
             if self.context.running is None and generates_beside_media(self.model):
@@ -412,7 +422,7 @@ def attach(hooks: RootHooks, model: nn.Module) -> None:
         if isinstance(part, nn.Module):
             hook = StackHook(context, stack, names_of_arguments(part))
             part.register_forward_pre_hook(hook.open, with_kwargs=True)
-            part.register_forward_hook(hook.close)
+            part.register_forward_hook(hook.close, always_call=True)
     for kind in WRAPPED:
         if hasattr(model, kind.name):
             model.__dict__[kind.name] = kind(context, model)

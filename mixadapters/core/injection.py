@@ -131,7 +131,7 @@ class Injection(SiteFinder):
                 **get_quantization_kwargs(self.model),
             )  # fmt: skip
             host._active_adapter = list(self.active_adapters)
-            host.tokens_first, host.stack = tokens_first(path, self.model), site.stack
+            host.lies(site.stack, tokens_first(path, self.model))
             if isinstance(host, MixtureLayer):
                 setattr(owner, child, host)
         host.add(adapter_name, adapter, inference_mode=config.inference_mode)

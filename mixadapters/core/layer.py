@@ -47,21 +47,28 @@ class AdapterHost(BaseTunerLayer):
                out_features: int, **quantization: Any) -> None:  # fmt: skip
         self.context, self.prefix, self.path = context, prefix, path
         self.in_features, self.out_features = in_features, out_features
-        self.adapter_layer_names = (f"{prefix}adapters",)
-        self.add_module(f"{prefix}adapters", nn.ModuleDict())
+        self.held = f"{prefix}adapters"
+        self.adapter_layer_names = (self.held,)
+        self.add_module(self.held, nn.ModuleDict())
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self._before_merge: tuple[Tensor, Tensor | None] | None = None
         self._stride: tuple[int, ...] | None = base.stride if is_pointwise(base) else None
         self.tokens_first = False  # whether the module reads (T, B, K), not (B, T, K)
+        self.turned = self._stride is not None  # whether its rows or channels are not where linear layers have them
         self.stack = ""  # that it belongs to, as `Site` has it
         self.stages: dict[str, tuple[str, ...]] = {}  # adapter -> patterns of the parameters that its stage trains
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
 
+    def lies(self, stack: str, tokens_first: bool) -> None:
+        """Where the module is: in which stack, as `Site` has it, and whether it reads (T, B, K), not (B, T, K)."""
+        self.stack, self.tokens_first = stack, tokens_first
+        self.turned = tokens_first or self._stride is not None
+
     @property
     def adapters(self) -> nn.ModuleDict:
-        return self._modules[self.adapter_layer_names[0]]
+        return self._modules[self.held]
 
     @property
     def observes(self) -> bool:
@@ -91,6 +98,8 @@ class AdapterHost(BaseTunerLayer):
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool = False) -> None:
         self.adapters[name] = adapter
         self.context.hosted.add(name)
+        if not adapter.lone:
+            self.context.deciding.add(name)
         if type(adapter).prepare is not Adapter.prepare and self not in self.context.preparing:
             self.context.preparing.append(self)
         self._move_adapter_to_device_of_base_layer(name)
@@ -134,7 +143,7 @@ class AdapterHost(BaseTunerLayer):
         Raises:
             RuntimeError: one of those has been removed, merged or unmerged since.
         """
-        adapters, merged = self._modules[self.adapter_layer_names[0]]._modules, self.merged_adapters
+        adapters, merged = self._modules[self.held]._modules, self.merged_adapters
         names = [name for name in self._active_adapter if name in adapters and name not in merged]
         now = None if self._disable_adapters else names
         if not record.grad or torch.compiler.is_compiling():  # the compiler runs nothing again
@@ -307,21 +316,23 @@ class MixtureLayer(nn.Module, AdapterHost):
         record = self.context.record
         if record.passed:
             record.passed.pop(self, None)
-        names = self.acting(record)
+        if not record.plain or self.turned:
+            names = self.acting(record)
+            output = self._modules["base_layer"](*args, **kwargs)
+            return output if names is None else _adapted(self, _first_input(args, kwargs), output, names, record)
         output = self._modules["base_layer"](*args, **kwargs)
-        if names is None:
+        if self._disable_adapters:
             return output
-        x = _first_input(args, kwargs)
-        if not record.plain or self._stride is not None or self.tokens_first or type(output) is not Tensor:
-            return _adapted(self, x, output, names, record)
-        if record.grad and not torch.compiler.is_compiling():  # which derives for itself what it sees
-            return _adapted(self, x, output, names, record)
-        adapters = self._modules[self.adapter_layer_names[0]]._modules
-        for name in names:
-            adapter = adapters[name]
-            y = adapter.alone(x, output) if adapter.lone else None
-            output = adapter(x, output, self.context) if y is None else y
-        return output
+        # In decoding a call costs as much as the products: what `acting` and `apply_adapters` have to tell apart is
+        # none of it here.
+        x, y = _first_input(args, kwargs), output[0] if isinstance(output, tuple) else output
+        adapters, merged = self._modules[self.held]._modules, self.merged_adapters
+        for name in self._active_adapter:
+            adapter = adapters.get(name)
+            if adapter is not None and name not in merged:
+                alone = adapter.alone(x, y) if adapter.lone else None
+                y = adapter(x, y, self.context) if alone is None else alone
+        return (y, *output[1:]) if isinstance(output, tuple) else y
 
     @property
     def weight(self) -> Tensor:

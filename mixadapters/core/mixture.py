@@ -101,9 +101,11 @@ class Mixture(Adapter):
         # A graph adds the products up in loops that it has anyway, however many the rows.
         if entries > SMALL and entries > FEW * y.shape[-1] and not torch.compiler.is_compiling():
             return None
-        if self.watchers or self._forward_hooks or self._forward_pre_hooks or self.rate:
+        modules = self._modules
+        dropout = modules["dropout"]  # as in `rate`
+        if self.watchers or self._forward_hooks or self._forward_pre_hooks or (dropout.training and dropout.p):
             return None
-        return self._modules["bank"].alone(x if self.insertion == "parallel" else y, y)
+        return modules["bank"].alone(x if self.insertion == "parallel" else y, y)
 
     def forward(self, x: Tensor, y: Tensor, context: ForwardContext) -> Tensor:
         source = self.source(x, y, context)
@@ -134,7 +136,7 @@ class Mixture(Adapter):
             return router(source, context)
         record, rows = context.record, source.numel() // source.shape[-1]
         fixed = self.hard_routes is not None and self.hard_routes.usual >= 0
-        plain = record.plain and not (record.grad or fixed or torch.compiler.is_compiling())
+        plain = record.plain and not (fixed or torch.compiler.is_compiling())
         if plain and not (self.tunings or self.watchers):  # nobody has a say in it, and nobody asks
             reads = source if self.router_tap is None else context.tap(self.router_tap)
             brief = getattr(router, "brief", _nothing)(reads)

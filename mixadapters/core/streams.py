@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixadapters.core.cache import foreign_in, given_cache, tokens_in
+from mixadapters.core.cache import foreign_in, given_cache, room_in, tokens_in
 from mixadapters.core.media import is_even, media_by_row
 
 
@@ -230,7 +230,7 @@ def read_stream(
         past = max(0, mask.shape[1] - length)
     if mask is not None:
         if mask.dim() <= 2:
-            _refuse_misfit(mask, batch, length, past)
+            _refuse_misfit(mask, batch, length, past, cache)
         mask = partial(_current_mask, mask, batch, length, past)
         mask = mask() if torch.compiler.is_compiling() else mask  # what nobody reads is no part of a graph anyway
     return Stream(
@@ -267,12 +267,14 @@ def refuse_packed(what: str) -> ValueError:
     )
 
 
-def _refuse_misfit(mask: Tensor, batch: int, length: int, past: Any) -> None:
+def _refuse_misfit(mask: Tensor, batch: int, length: int, past: Any, cache: Any) -> None:
     """Raises ValueError for a mask by token that has not one value for each token of each row: of the whole sequence
-    so far, and where there is no cache, of these tokens."""
-    known = not isinstance(past, Tensor)  # by static caches it is only on the device
+    so far, and where there is no cache, of these tokens; or for each that a static cache has room for."""
+    known = not isinstance(past, Tensor)  # by static caches it is only on the device, once they are filled
     fits = mask.dim() == 2 and mask.shape[0] in (1, batch)
-    if not fits or (known and mask.shape[1] not in (length, length + past)):
+    if fits and known:
+        fits = mask.shape[1] in (length, length + past) or mask.shape[1] == room_in(cache)
+    if not fits:
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)} does not fit {batch} rows of {length} tokens"
             f"{f' after {past} in the cache' if known and past else ''}; give one value for each token"

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mixadapters import BottleneckConfig
+from mixadapters import BottleneckConfig, MixDAConfig
 from mixadapters.core.bank import AdapterBank
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.mixture import FEW, SMALL, Mixture
@@ -169,6 +169,69 @@ def test_where_anybody_has_a_say_the_operation_runs(run: Any, taken: list[bool])
     assert y.isfinite().all()
 
 
+@torch.no_grad()
+def test_a_layer_that_runs_outside_a_forward_takes_the_operation(taken: list[bool]) -> None:
+    """Its last forward does not know what has been chosen since."""
+    model, x = adapted(), torch.randn(2, 1, 6)
+    expected = model(x)
+    with adapter_backend("reference"):
+        torch.testing.assert_close(model.linear(x), expected)
+    torch.testing.assert_close(model.linear(x), expected)
+    assert taken == [True]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_stack_that_runs_without_its_root_goes_the_shortest_way_too(tiny: Any, kind: str, taken: list[bool]) -> None:
+    model = get_peft_model(tiny(kind), BottleneckConfig(r=3, init_weights=False)).eval()
+    stack = model.get_base_model().get_encoder() if kind == "t5" else model.get_base_model().model
+    ids, context = torch.tensor([[5, 6, 7]]), ForwardContext.of(model)
+    found = stack(input_ids=ids)[0]
+    assert taken
+    assert all(taken)
+    taken.clear()
+    with adapter_backend("reference"):
+        torch.testing.assert_close(stack(input_ids=ids)[0], found)
+    assert not taken
+    assert not context.record.plain
+    with pytest.raises(IndexError):
+        stack(input_ids=ids + 10**6)
+    assert not context.record.plain
+
+
+LOW_RANK = {"activation": "identity", "use_bias": False}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("active", "merged"), [("default", False), (["second", "default"], False), ("second", True)])
+def test_the_shortest_way_takes_what_acts_in_its_order(active: Any, merged: bool, taken: list[bool]) -> None:
+    model, x = adapted(placement="pfeiffer"), torch.randn(2, 1, 6)
+    config = BottleneckConfig(r=2, target_modules=["linear"], init_weights=False, placement="parallel", **LOW_RANK)
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(active)
+    if merged:
+        model.merge_adapter()
+    found = model(x)
+    assert taken == [True] * (0 if merged else len(active) if isinstance(active, list) else 1)
+    with adapter_backend("reference"):
+        torch.testing.assert_close(found, model(x))
+    with model.disable_adapter():
+        taken.clear()
+        assert torch.equal(model(x), model.linear.base_layer(x))
+        assert not taken
+
+
+@torch.no_grad()
+def test_the_shortest_way_leaves_what_follows_the_first_of_a_tuple(taken: list[bool]) -> None:
+    model, x = adapted(), torch.randn(2, 1, 6)
+    expected = model(x)
+    model.linear.base_layer.register_forward_hook(lambda module, args, output: (output, "beside"))
+    found, beside = model(x)
+    assert torch.equal(found, expected)
+    assert beside == "beside"
+    assert taken == [True, True]
+
+
 def compiled(model: Any, graphs: list[str], dynamic: bool = False) -> Any:
     """The model under the compiler, which notes what it sees."""
 
@@ -276,3 +339,30 @@ def test_what_a_subclass_makes_of_a_forward_is_not_passed_over(part) -> None:
 
     assert lone(Mixture, AdapterBank)
     assert not lone(*((Doubled, AdapterBank) if part == "mixture" else (Mixture, DoubledBank)))
+
+
+@torch.no_grad()
+def test_channels_of_a_convolution_are_not_taken_for_rows(taken: list[bool]) -> None:
+    """As many channels as places: nothing else would notice."""
+    base = nn.Sequential(nn.Conv1d(6, 6, 1))
+    config = BottleneckConfig(r=3, target_modules=["0"], init_weights=False, placement="parallel")
+    model, x = get_peft_model(base, config).eval(), torch.randn(2, 6, 6)
+    found = model(x)
+    assert not taken
+    with adapter_backend("reference"):
+        torch.testing.assert_close(found, model(x))
+    for i in range(6):  # places are independent
+        torch.testing.assert_close(model(x[..., i : i + 1]), found[..., i : i + 1])
+
+
+@torch.no_grad()
+def test_sequences_of_a_module_that_reads_tokens_first_are_told_apart() -> None:
+    """As many tokens as sequences: nothing else would notice."""
+    config = MixDAConfig(domains=["a", "b"], r=3, target_modules=["linear"], gate_granularity="sequence")
+    model, x = get_peft_model(OneLayer(), config).eval(), torch.randn(3, 3, 6)
+    for parameter in model.parameters():
+        parameter.normal_()
+    by_sequence = model(x)
+    model.linear.lies("", tokens_first=True)
+    torch.testing.assert_close(model(x.transpose(0, 1)), by_sequence.transpose(0, 1))
+    assert not torch.allclose(model(x), by_sequence, atol=1e-2)

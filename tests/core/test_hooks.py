@@ -138,6 +138,16 @@ def test_a_generation_looks_for_its_prompt_only_where_adapters_act_that_ask(tiny
     assert hooks.reads_prompt(base, ["asks"])
 
 
+def test_a_generation_walks_over_nothing_where_no_adapter_has_anything_to_decide(tiny, monkeypatch) -> None:
+    looked: list[Any] = []
+    plain = hooks.reads_prompt
+    monkeypatch.setattr(hooks, "reads_prompt", lambda *given: looked.append(given) or plain(*given))
+    ids = torch.tensor([[5, 6]])
+    for config, times in ((BottleneckConfig(r=4), 0), (MixDAConfig(domains=["a"], r=4), 1)):
+        get_peft_model(tiny("llama"), config).generate(input_ids=ids, max_new_tokens=1)
+        assert len(looked) == times
+
+
 @torch.no_grad()
 def test_rows_of_a_generation_name_their_saved_modules_in_its_encoder_too(tiny) -> None:
     """The encoder runs before any forward of the root, which looks for the modules."""

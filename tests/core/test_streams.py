@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor
-from transformers import BertConfig, BertForMultipleChoice
+from transformers import BertConfig, BertForMultipleChoice, StaticCache
 
 from mixadapters import BottleneckConfig, MixDAConfig
 from mixadapters.core import streams
@@ -147,3 +147,27 @@ def test_padding_is_read_when_it_is_asked_for_as_it_was_when_the_forward_began(m
     with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 5\) does not fit 2 rows of 2 tokens"):
         read_stream({"input_ids": torch.ones(2, 2, dtype=torch.long), "attention_mask": mask})
     assert read == [1]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@torch.no_grad()
+def test_a_mask_may_cover_all_that_a_static_cache_has_room_for(tiny, adapted: bool) -> None:
+    """As in loops that are written by hand for the compiler, whose shapes must not change."""
+    model = tiny("llama")
+    if adapted:
+        model = get_peft_model(model, MixDAConfig(domains=["a", "b"], r=4, init_weights=False)).eval()
+    ids = torch.tensor([[0, 5, 6, 7], [8, 9, 10, 11]])
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, 0] = 0
+    cache = StaticCache(config=model.config, max_cache_len=9)
+    steps = [
+        model(input_ids=ids[:, part], attention_mask=mask, past_key_values=cache).logits
+        for part in (slice(0, 3), slice(3, 4))
+    ]
+    expected = model(input_ids=ids, attention_mask=mask[:, :4]).logits
+    torch.testing.assert_close(torch.cat(steps, 1)[1], expected[1])
+    torch.testing.assert_close(torch.cat(steps, 1)[0, 1:], expected[0, 1:])
+    cache = StaticCache(config=model.config, max_cache_len=9)
+    if adapted:
+        with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 8\) does not fit 2 rows of 3 tokens"):
+            model(input_ids=ids[:, :3], attention_mask=mask[:, :8], past_key_values=cache)
