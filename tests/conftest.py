@@ -23,6 +23,9 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 
 import pytest
 
+# Of the many objects that imports, models and traces make few are garbage, and they are looked at every few hundred.
+gc.set_threshold(100_000, 20, 50)
+
 # A virtual environment of another checkout would have the tests say nothing of this one.
 _package = importlib.util.find_spec("mixadapters")
 if _package is None or Path(_package.origin or "").resolve().parents[1] != ROOT:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from adapted import gradients
+from originals import Original
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -547,7 +548,7 @@ def unet():
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=8, attention_head_dim=4,
         norm_num_groups=4,
     ).eval()  # fmt: skip
-    return lambda: copy.deepcopy(made)
+    return Original(made).copy
 
 
 def denoiser_inputs(batch: int = 2) -> dict[str, Any]:

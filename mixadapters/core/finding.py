@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import (
@@ -41,8 +41,17 @@ from mixadapters.core.walking import outside_adapters, plain_path
 TARGET = "target"  # role of modules that the user names by target_modules
 
 
+class Unchanging(NamedTuple):
+    """What an injection asks for at each site and leaves as it is. To find it takes longer the larger the model."""
+
+    config: dict[str, Any]  # the model's, as PEFT gives it: a deep copy
+    names: list[str]  # of the modules, as they are without adapters
+
+
 class SiteFinder(BaseTuner):
     """Which modules of the model take adapters. A method writes `roles`; the others are there to be extended."""
+
+    _unchanging: Unchanging | None = None  # during an injection
 
     def roles(self, config: Any) -> tuple[str, ...]:
         """Roles (see `core.sites`) of the modules that take an adapter, where the user names none."""
@@ -108,7 +117,7 @@ class SiteFinder(BaseTuner):
 
     def places(self) -> list[str]:
         """All modules that are there without adapters, by name."""
-        return [name for name in module_names(self.model) if name]
+        return [name for name in self._module_names() if name]
 
     def name_all_linear(self, config: Any) -> Any:
         """Give "all-linear" the names of the linear modules; PEFT passes over those that our layers have wrapped."""
@@ -204,7 +213,7 @@ class SiteFinder(BaseTuner):
         if role in ROLES:
             return group_of(role)
         try:
-            row = find_architecture(self.get_model_config(self.model).get("model_type", "custom"))
+            row = find_architecture(self._model_config().get("model_type", "custom"))
         except ValueError:
             row = None
         return sublayer_of(path, row)
@@ -234,11 +243,18 @@ class SiteFinder(BaseTuner):
         """Whether positions at this module must not see later ones."""
         if generates_beside_media(self.model):
             return not media_part(path, self.model)
-        return is_causal(path, self.model, self.get_model_config(self.model))
+        return is_causal(path, self.model, self._model_config())
+
+    def _model_config(self) -> dict[str, Any]:
+        """The model's config as PEFT gives it."""
+        return self.get_model_config(self.model) if self._unchanging is None else self._unchanging.config
+
+    def _module_names(self) -> list[str]:
+        return module_names(self.model) if self._unchanging is None else self._unchanging.names
 
     def _nearest_tap(self, pattern: str, path: str) -> str:
         """The module that matches `pattern` and shares the longest path with `path`."""
-        matching = [name for name in module_names(self.model) if re.fullmatch(pattern, name)]
+        matching = [name for name in self._module_names() if re.fullmatch(pattern, name)]
         if not matching:
             raise ValueError(
                 f"no module matches {pattern!r}, whose input the adapter at {path!r} reads; choose another input "

@@ -16,6 +16,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import nn
 
 from mixadapters.core.absent import (
+    module_names,
     refuse_exceptions,
     refuse_layers,
     refuse_sites,
@@ -28,7 +29,7 @@ from mixadapters.core.config import MixtureConfig
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.fields import check_fields
 from mixadapters.core.files import PREFIX, SavedAdapter, being_loaded
-from mixadapters.core.finding import SiteFinder
+from mixadapters.core.finding import SiteFinder, Unchanging
 from mixadapters.core.layer import AdapterHost, HookedLayer, MixtureLayer
 from mixadapters.core.names import check_apart, check_name
 from mixadapters.core.saving import (
@@ -173,6 +174,7 @@ class Injection(SiteFinder):
         context = ForwardContext.of(model)
         self._injecting = adapter_name
         try:
+            self._unchanging = Unchanging(self.get_model_config(model), module_names(model))
             refuse_closed(hosts)
             self._check_name(adapter_name)
             context.fields.update(self.fields)
@@ -187,6 +189,7 @@ class Injection(SiteFinder):
                 context.detach(model)
             raise
         finally:
+            self._unchanging = None
             filled = {n: v for n, v in given.items() if n in self.moving or getattr(config, n) != v}
             config._used = (weakref.ref(model), adapter_name, filled)
 

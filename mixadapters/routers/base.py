@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -219,16 +220,27 @@ class Router(nn.Module):
     @classmethod
     def takes(cls, options: Mapping[str, Any]) -> set[str]:
         """Names of the options that it takes beside `options`: those of its constructor, and what that passes on."""
-        names = set(LOSS_OPTIONS)
-        for base in cls.__mro__:
-            if "__init__" not in base.__dict__:
-                continue
-            parameters = list(inspect.signature(base.__dict__["__init__"]).parameters.values())
-            kinds = {parameter.kind for parameter in parameters}
-            names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-            if inspect.Parameter.VAR_KEYWORD not in kinds:
-                break
-        return names - {"self", "in_features", "experts", "first"} - cls.without
+        kind: Any = cls
+        return set(_taken_by_constructor(kind)) - cls.without
+
+
+@lru_cache(maxsize=256)  # asked several times for each layer, and slow: a config's checks and an injection notice
+def _taken_by_constructor(cls: type[Router]) -> frozenset[str]:
+    names = set(LOSS_OPTIONS)
+    for base in cls.__mro__:
+        if "__init__" not in base.__dict__:
+            continue
+        parameters = list(inspect.signature(base.__dict__["__init__"]).parameters.values())
+        kinds = {parameter.kind for parameter in parameters}
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return frozenset(names - {"self", "in_features", "experts", "first"})
+
+
+@lru_cache(maxsize=256)
+def _signature(cls: type) -> inspect.Signature:
+    return inspect.signature(cls)
 
 
 class PooledRouter(Router):
@@ -311,9 +323,9 @@ def registered_by(spec: str | dict[str, Any] | None) -> dict[str, str]:
     return {} if module.partition(".")[0] == LIBRARY else {module: f"the router {kind!r}"}
 
 
-def _check_call(kind: str, cls: type[Router], in_features: int, experts: list[str], given: dict[str, Any]) -> None:
+def _check_call(kind: str, cls: Any, in_features: int, experts: list[str], given: dict[str, Any]) -> None:
     """Raise ValueError where the constructor of a router cannot be called like this."""
-    signature = inspect.signature(cls)
+    signature = _signature(cls)
     try:
         signature.bind(in_features, experts, **given)
     except TypeError as error:

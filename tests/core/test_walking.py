@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 import mixadapters
-from mixadapters import AGDConfig, BottleneckConfig, MixDAConfig, MoAConfig
+from mixadapters import AGDConfig, BottleneckConfig, MixDAConfig, MoAConfig, MoSAConfig
+from mixadapters.core import finding
 from mixadapters.core.adapter import Adapter
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.walking import adapters_named, outside_adapters
@@ -121,3 +124,28 @@ def test_what_our_verbs_visit_does_not_grow_with_the_adapters(
     for verb, visits in seen[2].items():
         assert seen[4][verb] - visits == Counter(), verb
     assert seen[2]["add"].total() > 0
+
+
+@pytest.mark.parametrize("config", [*TYPES.values(), lambda: MoSAConfig(r=2)], ids=[*TYPES, "MOSA"])
+def test_what_an_injection_asks_of_a_whole_model_it_asks_as_often_whatever_the_layers(
+    config: Callable[[], Any], tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would take longer with the square of them. The same for what routers take, which is slow to find."""
+    asked: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **k: (asked.update([name]), plain(*a, **k))[1])
+
+    count(transformers.PreTrainedConfig, "to_dict")
+    count(finding, "module_names")
+    count(inspect, "signature")
+    found = []
+    get_peft_model(tiny("llama"), config()).save_pretrained(tmp_path / "first")
+    for layers in (4, 8):
+        get_peft_model(tiny("llama", num_hidden_layers=layers), config()).save_pretrained(tmp_path / f"{layers}")
+        base = tiny("llama", num_hidden_layers=layers)
+        asked.clear()
+        PeftModel.from_pretrained(base, tmp_path / f"{layers}")
+        found.append(dict(asked))
+    assert found[0] == found[1]

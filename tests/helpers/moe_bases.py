@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from originals import Original
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForTokenClassification
 
@@ -43,7 +43,7 @@ OTHER_HEADS = {"openai_privacy_filter": AutoModelForTokenClassification}
 
 
 @functools.cache
-def _made(kind: str, options: tuple[tuple[str, Any], ...]) -> nn.Module:
+def _made(kind: str, options: tuple[tuple[str, Any], ...]) -> Original:
     config = CONFIG_MAPPING[kind]
     known = config().to_dict()
     sizes = {name: value for name, value in SIZES.items() if name in known}
@@ -56,12 +56,12 @@ def _made(kind: str, options: tuple[tuple[str, Any], ...]) -> nn.Module:
                 tensor.normal_(std=0.01)
             elif tensor.dim() >= 2:
                 tensor.normal_(std=0.3)
-    return model
+    return Original(model)
 
 
 def moe(kind: str, **options: Any) -> nn.Module:
     """A copy of a tiny model of a type: two layers, six experts of which a token uses two."""
-    return copy.deepcopy(_made(kind, tuple(options.items())))
+    return _made(kind, tuple(options.items())).copy()
 
 
 def batch() -> dict[str, Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import transformers
+from originals import Original
 from torch import Tensor, nn
 
 IMAGE, IMAGES_TAKE = 90, 4  # the token that stands for a part of an image, and how many do for one
@@ -94,14 +96,20 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 }  # fmt: skip
 
 
-def seeing(kind: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = MAKERS[kind]()
-    with torch.no_grad():
+@functools.cache
+def _made(kind: str) -> Original:
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = MAKERS[kind]()
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=parameter.shape[-1] ** -0.5)
-    return model.eval()
+    return Original(model.eval())
+
+
+def seeing(kind: str) -> nn.Module:
+    """A copy of a tiny model of a type."""
+    return _made(kind).copy()
 
 
 def seen(kind: str, per_row: Sequence[int]) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
 import torch
 import transformers
+from originals import Original
 from torch import Tensor, nn
 
 # One letter per axis: d = WIDTH, the FFN intermediate is FFN wide; four layers, so that every third has one.
@@ -171,7 +171,7 @@ def _enlarge(model: nn.Module) -> None:
                 parameter.copy_(noise).mul_(fan_in**-0.5)
 
 
-_made: dict[str, nn.Module] = {}
+_made: dict[str, Original] = {}
 
 
 def tiny(kind: str, head: str | None = None, **overrides: Any) -> nn.Module:
@@ -193,8 +193,8 @@ def tiny(kind: str, head: str | None = None, **overrides: Any) -> nn.Module:
             model = HEADS_OF_MODELS[head].from_config(config)
         torch.set_rng_state(state)
         _enlarge(model)
-        _made[key] = model.eval()
-    return copy.deepcopy(_made[key])
+        _made[key] = Original(model.eval())
+    return _made[key].copy()
 
 
 def tiny_inputs(

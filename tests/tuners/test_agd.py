@@ -11,6 +11,7 @@ from typing import Any
 import adapted
 import pytest
 import torch
+from originals import Original
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -104,8 +105,8 @@ PLAIN = {"target_modules": ["mixer"], "conditions": {"timestep": "t", "class": "
 @pytest.fixture(scope="module")
 def made() -> Any:
     """Factory of tiny denoisers with the same weights at every call."""
-    models = {name: random_weights(make()) for name, make in MODELS.items()}
-    return lambda name: copy.deepcopy(models[name])
+    models = {name: Original(random_weights(make())) for name, make in MODELS.items()}
+    return lambda name: models[name].copy()
 
 
 def inputs_of(name: str, batch: int = 3, seed: int = 0) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from inspect import signature
 from typing import Any
 
@@ -110,5 +110,5 @@ def name_router(config: Any, causal: bool) -> None:
 
 def default_of(config: Any, name: str) -> Any:
     """What a field of a config is where nobody has set it."""
-    own = next(f for f in fields(config) if f.name == name)
+    own = config.__dataclass_fields__[name]
     return own.default if own.default_factory is MISSING else own.default_factory()

@@ -150,19 +150,23 @@ class MoSAConfig(MixtureConfig):
         """Whether a training forward needs each row twice."""
         return bool(self.consistency or self.aux_ce or self.deep_weight)
 
+    def placed(self) -> tuple[Any, Any]:
+        """The placement and the input of the adapter that is split, for base='adapter'."""
+        assert self.style is not None
+        return STYLES[self.style]["placement"], self.adapter_input or "ffn_input"
+
     def plain(self) -> BottleneckConfig:
         """The adapter that is split, for base='adapter'. Sites and the like are this config's own."""
         shared = {f.name: getattr(self, f.name) for f in fields(MixtureConfig) if f.init and f.name != "peft_type"}
-        assert self.style is not None
         assert self.activation is not None
         assert self.scale is not None
+        placement, adapter_input = self.placed()
         layer_norm = self.layer_norm
         if layer_norm is None:
             layer_norm = self.style == "pfeiffer" or self.adapter_input == "residual"
         return BottleneckConfig(
-            **shared, r=self.r, placement=STYLES[self.style]["placement"],
-            adapter_input=self.adapter_input or "ffn_input", activation=self.activation, layer_norm=layer_norm,
-            use_bias=self.biases != "none", scale=self.scale, dropout=self.dropout,
+            **shared, r=self.r, placement=placement, adapter_input=adapter_input, activation=self.activation,
+            layer_norm=layer_norm, use_bias=self.biases != "none", scale=self.scale, dropout=self.dropout,
         )  # fmt: skip
 
     def plain_lora(self, paths: list[str], ranks: dict[str, int], **more: Any) -> LoraConfig:

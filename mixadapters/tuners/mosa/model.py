@@ -34,14 +34,12 @@ class MoSAModel(MixtureModel):
         known = self.known_roles(config)
         if config.base == "lora":
             return ("query", "value") if "value" in known else ("qkv",)
-        plain = config.plain()
-        return placement_roles(plain.placement, plain.adapter_input, known)
+        return placement_roles(*config.placed(), known)
 
     def taps(self, config: MoSAConfig) -> tuple[str, ...]:
         if config.base == "lora":
             return ()
-        plain = config.plain()
-        return placement_taps(plain.placement, plain.adapter_input, self.known_roles(config))
+        return placement_taps(*config.placed(), self.known_roles(config))
 
     def resolve(self, config: MoSAConfig, model_config: dict[str, Any]) -> None:
         if config.style == "adaptformer" and config.adapter_input is None:

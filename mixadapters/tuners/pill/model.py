@@ -143,8 +143,10 @@ class PILLModel(MixtureModel):
         bank = AdapterBank(site.in_features, site.out_features, activation="silu", glu=True, bias=False)
         for name in names:
             bank.add(name, self.rank_at(config, site.path, config.r), config.init_weights)
-            if config.init_weights:  # 0.02 at the released code's width of 4096, and as strong at any other
-                nn.init.normal_(bank.experts[name].down.weight, std=1.28 * site.in_features**-0.5)
+            down = bank.experts[name].down.weight
+            if config.init_weights and not down.is_meta:  # where a file is checked there are shapes alone
+                # 0.02 at the released code's width of 4096, and as strong at any other.
+                nn.init.normal_(down, std=1.28 * site.in_features**-0.5)
         router = SingleRouter(site.in_features, names) if shared else ModalityRouter(
             site.in_features, names, config.source()
         )  # fmt: skip
