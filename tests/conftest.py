@@ -6,7 +6,8 @@ import gc
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,23 @@ def _imports_are_no_garbage() -> None:
     """Each `Trainer.train` collects, which takes a second where it looks at every module of transformers."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_template() -> Iterator[None]:
+    """Each save of an adapter compiles the template of its card anew, which takes longer than to write the rest."""
+    import jinja2
+
+    plain = jinja2.Environment.compile
+    compiled = lru_cache(maxsize=32)(plain)
+
+    def compile(self: Any, source: Any, *args: Any, **options: Any) -> Any:
+        known = isinstance(source, str) and not args and not options
+        return compiled(self, source) if known else plain(self, source, *args, **options)
+
+    jinja2.Environment.compile = compile
+    yield
+    jinja2.Environment.compile = plain
 
 
 @pytest.fixture(autouse=True)

@@ -645,7 +645,8 @@ def compiled(model: nn.Module) -> tuple[Any, CompileCounterWithBackend]:
 
 
 def test_values_of_tensors_change_without_compiling_again(tiny, tiny_inputs) -> None:
-    model = adapt(tiny("llama", num_hidden_layers=2), MixDAConfig(**MIXDA)).requires_grad_(False)
+    config = MixDAConfig(**{**MIXDA, "domain_layers": [0]})
+    model = adapt(tiny("llama", num_hidden_layers=1), config).requires_grad_(False)
     context = context_of(model)
     fast, counter = compiled(model)
     for seed, padding in ((0, None), (1, "left"), (2, "left")):
@@ -667,7 +668,8 @@ def test_values_of_tensors_change_without_compiling_again(tiny, tiny_inputs) -> 
 @torch.no_grad()
 @pytest.mark.parametrize("granularity", ["causal_prefix", "request"])
 def test_compiled_steps_of_a_static_cache_are_one_graph(tiny, tiny_inputs, granularity) -> None:
-    model = adapt(tiny("llama", num_hidden_layers=2), MixDAConfig(**MIXDA, gate_granularity=granularity))
+    config = MixDAConfig(**{**MIXDA, "domain_layers": [0]}, gate_granularity=granularity)
+    model = adapt(tiny("llama", num_hidden_layers=1), config)
     ids = tiny_inputs("llama", batch=2, length=8)["input_ids"]
     cache = StaticCache(config=model.config, max_cache_len=8)
     model(input_ids=ids[:, :6], attention_mask=torch.ones(2, 6), past_key_values=cache)
@@ -683,7 +685,7 @@ def test_compiled_steps_of_a_static_cache_are_one_graph(tiny, tiny_inputs, granu
 
 @pytest.mark.parametrize("order", ["adapters first", "compiled first", "run first"])
 def test_hooks_count_whenever_the_model_was_compiled(tiny, tiny_inputs, order) -> None:
-    base = tiny("llama", num_hidden_layers=2).requires_grad_(False)
+    base = tiny("llama", num_hidden_layers=1).requires_grad_(False)
     inputs = {**tiny_inputs("llama"), "use_cache": False}
     frozen = base(**inputs).logits
     if order == "adapters first":

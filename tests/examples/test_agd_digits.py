@@ -29,7 +29,7 @@ def example() -> Any:
 @pytest.fixture(scope="module")
 def report(example, tmp_path_factory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("digits")
-    sizes = {"samples": 40, "base_steps": 250, "judge_epochs": 8, "steps": 120, "trajectories": 20, "timing_rounds": 3}
+    sizes = {"samples": 10, "base_steps": 250, "judge_epochs": 4, "steps": 100, "trajectories": 20, "timing_rounds": 1}
     made = example.main(example.Arguments(out=str(out), seeds=[0], arms=["film"], **sizes))
     return {**made, "out": out}
 
@@ -52,7 +52,7 @@ def test_report_says_which_thresholds_are_met(report) -> None:
     assert {"1", "2", "3", "4", "5a", "5b", "6a", "6b", "10"} <= set(rows)
     assert rows["1"][1]
     assert rows["6a"][1]
-    assert not rows["2"][1]  # 120 steps are too few
+    assert not rows["2"][1]  # 100 steps are too few
     assert report["seconds_per_image"]["ratio_by_arithmetic"] == pytest.approx(1.848, abs=0.001)  # adapters of r=32
     table = (report["out"] / "table.md").read_text()
     assert "| film | " in table

@@ -481,7 +481,7 @@ def test_language_model_learns_to_generate_in_one_pass_what_guidance_takes_two_f
     before = distance(2.5)
     assert before == pytest.approx(distance(None))
     run = Trainer(
-        model, arguments(tmp_path, max_steps=150, learning_rate=5e-3, per_device_train_batch_size=32),
+        model, arguments(tmp_path, max_steps=100, learning_rate=5e-3, per_device_train_batch_size=32),
         train_dataset=train,
         callbacks=[StageCallback("distill", objectives=[LanguageGuidanceDistillation()], check_head=False)],
     )  # fmt: skip
