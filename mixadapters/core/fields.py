@@ -9,7 +9,7 @@ both does not say them. An `order` gives numbers or weights their meaning: a sav
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, fields
+from dataclasses import MISSING, Field, fields
 from functools import lru_cache
 from math import isfinite
 from numbers import Integral
@@ -232,3 +232,9 @@ def _literals(hint: Any) -> tuple[Any, ...]:
         return get_args(hint)
     others = [one for one in get_args(hint) if one is not NoneType]
     return _literals(others[0]) if get_origin(hint) in (Union, UnionType) and len(others) == 1 else ()
+
+
+def default_of(config: Any, name: str) -> Any:
+    """What a field of a config is where nobody has set it."""
+    own = config.__dataclass_fields__[name]
+    return own.default if own.default_factory is MISSING else own.default_factory()

@@ -218,6 +218,18 @@ class Router(nn.Module):
         return None
 
     @classmethod
+    def among(cls, options: Mapping[str, Any], experts: Sequence[str], everyone: Sequence[str]) -> dict[str, Any]:
+        """Options that name all experts of a mixture, or say something of each, for a layer that has these alone.
+
+        everyone: the experts of the mixture, in order.
+        """
+        groups: Any = options.get("balance_groups")
+        if groups is None or sorted(name for group in groups for name in group) != sorted(everyone):
+            return dict(options)  # the constructor says what is wrong with it
+        here = [[name for name in group if name in experts] for group in groups]
+        return {**options, "balance_groups": [group for group in here if group]}
+
+    @classmethod
     def takes(cls, options: Mapping[str, Any]) -> set[str]:
         """Names of the options that it takes beside `options`: those of its constructor, and what that passes on."""
         kind: Any = cls

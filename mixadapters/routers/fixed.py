@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ class SingleRouter(Router):
 class ConstantRouter(Router):
     """Every expert with a weight fixed by the user: in their order, or by name. None: the mean.
 
+    Where layers of a mixture have different experts, the weights are those of all; each layer takes those of its own.
+
     Raises:
         ValueError: as many weights as experts are needed.
     """
@@ -46,24 +48,8 @@ class ConstantRouter(Router):
 
     def __init__(self, in_features: int, experts: list[str], weights: Any = None) -> None:
         super().__init__(in_features, experts)
-        if isinstance(weights, Mapping):
-            missing = [name for name in experts if name not in weights]
-            unknown = [name for name in weights if name not in experts]
-            if missing or unknown:
-                remedies = [f"add {missing}, 0 for no weight"] if missing else []
-                remedies += [f"take out {unknown}"] if unknown else []
-                close = nearest(str(unknown[0]), missing) if unknown else ""
-                raise ValueError(
-                    f"weights={dict(weights)} must have one entry for each expert of {experts}, which this layer has: "
-                    f"{' and '.join(remedies)}.{close}"
-                )
-            weights = [weights[name] for name in experts]
-        weights = [1 / len(experts)] * len(experts) if weights is None else list(weights)
-        if len(weights) != len(experts):
-            raise ValueError(
-                f"weights={weights} must have one entry for each expert of {experts}, which this layer has: give "
-                f"{len(experts)}, or a dict of names to weights"
-            )
+        named = dict.fromkeys(experts, 1 / len(experts)) if weights is None else by_name(weights, experts)
+        weights = [named[name] for name in experts]
         if not all(finite(weight) for weight in weights):
             raise ValueError(f"weights={weights} must be finite numbers")
         self.register_buffer("weights", torch.tensor(weights), persistent=False)
@@ -74,3 +60,33 @@ class ConstantRouter(Router):
 
     def constant(self) -> list[float] | None:
         return self.weights.tolist()
+
+    @classmethod
+    def among(cls, options: Mapping[str, Any], experts: Sequence[str], everyone: Sequence[str]) -> dict[str, Any]:
+        if options.get("weights") is None:
+            return dict(options)
+        named = by_name(options["weights"], everyone)
+        return {**options, "weights": {name: named[name] for name in experts}}
+
+
+def by_name(weights: Any, experts: Sequence[str]) -> dict[str, Any]:
+    """Weights in the order of `experts`, or by name, as {name: weight}. Raises ValueError for others than theirs."""
+    if not isinstance(weights, Mapping):
+        weights = list(weights)
+        if len(weights) != len(experts):
+            raise ValueError(
+                f"weights={weights} must have one entry for each expert of {list(experts)}: give {len(experts)}, or a "
+                "dict of names to weights"
+            )
+        return dict(zip(experts, weights, strict=True))
+    missing = [name for name in experts if name not in weights]
+    unknown = [name for name in weights if name not in experts]
+    if missing or unknown:
+        remedies = [f"add {missing}, 0 for no weight"] if missing else []
+        remedies += [f"take out {unknown}"] if unknown else []
+        close = nearest(str(unknown[0]), missing) if unknown else ""
+        raise ValueError(
+            f"weights={dict(weights)} must have one entry for each expert of {list(experts)}: "
+            f"{' and '.join(remedies)}.{close}"
+        )
+    return {name: weights[name] for name in experts}

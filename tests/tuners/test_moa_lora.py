@@ -77,6 +77,65 @@ def test_routed_to_one_expert_the_mixture_is_pefts_lora(form, tiny, tiny_inputs,
     assert (expected - plain).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("weights", [{"one": 0.7, "two": -0.2}, [0.7, -0.2]])
+def test_constant_weights_are_those_of_experts_wherever_they_lie(weights, tiny, tiny_inputs, tmp_path) -> None:
+    """One adapts q_proj, the other v_proj and, with the first, o_proj: the model is the base plus the weighted two."""
+    base, inputs = tiny("llama"), tiny_inputs("llama")
+    targets, saved = {"one": ["q_proj", "o_proj"], "two": ["v_proj", "o_proj"]}, {}
+    for name, places in targets.items():
+        saved[name] = save_lora(tiny("llama"), tmp_path / name, r=2, lora_alpha=16, target_modules=places)
+    with torch.no_grad():
+        for name, weight in (("one", 0.7), ("two", -0.2)):
+            for path, module in saved[name].named_modules():
+                if hasattr(module, "get_delta_weight"):
+                    base.get_submodule(path.removeprefix("base_model.model.")).weight += weight * (
+                        module.get_delta_weight("default")
+                    )
+    router, folders = {"kind": "constant", "weights": weights}, {name: tmp_path / name for name in targets}
+    model = get_peft_model(tiny("llama"), MoAConfig(experts=folders, router=router)).eval()
+    expected = logits(base, inputs)
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(tiny("llama"), inputs), expected, atol=1e-2)
+    model.save_pretrained(tmp_path / "mixed")
+    again = PeftModel.from_pretrained(tiny("llama"), tmp_path / "mixed").eval()
+    torch.testing.assert_close(logits(again.merge_and_unload(), inputs), expected, rtol=1e-4, atol=1e-5)
+    for wrong, remedy in (({"one": 1.0}, r"add \['two'\]"), ([1.0], "give 2")):
+        config = MoAConfig(experts=folders, router={"kind": "constant", "weights": wrong})
+        with pytest.raises(ValueError, match=rf"each expert of \['one', 'two'\]: .*{remedy}"):
+            get_peft_model(tiny("llama"), config)
+
+
+def test_groups_of_experts_are_those_of_a_layer_where_experts_differ(tiny, tmp_path) -> None:
+    for name, places in (("one", ["q_proj"]), ("two", ["q_proj", "v_proj"]), ("three", ["v_proj"])):
+        save_lora(tiny("llama"), tmp_path / name, r=2, target_modules=places)
+    router = {"kind": "softmax", "balance_coef": 0.1, "balance_groups": [["one", "two"], ["three"]]}
+    folders = {name: tmp_path / name for name in ("one", "two", "three")}
+    model = get_peft_model(tiny("llama"), MoAConfig(experts=folders, router=router))
+    groups = {path.rpartition(".")[2]: m.router.balance_groups for path, m in model.base_model._mixtures("default")}
+    assert groups == {"q_proj": [["one", "two"]], "v_proj": [["two"], ["three"]]}
+    router["balance_groups"] = [["one"], ["three"]]
+    with pytest.raises(ValueError, match="must hold each expert"):
+        get_peft_model(tiny("llama"), MoAConfig(experts=folders, router=router))
+
+
+def test_fields_of_new_experts_are_said_to_do_nothing_for_gathered_ones(tiny, tmp_path) -> None:
+    save_lora(tiny("llama"), tmp_path / "one", r=2, lora_alpha=6, target_modules=["q_proj"])
+    fields = {"r": 4, "lora_alpha": 32, "use_rslora": True}
+    with pytest.warns(UserWarning, match=r"r=4, lora_alpha=32, use_rslora=True: gathered experts keep .*add_expert"):
+        model = gather(tiny("llama"), {"one": tmp_path / "one"}, **fields)
+    entry = model.peft_config["default"].experts["one"]
+    assert set(entry["ranks"].values()) == {2}
+    assert set(entry["scales"].values()) == {3.0}
+    model.base_model.add_expert("two")  # what they are for
+    assert {
+        mixture.bank.experts["two"].down.weight.shape[0] for _, mixture in model.base_model._mixtures("default")
+    } == {4}
+    model.save_pretrained(tmp_path / "mixed")
+    PeftModel.from_pretrained(tiny("llama"), tmp_path / "mixed")  # which says nothing: the field has been of use
+    gather(tiny("llama"), {"one": tmp_path / "one", "new": {}}, **fields)
+    gather(tiny("llama"), {"one": tmp_path / "one"}, n_shared_experts=1, **fields)
+
+
 def test_pointwise_convolution_is_a_linear_layer(tmp_path) -> None:
     torch.manual_seed(0)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from mixadapters.core.fields import default_of
 from mixadapters.core.files import being_loaded
 from mixadapters.core.sites import layer_index
 from mixadapters.tuners.moa.config import MoAConfig, layer_range
-from mixadapters.tuners.moa.router import default_of, router_spec
+from mixadapters.tuners.moa.router import router_spec
 from mixadapters.tuners.sources import same_module
 
 

@@ -7,13 +7,14 @@ from typing import Any, ClassVar, Literal
 
 from peft.utils.other import get_pattern_key
 
+from mixadapters.core.fields import default_of
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.routers.base import registered_by
 from mixadapters.routers.counts import refuse_null_arms
 from mixadapters.routers.pooling import GRANULARITIES
 from mixadapters.tuners.bottleneck.config import PLACEMENTS
 from mixadapters.tuners.moa.overrides import OverriddenConfig
-from mixadapters.tuners.moa.router import OPTION_OF, check_scope, default_of, router_in_words, router_spec
+from mixadapters.tuners.moa.router import OPTION_OF, check_scope, router_in_words, router_spec
 from mixadapters.tuners.registration import peft_type
 from mixadapters.tuners.sources import Entries, entries_in_words, refuse_unsaveable, same_module, sources_to_origins
 
@@ -34,6 +35,9 @@ class MoAConfig(OverriddenConfig):
     y = base(x) + sum_k w_k E_k(x). `experts` gathers trained adapters, {"law": "user/law-lora", "code": folder},
     each with its own rank, targets and layers; a list names new ones; without it there are `num_experts` new ones. A
     saved config holds what it needs of the sources, so the folder stands on its own.
+
+    `r`, `rank_pattern`, `lora_alpha`, `use_rslora` and `alpha_pattern` are of new experts; gathered ones keep what
+    they were trained with.
 
     Fields of the router are named as in configs of MoE models, and stand for options of `router`.
 
@@ -66,8 +70,8 @@ class MoAConfig(OverriddenConfig):
         default="lora", metadata={"help": "What experts are: low-rank factors, or small FFNs, gated or not."}
     )
     r: int = field(default=8, metadata={"help": "Rank, or width, of new experts.", "least": 1, "free": True})
-    lora_alpha: float = field(default=8, metadata={"help": "As in LoRA: the factor is lora_alpha / r.", "above": 0})
-    use_rslora: bool = field(default=False, metadata={"help": "The factor is lora_alpha / sqrt(r)."})
+    lora_alpha: float = field(default=8, metadata={"help": "Of new LoRA, whose factor is lora_alpha / r.", "above": 0})
+    use_rslora: bool = field(default=False, metadata={"help": "Of new LoRA: the factor is lora_alpha / sqrt(r)."})
     lora_dropout: float = field(
         default=0.0, metadata={"help": "On the experts' input, in training.", "least": 0, "below": 1, "free": True}
     )

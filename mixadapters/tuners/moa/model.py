@@ -24,7 +24,7 @@ from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.overriding import ExpertOverriding
 from mixadapters.tuners.moa.router import OPTION_OF, name_router, router_spec
 from mixadapters.tuners.moa.sources import gather
-from mixadapters.tuners.sources import expert_options, key_of, rank_of
+from mixadapters.tuners.sources import expert_options, key_of, rank_of, warn_of_unused
 
 # What runs first in an attention.
 QUERY = frozenset(
@@ -32,6 +32,7 @@ QUERY = frozenset(
 )
 # Of cross-attention, these read the encoder's tokens, the others the decoder's.
 MEMORY = frozenset({"k", "key", "k_proj", "v", "value", "v_proj"})
+OF_NEW = ("r", "rank_pattern", "lora_alpha", "use_rslora", "alpha_pattern")  # fields of new experts
 REREADING = frozenset({"kv_b_proj"})  # of latent attention (DeepSeek): in each step it reads the cache's tokens again
 
 
@@ -91,6 +92,8 @@ class MoAModel(ExpertOverriding, ExpertCutting):
         self._gather(config)
 
     def _gather(self, config: MoAConfig) -> None:
+        if not config.n_shared_experts:
+            warn_of_unused(config, config.experts or {}, OF_NEW, "expert", "add_expert")
         for name, spec in (config.experts or {}).items():
             if "source" in spec:
                 self._gathered[name] = found = gather(self, config, name, spec)
@@ -233,6 +236,8 @@ class MoAModel(ExpertOverriding, ExpertCutting):
         """
         cls, options = router_spec(config)
         options |= {"null_arms": nulls} if nulls else {}
+        everyone = [piece for name in config.all_names() for piece in config.pieces(name)]
+        options = cls.among(options, experts, everyone)
         if "k" in options:
             options["k"] = self.chosen(config, len(experts) + options.get("null_arms", cls.usual_null_arms))
         defaults: dict[str, Any] = {"first": first} if first is not None and getattr(cls, "shares", False) else {}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING
 from inspect import signature
 from typing import Any
 
+from mixadapters.core.fields import default_of
 from mixadapters.core.registry import LIBRARY
 from mixadapters.routers.base import Router, options_of, read_spec
 from mixadapters.routers.options import check_options
@@ -106,9 +106,3 @@ def name_router(config: Any, causal: bool) -> None:
         config.num_experts_per_tok = None
     if config.granularity is None and causal:
         config.granularity = "causal_prefix"
-
-
-def default_of(config: Any, name: str) -> Any:
-    """What a field of a config is where nobody has set it."""
-    own = config.__dataclass_fields__[name]
-    return own.default if own.default_factory is MISSING else own.default_factory()

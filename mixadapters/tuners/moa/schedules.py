@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from mixadapters.core.config import MixtureConfig, without_keys
+from mixadapters.core.fields import default_of
 from mixadapters.routers.schedules import check_schedules, value_at
-from mixadapters.tuners.moa.router import OPTION_OF, USUAL, default_of, router_spec, says_granularity, spelled_out
+from mixadapters.tuners.moa.router import OPTION_OF, USUAL, router_spec, says_granularity, spelled_out
 
 
 class ScheduledConfig(MixtureConfig):
