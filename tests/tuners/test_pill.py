@@ -1075,6 +1075,40 @@ def test_t20_an_answer_that_only_the_image_tells_is_learned(tiny) -> None:
     assert accuracy({"gate": False}, blind=True) < 0.65
 
 
+@pytest.mark.parametrize("init", ["one", "zero"])
+def test_t20_what_only_the_values_of_an_image_tell_is_learned(tiny, init) -> None:
+    """Without experts, and where all keys are alike, nothing else brings the image to the answer."""
+    generator = torch.Generator().manual_seed(0)
+    base, images = with_images(tiny("llama", num_hidden_layers=1), grid=1)
+    with torch.no_grad():
+        base.model.layers[0].self_attn.k_proj.weight.zero_()
+    model = get_peft_model(base, PILLConfig(
+        r=8, token_ids=images.token_ids, modules_to_save=["projector"], gate_init=init, attention_adapter="none",
+        ffn_experts=[],
+    ))  # fmt: skip
+    kinds, values = torch.randn(2, 3, 16, 16, generator=generator), values_of(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    opened = []
+    for step in range(61):
+        kind = torch.randint(2, (32 if step < 60 else 200,), generator=generator)
+        question = torch.randint(5, 30, (len(kind), 4), generator=generator)
+        ids = torch.cat([torch.full((len(kind), 1), images.token_id), question], 1)
+        logits = model(input_ids=ids, pixel_values=kinds[kind]).logits[:, -1, 40:42]
+        opened.append(values[-1][:, 0].detach().abs().mean())  # of the images
+        if step < 60:
+            F.cross_entropy(logits, kind).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert (logits.argmax(-1) == kind).float().mean() > 0.95
+    # Zero erases images at the start and opens for what helps; of text no value has been touched.
+    assert (opened[0] == 0) == (init == "zero")
+    assert opened[-1] > 0
+    with model.disable_adapter():
+        model(input_ids=ids, pixel_values=kinds[kind])
+    plain, gated = values[-1], values[-2]
+    assert torch.equal(gated[:, 1:], plain[:, 1:])
+
+
 def test_gate_zero_starves_the_projector_at_the_start() -> None:
     """Values of images are erased, so that only their keys tell the projector anything."""
     ids = torch.randint(5, 90, (2, 8))
