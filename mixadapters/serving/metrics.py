@@ -35,8 +35,6 @@ class Metrics:
         self._answers.labels(path, str(status)).inc()
 
     def finished(self, request: Request) -> None:
-        how = "done" if request.error is None else type(request.error).__name__
-        self._requests.labels(how).inc()
         self._read.inc(len(request.prompt))
         self._written.inc(len(request.tokens))
         self._whole.observe(time.monotonic() - request.created)
@@ -44,6 +42,8 @@ class Metrics:
             self._wait.observe(request.began)
         if request.first_token is not None:
             self._first.observe(request.first_token)
+        # Last, so that whoever reads that a request has ended reads all else of it.
+        self._requests.labels("done" if request.error is None else type(request.error).__name__).inc()
 
     def collect(self) -> list[Metric]:
         """What is so now, and what the server itself has counted."""
