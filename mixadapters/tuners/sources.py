@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mixadapters.core.base_digest import warn_of_other_base
 from mixadapters.core.config import MixtureConfig
-from mixadapters.core.fields import check_number, default_of, fits
+from mixadapters.core.fields import check_number, fits
 from mixadapters.core.files import digest_of, read_adapter, read_config
 from mixadapters.core.folders import check_misspelt, folder_aside, new_folder
 from mixadapters.core.names import check_free, check_name
@@ -131,24 +131,6 @@ def expert_options(spec: Mapping[str, Any], path: str) -> dict[str, Any]:
     scales = spec.get("scales", {})
     key = key_of(scales, path)
     return {} if key is None else {"scale": scales[key], "up_bias": key in spec.get("biases", ())}
-
-
-def warn_of_unused(
-    config: Any, entries: Mapping[str, dict[str, Any]], names: Sequence[str], what: str, verb: str
-) -> None:
-    """Say which of the fields `names`, which new experts are made by, do nothing now: all entries are gathered.
-
-    what, verb: an entry in words, and the method that adds a new one.
-    """
-    if not entries or not all("source" in spec for spec in entries.values()):
-        return
-    set_ones = [name for name in names if getattr(config, name) != default_of(config, name)]
-    if said := [f"{name}={getattr(config, name)!r}" for name in set_ones]:
-        warnings.warn(
-            f"{', '.join(said)}: gathered {what}s keep the layers, ranks and factors that they were trained with, so "
-            f"this is for those alone that {verb} makes later; leave it out if there will be none",
-            stacklevel=2,
-        )
 
 
 def sources_to_origins(entries: Mapping[str, dict[str, Any]]) -> None:

@@ -111,12 +111,6 @@ def test_new_lora_domains_start_as_the_base_and_train(tiny, tiny_inputs) -> None
     assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad)
 
 
-def test_fields_of_new_domains_are_said_to_do_nothing_for_gathered_ones(tiny, stock) -> None:
-    with pytest.warns(UserWarning, match=r"r=3, lora_alpha=6: gathered domains keep .*add_domain"):
-        gather(tiny, {"law": stock["law"]}, r=3, lora_alpha=6)
-    gather(tiny, {"law": stock["law"], "new": {}}, r=3, lora_alpha=6)
-
-
 def test_domains_come_and_go_with_modules_of_their_own(tiny, tiny_inputs, stock, tmp_path) -> None:
     inputs = tiny_inputs("llama")
     model = gather(tiny, {"law": stock["law"]}, task_adapter="pfeiffer")
