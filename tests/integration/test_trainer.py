@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from seeing import IMAGE, seeing, seen
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import (
@@ -24,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from mixadapters import BottleneckConfig, GateUsageCallback, MixDAConfig, MoAConfig, StageCallback
+from mixadapters import BottleneckConfig, GateUsageCallback, MixDAConfig, MoAConfig, PILLConfig, StageCallback
 from mixadapters.training.collators import PairCollator, WithGeneralText
 from mixadapters.training.objectives import ContrastiveObjective, PreservationObjective
 
@@ -559,3 +561,43 @@ def test_a_trainer_of_a_model_in_which_nothing_trains_is_refused(tiny, tiny_inpu
         Trainer(model, arguments(tmp_path), train_dataset=as_rows(batch_of(tiny_inputs, head))).train()
     with torch.no_grad():
         assert model.train()(**batch_of(tiny_inputs, head)).loss.isfinite()
+
+
+# --- models that see ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("paligemma", MoAConfig(num_experts=2, r=2, target_modules=["q_proj", "v_proj"])),
+        ("internvl", PILLConfig(r=2)),
+        ("idefics3", MixDAConfig(domains=["a"], r=2, domain_layers=[0, 1])),
+        ("smolvlm", BottleneckConfig(r=2)),
+        ("mllama", MoAConfig(num_experts=2, r=2, target_modules=["q_proj", "v_proj"])),
+        ("mllama", PILLConfig(r=2, layers_to_transform=[0, 2])),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_models_of_images_and_text_train_the_same_under_checkpointing_and_come_back_from_a_checkpoint(
+    kind, config, tmp_path
+) -> None:
+    inputs, losses = seen(kind, [2, 1]), []
+    hidden = (inputs["input_ids"] >= IMAGE) | (inputs["attention_mask"] == 0)
+    batch = {**inputs, "labels": inputs["input_ids"].masked_fill(hidden, -100)}
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(seeing(kind), copy.deepcopy(config))
+        options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3, "remove_unused_columns": False}
+        args = arguments(tmp_path, gradient_checkpointing=checkpointing, **options)
+        args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        trainer = Trainer(model, args, train_dataset=[0] * 8, data_collator=lambda rows: dict(batch))
+        trainer.train()
+        assert getattr(model.get_base_model(), "is_gradient_checkpointing", False) is checkpointing
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 3
+    assert losses[0][2] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    logits = model.eval()(**inputs).logits
+    assert not torch.allclose(logits, seeing(kind)(**inputs).logits, atol=1e-3)
+    again = PeftModel.from_pretrained(seeing(kind), tmp_path / "checkpoint-3").eval()
+    assert torch.equal(again(**inputs).logits, logits)
