@@ -29,7 +29,7 @@ def reads_media(stack: str) -> bool:
 def media_part(path: str, model: nn.Module) -> str:
     """The part of a model of text and more that holds the module at `path` and reads images or sounds: a tower, what
     stands between it and the text, or keys and values of cross-attention. "" in the text, and in models of one kind or
-    of an encoder and a decoder."""
+    of an encoder that reads one kind."""
     towers, text = _kinds_of_parts(model)
     if not towers:
         return ""
@@ -51,7 +51,9 @@ def _kinds_of_parts(model: nn.Module) -> tuple[set[type], set[type]]:
     """The types of the configs of the parts that read images or sounds, and of the part that reads text."""
     config: Any = getattr(model, "config", None)
     text = getattr(config, "text_config", None)
-    if has_two_stacks(model) or (text is None and not hasattr(config, "vocab_size")):
+    if has_two_stacks(model) and not getattr(text, "is_encoder_decoder", False):  # its encoder reads them (Pix2Struct)
+        return set(), set()
+    if text is None and not hasattr(config, "vocab_size"):
         return set(), set()
     names = getattr(type(config), "sub_configs", {})
     parts = [getattr(config, name, None) for name in names if name != "text_config" and (text or MEDIA.search(name))]

@@ -17,7 +17,7 @@ from mixadapters.core.media import media_by_row, media_part
 from mixadapters.core.streams import read_stream
 from mixadapters.serving.contrast import SelfContrastLogitsProcessor
 
-TOWER = r".*(?:vision_(?:tower|model).*[qv]_proj|visual.*(?:qkv|fc1))"
+TOWER = r".*(?:vision_(?:tower|model).*(?:[qv]_proj|attn\.qkv)|visual.*(?:qkv|fc1))"
 TEXT = r".*(?:language|text)_model.*self_attn.[qv]_proj"
 OTHERS = ["paligemma", "internvl", "idefics3", "smolvlm", "mllama"]
 UNEVEN = [[2, 0], [0, 2], [1, 3], [1, 2]]  # of the first two the images are as many as the rows
@@ -62,6 +62,7 @@ def by_adapter(model: PeftModel, inputs: dict[str, Any], names: list[str]) -> li
         ("paligemma", {"model.vision_tower", "model.multi_modal_projector"}),
         ("qwen2_vl", {"model.visual"}),
         ("internvl", {"model.vision_tower", "model.multi_modal_projector"}),
+        ("florence2", {"model.vision_tower", "model.multi_modal_projector"}),
         ("idefics3", {"model.vision_model", "model.connector"}),
         ("smolvlm", {"model.vision_model", "model.connector"}),
         (
@@ -106,7 +107,7 @@ def test_what_rows_hold_is_said_by_placeholders_or_by_one_image_for_each() -> No
 # --- whose images are whose ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", *OTHERS])
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "florence2", *OTHERS])
 @pytest.mark.parametrize("make", [moa, bottleneck])
 def test_images_go_through_the_adapter_of_their_row(kind, make) -> None:
     model = two_adapters(kind, make)
@@ -123,10 +124,11 @@ def test_images_go_through_the_adapter_of_their_row(kind, make) -> None:
 ASKED = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [1, 2, IMAGE, 91, 92, 93]}
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", *OTHERS])
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "florence2", *OTHERS])
 def test_generate_reads_the_images_of_each_row_by_its_adapter_and_none_of_the_batch_before(kind) -> None:
     """transformers reads them before the first forward."""
     model, inputs = two_adapters(kind, bottleneck), seen(kind, [1, 1])
+    inputs.pop("decoder_input_ids", None)
     asked = {**ASKED, "output_logits": True, "return_dict_in_generate": True}
     alone = []
     for name in ("default", "other"):
@@ -176,7 +178,7 @@ def test_every_method_trains_generates_and_comes_back_from_its_folder(kind, meth
         assert torch.equal(again(**inputs).logits, plain)
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "internvl", "idefics3"])
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "internvl", "idefics3", "florence2"])
 @pytest.mark.parametrize("make", [moa, bottleneck])
 @pytest.mark.parametrize("per_row", UNEVEN)
 def test_rows_of_different_numbers_of_images_are_refused_where_they_name_different_adapters(

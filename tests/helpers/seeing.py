@@ -90,9 +90,28 @@ def _mllama() -> nn.Module:
     return model
 
 
+def _florence2() -> nn.Module:
+    """Its text is an encoder and a decoder, and its tower reads windows of the images as rows."""
+    text = {
+        "model_type": "bart", "vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+        "max_position_embeddings": 64, "decoder_start_token_id": 2,
+        "forced_eos_token_id": None,
+    }  # fmt: skip
+    vision = {
+        "depths": (1, 1), "embed_dim": (8, 16), "num_heads": (2, 2), "num_groups": (2, 2), "window_size": 2,
+        "patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1), "patch_prenorm": (False, True),
+        "projection_dim": 32, "max_temporal_embeddings": 4, "max_position_embeddings": 8,
+    }  # fmt: skip
+    config = transformers.Florence2Config(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, is_encoder_decoder=True
+    )
+    return transformers.Florence2ForConditionalGeneration(config)
+
+
 MAKERS: dict[str, Callable[[], nn.Module]] = {
     "llava": _llava, "paligemma": _paligemma, "qwen2_vl": _qwen2_vl, "smolvlm": _smolvlm, "idefics3": _idefics3,
-    "internvl": _internvl, "mllama": _mllama,
+    "internvl": _internvl, "mllama": _mllama, "florence2": _florence2,
 }  # fmt: skip
 
 
@@ -123,11 +142,13 @@ def seen(kind: str, per_row: Sequence[int]) -> dict[str, Any]:
     for images in per_row:
         row = [1, *words(3)]
         for _ in range(images):
-            row += [92, *[IMAGE] * (1 if kind == "mllama" else IMAGES_TAKE), 93, *words(2)]
+            row += [92, *[IMAGE] * {"mllama": 1, "florence2": 5}.get(kind, IMAGES_TAKE), 93, *words(2)]
         rows.append(row)
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    if kind == "florence2":
+        inputs["decoder_input_ids"] = torch.tensor([[2, *words(3)] for _ in per_row])
     if kind == "qwen2_vl":
         inputs["mm_token_type_ids"] = (ids == IMAGE).long()
         inputs["pixel_values"] = torch.randn(16 * count, 3 * 2 * 16, generator=generator)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from seeing import seeing, seen
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
@@ -529,6 +530,31 @@ def test_language_loss_counts_what_follows_a_prompt_from_its_last_token_on(tiny)
             p, q = teacher[row, place], student[row, place]
             distances.append((p.exp() * (p - q)).sum())
     torch.testing.assert_close(output.loss.detach(), torch.stack(distances).mean(), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "paligemma", "internvl", "smolvlm", "mllama"])
+def test_teacher_of_a_model_that_sees_is_given_the_images_and_without_the_prompt_none(kind) -> None:
+    config = AGDConfig(r=4, max_scale=3.0, task_type="CAUSAL_LM")
+    model, plain, batch = get_peft_model(seeing(kind), config).train(), seeing(kind), seen(kind, [2, 1])
+    model.base_model.context.objectives.append(LanguageGuidanceDistillation())
+    ids, prompt = batch["input_ids"], torch.ones_like(batch["input_ids"])
+    prompt[:, -2:] = 0
+    types = {"token_type_ids": 1 - prompt} if kind == "paligemma" else {}  # it is causal in the answer alone
+    batch |= types
+    with torch.no_grad():
+        given = model(**batch, prompt_mask=prompt, guidance_scale=torch.tensor([1.0, 2.0]))
+        whole = plain(**batch).logits[:, -3:].log_softmax(-1)
+        types = {name: value[:, -3:] for name, value in types.items()}
+        answer = plain(input_ids=ids[:, -3:], attention_mask=torch.ones(2, 3, dtype=torch.long), **types).logits
+        answer = answer.log_softmax(-1)
+    torch.testing.assert_close(given.logits[:, -3:].log_softmax(-1), whole, rtol=1e-4, atol=1e-5)  # at the start
+    said = (answer + 2 * (whole - answer)).log_softmax(-1)[1]
+    distance = (said.exp() * (said - whole[1])).sum(-1)
+    assert distance.mean() > 0.05
+    torch.testing.assert_close(given.loss, distance.sum() / 6, rtol=1e-3, atol=1e-5)  # of scale 1 there is none
+    prompt[1, :] = torch.arange(prompt.shape[1]) <= (ids[1] != 0).int().argmax()
+    with pytest.raises(ValueError, match="an image or sound stands after the prompt"):
+        model(**batch, prompt_mask=prompt, guidance_scale=2.0)
 
 
 def test_language_batches_without_prompts_are_refused(tiny) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +12,15 @@ from torch.nn import functional as F
 from mixadapters.core.config import one_of
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.fields import check_number, finite
+from mixadapters.core.media import generates_beside_media
 from mixadapters.core.numbers import real_numbers
 from mixadapters.tuners.agd.calls import timestep_factor
 from mixadapters.tuners.agd.guidance import Rule, classifier_free, prediction_of
 
 LOSSES = ("normalized", "native")
 SPACES = ("noise", "sample", "velocity")
+# Arguments of a forward that hold text or say what to do with it; the others, in a model that sees, are of images.
+OF_TEXT = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "num_items_in_batch"})
 BASE = {"guidance_scale": None}  # a forward without guidance, whatever is pinned
 
 
@@ -230,7 +233,8 @@ class LanguageGuidanceDistillation:
         real = inputs.get("attention_mask")
         real = torch.ones_like(prompt) if real is None else real.bool()
         teacher = module if self.teacher is None else self.teacher
-        said = guided_log_probabilities(teacher, inputs["input_ids"], real, prompt, values["guidance_scale"])
+        seen = seen_in(module, context, inputs, real & ~prompt)
+        said = guided_log_probabilities(teacher, inputs["input_ids"], real, prompt, values["guidance_scale"], seen)
         student = output.logits.float().log_softmax(-1)
         distance = F.kl_div(student, said, reduction="none", log_target=True).sum(-1)  # (B, T)
         valid = real & ~prompt | _last(prompt)
@@ -239,22 +243,46 @@ class LanguageGuidanceDistillation:
 
 
 @torch.no_grad()
-def guided_log_probabilities(module: nn.Module, tokens: Tensor, real: Tensor, prompt: Tensor, scale: Any) -> Tensor:
+def guided_log_probabilities(
+    module: nn.Module, tokens: Tensor, real: Tensor, prompt: Tensor, scale: Any, seen: Mapping[str, Any] | None = None
+) -> Tensor:
     """(B, T, V) next-token log-probabilities of the guided model; of use from the prompt's last token on.
 
-    tokens, real (False at padding), prompt: (B, T); scale: a number or (B,).
+    tokens, real (False at padding), prompt: (B, T); scale: a number or (B,). seen: what the model is given of images
+    or sounds, which belong to the prompt; it then counts positions itself, as it does for a caller.
     """
-    kept = real & ~prompt | _last(prompt)
+    kept, seen = real & ~prompt | _last(prompt), seen or {}
+    types = {n: v for n, v in seen.items() if n == "token_type_ids"}  # PaliGemma is causal in the answer alone
     without = {} if isinstance(module, nn.Module) and ForwardContext.find(module) is None else BASE
     conditional, unconditional = (
         module(
-            input_ids=tokens, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp_min(0),
-            use_cache=False, **without,
+            input_ids=tokens, attention_mask=mask.long(), use_cache=False, **without,
+            **(seen if seen and mask is real else {**types, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}),
         ).logits.float().log_softmax(-1)
         for mask in (real, kept)
     )  # fmt: skip
     weight = real_numbers("guidance_scale", scale, tokens.device).expand(len(tokens)).view(-1, 1, 1)
     return (unconditional + weight * (conditional - unconditional)).log_softmax(-1)
+
+
+def seen_in(module: nn.Module, context: ForwardContext, inputs: Mapping[str, Any], answer: Tensor) -> dict[str, Any]:
+    """The arguments of a forward that hold images or sounds, or say where they are; {} in models of text.
+
+    answer: (B, T) bool, the tokens that follow the prompt.
+
+    Raises:
+        ValueError: one of them stands in the answer, where the pass without the prompt would have to see it.
+    """
+    if not generates_beside_media(module):
+        return {}
+    tokens = inputs["input_ids"]
+    places = torch.isin(tokens, torch.tensor(context.placeholders, device=tokens.device, dtype=tokens.dtype))
+    if bool((places & answer).any()):
+        raise ValueError(
+            "an image or sound stands after the prompt, which guidance leaves out with all that it holds: prompt_mask "
+            "must be 1 up to the last of them"
+        )
+    return {n: v for n, v in inputs.items() if isinstance(v, Tensor) and n not in OF_TEXT}
 
 
 def _last(mask: Tensor) -> Tensor:
