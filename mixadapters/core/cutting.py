@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mixadapters.core.names import UNNAMED
+from mixadapters.core.names import UNNAMED, of_active
 
 
 class CuttingVerbs:
@@ -14,6 +14,7 @@ class CuttingVerbs:
     def config_of(self, adapter_name: str) -> Any:
         raise NotImplementedError
 
+    @of_active
     def keep_experts(
         self, kept: Mapping[str, Sequence[str]], *, renormalize: bool = True, adapter_name: str = UNNAMED
     ) -> None:
@@ -28,6 +29,7 @@ class CuttingVerbs:
         """
         raise ValueError(f"keep_experts: {self._no_surgery(adapter_name)}")
 
+    @of_active
     def share_experts(self, stands: Mapping[str, Mapping[str, str]], adapter_name: str = UNNAMED) -> None:
         """Let experts of a module stand for others, which lose their weights there; the router stays as it is.
 
@@ -38,6 +40,7 @@ class CuttingVerbs:
         """
         raise ValueError(f"share_experts: {self._no_surgery(adapter_name)}")
 
+    @of_active
     def resize_expert(self, path: str, name: str, rank: int, adapter_name: str = UNNAMED) -> None:
         """Give an expert another rank at one module. Its weights there are those of a new one, to be written.
 

@@ -24,6 +24,9 @@ class RoutingVerbs:
     def config_of(self, adapter_name: str) -> Any:
         raise NotImplementedError
 
+    def named(self, adapter_name: str) -> str:
+        raise NotImplementedError
+
     def hosts(self) -> Iterable[AdapterHost]:
         raise NotImplementedError
 
@@ -32,6 +35,7 @@ class RoutingVerbs:
 
         adapter_name: of this adapter alone, without a look at the others; None: of all.
         """
+        adapter_name = None if adapter_name is None else self.named(adapter_name)
         tops = [adapter for host in self.hosts() for name, adapter in host.adapters.items()
                 if adapter_name in (None, name)]  # fmt: skip
         inside = (part for adapter in tops for part in adapter.modules())

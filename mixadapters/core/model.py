@@ -13,7 +13,7 @@ from mixadapters.core.cutting import CuttingVerbs
 from mixadapters.core.injection import Injection
 from mixadapters.core.inspection import RoutingVerbs
 from mixadapters.core.layer import AdapterHost, HookedLayer, in_stage
-from mixadapters.core.names import UNNAMED, Unnamed
+from mixadapters.core.names import UNNAMED, Unnamed, of_active
 from mixadapters.core.progress import StepVerbs
 from mixadapters.core.registry import nearest
 from mixadapters.core.saving import SavedForm
@@ -41,20 +41,27 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
         """Adapter name -> the only domain that trains in the stage that it was set to."""
         return self.__dict__.setdefault("_single_domain", {})
 
+    def named(self, adapter_name: str) -> str:
+        """The adapter that is meant: the active one where none is named. Raises ValueError where several are."""
+        if not isinstance(adapter_name, Unnamed):
+            return adapter_name
+        active = list(self.active_adapters)
+        if len(active) > 1:
+            raise ValueError(
+                f"the adapters {active} are active, so that it is not clear whose this is: pass "
+                f"adapter_name={active[-1]!r}, or another of {list(self.peft_config)}"
+            )
+        return active[0] if active else str(adapter_name)
+
     def config_of(self, adapter_name: str) -> Any:
         """The config of an adapter. Raises ValueError where there is none of the name, or none is named and several
-        are active, or another than "default"."""
-        if isinstance(adapter_name, Unnamed) and self.active_adapters not in ([], ["default"]):
-            active = list(self.active_adapters)
-            what = f"the adapters {active} are" if len(active) > 1 else f"{active[0]!r} and not 'default' is"
-            raise ValueError(
-                f"{what} active, so that it is not clear whose this is: pass adapter_name={active[-1]!r}, or another "
-                f"of {list(self.peft_config)}"
-            )
+        are active."""
+        adapter_name = self.named(adapter_name)
         if not isinstance(adapter_name, str) or adapter_name not in self.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r} is unknown; have {list(self.peft_config)}")
         return self.peft_config[adapter_name]
 
+    @of_active
     def set_stage(self, stage: str, adapter_name: str = UNNAMED, domain: str | None = None) -> None:
         """Train the parameters of one stage of a method, freeze the rest of the adapter and its saved modules.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import wraps
+from inspect import signature
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -18,11 +20,29 @@ LONGEST = 200  # bytes: a name is a folder's too, of which file systems take 255
 TAKEN = frozenset(dir(nn.ModuleDict()))
 
 
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
 class Unnamed(str):
-    """What a verb takes for `adapter_name` where it is not given: "default", unless another adapter is active."""
+    """What a verb takes for `adapter_name` where it is not given: the active adapter. "default" where none is."""
 
 
 UNNAMED = Unnamed("default")
+
+
+def of_active(verb: Verb) -> Verb:
+    """A verb of a tuner, with an argument `adapter_name`, that means the active adapter where that is not given."""
+    place = list(signature(verb).parameters).index("adapter_name")
+
+    @wraps(verb)
+    def named(tuner: Any, *args: Any, **given: Any) -> Any:
+        if len(args) >= place:
+            args = (*args[: place - 1], tuner.named(args[place - 1]), *args[place:])
+        else:
+            given["adapter_name"] = tuner.named(given.get("adapter_name", UNNAMED))
+        return verb(tuner, *args, **given)
+
+    return cast(Verb, named)
 
 
 def check_name(what: str, name: Any, prefix: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.fields import check_number, check_share
 from mixadapters.core.mixture import Mixture
-from mixadapters.core.names import UNNAMED
+from mixadapters.core.names import UNNAMED, of_active
 from mixadapters.core.processes import sum_in_place
 from mixadapters.core.routing import RoutingKey
 
@@ -38,6 +38,7 @@ class StepVerbs:
             if not getattr(mixture.router, "follows", False):
                 yield mixture.router
 
+    @of_active
     def set_schedules(self, schedules: Any, adapter_name: str = UNNAMED) -> None:
         """Let options of an adapter's routers change along the training; the config keeps the schedules.
 
@@ -61,6 +62,7 @@ class StepVerbs:
         for router in routers:
             router.has_schedules = bool(schedules)
 
+    @of_active
     def set_progress(self, done: float, adapter_name: str = UNNAMED) -> None:
         """Before a training step: options of routers become what the config's `schedules` say, which it notes.
 
@@ -78,6 +80,7 @@ class StepVerbs:
             config.note_progress(done)
         self.context.steps.told.add((adapter_name, "set_progress"))
 
+    @of_active
     def update_biases(self, adapter_name: str = UNNAMED) -> None:
         """After a step of the optimizer: move the biases of routers that balance by them (`bias_update_rate`), by the
         rows that all processes have routed since the last call. All processes call it."""
@@ -87,6 +90,7 @@ class StepVerbs:
             router.update_bias()
         self.context.steps.told.add((adapter_name, "update_biases"))
 
+    @of_active
     def search_permutation(
         self,
         done: float,

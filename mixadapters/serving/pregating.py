@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import check_kind, finite
 from mixadapters.core.model import MixtureModel
+from mixadapters.core.names import UNNAMED
 from mixadapters.core.routing import Routing, RoutingKey, chosen_experts
 from mixadapters.routers import PregateRouter, build_router
 from mixadapters.surgery.overspecification import mutual_information
@@ -43,7 +44,7 @@ def distill_pregate(
     batches: Iterable[Batch],
     router: PregateRouter | Mapping[str, Any] | None = None,
     *,
-    adapter: str = "default",
+    adapter: str = UNNAMED,
     lr: float = 1e-2,
 ) -> PregateRouter:
     """Train one pre-gate for all layers to choose as the routers of a mixture, which read hidden states, do.
@@ -57,7 +58,7 @@ def distill_pregate(
         batches: input_ids (B, T), and attention_mask (B, T) where some tokens are padding.
         router: the one that learns; or options of a new one, which has the model's vocabulary, reads each token by
             itself and chooses 2 experts unless they say otherwise.
-        adapter: the mixture's.
+        adapter: the mixture's; not given: the active one.
         lr: of Adam.
 
     Returns:
@@ -80,7 +81,7 @@ def distill_layer_pregates(
     batches: Iterable[Batch],
     options: Mapping[str, Any] | None = None,
     *,
-    adapter: str = "default",
+    adapter: str = UNNAMED,
     lr: float = 1e-2,
 ) -> dict[RoutingKey, PregateRouter]:
     """Train a pre-gate for each router of a mixture: heads of their own on one embedding and one MLP.
@@ -146,7 +147,7 @@ def pregate_agreement(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
-    adapter: str = "default",
+    adapter: str = UNNAMED,
 ) -> PregateAgreement:
     """How far a pre-gate, or one for each router, says what the routers of a mixture choose on these batches.
 

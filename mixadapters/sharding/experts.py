@@ -21,6 +21,7 @@ from mixadapters.core.fields import check_integer, check_number
 from mixadapters.core.hooks import root_of
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
+from mixadapters.core.names import UNNAMED
 from mixadapters.core.processes import gathered
 from mixadapters.sharding.bank import ShardedBank
 from mixadapters.sharding.moving import forget, move
@@ -271,7 +272,7 @@ def shard_experts(
     every: int = 0,
     copies: int = 0,
     optimizer: Any = None,
-    adapter_name: str = "default",
+    adapter_name: str = UNNAMED,
 ) -> ExpertSharding:
     """Spread the experts of an adapter over processes: each holds, trains and keeps moments of its part alone.
 
@@ -295,6 +296,7 @@ def shard_experts(
         every: deal the experts anew by their load after so many steps; 0: only by `reshard`.
         copies: so many of a layer's busiest experts lie in every process, which share out their rows, once they have
             been dealt by load.
+        adapter_name: the adapter; not given: the active one.
         optimizer: one that has made steps already: it keeps what belongs to the experts that stay.
 
     Raises:
@@ -363,6 +365,7 @@ def mixtures_to_spread(tuner: MixtureModel, adapter_name: str) -> dict[str, Mixt
     Raises:
         ValueError: they cannot.
     """
+    adapter_name = tuner.named(adapter_name)
     kind = tuner.config_of(adapter_name).peft_type.value
     if kind not in TYPES:
         raise ValueError(

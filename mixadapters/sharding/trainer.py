@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from mixadapters.core.fields import check_integer, check_number
+from mixadapters.core.names import UNNAMED
 from mixadapters.core.trainers import trainer_above
 from mixadapters.sharding.bank import ShardedBank
 from mixadapters.sharding.experts import ExpertSharding, keep_from_ddp, mixtures_to_spread, shard_experts
@@ -77,7 +78,7 @@ class ExpertShardingCallback(RunCallback):
         every: steps between deals; 0: they stay as they are dealt at first, evenly.
         copies: see `shard_experts`.
         max_grad_norm: what gradients are clipped to, in place of TrainingArguments.max_grad_norm; 0: nothing.
-        adapter_name: the adapter in the model.
+        adapter_name: the adapter in the model; not given: the active one.
 
     Attributes:
         sharding: of the run; None outside of it, unless it has failed.
@@ -89,7 +90,7 @@ class ExpertShardingCallback(RunCallback):
     """
 
     def __init__(
-        self, every: int = 100, copies: int = 0, max_grad_norm: float = 1.0, adapter_name: str = "default"
+        self, every: int = 100, copies: int = 0, max_grad_norm: float = 1.0, adapter_name: str = UNNAMED
     ) -> None:
         check_integer("every", every, least=0)
         check_integer("copies", copies, least=0)
@@ -103,7 +104,9 @@ class ExpertShardingCallback(RunCallback):
         trainer = trainer_above()
         assert trainer is not None
         check(args, trainer)
-        mixtures = mixtures_to_spread(find_tuner(model), self.adapter_name)
+        tuner = find_tuner(model)
+        self.adapter_name = tuner.named(self.adapter_name)
+        mixtures = mixtures_to_spread(tuner, self.adapter_name)
         keep_from_ddp(model, [mixture.bank for mixture in mixtures.values()])  # before Trainer wraps the model
 
     def on_step_begin(

@@ -117,7 +117,8 @@ def compress_experts(
         method: "qmoe": ternary weights. Options: `scale` "minmax" or "mean", `rounding` "gptq" or "nearest",
             `damping` of GPTQ, `codec` "qmoe" or "packed". "lowrank_sparse": a product of low rank and some rows.
             Options: `share` of the weights that the product may have, `keep`, the share of rows beside it.
-        adapter: of this adapter, "" for the base. None: of the adapter that has experts, else of the base.
+        adapter: of this adapter, "" for the base. None: of the adapter that has experts (of several
+            the active one), else of the base.
         samples: rows that each expert is calibrated with, at most: the first that come.
         dry_run: change nothing.
 

@@ -111,7 +111,8 @@ def prune_experts(
             its layer.
         preserve_mass: see `ExpertLayer.keep`.
         dry_run: say what would happen, and change nothing.
-        adapter: of this adapter, "" for the base. None: of the adapter that has experts, else of the base.
+        adapter: of this adapter, "" for the base. None: of the adapter that has experts (of several
+            the active one), else of the base.
         seed: of "random".
 
     Raises:
@@ -135,13 +136,19 @@ def prune_experts(
 
 
 def layers_to_cut(model: nn.Module, adapter: str | None) -> list[ExpertLayer]:
-    """The layers that a verb means: of an adapter where the model has one with experts, else of its base.
+    """The layers that a verb means: of the adapter that has experts, of several the active one; else of the base.
 
     Raises:
-        ValueError: there are none, or those of several adapters.
+        ValueError: there are none, or those of several adapters, all or none of them active.
     """
     layers = mixture_layers(model) if adapter is None else expert_layers(model, adapter)
     owners = list(dict.fromkeys(layer.adapter for layer in layers))
+    active: list[str] = next(
+        (layer.tuner.active_adapters for layer in layers if isinstance(layer, MixtureExperts)), []
+    )
+    acting = [owner for owner in owners if owner in active]
+    if len(owners) > 1 and len(acting) == 1:
+        return [layer for layer in layers if layer.adapter == acting[0]]
     if len(owners) > 1:
         raise ValueError(f"the model has experts of the adapters {owners}: say which by adapter=...")
     return require_layers(layers or (expert_layers(model, "") if adapter is None else []))

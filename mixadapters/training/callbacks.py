@@ -74,10 +74,10 @@ class StageCallback(RunCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         tuner = find_tuner(model)
+        self.adapter_name = tuner.named(self.adapter_name)  # whatever the run makes active (the reference of DPO)
         if self.adapter_name in tuner.peft_config:
             self._check(args, tuner)
         tuner.set_stage(self.stage, self.adapter_name, self.domain)  # refuses unknown names
-        self.adapter_name = str(self.adapter_name)  # this one, whatever the run makes active (the reference of DPO)
         self._attach(tuner.context)
         self.set_up = True
         self._look_at_checkpoints(args)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from mixadapters.core.fields import check_number, finite
+from mixadapters.core.names import UNNAMED
 from mixadapters.routers.permutation import assignment
 from mixadapters.routers.schedules import Points, check_schedules
 from mixadapters.training.events import RunCallback, find_tuner, progress
@@ -26,14 +27,14 @@ class RouterScheduleCallback(RunCallback):
 
     Args:
         schedules: in place of those of the config (MoAConfig.schedules). None: these.
-        adapter_name: the adapter in the model.
+        adapter_name: the adapter in the model; not given: the active one.
 
     Raises:
         ValueError: no schedule, points that are none, an option that the router has not or that may not change in
             training, or nothing in the model that follows one.
     """
 
-    def __init__(self, schedules: Mapping[str, Points] | None = None, adapter_name: str = "default") -> None:
+    def __init__(self, schedules: Mapping[str, Points] | None = None, adapter_name: str = UNNAMED) -> None:
         if schedules is not None:
             check_schedules(schedules)
         self.schedules, self.adapter_name = schedules, adapter_name
@@ -42,6 +43,7 @@ class RouterScheduleCallback(RunCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         tuner = find_tuner(model)
+        self.adapter_name = tuner.named(self.adapter_name)
         if self.schedules is not None:
             tuner.set_schedules(self.schedules, self.adapter_name)
         if not any("set_progress" in getattr(r, "moved_by", ()) for r in tuner.routers_of(self.adapter_name)):
@@ -70,19 +72,21 @@ class BalanceBiasCallback(RunCallback):
     by the rows that all processes have routed in the step, accumulated micro-batches included.
 
     Args:
-        adapter_name: the adapter in the model.
+        adapter_name: the adapter in the model; not given: the active one.
 
     Raises:
         ValueError: no router of the adapter balances by a bias.
     """
 
-    def __init__(self, adapter_name: str = "default") -> None:
+    def __init__(self, adapter_name: str = UNNAMED) -> None:
         self.adapter_name = adapter_name
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        if not any(getattr(r, "balancing", None) for r in find_tuner(model).routers_of(self.adapter_name)):
+        tuner = find_tuner(model)
+        self.adapter_name = tuner.named(self.adapter_name)
+        if not any(getattr(r, "balancing", None) for r in tuner.routers_of(self.adapter_name)):
             raise ValueError(
                 f"no router of adapter {self.adapter_name!r} balances by a bias: set router_bias_update_rate, or "
                 "the option bias_update_rate of a top_k router, or leave BalanceBiasCallback out"
@@ -106,7 +110,7 @@ class PermutationSearchCallback(RunCallback):
     Args:
         fraction: of the run, for the search; above 0 and below 1.
         tau, iterations: at its start and its end.
-        adapter_name: the adapter in the model.
+        adapter_name: the adapter in the model; not given: the active one.
 
     Raises:
         ValueError: a value out of range, or no router that learns a permutation.
@@ -118,7 +122,7 @@ class PermutationSearchCallback(RunCallback):
         fraction: float = 0.05,
         tau: tuple[float, float] = (1e-3, 1e-7),
         iterations: tuple[int, int] = (20, 150),
-        adapter_name: str = "default",
+        adapter_name: str = UNNAMED,
     ) -> None:
         check_number("fraction", fraction, above=0, below=1)
         if not _is_pair(tau) or not all(finite(value) and value > 0 for value in tau):
@@ -130,7 +134,9 @@ class PermutationSearchCallback(RunCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        if not any(getattr(r, "permutation", None) for r in find_tuner(model).routers_of(self.adapter_name)):
+        tuner = find_tuner(model)
+        self.adapter_name = tuner.named(self.adapter_name)
+        if not any(getattr(r, "permutation", None) for r in tuner.routers_of(self.adapter_name)):
             raise ValueError(
                 f"no router of adapter {self.adapter_name!r} learns a permutation: use "
                 "router={'kind': 'tree', 'learn_permutation': True}, or leave PermutationSearchCallback out"

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mixadapters.core.fields import check_integer, check_number
+from mixadapters.core.names import UNNAMED
 from mixadapters.core.trainers import trainer_above
 from mixadapters.training.events import find_tuner, plain_optimizer
 from mixadapters.tuners.moa.spawning import ExpertSpawning
@@ -36,7 +37,7 @@ class ExpertSpawnCallback(TrainerCallback):
 
     def __init__(
         self, at_step: int, n: int, mask_fraction: float = 0.5, noise: float = 0.0, from_expert: str | None = None,
-        adapter_name: str = "default",
+        adapter_name: str = UNNAMED,
     ) -> None:  # fmt: skip
         check_integer("at_step", at_step, least=1)
         check_integer("n", n, least=2)
@@ -50,6 +51,7 @@ class ExpertSpawnCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         tuner = find_tuner(model)
+        self.adapter_name = tuner.named(self.adapter_name)
         if not isinstance(tuner, ExpertSpawning):
             kind = tuner.config_of(self.adapter_name).peft_type.value
             raise ValueError(f"ExpertSpawnCallback is for MoA, and adapter {self.adapter_name!r} is of type {kind}")

@@ -17,7 +17,7 @@ from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import check_integer
 from mixadapters.core.inspection import RoutingVerbs
 from mixadapters.core.media import reads_media
-from mixadapters.core.names import UNNAMED
+from mixadapters.core.names import UNNAMED, of_active
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import FROZEN
 from mixadapters.core.sites import has_two_stacks, is_causal
@@ -41,6 +41,7 @@ class GateVerbs(RoutingVerbs):
     model: nn.Module
     peft_config: dict[str, Any]
 
+    @of_active
     def fit_gate(
         self,
         texts: Mapping[str, Any],
@@ -125,6 +126,7 @@ class GateVerbs(RoutingVerbs):
         """The experts that rows can be routed to by number, in order."""
         raise NotImplementedError
 
+    @of_active
     @contextmanager
     def posterior(self, *, choose_after: int | None = None, adapter_name: str = UNNAMED) -> Iterator[PosteriorRouter]:
         """Weigh the experts by how well each alone has predicted the text so far, in the forwards of a block.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.names import UNNAMED
+from mixadapters.core.names import UNNAMED, of_active
 from mixadapters.surgery.merging import MergeResult, merge_experts
 from mixadapters.surgery.pruning import PruneResult, prune_experts
 from mixadapters.surgery.usage import ExpertUsage
@@ -14,6 +14,7 @@ from mixadapters.surgery.usage import ExpertUsage
 class SurgeryVerbs(MixtureModel):
     """Part of the tuners whose experts can come and go."""
 
+    @of_active
     def prune_experts(
         self, usage: ExpertUsage | None, keep: int | None = None, *, adapter_name: str = UNNAMED, **options: Any
     ) -> PruneResult:
@@ -26,6 +27,7 @@ class SurgeryVerbs(MixtureModel):
         """
         return prune_experts(self, usage, keep, adapter=adapter_name, **options)
 
+    @of_active
     def merge_experts(
         self, usage: ExpertUsage, groups: Any, *, adapter_name: str = UNNAMED, **options: Any
     ) -> MergeResult:

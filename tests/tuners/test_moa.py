@@ -16,9 +16,13 @@ import torch
 from adapted import logits
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
-from mixadapters import MixDAConfig, MoAConfig
+from mixadapters import BalanceBiasCallback, MixDAConfig, MoAConfig, RouterScheduleCallback, StageCallback
+from mixadapters.core.names import UNNAMED
 from mixadapters.core.routing import RoutingKey
+from mixadapters.serving import distill_pregate
+from mixadapters.surgery import prune_experts
 from mixadapters.tuners.moa.router import router_spec
 
 SCOPES = ("module", "block", "model")
@@ -548,23 +552,58 @@ def test_an_export_writes_over_nothing(tiny, tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
-@pytest.mark.parametrize(
-    ("active", "said"),
-    [(["default", "other"], r"adapters \['default', 'other'\] are"), (["other"], "'other' and not 'default' is")],
-)
-def test_verbs_ask_which_adapter_is_meant_where_others_are_active(active, said, tiny, tmp_path) -> None:
-    model = build(tiny("llama"), num_experts=2, target_modules=["q_proj"])
-    model.add_adapter("other", MoAConfig(num_experts=2, r=2, target_modules=["q_proj"]))
-    tuner = model.base_model
-    tuner.set_adapter(active)
-    for verb in (
+def with_another(base: nn.Module) -> Any:
+    """A model with the adapters "default" and "other", of which the second is active."""
+    model = build(base, num_experts=2, target_modules=["q_proj"])
+    fields = {"r": 2, "target_modules": ["q_proj"], "router_bias_update_rate": 0.1}
+    model.add_adapter("other", MoAConfig(num_experts=2, schedules={"temperature": [[0, 1.0], [1, 3.0]]}, **fields))
+    model.set_adapter("other")
+    return model
+
+
+def test_verbs_mean_the_active_adapter_and_ask_which_where_several_are(tiny, tmp_path) -> None:
+    tuner = with_another(tiny("llama")).base_model
+    verbs = (
         lambda **which: tuner.add_expert("new", **which),
         lambda **which: tuner.remove_expert("expert1", **which),
         lambda **which: tuner.set_stage("router", **which),
-        lambda **which: tuner.export_expert("expert0", tmp_path / "one", **which),
+        lambda **which: tuner.export_expert("expert0", tmp_path / f"one{len(which)}", **which),
         lambda **which: tuner.set_progress(0.5, **which),
-    ):
-        with pytest.raises(ValueError, match=f"{said} active.*pass adapter_name='other'"):
+        lambda **which: tuner.override_experts(off=["new"], **which),
+        lambda **which: tuner.expert_ids(["new"], **which),
+    )
+    tuner.set_adapter(["default", "other"])
+    for verb in verbs:
+        with pytest.raises(ValueError, match=r"adapters \['default', 'other'\] are active.*pass adapter_name='other'"):
             verb()
-        verb(adapter_name="default")
-    assert tuner.peft_config["other"].all_names() == ["expert0", "expert1"]
+    tuner.set_adapter("other")
+    for verb in verbs:
+        verb()
+    assert tuner.peft_config["default"].all_names() == ["expert0", "expert1"]
+    assert tuner.peft_config["other"].all_names() == ["expert0", "new"]
+    assert tuner.stage == {"other": "router"}
+    assert {m.router.temperature for _, m in tuner._mixtures("other")} == {2.0}
+    assert {m.router.temperature for _, m in tuner._mixtures("default")} == {1.0}
+    assert tuner.peft_config["other"].expert_overrides
+    tuner.add_expert("new", adapter_name="default")  # the named one, whatever is active
+    assert tuner.peft_config["default"].all_names() == ["expert0", "expert1", "new"]
+    tuner.set_stage("experts", "default")
+    assert tuner.stage == {"other": "router", "default": "experts"}
+
+
+def test_callbacks_and_surgery_mean_the_active_adapter(tiny, tiny_inputs, tmp_path) -> None:
+    model, inputs = with_another(tiny("llama")), tiny_inputs("llama", labels="tokens")
+    callbacks = [StageCallback("all"), RouterScheduleCallback(), BalanceBiasCallback()]
+    args = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
+    rows = [{name: value[i] for name, value in inputs.items()} for i in range(2)]
+    Trainer(model, args, train_dataset=rows, callbacks=callbacks)
+    assert [callback.adapter_name for callback in callbacks] == ["other"] * 3
+    tuner = model.base_model
+    assert set(tuner.mixtures(UNNAMED)) == set(tuner.mixtures("other")) != set(tuner.mixtures("default"))
+    distill_pregate(model, [inputs])
+    prune_experts(model, None, 1, criterion="random")
+    assert {len(m.bank.names) for _, m in tuner._mixtures("other")} == {1}
+    assert {len(m.bank.names) for _, m in tuner._mixtures("default")} == {2}
+    tuner.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"experts of the adapters \['default', 'other'\]: say which"):
+        prune_experts(model, None, 1, criterion="random")

@@ -14,7 +14,7 @@ from mixadapters.core.adapter import Chain, Site
 from mixadapters.core.fields import check_switches
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.names import UNNAMED, check_known
+from mixadapters.core.names import UNNAMED, check_known, of_active
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import row_numbers
 from mixadapters.routers.counts import CountsRouter
@@ -62,6 +62,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
                     raise ValueError("domains with a source need low_cpu_mem_usage=False")
                 parameter.copy_(tensors[key])
 
+    @of_active
     def domain_ids(self, names: list[str], adapter_name: str = UNNAMED) -> Tensor:
         """(B,) numbers for the batch field `domain_ids`, which routes each row to a domain; "__base__" is none."""
         return row_numbers(names, list(self.config_of(adapter_name).domains), "domain")
@@ -69,6 +70,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
     def row_arms(self, adapter_name: str) -> list[str]:
         return list(self.config_of(adapter_name).domains)
 
+    @of_active
     @torch.no_grad()
     def add_domain(
         self,
@@ -145,6 +147,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         device, base_dtype = host._get_base_layer_device_and_dtype(host.get_base_layer())
         new.to(device, dtype or base_dtype)
 
+    @of_active
     def remove_domain(self, name: str, *, renormalize: bool = False, adapter_name: str = UNNAMED) -> None:
         """Remove a domain and its weights. Make optimizers anew afterwards.
 
@@ -164,6 +167,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
                 self._take_domain(config, path, mixture, name, renormalize, everywhere=True)
         self._forget_domains(config, [name], adapter_name)
 
+    @of_active
     def keep_experts(
         self, kept: Mapping[str, Sequence[str]], *, renormalize: bool = True, adapter_name: str = UNNAMED
     ) -> None:
@@ -233,6 +237,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
 
     # --- one domain of several ---------------------------------------------------------------------------------
 
+    @of_active
     def set_stage(self, stage: str, adapter_name: str = UNNAMED, domain: str | None = None) -> None:
         """As every method's; with `domain` that domain alone trains.
 

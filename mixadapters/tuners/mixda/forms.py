@@ -16,7 +16,7 @@ from mixadapters.core.fields import check_switches
 from mixadapters.core.files import PREFIX
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.names import UNNAMED, check_known
+from mixadapters.core.names import UNNAMED, check_known, of_active
 from mixadapters.routers.fixed import ConstantRouter
 from mixadapters.tuners.bottleneck.config import BottleneckConfig, placement_taps
 from mixadapters.tuners.bottleneck.model import EXPERT
@@ -41,6 +41,7 @@ class DomainForms(MixtureModel):
 
     # --- as adapters of their own ------------------------------------------------------------------------------
 
+    @of_active
     @torch.no_grad()
     def export_domain(
         self, name: str, folder: str | Path, *, pad_ranks: bool = False, adapter_name: str = UNNAMED
@@ -105,6 +106,7 @@ class DomainForms(MixtureModel):
 
     # --- as one ------------------------------------------------------------------------------------------------
 
+    @of_active
     @torch.no_grad()
     def join_domains(
         self, name: str, weights: Mapping[str, float] | None = None, *, adapter_name: str = UNNAMED
@@ -179,6 +181,7 @@ class DomainForms(MixtureModel):
 
     # --- merged for a request ----------------------------------------------------------------------------------
 
+    @of_active
     @contextmanager
     def merged_domains(self, weights: Mapping[str, float], *, adapter_name: str = UNNAMED) -> Iterator[None]:
         """Within the block the domains count by these weights and not by the gate, merged into the frozen layers.

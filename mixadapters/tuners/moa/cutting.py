@@ -9,7 +9,7 @@ import torch
 
 from mixadapters.core.bank import Expert
 from mixadapters.core.fields import check_integer, check_switches
-from mixadapters.core.names import UNNAMED
+from mixadapters.core.names import UNNAMED, of_active
 from mixadapters.core.registry import nearest
 from mixadapters.routers.counts import CountsRouter
 from mixadapters.tuners.moa.config import MoAConfig
@@ -22,6 +22,7 @@ from mixadapters.tuners.surgery import SurgeryVerbs
 class ExpertCutting(SurgeryVerbs, ExpertVerbs):
     """Part of MoA's tuner."""
 
+    @of_active
     @torch.no_grad()
     def keep_experts(
         self, kept: Mapping[str, Sequence[str]], *, renormalize: bool = True, adapter_name: str = UNNAMED
@@ -56,6 +57,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
         self.gates_changed(adapter_name)
         self._settle(adapter_name)
 
+    @of_active
     @torch.no_grad()
     def share_experts(self, stands: Mapping[str, Mapping[str, str]], adapter_name: str = UNNAMED) -> None:
         """As `CuttingVerbs.share_experts`. Make optimizers anew afterwards."""
@@ -74,6 +76,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
                 self._take(config, path, name, mixtures[path], other)
         self._settle(adapter_name)
 
+    @of_active
     @torch.no_grad()
     def resize_expert(self, path: str, name: str, rank: int, adapter_name: str = UNNAMED) -> None:
         """As `CuttingVerbs.resize_expert`. Make optimizers anew afterwards."""

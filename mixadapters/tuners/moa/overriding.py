@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mixadapters.core.config import one_of
-from mixadapters.core.names import UNNAMED
+from mixadapters.core.names import UNNAMED, of_active
 from mixadapters.surgery.mixtures import deciding_router, mixture_layers
 from mixadapters.surgery.tuning import (
     MODES,
@@ -25,6 +25,7 @@ from mixadapters.tuners.moa.spawning import ExpertSpawning
 class ExpertOverriding(ExpertSpawning):
     """Part of MoA's tuner."""
 
+    @of_active
     def override_experts(
         self,
         off: Iterable[Place] = (),

@@ -8,7 +8,7 @@ import torch
 
 from mixadapters.core.bank import Expert
 from mixadapters.core.fields import check_number
-from mixadapters.core.names import UNNAMED, check_known
+from mixadapters.core.names import UNNAMED, check_known, of_active
 from mixadapters.tuners.moa.config import check_experts
 from mixadapters.tuners.moa.verbs import ExpertVerbs
 from mixadapters.tuners.sources import check_new
@@ -17,6 +17,7 @@ from mixadapters.tuners.sources import check_new
 class ExpertSpawning(ExpertVerbs):
     """Part of MoA's tuner."""
 
+    @of_active
     @torch.no_grad()
     def spawn_experts(
         self,

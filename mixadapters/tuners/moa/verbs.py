@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.fields import check_switches
-from mixadapters.core.names import UNNAMED, check_known
+from mixadapters.core.names import UNNAMED, check_known, of_active
 from mixadapters.core.routes import row_numbers
 from mixadapters.tuners.gates import GateVerbs
 from mixadapters.tuners.gathering import Gathered
@@ -51,6 +51,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
     def _expert_options(self, config: MoAConfig, path: str, name: str, rank: int) -> dict[str, Any]:
         raise NotImplementedError
 
+    @of_active
     def expert_ids(self, names: list[str], adapter_name: str = UNNAMED) -> Tensor:
         """(B,) numbers for the batch field `expert_ids`, which routes each row to an expert; "__base__" is none."""
         config = self._moa(adapter_name)
@@ -64,6 +65,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
 
     # --- coming and going ------------------------------------------------------------------------
 
+    @of_active
     @torch.no_grad()
     def add_expert(
         self,
@@ -179,6 +181,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                 mixture.bank.add(piece, rank, config.init_weights, place=place, **options)
                 mixture.bank.experts[piece].to(like.device, like.dtype)
 
+    @of_active
     def remove_expert(self, name: str, *, renormalize: bool = False, adapter_name: str = UNNAMED) -> None:
         """Remove an expert and its weights. Make optimizers anew afterwards.
 

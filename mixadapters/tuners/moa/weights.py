@@ -11,7 +11,7 @@ import torch
 from mixadapters.core.fields import check_switches
 from mixadapters.core.files import being_loaded
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.names import UNNAMED, check_known
+from mixadapters.core.names import UNNAMED, check_known, of_active
 from mixadapters.surgery.splitting import segment
 from mixadapters.tuners.gathering import Gathered
 from mixadapters.tuners.lora import Factors, save_lora
@@ -35,6 +35,7 @@ class ExpertWeights(MixtureModel):
                         raise ValueError("experts with a source need low_cpu_mem_usage=False")
                     parameter.copy_(segment(key, tensors[key], i, len(pieces)))
 
+    @of_active
     @torch.no_grad()
     def fit_router(self, adapter_name: str = UNNAMED, missing_ok: bool = False) -> None:
         """Make routers that read the experts' weights, such as "arrow", from the weights as they are now.
@@ -58,6 +59,7 @@ class ExpertWeights(MixtureModel):
                 "the router of this mixture is not made from its experts' weights: there is nothing to fit"
             )
 
+    @of_active
     def export_expert(
         self, name: str, folder: str | Path, *, pad_ranks: bool = False, adapter_name: str = UNNAMED
     ) -> None:

@@ -14,7 +14,7 @@ from mixadapters.core.bank import AdapterBank
 from mixadapters.core.files import PREFIX, being_loaded
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.names import UNNAMED
+from mixadapters.core.names import UNNAMED, of_active
 from mixadapters.core.saving import own_hosts
 from mixadapters.core.sites import find_architecture
 from mixadapters.core.walking import outside_adapters, plain_path
@@ -102,6 +102,7 @@ class MoSAModel(MixtureModel):
 
     # --- the way back -----------------------------------------------------------------------------------------
 
+    @of_active
     def merge_experts(self, adapter_name: str = UNNAMED) -> tuple[PeftConfig, dict[str, Tensor]]:
         """The plain adapter that equals this one in evaluation: its config, and its weights as PEFT saves them.
 
@@ -138,6 +139,7 @@ class MoSAModel(MixtureModel):
             fan_in_fan_out=any(isinstance(h.get_base_layer(), Conv1D) for h in hosts),
         ), weights  # fmt: skip
 
+    @of_active
     def save_merged(self, folder: str | Path, adapter_name: str = UNNAMED) -> None:
         """Write the plain adapter of `merge_experts` as PEFT saves one, for `PeftModel.from_pretrained`.
 

@@ -13,7 +13,7 @@ from mixadapters.core.context import ForwardContext
 from mixadapters.core.files import being_loaded
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
-from mixadapters.core.names import UNNAMED
+from mixadapters.core.names import UNNAMED, of_active
 from mixadapters.core.sites import has_two_stacks, layer_index
 from mixadapters.core.walking import outside_adapters
 from mixadapters.routers import ModalityRouter, SingleRouter
@@ -182,6 +182,7 @@ class PILLModel(MixtureModel):
         if config.stage == "align" and not config.inference_mode:
             self.set_stage("align", adapter_name)
 
+    @of_active
     def set_stage(self, stage: str, adapter_name: str = UNNAMED, domain: str | None = None) -> None:
         super().set_stage(stage, adapter_name, domain)
         self.peft_config[adapter_name].stage = stage
