@@ -102,8 +102,7 @@ class Router(nn.Module):
         check_options(**weights)
         for name, weight in weights.items():
             setattr(self, name, weight)
-        named = [name for group in balance_groups or () for name in group]
-        if balance_groups is not None and (sorted(named) != sorted(self.experts) or not all(balance_groups)):
+        if balance_groups is not None and (not _parted(balance_groups, self.experts) or not all(balance_groups)):
             raise ValueError(f"balance_groups={balance_groups!r:.200} must hold each expert of {self.experts} once")
         self.balance_groups = None if balance_groups is None else [list(group) for group in balance_groups]
 
@@ -224,7 +223,7 @@ class Router(nn.Module):
         everyone: the experts of the mixture, in order.
         """
         groups: Any = options.get("balance_groups")
-        if groups is None or sorted(name for group in groups for name in group) != sorted(everyone):
+        if groups is None or not _parted(groups, everyone):
             return dict(options)  # the constructor says what is wrong with it
         here = [[name for name in group if name in experts] for group in groups]
         return {**options, "balance_groups": [group for group in here if group]}
@@ -253,6 +252,14 @@ def _taken_by_constructor(cls: type[Router]) -> frozenset[str]:
 @lru_cache(maxsize=256)
 def _signature(cls: type) -> inspect.Signature:
     return inspect.signature(cls)
+
+
+def _parted(groups: Any, experts: Sequence[str]) -> bool:
+    """Whether lists of names hold each of the experts once."""
+    if not isinstance(groups, (list, tuple)) or not all(isinstance(group, (list, tuple)) for group in groups):
+        return False
+    named = [name for group in groups for name in group]
+    return len(named) == len(experts) and all(isinstance(name, str) for name in named) and set(named) == set(experts)
 
 
 class PooledRouter(Router):

@@ -134,6 +134,8 @@ def test_convex_weights_leave_the_rest_to_the_frozen_layer() -> None:
         ({"bias_update_rate": math.inf}, "bias_update_rate=inf must be"),
         ({"norm_topk_prob": 1}, "norm_topk_prob=1 must be True or False"),
         ({"balance_groups": [["a", "b"], ["c"]]}, "balance_groups=.* must hold each expert of .* once"),
+        ({"balance_groups": 3}, "balance_groups=3 must hold each expert"),
+        ({"balance_groups": [["a", "b"], "cd"]}, "balance_groups=.* must hold each expert"),
     ],
 )
 def test_nonsense_is_refused_by_name(options, message) -> None:
