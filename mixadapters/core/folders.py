@@ -12,8 +12,14 @@ from pathlib import Path
 
 from mixadapters.core.registry import nearest
 
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed process leaves stays
+    fcntl = None  # type: ignore[assignment]
+
 ADAPTER_FILE = "adapter_config.json"
 MODEL_FILE = "config.json"
+LOCK = "in_use"  # in a `ScratchFolder`
 PATIENCE = 10.0  # seconds for the hub's answer whether it has a repository
 
 
@@ -129,3 +135,37 @@ def folder_aside(folder: str | Path) -> Iterator[Path]:
         os.replace(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+class ScratchFolder:
+    """A folder inside `parent`, which goes with this object; those of processes that were killed go now.
+
+    Each holds a lock for as long as its process lives, which the system gives back whatever ends that.
+
+    Attributes:
+        name: its path.
+    """
+
+    def __init__(self, parent: str | Path, prefix: str) -> None:
+        for left in Path(parent).glob(f"{prefix}*"):
+            if _is_left(left):
+                shutil.rmtree(left, ignore_errors=True)
+        self._made = tempfile.TemporaryDirectory(prefix=prefix, dir=parent)
+        self.name = self._made.name
+        if fcntl is not None:
+            lock = Path(self.name) / LOCK
+            with written_aside(lock) as aside:  # whoever finds it finds it locked
+                self._lock = open(aside, "w")  # noqa: SIM115 - it is held
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_left(folder: Path) -> bool:
+    """Whether a folder is one whose process has ended without taking it along."""
+    if fcntl is None or folder.is_symlink() or not (folder / LOCK).is_file():
+        return False
+    try:
+        with open(folder / LOCK) as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or not ours to look at
+        return False
+    return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from torch import Tensor
 from mixadapters.core.adapter import Adapter
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.files import weights_of
+from mixadapters.core.folders import ScratchFolder
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.walking import outside_adapters
 from mixadapters.serving.forms import Form, Parts
@@ -63,7 +63,7 @@ class Residents:
     ) -> None:  # fmt: skip
         self.model, self.context, self.most, self.idle = model, context, most, idle
         self.ready = ready
-        self._folder = None if folder is None else tempfile.TemporaryDirectory(prefix="adapters-", dir=folder)
+        self._folder = None if folder is None else ScratchFolder(folder, "adapters-")
         self._files: dict[str, Path] = {}  # written once: a served adapter does not change
         self._away: dict[str, int] = {}  # those whose weights lie in their files alone -> bytes
         self._readings: dict[str, Reading] = {}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from mixadapters.core.folders import folder_aside
+from mixadapters.core.folders import ScratchFolder, folder_aside
 
 
 def write(folder: str | Path) -> None:
@@ -44,3 +46,41 @@ def test_a_folder_that_holds_something_is_refused_and_nothing_is_left_beside_it(
     with pytest.raises(RuntimeError), folder_aside(tmp_path / "other"):
         raise RuntimeError
     assert os.listdir(tmp_path) == ["new"]
+
+
+HOLD = """
+import sys
+from mixadapters.core.folders import ScratchFolder
+folder = ScratchFolder(sys.argv[1], "adapters-")
+open(folder.name + "/weights", "w").close()
+print(folder.name, flush=True)
+input()
+"""
+
+
+def test_what_a_killed_process_has_left_goes_and_what_others_use_stays(tmp_path: Path) -> None:
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    try:
+        killed, alive = (Path(process.stdout.readline().strip()) for process in running)
+        running[0].kill()
+        running[0].wait()
+        (tmp_path / "adapters-of-the-user").mkdir()
+        assert (killed / "weights").is_file()
+        mine = ScratchFolder(tmp_path, "adapters-")
+        second = ScratchFolder(tmp_path, "adapters-")  # of the same process
+        assert sorted(tmp_path.iterdir()) == sorted(
+            [alive, Path(mine.name), Path(second.name), tmp_path / "adapters-of-the-user"]
+        )
+        assert (alive / "weights").is_file()
+        gone = mine.name
+        del mine
+        assert not Path(gone).exists()
+    finally:
+        for process in running:
+            process.kill()
+            process.communicate()
