@@ -353,6 +353,30 @@ def test_an_expert_that_leaves_leaves_the_overrides(mode: str, tiny, tiny_inputs
     assert expert_layers(model)[0].mixture.router.masked == ()
 
 
+@pytest.mark.parametrize("verb", ["remove", "keep", "share"])
+@torch.no_grad()
+def test_experts_that_are_off_are_not_left_alone(verb: str, tiny, tiny_inputs, tmp_path) -> None:
+    """A mixture whose experts are all off at a layer is refused when it is loaded."""
+    model = moa(tiny, num_experts=8, experts=["a", "b"])
+    tuner, (first, second) = model.base_model, (layer.path for layer in expert_layers(model))
+    verbs: dict[str, Any] = {
+        "remove": lambda: tuner.remove_expert("b"),
+        "keep": lambda: tuner.keep_experts({first: ["a", "b"], second: ["a"]}),
+        "share": lambda: tuner.share_experts({second: {"b": "a"}}),
+    }
+    tuner.override_experts([(second, "a")])
+    before = model(**tiny_inputs("llama")).logits
+    with pytest.raises(ValueError, match=rf"would leave '{second}' to \['a'\], which override_experts has switched"):
+        verbs[verb]()
+    assert torch.equal(model(**tiny_inputs("llama")).logits, before)
+    assert model.peft_config["default"].all_names() == ["a", "b"]
+    tuner.override_experts([(first, "b")])
+    verbs[verb]()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny("llama", num_hidden_layers=2), tmp_path).eval()
+    assert torch.equal(loaded(**tiny_inputs("llama")).logits, model(**tiny_inputs("llama")).logits)
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [

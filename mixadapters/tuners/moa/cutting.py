@@ -14,7 +14,7 @@ from mixadapters.core.registry import nearest
 from mixadapters.routers.counts import CountsRouter
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
-from mixadapters.tuners.moa.verbs import ExpertVerbs
+from mixadapters.tuners.moa.verbs import ExpertVerbs, refuse_all_off
 from mixadapters.tuners.sources import key_of, same_module
 from mixadapters.tuners.surgery import SurgeryVerbs
 
@@ -35,6 +35,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
         check_switches(renormalize=renormalize)
         config, mixtures = self._ready(kept, adapter_name)
         lost = {path: self._lost(path, mixtures[path], names) for path, names in kept.items()}
+        refuse_all_off(config, mixtures, lambda path: lost.get(path, ()))
         gone = self._arms_gone(mixtures, lost)
         for path, names in gone.items():
             router = mixtures[path].router
@@ -70,6 +71,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
                         f"stands={dict(moved)} at {path!r} must name experts that are there, {have}, and no expert "
                         "that goes may stand for another"
                     )
+        refuse_all_off(config, mixtures, lambda path: stands.get(path, {}))
         self._name_experts(config, list(mixtures))
         for path, moved in stands.items():
             for name, other in moved.items():

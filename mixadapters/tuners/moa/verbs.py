@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -203,6 +204,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         paths = [path for path, _ in self._mixtures(adapter_name)]
         pieces = config.pieces(name)
         _refuse_needed(name, pieces, dict(self._mixtures(adapter_name)))
+        refuse_all_off(config, dict(self._mixtures(adapter_name)), lambda path: pieces)
         self._name_experts(config, paths)
         for path, mixture in list(self._mixtures(adapter_name)):
             for piece in pieces:
@@ -291,6 +293,22 @@ def _require_verb(router: Any, verb: str) -> None:
             f"{verb} needs a router that can change its arms, and {type(router).__name__} has no {verb}; make a new "
             "mixture"
         )
+
+
+def refuse_all_off(config: MoAConfig, mixtures: Mapping[str, ExpertMixture], leaving: Callable[[str], Any]) -> None:
+    """Raise ValueError where those that stay at a module have all been switched off: such a mixture cannot be loaded.
+
+    leaving: path -> the names of those that go there.
+    """
+    off = {tuple(place) for place in config.expert_overrides.get("off", ())}
+    for path, mixture in mixtures.items() if off else ():
+        gone = leaving(path)
+        stay = [name for name in mixture.routed_names if name not in gone]
+        if stay and len(stay) < len(mixture.routed_names) and all((path, name) in off for name in stay):
+            raise ValueError(
+                f"{sorted(gone)} would leave {path!r} to {stay}, which override_experts has switched off: switch them "
+                "on first (override_experts without arguments), or let another one go"
+            )
 
 
 def _refuse_needed(name: str, pieces: list[str], mixtures: dict[str, ExpertMixture]) -> None:
