@@ -97,8 +97,7 @@ class RootHooks:
 
     def plain(self, record: Record) -> bool:
         """Whether the layers of a forward that begins may go the shortest way, as `Record` has it."""
-        steps = record.grad and not torch.compiler.is_compiling()  # the compiler derives for itself what it sees
-        return not (steps or record.values or self.context.observers) and undisturbed()
+        return not (record.values or self.context.observers) and undisturbed()
 
     def _refuse_unread(self, kwargs: dict[str, Any]) -> None:
         """Raises ValueError for an argument that is a field of other adapters or an objective's, or nearly one of
@@ -145,7 +144,8 @@ class RootHooks:
             if output is not None:  # None: the forward raised
                 output = self._finish(record, module, output)
         finally:
-            record.open, record.closed, record.plain = False, True, False
+            record.open, record.closed = False, True
+            record.plain = record.plain and record.grad  # what a compiled graph computes again, it does as before
             if record.parent is not None:
                 self.context.enter(record.parent)
         return output
@@ -250,7 +250,7 @@ class StackHook:
         record = self.context.record
         if record.open:  # its root will do it
             return
-        record.plain = False
+        record.plain = record.plain and record.grad  # as at the root
         cache = None if output is None else made_cache(output)  # None: the forward raised
         if cache is not None:
             stream = record.streams[self.stack]

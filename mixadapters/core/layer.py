@@ -316,7 +316,9 @@ class MixtureLayer(nn.Module, AdapterHost):
         record = self.context.record
         if record.passed:
             record.passed.pop(self, None)
-        if not record.plain or self.turned:
+        # The compiler derives for itself what it sees; but a part of a compiled model may run outside its graphs.
+        in_steps = record.grad and not torch.compiler.is_compiling()
+        if in_steps or self.turned or not record.plain:
             names = self.acting(record)
             output = self._modules["base_layer"](*args, **kwargs)
             return output if names is None else _adapted(self, _first_input(args, kwargs), output, names, record)

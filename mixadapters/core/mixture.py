@@ -136,7 +136,7 @@ class Mixture(Adapter):
             return router(source, context)
         record, rows = context.record, source.numel() // source.shape[-1]
         fixed = self.hard_routes is not None and self.hard_routes.usual >= 0
-        plain = record.plain and not (fixed or torch.compiler.is_compiling())
+        plain = record.plain and not (record.grad or fixed or torch.compiler.is_compiling())
         if plain and not (self.tunings or self.watchers):  # nobody has a say in it, and nobody asks
             reads = source if self.router_tap is None else context.tap(self.router_tap)
             brief = getattr(router, "brief", _nothing)(reads)

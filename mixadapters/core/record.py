@@ -22,8 +22,9 @@ class Record:
 
     training: bool = False
     grad: bool = False  # whether gradients were recorded when the forward began
-    # Whether nothing was observed, said by the batch or pinned when it began, nobody had chosen how the operation runs
-    # and no gradients are recorded step by step: what has nothing to decide then goes the shortest way, until the end.
+    # Whether nothing was observed, said by the batch or pinned when it began, and nobody had chosen how the operation
+    # runs: what has nothing to decide may then, until the end, go the shortest way where no gradients are recorded
+    # step by step.
     plain: bool = False
     open: bool = False  # between the root's first and last hook
     closed: bool = False  # after the root's last hook: layers that run now run again
