@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mixadapters.core import hooks
 from mixadapters.core.engines import Engine
 from mixadapters.core.media import placeholders_of, reads_media
-from mixadapters.core.record import Record, Records
+from mixadapters.core.record import Record, Recording, Records
 from mixadapters.core.routing import Routing, RoutingKey, find_routing
 from mixadapters.core.sites import has_two_stacks
 from mixadapters.core.steps import Steps
@@ -44,7 +44,7 @@ class Objective(Protocol):
     def after(self, context: ForwardContext, module: nn.Module, output: Any) -> Any: ...
 
 
-class ForwardContext(hooks.Rooted):
+class ForwardContext(Recording, hooks.Rooted):
     """The context of one root model. Use `ForwardContext.of(model)`, which makes or finds it.
 
     Attributes:
@@ -87,25 +87,6 @@ class ForwardContext(hooks.Rooted):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.records = Records()
-
-    @property
-    def record(self) -> Record:
-        records = self.records
-        return records.thread.record or records.latest
-
-    def enter(self, record: Record) -> None:
-        """Make `record` the current one."""
-        self.records.enter(record)
-
-    @property
-    def running(self) -> Record | None:
-        """The record of the root forward that this thread is in; None outside one."""
-        return self.records.running
-
-    @property
-    def held(self) -> dict[str, Any]:
-        """The fields that hold for the next forward of this thread."""
-        return self.records.held
 
     @property
     def own_fields(self) -> set[str]:

@@ -250,7 +250,7 @@ class StackHook:
         record = self.context.record
         if record.open:  # its root will do it
             return
-        record.plain = record.plain and record.grad  # as at the root
+        record.closed, record.plain = True, record.plain and record.grad  # as at the root
         cache = None if output is None else made_cache(output)  # None: the forward raised
         if cache is not None:
             stream = record.streams[self.stack]
@@ -268,10 +268,15 @@ class Checkpointed:
         if torch.compiler.is_compiling():  # the compiler recomputes in its graph, not by running Python again
             return self.function(layer, *args, **kwargs)
         records: Records = self.context.records
-        record = records.current
+        record = self.context.record_at(self, training=True)  # which checkpoint functions act in
         record.checkpointed = True
+        again = False
 
         def run(*inner: Any, **keywords: Any) -> Any:
+            nonlocal again
+            if not again:
+                again = True
+                return layer(*inner, **keywords)
             with records.using(record):
                 return layer(*inner, **keywords)
 
@@ -294,11 +299,15 @@ class Generate:
         if deciding and reads_prompt(self.model, fields.get("adapter_names")):
             held |= prompt_of(self.model, *args, **kwargs)
         with self.context.records.generating(), self.context.pin_in_thread(**held):
-            if self.context.running is None and generates_beside_media(self.model):
-                self._begin(*args, **kwargs)
-            return self.plain(*args, **kwargs)
+            if self.context.running is not None or not generates_beside_media(self.model):
+                return self.plain(*args, **kwargs)
+            begun = self._begin(*args, **kwargs)
+            try:
+                return self.plain(*args, **kwargs)
+            finally:
+                begun.closed = True
 
-    def _begin(self, inputs: Any = None, *args: Any, **kwargs: Any) -> None:
+    def _begin(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Record:
         """A record for what reads images before the first forward, as in transformers: these rows and fields."""
         arguments = {**kwargs, "input_ids": kwargs.get("input_ids", inputs)}
         tokens = next((v for n in ("input_ids", "inputs_embeds") if isinstance(v := arguments.get(n), Tensor)), None)
@@ -309,6 +318,7 @@ class Generate:
         record.streams[""] = Stream(0 if tokens is None else tokens.shape[0])
         self.context.enter(record)
         self.context.prepare()
+        return record
 
     def _taken(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The batch fields of adapters, taken out of `kwargs`: transformers refuses those that are no settings."""

@@ -313,7 +313,8 @@ class MixtureLayer(nn.Module, AdapterHost):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._disable_adapters and self.merged:
             self.unmerge()
-        record = self.context.record
+        x = _first_input(args, kwargs)
+        record = self.context.record_at(self, x)
         if record.passed:
             record.passed.pop(self, None)
         # The compiler derives for itself what it sees; but a part of a compiled model may run outside its graphs.
@@ -321,13 +322,13 @@ class MixtureLayer(nn.Module, AdapterHost):
         if in_steps or self.turned or not record.plain:
             names = self.acting(record)
             output = self._modules["base_layer"](*args, **kwargs)
-            return output if names is None else _adapted(self, _first_input(args, kwargs), output, names, record)
+            return output if names is None else _adapted(self, x, output, names, record)
         output = self._modules["base_layer"](*args, **kwargs)
         if self._disable_adapters:
             return output
         # In decoding a call costs as much as the products: what `acting` and `apply_adapters` have to tell apart is
         # none of it here.
-        x, y = _first_input(args, kwargs), output[0] if isinstance(output, tuple) else output
+        y = output[0] if isinstance(output, tuple) else output
         adapters, merged = self._modules[self.held]._modules, self.merged_adapters
         for name in self._active_adapter:
             adapter = adapters.get(name)
@@ -385,11 +386,10 @@ class HookedLayer(nn.Module, AdapterHost):
         return self.__dict__["target"]
 
     def after(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        record = self.context.record
+        x = _first_input(args, kwargs)
+        record = self.context.record_at(self, x)
         names = self.acting(record)
-        if names is None:
-            return output
-        return _adapted(self, _first_input(args, kwargs), output, names, record)
+        return output if names is None else _adapted(self, x, output, names, record)
 
     def forward(self, x: Tensor) -> Tensor:
         # A container that runs its children in turn comes by here.

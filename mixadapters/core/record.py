@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixadapters.core.media import reads_media
 from mixadapters.core.routing import Routing, RoutingKey
 from mixadapters.core.streams import PackedRequests, Stream
 from mixadapters.core.trainers import TrainerLook
@@ -52,6 +53,8 @@ class Record:
     own_rows: Tensor | None = None  # (N,) bool: the rows of a mixed batch that name the adapter whose router runs
     observed: list[Tensor] | None = None  # not None: adapters report and change nothing
     parent: Record | None = None
+    # Of a call outside a forward: the layers that have run in it. When one comes again, another call has begun.
+    alone: set[Any] | None = None
 
     @property
     def attention_mask(self) -> Tensor | None:
@@ -109,7 +112,7 @@ class Records:
     """The record and the pinned fields of each thread, and those of all of them."""
 
     def __init__(self) -> None:
-        self.latest = Record()
+        self.latest = Record(closed=True)
         self.pins = Pins()
         self.trainers = TrainerLook()
         self._local = threading.local()
@@ -160,11 +163,15 @@ class Records:
 
     @property
     def names(self) -> Any:
-        """The `adapter_names` of the forward that runs; None where its rows name none, or no forward runs."""
-        record = self.current
-        names = record.values.get("adapter_names")
-        runs = names is not None and (record.open or self.thread.again or names is self.held.get("adapter_names"))
-        return names if runs else None
+        """The `adapter_names` of the forward that runs, or outside one those that are pinned; None: rows name none."""
+        return (self.held if self.outside else self.current.values).get("adapter_names")
+
+    @property
+    def outside(self) -> bool:
+        """Whether what runs is in no forward of this thread, and in no second run of a layer."""
+        record = self.thread.record
+        live = record is not None and not record.closed and record.alone is None
+        return not (live or self.thread.again or torch._C._current_graph_task_id() != -1)
 
     @property
     def held(self) -> dict[str, Any]:
@@ -191,3 +198,71 @@ class Records:
             yield
         finally:
             thread.generates, thread.copies, thread.packed = before
+
+
+class Recording:
+    """Part of a context: which record is the current one, and which one a layer runs in."""
+
+    records: Records
+
+    def prepare(self) -> None:
+        raise NotImplementedError
+
+    @property
+    def record(self) -> Record:
+        records = self.records
+        return records.thread.record or records.latest
+
+    def enter(self, record: Record) -> None:
+        """Make `record` the current one."""
+        self.records.enter(record)
+
+    @property
+    def running(self) -> Record | None:
+        """The record of the root forward that this thread is in; None outside one."""
+        return self.records.running
+
+    @property
+    def held(self) -> dict[str, Any]:
+        """The fields that hold for the next forward of this thread."""
+        return self.records.held
+
+    def record_at(self, part: Any, x: Tensor | None = None, training: bool | None = None) -> Record:
+        """The record that `part`, a layer, runs in: of this thread's forward; where it runs again, of its first run.
+
+        Outside a forward (`get_image_features`, a tower or a layer called by itself) it is one of its own, which knows
+        the pinned fields and no others: those of an earlier batch were of other rows.
+
+        Args:
+            x: its input; outside a forward it says how many rows there are, where that is no image or sound.
+            training: whether it trains; None: `part` says it.
+        """
+        record = self.records.thread.record
+        if record is not None and not record.closed and record.alone is None:
+            return record
+        if torch.compiler.is_compiling() or not self.records.outside:
+            return self.record
+        return self._alone(part, x, part.training if training is None else training)
+
+    def _alone(self, part: Any, x: Tensor | None, training: bool) -> Record:
+        """The record of a call outside a forward: that of the layers before, as long as they are of the same call."""
+        record, held, grad = self.records.thread.record, self.records.held, torch.is_grad_enabled()
+        same = record is not None and record.alone is not None and part not in record.alone and record.grad == grad
+        if record is None or not same or not _is_same(record.values, held):
+            copies = self.records.thread.copies
+            record = Record(training, grad, values=held, pinned=frozenset(held), copies=copies, alone=set())
+            self.enter(record)
+        assert record.alone is not None
+        first, stack = not record.alone, getattr(part, "stack", "")
+        record.alone.add(part)
+        if x is not None and x.dim() > 2 and not reads_media(stack) and stack not in record.streams:
+            rows = x.shape[1 if getattr(part, "tokens_first", False) else 0]
+            record.streams[stack] = Stream(rows, copies=record.copies)
+        if first:
+            self.prepare()
+        return record
+
+
+def _is_same(values: dict[str, Any], held: dict[str, Any]) -> bool:
+    """Whether two records hold the same objects."""
+    return values.keys() == held.keys() and all(values[name] is held[name] for name in held)

@@ -145,6 +145,7 @@ class OtherLayer:
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        self.context.record_at(self, x, layer.training)
         stream = self.context.stream(self.stack)
         rows = stream.spread([numbers[name] for name in names], x.shape[0], "adapter_names")
         order = list(numbers)
@@ -199,6 +200,7 @@ class SavedModule:
                 "of their own"
             )
         place = {name: i for i, name in enumerate(dict.fromkeys([*wanted, *joining]))}
+        self.context.record_at(self, x if x.is_floating_point() else x.unsqueeze(-1), module.training)
         stream = self.context.stream(self.stack)
         owner = stream.spread([place[name] for name in wanted], x.shape[0], "adapter_names")
         for name, i in place.items():

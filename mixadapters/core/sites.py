@@ -391,4 +391,5 @@ class Tap:
 
     def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         read = args[0] if args else kwargs["hidden_states"]
-        self.context.record.taps[self.path] = read.transpose(0, 1) if self.turned else read
+        record = self.context.record_at(self, training=module.training)
+        record.taps[self.path] = read.transpose(0, 1) if self.turned else read

@@ -141,10 +141,7 @@ class Stream:
         """
         if self.packed and self.requests is None:
             raise refuse_packed(name)
-        try:
-            values = torch.as_tensor(values)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{name}={values!r} must be numbers, one for each row of the batch: {error}") from None
+        values = _as_numbers(values, name)
         if self.requests is not None:
             return self.requests.spread(values, count, name)
         batch = self.batch or count  # 0: nothing is known of the forward, so one value for each row is asked for
@@ -170,7 +167,7 @@ class MediaStream(Stream):
         Raises:
             ValueError: neither is so, or nothing says what the rows hold.
         """
-        values = super().spread(values, self.batch or count, name)
+        values = super().spread(values, self.batch, name) if self.batch else _as_numbers(values, name)
         if bool((values == values[:1]).all()):
             return values[:1].expand(count, *values.shape[1:])
         by_row = self.by_row()  # it waits for the device
@@ -182,6 +179,13 @@ class MediaStream(Stream):
                 "of their own, or leave that part of the model out (exclude_modules)"
             )
         return repeat_rows(values, count, name)
+
+
+def _as_numbers(values: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}={values!r} must be numbers, one for each row of the batch: {error}") from None
 
 
 def media_stream(text: Stream, part: str, inputs: dict[str, Any], placeholders: tuple[int, ...]) -> MediaStream:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, MoSAConfig, PILLConfig
+from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, MoAConfig, MoSAConfig, PILLConfig
 from mixadapters.core import hooks
 from mixadapters.core.hooks import RootHooks
 
@@ -44,6 +45,92 @@ def test_part_that_was_adapted_on_its_own_is_not_its_owners() -> None:
     part = nn.Linear(2, 2)
     whole = nn.Sequential(part)
     assert ForwardContext.of(part) is not ForwardContext.of(whole)
+
+
+# --- outside a forward -------------------------------------------------------------------------------------------
+
+
+def by_name(part: Any, x: Tensor, model: PeftModel) -> dict[str, Tensor]:
+    found = {}
+    for name in ("second", "first"):
+        model.set_adapter(name)
+        found[name] = part(x)
+    assert not torch.allclose(found["first"], found["second"], atol=1e-3)
+    return found
+
+
+def test_a_layer_by_itself_knows_the_pinned_fields_and_none_of_a_forward_before(tiny, tiny_inputs) -> None:
+    model, inputs, x = two(tiny("llama")).eval(), tiny_inputs("llama"), torch.randn(2, 5, 32)
+    context, part = model.base_model.context, model.get_base_model().model.layers[0].mlp
+    alone = by_name(part, x, model)
+    model(**inputs, adapter_names=["second", "second"])
+    assert torch.equal(part(x), alone["first"])
+    with context.pin(adapter_names=["second", "first"]):
+        mixed = part(x)
+        torch.testing.assert_close(mixed, torch.stack([alone["second"][0], alone["first"][1]]), rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match=r"`adapter_names` should be the same as the number of inputs.* 2 and 3"):
+            part(torch.randn(3, 5, 32))
+    assert torch.equal(part(x), alone["first"])
+
+
+def test_a_stack_by_itself_leaves_nothing_to_the_layers_that_are_called_next(tiny, tiny_inputs) -> None:
+    model, inputs, x = two(tiny("llama")).eval(), tiny_inputs("llama"), torch.randn(2, 5, 32)
+    context, base = model.base_model.context, model.get_base_model()
+    alone = by_name(base.model.layers[0].mlp, x, model)
+    with context.pin(adapter_names=["second", "second"]):
+        base.model(**inputs)
+    assert torch.equal(base.model.layers[0].mlp(x), alone["first"])
+    base.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with context.pin(adapter_names=["second", "second"]), pytest.raises(ZeroDivisionError):
+        base.model(**inputs)
+    assert torch.equal(base.model.layers[0].mlp(x), alone["first"])
+
+
+def test_a_thread_without_a_forward_knows_nothing_of_that_of_another(tiny, tiny_inputs) -> None:
+    model, inputs, x = two(tiny("llama")).eval(), tiny_inputs("llama"), torch.randn(2, 5, 32)
+    part, seen = model.get_base_model().model.layers[0].mlp, []
+    alone = by_name(part, x, model)
+
+    def elsewhere(*_: Any) -> None:
+        if not seen:
+            thread = threading.Thread(target=lambda: seen.append(part(x)))
+            seen.append(None)
+            thread.start()
+            thread.join()
+
+    model.get_base_model().model.layers[1].register_forward_pre_hook(elsewhere)
+    mixed = model(**inputs, adapter_names=["second", "second"]).logits
+    assert torch.equal(seen[1], alone["first"])
+    assert torch.equal(mixed, model(**inputs, adapter_names=["second", "second"]).logits)
+
+
+def test_layers_by_themselves_share_what_is_decided_once_and_run_again_in_backward(tiny) -> None:
+    """A router for the model decides in the first of them, anew in each call; taps are of the call."""
+    config = MoAConfig(num_experts=3, r=2, router="softmax", router_scope="model", init_weights=False)
+    model = get_peft_model(tiny("llama"), config).train()
+    base, first, second = model.get_base_model(), torch.randn(2, 5, 32), torch.randn(1, 7, 32)
+    layers = base.model.layers
+
+    def run(x: Tensor) -> Tensor:
+        places = base.model.rotary_emb(x, torch.arange(x.shape[1])[None])
+        for layer in layers:
+            x = layer(x, position_embeddings=places)
+        return x
+
+    plain, other = run(first), run(second)
+    plain.sum().backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert expected
+    model.zero_grad()
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base(input_ids=torch.ones(1, 3, dtype=torch.long))  # a forward has wrapped what runs layers again
+    again = run(first)
+    assert torch.equal(run(second), other)
+    assert torch.equal(again, plain)
+    again.sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-6)
 
 
 # --- generate says what it repeats -------------------------------------------------------------------------------

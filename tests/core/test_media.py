@@ -143,6 +143,38 @@ def test_generate_reads_the_images_of_each_row_by_its_adapter_and_none_of_the_ba
     torch.testing.assert_close(model.generate(**inputs, **asked).logits[0], alone[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "mllama"])
+def test_images_that_are_read_outside_a_forward_know_the_pinned_fields_and_none_of_a_batch_before(kind) -> None:
+    """`get_image_features`, as transformers offers it, goes past the model's forward."""
+    model, inputs = two_adapters(kind, bottleneck), seen(kind, [1, 1])
+    images = {n: v for n, v in inputs.items() if n in ("pixel_values", "image_grid_thw") or n.startswith("aspect")}
+    base = model.get_base_model()
+
+    def read() -> torch.Tensor:
+        if kind == "mllama":  # which has no such method
+            return base.model.vision_model(**images).last_hidden_state
+        features = base.get_image_features(**images).pooler_output
+        return torch.cat(tuple(features))
+
+    alone = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        alone[name] = read()
+    assert not torch.allclose(alone["default"], alone["other"], atol=1e-2)
+    model.set_adapter("default")
+    for names in (["other", "other"], ["other", "default"]):
+        model(**inputs, adapter_names=names)
+        model.generate(**inputs, **ASKED, adapter_names=names)
+        assert torch.equal(read(), alone["default"])
+    context = model.base_model.context
+    for _ in range(2):
+        with context.pin(adapter_names=["other", "other"]):
+            torch.testing.assert_close(read(), alone["other"], rtol=1e-4, atol=1e-5)
+        assert torch.equal(read(), alone["default"])
+    with context.pin(adapter_names=["other", "default"]), pytest.raises(ValueError, match="nothing says how many"):
+        read()
+
+
 def test_rows_that_all_have_places_for_as_many_images_may_use_fewer_of_them() -> None:
     model, inputs, names = two_adapters("mllama", bottleneck), seen("mllama", [1, 2]), ["default", "other"]
     expected = by_adapter(model, inputs, names)

@@ -153,7 +153,12 @@ class GuidanceAdapter(Adapter):
         if scale is None:
             return
         stream = context.stream(self.stack)
-        sample = next(v for v in record.inputs.values() if isinstance(v, Tensor))
+        sample = next((v for v in record.inputs.values() if isinstance(v, Tensor)), None)
+        if sample is None:
+            raise ValueError(
+                f"guidance_scale={scale} acts by what the model's forward is given, and {self.path!r} is called "
+                "outside one: call the model, or end the block that holds guidance_scale"
+            )
         device = self.trunk.device
         device = sample.device if device.type == "meta" else device  # weights that are loaded when used
         check_scale(scale, config)
