@@ -73,11 +73,8 @@ class AdapterHost(BaseTunerLayer):
     @property
     def observes(self) -> bool:
         """Whether a trainable adapter here has something to tell on the base model's stream."""
-        return any(
-            adapter.observes and any(p.requires_grad for p in adapter.parameters())
-            for name, adapter in self.adapters.items()
-            if name in self.active_adapters
-        )
+        acting = (adapter for name, adapter in self.adapters.items() if name in self.active_adapters)
+        return any(adapter.observes and any(p.requires_grad for p in adapter.parameters()) for adapter in acting)
 
     @property
     def refuses_packed(self) -> str | None:
@@ -202,18 +199,12 @@ class AdapterHost(BaseTunerLayer):
         record = self.context.record
         if not (record.training and record.grad and several()):
             return []
-        others = [name for name in self.adapters if name not in named]
-        return [name for name in others if any(p.requires_grad for p in self.adapters[name].parameters())]
+        others = ((name, adapter) for name, adapter in self.adapters.items() if name not in named)
+        return [name for name, adapter in others if any(p.requires_grad for p in adapter.parameters())]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
-        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        if device is None:  # a block has no weight of its own
-            inside = [module for _, module in outside_adapters(base_layer)]
-            weights = (p for module in inside for p in module.parameters(recurse=False))
-            buffers = (b for module in inside for b in module.buffers(recurse=False))
-            real = (t for t in chain(weights, buffers) if t.is_floating_point() and t.device.type != "meta")
-            device, dtype = next(((t.device, t.dtype) for t in real), (device, dtype))
-        return device, dtype
+        found = super()._get_base_layer_device_and_dtype(base_layer)
+        return found if found[0] is not None else _of_block(base_layer, found)
 
     # --- merging ----------------------------------------------------------------------------------------------
 
@@ -426,6 +417,15 @@ class HookedLayer(nn.Module, AdapterHost):
     def scale_layer(self, scale: float) -> None: ...
 
     def unscale_layer(self, scale: float | None = None) -> None: ...
+
+
+def _of_block(block: nn.Module, usual: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Device and dtype of a block, which has no weight of its own: of the first inside it; `usual`: there is none."""
+    inside = [module for _, module in outside_adapters(block)]
+    weights = (p for module in inside for p in module.parameters(recurse=False))
+    buffers = (b for module in inside for b in module.buffers(recurse=False))
+    real = (t for t in chain(weights, buffers) if t.is_floating_point() and t.device.type != "meta")
+    return next(((t.device, t.dtype) for t in real), usual)
 
 
 def in_stage(name: str, patterns: tuple[str, ...]) -> bool:
