@@ -262,6 +262,7 @@ def test_long_patterns_are_refused_before_they_are_compiled() -> None:
         BottleneckConfig(target_modules="a{1,60000}" * 100)
 
 
+ANY = SimpleNamespace(named=str)  # a tuner that is asked for nothing but whom its verb means
 SWITCHES: list[tuple[Any, str, tuple[Any, ...]]] = [
     (prune_experts, "preserve_mass", (None, None, 1)),
     (prune_experts, "dry_run", (None, None, 1)),
@@ -269,12 +270,12 @@ SWITCHES: list[tuple[Any, str, tuple[Any, ...]]] = [
     (merge_experts, "align", (None, None, 1)),
     (merge_experts, "dry_run", (None, None, 1)),
     (compress_experts, "dry_run", (None, ())),
-    (MoAModel.remove_expert, "renormalize", (None, "a")),
-    (MoAModel.keep_experts, "renormalize", (None, {})),
-    (MoAModel.export_expert, "pad_ranks", (None, "a", "folder")),
-    (MixDAModel.remove_domain, "renormalize", (None, "a")),
-    (MixDAModel.keep_experts, "renormalize", (None, {})),
-    (MixDAModel.export_domain, "pad_ranks", (None, "a", "folder")),
+    (MoAModel.remove_expert, "renormalize", (ANY, "a")),
+    (MoAModel.keep_experts, "renormalize", (ANY, {})),
+    (MoAModel.export_expert, "pad_ranks", (ANY, "a", "folder")),
+    (MixDAModel.remove_domain, "renormalize", (ANY, "a")),
+    (MixDAModel.keep_experts, "renormalize", (ANY, {})),
+    (MixDAModel.export_domain, "pad_ranks", (ANY, "a", "folder")),
     (StageCallback, "check_head", ("task",)),
     (GateUsageCallback, "per_layer", (None,)),
 ]
