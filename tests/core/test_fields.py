@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
