@@ -4,8 +4,9 @@
     python kernels/bench/fit.py runs/drawn7/rule.json --test runs/drawn1/rule.json
 
 By backend, precision and mode: the non-negative costs that come nearest to the times, by their ratio; calls that no
-costs explain weigh less (least absolute deviations, by reweighting). Prints the table, and what the rule with this
-table and with that of `costs.py` loses on each file against the fastest backend: `--test` files are not fitted.
+costs explain weigh less (least absolute deviations, by reweighting). Mixtures of all experts, which the rule does not
+look up, are left out. Times should be those of a machine at rest. Prints the table, and what the rule with this table
+and with that of `costs.py` loses on each file against the fastest backend: `--test` files are not fitted.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def table_of(cases: list[tuple[Case, dict[str, float]]]) -> dict[Any, tuple[floa
                 some = [
                     (costs.counts(name, shape_of(case), case.T), times[name])
                     for case, times in cases
-                    if name in times and (case.dtype != "fp32", case.training) == (half, training)
+                    if name in times and (case.dtype != "fp32", case.training) == (half, training) and case.k < case.E
                 ]
                 counts, times = map(np.array, zip(*some, strict=True))
                 table[name, half, training] = tuple(float(f"{cost:.3g}") for cost in fit(counts, times))

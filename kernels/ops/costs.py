@@ -19,6 +19,7 @@ BACKENDS = ("segments", "grouped", "gathered", "dense")
 HALF = (torch.bfloat16, torch.float16)  # whose products cost other than those of float32
 # Multiplications of a product of all experts below which it lost 0.9 % on average, 17 at most, in 48 timed cases.
 SMALL = 1e6
+MAPPED = 2**25  # bytes above which memory comes from the system anew each time, page by page (glibc)
 USUAL_ROWS = 2048  # where a choice must not depend on their number
 
 
@@ -39,45 +40,47 @@ def counts(name: str, shape: Shape, rows: int) -> tuple[float, ...]:
     """What a call does of what costs time.
 
     The call itself; multiplications in millions; numbers of rows that it passes over, and hidden values, in thousands;
-    weights that it reads or sums gradients of in millions; then what each backend has besides.
+    weights that it reads or sums gradients of in millions; slots that are summed for a row, in thousands; then what
+    each backend has besides.
     """
-    slots, experts, total_rank, width, run, _, training, _ = shape
+    slots, experts, total_rank, width, run, half, training, _ = shape
     rank, places, runs = total_rank / experts, rows * slots, rows / run
     met = experts * (1 - (1 - 1 / experts) ** (runs * slots))  # experts that rows by chance choose, on average
     hidden, weights = places * rank, (total_rank if training else met * rank) * width
-    moved = places * width / 1e3
-    own: tuple[float, ...]
+    moved, summed = places * width / 1e3, places / 1e3 if slots > 1 else 0.0
+    own: tuple[float, ...] = ()
     if name == "dense":
-        hidden, weights, own = rows * total_rank, total_rank * width, (places / 1e3,)
+        hidden, weights = rows * total_rank, total_rank * width
     elif name == "grouped":
-        own = (moved, float(experts))  # of which each is asked for its rows
+        mapped = moved if places * width * (2 if half else 4) > MAPPED else 0.0
+        own = (moved, float(experts), mapped)  # each expert is asked for its rows
     elif name == "gathered":
         own = (runs * slots * rank * width / 1e6, runs)  # copies of weights
     elif run > 1:
         own = (0.0, 0.0, runs * slots)  # in place, products of runs
     else:
         own = (1.0, moved, met + places / BLOCK)  # sorting, rows that are gathered, products of experts
-    return (1.0, hidden * width / 1e6, rows * width / 1e3, hidden / 1e3, weights / 1e6, *own)
+    return (1.0, hidden * width / 1e6, rows * width / 1e3, hidden / 1e3, weights / 1e6, summed, *own)
 
 
 # (backend, half precision, training) -> costs, by `kernels/bench/fit.py`.
 COSTS: dict[tuple[str, bool, bool], tuple[float, ...]] = {
-    ("segments", False, False): (218, 14.5, 1.35, 11.8, 1430, 86.9, 1.06, 16.3),
-    ("segments", False, True): (325, 115, 2.99, 0, 2930, 739, 5.12, 96.7),
-    ("segments", True, False): (171, 4.73, 0.836, 0, 1000, 103, 1.49, 105),
-    ("segments", True, True): (533, 19.1, 1.89, 0, 4480, 1020, 4.01, 292),
-    ("grouped", False, False): (327, 24.9, 0.124, 4.38, 753, 2.06, 2.86),
-    ("grouped", False, True): (1080, 107, 0, 0, 2470, 8.81, 10.6),
-    ("grouped", True, False): (568, 0, 0, 0, 2720, 2.3, 3.4),
-    ("grouped", True, True): (1680, 0, 0, 0, 3440, 6.51, 105),
-    ("gathered", False, False): (183, 14.1, 1.11, 10.2, 579, 1430, 0),
-    ("gathered", False, True): (915, 86.4, 3.22, 0, 1690, 5500, 0),
-    ("gathered", True, False): (340, 0, 0.988, 0, 415, 900, 0.19),
-    ("gathered", True, True): (1300, 0, 2.03, 0, 912, 7550, 0),
-    ("dense", False, False): (197, 25.2, 1.1, 3.42, 847, 0),
-    ("dense", False, True): (864, 82.1, 2.88, 12.8, 3700, 129),
-    ("dense", True, False): (332, 5.09, 0.846, 1.69, 604, 0),
-    ("dense", True, True): (1460, 18, 1.48, 8.96, 3470, 80.4),
+    ("segments", False, False): (235, 24.8, 1.25, 4.13, 1280, 329, 75.6, 1.6, 16.3),
+    ("segments", False, True): (433, 122, 2.8, 0, 2890, 333, 743, 5.84, 86.9),
+    ("segments", True, False): (204, 2.79, 0.904, 0, 1140, 552, 177, 1.36, 96.2),
+    ("segments", True, True): (402, 27, 2.13, 0, 4450, 2440, 1320, 3.23, 291),
+    ("grouped", False, False): (325, 23.7, 0.578, 4.19, 761, 164, 1.65, 2.8, 3.89),
+    ("grouped", False, True): (1070, 101, 0, 0, 2530, 600, 8.62, 9.96, 0),
+    ("grouped", True, False): (603, 0, 0, 0.317, 2730, 480, 1.83, 3.33, 0),
+    ("grouped", True, True): (1720, 0, 0, 1.39, 3240, 2280, 5.44, 104, 5.38),
+    ("gathered", False, False): (183, 15.1, 1.12, 9.71, 600, 1120, 1400, 0),
+    ("gathered", False, True): (906, 85.9, 3.32, 0, 1630, 208, 5630, 0),
+    ("gathered", True, False): (345, 0, 0.972, 0, 368, 37.9, 919, 0.142),
+    ("gathered", True, True): (1310, 0, 2.02, 0, 951, 0, 7430, 0),
+    ("dense", False, False): (207, 25.1, 1.22, 3.07, 823, 76.5),
+    ("dense", False, True): (895, 82.4, 3.34, 10.8, 3700, 584),
+    ("dense", True, False): (403, 4.44, 0.992, 1.52, 539, 112),
+    ("dense", True, True): (1500, 14.5, 1.66, 10.4, 3450, 382),
 }
 # The table is of a processor whose float32 products by torch are as fast as those by oneDNN. Where these go to oneDNN
 # because torch's take twice as long, the ones that are too small for it, or go past `products`, do so.

@@ -45,6 +45,20 @@ def test_weights_that_are_read_are_those_met_and_in_training_all_have_gradients(
     assert 0 < read < 4 / 64 * trained  # two of four rows may meet in one expert
 
 
+@pytest.mark.parametrize("name", costs.BACKENDS)
+def test_slots_are_summed_where_a_row_has_several(name: str) -> None:
+    assert [costs.counts(name, shape(slots=slots), 3000)[5] for slots in (1, 2, 4)] == [0, 6, 12]
+
+
+@pytest.mark.parametrize(("half", "rows"), [(False, 2**13), (True, 2**14)])
+def test_what_grouped_gathers_is_mapped_anew_once_it_is_large(half: bool, rows: int) -> None:
+    """Rows of width 1024 that fill just what memory keeps, and one more."""
+    for more, mapped in ((0, 0.0), (1, (rows + 1) * 1.024)):
+        counted = costs.counts("grouped", shape(width=1024, half=half), rows + more)
+        assert counted[-1] == pytest.approx(mapped)
+        assert counted[-3] == pytest.approx((rows + more) * 1.024)
+
+
 def test_every_count_has_a_cost_and_no_cost_is_negative() -> None:
     assert set(costs.COSTS) == set(EVERY)
     for (name, half, training), each in costs.COSTS.items():
