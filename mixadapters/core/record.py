@@ -206,6 +206,7 @@ class Recording:
     records: Records
 
     def prepare(self) -> None:
+        """Let adapters do what they do once per forward. The context does it."""
         raise NotImplementedError
 
     @property

@@ -15,7 +15,7 @@ from mixadapters.core.names import UNNAMED
 from mixadapters.core.trainers import trainer_above
 from mixadapters.sharding.bank import ShardedBank
 from mixadapters.sharding.experts import ExpertSharding, keep_from_ddp, mixtures_to_spread, shard_experts
-from mixadapters.training.events import RunCallback, find_tuner, plain_optimizer
+from mixadapters.training.events import OfAdapter, RunCallback, find_tuner, plain_optimizer
 
 
 class SameBatchesMixin:
@@ -58,7 +58,7 @@ class SameBatchesMixin:
         return parts.get_total_train_batch_size(args) // args.world_size
 
 
-class ExpertShardingCallback(RunCallback):
+class ExpertShardingCallback(OfAdapter, RunCallback):
     """Spreads the experts of an adapter over the processes of a Trainer (`shard_experts`), and deals them anew by
     their load after every so many steps, with what the optimizer keeps for them.
 
@@ -95,7 +95,8 @@ class ExpertShardingCallback(RunCallback):
         check_integer("every", every, least=0)
         check_integer("copies", copies, least=0)
         check_number("max_grad_norm", max_grad_norm, least=0)
-        self.every, self.copies, self.max_grad_norm, self.adapter_name = every, copies, max_grad_norm, adapter_name
+        self.every, self.copies, self.max_grad_norm = every, copies, max_grad_norm
+        self.is_for(adapter_name)
         self.sharding: ExpertSharding | None = None
 
     def on_init_end(
@@ -105,7 +106,7 @@ class ExpertShardingCallback(RunCallback):
         assert trainer is not None
         check(args, trainer)
         tuner = find_tuner(model)
-        self.adapter_name = tuner.named(self.adapter_name)
+        self.find_adapter(tuner)
         mixtures = mixtures_to_spread(tuner, self.adapter_name)
         keep_from_ddp(model, [mixture.bank for mixture in mixtures.values()])  # before Trainer wraps the model
 

@@ -25,11 +25,11 @@ from mixadapters.core.saving import restore_frozen
 from mixadapters.core.trainers import check_best, check_columns, check_launched, trainer_above
 from mixadapters.routers.base import COEFFICIENTS
 from mixadapters.training.checkpoints import fault, lay_out_moments, note_stage, stage_of
-from mixadapters.training.events import RunCallback, find_tuner, progress
+from mixadapters.training.events import OfAdapter, RunCallback, find_tuner, progress
 from mixadapters.training.objectives import require_pretrained_head
 
 
-class StageCallback(RunCallback):
+class StageCallback(OfAdapter, RunCallback):
     """Trains the parameters of one stage of a method, with the objectives of that stage.
 
     It acts at the end of `Trainer.__init__`, before the optimizer is made, so that frozen weights never enter it, and
@@ -58,7 +58,8 @@ class StageCallback(RunCallback):
     ) -> None:  # fmt: skip
         check_switches(check_head=check_head)
         check_stage(stage)
-        self.stage, self.adapter_name, self.domain = stage, adapter_name, domain
+        self.stage, self.domain = stage, domain
+        self.is_for(adapter_name)
         self.noted = stage if domain is None else f"{stage} {domain}"  # in checkpoints
         such = "such as [PreservationObjective()] of mixadapters.training.objectives"
         check_kind("objectives", objectives, (list, tuple), f"a list of objectives, {such}")
@@ -74,7 +75,7 @@ class StageCallback(RunCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         tuner = find_tuner(model)
-        self.adapter_name = tuner.named(self.adapter_name)  # whatever the run makes active (the reference of DPO)
+        self.find_adapter(tuner)
         if self.adapter_name in tuner.peft_config:
             self._check(args, tuner)
         tuner.set_stage(self.stage, self.adapter_name, self.domain)  # refuses unknown names

@@ -24,6 +24,17 @@ class RunCallback(TrainerCallback):
         raise NotImplementedError
 
 
+class OfAdapter:
+    """Part of a callback: the adapter that it is for. Where none is given, each Trainer that is made with the callback
+    finds what is active then, and keeps to it, whatever its run makes active (the reference of DPO)."""
+
+    def is_for(self, adapter_name: str) -> None:
+        self._given = self.adapter_name = adapter_name
+
+    def find_adapter(self, tuner: MixtureModel) -> None:
+        self.adapter_name = tuner.named(self._given)
+
+
 def watch_runs() -> None:
     """Have `Trainer.train` tell the callbacks of this library when it ends. Callable any number of times."""
     train = Trainer.train

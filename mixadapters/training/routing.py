@@ -15,10 +15,10 @@ from mixadapters.core.fields import check_number, finite
 from mixadapters.core.names import UNNAMED
 from mixadapters.routers.permutation import assignment
 from mixadapters.routers.schedules import Points, check_schedules
-from mixadapters.training.events import RunCallback, find_tuner, progress
+from mixadapters.training.events import OfAdapter, RunCallback, find_tuner, progress
 
 
-class RouterScheduleCallback(RunCallback):
+class RouterScheduleCallback(OfAdapter, RunCallback):
     """Lets options of routers follow the training: `{"temperature": [[0, 2.0], [0.6, 0.3]]}`, piecewise linear over
     step / max_steps, for temperature, k, p, noise, jitter and the coefficients of losses.
 
@@ -37,13 +37,14 @@ class RouterScheduleCallback(RunCallback):
     def __init__(self, schedules: Mapping[str, Points] | None = None, adapter_name: str = UNNAMED) -> None:
         if schedules is not None:
             check_schedules(schedules)
-        self.schedules, self.adapter_name = schedules, adapter_name
+        self.schedules = schedules
+        self.is_for(adapter_name)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         tuner = find_tuner(model)
-        self.adapter_name = tuner.named(self.adapter_name)
+        self.find_adapter(tuner)
         if self.schedules is not None:
             tuner.set_schedules(self.schedules, self.adapter_name)
         if not any("set_progress" in getattr(r, "moved_by", ()) for r in tuner.routers_of(self.adapter_name)):
@@ -67,7 +68,7 @@ class RouterScheduleCallback(RunCallback):
         find_tuner(model).context.steps.ended(self.adapter_name)
 
 
-class BalanceBiasCallback(RunCallback):
+class BalanceBiasCallback(OfAdapter, RunCallback):
     """After each step of the optimizer moves the biases by which routers balance their experts (`bias_update_rate`),
     by the rows that all processes have routed in the step, accumulated micro-batches included.
 
@@ -79,13 +80,13 @@ class BalanceBiasCallback(RunCallback):
     """
 
     def __init__(self, adapter_name: str = UNNAMED) -> None:
-        self.adapter_name = adapter_name
+        self.is_for(adapter_name)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         tuner = find_tuner(model)
-        self.adapter_name = tuner.named(self.adapter_name)
+        self.find_adapter(tuner)
         if not any(getattr(r, "balancing", None) for r in tuner.routers_of(self.adapter_name)):
             raise ValueError(
                 f"no router of adapter {self.adapter_name!r} balances by a bias: set router_bias_update_rate, or "
@@ -101,7 +102,7 @@ class BalanceBiasCallback(RunCallback):
         find_tuner(model).context.steps.ended(self.adapter_name)
 
 
-class PermutationSearchCallback(RunCallback):
+class PermutationSearchCallback(OfAdapter, RunCallback):
     """Searches the permutations that routers learn ("tree" with `learn_permutation`) in the first part of a run.
 
     tau and the number of Sinkhorn iterations go from their first to their last value, log-linearly; then each
@@ -129,13 +130,14 @@ class PermutationSearchCallback(RunCallback):
             raise ValueError(f"tau={tau!r} must be two finite numbers above 0: at the start and the end of the search")
         if not _is_pair(iterations) or not all(type(count) is int and count > 0 for count in iterations):
             raise ValueError(f"iterations={iterations!r} must be two positive integers, at the start and the end")
-        self.fraction, self.tau, self.iterations, self.adapter_name = fraction, tau, iterations, adapter_name
+        self.fraction, self.tau, self.iterations = fraction, tau, iterations
+        self.is_for(adapter_name)
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         tuner = find_tuner(model)
-        self.adapter_name = tuner.named(self.adapter_name)
+        self.find_adapter(tuner)
         if not any(getattr(r, "permutation", None) for r in tuner.routers_of(self.adapter_name)):
             raise ValueError(
                 f"no router of adapter {self.adapter_name!r} learns a permutation: use "

@@ -11,11 +11,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from mixadapters.core.fields import check_integer, check_number
 from mixadapters.core.names import UNNAMED
 from mixadapters.core.trainers import trainer_above
-from mixadapters.training.events import find_tuner, plain_optimizer
+from mixadapters.training.events import OfAdapter, find_tuner, plain_optimizer
 from mixadapters.tuners.moa.spawning import ExpertSpawning
 
 
-class ExpertSpawnCallback(TrainerCallback):
+class ExpertSpawnCallback(OfAdapter, TrainerCallback):
     """Trains one expert, and after `at_step` steps makes `n` of it, of which each has lost other weights.
 
     The optimizer goes on: new parameters, and those whose meaning has changed (the copied expert's, the router's
@@ -44,14 +44,15 @@ class ExpertSpawnCallback(TrainerCallback):
         check_number("mask_fraction", mask_fraction, least=0, below=1)
         check_number("noise", noise, least=0)
         self.at_step, self.n, self.mask_fraction, self.noise = at_step, n, mask_fraction, noise
-        self.from_expert, self.adapter_name = from_expert, adapter_name
+        self.from_expert = from_expert
+        self.is_for(adapter_name)
         self.trainer: Trainer | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         tuner = find_tuner(model)
-        self.adapter_name = tuner.named(self.adapter_name)
+        self.find_adapter(tuner)
         if not isinstance(tuner, ExpertSpawning):
             kind = tuner.config_of(self.adapter_name).peft_type.value
             raise ValueError(f"ExpertSpawnCallback is for MoA, and adapter {self.adapter_name!r} is of type {kind}")

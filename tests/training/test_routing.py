@@ -239,6 +239,20 @@ def test_biases_move_once_in_each_step_of_the_optimizer(
         assert not bool(router.balancing.counts.any())
 
 
+def test_a_callback_means_what_is_active_when_each_trainer_is_made_with_it(tiny: Any, tmp_path: Path) -> None:
+    """In one model two adapters are trained one after the other, with the same callbacks."""
+    fields = {"router_bias_update_rate": 0.1, "schedules": {"balance_coef": [[0, 0.1], [0.5, 0]]}}
+    model = moa(tiny("llama", num_hidden_layers=1), **fields)
+    model.add_adapter("other", model.peft_config["default"])
+    callbacks = [BalanceBiasCallback(), RouterScheduleCallback(), StageCallback("all")]
+    named = BalanceBiasCallback("default")
+    for active in ("default", "other", "default"):
+        model.set_adapter(active)
+        Trainer(model=model, args=arguments(tmp_path), callbacks=[*callbacks, named])
+        assert [callback.adapter_name for callback in callbacks] == [active] * 3
+        assert named.adapter_name == "default"
+
+
 def test_a_bias_that_nobody_has_is_refused(tiny: Any, tmp_path: Path) -> None:
     for model in (moa(tiny("llama")), get_peft_model(tiny("llama"), BottleneckConfig(r=2))):
         with pytest.raises(ValueError, match="no router of adapter 'default' balances by a bias: set router_bias"):
