@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,10 @@ class ConstantRouter(Router):
 
 def by_name(weights: Any, experts: Sequence[str]) -> dict[str, Any]:
     """Weights in the order of `experts`, or by name, as {name: weight}. Raises ValueError for others than theirs."""
+    if isinstance(weights, str) or not isinstance(weights, Iterable):
+        raise ValueError(
+            f"weights={weights!r:.80} must be a list of numbers, one for each expert, or a dict of names to them"
+        )
     if not isinstance(weights, Mapping):
         weights = list(weights)
         if len(weights) != len(experts):

@@ -26,3 +26,9 @@ def test_constant_weights_are_given_in_order_or_by_name(weights) -> None:
 def test_constant_weights_of_other_experts_are_refused(weights, remedy) -> None:
     with pytest.raises(ValueError, match=rf"must have one entry for each expert of \['law', 'code'\]: .*{remedy}"):
         build_router({"kind": "constant", "weights": weights}, 4, ["law", "code"])
+
+
+@pytest.mark.parametrize("weights", [3, "ab", 0.5])
+def test_weights_that_are_no_list_and_no_dict_are_refused(weights: object) -> None:
+    with pytest.raises(ValueError, match=rf"weights={weights!r} must be a list of numbers"):
+        build_router({"kind": "constant", "weights": weights}, 4, EXPERTS)
