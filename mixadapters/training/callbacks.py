@@ -24,7 +24,15 @@ from mixadapters.core.registry import nearest
 from mixadapters.core.saving import restore_frozen
 from mixadapters.core.trainers import check_best, check_columns, check_launched, trainer_above
 from mixadapters.routers.base import COEFFICIENTS
-from mixadapters.training.checkpoints import fault, lay_out_moments, note_stage, stage_of
+from mixadapters.training.checkpoints import (
+    STAGE_FILE,
+    adapters_in,
+    begun_anew,
+    fault,
+    lay_out_moments,
+    note_stage,
+    stage_of,
+)
 from mixadapters.training.events import OfAdapter, RunCallback, find_tuner, progress
 from mixadapters.training.objectives import require_pretrained_head
 
@@ -70,6 +78,7 @@ class StageCallback(OfAdapter, RunCallback):
                 raise ValueError(f"objectives hold {objective!r:.80}, which is {reason}: give a list {such}")
         self.trainer: Trainer | None = None
         self.set_up = False  # whether a Trainer has been made with it
+        self.resumed: Path | None = None  # the checkpoint that the run goes on from
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -149,6 +158,11 @@ class StageCallback(OfAdapter, RunCallback):
         routers = tuner.routers_of(self.adapter_name)
         return bool(self.objectives) or any(getattr(r, name, 0) for r in routers for name in COEFFICIENTS)
 
+    def run_begins(self, trainer: Trainer, resumed: Path | None) -> None:
+        self.resumed = resumed
+        if resumed is not None and self.set_up:
+            check_resumed(resumed, trainer, self.adapter_name, self.noted)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
         optimizer: Any = None, train_dataloader: Any = None, **_: Any,
@@ -167,14 +181,8 @@ class StageCallback(OfAdapter, RunCallback):
                 f"was made for stage={self.noted!r}; make "
                 "the Trainer of a stage when the run before it has ended"
             )
-        resumed = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.global_step and (made := stage_of(resumed, self.adapter_name)) not in (None, self.noted):
-            raise ValueError(
-                f"the checkpoint {resumed} was made in stage={made!r}, so the state of the optimizer does not belong "
-                f"to what stage={self.noted!r} trains; begin the stage without resume_from_checkpoint"
-            )
-        if state.global_step and self._shards():
-            inside = resumed if self.adapter_name == "default" else resumed / self.adapter_name
+        if self.resumed is not None and shards(self.trainer):
+            inside = self.resumed if self.adapter_name == "default" else self.resumed / self.adapter_name
             restore_frozen(model, self.adapter_name, inside)
         if optimizer is not None:
             with torch.no_grad():
@@ -191,10 +199,6 @@ class StageCallback(OfAdapter, RunCallback):
                 named = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "labels") if k in batch}
                 # What is sharded runs from its outermost module alone, which gathers it.
                 require_pretrained_head(self.trainer.model_wrapped if self.trainer and several() else base, named)
-
-    def _shards(self) -> bool:
-        """Whether the Trainer runs on an engine that shards, and resumes from its own files."""
-        return bool(getattr(self.trainer, "is_fsdp_enabled", 0) or getattr(self.trainer, "is_deepspeed_enabled", 0))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -237,6 +241,48 @@ def check_stage(stage: Any) -> None:
             f"stage={stage!r} is a stage of no method; there are {stages}.{nearest(str(stage), stages)} Stages of a "
             "method of your own are known once it is registered"
         )
+
+
+def check_resumed(folder: Path, trainer: Trainer, adapter: str, stage: str) -> None:
+    """Looks at a checkpoint before a run goes on from it; what begins anew is said in a warning.
+
+    Args:
+        stage: of `adapter`, as checkpoints note it.
+
+    Raises:
+        ValueError: a file of it is cut; it is of another stage, or holds no weights of the adapter.
+    """
+    if reason := fault(folder):
+        raise ValueError(f"no run can go on from the checkpoint {folder}: {reason}. Give an older one")
+    if (made := stage_of(folder, adapter)) not in (None, stage):
+        raise ValueError(
+            f"the checkpoint {folder} was made in stage={made!r}, so the state of the optimizer does not belong "
+            f"to what stage={stage!r} trains; begin the stage without resume_from_checkpoint"
+        )
+    held = adapters_in(folder)
+    if adapter not in held and (shards(trainer) or held not in ([], ["default"])):
+        raise ValueError(
+            f"the checkpoint {folder} holds weights of the adapters {held}, and none of {adapter!r}, which would not "
+            "go on from it: give the adapter the name that it had, or another checkpoint"
+        )
+    anew = begun_anew(folder, trainer)
+    if made is None:
+        warnings.warn(
+            f"the checkpoint {folder} has no {STAGE_FILE} that says which stage of adapter {adapter!r} made it: if it "
+            f"was not {stage!r}, the optimizer goes on with the state of other parameters",
+            stacklevel=2,
+        )
+    if anew := begun_anew(folder, trainer):
+        warnings.warn(
+            f"a run from the checkpoint {folder} ends elsewhere than one that is not interrupted: these begin anew: "
+            f"{'; '.join(anew)}",
+            stacklevel=2,
+        )
+
+
+def shards(trainer: Trainer | None) -> bool:
+    """Whether a Trainer runs on an engine that shards, and resumes from its own files."""
+    return bool(getattr(trainer, "is_fsdp_enabled", 0) or getattr(trainer, "is_deepspeed_enabled", 0))
 
 
 def check_saves(trainer: Trainer) -> None:

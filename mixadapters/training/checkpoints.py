@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from mixadapters.core.folders import written_aside
 
@@ -68,6 +68,30 @@ def fault(folder: Path) -> str:
         if not zipfile.is_zipfile(file):
             return f"{file.name} is cut"
     return ""
+
+
+def adapters_in(folder: Path) -> list[str]:
+    """The adapters whose weights a checkpoint holds, as PeftModel lays them out."""
+    places = {"default": folder} | {path.name: path for path in sorted(folder.iterdir()) if path.is_dir()}
+    files = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    return [name for name, place in places.items() if any((place / file).is_file() for file in files)]
+
+
+def begun_anew(folder: Path, trainer: Any) -> list[str]:
+    """What begins anew in a run that goes on from a checkpoint of which files are missing, as Trainer does not say."""
+    names, args = {path.name for path in folder.iterdir()}, trainer.args
+    found = []
+    optimizer = any(name.startswith("optimizer") for name in names)  # FSDP's is a folder
+    if not getattr(trainer, "is_deepspeed_enabled", False) and not (optimizer and SCHEDULER_NAME in names):
+        gone = SCHEDULER_NAME if optimizer else OPTIMIZER_NAME  # of the two Trainer reads both or none
+        found.append(f"the optimizer's moments and the learning rate's schedule ({gone} is missing)")
+    generators = f"rng_state_{args.process_index}.pth" if args.world_size > 1 else "rng_state.pth"
+    if generators not in names:
+        found.append(f"random numbers, of dropout and routers' noise ({generators} is missing)")
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    if scaler is not None and scaler.is_enabled() and SCALER_NAME not in names:
+        found.append(f"the scale of float16's loss ({SCALER_NAME} is missing)")
+    return found
 
 
 def _size_by_header(weights: Path) -> int | None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 
 from mixadapters.core.model import MixtureModel
 
@@ -16,8 +19,12 @@ WATCHED = "_mixadapters_run"  # on `Trainer.train` that has been replaced
 class RunCallback(TrainerCallback):
     """A callback that sets something on the model for a run, and takes it back however the run ends.
 
-    Trainer has no event for a run that raises (an error, Ctrl-C), after which nobody else would do it.
+    Trainer has no event for a run that raises (an error, Ctrl-C), after which nobody else would do it, and none before
+    it has loaded the checkpoint that it goes on from.
     """
+
+    def run_begins(self, trainer: Trainer, resumed: Path | None) -> None:
+        """Look at the folder that a run goes on from, before anything of it is loaded. None: it begins anew."""
 
     def run_ended(self, model: nn.Module) -> None:
         """Take back what this run has set on the model. Called once more than needed, it does nothing."""
@@ -43,7 +50,11 @@ def watch_runs() -> None:
 
     @functools.wraps(train)
     def watched(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        ours = [callback for callback in self.callback_handler.callbacks if isinstance(callback, RunCallback)]
+        resumed = _resumed(self, inspect.signature(train).bind(self, *args, **kwargs).arguments) if ours else None
         try:
+            for callback in ours:
+                callback.run_begins(self, resumed)
             return train(self, *args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
@@ -52,6 +63,15 @@ def watch_runs() -> None:
 
     setattr(watched, WATCHED, True)
     Trainer.train = watched
+
+
+def _resumed(trainer: Trainer, given: dict[str, Any]) -> Path | None:
+    """The checkpoint that `train` is told to go on from; None also where it is no folder, which Trainer refuses."""
+    folder = given.get("resume_from_checkpoint")
+    if folder is True:
+        output = trainer.args.output_dir
+        folder = get_last_checkpoint(output) if Path(output).is_dir() else None
+    return Path(folder) if folder and Path(folder).is_dir() else None
 
 
 def find_tuner(model: nn.Module) -> MixtureModel:

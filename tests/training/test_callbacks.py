@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mixadapters import BottleneckConfig, GateUsageCallback, MixDAConfig, StageCallback
 from mixadapters.routers import DomainGate
+from mixadapters.training import callbacks
 from mixadapters.training.callbacks import check_launched, collect_usage, find_tuner
 from mixadapters.training.objectives import MaskedObjectObjective, PreservationObjective
 
@@ -368,13 +369,80 @@ def test_a_run_in_another_stage_says_that_it_cannot_go_on(classifier: nn.Module,
 
 
 def test_the_optimizer_of_another_stage_is_not_taken_over(classifier: nn.Module, tmp_path: Path) -> None:
-    """Where torch does not notice by the number of tensors."""
-    interrupted(classifier, tmp_path, "domain")
-    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
-    with pytest.warns(UserWarning, match="the checkpoint"):
-        trainer = again(classifier, tmp_path, "task")
-    with pytest.raises(ValueError, match=r"checkpoint-2 was made in stage='domain', so the state of the optimizer"):
+    """Wherever it lies, and before any of its weights are loaded."""
+    interrupted(classifier, tmp_path / "first", "domain")
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    checkpoint = tmp_path / "first" / "checkpoint-1"
+    trainer = again(classifier, tmp_path / "second", "task")
+    with pytest.raises(ValueError, match=r"checkpoint-1 was made in stage='domain', so the state of the optimizer"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ("optimizer.pt", r"ends elsewhere .*the optimizer's moments .* \(optimizer.pt is missing\)$"),
+        ("scheduler.pt", r"ends elsewhere .*the optimizer's moments .* \(scheduler.pt is missing\)$"),
+        ("rng_state.pth", r"ends elsewhere .*random numbers, .* \(rng_state.pth is missing\)$"),
+        ("stage.json", r"checkpoint-2 has no stage.json that says which stage of adapter 'default' made it"),
+    ],
+)
+def test_a_run_from_a_checkpoint_without_a_file_says_what_begins_anew(
+    gone: str, said: str, classifier: nn.Module, tmp_path: Path
+) -> None:
+    interrupted(classifier, tmp_path)
+    (tmp_path / "checkpoint-2" / gone).unlink()
+    trainer = again(classifier, tmp_path)
+    with pytest.warns(UserWarning, match="the checkpoint") as warned:
         trainer.train(resume_from_checkpoint=True)
+    (message,) = {str(w.message) for w in warned if "the checkpoint" in str(w.message)}
+    assert re.search(said, message)
+    assert trainer.state.global_step == 4
+
+
+def test_a_run_from_a_whole_checkpoint_says_nothing(classifier: nn.Module, tmp_path: Path) -> None:
+    interrupted(classifier, tmp_path)
+    trainer = again(classifier, tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*the checkpoint.*")
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt", "adapter_model.safetensors"])
+def test_a_run_from_a_cut_checkpoint_is_refused_before_it_loads_anything(
+    name: str, classifier: nn.Module, tmp_path: Path
+) -> None:
+    interrupted(classifier, tmp_path / "first")
+    file = tmp_path / "first" / "checkpoint-1" / name
+    file.write_bytes(file.read_bytes()[:-9])
+    before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
+    trainer = again(classifier, tmp_path / "second")
+    with pytest.raises(ValueError, match=rf"no run can go on from the checkpoint .*checkpoint-1: {name} .* older one"):
+        trainer.train(resume_from_checkpoint=str(file.parent))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.state_dict().items())
+
+
+def test_a_checkpoint_without_the_adapter_is_refused(classifier: nn.Module, tmp_path: Path) -> None:
+    """Trainer loads the others, and the one that trains would begin anew."""
+    classifier.add_adapter("own", mixda())
+    classifier.set_adapter("own")
+    interrupted(classifier, tmp_path)
+    (tmp_path / "checkpoint-2" / "own").rename(tmp_path / "checkpoint-2" / "other")
+    trainer = again(classifier, tmp_path)
+    with pytest.raises(ValueError, match=r"weights of the adapters \['default', 'other'\], and none of 'own'"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_engines_take_frozen_weights_from_where_the_run_goes_on(
+    classifier: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(classifier, tmp_path / "first")
+    taken: list[Path] = []
+    monkeypatch.setattr(callbacks, "shards", lambda trainer: True)
+    monkeypatch.setattr(callbacks, "restore_frozen", lambda model, name, folder: taken.append(folder))
+    again(classifier, tmp_path / "second").train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    assert taken == [tmp_path / "first" / "checkpoint-2"]
 
 
 def test_a_last_checkpoint_that_a_killed_run_has_cut_is_named(classifier: nn.Module, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from mixadapters.training.checkpoints import fault, lay_out_moments, note_stage, stage_of
+from mixadapters.training.checkpoints import adapters_in, begun_anew, fault, lay_out_moments, note_stage, stage_of
 
 
 @pytest.fixture
@@ -33,6 +35,47 @@ def test_a_whole_checkpoint_has_no_fault(checkpoint: Path) -> None:
 def test_missing_state_is_a_fault(checkpoint: Path) -> None:
     (checkpoint / "trainer_state.json").unlink()
     assert fault(checkpoint) == "it has no trainer_state.json, which is written last"
+
+
+@pytest.mark.parametrize(
+    ("gone", "options", "anew"),
+    [
+        ([], {}, []),
+        (["rng_state.pth"], {}, ["random numbers"]),
+        (["rng_state.pth"], {"process_index": 1, "world_size": 2}, []),
+        ([], {"process_index": 2, "world_size": 4}, ["random numbers"]),
+        (["optimizer.pt", "scheduler.pt", "rng_state.pth"], {}, ["the optimizer's moments", "random numbers"]),
+        (["optimizer.pt", "scheduler.pt"], {"deepspeed": True}, []),  # whose own files hold that
+        ([], {"scaled": True}, ["the scale of float16's loss"]),
+    ],
+)
+def test_what_begins_anew_is_what_files_lack(
+    gone: list[str], options: dict[str, Any], anew: list[str], checkpoint: Path
+) -> None:
+    torch.save({}, checkpoint / "rng_state.pth")
+    for name in gone:
+        (checkpoint / name).unlink()
+    scaled = torch.amp.GradScaler("cpu", enabled=options.get("scaled", False))
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(process_index=options.get("process_index", 0), world_size=options.get("world_size", 1)),
+        accelerator=SimpleNamespace(scaler=scaled), is_deepspeed_enabled=options.get("deepspeed", False),
+    )  # fmt: skip
+    found = begun_anew(checkpoint, trainer)
+    assert len(found) == len(anew)
+    assert all(one.startswith(start) for one, start in zip(found, anew, strict=True))
+
+
+def test_the_optimizer_of_fsdp_is_a_folder(checkpoint: Path) -> None:
+    (checkpoint / "optimizer.pt").rename(checkpoint / "optimizer_0")
+    args = SimpleNamespace(process_index=1, world_size=2)
+    assert begun_anew(checkpoint, SimpleNamespace(args=args, accelerator=SimpleNamespace(scaler=None))) == []
+
+
+def test_the_adapters_of_a_checkpoint_are_found(checkpoint: Path) -> None:
+    (checkpoint / "runs").mkdir()
+    assert adapters_in(checkpoint) == ["default", "other"]
+    (checkpoint / "adapter_model.safetensors").rename(checkpoint / "other" / "adapter_model.bin")
+    assert adapters_in(checkpoint) == ["other"]
 
 
 FILES = ["trainer_state.json", "adapter_model.safetensors", "other/adapter_model.safetensors", "optimizer.pt",
