@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from mixadapters.core.base_digest import warn_of_other_base
@@ -21,13 +24,30 @@ from mixadapters.core.names import check_name
 from mixadapters.core.registry import nearest
 from mixadapters.core.rows import BASE
 from mixadapters.serving.forms import Form, Found, read_folder
-from mixadapters.serving.requests import UnknownAdapter
+from mixadapters.serving.requests import AdapterUnreadable, UnknownAdapter
 from mixadapters.serving.residency import Residents
 from mixadapters.serving.trials import Trials, foreign_names, refuse
 from mixadapters.tuners.sources import refuse_other_base
 
+logger = logging.getLogger(__name__)
 SHOWN = 20  # names in a message
 Changing = Any  # () -> a context in which no forward runs
+
+
+class Source(NamedTuple):
+    """The folder that an adapter was read from."""
+
+    folder: Path
+    files: tuple[Any, ...]  # what the system said of them: once one has been written to, it says something else
+
+    @classmethod
+    def of(cls, folder: str | Path) -> Source:
+        path, found = Path(folder).absolute(), []
+        for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+            with suppress(OSError):  # who reads it says so
+                stat = os.stat(path / name)
+                found.append((name, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        return cls(path, tuple(found))
 
 
 class ServedAdapters:
@@ -62,7 +82,7 @@ class ServedAdapters:
         self._coming: set[str] = set()
         self._forms: WeakValueDictionary[str, Form] = WeakValueDictionary()  # as long as one of them is served
         self._remembering: set[str] = set()
-        self._served: dict[str, None] = {}
+        self._served: dict[str, Source | None] = {}  # None: it came with the model
         self.hits = self.misses = 0
         self._names_inside = frozenset({*base_parts(model), *foreign_names(model)})
         self.residents = Residents(
@@ -115,10 +135,16 @@ class ServedAdapters:
             False where the adapter is not in the model, and all that are there are in use, or it is being read.
 
         Raises:
-            OSError, ValueError: its weights cannot be read.
+            AdapterUnreadable: its weights cannot be read, from its folder neither, or there is no room for others.
         """
-        if name != BASE and not self.residents.use(name):
-            return False
+        if name != BASE:
+            try:
+                inside = self.residents.use(name)
+            except ValueError as error:
+                self._read_again(name, error)
+                inside = self.residents.use(name)
+            if not inside:
+                return False
         with self._lock:
             self._running[name] += 1
         return True
@@ -149,9 +175,11 @@ class ServedAdapters:
             ValueError: the name is taken or the folder is not whole; nothing has been changed.
             AdapterRefused: it cannot be right among packed requests, or its first forward fails; it has been taken
                 out again.
+            AdapterUnreadable: `offload_folder` has no room for it or for the one that was to make room.
         """
         check_kind("folder", folder, (str, PathLike), "the path of a folder")
         with self._claimed(name):
+            source = Source.of(folder)
             with _readable(name):
                 found = read_folder(folder, self._forms)
             if self.check_base_model:
@@ -161,14 +189,44 @@ class ServedAdapters:
             if (untried := self._untried(name, found)) is not None:
                 warn_of_other_base(self.model, found.saved.config.get("base_digest"), f"adapter {name!r}")
                 self.residents.wait(name, *untried)
-                self._enlist(name, untried[0].remembers)
+                self._enlist(name, untried[0].remembers, source)
                 return
             with self.changing():
-                with self.residents.alone(), _readable(name):
-                    form = self._trials.load(name, folder, found)
-                if form is not None:
-                    self._forms[found.key] = form
-                self._enlist_resident(name, form)
+                self._enlist_resident(name, self._try(name, folder, found), source)
+
+    def _try(self, name: str, folder: str | Path, found: Found) -> Form | None:
+        """Put an adapter into the model and try it. Returns its form, where others of it need no trial."""
+        with self.residents.alone(), _readable(name):
+            form = self._trials.load(name, folder, found)
+        if form is not None:
+            self._forms[found.key] = form
+        return form
+
+    def _read_again(self, name: str, error: Exception) -> None:
+        """Have an adapter whose weights outside the model cannot be read from the folder that it came from.
+
+        Raises:
+            AdapterUnreadable: that is not there any more, or holds something else by now.
+        """
+        said, source = f"adapter {name!r} cannot come into the model: {error}", self._served.get(name)
+        if source is None:
+            raise AdapterUnreadable(f"{said}. It came with the model, and no folder has it: start the server anew")
+        if source != Source.of(source.folder):
+            raise AdapterUnreadable(
+                f"{said}. Its folder {str(source.folder)!r} has gone or changed since it was loaded: unload the "
+                "adapter, and load it again"
+            )
+        try:
+            found = read_folder(source.folder, self._forms)
+            if (untried := self._untried(name, found)) is not None:
+                self.residents.restore(name, *untried)
+            else:
+                self.residents.forget(name)
+                form = self._try(name, source.folder, found)
+                self.residents.enlist(name, form)
+        except (OSError, ValueError) as why:
+            raise AdapterUnreadable(f"{said}. Nor can its folder {str(source.folder)!r} be read: {why}") from why
+        logger.warning("adapter %r has been read from its folder again: %s", name, error)
 
     @contextmanager
     def _claimed(self, name: str) -> Iterator[None]:
@@ -225,15 +283,15 @@ class ServedAdapters:
             self.residents.forget(name)
         self.residents.drop_unwanted(lambda name: bool(self._users[name]))
 
-    def _enlist_resident(self, name: str, form: Form | None = None) -> None:
+    def _enlist_resident(self, name: str, form: Form | None = None, source: Source | None = None) -> None:
         remembers = self.residents.parts_in(name).remember
         self.residents.enlist(name, form)
-        self._enlist(name, remembers)
+        self._enlist(name, remembers, source)
 
-    def _enlist(self, name: str, remembers: bool) -> None:
+    def _enlist(self, name: str, remembers: bool, source: Source | None) -> None:
         with self._lock:
             (self._remembering.add if remembers else self._remembering.discard)(name)
-            self._served[name] = None
+            self._served[name] = source
             self._versions[name] += 1
 
 

@@ -25,6 +25,7 @@ from mixadapters.serving.folder import AdapterFolder
 from mixadapters.serving.metrics import Metrics
 from mixadapters.serving.requests import (
     AdapterRefused,
+    AdapterUnreadable,
     DeadlineExceeded,
     Request,
     RequestCancelled,
@@ -96,7 +97,7 @@ class Endpoint:
         for name in names:
             try:
                 self.server.load(name, self.folder.find(name))
-            except ValueError as error:
+            except (ValueError, AdapterUnreadable) as error:
                 self.left_out[name] = without_paths(self._said(error))
                 logger.error("adapter %r is left out: %s", name, error)
 
@@ -132,7 +133,7 @@ class Endpoint:
                     self._check_token(http)
                 response = await call(http)
             except Exception as error:
-                known = as_wire_error(error)
+                known = as_wire_error(error, self._said)
                 if known.status == 500:
                     logger.exception("%s %s", http.method, path)  # for us; the client learns that it is our fault
                 response = JSONResponse(known.body, known.status, known.headers)
@@ -274,7 +275,7 @@ class Endpoint:
                 yield answer.usage(usage_of(len(request.prompt), len(request.tokens)))
             yield "data: [DONE]\n\n"
         except Exception as error:
-            yield answer.event(as_wire_error(error).body)
+            yield answer.event(as_wire_error(error, self._said).body)
         finally:  # also where the client has gone
             request.cancel()
 
@@ -369,14 +370,19 @@ def unknown_model(name: str, have: list[str], why: str) -> WireError:
     return WireError(404, said, code="model_not_found", param="model")
 
 
-def as_wire_error(error: Exception) -> WireError:
-    """What a client is told. Of an error that is not its own, nothing but that."""
+def as_wire_error(error: Exception, said: Callable[[Exception], str] = str) -> WireError:
+    """What a client is told. Of an error that is not its own, nothing but that.
+
+    said: a message as clients may read it, but for paths.
+    """
     if isinstance(error, WireError):
         return error
     if isinstance(error, UnknownAdapter):
         return WireError(404, str(error), code="model_not_found", param="model")
     if isinstance(error, AdapterRefused):
         return WireError(400, str(error), param="model")
+    if isinstance(error, AdapterUnreadable):
+        return WireError(500, without_paths(said(error)), kind="server_error", code="adapter_unreadable")
     if isinstance(error, ServerBusy):
         return WireError(429, str(error), kind="rate_limit_error", code="server_busy", headers={"Retry-After": "1"})
     if isinstance(error, DeadlineExceeded):

@@ -85,11 +85,12 @@ class StepWork:
                 ready.append((request, options))
             self._waiting = kept
         for request, why in broken:
-            logger.error("adapter %r cannot come into the model: %s", request.adapter, why)
+            logger.error("a request of adapter %r fails: %s: %s", request.adapter, type(why).__name__, why)
             self._forget(request)
-            read = isinstance(why, (OSError, ValueError))
-            reason = "its weights cannot be read any more" if read else f"{type(why).__name__}, see the server's log"
-            request.fail(AdapterUnreadable(f"adapter {request.adapter!r} cannot come into the model: {reason}"))
+            if not isinstance(why, AdapterUnreadable):
+                reason = f"{type(why).__name__}, see the server's log"
+                why = AdapterUnreadable(f"adapter {request.adapter!r} cannot come into the model: {reason}")
+            request.fail(why)
         for request, options in ready:
             assert self._manager is not None
             self._manager.add_request(

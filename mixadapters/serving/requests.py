@@ -39,7 +39,7 @@ class AdapterRefused(ValueError):
 
 
 class AdapterUnreadable(RuntimeError):
-    """The adapter, which lay outside the model, cannot come into it: its file has gone, say, or there is no room."""
+    """The adapter cannot come into the model or wait outside it: its file has gone, say, or there is no room."""
 
 
 class RequestCancelled(RuntimeError):

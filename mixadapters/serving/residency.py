@@ -6,28 +6,33 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mixadapters.core.adapter import Adapter
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.files import weights_of
+from mixadapters.core.files import Safetensors, weights_of
 from mixadapters.core.folders import ScratchFolder
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.walking import outside_adapters
 from mixadapters.serving.forms import Form, Parts
+from mixadapters.serving.requests import AdapterUnreadable
+
+MARK = "written_by"  # in the metadata of a file: the object that has written it, and which of its files it is
 
 
 class Reading:
     """The weights of an adapter on their way from a file into host memory: a thread reads, and nobody waits for it."""
 
-    def __init__(self, path: Path, ready: Callable[[], None]) -> None:
-        self.path, self.ready = path, ready
+    def __init__(self, path: Path, mark: str, ready: Callable[[], None]) -> None:
+        self.path, self.mark, self.ready = path, mark, ready
         self.done = False
         self.tensors: dict[str, Tensor] = {}
         self.error: Exception | None = None
@@ -36,6 +41,9 @@ class Reading:
     def _read(self) -> None:
         try:
             with weights_of(self.path) as weights:  # mapped: a copy is all that comes into memory, and stays there
+                assert isinstance(weights, Safetensors)
+                if (weights.opened.metadata() or {}).get(MARK) != self.mark:
+                    raise ValueError(f"{self.path} is another file than the server has written there")
                 self.tensors = {name: weights[name].clone() for name in weights}
         except Exception as error:  # for the requests that wait for it
             self.error = error
@@ -64,6 +72,7 @@ class Residents:
         self.model, self.context, self.most, self.idle = model, context, most, idle
         self.ready = ready
         self._folder = None if folder is None else ScratchFolder(folder, "adapters-")
+        self._mark = uuid4().hex
         self._files: dict[str, Path] = {}  # written once: a served adapter does not change
         self._away: dict[str, int] = {}  # those whose weights lie in their files alone -> bytes
         self._readings: dict[str, Reading] = {}
@@ -126,12 +135,21 @@ class Residents:
         if form is not None:
             self._forms[name] = form
         self._inside[name] = next(self._stays)
-        self._make_room(name)
+        try:
+            self._make_room(name)
+        except AdapterUnreadable:
+            self.forget(name)
+            raise
 
     def wait(self, name: str, form: Form, weights: dict[str, Tensor]) -> None:
         """An adapter that is not in the model is one of ours from now on. Forwards may run meanwhile."""
-        self._forms[name] = form
         self._keep(name, weights)
+        self._forms[name] = form
+
+    def restore(self, name: str, form: Form, weights: dict[str, Tensor]) -> None:
+        """An adapter whose file cannot be read waits in host memory."""
+        self.forget(name)
+        self._forms[name], self._waiting[name] = form, weights
 
     def use(self, name: str) -> bool:
         """Have an adapter in the model.
@@ -140,9 +158,12 @@ class Residents:
             False where there is no room, as all that are in it are in use, or where its weights are still to be read.
 
         Raises:
-            OSError, ValueError: they cannot be read.
+            ValueError: they cannot be read, or are lost.
+            AdapterUnreadable: the one that was to make room cannot be written to its file.
         """
         if name not in self._inside:
+            if name not in self._parts and name not in self._forms:
+                raise ValueError("it has been lost")  # by a `restore` or a trial that has failed
             if name in self._away and not self._has_come(name):
                 return False
             if self.most is not None and len(self._inside) >= self.most and not self._evict_one():
@@ -180,9 +201,13 @@ class Residents:
     def _has_come(self, name: str) -> bool:
         """Whether the weights have been read; the first question has them read."""
         if name not in self._readings:
-            self._readings[name] = Reading(self._files[name], self.ready)
+            path = self._files[name]
+            self._readings[name] = Reading(path, self._mark_of(path), self.ready)
             return False
         reading = self._readings[name]
+        if reading.done and isinstance(reading.error, (OSError, ValueError)):
+            said = str(self._readings.pop(name).error).removeprefix(f"{reading.path} ")
+            raise ValueError(f"its file {str(reading.path)!r}: {said}") from reading.error
         if reading.done and reading.error is not None:
             raise self._readings.pop(name).error  # type: ignore[misc]
         return reading.done
@@ -226,9 +251,19 @@ class Residents:
             return
         if name not in self._files:
             path = Path(self._folder.name) / f"{next(self._numbers)}.safetensors"
-            save_file({key: tensor.clone().contiguous() for key, tensor in weights.items()}, path)
+            whole = {key: tensor.clone().contiguous() for key, tensor in weights.items()}
+            try:
+                save_file(whole, path, {MARK: self._mark_of(path)})
+            except (OSError, SafetensorError) as error:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+                said = f"its file {str(path)!r} cannot be written: {error}"
+                raise AdapterUnreadable(f"adapter {name!r} cannot wait outside the model: {said}") from error
             self._files[name] = path
         self._away[name] = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+
+    def _mark_of(self, path: Path) -> str:
+        return f"{self._mark} {path.name}"
 
     def _make_room(self, kept: str) -> None:
         while self.most is not None and len(self._inside) > self.most and self._evict_one(kept):

@@ -571,6 +571,38 @@ def test_metrics_say_how_requests_end(served, alone) -> None:
     assert ended("done") == done + 1
 
 
+def test_file_that_cannot_be_read_any_more_is_named_and_the_others_are_served(
+    causal, save, monkeypatch, tmp_path, alone
+) -> None:
+    """Neither the server's own nor that of the adapter; of either the client learns the name alone."""
+    for name in ("one", "two"):
+        save(tmp_path / "adapters" / name, "lora", 3)
+    (tmp_path / "away").mkdir()
+    monkeypatch.setenv("MIXADAPTERS_TOKEN", TOKEN)
+    options = ["--max-resident", "1", "--offload-folder", str(tmp_path / "away")]
+    served, thread = running(causal(), tmp_path / "adapters", *options)
+    try:
+        (file,) = (tmp_path / "away").rglob("*.safetensors")  # of "two": the first of its form comes into the model
+        file.write_bytes(file.read_bytes()[:-4])
+        shutil.rmtree(tmp_path / "adapters" / "two")
+        for stream in (False, True):
+            answer = served.post("/v1/completions", model="two", prompt=WORDS, max_tokens=3, stream=stream)
+            assert answer.status_code == (200 if stream else 500)  # of a stream it has been said
+            text = answer.text.removeprefix("data: ").strip() if stream else answer.text
+            error = json.loads(text)["error"]
+            assert error["code"] == "adapter_unreadable"
+            assert f"adapter 'two' cannot come into the model: its file '{file.name}': cannot be" in error["message"]
+            assert "Its folder 'two' has gone or changed since it was loaded: unload the adapter" in error["message"]
+            assert str(tmp_path) not in error["message"]
+            assert served.client.completions.create(model="one", prompt=WORDS, max_tokens=3).choices[0].text == alone(
+                IDS, "chat", 3
+            )
+    finally:
+        served.client.close()
+        served.server.should_exit = True
+        thread.join(30)
+
+
 def test_folder_that_cannot_be_served_is_left_out_and_said(causal, folder, monkeypatch, caplog, tmp_path) -> None:
     monkeypatch.delenv("MIXADAPTERS_TOKEN", raising=False)
     shutil.copytree(folder / "law", tmp_path / "law")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from served import KINDS, generated, tried
 
 from mixadapters.core.layer import AdapterHost
@@ -218,17 +219,98 @@ def test_others_go_on_while_weights_are_read(filed, alone, monkeypatch) -> None:
     assert not filed.adapters.residents._readings
 
 
-def test_weights_that_cannot_be_read_fail_their_request_alone(filed, alone, tmp_path) -> None:
-    (near, *_), (far, *_) = sorted(inside(filed)), sorted(set(NAMES) - inside(filed))
-    for path in tmp_path.rglob("*.safetensors"):
-        path.unlink()
+def spoil(server: AdapterServer, names: list[str], how: str) -> Path:
+    """What may become of files in `offload_folder`. Returns the path of the first of these adapters."""
+    files = server.adapters.residents._files
+    paths, whole = [files[name] for name in names], {path: path.read_bytes() for path in files.values()}
+    for path in paths:
+        if how == "gone":
+            path.unlink()
+        elif how == "cut":
+            path.write_bytes(whole[path][:-4])
+        else:  # the weights of another adapter
+            path.write_bytes(next(content for other, content in whole.items() if other != path))
+    return paths[0]
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "another"])
+def test_file_that_cannot_be_read_is_replaced_from_the_folder_of_its_adapter(filed, alone, how, caplog) -> None:
+    away = sorted(set(NAMES) - inside(filed))
+    spoil(filed, away, how)
     with filed:
-        with pytest.raises(
-            AdapterUnreadable, match=f"adapter {far!r} cannot come into the model: its weights cannot be read"
-        ):
+        for name in [*NAMES, *away]:
+            assert filed.submit(PROMPT, name, max_new_tokens=6).result(60).tokens == alone[name]
+    again = [record.message for record in caplog.records if "has been read from its folder again" in record.message]
+    assert len(again) == len(away)
+    assert f"adapter {away[0]!r} has been read from its folder again: its file" in again[0]
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "another"])
+@pytest.mark.parametrize("folder", ["changed", "gone"])
+def test_weights_that_cannot_be_read_fail_their_request_alone(
+    causal, save, alone, folders, tmp_path, how, folder
+) -> None:
+    server = AdapterServer(causal(), max_resident=2, offload_folder=tmp_path, **SMALL)
+    for i in range(4):
+        server.load(f"b{i}", save(tmp_path / f"b{i}", "lora", i))
+    near, far = "b0", "b3"  # the first of its form comes into the model
+    file = spoil(server, [far], how)
+    weights = tmp_path / far / "adapter_model.safetensors"
+    if folder == "gone":
+        weights.unlink()
+    else:  # by the same number of bytes
+        weights.write_bytes((tmp_path / "b1" / "adapter_model.safetensors").read_bytes())
+    message = rf"adapter 'b3' cannot come into the model: its file '{file}': .*Its folder .*b3' has gone or changed"
+    with server:
+        for _ in range(2):
+            with pytest.raises(AdapterUnreadable, match=message):
+                server.submit(PROMPT, far, max_new_tokens=6).result(30)
+            assert len(server.submit(PROMPT, near, max_new_tokens=6).result(30).tokens) == 6
+        assert server.waiting == 0
+        assert server.unload(far)
+        server.load(far, folders["a0"])
+        assert server.submit(PROMPT, far, max_new_tokens=6).result(30).tokens == alone["a0"]
+
+
+def test_adapter_that_is_lost_comes_back_with_its_folder(filed, alone, monkeypatch) -> None:
+    """Though the try in between has taken out what was left of it."""
+    far = sorted(set(NAMES) - inside(filed))[0]
+    spoil(filed, [far], "gone")
+    filed.adapters._forms.clear()  # so that it is tried
+    monkeypatch.setattr(filed.adapters._trials, "_trial", lambda name: "of a test")
+    with filed:
+        with pytest.raises(AdapterUnreadable, match=r"Nor can its folder .* be read: .*of a test"):
             filed.submit(PROMPT, far, max_new_tokens=6).result(30)
+        monkeypatch.undo()
+        assert filed.submit(PROMPT, far, max_new_tokens=6).result(30).tokens == alone[far]
+
+
+def test_disk_that_is_full_leaves_the_model_as_it_is(filed, folders, alone, monkeypatch) -> None:
+    """Of two that are in the model none can leave, and the message names the one that was to."""
+    (near, *_), (far, *_) = sorted(inside(filed)), sorted(set(NAMES) - inside(filed))
+    for name in inside(filed):
+        filed.adapters.residents._files.pop(name, None)
+    before, files = inside(filed), sorted(Path(filed.adapters.residents._folder.name).iterdir())
+
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("mixadapters.serving.residency.save_file", full)
+    message = r"adapter 'a.' cannot wait outside the model: its file '.*' cannot be written: No space left"
+    with filed:
+        with pytest.raises(AdapterUnreadable, match=message):
+            filed.submit(PROMPT, far, max_new_tokens=6).result(30)
+        for name in ("new of a known form", "new"):
+            with pytest.raises(AdapterUnreadable, match=message.replace("'a.'", "'.*'")):
+                filed.load(name, folders["a0"])
+            filed.adapters._forms.clear()
+        assert inside(filed) == before
+        assert filed.adapters.names == NAMES
         assert filed.submit(PROMPT, near, max_new_tokens=6).result(30).tokens == alone[near]
-        assert filed.waiting == 0
+        monkeypatch.undo()
+        assert filed.submit(PROMPT, far, max_new_tokens=6).result(30).tokens == alone[far]
+    assert set(files) <= set(Path(filed.adapters.residents._folder.name).iterdir())
 
 
 def test_offload_folder_must_be_there_and_of_use(causal, tmp_path) -> None:
