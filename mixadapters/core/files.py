@@ -44,6 +44,7 @@ class SavedAdapter:
     shapes: dict[str, tuple[int, ...]]  # key -> shape of the tensor
     other: str | None = None  # why the weights are not those that the config was saved with
     not_real: dict[str, str] = field(default_factory=dict)  # key -> dtype of what holds no real numbers
+    not_finite: tuple[str, ...] = ()  # keys of what holds NaN or infinite values
     mapped: bool = False  # whether keys are renamed on loading, for another version of the base model
 
     @cached_property
@@ -181,7 +182,18 @@ def read_adapter(
             shapes = {key: tuple(tensor.shape) for key, tensor in weights.items() if isinstance(tensor, Tensor)}
             not_real = {key: str(tensor.dtype) for key, tensor in weights.items() if not tensor.is_floating_point()}
         other = other_save(weights, config, weights_path)
-    return SavedAdapter(str(model_id), config, shapes, other, not_real)
+        broken = () if other else not_finite(weights)
+    return SavedAdapter(str(model_id), config, shapes, other, not_real, broken)
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The keys of weights that hold NaN or infinite values."""
+    return tuple(key for key in sorted(weights) if _has_others(weights[key]))
+
+
+def _has_others(tensor: Tensor) -> bool:
+    wide = tensor.is_floating_point() and tensor.element_size() > 1  # torch looks into none of 8 bits
+    return wide and not bool(tensor.isfinite().all())
 
 
 def other_save(weights: Mapping[str, Any], config: dict[str, Any], path: str) -> str | None:

@@ -183,6 +183,8 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
             names = host.to_merge(adapter_names)
             if not names:
                 continue
+            for name in names:
+                _refuse_broken(host, name)
             host.folded(names, safe_merge)
             for parameter in host.get_base_layer().parameters(recurse=False):
                 others = {n.rpartition(".")[0] for n in owners.get(_memory_of(parameter), ())} - {host.path}
@@ -197,3 +199,13 @@ def _memory_of(parameter: nn.Parameter) -> tuple[bool, int]:
     """The same for parameters that share their memory. Quantized ones have no address of their own: the object."""
     address = parameter.data_ptr()
     return bool(address), address or id(parameter)
+
+
+def _refuse_broken(host: AdapterHost, adapter_name: str) -> None:
+    """Raise ValueError, as PEFT does where `safe_merge`, for weights by which an unloaded model would lose its own."""
+    for key, value in host.adapters[adapter_name].named_parameters():
+        if not value.is_meta and not value.isfinite().all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {key!r} at "
+                f"{host.path!r} holds NaN or infinite values"
+            )

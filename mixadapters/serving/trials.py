@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from mixadapters.core.files import PREFIX, SavedAdapter, loading, weights_of
+from mixadapters.core.files import PREFIX, SavedAdapter, loading, not_finite, weights_of
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.saving import check_kinds
 from mixadapters.core.sites import unwrapped
@@ -76,11 +76,14 @@ class Trials:
 
         Raises:
             ValueError: the file has not these weights, and no others: embeddings would be those of all requests.
+            AdapterRefused: one of them is not finite; it may be of an expert that no token of the trial is given to.
         """
         own = {host.path: adapter for host, adapter in self.residents.parts_of(name)}
         mark = f".{self.residents.parts_of(name)[0][0].prefix}adapters."
         parts: dict[str, dict[str, Any]] = {place: {} for place in own}
         with weights_of(path) as weights:
+            if broken := not_finite(weights):
+                refuse(name, f"{broken[0]!r} in its file holds NaN or infinite values")
             for key in weights:
                 place, found, rest = key.removeprefix(PREFIX).partition(mark)
                 if not found or place not in parts:

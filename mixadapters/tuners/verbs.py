@@ -200,12 +200,20 @@ def _warn_of_others(model_id: Any, loaded: PeftModel) -> None:
 
 
 def _saved(model_id: Any, model: Any, kwargs: dict[str, Any]) -> SavedAdapter | None:
-    """The files, if they are those of one of our types."""
+    """The files, if they are those of one of our types. Warns where their weights are not finite: they are loaded, as
+    an expert that no token is given to does no harm, and who looks for the reason needs them."""
     found = being_loaded()
     if found is not None and found.model_id == str(model_id):  # a verb that calls another
         return found
     saved = read_adapter(model_id, lambda kind: config_class(kind) is not None, **kwargs)
     if saved is None:
         return None
+    if saved.not_finite:
+        first, more = saved.not_finite[0], len(saved.not_finite) - 1
+        warnings.warn(
+            f"{saved.model_id}: {first!r}{f' and {more} more weights' if more else ''} hold NaN or infinite values: "
+            "what goes through them will not be finite either. Load an earlier save",
+            stacklevel=4,
+        )
     renames = kwargs.get("key_mapping") or getattr(model, "_checkpoint_conversion_mapping", None)
     return replace(saved, mapped=bool(renames))

@@ -236,6 +236,22 @@ def test_numbers_of_another_kind_are_not_cut_to_fit(dtype: torch.dtype, tiny: An
         set_peft_model_state_dict(model, load_file(tmp_path / WEIGHTS))
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_named_and_loaded(value: float, tiny: Any, tmp_path: Path) -> None:
+    saved(tiny, tmp_path, "moa")
+    change_config(tmp_path, digest=None)
+    weights = load_file(tmp_path / WEIGHTS)
+    first, other, *_ = sorted(key for key in weights if "experts.a" in key)
+    weights[first][0], weights[other][0] = value, value
+    change_weights(tmp_path, **weights)
+    with pytest.warns(UserWarning, match=f"{tmp_path}: '{first}' and 1 more weights hold NaN or infinite values"):
+        model = PeftModel.from_pretrained(tiny("llama"), tmp_path)
+    loaded = get_peft_model_state_dict(model)
+    assert all(torch.equal(loaded[key].nan_to_num(), tensor.nan_to_num()) for key, tensor in weights.items())
+    with pytest.warns(UserWarning, match="1 more weights hold NaN"):
+        tiny("llama").load_adapter(str(tmp_path))
+
+
 def test_a_source_in_a_file_is_not_followed_and_an_origin_names_no_local_path(tiny: Any, tmp_path: Path) -> None:
     for name in ("law", "code"):
         model = get_peft_model(tiny("llama"), MixDAConfig(domains=[name], r=4, task_adapter=None, **TASK))

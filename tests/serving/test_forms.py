@@ -230,6 +230,31 @@ def test_numbers_that_cannot_be_served_are_refused_at_load(known, folders, tmp_p
     assert known.adapters.names == list(KINDS)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_weights_that_are_not_finite_are_refused_by_key(known, folders, tmp_path, kind, value) -> None:
+    """Also those of an expert that the trial's tokens are not given to."""
+    spoilt = []
+
+    def spoil(key: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not spoilt and ("down.weight" in key or "lora_A" in key):
+            spoilt.append(key)
+            tensor[0] = value
+        return tensor
+
+    folder = written(copied(folders[f"{kind}1"], tmp_path / "x"), spoil)
+    known.adapters._trials._trial = lambda name: None
+    try:
+        first, second = refusals(known, "x", folder)
+    finally:
+        del known.adapters._trials._trial
+    assert first == second
+    (key,) = spoilt
+    place = key.removeprefix("base_model.model.").partition(".mlp")[0]
+    assert place in first
+    assert ("down.weight at" if kind == "lora" else key) in first
+
+
 @pytest.mark.parametrize("kind", ["bottleneck", "moa", "mixda"])
 def test_weights_of_another_save_are_refused_at_load(known, folders, tmp_path, kind) -> None:
     folder = written(copied(folders[f"{kind}1"], tmp_path / "x"), lambda key, tensor: tensor * 0.5, digest=True)

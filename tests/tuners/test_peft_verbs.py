@@ -876,13 +876,18 @@ def test_a_merge_into_a_shared_weight_is_refused_before_any_change(merge: str, s
         assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
 
 
-def test_a_safe_merge_looks_at_all_layers_first(tiny: Any) -> None:
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_merge_of_what_is_not_finite_is_refused_before_any_change(safe: bool, value: float, tiny: Any) -> None:
     config = MoSAConfig(base="lora", target_modules=["q_proj"], init_weights=False, task_type="CAUSAL_LM")
     model = get_peft_model(tiny("llama"), config)
     with torch.no_grad():
-        list(model.base_model.hosts())[-1].adapters["default"].bank.experts["adapter"].up.weight[0, 0] = torch.nan
+        list(model.base_model.hosts())[-1].adapters["default"].bank.experts["adapter"].up.weight[0, 0] = value
     before = {key: tensor.clone() for key, tensor in model.state_dict().items() if "base_layer" in key}
-    with pytest.raises(ValueError, match="NaNs detected"):
-        model.base_model.merge_adapter(safe_merge=True)
+    message = (
+        r"NaNs detected .* adapter default seems .* 'bank.experts.adapter.up.weight' at '.*q_proj' holds NaN or inf"
+    )
+    with pytest.raises(ValueError, match=message):
+        model.base_model.merge_adapter(safe_merge=safe)
     assert all(torch.equal(before[key], model.state_dict()[key]) for key in before)
     assert not any(host.merged for host in model.base_model.hosts())
