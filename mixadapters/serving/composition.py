@@ -20,6 +20,7 @@ from mixadapters.core.rows import BASE
 
 CONFIG, TEXTS = "composition.json", "composition.safetensors"
 FORMAT = 1
+OPTIONS = ("classifier", "neighbours", "max_entropy", "fallback", "mapping")  # in the file
 
 
 class CompositionRouter:
@@ -180,8 +181,7 @@ class CompositionRouter:
         folder.mkdir(parents=True, exist_ok=True)
         with written_aside(folder / TEXTS) as aside:
             save_file({"features": self._features.contiguous(), "labels": self._labels}, aside)
-        options = ("classifier", "neighbours", "max_entropy", "fallback", "mapping")
-        content = {"format": FORMAT, "categories": self.categories, **{name: getattr(self, name) for name in options}}
+        content = {"format": FORMAT, "categories": self.categories, **{name: getattr(self, name) for name in OPTIONS}}
         with written_aside(folder / CONFIG) as aside:
             aside.write_text(json.dumps(content, indent=2), encoding="utf-8")
 
@@ -203,8 +203,10 @@ class CompositionRouter:
             categories = content.pop("categories", None)
             if not isinstance(categories, list) or not all(isinstance(name, str) for name in categories):
                 raise ValueError(f"categories={categories!r} must be a list of names")
-            if unknown := set(content) - {"classifier", "neighbours", "max_entropy", "fallback", "mapping"}:
+            if unknown := set(content) - set(OPTIONS):
                 raise ValueError(f"unknown fields {sorted(unknown)}")
+            if missing := [name for name in OPTIONS if name not in content]:  # by another value it would choose others
+                raise ValueError(f"{missing[0]} is missing")
             if not (Path(folder) / TEXTS).is_file():
                 raise ValueError(f"{TEXTS} is missing")
             router = cls(embed, **content)
@@ -212,8 +214,9 @@ class CompositionRouter:
                 if set(weights) != {"features", "labels"}:
                     raise ValueError(f"{TEXTS} must hold features and labels, and holds {sorted(weights)}")
                 features, labels = weights["features"], weights["labels"]
-            if features.dim() != 2 or labels.shape != features.shape[:1] or labels.dtype != torch.long:
-                raise ValueError(f"{TEXTS}: features must be (N, d) and labels (N,), whole numbers")
+            whole = features.is_floating_point() and labels.dtype == torch.long
+            if features.dim() != 2 or labels.shape != features.shape[:1] or not whole:
+                raise ValueError(f"{TEXTS}: features must be (N, d), real numbers, and labels (N,), whole ones")
             if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(categories):
                 raise ValueError(f"{TEXTS}: labels must be numbers of the {len(categories)} categories")
             return router.fit_features(features, [categories[i] for i in labels.tolist()])

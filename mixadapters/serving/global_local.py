@@ -214,11 +214,17 @@ class GlobalLocalMixture:
         """input_ids, attention_mask (N, T) -> the user's name or "__base__" for each row, for `adapter_names`.
 
         Raises:
-            ValueError: the user has no gate.
+            ValueError: the user has no gate, or one of features of another width.
         """
         if user not in self.gates:
             raise ValueError(f"user={user!r} has no gate; fit_user or load makes one.{nearest(user, self.gates)}")
-        sure = self.gates[user](self.embed(input_ids=input_ids, attention_mask=attention_mask)) >= self.threshold
+        features, gate = self.embed(input_ids=input_ids, attention_mask=attention_mask), self.gates[user]
+        if features.shape[-1:] != gate.weight.shape:
+            raise ValueError(
+                f"the gate of user={user!r} reads {len(gate.weight)} features, and embed gives "
+                f"{tuple(features.shape)}: it was fitted with another embed, or for another model"
+            )
+        sure = gate(features) >= self.threshold
         return [user if mine else BASE for mine in sure.tolist()]
 
     @torch.no_grad()
@@ -263,8 +269,9 @@ class GlobalLocalMixture:
             if set(weights) != {"weight", "bias"}:
                 raise ValueError(f"{path} must hold weight and bias, and holds {sorted(weights)}")
             weight, bias = weights["weight"], weights["bias"]
-        if weight.dim() != 1 or bias.dim() != 0 or not bool(weight.isfinite().all() & bias.isfinite()):
-            raise ValueError(f"{path}: weight must be (d,) and bias a number, all finite")
+        real = weight.is_floating_point() and bias.is_floating_point()
+        if not real or weight.dim() != 1 or bias.dim() != 0 or not bool(weight.isfinite().all() & bias.isfinite()):
+            raise ValueError(f"{path}: weight must be (d,) and bias a number, real and all finite")
         self.model.load_adapter(str(folder), adapter_name=user)
         self.gates[user] = Gate(weight.float(), bias.float())
 

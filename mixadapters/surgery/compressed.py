@@ -362,8 +362,8 @@ def _is_described(about: Any) -> bool:
     return (
         isinstance(shape, list) and len(shape) >= (4 if "halves" in about else 2)
         and about.get("halves", True) is True and all(type(n) is int and n > 0 for n in shape)
-        and math.prod(shape) < 2**48 and type(about["by_columns"]) is bool and about["codec"] in PARTS
-        and about["dtype"] in DTYPES
+        and math.prod(shape) < 2**48 and type(about["by_columns"]) is bool
+        and about["codec"] in tuple(PARTS) and about["dtype"] in tuple(DTYPES)  # whatever they are, a list too
     )  # fmt: skip
 
 
@@ -386,11 +386,16 @@ def load_compressed(folder: str | Path, base_model: nn.Module | None = None, **o
         needs = "an adapter: pass its base model" if is_adapter else "a whole model: leave base_model out"
         raise ValueError(f"base_model={type(base_model).__name__}, but {folder} holds {needs}")
     with tempfile.TemporaryDirectory() as parent:
-        plain = Path(parent) / "plain"
+        plain = Path(parent) / Path(folder).resolve().name  # which warnings say
         expand_compressed(folder, plain)
-        if base_model is not None:
-            return PeftModel.from_pretrained(base_model, str(plain), **options)
-        model = load_pruned(plain, **options) if (plain / EXPERTS_FILE).exists() else _whole(plain, folder, options)
+        try:
+            if base_model is not None:
+                return PeftModel.from_pretrained(base_model, str(plain), **options)
+            pruned = (plain / EXPERTS_FILE).exists()
+            model = load_pruned(plain, **options) if pruned else _whole(plain, folder, options)
+        except ValueError as error:
+            said = str(error).replace(str(plain), str(folder))
+            raise ValueError(said if str(folder) in said else f"{folder}: {said}") from error
         model.config._name_or_path = model.name_or_path = str(folder)  # what adapters of it will say
         return model
 

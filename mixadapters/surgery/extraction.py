@@ -149,7 +149,10 @@ class Extraction:
             groups = tuple(parts[str(i)] for i in range(len(parts) - 2))
             if any(t.dtype != torch.int64 or t.dim() != 1 for t in (*groups, parts["shared"])):
                 raise ValueError(f"{file} holds no extraction: groups at {path!r} are no lists of units")
-            plans[path] = FFNPlan(groups, parts["shared"], parts["router"])
+            router = parts["router"]
+            if router.dim() != 2 or not router.is_floating_point() or not bool(router.isfinite().all()):
+                raise ValueError(f"{file} holds no extraction: the router at {path!r} is no matrix of finite numbers")
+            plans[path] = FFNPlan(groups, parts["shared"], router)
         if not plans:
             raise ValueError(f"{file} holds no extraction: it is empty")
         return cls(plans)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
@@ -82,6 +83,10 @@ def load_pruned(folder: str | Path, **options: Any) -> Any:
         )  # fmt: skip
     except SafetensorError as error:
         raise ValueError(f"folder={str(folder)!r}: its weights are not whole: {error}") from None
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # transformers' own of shapes; its report in the log has the keys
+        raise ValueError(f"folder={str(folder)!r} does not hold the weights of its model: {error}") from error
     except OSError as error:
         raise ValueError(
             f"folder={str(folder)!r} has no weights that save_pruned writes (load_compressed reads codes): {error}"
@@ -144,7 +149,10 @@ def _shaped(cls: Any, layouts: Mapping[str, Mapping[str, Any]]) -> Any:
         cls.__init__(self, config, *args, **kwargs)
         names = [name for name, module in self.named_modules() if holds_experts(module)]
         if sorted(names) != sorted(layouts):
-            raise ValueError(f"{EXPERTS_FILE} names the layers {sorted(layouts)[:3]}, and the model has {names[:3]}")
+            raise ValueError(
+                f"{config._name_or_path}: {EXPERTS_FILE} names the layers {sorted(layouts)[:3]}, and the model has "
+                f"{names[:3]}"
+            )
         for name in names:
             layer = BaseExperts(self, name, self.get_submodule(name), BASES[config.model_type], config.model_type)
             layer.shrink(layouts[name]["experts"], len(layouts[name]["columns"]))

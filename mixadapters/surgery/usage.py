@@ -243,11 +243,14 @@ class ExpertUsage:
                 told = opened.metadata() or {}
                 if told.get("mixadapters_usage") not in (str(OLD), str(FORMAT)):
                     raise ValueError("it has no usage of this format")
-                old = told["mixadapters_usage"] == str(OLD)
+                old, read = told["mixadapters_usage"] == str(OLD), set()
                 for number, said in enumerate(_entries(told.get("layers"), old)):
                     tensors = {name: opened.get_tensor(f"{number}.{name}") for name in PARTS}
+                    read |= {f"{number}.{name}" for name in PARTS}
                     owner = usage if said["label"] is None else usage.by_label.setdefault(said["label"], cls())
                     owner.layers[said["key"]] = _read_layer(said, tensors)
+                if stray := set(opened.keys()) - read:
+                    raise ValueError(f"{min(stray)!r} is of no layer that it names")
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{str(file)!r} is no file that ExpertUsage.save has written: {error}") from None
         return usage
@@ -295,6 +298,8 @@ def _read_layer(said: Mapping[str, Any], tensors: dict[str, Tensor]) -> LayerUsa
         shape = (len(tensors["draws"]), *old.shape[1:]) if name in ("logits", "draws") else tuple(old.shape)
         if tuple(new.shape) != shape or new.dtype != old.dtype:
             raise ValueError(f"{name} of {said['path']!r} is {tuple(new.shape)} of {new.dtype}")
+        if not new.is_floating_point() and bool((new < 0).any()):
+            raise ValueError(f"{name} of {said['path']!r} counts fewer than none")
         setattr(empty, name, new)
     return empty
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -22,6 +23,10 @@ PARTS = ("sample", "target", "timestep", "guidance_scale")
 # What tells models apart, and what indices of version 1 lacked at first.
 IDENTITY = ("model_digest", "model_says")
 LATER = frozenset({*IDENTITY, "trajectories", "model_class", "model_dtypes", "unconditional_varies"})
+
+
+class CutIndex(ValueError):
+    """An index that is no JSON."""
 
 
 def write_whole(file: Path, write: Callable[[Path], Any]) -> None:
@@ -111,7 +116,7 @@ def _begun(index: Path) -> dict[str, Any] | None:
     """The facts of an index; None where it was cut."""
     try:
         return read_index(index)
-    except json.JSONDecodeError:
+    except CutIndex:
         return None
 
 
@@ -136,11 +141,14 @@ def read_index(index: Path) -> dict[str, Any]:
     """The facts of a record.
 
     Raises:
-        ValueError: no facts, or of a newer version (json.JSONDecodeError: no JSON).
+        ValueError: no facts, or of a newer version (CutIndex: no JSON).
     """
     if index.stat().st_size > LONGEST_INDEX:
         raise ValueError(f"{index} has {index.stat().st_size} bytes; an index has at most {LONGEST_INDEX}")
-    facts = json.loads(index.read_text(encoding="utf-8"))
+    try:
+        facts = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # JSON and Unicode errors
+        raise CutIndex(f"{index} is no JSON ({error}); record() with the same arguments writes it again") from error
     version = facts.get("format_version") if isinstance(facts, dict) else None
     if type(version) is not int or not isinstance(facts.get("plan"), dict):
         raise ValueError(f"{index} is no index of a record: it lacks format_version or plan")
@@ -149,12 +157,21 @@ def read_index(index: Path) -> dict[str, Any]:
     return facts
 
 
+def _fits(name: str, value: Tensor, rows: int) -> bool:
+    """Whether a tensor of a shard is a part of so many trajectories (rows, steps, ...), or a condition (rows, ...)."""
+    if name not in PARTS:
+        return name.startswith(("condition.", "unconditional.")) and value.dim() > 0 and len(value) == rows
+    real = not value.is_complex() and value.dtype != torch.bool
+    return real and (value.dim() > 2) == (name in ("sample", "target"))
+
+
 def read_shards(folder: Path, facts: dict[str, Any]) -> list[dict[str, Tensor]]:
     """The whole shards of a record, mapped into memory; says which are not there.
 
     Raises:
         ValueError: a shard that belongs to another record, or is none.
     """
+    first: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     found, left_out = [], []
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -169,6 +186,12 @@ def read_shards(folder: Path, facts: dict[str, Any]) -> list[dict[str, Tensor]]:
         shapes = {name: tuple(shard[name].shape[:2]) if name in shard else None for name in PARTS}
         if None in shapes.values() or len(set(shapes.values())) != 1 or shard["timestep"].dim() != 2:
             raise ValueError(f"{file} is no shard of a record: its parts are {shapes}")
+        if odd := [name for name, value in shard.items() if not _fits(name, value, len(shard["timestep"]))]:
+            raise ValueError(f"{file} is no shard of a record: {odd[0]!r} is {tuple(shard[odd[0]].shape)}")
+        forms = {name: (value.dtype, tuple(value.shape[1:])) for name, value in shard.items()}
+        first = first or forms
+        if differ := sorted(name for name, _ in forms.items() ^ first.items()):
+            raise ValueError(f"{file} is of another record than the other shards: {differ[0]!r} is otherwise there")
         found.append(shard)
     rows = sum(len(shard["timestep"]) for shard in found)
     expected = facts.get("trajectories", rows)

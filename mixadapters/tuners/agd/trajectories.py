@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -48,12 +47,7 @@ class Trajectories(Dataset):
             ValueError: no index, or no shards, of a record.
         """
         folder = Path(folder)
-        try:
-            info = read_index(folder / INDEX)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{folder / INDEX} is no JSON ({error}); record() with the same arguments writes it again"
-            ) from error
+        info = read_index(folder / INDEX)
         return cls(read_shards(folder, info), info)
 
     @property
