@@ -255,7 +255,7 @@ class Endpoint:
     ) -> dict[str, Any]:
         choices = []
         for request in requests:
-            found = [piece async for piece in pieces(request, self.server.tokenizer, stops, http)]
+            found = [piece async for piece in pieces(request, self.server.tokenizer, stops, http, answer.chat)]
             choices.append(("".join(text for text, _ in found), found[-1][1] or "stop"))
         prompt, generated = (
             sum(map(len, lists)) for lists in zip(*((r.prompt, r.tokens) for r in requests), strict=True)
@@ -268,7 +268,7 @@ class Endpoint:
         try:
             if answer.chat:
                 yield answer.piece(None)
-            async for text, reason in pieces(request, self.server.tokenizer, stops, None):
+            async for text, reason in pieces(request, self.server.tokenizer, stops, None, answer.chat):
                 if text or reason:
                     yield answer.piece(text, reason)
             if counts_usage:
@@ -315,7 +315,7 @@ class Endpoint:
 
 
 async def pieces(
-    request: Request, tokenizer: Any, stops: list[str], http: HttpRequest | None
+    request: Request, tokenizer: Any, stops: list[str], http: HttpRequest | None, chat: bool
 ) -> AsyncIterator[tuple[str, str | None]]:
     """What a request generates: (text, None) as it comes, and at the end (text, finish_reason).
 
@@ -328,7 +328,9 @@ async def pieces(
             loop.call_soon_threadsafe(news.set)
 
     request.listen(tell)
-    detokenizer, stopping, given = Detokenizer(tokenizer), StopStrings(stops), 0
+    # A completion goes on with its prompt's text; an answer in a chat is a text of its own.
+    detokenizer = Detokenizer(tokenizer, () if chat else request.prompt)
+    stopping, given = StopStrings(stops), 0
     look = loop.time() + LOOK
     while True:
         done, tokens = request.done, request.tokens

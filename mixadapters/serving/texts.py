@@ -6,15 +6,24 @@ from collections.abc import Sequence
 from typing import Any
 
 UNFINISHED = "\ufffd"  # what a tokenizer makes of the first bytes of a character
+BEFORE = 6  # tokens that come before a text and are decoded with its beginning: enough for the bytes of a character
 
 
 class Detokenizer:
-    """Token ids -> text, piece by piece. A character whose bytes are not all there waits for them."""
+    """Token ids -> text, piece by piece. A character whose bytes are not all there waits for them.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Args:
+        after: the ids that the text continues. Many tokenizers leave out the space that the first of all tokens
+            begins with.
+    """
+
+    def __init__(self, tokenizer: Any, after: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = self._read = 0  # decoded again from here, as spaces depend on the token before; given up to here
+        self._ids: list[int] = list(after[-BEFORE:])
+        self._start = 0  # decoded again from here, as spaces depend on the token before
+        self._read = len(self._ids)  # given up to here
+        while self._read and self._decode(self._ids[: self._read]).endswith(UNFINISHED):
+            self._read -= 1  # a character that those have begun is of this text
 
     def add(self, ids: Sequence[int]) -> str:
         """The text that these ids add."""

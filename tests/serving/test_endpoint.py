@@ -120,14 +120,18 @@ def served(causal, folder) -> Iterator[Served]:
 
 @pytest.fixture(scope="module")
 def alone(causal, folder) -> Any:
-    """(ids, adapter, tokens) -> the text that `generate` gives."""
+    """(ids, adapter, tokens) -> the text that `generate` gives: what goes on with the prompt, or says it in a chat."""
     quiet, tokenizer = AdapterServer(causal()), word_tokenizer()
     for name in NAMES:
         quiet.load(name, folder / name)
-    names = {"tiny": "__base__"}
-    return lambda ids, adapter, tokens: tokenizer.decode(
-        generated(quiet.model, ids, names.get(adapter, adapter), tokens), skip_special_tokens=True
-    )
+
+    def text(ids: list[int], adapter: str, tokens: int, chat: bool = False) -> str:
+        new = generated(quiet.model, ids, {"tiny": "__base__"}.get(adapter, adapter), tokens)
+        before = [] if chat else ids
+        whole = tokenizer.decode(before + new, skip_special_tokens=True)
+        return whole.removeprefix(tokenizer.decode(before, skip_special_tokens=True))
+
+    return text
 
 
 # --- by the client ------------------------------------------------------------------------------------------------
@@ -179,7 +183,7 @@ def test_chat_takes_the_template(served, alone, model) -> None:
     messages = [{"role": "user", "content": "w8 w16"}]
     done = served.client.chat.completions.create(model=model, messages=messages, max_completion_tokens=5)
     assert done.choices[0].message.role == "assistant"
-    assert done.choices[0].message.content == alone([4, 8, 16, 5], model, 5)
+    assert done.choices[0].message.content == alone([4, 8, 16, 5], model, 5, chat=True)
     parts = [{"role": "user", "content": [{"type": "text", "text": "w8 "}, {"type": "text", "text": "w16"}]}]
     again = served.client.chat.completions.create(model=model, messages=parts, max_tokens=5)
     assert again.choices[0].message.content == done.choices[0].message.content
@@ -193,7 +197,7 @@ def test_streams_say_the_same_piece_by_piece(served, alone) -> None:
         )
     )
     texts = [piece.choices[0].delta.content or "" for piece in pieces if piece.choices]
-    assert "".join(texts) == alone([4, 8, 16, 5], "chat", 8)
+    assert "".join(texts) == alone([4, 8, 16, 5], "chat", 8, chat=True)
     assert sum(map(bool, texts)) > 3
     assert [piece.choices[0].finish_reason for piece in pieces if piece.choices][-1] == "length"
     assert pieces[-1].usage.completion_tokens == 8
@@ -264,7 +268,7 @@ def test_fields_that_change_nothing_are_taken(served, alone) -> None:
     }  # fmt: skip
     messages: list[Any] = [{"role": "user", "content": "w8 w16"}]
     done = served.client.chat.completions.create(model="law", messages=messages, max_tokens=5, **neutral)
-    assert done.choices[0].message.content == alone([4, 8, 16, 5], "law", 5)
+    assert done.choices[0].message.content == alone([4, 8, 16, 5], "law", 5, chat=True)
     messages = [*messages, done.choices[0].message.model_dump(), {"role": "user", "content": "w9"}]
     assert served.client.chat.completions.create(model="law", messages=messages, max_tokens=1, seed=None)  # type: ignore[call-overload]
 

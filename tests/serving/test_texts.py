@@ -38,6 +38,25 @@ def test_character_that_never_ends_comes_at_the_end() -> None:
     assert detokenizer.rest() == ""
 
 
+class Words:
+    """As Llama's: each token is a word with the space before it, which is left out of the first of all."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(f" w{i}" for i in ids if i).removeprefix(" ")
+
+
+@pytest.mark.parametrize("prompt", [[], [0], [7], [0, *range(1, 20)]])
+def test_text_goes_on_with_what_comes_before_it(prompt) -> None:
+    detokenizer, words = Detokenizer(Words(), prompt), Words()
+    text = "".join(detokenizer.add([i]) for i in (3, 0, 4)) + detokenizer.rest()
+    assert words.decode(prompt, True) + text == words.decode([*prompt, 3, 4], True)
+
+
+def test_a_character_that_a_prompt_begins_comes_with_its_last_byte() -> None:
+    detokenizer = Detokenizer(Bytes(), [*b"a", 0xF0, 0x9F, 0x99])
+    assert detokenizer.add([0x82]) + detokenizer.add(b"b") + detokenizer.rest() == "🙂b"
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     ("text", "stops", "given"),
