@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from mixadapters import BottleneckConfig, MixDAConfig, PILLConfig
-from mixadapters.core.names import RESERVED
+from mixadapters.core.names import RESERVED, UNNAMED, Unnamed, of_active
+from mixadapters.tuners import AGDModel, BottleneckModel, MixDAModel, MoAModel, MoSAModel, PILLModel
 
 LONG = "n" * 300  # no name for a folder
 NEVER = [
@@ -215,3 +218,58 @@ def test_a_head_keeps_its_keys_whatever_the_adapter_is_called(tiny: Any, tmp_pat
     model = get_peft_model(tiny("llama"), config, adapter_name="head")
     nn.init.normal_(model.base_model.model.lm_head.modules_to_save["head"].weight)
     saved_and_loaded(model, tiny, tmp_path)
+
+
+# --- which adapter a verb means -----------------------------------------------------------------------------------
+
+
+class OneActive:
+    """A tuner with an active adapter "law"."""
+
+    def named(self, name: str) -> str:
+        return "law" if isinstance(name, Unnamed) else name
+
+    @of_active
+    def verb(self, what: int, adapter_name: str = UNNAMED, more: int = 0) -> tuple[int, str, int]:
+        return what, adapter_name, more
+
+
+def test_a_verb_means_the_active_adapter_however_its_arguments_are_given() -> None:
+    tuner = OneActive()
+    assert tuner.verb(1) == tuner.verb(what=1) == tuner.verb(1, UNNAMED) == (1, "law", 0)
+    assert tuner.verb(1, more=2) == tuner.verb(1, UNNAMED, 2) == tuner.verb(1, more=2, adapter_name=UNNAMED) == (
+        1, "law", 2
+    )  # fmt: skip
+    assert tuner.verb(1, "default", 2) == tuner.verb(1, adapter_name="default", more=2) == (1, "default", 2)
+
+
+def test_without_an_active_adapter_a_verb_means_the_first(tiny: Any) -> None:
+    tuner = get_peft_model(tiny("llama"), BottleneckConfig(r=2)).base_model
+    tuner.set_adapter([])
+    assert tuner.named(UNNAMED) == "default"
+
+
+def verbs_of(kind: type) -> dict[str, Any]:
+    """The methods that take `adapter_name` and need none."""
+    found = {name: verb for name in dir(kind) if inspect.isfunction(verb := inspect.getattr_static(kind, name))}
+    defaults = {name: inspect.signature(verb).parameters.get("adapter_name") for name, verb in found.items()}
+    return {name: found[name] for name, given in defaults.items() if given and isinstance(given.default, Unnamed)}
+
+
+TUNERS = [AGDModel, BottleneckModel, MixDAModel, MoAModel, MoSAModel, PILLModel]
+
+
+@pytest.mark.parametrize("kind", TUNERS, ids=lambda kind: kind.__name__)
+def test_every_verb_asks_which_adapter_is_meant_before_all_else(kind: type) -> None:
+    class Asked(Exception): ...
+
+    def ask(name: str) -> str:
+        raise Asked
+
+    verbs = verbs_of(kind)
+    assert {"set_stage", "set_progress"} <= set(verbs)
+    for verb in verbs.values():
+        needed = [p for p in list(inspect.signature(verb).parameters.values())[1:] if p.default is p.empty]
+        given = {p.name: None for p in needed if p.kind is not p.VAR_KEYWORD}
+        with pytest.raises(Asked):
+            verb(SimpleNamespace(named=ask), **given)

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import Trainer
 
+from mixadapters import MoAConfig
 from mixadapters.sharding import ExpertShardingCallback, SameBatchesMixin
 from mixadapters.sharding.bank import ShardedBank
 from mixadapters.sharding.trainer import check
@@ -52,6 +54,18 @@ def test_what_can_be_is_not_refused() -> None:
 def test_what_cannot_be_is_refused_by_name(given: dict[str, Any], trainer: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(arguments(**given), trainer)
+
+
+def test_the_callback_is_for_what_is_active_when_the_trainer_is_made(tiny: Any, monkeypatch: Any) -> None:
+    fields = {"num_experts": 2, "r": 2, "target_modules": ["q_proj"]}
+    model = get_peft_model(tiny("llama", num_hidden_layers=1), MoAConfig(**fields))
+    model.add_adapter("other", MoAConfig(**fields))
+    model.set_adapter("other")
+    monkeypatch.setattr("mixadapters.sharding.trainer.trainer_above", ExpertTrainer)
+    callback = ExpertShardingCallback()
+    callback.on_init_end(arguments(), None, None, model=model)
+    model.set_adapter("default")
+    assert callback.adapter_name == "other"
 
 
 class Served:

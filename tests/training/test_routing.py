@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from mixadapters import (
     BalanceBiasCallback,
     BottleneckConfig,
+    ExpertSpawnCallback,
     MixDAConfig,
     MoAConfig,
     PermutationSearchCallback,
@@ -239,17 +241,32 @@ def test_biases_move_once_in_each_step_of_the_optimizer(
         assert not bool(router.balancing.counts.any())
 
 
-def test_a_callback_means_what_is_active_when_each_trainer_is_made_with_it(tiny: Any, tmp_path: Path) -> None:
-    """In one model two adapters are trained one after the other, with the same callbacks."""
-    fields = {"router_bias_update_rate": 0.1, "schedules": {"balance_coef": [[0, 0.1], [0.5, 0]]}}
+BIASED = {"router_bias_update_rate": 0.1, "schedules": {"balance_coef": [[0, 0.1], [0.5, 0]]}}
+TREE = {"router": {"kind": "tree", "learn_permutation": True}}
+
+
+@pytest.mark.parametrize(
+    ("make", "fields"),
+    [
+        (BalanceBiasCallback, BIASED),
+        (RouterScheduleCallback, BIASED),
+        (partial(StageCallback, "all"), BIASED),
+        (PermutationSearchCallback, TREE),
+        (partial(ExpertSpawnCallback, 1, 2), {"num_experts": 1}),
+    ],
+    ids=["bias", "schedules", "stage", "permutation", "spawn"],
+)
+def test_a_callback_means_what_is_active_when_each_trainer_is_made_with_it(
+    make: Any, fields: dict[str, Any], tiny: Any, tmp_path: Path
+) -> None:
+    """In one model two adapters are trained one after the other, with the same callback."""
     model = moa(tiny("llama", num_hidden_layers=1), **fields)
     model.add_adapter("other", model.peft_config["default"])
-    callbacks = [BalanceBiasCallback(), RouterScheduleCallback(), StageCallback("all")]
-    named = BalanceBiasCallback("default")
+    callback, named = make(), make(adapter_name="default")
     for active in ("default", "other", "default"):
         model.set_adapter(active)
-        Trainer(model=model, args=arguments(tmp_path), callbacks=[*callbacks, named])
-        assert [callback.adapter_name for callback in callbacks] == [active] * 3
+        Trainer(model=model, args=arguments(tmp_path), callbacks=[callback, named])
+        assert callback.adapter_name == active
         assert named.adapter_name == "default"
 
 

@@ -113,9 +113,10 @@ def test_groups_of_experts_are_those_of_a_layer_where_experts_differ(tiny, tmp_p
     model = get_peft_model(tiny("llama"), MoAConfig(experts=folders, router=router))
     groups = {path.rpartition(".")[2]: m.router.balance_groups for path, m in model.base_model._mixtures("default")}
     assert groups == {"q_proj": [["one", "two"]], "v_proj": [["two"], ["three"]]}
-    router["balance_groups"] = [["one"], ["three"]]
-    with pytest.raises(ValueError, match="must hold each expert"):
-        get_peft_model(tiny("llama"), MoAConfig(experts=folders, router=router))
+    for wrong in ([["one"], ["three"]], [["one", "two"], ["three", "four"]]):
+        router["balance_groups"] = wrong
+        with pytest.raises(ValueError, match="must hold each expert"):
+            get_peft_model(tiny("llama"), MoAConfig(experts=folders, router=router))
 
 
 def test_fields_of_new_experts_are_said_to_do_nothing_for_gathered_ones(tiny, tmp_path) -> None:
@@ -134,6 +135,9 @@ def test_fields_of_new_experts_are_said_to_do_nothing_for_gathered_ones(tiny, tm
     PeftModel.from_pretrained(tiny("llama"), tmp_path / "mixed")  # which says nothing: the field has been of use
     gather(tiny("llama"), {"one": tmp_path / "one", "new": {}}, **fields)
     gather(tiny("llama"), {"one": tmp_path / "one"}, n_shared_experts=1, **fields)
+    for name in ("rank_pattern", "alpha_pattern"):
+        with pytest.warns(UserWarning, match=rf"^{name}="):
+            gather(tiny("llama"), {"one": tmp_path / "one"}, **{name: {"q_proj": 4}})
 
 
 def test_pointwise_convolution_is_a_linear_layer(tmp_path) -> None:
