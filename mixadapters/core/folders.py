@@ -161,11 +161,11 @@ class ScratchFolder:
 
 def _is_left(folder: Path) -> bool:
     """Whether a folder is one whose process has ended without taking it along."""
-    if fcntl is None or folder.is_symlink() or not (folder / LOCK).is_file():
+    if fcntl is None:
         return False
     try:
         with open(folder / LOCK) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held, or not ours to look at
+    except OSError:  # held, none of these folders, or not ours to look at
         return False
     return True

@@ -541,8 +541,13 @@ def test_teacher_of_a_model_that_sees_is_given_the_images_and_without_the_prompt
     prompt[:, -2:] = 0
     types = {"token_type_ids": 1 - prompt} if kind == "paligemma" else {}  # it is causal in the answer alone
     batch |= types
+    if kind == "llava":  # the caller's positions
+        batch["position_ids"] = torch.arange(3, 3 + ids.shape[1]).expand(2, -1)
+    calls: list[set[str]] = []
+    model.get_base_model().register_forward_pre_hook(lambda _, args, given: calls.append(set(given)), with_kwargs=True)
+    beside = {"prompt_mask": prompt, "guidance_scale": torch.tensor([1.0, 2.0]), "labels": ids, "use_cache": False}
     with torch.no_grad():
-        given = model(**batch, prompt_mask=prompt, guidance_scale=torch.tensor([1.0, 2.0]))
+        given = model(**batch, **beside)
         whole = plain(**batch).logits[:, -3:].log_softmax(-1)
         types = {name: value[:, -3:] for name, value in types.items()}
         answer = plain(input_ids=ids[:, -3:], attention_mask=torch.ones(2, 3, dtype=torch.long), **types).logits
@@ -551,6 +556,11 @@ def test_teacher_of_a_model_that_sees_is_given_the_images_and_without_the_prompt
     said = (answer + 2 * (whole - answer)).log_softmax(-1)[1]
     distance = (said.exp() * (said - whole[1])).sum(-1)
     assert distance.mean() > 0.05
+    sorts = {name for name in batch if name.endswith("token_type_ids")}
+    _, whole_pass, answer_pass = calls
+    assert set(batch) <= whole_pass
+    assert answer_pass - {"guidance_scale"} == {"input_ids", "attention_mask", "position_ids", "use_cache", *sorts}
+    assert "labels" not in whole_pass
     torch.testing.assert_close(given.loss, distance.sum() / 6, rtol=1e-3, atol=1e-5)  # of scale 1 there is none
     prompt[1, :] = torch.arange(prompt.shape[1]) <= (ids[1] != 0).int().argmax()
     with pytest.raises(ValueError, match="an image or sound stands after the prompt"):

@@ -20,7 +20,7 @@ from mixadapters.tuners.agd.guidance import Rule, classifier_free, prediction_of
 LOSSES = ("normalized", "native")
 SPACES = ("noise", "sample", "velocity")
 # Arguments of a forward that hold text or say what to do with it; the others, in a model that sees, are of images.
-OF_TEXT = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "num_items_in_batch"})
+OF_TEXT = frozenset({"input_ids", "inputs_embeds", "attention_mask", "labels", "num_items_in_batch"})
 BASE = {"guidance_scale": None}  # a forward without guidance, whatever is pinned
 
 
@@ -249,10 +249,10 @@ def guided_log_probabilities(
     """(B, T, V) next-token log-probabilities of the guided model; of use from the prompt's last token on.
 
     tokens, real (False at padding), prompt: (B, T); scale: a number or (B,). seen: what the model is given of images
-    or sounds, which belong to the prompt; it then counts positions itself, as it does for a caller.
+    or sounds, which belong to the prompt, and of positions; without these it counts them itself, as for a caller.
     """
     kept, seen = real & ~prompt | _last(prompt), seen or {}
-    types = {n: v for n, v in seen.items() if n == "token_type_ids"}  # PaliGemma is causal in the answer alone
+    types = {n: v for n, v in seen.items() if n.endswith("token_type_ids")}  # Molmo2 wants them in training
     without = {} if isinstance(module, nn.Module) and ForwardContext.find(module) is None else BASE
     conditional, unconditional = (
         module(
