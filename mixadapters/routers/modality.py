@@ -76,7 +76,7 @@ class Modalities:
         if self.tokens is None or tokens is None:
             reason = "token_ids is not set" if self.tokens is None else "there are no input_ids"
             raise ValueError(
-                f"nothing says which tokens are {' or '.join(self.names[1:])}: the batch has neither modality_ids nor "
+                f"nothing says which tokens are {' or '.join(self.names)}: the batch has neither modality_ids nor "
                 f"mm_token_type_ids, and {reason}; pass modality_ids (B, T) with 0 for text"
             )
         return self._numbered(tokens, self.tokens, missing=0)

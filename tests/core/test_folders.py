@@ -50,7 +50,7 @@ def test_a_folder_that_holds_something_is_refused_and_nothing_is_left_beside_it(
 
 HOLD = """
 import sys
-from mixadapters.core.folders import LOCK, ScratchFolder
+from mixadapters.core.folders import ScratchFolder
 folder = ScratchFolder(sys.argv[1], "adapters-")
 open(folder.name + "/weights", "w").close()
 print(folder.name, flush=True)
@@ -69,19 +69,15 @@ def test_what_a_killed_process_has_left_goes_and_what_others_use_stays(tmp_path:
         killed, alive = (Path(process.stdout.readline().strip()) for process in running)
         running[0].kill()
         running[0].wait()
-        (tmp_path / "adapters-of-the-user").mkdir()
-        (tmp_path / "of-another-kind").mkdir()
+        others = ("adapters-of-the-user", "of-another-kind")
+        for name in others:
+            (tmp_path / name).mkdir()
         (tmp_path / "of-another-kind" / LOCK).touch()
         assert (killed / "weights").is_file()
         mine = ScratchFolder(tmp_path, "adapters-")
         second = ScratchFolder(tmp_path, "adapters-")  # of the same process
         assert sorted(tmp_path.iterdir()) == sorted(
-            [
-                alive,
-                Path(mine.name),
-                Path(second.name),
-                *(tmp_path / n for n in ("adapters-of-the-user", "of-another-kind")),
-            ]
+            [alive, Path(mine.name), Path(second.name), *(tmp_path / name for name in others)]
         )
         assert (alive / "weights").is_file()
         gone = mine.name

@@ -188,7 +188,7 @@ def test_t04b_a_step_needs_its_own_modality(tiny, tiny_inputs) -> None:
 
     torch.testing.assert_close(step(modality_ids=ids[:, -1:]), expected, **EXACT)
     assert (step(modality_ids=torch.zeros(1, 1, dtype=torch.long)) - expected).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="nothing says which tokens are image or audio"):
+    with pytest.raises(ValueError, match="nothing says which tokens are text or image or audio"):
         step()
     with pytest.raises(ValueError, match="modality_ids has 3 values per row, but this forward reads 1 tokens after 6"):
         step(modality_ids=ids[:, :3])
