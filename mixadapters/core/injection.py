@@ -156,7 +156,11 @@ class Injection(SiteFinder):
         self._replace_module(owner, child, within, host)
 
     def _refuse_offloaded(self, base: nn.Module, path: str) -> None:
-        if any(p.is_meta for p in own_parameters(base)) and not all(p.is_meta for p in own_parameters(self.model)):
+        if not any(p.is_meta for p in own_parameters(base)):
+            return
+        # A model that is nothing but shapes is no offloaded one, whose modules accelerate has marked.
+        marked = any(hasattr(module, "_hf_hook") for module in self.model.modules())
+        if marked or not all(p.is_meta for p in own_parameters(self.model)):
             raise ValueError(
                 f"{path!r} is offloaded: its weights are on the meta device, and so would be the adapter, with "
                 "nothing in it. Load the model without offloading (no disk or cpu in device_map)"

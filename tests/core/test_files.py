@@ -542,10 +542,12 @@ def test_lora_beside_a_mixture_is_asked_for(tiny: Any, tmp_path: Path) -> None:
 # --- what would be lost or passed over ------------------------------------------------------------------------------
 
 
-def test_offloaded_layers_are_refused(tiny: Any) -> None:
+@pytest.mark.parametrize("part", ["model.layers.1", ""])
+def test_offloaded_layers_are_refused(part: str, tiny: Any) -> None:
+    """Of a model that is offloaded as a whole all weights are on the meta device, as of one that is made of shapes."""
     model = tiny("llama")
-    cpu_offload(model.model.layers[1])
-    with pytest.raises(ValueError, match=r"layers.1.* is offloaded"):
+    cpu_offload(model.get_submodule(part))
+    with pytest.raises(ValueError, match=rf"{part}.* is offloaded"):
         get_peft_model(model, CONFIGS["bottleneck"]())
 
 
