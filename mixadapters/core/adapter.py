@@ -53,6 +53,11 @@ class Adapter(nn.Module):
             if isinstance(part, Adapter):
                 part.bind(site, name)
 
+    @property
+    def prepares(self) -> bool:
+        """Whether there is something to do in `prepare`."""
+        return type(self).prepare is not Adapter.prepare
+
     def prepare(self, context: ForwardContext) -> None:
         """Called once per root forward, before its layers run and outside checkpointed regions."""
 
@@ -89,6 +94,10 @@ class Chain(Adapter):
         for step in self.children():
             y = step(x, y, context)
         return y
+
+    @property
+    def prepares(self) -> bool:
+        return any(step.prepares for step in self.steps.values())
 
     def prepare(self, context: ForwardContext) -> None:
         for step in self.steps.values():

@@ -89,7 +89,14 @@ class RootHooks:
                 context.engine.look(module, record.training and record.grad)
             if record.training or "labels" in kwargs:  # steps of decoding are not held up
                 records.trainers.look(lambda model: root_of(model) is module, context.own_fields)
-        record.plain = self.plain(record)
+        copied = getattr(module, "_is_replica", False)  # by nn.DataParallel: weights are no parameters there
+        if copied and context.preparing:
+            raise ValueError(
+                "what adapters draw or compute once for each forward (MoSA, AGD) does not reach the copies that "
+                "nn.DataParallel makes of a model: start one process for each device (torchrun), or hide all devices "
+                "but one (CUDA_VISIBLE_DEVICES=0)"
+            )
+        record.plain = not copied and self.plain(record)
         self._claim_cache(record, stream.cache)
         self.carry_into_checkpoints(module)
         context.prepare()

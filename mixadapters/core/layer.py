@@ -97,7 +97,7 @@ class AdapterHost(BaseTunerLayer):
         self.context.hosted.add(name)
         if not adapter.lone:
             self.context.deciding.add(name)
-        if type(adapter).prepare is not Adapter.prepare and self not in self.context.preparing:
+        if adapter.prepares and self not in self.context.preparing:
             self.context.preparing.append(self)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_requires_grad(name, name in self.active_adapters and not inference_mode)

@@ -192,6 +192,12 @@ def check(args: TrainingArguments, trainer: Trainer) -> None:
             f"{name} needs the same batches in all processes, and {type(trainer).__name__} gives each its own: make a "
             "class ExpertTrainer(SameBatchesMixin, Trainer), with mixadapters.sharding.SameBatchesMixin"
         )
+    order = type(trainer).__mro__
+    if order.index(SameBatchesMixin) > order.index(Trainer):
+        raise ValueError(
+            f"{type(trainer).__name__} has SameBatchesMixin after Trainer among its bases, where it changes nothing: "
+            "write class ExpertTrainer(SameBatchesMixin, Trainer)"
+        )
     if args.max_grad_norm:
         raise ValueError(
             f"max_grad_norm={args.max_grad_norm!r} of TrainingArguments would clip by the norm of the gradients that "

@@ -29,6 +29,10 @@ class PlainTrainer(Trainer):
     __init__ = ExpertTrainer.__init__
 
 
+class LateTrainer(PlainTrainer, SameBatchesMixin):
+    pass
+
+
 def arguments(**fields: Any) -> Any:
     return SimpleNamespace(**{"world_size": 2, "fp16": False, "torch_compile": False, "max_grad_norm": 0.0, **fields})
 
@@ -48,6 +52,7 @@ def test_what_can_be_is_not_refused() -> None:
         ({"fp16": True}, ExpertTrainer(), "use bf16=True"),
         ({"torch_compile": True}, ExpertTrainer(), "torch_compile=True"),
         ({}, PlainTrainer(), r"make a class ExpertTrainer\(SameBatchesMixin, Trainer\)"),
+        ({}, LateTrainer(), "LateTrainer has SameBatchesMixin after Trainer among its bases"),
         ({"max_grad_norm": 1.0}, ExpertTrainer(), r"ExpertShardingCallback\(max_grad_norm=1.0\)"),
     ],
 )  # fmt: skip
