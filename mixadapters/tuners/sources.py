@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mixadapters.core.base_digest import warn_of_other_base
 from mixadapters.core.config import MixtureConfig
-from mixadapters.core.fields import check_number, fits
+from mixadapters.core.fields import check_number, default_of, fits
 from mixadapters.core.files import digest_of, read_adapter, read_config
 from mixadapters.core.folders import check_misspelt, folder_aside, new_folder
 from mixadapters.core.names import check_free, check_name
@@ -131,6 +131,22 @@ def expert_options(spec: Mapping[str, Any], path: str) -> dict[str, Any]:
     scales = spec.get("scales", {})
     key = key_of(scales, path)
     return {} if key is None else {"scale": scales[key], "up_bias": key in spec.get("biases", ())}
+
+
+def warn_of_unused(
+    config: Any, entries: Mapping[str, dict[str, Any]], names: Sequence[str], noun: str, verb: str
+) -> None:
+    """Say which of the fields `names`, by which new experts are made, do nothing now, where all are gathered.
+
+    noun, verb: what an entry is called, and the method that adds a new one.
+    """
+    said = [f"{n}={value!r}" for n in names if (value := getattr(config, n)) != default_of(config, n)]
+    if said and entries and all("source" in spec for spec in entries.values()):
+        warnings.warn(
+            f"{', '.join(said)}: gathered {noun}s keep the ranks and factors that they were trained with, so this is "
+            f"for those alone that {verb} makes later; leave it out if there will be none",
+            stacklevel=2,
+        )
 
 
 def sources_to_origins(entries: Mapping[str, dict[str, Any]]) -> None:

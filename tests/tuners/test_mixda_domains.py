@@ -813,9 +813,21 @@ def save_path(tiny: Any, folder: Path, name: str) -> str:
 def test_a_new_domain_lies_where_the_others_do_unless_layers_are_named(tiny, tmp_path) -> None:
     sources = {name: save_path(tiny, tmp_path, name) for name in "ab"}
     for layers, expected in ((None, {"0", "2", "3"}), ([1], {"1"})):
-        model = get_peft_model(tiny("llama"), MixDAConfig(domains=dict(sources), r=4, domain_layers=layers))
+        model = get_peft_model(tiny("llama"), MixDAConfig(domains=dict(sources), domain_layers=layers))
         tuner(model).add_domain("c")
         assert {key.partition(".")[0] for key in experts(model, "c")} == expected
+
+
+def test_widths_of_new_domains_are_said_to_do_nothing_for_gathered_ones(tiny, tmp_path) -> None:
+    """They are for those that come later, which may be meant; a domain that is new beside them has them."""
+    source = save_path(tiny, tmp_path, "a")
+    for fields, said in (({"r": 3}, "r=3"), ({"reduction_factor": 8}, "reduction_factor=8")):
+        with pytest.warns(UserWarning, match=rf"^{said}: gathered domains keep the ranks .* that add_domain makes"):
+            model = get_peft_model(tiny("llama"), MixDAConfig(domains={"a": source}, **fields))
+        tuner(model).add_domain("c")
+        model.save_pretrained(tmp_path / said)
+        PeftModel.from_pretrained(tiny("llama"), tmp_path / said)  # of a file they are not said
+    get_peft_model(tiny("llama"), MixDAConfig(domains={"a": source, "new": None}, r=3))
 
 
 @pytest.mark.parametrize(

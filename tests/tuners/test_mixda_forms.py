@@ -54,7 +54,7 @@ def test_a_layer_without_a_domain_takes_the_weights_of_those_that_lie_there(tiny
     for name, layers in (("a", [0, 1]), ("b", [1])):
         made(tiny, domains=[name], domain_layers=layers).save_pretrained(tmp_path / name)
     sources = {name: str(tmp_path / name) for name in "ab"}
-    model = made(tiny, domains=sources, router={"kind": "constant", "weights": [0.5, 2.0]})
+    model = made(tiny, domains=sources, r=None, router={"kind": "constant", "weights": [0.5, 2.0]})
     found = {path.split(".")[2]: m.router.constant() for path, m in model.base_model._mixtures("default")}
     assert found == {"0": [0.5], "1": [0.5, 2.0]}
 
@@ -197,7 +197,7 @@ def test_an_exported_domain_is_an_adapter_of_its_own(kind, fields, tiny, tiny_in
     assert loaded.peft_config["default"].peft_type.value == expected_type
     torch.testing.assert_close(logits(loaded, inputs), expected, rtol=1e-5, atol=1e-5)
     again = {**fields, "target_modules": None} if "domain_type" in fields else fields
-    back = made(tiny, kind, **{**again, "lora_alpha": None}, domains={"b": str(tmp_path / "b")})
+    back = made(tiny, kind, **{**again, "lora_alpha": None, "r": None}, domains={"b": str(tmp_path / "b")})
     torch.testing.assert_close(by_domain(back, "b", inputs), expected, rtol=1e-5, atol=1e-5)
 
 

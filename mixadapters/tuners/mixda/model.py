@@ -20,7 +20,7 @@ from mixadapters.tuners.mixda.domains import DomainVerbs
 from mixadapters.tuners.mixda.forms import DomainForms
 from mixadapters.tuners.mixda.lora import LORA_DOMAIN, LORA_RANK, LORA_TASK, LoRADomains, lora_task
 from mixadapters.tuners.mixda.router import mixture_router
-from mixadapters.tuners.sources import rank_of, same_module
+from mixadapters.tuners.sources import rank_of, same_module, warn_of_unused
 
 
 class MixDAModel(LoRADomains, DomainVerbs, DomainForms):
@@ -115,6 +115,8 @@ class MixDAModel(LoRADomains, DomainVerbs, DomainForms):
 
     def resolve(self, config: MixDAConfig, model_config: dict[str, Any]) -> None:
         self._gathered: dict[str, dict[str, dict[str, Tensor]]] = {}
+        # Not of domain_layers, which says where those that add_domain makes lie beside gathered ones.
+        warn_of_unused(config, config.domains, ("r", "reduction_factor", "lora_alpha"), "domain", "add_domain")
         if config.domain_type == "lora":
             for name, spec in config.domains.items():
                 if "source" in spec:

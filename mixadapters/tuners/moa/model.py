@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.fields import default_of
 from mixadapters.core.files import FileWeights, being_loaded
 from mixadapters.core.routes import HardRoutes
 from mixadapters.core.routing import RoutingKey
@@ -26,7 +24,7 @@ from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.overriding import ExpertOverriding
 from mixadapters.tuners.moa.router import OPTION_OF, name_router, router_spec
 from mixadapters.tuners.moa.sources import gather
-from mixadapters.tuners.sources import expert_options, key_of, rank_of
+from mixadapters.tuners.sources import expert_options, key_of, rank_of, warn_of_unused
 
 # What runs first in an attention.
 QUERY = frozenset(
@@ -95,7 +93,7 @@ class MoAModel(ExpertOverriding, ExpertCutting):
 
     def _gather(self, config: MoAConfig) -> None:
         if not config.n_shared_experts:
-            _warn_of_new(config)
+            warn_of_unused(config, config.experts or {}, OF_NEW, "expert", "add_expert")
         for name, spec in (config.experts or {}).items():
             if "source" in spec:
                 self._gathered[name] = found = gather(self, config, name, spec)
@@ -278,18 +276,6 @@ class MoAModel(ExpertOverriding, ExpertCutting):
             now = {name: theirs.option_now(name) for name in config.schedules.keys() & theirs.schedules.keys()}
             take_over(model, config, adapter_name, {name: v for name, v in now.items() if v is not None})
         return mapped
-
-
-def _warn_of_new(config: MoAConfig) -> None:
-    """Say which fields of new experts do nothing now, where all are gathered."""
-    entries = (config.experts or {}).values()
-    said = [f"{n}={value!r}" for n in OF_NEW if (value := getattr(config, n)) != default_of(config, n)]
-    if said and entries and all("source" in spec for spec in entries):
-        warnings.warn(
-            f"{', '.join(said)}: gathered experts keep the ranks and factors that they were trained with, so this is "
-            "for those alone that add_expert makes later; leave it out if there will be none",
-            stacklevel=2,
-        )
 
 
 def take_over(model: nn.Module, config: MoAConfig, adapter_name: str, options: dict[str, Any]) -> None:
