@@ -73,6 +73,45 @@ def test_a_layer_by_itself_knows_the_pinned_fields_and_none_of_a_forward_before(
     assert torch.equal(part(x), alone["first"])
 
 
+def test_layers_by_themselves_are_of_one_call_while_it_stays_what_it_was(tiny) -> None:
+    model, x = two(tiny("llama")).eval(), torch.randn(2, 5, 32)
+    context, layers = model.base_model.context, model.get_base_model().model.layers
+    alone = by_name(layers[1].mlp, x, model)
+    with context.pin(adapter_names=["second", "second"]):
+        layers[0].mlp(x)
+    assert torch.equal(layers[1].mlp(x), alone["first"])
+    with torch.no_grad():
+        layers[0].mlp(x)
+        calm = context.record
+        layers[1].mlp(x)
+        assert context.record is calm
+        layers[0].mlp(x)
+    layers[1].mlp(x)  # which records gradients, and that one did not
+    assert (context.record.grad, context.record.training) == (True, False)
+    layers[1].mlp.train()(x)
+    assert context.record.training
+
+
+def test_a_layer_by_itself_has_what_is_drawn_once_in_a_forward_drawn_anew(tiny) -> None:
+    model = get_peft_model(tiny("llama"), MoSAConfig(r=4, base="lora")).train()
+    part, x = model.get_base_model().model.layers[0].self_attn.q_proj, torch.randn(2, 5, 32)
+    for parameter in part.parameters():
+        nn.init.normal_(parameter)
+    drawn = {tuple(part(x).flatten()[:4].tolist()) for _ in range(8)}
+    assert len(drawn) > 1
+
+
+def test_a_layer_by_itself_that_reads_tokens_first_has_as_many_rows_as_sequences() -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    model = get_peft_model(model, BottleneckConfig(r=3, target_modules=["0"], init_weights=False))
+    model.add_adapter("other", BottleneckConfig(r=3, target_modules=["0"], init_weights=False))
+    layer, x = model.get_base_model()[0], torch.randn(3, 4, 6)
+    with model.base_model.context.pin(adapter_names=["default", "other", "default"]):
+        mixed = layer(x)
+        layer.lies("", tokens_first=True)
+        torch.testing.assert_close(layer(x.transpose(0, 1)), mixed.transpose(0, 1))
+
+
 def test_a_stack_by_itself_leaves_nothing_to_the_layers_that_are_called_next(tiny, tiny_inputs) -> None:
     model, inputs, x = two(tiny("llama")).eval(), tiny_inputs("llama"), torch.randn(2, 5, 32)
     context, base = model.base_model.context, model.get_base_model()

@@ -173,6 +173,8 @@ def test_images_that_are_read_outside_a_forward_know_the_pinned_fields_and_none_
         assert torch.equal(read(), alone["default"])
     with context.pin(adapter_names=["other", "default"]), pytest.raises(ValueError, match="nothing says how many"):
         read()
+    with context.pin(adapter_names=["other"] * 3):  # as many as rows of text, whatever they hold
+        torch.testing.assert_close(read(), alone["other"], rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_all_have_places_for_as_many_images_may_use_fewer_of_them() -> None:

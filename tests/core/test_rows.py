@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -167,6 +167,36 @@ def test_module_that_is_called_after_a_mixed_batch_is_not_mixed(tiny) -> None:
     head = model.get_base_model().lm_head
     hidden = torch.randn(2, 1, 32)
     assert torch.equal(head(hidden), head.modules_to_save["second"](hidden))
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [({"modules_to_save": ["lm_head"]}, "lm_head"), ({"modules_to_save": ["embed_tokens"]}, "model.embed_tokens")],
+)
+@pytest.mark.parametrize("before", [2, 3])
+def test_a_saved_module_by_itself_knows_the_pinned_names(tiny, fields, path, before) -> None:
+    model = adapt(tiny("llama"), first=None, second=fields)
+    model(input_ids=IDS[:before], adapter_names=["first", "second", "first"][:before])
+    module = model.get_base_model().get_submodule(path)
+    rows = IDS if path.endswith("embed_tokens") else torch.randn(3, 4, 32)
+    with model.base_model.context.pin(adapter_names=["first", "second", "first"]):
+        mixed = module(rows)
+    base, second = module.original_module, module.modules_to_save["second"]
+    torch.testing.assert_close(mixed, torch.stack([base(rows[0]), second(rows[1]), base(rows[2])]), **CLOSE)
+
+
+def test_lora_beside_ours_by_itself_knows_the_pinned_names(tiny) -> None:
+    base = tiny("llama")
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), base, "lora")
+    inject_adapter_in_model(BottleneckConfig(r=3, init_weights=False), base, "ours")
+    names, rows = ["lora", "__base__", "lora"], torch.randn(3, 4, 32)
+    base(input_ids=IDS[:2], adapter_names=["lora", "ours"])
+    layer = base.model.layers[0].self_attn.q_proj
+    with ForwardContext.of(base).pin(adapter_names=names):
+        mixed = layer(rows)
+    plain = layer.base_layer(rows)
+    adapted = plain + layer.get_delta_weight("lora").matmul(rows.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(mixed, torch.stack([adapted[0], plain[1], adapted[2]]), **CLOSE)
 
 
 # --- one value for each row of the caller's batch ----------------------------------------------------------------
