@@ -88,11 +88,14 @@ def _looks_like_a_path(name: str) -> bool:
 def written_aside(path: str | Path) -> Iterator[Path]:
     """A name of its own beside `path`, for the next content: it takes its place in one step, when all is written.
 
-    A process that is killed leaves `.{name}.*.part`. Raises ValueError: `path` names no file.
+    A process that is killed leaves `.{name}.*.part`. Raises ValueError: `path` names no file; FileNotFoundError: nor
+    is its folder there.
     """
     if not isinstance(path, (str, os.PathLike)) or not Path(path).name:
         raise ValueError(f"{path!r:.80} names no file to write")
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {str(path.parent)!r} for {path.name!r}; make it first")
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
         yield aside

@@ -131,8 +131,7 @@ def compress_experts(
     layers = layers_to_cut(model, adapter)
     if isinstance(calibration, Iterator):
         raise ValueError("calibration can be run only once, and each layer needs it: pass a list of batches")
-    if not (batches := list(batches_of("calibration", calibration))):
-        raise ValueError("calibration must be a list of batches, at least one, each a dict of the model's arguments")
+    batches = list(batches_of("calibration", calibration))
     check_integer("samples", samples, least=1)
     for layer in layers:
         _refuse(layer, method, options)
@@ -258,5 +257,5 @@ def _refuse(layer: ExpertLayer, method: str, options: dict[str, Any]) -> None:
                 f"expert {name!r} at {layer.key!r} would take {words:.2f} bits per weight in QMoE's codec, and "
                 f"{packed:.2f} with five weights to a byte: its rows of {weights.down.shape[1]} and "
                 f"{weights.up.shape[0]} are too narrow, or have too few zeros (scale={options['scale']!r}); pass "
-                "codec='packed'"
+                "codec='packed' (on the command line --codec packed)"
             )

@@ -167,7 +167,8 @@ def check_model(model: Any) -> None:
 
 
 def batches_of(name: str, given: Any) -> Iterator[Mapping[str, Any]]:
-    """The batches of the argument `name`, one by one. Raises ValueError for what is no batch."""
+    """The batches of the argument `name`, one by one. Raises ValueError for what is no batch, and where there is none."""
+    number = -1
     if isinstance(given, (str, Mapping, Tensor)) or not isinstance(given, Iterable):
         raise ValueError(
             f"{name}={given!r:.80} must be a list of batches, at least one, each a dict of the model's arguments"
@@ -175,6 +176,8 @@ def batches_of(name: str, given: Any) -> Iterator[Mapping[str, Any]]:
     for number, batch in enumerate(given):
         check_kind(f"batch {number} of {name}", batch, Mapping, "a dict of the model's arguments")
         yield batch
+    if number < 0:
+        raise ValueError(f"{name} holds no batch; give one or more (an iterator that has been read once is empty)")
 
 
 def refuse_broken(layer: ExpertLayer) -> None:

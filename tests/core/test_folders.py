@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mixadapters.core.folders import LOCK, ScratchFolder, folder_aside
+from mixadapters.core.folders import LOCK, ScratchFolder, folder_aside, written_aside
 
 
 def write(folder: str | Path) -> None:
@@ -37,6 +37,15 @@ def test_the_folder_where_the_process_works_stays(name: str, tmp_path: Path, mon
         write(name)
     assert os.listdir(tmp_path) == ["here"]
     assert os.listdir(tmp_path / "here") == []
+
+
+def test_a_file_in_a_folder_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with (
+        pytest.raises(FileNotFoundError, match=r"no folder '.*none' for 'page.html'; make it first"),
+        written_aside(tmp_path / "none" / "page.html") as aside,
+    ):
+        aside.touch()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_holds_something_is_refused_and_nothing_is_left_beside_it(tmp_path: Path) -> None:

@@ -74,12 +74,16 @@ def test_a_layer_by_itself_knows_the_pinned_fields_and_none_of_a_forward_before(
 
 
 def test_layers_by_themselves_are_of_one_call_while_it_stays_what_it_was(tiny) -> None:
-    model, x = two(tiny("llama")).eval(), torch.randn(2, 5, 32)
+    config = MoAConfig(num_experts=2, r=2, target_modules=["down_proj"], init_weights=False)
+    model, x = get_peft_model(tiny("llama"), config).eval(), torch.randn(2, 5, 32)
     context, layers = model.base_model.context, model.get_base_model().model.layers
-    alone = by_name(layers[1].mlp, x, model)
-    with context.pin(adapter_names=["second", "second"]):
-        layers[0].mlp(x)
-    assert torch.equal(layers[1].mlp(x), alone["first"])
+    alone = layers[1].mlp(x)
+    for ids in (0, 1):
+        with context.pin(expert_ids=torch.tensor([ids, ids])):
+            layers[0].mlp(x)
+        assert torch.equal(layers[1].mlp(x), alone)
+        with context.pin(expert_ids=torch.tensor([ids, ids])):
+            assert not torch.allclose(layers[1].mlp(x), alone, atol=1e-3)
     with torch.no_grad():
         layers[0].mlp(x)
         calm = context.record

@@ -167,7 +167,7 @@ def test_experts_that_nothing_reaches_are_told_and_padding_is_no_row(planted, ti
 def test_what_cannot_be_reported_is_refused(planted, tiny, tiny_inputs) -> None:
     batch = tiny_inputs("mixtral")
     for call, message in (
-        (lambda: overspecification_report(planted, []), "no row of data reaches"),
+        (lambda: overspecification_report(planted, []), "data holds no batch; give one"),
         (lambda: overspecification_report(planted, [batch], tolerance=-1), "tolerance=-1 must be"),
         (lambda: overspecification_report(planted, [batch], samples=0), "samples=0 must be"),
         (lambda: overspecification_report(tiny("llama"), [batch]), "no routed experts"),

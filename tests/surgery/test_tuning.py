@@ -377,6 +377,17 @@ def test_experts_that_are_off_are_not_left_alone(verb: str, tiny, tiny_inputs, t
     assert torch.equal(loaded(**tiny_inputs("llama")).logits, model(**tiny_inputs("llama")).logits)
 
 
+@torch.no_grad()
+def test_the_last_expert_of_a_layer_may_go_while_others_are_off_elsewhere(tiny, tiny_inputs) -> None:
+    model = moa(tiny, num_experts=8, experts=["a", "b"])
+    tuner, (first, second) = model.base_model, (layer.path for layer in expert_layers(model))
+    tuner.keep_experts({second: ["a"]})
+    tuner.override_experts([(first, "a")])
+    tuner.remove_expert("a")
+    assert [layer.path for layer in expert_layers(model)] == [first]
+    assert torch.isfinite(model(**tiny_inputs("llama")).logits).all()
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
@@ -430,6 +441,8 @@ def test_usages_that_cannot_be_compared_are_refused(tiny, tiny_inputs) -> None:
         rank_by_usage(*usages)
     with pytest.raises(ValueError, match="score='sum' is unknown"):
         ftri(model, [], [], "sum")
+    with pytest.raises(ValueError, match="other holds no batch; give one"):
+        ftri(model, [tiny_inputs("llama")], iter([]))
     with pytest.raises(ValueError, match=r"errors above 0"):
         selectivity((1.0, 2.0), (0.0, 1.0))
     assert selectivity((0.2, 6.0), (0.1, 0.2)) == pytest.approx(15)

@@ -105,6 +105,17 @@ def test_constant_weights_are_those_of_experts_wherever_they_lie(weights, tiny, 
             get_peft_model(tiny("llama"), config)
 
 
+def test_constant_weights_are_those_of_the_pieces_of_experts(tiny) -> None:
+    weights = {"expert0_0": 0.1, "expert0_1": 0.2, "expert1_0": 0.3, "expert1_1": 0.4}
+    for given in (weights, list(weights.values())):
+        config = MoAConfig(
+            num_experts=2, r=2, segments=2, target_modules=["q_proj"], router={"kind": "constant", "weights": given}
+        )
+        model = get_peft_model(tiny("llama", num_hidden_layers=1), config)
+        ((_, mixture),) = model.base_model._mixtures("default")
+        assert mixture.router.constant() == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
 def test_groups_of_experts_are_those_of_a_layer_where_experts_differ(tiny, tmp_path) -> None:
     for name, places in (("one", ["q_proj"]), ("two", ["q_proj", "v_proj"]), ("three", ["v_proj"])):
         save_lora(tiny("llama"), tmp_path / name, r=2, target_modules=places)

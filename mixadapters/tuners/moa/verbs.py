@@ -304,7 +304,7 @@ def refuse_all_off(config: MoAConfig, mixtures: Mapping[str, ExpertMixture], lea
     for path, mixture in mixtures.items() if off else ():
         gone = leaving(path)
         stay = [name for name in mixture.routed_names if name not in gone]
-        if stay and len(stay) < len(mixture.routed_names) and all((path, name) in off for name in stay):
+        if stay and all((path, name) in off for name in stay):
             raise ValueError(
                 f"{sorted(gone)} would leave {path!r} to {stay}, which override_experts has switched off: switch them "
                 "on first (override_experts without arguments), or let another one go"
