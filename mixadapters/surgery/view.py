@@ -167,7 +167,7 @@ def check_model(model: Any) -> None:
 
 
 def batches_of(name: str, given: Any) -> Iterator[Mapping[str, Any]]:
-    """The batches of the argument `name`, one by one. Raises ValueError for what is no batch, and where there is none."""
+    """The batches of the argument `name`, one by one. Raises ValueError for what is none, and for no batch."""
     number = -1
     if isinstance(given, (str, Mapping, Tensor)) or not isinstance(given, Iterable):
         raise ValueError(

@@ -105,6 +105,15 @@ def test_a_layer_by_itself_has_what_is_drawn_once_in_a_forward_drawn_anew(tiny) 
     assert len(drawn) > 1
 
 
+def test_a_block_by_itself_reads_its_own_taps_and_none_of_a_forward_before(tiny, tiny_inputs) -> None:
+    model = get_peft_model(tiny("llama"), MoSAConfig(r=16, base="adapter", init_weights=False)).eval()
+    base, x = model.get_base_model(), torch.randn(2, 5, 32)
+    places = base.model.rotary_emb(x, torch.arange(5)[None])
+    alone = base.model.layers[0](x, position_embeddings=places)
+    model(**tiny_inputs("llama"))
+    assert torch.equal(base.model.layers[0](x, position_embeddings=places), alone)
+
+
 def test_a_layer_by_itself_that_reads_tokens_first_has_as_many_rows_as_sequences() -> None:
     model = nn.Sequential(nn.Linear(6, 6))
     model = get_peft_model(model, BottleneckConfig(r=3, target_modules=["0"], init_weights=False))

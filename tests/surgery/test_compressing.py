@@ -154,7 +154,7 @@ def test_what_cannot_be_compressed_is_refused_before_anything_changes(tiny, moa,
         (lambda: compress_experts(model, batches, keep=0.1), "option of method='qmoe'='keep' is unknown"),
         (lambda: compress_experts(model, batches, codec="zip"), "codec='zip' is unknown"),
         (lambda: compress_experts(model, iter(batches), codec="packed"), "can be run only once"),
-        (lambda: compress_experts(model, [], codec="packed"), "a list of batches, at least one"),
+        (lambda: compress_experts(model, [], codec="packed"), "calibration holds no batch"),
         (lambda: compress_experts(model, batches[0], codec="packed"), "a list of batches, at least one, each a dict"),
         (
             lambda: compress_experts(model, batches, codec="packed", samples=0),

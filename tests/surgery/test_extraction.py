@@ -145,13 +145,15 @@ def test_what_cannot_be_extracted_is_refused_and_nothing_changes(tiny, batches, 
     adapted = get_peft_model(tiny("llama"), BottleneckConfig())
     other = extract_experts(tiny("llama", intermediate_size=64, num_hidden_layers=2), 4, batches)
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    padding = {**batches[0], "attention_mask": torch.zeros_like(batches[0]["attention_mask"])}
     for call, message in (
         (lambda: extract_experts(model, 1, batches), "n=1 must be"),
         (lambda: extract_experts(model, 4, batches, shared=1.0), "shared=1.0 must be"),
         (lambda: extract_experts(model, 4, batches, top_k=5), "top_k=5 must be"),
         (lambda: extract_experts(model, 4, batches, samples=3), "samples=3 must be"),
         (lambda: extract_experts(model, 4, {"a": batches}), "n=4 experts of 1 domains"),
-        (lambda: extract_experts(model, 4, []), "no token of calibration"),
+        (lambda: extract_experts(model, 4, []), "calibration holds no batch"),
+        (lambda: extract_experts(model, 4, [padding]), "no token of calibration"),
         (lambda: extract_experts(model, 4, [5]), "batch 0 of calibration=5 must be a dict"),
         (lambda: extract_experts(model, 4, batches, shared=0.99), "leave no unit for some experts of the 48 at"),
         (lambda: extract_experts(overflowing(tiny), 4, batches), "values of calibration that are NaN or infinite"),
