@@ -89,7 +89,7 @@ class RootHooks:
                 context.engine.look(module, record.training and record.grad)
             if record.training or "labels" in kwargs:  # steps of decoding are not held up
                 records.trainers.look(lambda model: root_of(model) is module, context.own_fields)
-        copied = getattr(module, "_is_replica", False)  # by nn.DataParallel: weights are no parameters there
+        copied = _is_copy(module)
         if copied and context.preparing:
             raise ValueError(
                 "what adapters draw or compute once for each forward (MoSA, AGD) does not reach the copies that "
@@ -101,6 +101,11 @@ class RootHooks:
         self.carry_into_checkpoints(module)
         context.prepare()
         return args, kwargs
+
+    def open_part(self, module: nn.Module, args: tuple) -> None:
+        """Before a model inside the root: outside a forward (`get_image_features`) its layers may run again, too."""
+        if not torch.compiler.is_compiling() and self.context.running is None:
+            self.carry_into_checkpoints(module)
 
     def plain(self, record: Record) -> bool:
         """Whether the layers of a forward that begins may go the shortest way, as `Record` has it."""
@@ -187,15 +192,27 @@ class RootHooks:
             claim(cache, who, filled=record.streams[""].cached)
 
     def carry_into_checkpoints(self, module: nn.Module) -> None:
-        """Wrap the checkpoint functions that transformers sets on layers, whenever it has set new ones."""
+        """Wrap the checkpoint functions that transformers sets on layers, whenever it has set new ones.
+
+        module: the root, a copy of it, or a part that runs by itself.
+        """
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        if self._layers is None:
-            self._layers = [m for m in module.modules() if hasattr(m, "gradient_checkpointing")]
-        for layer in self._layers:
+        whole = find(type(self.context), module) is self.context and not _is_copy(module)
+        layers = self._layers if whole else None
+        if layers is None:
+            layers = [m for m in module.modules() if hasattr(m, "gradient_checkpointing")]
+        if whole:
+            self._layers = layers
+        for layer in layers:
             function = layer.__dict__.get("_gradient_checkpointing_func")
             if function is not None and not isinstance(function, Checkpointed):
                 layer._gradient_checkpointing_func = Checkpointed(self.context, function)
+
+
+def _is_copy(module: nn.Module) -> bool:
+    """Whether nn.DataParallel has made a module, for one forward. Weights are no parameters there."""
+    return getattr(module, "_is_replica", False)
 
 
 def warn_of_passed(record: Record) -> None:
@@ -431,6 +448,9 @@ def attach(hooks: RootHooks, model: nn.Module) -> None:
     context = hooks.context
     model.register_forward_pre_hook(hooks.open, with_kwargs=True, prepend=True)
     model.register_forward_hook(hooks.close, with_kwargs=True, always_call=True)
+    for part in model.modules():
+        if part is not model and hasattr(part, "gradient_checkpointing_enable"):
+            part.register_forward_pre_hook(hooks.open_part)
     if has_two_stacks(model):
         parts = {stack: getattr(model, f"get_{stack}")() for stack in ("encoder", "decoder")}
     else:  # reward trainers call the model without its head

@@ -177,6 +177,40 @@ def test_images_that_are_read_outside_a_forward_know_the_pinned_fields_and_none_
         torch.testing.assert_close(read(), alone["other"], rtol=1e-4, atol=1e-5)
 
 
+CHANGES = {
+    "switched": lambda model, inputs: model.set_adapter("other", inference_mode=True),
+    "disabled": lambda model, inputs: model.base_model.disable_adapter_layers(),
+    "another batch": lambda model, inputs: model(**inputs, adapter_names=["other", "default"]),
+}
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_images_that_are_read_before_any_forward_are_read_again_as_they_were(kind, change) -> None:
+    """Activation checkpointing runs layers of the tower again in the backward, whatever has been done since."""
+    grads = []
+    for checkpointing, changes in ((False, []), (True, [CHANGES[change]])):
+        torch.manual_seed(0)
+        model, inputs = two_adapters(kind, bottleneck), seen(kind, [1, 1])
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        images = {n: v for n, v in inputs.items() if n in ("pixel_values", "image_grid_thw")}
+        features = torch.cat(tuple(model.get_base_model().get_image_features(**images).pooler_output))
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad and ".default." in n}
+        with torch.no_grad():
+            for make in changes:
+                make(model, inputs)
+        for parameter in parameters.values():  # which the change may have frozen
+            parameter.requires_grad_(True)
+        features.square().sum().backward()
+        grads.append({name: p.grad for name, p in parameters.items() if p.grad is not None})
+    plain, again = grads
+    assert plain
+    assert plain.keys() == again.keys()
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
 def test_rows_that_all_have_places_for_as_many_images_may_use_fewer_of_them() -> None:
     model, inputs, names = two_adapters("mllama", bottleneck), seen("mllama", [1, 2]), ["default", "other"]
     expected = by_adapter(model, inputs, names)

@@ -104,18 +104,21 @@ def test_gradients_are_those_of_both_halves(kind: str, checkpointing: bool, tiny
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
-    other = twin(model)
+    other, fresh = twin(model), copy.deepcopy(model)
     for one, batch in zip((model, other), batches, strict=True):
         one(**batch).loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     second = {name: p.grad for name, p in other.named_parameters() if p.grad is not None}
     assert expected.keys() == second.keys()
-    for parameter in model.parameters():
-        parameter.grad = None
-    sum(output.loss for output in in_threads(copies(model, monkeypatch), batches)).backward()
-    for name, parameter in model.named_parameters():
-        if name in expected:
-            torch.testing.assert_close(parameter.grad, expected[name] + OTHER * second[name], msg=name)
+    for steps in (1, 2):  # of a model whose first forwards are those of copies
+        outputs = in_threads(copies(fresh, monkeypatch), batches)
+        with torch.no_grad():
+            in_threads(copies(fresh, monkeypatch), batches[::-1])
+        sum(output.loss for output in outputs).backward()
+        for name, parameter in fresh.named_parameters():
+            if name in expected:
+                whole = steps * (expected[name] + OTHER * second[name])
+                torch.testing.assert_close(parameter.grad, whole, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["bottleneck", "moa", "mixda"])
