@@ -166,6 +166,9 @@ def test_images_that_are_read_outside_a_forward_know_the_pinned_fields_and_none_
         model(**inputs, adapter_names=names)
         model.generate(**inputs, **ASKED, adapter_names=names)
         assert torch.equal(read(), alone["default"])
+        with pytest.raises(ValueError, match="nonsense"):  # before its first forward
+            model.generate(**inputs, **ASKED, adapter_names=names, nonsense=1)
+        assert torch.equal(read(), alone["default"])
     context = model.base_model.context
     for _ in range(2):
         with context.pin(adapter_names=["other", "other"]):

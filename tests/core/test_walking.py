@@ -149,3 +149,15 @@ def test_what_an_injection_asks_of_a_whole_model_it_asks_as_often_whatever_the_l
         PeftModel.from_pretrained(base, tmp_path / f"{layers}")
         found.append(dict(asked))
     assert found[0] == found[1]
+
+
+def test_what_an_injection_has_asked_of_a_model_holds_for_it_alone(tiny: Any) -> None:
+    """The model may change before the next verb looks."""
+    model = get_peft_model(tiny("llama"), BottleneckConfig(r=2))
+    tuner, places = model.base_model, set(model.base_model.places())
+    with pytest.raises(ValueError, match="nowhere"):
+        model.add_adapter("other", BottleneckConfig(r=2, target_modules=["nowhere"]))
+    model.get_base_model().later = nn.Linear(2, 2)
+    assert set(tuner.places()) == places | {"later"}
+    model.config.hidden_size = 7
+    assert tuner._model_config()["hidden_size"] == 7

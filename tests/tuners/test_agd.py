@@ -844,3 +844,17 @@ def test_compiling_the_repeated_blocks_alone(made) -> None:
     model.get_base_model().compile_repeated_blocks(backend="eager", fullgraph=True)
     for w, output in zip((1.0, 3.0, 5.0), expected, strict=True):
         torch.testing.assert_close(run(model, inputs, w), output, **CLOSE)
+
+
+def test_a_block_by_itself_has_nothing_that_guidance_could_act_by(tiny) -> None:
+    model = get_peft_model(tiny("llama"), AGDConfig(r=4)).eval()
+    base, x = model.get_base_model(), torch.randn(2, 5, 32)
+    places = base.model.rotary_emb(x, torch.arange(5)[None])
+    with (
+        model.base_model.context.pin(guidance_scale=2.0),
+        pytest.raises(
+            ValueError, match=r"guidance_scale=2.0 acts by what the model's forward is given.*call the model"
+        ),
+    ):
+        base.model.layers[0](x, position_embeddings=places)
+    assert torch.isfinite(base.model.layers[0](x, position_embeddings=places)).all()
