@@ -21,6 +21,12 @@ from pydantic import (
 from mixadapters.core.registry import nearest
 
 MOST_STOPS = 4  # as OpenAI's
+# Fields that take values of several types, of each of which pydantic says what is wrong.
+FORMS = {
+    "prompt": "a string, a list of strings, a list of ids or a list of such lists",
+    "stop": "a string or a list of strings",
+    "content": 'a string or a list of {"type": "text", "text": ...}',
+}
 
 
 class WireError(Exception):
@@ -203,10 +209,11 @@ def read_body(kind: type[Body], content: bytes) -> Any:
         return kind.model_validate(json.loads(content))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the body"
-        raise WireError(
-            400, f"{field}: {said_of(kind, first)}", param=str(first["loc"][0]) if first["loc"] else None
-        ) from None
+        loc = list(first["loc"])
+        form = next((i for i, part in enumerate(loc[:-1]) if part in FORMS), None)
+        said = said_of(kind, first) if form is None else f"it must be {FORMS[str(loc[form])]}"
+        field = ".".join(str(part) for part in loc[: None if form is None else form + 1]) or "the body"
+        raise WireError(400, f"{field}: {said}", param=str(loc[0]) if loc else None) from None
     except (ValueError, RecursionError) as error:
         raise WireError(400, f"the body is no JSON: {type(error).__name__}") from None
 

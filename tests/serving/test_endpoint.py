@@ -308,6 +308,12 @@ def error_of(answer: Answer) -> dict[str, Any]:
         ({"model": "law", "prompt": "w8", "echo": True}, "echo", "nothing but false is supported: leave it out"),
         ({"model": "law", "prompt": "w8", "logprobs": 3}, "logprobs", "logprobs: it is not supported: leave it out"),
         ({"model": "law", "prompt": "w8", "logit_bias": {"5": 1}}, "logit_bias", "no effect here"),
+        (
+            {"model": "law", "prompt": ["w8", [5]]},
+            "prompt",
+            "prompt: it must be a string, a list of strings, a list of",
+        ),
+        ({"model": "law", "prompt": "w8", "stop": [1]}, "stop", "stop: it must be a string or a list of strings"),
         ({"model": "law", "prompt": "w8", "min_p": 0.1}, "min_p", "there is no such field here: leave it out"),
         ({"model": "law", "prompt": "w8", "max_token": 3}, "max_token", "leave it out. Did you mean 'max_tokens'?"),
         ({"model": "law", "prompt": "w8", "seed": 3, "temperature": 1}, "seed", "seed: it has no effect"),
@@ -337,6 +343,8 @@ def test_an_unknown_model_is_answered_with_those_that_there_are(served) -> None:
 def test_a_message_of_another_role_is_not_to_be_left_out(served) -> None:
     answer = served.post("/v1/chat/completions", model="law", messages=[{"role": "tool", "content": "w8"}])
     assert "messages.0.role: Input should be 'system'" in error_of(answer)["message"]
+    answer = served.post("/v1/chat/completions", model="law", messages=[{"role": "user", "content": 5}])
+    assert error_of(answer)["message"].startswith("messages.0.content: it must be a string or a list of {")
 
 
 @pytest.mark.parametrize(
