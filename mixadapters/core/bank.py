@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mixadapters import kernels
 from mixadapters.core.names import check_free
 from mixadapters.core.routing import Routing
-from mixadapters.kernels import ACTIVATIONS
+from mixadapters.kernels import ACTIVATIONS, activated
 
 if TYPE_CHECKING:
     from mixadapters.core.context import ForwardContext
@@ -192,7 +192,7 @@ class AdapterBank(nn.Module):
         if gate is not None:
             hidden = ACTIVATIONS[self.activation](gate(x)) * hidden
         elif self.activation != "identity":
-            hidden = ACTIVATIONS[self.activation](hidden)
+            hidden = activated(self.activation, hidden)
         delta = F.linear(hidden, w_up, after["bias"])
         return y.add(delta, alpha=self.scale) if scale is None else y + delta * scale.weight
 
