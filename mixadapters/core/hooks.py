@@ -98,14 +98,9 @@ class RootHooks:
             )
         record.plain = not copied and self.plain(record)
         self._claim_cache(record, stream.cache)
-        self.carry_into_checkpoints(module)
+        self.carry_into_checkpoints(module, whole=not copied)
         context.prepare()
         return args, kwargs
-
-    def open_part(self, module: nn.Module, args: tuple) -> None:
-        """Before a model inside the root: outside a forward (`get_image_features`) its layers may run again, too."""
-        if not torch.compiler.is_compiling() and self.context.running is None:
-            self.carry_into_checkpoints(module)
 
     def plain(self, record: Record) -> bool:
         """Whether the layers of a forward that begins may go the shortest way, as `Record` has it."""
@@ -191,14 +186,13 @@ class RootHooks:
             who = owner() if names is None else f"the rows' own adapters, {list(names)}"
             claim(cache, who, filled=record.streams[""].cached)
 
-    def carry_into_checkpoints(self, module: nn.Module) -> None:
+    def carry_into_checkpoints(self, module: nn.Module, whole: bool = True) -> None:
         """Wrap the checkpoint functions that transformers sets on layers, whenever it has set new ones.
 
-        module: the root, a copy of it, or a part that runs by itself.
+        whole: whether `module` is the root, and not a copy of it or a part that runs by itself.
         """
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        whole = find(type(self.context), module) is self.context and not _is_copy(module)
         layers = self._layers if whole else None
         if layers is None:
             layers = [m for m in module.modules() if hasattr(m, "gradient_checkpointing")]
@@ -280,6 +274,17 @@ class StackHook:
             stream = record.streams[self.stack]
             settle(cache, record.router_state)
             count_read(cache, stream.past + (stream.length or 0))
+
+
+class PartHook:
+    """Before a model inside the root: outside a forward (`get_image_features`) its layers may run again, too."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+
+    def open(self, module: nn.Module, args: tuple) -> None:
+        if not torch.compiler.is_compiling() and self.context.running is None:
+            self.context._hooks.carry_into_checkpoints(module, whole=False)
 
 
 class Checkpointed:
@@ -450,7 +455,7 @@ def attach(hooks: RootHooks, model: nn.Module) -> None:
     model.register_forward_hook(hooks.close, with_kwargs=True, always_call=True)
     for part in model.modules():
         if part is not model and hasattr(part, "gradient_checkpointing_enable"):
-            part.register_forward_pre_hook(hooks.open_part)
+            part.register_forward_pre_hook(PartHook(context).open)
     if has_two_stacks(model):
         parts = {stack: getattr(model, f"get_{stack}")() for stack in ("encoder", "decoder")}
     else:  # reward trainers call the model without its head

@@ -265,7 +265,6 @@ def check_resumed(folder: Path, trainer: Trainer, adapter: str, stage: str) -> N
             f"the checkpoint {folder} holds weights of the adapters {held}, and none of {adapter!r}, which would not "
             "go on from it: give the adapter the name that it had, or another checkpoint"
         )
-    anew = begun_anew(folder, trainer)
     if made is None:
         warnings.warn(
             f"the checkpoint {folder} has no {STAGE_FILE} that says which stage of adapter {adapter!r} made it: if it "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,7 @@ def test_a_folder_that_holds_something_is_refused_and_nothing_is_left_beside_it(
 
 HOLD = """
 import sys
+import threading
 from mixadapters.core.folders import ScratchFolder
 folder = ScratchFolder(sys.argv[1], "adapters-")
 open(folder.name + "/weights", "w").close()
@@ -96,3 +98,19 @@ def test_what_a_killed_process_has_left_goes_and_what_others_use_stays(tmp_path:
         for process in running:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_scratch_folder_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
+    folder = tmp_path / "adapters-strange"
+    folder.mkdir()
+    os.mkfifo(folder / LOCK)
+    made: list[ScratchFolder] = []
+    thread = threading.Thread(target=lambda: made.append(ScratchFolder(tmp_path, "adapters-")), daemon=True)
+    thread.start()
+    thread.join(20)
+    waited = thread.is_alive()
+    if waited:
+        os.open(folder / LOCK, os.O_WRONLY | os.O_NONBLOCK)
+    assert not waited
+    assert folder.is_dir()

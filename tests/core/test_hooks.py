@@ -47,6 +47,26 @@ def test_part_that_was_adapted_on_its_own_is_not_its_owners() -> None:
     assert ForwardContext.of(part) is not ForwardContext.of(whole)
 
 
+def test_models_inside_a_model_are_not_it(tiny) -> None:
+    base = tiny("t5")
+    context = ForwardContext.of(base)
+    for part in (base.encoder, base.decoder):
+        assert ForwardContext.find(part) is None
+        assert ForwardContext.of(part) is not context
+    assert ForwardContext.find(base) is context
+
+
+def test_part_that_runs_first_leaves_none_of_the_others_out(tiny, tiny_inputs) -> None:
+    base = get_peft_model(tiny("t5"), BottleneckConfig(r=3)).get_base_model().train()
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    blocks = [block for stack in (base.encoder, base.decoder) for block in stack.block]
+    base.encoder(input_ids=torch.ones(1, 3, dtype=torch.long))
+    wrapped = [isinstance(block._gradient_checkpointing_func, hooks.Checkpointed) for block in blocks]
+    assert wrapped == [block in list(base.encoder.block) for block in blocks]
+    base(**tiny_inputs("t5", labels="tokens"))
+    assert all(isinstance(block._gradient_checkpointing_func, hooks.Checkpointed) for block in blocks)
+
+
 # --- outside a forward -------------------------------------------------------------------------------------------
 
 
@@ -411,7 +431,7 @@ def test_adapters_that_are_frozen_before_the_backward_run_again_as_they_ran(
 
 
 def test_first_run_counts_where_a_checkpoint_function_is_not_wrapped(tiny, tiny_inputs, monkeypatch) -> None:
-    monkeypatch.setattr(RootHooks, "carry_into_checkpoints", lambda *_: None)
+    monkeypatch.setattr(RootHooks, "carry_into_checkpoints", lambda *_, **__: None)
     model = two(tiny("llama")).train()
     model.enable_input_require_grads()
     inputs = tiny_inputs("llama", labels="tokens")
