@@ -164,7 +164,7 @@ class ScratchFolder:
 
 def _is_left(folder: Path) -> bool:
     """Whether a folder is one whose process has ended without taking it along."""
-    if fcntl is None or not (folder / LOCK).is_file():  # to open a pipe is to wait
+    if fcntl is None or not os.path.isfile(folder / LOCK):  # to open a pipe is to wait; false also in others' folders
         return False
     try:
         with open(folder / LOCK) as lock:

@@ -30,7 +30,7 @@ from mixadapters.training.checkpoints import (
     begun_anew,
     fault,
     lay_out_moments,
-    note_stage,
+    note_stages,
     stage_of,
 )
 from mixadapters.training.events import OfAdapter, RunCallback, find_tuner, progress
@@ -181,6 +181,10 @@ class StageCallback(OfAdapter, RunCallback):
                 f"was made for stage={self.noted!r}; make "
                 "the Trainer of a stage when the run before it has ended"
             )
+        if self.resumed is None and state.global_step:  # a Trainer whose `train` does not call that of transformers
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            if self.trainer is not None and folder.is_dir():
+                self.run_begins(self.trainer, folder)
         if self.resumed is not None and shards(self.trainer):
             inside = self.resumed if self.adapter_name == "default" else self.resumed / self.adapter_name
             restore_frozen(model, self.adapter_name, inside)
@@ -224,12 +228,14 @@ class StageCallback(OfAdapter, RunCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if args.should_save and folder.is_dir():
-            note_stage(folder, self.adapter_name, self.noted)
+            callbacks = [self] if self.trainer is None else self.trainer.callback_handler.callbacks
+            note_stages(folder, {c.adapter_name: c.noted for c in callbacks if isinstance(c, StageCallback)})
 
     def run_ended(self, model: nn.Module) -> None:
         context = find_tuner(model).context
         context.loss_scale = None
         context.steps.ended(self.adapter_name)
+        self.resumed = None
 
 
 def check_stage(stage: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,21 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 
 from mixadapters.core.folders import written_aside
 
-STAGE_FILE = "stage.json"  # {"adapter": name, "stage": name}
-TORCH_FILES = frozenset({".pt", ".pth", ".bin"})  # optimizer, scheduler, state of each process's random generators
+STAGE_FILE = "stage.json"  # {"stages": {adapter: stage}}; of earlier versions {"adapter": name, "stage": name}
+TORCH_FILES = frozenset({".pt", ".pth", ".bin"})
+READ = ("optimizer", "scheduler", "scaler", "rng_state", "adapter_model", "pytorch_model")  # how those begin
+LEGACY = b"\x80\x02"  # begins a file of torch that is no zip archive
 LONGEST_HEADER = 100_000_000  # bytes; what safetensors itself takes
 
 
-def note_stage(folder: Path, adapter: str, stage: str) -> None:
-    """Say in a checkpoint which stage of `adapter` made it: whole or not at all, also where the process is killed."""
+def note_stages(folder: Path, stages: Mapping[str, str]) -> None:
+    """Say in a checkpoint which stage of each adapter that trains made it: whole or not at all, also where the process
+    is killed.
+
+    stages: adapter -> stage.
+    """
     with written_aside(folder / STAGE_FILE) as aside:
-        aside.write_text(json.dumps({"adapter": adapter, "stage": stage}), encoding="utf-8")
+        aside.write_text(json.dumps({"stages": dict(stages)}), encoding="utf-8")
 
 
 def stage_of(folder: Path, adapter: str) -> str | None:
@@ -31,8 +38,14 @@ def stage_of(folder: Path, adapter: str) -> str | None:
         noted = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    same = isinstance(noted, dict) and noted.get("adapter") == adapter and isinstance(noted.get("stage"), str)
-    return noted["stage"] if same else None
+    if not isinstance(noted, dict):
+        return None
+    stages = noted.get("stages")
+    if isinstance(stages, dict):
+        stage = stages.get(adapter)
+    else:
+        stage = noted.get("stage") if noted.get("adapter") == adapter else None
+    return stage if isinstance(stage, str) else None
 
 
 def lay_out_moments(optimizer: Any) -> None:
@@ -64,10 +77,16 @@ def fault(folder: Path) -> str:
         if (size := weights.stat().st_size) != (said := _size_by_header(weights)):
             return f"{weights.relative_to(folder)} has {size} bytes, {said or 'an unknown number'} by its header"
     # Each process writes some of these, and the first may have ended while another was killed.
-    for file in sorted(file for file in folder.iterdir() if file.suffix in TORCH_FILES and file.is_file()):
-        if not zipfile.is_zipfile(file):
+    read = [file for file in folder.iterdir() if file.suffix in TORCH_FILES and file.name.startswith(READ)]
+    for file in sorted(file for file in read if file.is_file()):
+        if not zipfile.is_zipfile(file) and not _is_legacy(file):
             return f"{file.name} is cut"
     return ""
+
+
+def _is_legacy(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(len(LEGACY)) == LEGACY
 
 
 def adapters_in(folder: Path) -> list[str]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig, MoSAConfig, PILLConfig
+from mixadapters.core.files import not_finite
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 TASK = {"task_type": "CAUSAL_LM", "init_weights": False}
@@ -250,6 +251,13 @@ def test_weights_that_are_not_finite_are_named_and_loaded(value: float, tiny: An
     assert all(torch.equal(loaded[key].nan_to_num(), tensor.nan_to_num()) for key, tensor in weights.items())
     with pytest.warns(UserWarning, match="1 more weights hold NaN"):
         tiny("llama").load_adapter(str(tmp_path))
+
+
+def test_finite_weights_whose_sum_is_not_are_finite() -> None:
+    large, small = torch.full((9,), 6e4, dtype=torch.float16), torch.ones(3)
+    assert not large.sum().isfinite()
+    both = torch.tensor([torch.inf, -torch.inf])
+    assert not_finite({"large": large, "both": both, "small": small, "ints": torch.arange(3)}) == ("both",)
 
 
 def test_a_source_in_a_file_is_not_followed_and_an_origin_names_no_local_path(tiny: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,6 +99,25 @@ def test_what_a_killed_process_has_left_goes_and_what_others_use_stays(tmp_path:
         for process in running:
             process.kill()
             process.communicate()
+
+
+def test_scratch_folder_leaves_those_that_it_may_not_look_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another user, beside whose server this one runs."""
+    theirs = tmp_path / "adapters-theirs"
+    theirs.mkdir()
+    stat = os.stat
+
+    def refused(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
+        if Path(path).parent == theirs:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refused)
+    mine = ScratchFolder(tmp_path, "adapters-")
+    assert theirs.is_dir()
+    assert Path(mine.name).is_dir()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")

@@ -43,6 +43,15 @@ def test_gradients_are_those_of_the_activation() -> None:
     torch.testing.assert_close(tangent, torch.func.jvp(F.gelu, (values,), (torch.ones_like(values),))[1])
 
 
+def test_a_trace_serves_other_sizes() -> None:
+    def gelu(values: torch.Tensor) -> torch.Tensor:
+        return activated("gelu", values)
+
+    traced = torch.jit.trace(gelu, torch.randn(2, 5), check_trace=False)
+    values = torch.randn(3, 5)
+    torch.testing.assert_close(traced(values.clone()), F.gelu(values))
+
+
 def test_few_values_go_past_onednn_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, ...]] = []
     in_place = activations._gelu_in_place

@@ -445,6 +445,44 @@ def test_engines_take_frozen_weights_from_where_the_run_goes_on(
     assert taken == [tmp_path / "first" / "checkpoint-2"]
 
 
+def test_two_adapters_that_train_each_have_their_stage_in_a_checkpoint(classifier: nn.Module, tmp_path: Path) -> None:
+    classifier.add_adapter("own", mixda(task_type="SEQ_CLS"))
+
+    def trainer(own: str) -> Trainer:
+        stages = [StageCallback("task", "default"), StageCallback(own, "own", check_head=False)]
+        options = arguments(tmp_path, save_strategy="steps", save_steps=1)
+        return Trainer(model=classifier, args=options, train_dataset=rows(classes=True), callbacks=stages)
+
+    trainer("domain").train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*the checkpoint.*")
+        again = trainer("domain")
+        for callback in again.callback_handler.callbacks:
+            if isinstance(callback, StageCallback):
+                callback.run_begins(again, tmp_path / "checkpoint-2")
+    with pytest.warns(UserWarning, match=r"checkpoint-2 was made in stage='domain'"):
+        other = trainer("task")
+    with pytest.raises(ValueError, match=r"checkpoint-2 was made in stage='domain'.* what stage='task' trains"):
+        other.train(resume_from_checkpoint=True)
+
+
+def test_a_trainer_with_a_train_of_its_own_is_told_of_another_stage(classifier: nn.Module, tmp_path: Path) -> None:
+    class Own(Trainer):
+        def train(self, resume_from_checkpoint: str) -> Any:
+            return self._inner_training_loop(self._train_batch_size, self.args, resume_from_checkpoint)
+
+    def trainer(domain: str) -> Trainer:
+        options = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2)
+        stage = StageCallback("domain", domain=domain, check_head=False)
+        return Own(classifier, options, train_dataset=rows(classes=True), callbacks=[stage])
+
+    Trainer.train(trainer("a"))
+    with pytest.warns(UserWarning, match="was made in stage='domain a'"):
+        other = trainer("b")
+    with pytest.raises(ValueError, match=r"checkpoint-2 was made in stage='domain a', so the state of the optimizer"):
+        other.train(str(tmp_path / "checkpoint-2"))
+
+
 def test_a_last_checkpoint_that_a_killed_run_has_cut_is_named(classifier: nn.Module, tmp_path: Path) -> None:
     interrupted(classifier, tmp_path)
     weights = tmp_path / "checkpoint-2" / "adapter_model.safetensors"

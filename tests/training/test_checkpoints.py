@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mixadapters.training.checkpoints import adapters_in, begun_anew, fault, lay_out_moments, note_stage, stage_of
+from mixadapters.training.checkpoints import adapters_in, begun_anew, fault, lay_out_moments, note_stages, stage_of
 
 
 @pytest.fixture
@@ -29,6 +29,12 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_a_whole_checkpoint_has_no_fault(checkpoint: Path) -> None:
     assert fault(checkpoint) == ""
     (checkpoint / "optimizer.pt").unlink()  # as save_only_model leaves it
+    assert fault(checkpoint) == ""
+
+
+def test_files_that_are_not_read_and_those_of_an_old_torch_are_no_fault(checkpoint: Path) -> None:
+    (checkpoint / "index.bin").write_bytes(b"of a callback of the user's own")
+    torch.save({"state": torch.ones(3)}, checkpoint / "optimizer.pt", _use_new_zipfile_serialization=False)
     assert fault(checkpoint) == ""
 
 
@@ -104,7 +110,13 @@ def test_a_huge_header_is_not_read(checkpoint: Path) -> None:
 
 def test_the_stage_of_an_adapter_is_noted(tmp_path: Path) -> None:
     assert stage_of(tmp_path, "default") is None
-    note_stage(tmp_path, "default", "task")
+    note_stages(tmp_path, {"default": "task", "second": "domain"})
+    assert (stage_of(tmp_path, "default"), stage_of(tmp_path, "second")) == ("task", "domain")
+    assert stage_of(tmp_path, "other") is None
+
+
+def test_the_note_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "stage.json").write_text('{"adapter": "default", "stage": "task"}', encoding="utf-8")
     assert stage_of(tmp_path, "default") == "task"
     assert stage_of(tmp_path, "other") is None
 
@@ -116,15 +128,21 @@ def test_a_note_that_is_interrupted_leaves_the_one_before(tmp_path: Path, monkey
         write(self, text[:9], **options)
         raise KeyboardInterrupt
 
-    note_stage(tmp_path, "default", "domain")
+    note_stages(tmp_path, {"default": "domain"})
     monkeypatch.setattr(Path, "write_text", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        note_stage(tmp_path, "default", "task")
+        note_stages(tmp_path, {"default": "task"})
     assert stage_of(tmp_path, "default") == "domain"
     assert [file.name for file in tmp_path.iterdir()] == ["stage.json"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "1", '{"adapter": "default"}', '{"adapter": "default", "stage": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "{", "1", '{"adapter": "default"}', '{"adapter": "default", "stage": 1}', '{"stages": ["default"]}',
+        '{"stages": {"default": 1}}', '{"adapter": ["default"], "stage": "task"}',
+    ],
+)  # fmt: skip
 def test_a_note_that_says_nothing_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "stage.json").write_text(text, encoding="utf-8")
     assert stage_of(tmp_path, "default") is None
