@@ -46,7 +46,7 @@ def _goes_past_onednn(z: Tensor) -> bool:
     if not few or z.requires_grad or torch.compiler.is_compiling():  # which must not come to what is asked below
         return False
     # A trace keeps the choice, also for other sizes.
-    return not (torch._C._functorch.is_functorch_wrapped_tensor(z) or torch.jit.is_tracing())
+    return not (torch._C._functorch.is_functorch_wrapped_tensor(z) or torch._C._is_tracing())
 
 
 _aten = torch.ops.aten

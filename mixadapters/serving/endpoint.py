@@ -234,7 +234,7 @@ class Endpoint:
                 )  # fmt: skip
                 request.when_done(partial(self.metrics.finished, request))
                 requests.append(request)
-            answer = Answer(body.model, chat)
+            answer = Answer(body.model, chat, of_text=isinstance(prompts[0], str))
             if body.stream:
                 events = self._events(requests[0], answer, stops, body.counts_usage)
                 return StreamingResponse(events, media_type="text/event-stream")
@@ -255,7 +255,7 @@ class Endpoint:
     ) -> dict[str, Any]:
         choices = []
         for request in requests:
-            found = [piece async for piece in pieces(request, self.server.tokenizer, stops, http, answer.chat)]
+            found = [piece async for piece in pieces(request, self.server.tokenizer, stops, http, answer)]
             choices.append(("".join(text for text, _ in found), found[-1][1] or "stop"))
         prompt, generated = (
             sum(map(len, lists)) for lists in zip(*((r.prompt, r.tokens) for r in requests), strict=True)
@@ -268,7 +268,7 @@ class Endpoint:
         try:
             if answer.chat:
                 yield answer.piece(None)
-            async for text, reason in pieces(request, self.server.tokenizer, stops, None, answer.chat):
+            async for text, reason in pieces(request, self.server.tokenizer, stops, None, answer):
                 if text or reason:
                     yield answer.piece(text, reason)
             if counts_usage:
@@ -315,7 +315,7 @@ class Endpoint:
 
 
 async def pieces(
-    request: Request, tokenizer: Any, stops: list[str], http: HttpRequest | None, chat: bool
+    request: Request, tokenizer: Any, stops: list[str], http: HttpRequest | None, answer: Answer
 ) -> AsyncIterator[tuple[str, str | None]]:
     """What a request generates: (text, None) as it comes, and at the end (text, finish_reason).
 
@@ -329,7 +329,7 @@ async def pieces(
 
     request.listen(tell)
     # A completion goes on with its prompt's text; an answer in a chat is a text of its own.
-    detokenizer = Detokenizer(tokenizer, () if chat else request.prompt)
+    detokenizer = Detokenizer(tokenizer, () if answer.chat else request.prompt, answer.of_text)
     stopping, given = StopStrings(stops), 0
     look = loop.time() + LOOK
     while True:

@@ -15,14 +15,15 @@ class Detokenizer:
     Args:
         after: the ids that the text continues. Many tokenizers leave out the space that the first of all tokens
             begins with.
+        whole: whether these end with a whole character, as those of a text do.
     """
 
-    def __init__(self, tokenizer: Any, after: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, after: Sequence[int] = (), whole: bool = False) -> None:
         self.tokenizer = tokenizer
         self._ids: list[int] = list(after[-BEFORE:])
         self._start = 0  # decoded again from here, as spaces depend on the token before
         self._read = len(self._ids)  # given up to here
-        while self._read and self._decode(self._ids[: self._read]).endswith(UNFINISHED):
+        while not whole and self._read and self._decode(self._ids[: self._read]).endswith(UNFINISHED):
             self._read -= 1  # a character that those have begun is of this text
 
     def add(self, ids: Sequence[int]) -> str:

@@ -219,10 +219,13 @@ def read_body(kind: type[Body], content: bytes) -> Any:
 
 
 class Answer:
-    """The objects of one answer, which share an id, a time and a model."""
+    """The objects of one answer, which share an id, a time and a model.
 
-    def __init__(self, model: str, chat: bool) -> None:
-        self.chat = chat
+    of_text: whether its prompts were given as text, not as ids.
+    """
+
+    def __init__(self, model: str, chat: bool, of_text: bool = True) -> None:
+        self.chat, self.of_text = chat, of_text
         self.whole = "chat.completion" if chat else "text_completion"
         self.head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}",

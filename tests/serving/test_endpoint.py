@@ -137,6 +137,18 @@ def alone(causal, folder) -> Any:
 # --- by the client ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("given", [WORDS, IDS])
+def test_a_character_is_begun_by_ids_alone(served, monkeypatch, given) -> None:
+    """A text ends with a whole character, also where that is the sign of what is unreadable."""
+
+    def decode(ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join("\ufffd" if i == IDS[-1] else "+" for i in ids)
+
+    monkeypatch.setattr(served.engine.tokenizer, "decode", decode)
+    text = served.client.completions.create(model="chat", prompt=given, max_tokens=1).choices[0].text
+    assert len(text) == (1 if given == WORDS else 2)
+
+
 def test_base_and_adapters_are_models(served) -> None:
     models = served.client.models.list().data
     assert [model.id for model in models] == ["tiny", *sorted(NAMES)]

@@ -52,6 +52,12 @@ def test_text_goes_on_with_what_comes_before_it(prompt) -> None:
     assert words.decode(prompt, True) + text == words.decode([*prompt, 3, 4], True)
 
 
+def test_a_text_that_ends_with_the_sign_of_what_is_unreadable_is_not_given_again() -> None:
+    prompt = list("a\ufffd".encode())
+    detokenizer = Detokenizer(Bytes(), prompt, whole=True)
+    assert detokenizer.add(b"b") + detokenizer.rest() == "b"
+
+
 def test_a_character_that_a_prompt_begins_comes_with_its_last_byte() -> None:
     detokenizer = Detokenizer(Bytes(), [*b"a", 0xF0, 0x9F, 0x99])
     assert detokenizer.add([0x82]) + detokenizer.add(b"b") + detokenizer.rest() == "🙂b"
