@@ -10,6 +10,7 @@ from torch import nn
 
 from mixadapters.core.calls import ModelCalls
 from mixadapters.core.cutting import CuttingVerbs
+from mixadapters.core.files import not_finite
 from mixadapters.core.injection import Injection
 from mixadapters.core.inspection import RoutingVerbs
 from mixadapters.core.layer import AdapterHost, HookedLayer, in_stage
@@ -203,9 +204,9 @@ def _memory_of(parameter: nn.Parameter) -> tuple[bool, int]:
 
 def _refuse_broken(host: AdapterHost, adapter_name: str) -> None:
     """Raise ValueError, as PEFT does where `safe_merge`, for weights by which an unloaded model would lose its own."""
-    for key, value in host.adapters[adapter_name].named_parameters():
-        if not value.is_meta and not value.isfinite().all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {key!r} at "
-                f"{host.path!r} holds NaN or infinite values"
-            )
+    weights = {key: p.detach() for key, p in host.adapters[adapter_name].named_parameters() if not p.is_meta}
+    if broken := not_finite(weights):
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {broken[0]!r} at "
+            f"{host.path!r} holds NaN or infinite values"
+        )

@@ -891,3 +891,13 @@ def test_a_merge_of_what_is_not_finite_is_refused_before_any_change(safe: bool, 
         model.base_model.merge_adapter(safe_merge=safe)
     assert all(torch.equal(before[key], model.state_dict()[key]) for key in before)
     assert not any(host.merged for host in model.base_model.hosts())
+
+
+def test_weights_of_eight_bits_are_merged(tiny: Any) -> None:
+    """Torch does not say of these whether they are finite."""
+    config = BottleneckConfig(r=4, activation="identity", use_bias=False, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny("llama"), config).eval()
+    for host in model.base_model.hosts():
+        host.adapters.to(torch.float8_e4m3fn)
+    model.base_model.merge_adapter()
+    assert all(host.merged for host in model.base_model.hosts())
