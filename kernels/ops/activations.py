@@ -42,11 +42,11 @@ def activated(act: str, z: Tensor) -> Tensor:
 
 
 def _goes_past_onednn(z: Tensor) -> bool:
-    few = z.numel() <= SMALL and not z.numel() % 2 and z.is_cpu and z.is_contiguous() and _gelu_in_place is not None
-    if not few or z.requires_grad or torch.compiler.is_compiling():  # which must not come to what is asked below
+    # A graph has loops of its own, and a trace would keep the choice for other sizes. The compiler asks nothing below.
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
-    # A trace keeps the choice, also for other sizes.
-    return not (torch._C._functorch.is_functorch_wrapped_tensor(z) or torch._C._is_tracing())
+    few = z.numel() <= SMALL and not z.numel() % 2 and z.is_cpu and z.is_contiguous() and _gelu_in_place is not None
+    return few and not (z.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(z))
 
 
 _aten = torch.ops.aten

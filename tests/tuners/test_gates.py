@@ -145,7 +145,7 @@ def test_the_table_moves_when_the_first_layer_loses_its_experts(tiny, tiny_input
         one = get_peft_model(tiny("llama"), MixDAConfig(**{**FIELDS, "domains": [name], "domain_layers": [layer]}))
         one.save_pretrained(tmp_path / name)
         save[name] = str(tmp_path / name)
-    model = mixture(tiny, domains=save, task_adapter=None)
+    model = mixture(tiny, domains=save, task_adapter=None, r=None)
     tuner, inputs = model.base_model, tiny_inputs("llama")
     assert ".layers.0." in tables(model)[0]
     before = shares(model, TEXTS["b"])
