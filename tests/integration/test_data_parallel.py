@@ -83,17 +83,22 @@ def made(kind: str, tiny: Any) -> tuple[nn.Module, list[dict[str, Any]]]:
     return get_peft_model(tiny("llama"), CONFIGS[kind]()), halves
 
 
+@torch.no_grad()
+def compare(model: nn.Module, batches: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies in threads, several times, with the models that they are copies of, one after the other."""
+    expected = [one(**batch).logits for one, batch in zip((model, twin(model)), batches, strict=True)]
+    for _ in range(3):
+        found = in_threads(copies(model, monkeypatch), batches)
+        for output, logits in zip(found, expected, strict=True):
+            torch.testing.assert_close(output.logits, logits)
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("training", [False, True])
 def test_each_copy_runs_with_its_own_weights(kind: str, training: bool, tiny: Any, monkeypatch) -> None:
     model, batches = made(kind, tiny)
     model.train(training)
-    with torch.no_grad():
-        expected = [one(**batch).logits for one, batch in zip((model, twin(model)), batches, strict=True)]
-        for _ in range(2):
-            found = in_threads(copies(model, monkeypatch), batches)
-            for output, logits in zip(found, expected, strict=True):
-                torch.testing.assert_close(output.logits, logits)
+    compare(model, batches, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -128,12 +133,7 @@ def test_rows_of_each_thread_take_the_adapters_that_they_name(kind: str, tiny: A
     model.eval()
     names = [["default", "other"], ["other", "__base__"]]
     batches = [{"input_ids": b["input_ids"], "adapter_names": n} for b, n in zip(batches, names, strict=True)]
-    with torch.no_grad():
-        expected = [one(**batch).logits for one, batch in zip((model, twin(model)), batches, strict=True)]
-        for _ in range(3):
-            found = in_threads(copies(model, monkeypatch), batches)
-            for output, logits in zip(found, expected, strict=True):
-                torch.testing.assert_close(output.logits, logits)
+    compare(model, batches, monkeypatch)
 
 
 def test_what_is_drawn_once_for_a_forward_is_refused(tiny: Any, monkeypatch) -> None:
