@@ -18,7 +18,8 @@ HARMLESS = (
     "use_cpu",
 )  # fmt: skip
 # Numbers of TrainingArguments that are at least 1, and those that are at least 0.
-SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+         "eval_accumulation_steps", "generation_num_beams")  # fmt: skip
 NOT_NEGATIVE = ("weight_decay", "warmup_steps", "warmup_ratio", "max_grad_norm", "adam_epsilon", "logging_steps",
                 "save_steps", "dataloader_num_workers")  # fmt: skip
 # Those that a run sets itself, and what to pass in their place.
@@ -29,6 +30,9 @@ INSTEAD = {
     "output_dir": "--out",
     "predict_with_generate": "nothing: the task decides",
     "generation_max_length": "--max_new_tokens",
+    "dataloader_drop_last": "nothing: all rows are read",
+    "prediction_loss_only": "nothing: predictions are scored",
+    "label_names": "nothing: the task decides",
 }
 
 

@@ -35,6 +35,8 @@ def tfidf(task: Task, train: Sequence[Example], test: Sequence[Example]) -> list
     """TF-IDF of words and pairs of words, under logistic or ridge regression, or the nearest row's answer."""
     words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
     texts, asked = ([" ".join(e.texts) for e in rows] for rows in (train, test))
+    if not any(map(words.build_analyzer(), (" ".join([*e.texts, *e.choices]) for e in train))):
+        return majority(task, train, test)  # it counts words of two characters or more, and there are none
     if task.kind == "classification":
         if len({e.target for e in train}) < 2:
             return majority(task, train, test)

@@ -132,6 +132,8 @@ def train_domain(
 
     The knowledge loss is contrastive between the halves of a text (dropout alone is no task for a trained encoder), or
     of the next token where the model `generates`.
+
+    Raises ValueError: the texts do not fill one batch.
     """
     objectives: list[Objective] = [PreservationObjective()]
     stage = "experts" if isinstance(model.peft_config["default"], MoAConfig) else "domain"
@@ -143,6 +145,12 @@ def train_domain(
         rows = [halves(text) for text in texts if len(text.split()) >= 10]
         collator = PairCollator(tokenizer, max_length=max_length)
         objectives.insert(0, ContrastiveObjective())
+    batch = arguments.train_batch_size * arguments.world_size
+    if len(rows) < batch:
+        raise ValueError(
+            f"stage 1 has {len(rows)} texts, which fill no batch of {batch}: nothing would train; pass a smaller "
+            "--stage1_batch, or more text"
+        )
     Trainer(
         model,
         arguments,

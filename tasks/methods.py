@@ -156,8 +156,11 @@ def rank_for(parameters: int, make: Callable[[int], PeftConfig], base: Base, emp
 
     empty: count on a model without weights.
 
-    Raises ValueError: not even rank 1 is as small.
+    Raises ValueError: not even rank 1 is as small, or the model itself is smaller.
     """
+    whole = sum(p.numel() for p in base.load(empty=True).parameters())
+    if parameters > whole:
+        raise ValueError(f"parameters={parameters} is more than the {whole} of model {base.path!r}; pass fewer")
 
     def size(rank: int) -> int:
         model = get_peft_model(base.load(empty), make(rank))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -67,10 +68,26 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     if not found:
         raise ValueError(f"{folder} holds no results; make some with `run --out {folder}`")
     for file, result in zip(files, found, strict=True):
-        metric = get_task(result["task"]).metrics[0]
-        if metric not in result["metrics"]:
-            raise ValueError(f"{file}: metrics={result['metrics']} lack {metric!r}, which its table is of")
+        _check_result(file, result)
     return found
+
+
+def _check_result(file: Path, result: dict[str, Any]) -> None:
+    """Raises ValueError: a result is of no task, without its metric, or has rows that are none of the task."""
+    try:
+        task = get_task(result["task"])
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if task.metrics[0] not in result["metrics"]:
+        raise ValueError(f"{file}: metrics={result['metrics']} lack {task.metrics[0]!r}, which its table is of")
+    writes = task.kind == "generation"
+    for name, kinds in (
+        ("predictions", (str,) if writes else (int, float)),
+        ("gold", (list,) if writes else (int, float)),
+    ):
+        odd = [value for value in result[name] if type(value) not in kinds]
+        if odd:
+            raise ValueError(f"{file}: {name} have {odd[0]!r:.80}, which is no answer to task {task.name!r}")
 
 
 def tables(results: Sequence[dict[str, Any]], reference: str = "bottleneck") -> list[Table]:
@@ -123,7 +140,9 @@ def _line(name: str, runs: dict[int, dict[str, Any]], against: dict[int, dict[st
         p=paired_p(gaps),
         trainable=next(iter(runs.values()))["trainable_parameters"],
         head=next(iter(runs.values()))["head_parameters"],
-        retention={k: statistics.mean(r[k] for r in kept) for k in kept[0]} if kept else {},
+        retention={
+            k: statistics.mean(r[k] for r in kept if k in r) for k in dict.fromkeys(k for r in kept for k in r)
+        },
     )
 
 
@@ -202,12 +221,16 @@ def cells(line: Line) -> list[str]:
 
 def markdown(table: Table) -> str:
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *map(cells, table.lines)]
-    return "\n".join([f"**{table.title}**", "", *("| " + " | ".join(row) + " |" for row in rows)])
+    lines = ("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
+    return "\n".join([f"**{table.title}**", "", *lines])
 
 
 def latex(table: Table) -> str:
     def escape(text: str) -> str:
-        return text.replace("_", r"\_").replace("%", r"\%")
+        text = re.sub(r"[\\~^]|[_%&#${}]", r"\\\g<0>", text)
+        return re.sub(
+            r"\\([\\~^])", r"\\char`\\\1{}", text
+        )  # those after a backslash alone would be accents and breaks
 
     rows = [list(COLUMNS), *map(cells, table.lines)]
     body = [" & ".join(map(escape, row)) + r" \\" for row in rows]

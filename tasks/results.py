@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mixadapters.core.folders import written_aside
+from mixadapters.core.folders import fcntl, written_aside
+from mixadapters.core.processes import gathered
 from mixadapters.tasks.provenance import FORMAT
 
 FIELDS: dict[str, type] = {
@@ -41,7 +45,7 @@ def read_result(file: Path) -> dict[str, Any]:
     if found.get("format") != FORMAT:
         raise ValueError(f"{file}: format={found.get('format')!r} is not read by this version")
     for name, kind in FIELDS.items():
-        if not isinstance(found.get(name), kind):
+        if type(found.get(name)) is not kind:
             raise ValueError(f"{file} is no whole result: {name}={found.get(name)!r}; {again}")
     for name, part, kinds in PARTS:
         value = found.get(name) or {}
@@ -51,7 +55,7 @@ def read_result(file: Path) -> dict[str, Any]:
             if key not in value or type(value[key]) not in kinds:
                 raise ValueError(f"{file} is no whole result: {name}[{key!r}]={value.get(key)!r:.200}; {again}")
     said, rows = len(found["predictions"]), len(found["gold"])
-    if said != rows:
+    if said != rows or not rows:
         raise ValueError(f"{file} is no whole result: {said} predictions for {rows} rows; {again}")
     return found
 
@@ -87,7 +91,44 @@ def check_folder(folder: Path) -> None:
     """Raises ValueError: results cannot go there. The folder is made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "writable", "")
-        (folder / "writable").unlink(missing_ok=True)
+        own = folder / f".{uuid.uuid4().hex}"  # no file of the user's
+        write_whole(own, "")
+        own.unlink()
     except OSError as error:
         raise ValueError(f"--out {folder} must be a folder that can be written to: {error}") from error
+
+
+@contextmanager
+def made_here(file: Path, first: bool) -> Iterator[None]:
+    """A block in which no other command makes the same result: both would write the checkpoints of one training.
+
+    first: whether this process, of several that run one command, is the one that writes. All of them come here.
+
+    Raises ValueError: another command is at it.
+    """
+    lock = _lock(file.with_suffix(".lock")) if first and fcntl is not None else None
+    try:
+        if any(gathered(lock is not None and lock.closed)):
+            raise ValueError(
+                f"another process is making {file}; wait for it, or divide --tasks, --methods or --seeds between them"
+            )
+        yield
+    finally:
+        if lock is not None and not lock.closed:
+            Path(lock.name).unlink(missing_ok=True)
+            lock.close()
+
+
+def _lock(path: Path) -> Any:
+    """A file that the system keeps locked until this process closes it or ends; closed where another has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):  # it was done just now
+            lock.close()
+    except BlockingIOError:
+        lock.close()
+    except OSError:  # a file system without locks
+        pass
+    return lock

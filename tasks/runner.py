@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
 import random
 import sys
 import time
@@ -19,6 +21,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PrinterCallback, Seq2SeqTrainer, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from mixadapters.core.folders import ADAPTER_FILE, check_saved
 from mixadapters.core.routing import FROZEN
 from mixadapters.tasks import baselines, checkpoints, domains, retention
 from mixadapters.tasks.arguments import TrainArguments
@@ -28,14 +31,16 @@ from mixadapters.tasks.models import Base
 from mixadapters.tasks.protocols import VERSION, Rows, select
 from mixadapters.tasks.provenance import FORMAT, fingerprint, provenance
 from mixadapters.tasks.registry import TASKS, Task, get_task
-from mixadapters.tasks.results import check_folder, read_result, save_result
+from mixadapters.tasks.results import check_folder, made_here, read_result, save_result
 from mixadapters.tasks.run_arguments import RunArguments
-from mixadapters.tasks.sources import Example, check_source, read_task
+from mixadapters.tasks.sources import Example, NotThere, check_source, read_task
 
 SETUP = (  # arguments that decide how models train
     "model", "max_length", "pooling", "parameters", "layers", "rates", "full_rates", "head_rate", "domains",
     "stage1_steps", "stage1_batch", "stage1_rate", "max_new_tokens",
 )  # fmt: skip
+# What a Trainer asks of a model of transformers' own alone, which has no head or ranker of this package around it.
+OF_MODELS = ("gradient_checkpointing", "neftune_noise_alpha")
 
 
 class Diverged(ValueError):
@@ -83,6 +88,9 @@ class Runner:
             for name in self.args.tasks:
                 self._check(get_task(name))
         check_folder(self.out)
+        for name in (*self.args.tasks, "domains", "trainer"):
+            if os.path.lexists(self.out / name):
+                check_folder(self.out / name)
         for name in self.args.tasks:
             self._guard(partial(self._task, get_task(name)), name)
         return self.failed
@@ -96,11 +104,19 @@ class Runner:
                 Method(name, self.args.parameters, self.args.layers, {}).check(base)
                 if name in MIXTURES:
                     self.domain_names(base, name)
+                    for given in self.args.domains:
+                        check_saved("--domains", given.partition("=")[2], ADAPTER_FILE)
 
     def base(self, task: Task) -> Base:
         """The pretrained model as the task needs it. Raises ValueError: it cannot do it, or not at this length."""
         base = Base(str(self.args.model), task, self.args.pooling, self.args.max_length)
         base.check_length(self.args.max_new_tokens)
+        for name in OF_MODELS:
+            if base.form != "generate" and (value := getattr(self.training, name)):
+                raise ValueError(
+                    f"{name}={value!r} needs a model of transformers' own, and task {task.name!r} puts "
+                    f"{'a head on' if base.form == 'head' else 'a ranker around'} model {base.path!r}; leave it out"
+                )
         return base
 
     def _guard(self, work: Callable[[], None], name: str) -> None:
@@ -130,7 +146,7 @@ class Runner:
         """General English; empty where the folder has none."""
         try:
             return domains.general(Path(self.args.data_dir or ""), random.Random(13))
-        except ValueError:
+        except NotThere:
             return []
 
     @cached_property
@@ -138,7 +154,7 @@ class Runner:
         """Pairs of sentences with the scores of their similarity; empty where the folder has none."""
         try:
             return read_task(get_task("stsb"), Path(self.args.data_dir or ""), ("test",))["test"][:150]
-        except ValueError:
+        except NotThere:
             return []
 
     @cached_property
@@ -146,12 +162,13 @@ class Runner:
         """Keys of all sentences of dev and test of any task in the folder: domain adapters never read them."""
         found: set[str] = set()
         for task in TASKS.values():
-            try:
-                splits = read_task(task, self.args.data_dir, ("dev", "test"))
-            except ValueError:  # the folder does not have it
-                continue
-            texts = (t for examples in splits.values() for e in examples for t in e.texts)
-            found.update(domains.key(s) for text in texts for s in domains.split_text(text))
+            for split in ("dev", "test"):
+                try:
+                    examples = read_task(task, self.args.data_dir, (split,)).get(split, [])
+                except NotThere:
+                    continue
+                texts = (t for e in examples for t in e.texts)
+                found.update(domains.key(s) for text in texts for s in domains.split_text(text))
         return found
 
     def domain_names(self, base: Base, method: str) -> tuple[str, ...]:
@@ -273,14 +290,19 @@ class Run:
 
     def do(self) -> None:
         """Run unless there is a result, and write one."""
-        if self.file.exists():
-            try:
-                read_result(self.file)
-            except ValueError as error:
-                self.runner.say(f"{self.label} seed {self.seed}: runs again: {error}")
-            else:
-                self.runner.say(f"{self.label} seed {self.seed}: cached, {self.file}")
-                return
+        with made_here(self.file, self.runner.first):
+            if self.file.exists():
+                try:
+                    read_result(self.file)
+                except ValueError as error:
+                    self.runner.say(f"{self.label} seed {self.seed}: runs again: {error}")
+                else:
+                    self.runner.say(f"{self.label} seed {self.seed}: cached, {self.file}")
+                    return
+            self._make()
+
+    def _make(self) -> None:
+        """Run and write the result."""
         started = time.perf_counter()
         found = self._baseline() if self.method in UNTRAINED else self._train()
         gold = [e.target for e in self.rows.test]
@@ -426,12 +448,15 @@ class Run:
         before = untouched(self.base.path, self.base.form, length, tuple(texts))
         if self.base.form != "head":
             lm = getattr(model, "lm", model)
-            return {"token loss": retention.token_loss(lm, tokenizer, texts, length), "untouched": before}
-        encoder = retention.Inside(model)
-        found = {"drift": retention.drift(before, retention.embed(encoder, tokenizer, texts, length))}
-        if self.runner.pairs:
-            found["STS-B"] = retention.similarity(encoder, tokenizer, self.runner.pairs, length)
-        return found
+            found = {"token loss": retention.token_loss(lm, tokenizer, texts, length), "untouched": before}
+        else:
+            encoder = retention.Inside(model)
+            found = {"drift": retention.drift(before, retention.embed(encoder, tokenizer, texts, length))}
+            if self.runner.pairs:
+                found["STS-B"] = retention.similarity(encoder, tokenizer, self.runner.pairs, length)
+        if odd := [name for name, value in found.items() if not math.isfinite(value)]:
+            self.runner.say(f"{self.label} seed {self.seed}: {', '.join(odd)} of general text is NaN or infinite")
+        return {name: value for name, value in found.items() if name not in odd} or None
 
     def describe(self) -> None:
         """What would train, on how much, and how long that takes here: one step and one batch are timed."""

@@ -17,6 +17,10 @@ from mixadapters.core.columns import distinct_fields
 from mixadapters.tasks.registry import SPLITS, Task
 
 
+class NotThere(ValueError):
+    """The source of a task has no such file, or none of its rows: it may be of other tasks alone."""
+
+
 @dataclass(frozen=True)
 class Example:
     """A row: its texts, what is right, and the answers to choose from where it has any.
@@ -50,13 +54,13 @@ def plain(value: object) -> str:
 def files(folder: Path, names: str) -> list[Path]:
     """The files `folder/<name>*.jsonl` and `.jsonl.gz` for each of the names, split by spaces.
 
-    Raises ValueError: a name has no file, or a file is there both plain and compressed.
+    Raises ValueError: a name has no file (`NotThere`), or a file is there both plain and compressed.
     """
     found: list[Path] = []
     for name in names.split():
         of_name = sorted([*folder.glob(f"{name}*.jsonl"), *folder.glob(f"{name}*.jsonl.gz")])
         if not of_name:
-            raise ValueError(f"--data-dir {folder} has no file {name}*.jsonl or {name}*.jsonl.gz")
+            raise NotThere(f"--data-dir {folder} has no file {name}*.jsonl or {name}*.jsonl.gz")
         for file in of_name:
             if file.with_name(f"{file.name}.gz") in of_name:
                 raise ValueError(f"{file} is there twice, compressed too, and its rows would count twice; remove one")
@@ -133,7 +137,8 @@ def read_task(task: Task, data_dir: str | Path | None, splits: Collection[str] =
     """The task's rows by split, from `data_dir` or, without one, from the hub.
 
     Raises:
-        ValueError: the task has no such source; a missing file or split; a row with a missing or faulty field.
+        ValueError: the task has no such source; a missing file or split (`NotThere`); a row with a missing or faulty
+            field.
     """
     if not data_dir:
         check_source(task, None)
@@ -149,7 +154,7 @@ def read_task(task: Task, data_dir: str | Path | None, splits: Collection[str] =
             and not any(lookup(row, f) == v for f, v in task.drop.items())
         ]
         if not found[split]:
-            raise ValueError(f"task {task.name!r} has no rows in its {split} set")
+            raise NotThere(f"task {task.name!r} has no rows in its {split} set")
     return found
 
 

@@ -203,3 +203,12 @@ def test_baselines_on_every_kind(data) -> None:
     train = [Example(("bad",), 0), Example(("good",), 1), Example(("good good",), 1)]
     assert baselines.majority(get_task("imdb"), train, train[:1]) == [1]
     assert baselines.tfidf(get_task("imdb"), train, train) == [0, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["imdb", "stsb", "commonsenseqa", "trex_slotfilling"])
+def test_texts_without_a_word_have_the_most_frequent_answer(name) -> None:
+    task = get_task(name)
+    targets = {"stsb": [1.0, 1.0, 4.0], "trex_slotfilling": [("b",), ("b",), ("a",)]}.get(name, [1, 1, 0])
+    choices = ("x", "y") if name == "commonsenseqa" else ()
+    train = [Example((text,), target, choices) for text, target in zip("a?\N{GRINNING FACE}", targets, strict=True)]
+    assert baselines.tfidf(task, train, train) == baselines.majority(task, train, train)

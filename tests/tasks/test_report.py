@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from typing import Any
 
@@ -117,6 +118,19 @@ def test_markdown_latex_and_plot(tmp_path, capsys) -> None:
     assert r"majority & 3 & 0.500 & 0.500 to 0.500 & -0.250" in capsys.readouterr().out
     assert cli.main(["table", str(tmp_path), "--reference", "lorra"]) == 1
     assert "--reference lorra has no results in" in capsys.readouterr().err
+
+
+def test_names_do_not_break_the_form_of_a_table() -> None:
+    (table,) = report.tables([result("a|b&c#d~e\\f", 0, 20, setup={"model": "x"})])
+    (row,) = report.markdown(table).splitlines()[-1:]
+    assert len(re.findall(r"(?<!\\)\|", row)) == len(report.COLUMNS) + 1
+    assert r"a|b\&c\#d\char`\~{}e\char`\\{}f & 1 & 0.500" in report.latex(table)
+
+
+def test_a_measure_of_old_text_that_some_seeds_have_is_their_mean() -> None:
+    runs = [result("lora", s, 20, retention=r) for s, r in enumerate(({"a": 1.0, "b": 2.0}, {"a": 3.0}, None))]
+    assert lines(runs)["lora"].retention == {"a": 2.0, "b": 2.0}
+    assert lines(runs[::-1])["lora"].retention == {"a": 2.0, "b": 2.0}
 
 
 def test_an_empty_folder_and_a_newer_format_are_refused(tmp_path, capsys) -> None:

@@ -12,7 +12,7 @@ import pytest
 from mixadapters.tasks import __main__ as cli
 from mixadapters.tasks import results as results_module
 from mixadapters.tasks.report import read_results
-from mixadapters.tasks.results import check_folder, read_result, save_result, write_whole
+from mixadapters.tasks.results import check_folder, made_here, read_result, save_result, write_whole
 
 RESULT = {
     "format": 1, "task": "imdb", "method": "lora", "seed": 0, "protocol": {"task": "imdb", "shots": 4, "draw": 2},
@@ -71,9 +71,23 @@ def test_a_result_of_other_metrics_than_its_task_is_named(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"task": "imbd"}, "task 'imbd' is unknown"), ({"predictions": [0, "1"]}, "predictions have '1'"),
+     ({"gold": [0, [1]]}, r"gold have \[1\], which is no answer to task 'imdb'")],
+)  # fmt: skip
+def test_a_result_that_is_none_of_its_task_is_named(tmp_path, changes: dict[str, Any], message: str) -> None:
+    (tmp_path / "imdb").mkdir()
+    (tmp_path / "imdb" / "lora-s0-x.json").write_text(json.dumps({**RESULT, **changes}))
+    with pytest.raises(ValueError, match=rf"lora-s0-x\.json: {message}"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [(b"[1]", "is no result but a JSON list"), (b"\xff", "no whole result"), (b"[" * 99999, "no whole result"),
-     (json.dumps({**RESULT, "gold": [1]}).encode(), "2 predictions for 1 rows")],
+     (json.dumps({**RESULT, "gold": [1]}).encode(), "2 predictions for 1 rows"),
+     (json.dumps({**RESULT, "gold": [], "predictions": []}).encode(), "0 predictions for 0 rows"),
+     (json.dumps({**RESULT, "seed": True}).encode(), "no whole result: seed=True")],
 )  # fmt: skip
 def test_what_is_no_result_is_named(tmp_path, content: bytes, message: str) -> None:
     (tmp_path / "x.json").write_bytes(content)
@@ -98,6 +112,29 @@ def test_a_run_whose_result_was_cut_short_runs_again(data, tmp_path, capsys) -> 
     assert cli.main(line) == 0
     assert "majority seed 0: runs again: " in capsys.readouterr().out
     assert read_result(file)["predictions"] == whole["predictions"]
+
+
+def test_two_commands_never_make_one_result_at_a_time(data, tmp_path, capsys) -> None:
+    """The second would take away the checkpoint that the first is writing, as one that a killed run has left."""
+    line = f"run --data-dir {data} --out {tmp_path} --tasks imdb --methods majority --seeds 0".split()
+    file = tmp_path / "imdb" / "x.json"
+    with made_here(file, True):
+        with (
+            pytest.raises(ValueError, match=r"another process is making .*x\.json; wait for it"),
+            made_here(file, True),
+        ):
+            pass
+        with made_here(file, False):  # not the process that writes
+            pass
+        with made_here(tmp_path / "imdb" / "y.json", True):
+            pass
+    with made_here(file, True):
+        pass
+    assert cli.main(line) == 0
+    (result,) = (tmp_path / "imdb").iterdir()  # and nothing beside it
+    with made_here(result, True):
+        assert cli.main(line) == 1
+    assert f"another process is making {result}" in capsys.readouterr().err
 
 
 def test_writers_at_the_same_time_never_mix(tmp_path, monkeypatch) -> None:
@@ -148,6 +185,9 @@ def test_a_result_that_finds_no_room_anywhere_is_printed(tmp_path, monkeypatch, 
 def test_a_folder_that_takes_no_files_is_refused(tmp_path, monkeypatch) -> None:
     check_folder(tmp_path / "a" / "b")
     assert not list((tmp_path / "a" / "b").iterdir())
+    (tmp_path / "a" / "writable").write_text("mine")
+    check_folder(tmp_path / "a")
+    assert (tmp_path / "a" / "writable").read_text() == "mine"
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ValueError, match=r"--out .*c must be a folder that can be written to: .*No space left"):
         check_folder(tmp_path / "c")

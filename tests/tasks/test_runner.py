@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, HfArgument
 from mixadapters.tasks import __main__ as cli
 from mixadapters.tasks import runner as runner_module
 from mixadapters.tasks.arguments import TrainArguments
+from mixadapters.tasks.report import read_results
 from mixadapters.tasks.run_arguments import RunArguments
 
 SMALL = (
@@ -271,6 +273,21 @@ def test_a_run_that_fails_does_not_stop_the_others(encoder, data, tmp_path, caps
         ("--tasks imdb --adam_beta2 1", "adam_beta2=1.0 must be 0 or more and less than 1"),
         ("--tasks imdb --per_device_train_batch_size 0", "per_device_train_batch_size=0 must be 1 or more"),
         ("--tasks imdb --gradient_accumulation_steps 0", "gradient_accumulation_steps=0 must be 1 or more"),
+        ("--tasks imdb --eval_accumulation_steps 0", "eval_accumulation_steps=0 must be 1 or more"),
+        ("--tasks imdb --generation_num_beams 0", "generation_num_beams=0 must be 1 or more"),
+        (
+            "--tasks imdb --dataloader_drop_last true",
+            "dataloader_drop_last=True is set by each run; pass nothing: all",
+        ),
+        ("--tasks imdb --prediction_loss_only true", "prediction_loss_only=True is set by each run; pass nothing"),
+        ("--tasks imdb --label_names x", "label_names=['x'] is set by each run; pass nothing"),
+        (
+            "--tasks imdb --gradient_checkpointing true",
+            "gradient_checkpointing=True needs a model of transformers' own, and task 'imdb' puts a head on model",
+        ),
+        ("--tasks imdb --methods lora --parameters 99999999999", "parameters=99999999999 is more than the "),
+        ("--tasks imdb --methods mixda --stage1_batch 36", "stage 1 has 30 texts, which fill no batch of 36: nothing"),
+        ("--tasks imdb --methods mixda --domains a=/no/such", "--domains '/no/such': there is no such folder."),
         ("--tasks imdb --save_only_model", "save_only_model=True leaves nothing to go on from"),
         (
             "--tasks imdb --methods probe --max_length 65",
@@ -312,6 +329,45 @@ def test_an_output_folder_that_is_a_file_is_refused_before_training(
         assert run(encoder, data, out, f"--tasks imdb --methods lora --seeds 0 {SHOTS}") == 1
         assert re.search(r"error: --out .* must be a folder that can be written to: ", capsys.readouterr().err)
     assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["imdb", "trainer", "domains"])
+def test_folders_inside_the_output_are_looked_at_before_training(encoder, data, tmp_path, capsys, name) -> None:
+    (tmp_path / name).write_text("mine")
+    assert run(encoder, data, tmp_path, f"--tasks imdb --methods majority lora --seeds 0 {SHOTS}") == 1
+    said = capsys.readouterr()
+    assert f"{name} must be a folder that can be written to" in said.err
+    assert not said.out
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["glue/stsb/dev", "glue/qnli/train"])
+def test_a_faulty_row_of_other_sets_is_no_missing_file(encoder, data, write, tmp_path, capsys, name) -> None:
+    """Domain adapters would read the test sentences of that task, and general text would be thought to be missing."""
+    write(data, name, [{"sentence": 3, "sentence1": 3}])
+    assert run(encoder, data, tmp_path / "out", f"--tasks imdb --methods mixda --seeds 0 {SHOTS} --layers 2") == 1
+    assert re.search(
+        rf"error: .*{name}\.jsonl, row 1: field 'sentence1?' must be text, got 3", capsys.readouterr().err
+    )
+
+
+def test_a_test_set_without_its_dev_set_is_unseen_too(encoder, data, tmp_path) -> None:
+    (data / "reviews/imdb/dev.jsonl").unlink()
+    for other in ("kilt", "commonsenseqa", "glue/stsb"):  # they have the same texts
+        shutil.rmtree(data / other)
+    arguments = RunArguments(["imdb"], str(encoder), str(data), str(tmp_path))
+    unseen = runner_module.Runner(arguments, TrainArguments(use_cpu=True)).unseen
+    rows = map(json.loads, (data / "reviews/imdb/test.jsonl").read_text().splitlines())
+    assert {row["text"] for row in rows} <= unseen
+
+
+def test_what_became_of_general_text_is_left_out_where_it_is_no_number(
+    encoder, data, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(runner_module.retention, "drift", lambda *_: float("nan"))
+    assert run(encoder, data, tmp_path, f"--tasks imdb --methods probe --seeds 0 {SHOTS}") == 0
+    assert "probe seed 0: drift of general text is NaN or infinite" in capsys.readouterr().out
+    assert set(read_results(tmp_path)[0]["retention"]) == {"STS-B"}
 
 
 def spoil(trainer: Any) -> None:
