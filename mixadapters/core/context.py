@@ -117,7 +117,8 @@ class ForwardContext(Recording, hooks.Rooted):
     def prepare(self) -> None:
         """Let adapters do what they do once per forward."""
         for host in self.preparing:
-            host.prepare()
+            for adapter in host.to_prepare():
+                adapter.prepare(self)
 
     # --- for adapters and routers -----------------------------------------------------------------------------
 
@@ -220,10 +221,13 @@ class ForwardContext(Recording, hooks.Rooted):
                 "gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         loss = weight * value
-        record.losses[name] = record.losses[name] + loss if name in record.losses else loss
+        if (before := record.losses.get(name)) is not None:  # layers may lie on several devices
+            loss = before + loss.to(before.device)
+        record.losses[name] = loss
         if not torch.compiler.is_compiling():
-            total, count = self.loss_log.get(name, (0.0, 0))
-            self.loss_log[name] = (total + value.detach().float(), count + 1)
+            value = value.detach().float()
+            total, count = self.loss_log.get(name, (torch.zeros_like(value), 0))
+            self.loss_log[name] = (total + value.to(total.device), count + 1)
 
     def set_loss(self, value: Tensor) -> None:
         """Make `value` (scalar) the main loss of this forward."""

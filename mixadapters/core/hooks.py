@@ -90,7 +90,7 @@ class RootHooks:
             if record.training or "labels" in kwargs:  # steps of decoding are not held up
                 records.trainers.look(lambda model: root_of(model) is module, context.own_fields)
         copied = _is_copy(module)
-        if copied and context.preparing:
+        if copied and any(host.to_prepare() for host in context.preparing):
             raise ValueError(
                 "what adapters draw or compute once for each forward (MoSA, AGD) does not reach the copies that "
                 "nn.DataParallel makes of a model: start one process for each device (torchrun), or hide all devices "

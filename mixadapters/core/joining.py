@@ -62,16 +62,20 @@ def join_losses(record: Record, module: nn.Module, output: Any, scale: Tensor | 
     Raises:
         ValueError: there is neither a loss nor an output with a gradient to join, or no main loss to weigh.
     """
-    extra = sum(record.losses.values(), torch.zeros(())) if record.training and record.losses else None
-    if extra is None and record.main_loss is None and record.main_scale == 1.0:
+    parts = list(record.losses.values()) if record.training else []
+    if not parts and record.main_loss is None and record.main_scale == 1.0:
         return output
     loss = record.main_loss if record.main_loss is not None else getattr(output, "loss", None)
+    # The layers of one model may lie on several devices, and its loss on another.
+    device = getattr(parts[0] if loss is None and parts else loss, "device", None)
+    extra = sum((part.to(device) for part in parts), torch.zeros(())) if parts else None
     weighed = record.main_loss is not None or record.main_scale != 1.0
     if loss is None and (extra is None or weighed):
         raise ValueError("the forward has no loss to weigh; pass labels, or an objective that makes a loss")
     share: Tensor | float = 1.0
     if record.main_loss is not None or (loss is not None and counts_items(loss, record, module, output)):
         share = share_of_batch({**record.values, **record.inputs}, module)
+        share = share.to(device) if isinstance(share, Tensor) else share
     # The compiler cannot follow `Once`, which finds out in backward which way was used: one way is taken here.
     if extra is not None and torch.compiler.is_compiling():
         if loss is None:
@@ -240,7 +244,7 @@ def share_of_batch(inputs: dict[str, Any], module: nn.Module) -> Tensor | float:
         labels = inputs["shift_labels"]
     elif shifts_labels(module):
         labels = labels[..., 1:]
-    return (labels != -100).sum() / torch.as_tensor(items).detach()
+    return (labels != -100).sum() / torch.as_tensor(items, device=labels.device).detach()
 
 
 def shifts_labels(module: nn.Module) -> bool:

@@ -124,13 +124,12 @@ class AdapterHost(BaseTunerLayer):
                     if not in_stage(key, patterns):
                         parameter.requires_grad_(False)
 
-    def prepare(self) -> None:
-        if not self.disable_adapters:
-            named = self.context.record.values.get("adapter_names")
-            acting = self.active_adapters if named is None else dict.fromkeys([*named, *self._joining(named)])
-            for name in acting:
-                if name in self.adapters:
-                    self.adapters[name].prepare(self.context)
+    def to_prepare(self) -> list[Adapter]:
+        """Those of the adapters that act here in this forward that do something before it."""
+        named = self.context.record.values.get("adapter_names")
+        acting = self.active_adapters if named is None else dict.fromkeys([*named, *self._joining(named)])
+        found = [self.adapters[name] for name in acting if name in self.adapters and not self.disable_adapters]
+        return [adapter for adapter in found if adapter.prepares]
 
     def acting(self, record: Record) -> list[str] | None:
         """The adapters that act here, in order; None where adapters are disabled.

@@ -157,7 +157,7 @@ class Mixture(Adapter):
         if not self.always_first:
             record.routings[self.key] = routing
         if trains or context.observers or self.watchers:
-            mask = real_rows(context, self.stack, rows)
+            mask = real_rows(context, self.stack, rows, source.device)
             if trains:
                 self._add_losses(routing, mask, context)
                 context.steps.look(self.key, router)

@@ -191,13 +191,12 @@ def pinned_routing(key: RoutingKey, rows: int, context: ForwardContext, stack: s
     return Routing(indices.to(device))
 
 
-def real_rows(context: ForwardContext, stack: str, rows: int) -> Tensor | None:
+def real_rows(context: ForwardContext, stack: str, rows: int, device: Any) -> Tensor | None:
     """(rows,) bool: those that are no padding, and in a mixed batch belong to the adapter whose router runs.
 
-    None where that is all of them, or not known.
+    None where that is all of them, or not known. On `device`: layers of one model may lie on several.
     """
     mask, own = context.stream(stack).mask, context.record.own_rows
     mask = mask.reshape(-1) if mask is not None and mask.numel() == rows else None
-    if own is None:
-        return mask
-    return own if mask is None else mask & own
+    real = own if mask is None else mask if own is None else mask.to(own.device) & own
+    return None if real is None else real.to(device)

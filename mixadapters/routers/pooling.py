@@ -269,7 +269,7 @@ GRANULARITIES = tuple(POOLINGS)
 
 def _before_labels(labels: Tensor, real: Tensor, said: str) -> Tensor:
     """(B, T) bool: the real tokens before the first label of each row."""
-    labelled = labels != -100
+    labelled = (labels != -100).to(real.device)
     prompt = (labelled.cumsum(1) == 0) & real
     if not torch.compiler.is_compiling() and bool((labelled.any(1) & ~prompt.any(1)).any()):
         raise ValueError(
@@ -290,7 +290,8 @@ def known_mask(sequences: Tensor, mask: Tensor | None, stream: Stream, said: str
 
 def mask_of(sequences: Tensor, stream: Stream) -> Tensor | None:
     """(B, T) bool, the mask of the stream where it is that of these sequences (B, T, ...)."""
-    return stream.mask if stream.mask is not None and stream.mask.shape[1] == sequences.shape[1] else None
+    mask = stream.mask
+    return mask.to(sequences.device) if mask is not None and mask.shape[1] == sequences.shape[1] else None
 
 
 def _missing_mask(said: str, stream: Stream) -> ValueError:
@@ -323,7 +324,7 @@ def refuse_documents(stream: Stream, gate: str, remedy: str) -> None:
 
 def _before_document(sums: Tensor, position_ids: Tensor, mask: Tensor | None) -> Tensor:
     """The running sum at the end of the document before each token's own, 0 in the first: same shape as sums."""
-    starts = (position_ids == 0).expand(sums.shape[0], -1)
+    starts = (position_ids == 0).to(sums.device).expand(sums.shape[0], -1)
     if mask is not None:
         starts = starts & mask
     position = torch.arange(sums.shape[1], device=sums.device)

@@ -191,8 +191,8 @@ class RecurrentRouter(Router):
 
 
 def advance(cell: Any, read: Tensor, state: Tensor) -> Tensor:
-    """As the cell, in the dtype of `read` (N, w) and under autocast too."""
-    weights = [p.to(read.dtype) for p in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
+    """As the cell, in the dtype and on the device of `read` (N, w), under autocast too."""
+    weights = [p.to(read) for p in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh)]
     with torch.autocast(read.device.type, enabled=False):
         run = torch.gru_cell if isinstance(cell, nn.GRUCell) else torch.rnn_tanh_cell
         return run(read, state.to(read), *weights)

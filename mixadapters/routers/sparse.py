@@ -115,7 +115,7 @@ class SparseRouter(LearnedRouter):
         assert routing.indices is not None
         assert routing.weights is not None
         assert routing.probs is not None
-        mask = real_rows(context, self.stack, len(noisy))
+        mask = real_rows(context, self.stack, len(noisy), noisy.device)
         order = routing.probs.detach().amax(1) if self.batch_prioritized else None
         indices = within_capacity(routing.indices, len(self.experts), self.capacity_factor, mask, order)
         weights = torch.where(indices >= 0, routing.weights, 0.0)

@@ -81,7 +81,7 @@ class TopKRouter(SparseRouter):
         record = context.record
         if self.balancing is not None and record.training and record.grad and not record.closed:
             assert routing.selected is not None
-            self.balancing.count(routing.selected, real_rows(context, self.stack, len(noisy)))
+            self.balancing.count(routing.selected, real_rows(context, self.stack, len(noisy), noisy.device))
         if self.training and self.load_coef and self.noise:
             assert routing.logits is not None
             k, deviation = self.k or noisy.shape[1], self.noise / noisy.shape[1]

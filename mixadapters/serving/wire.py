@@ -211,6 +211,12 @@ def read_body(kind: type[Body], content: bytes) -> Any:
         first = error.errors(include_url=False, include_input=False)[0]
         loc = list(first["loc"])
         form = next((i for i, part in enumerate(loc[:-1]) if part in FORMS), None)
+        if form is not None:
+            place = first["loc"][: form + 1]
+            within = [e for e in error.errors() if e["loc"][: form + 1] == place and len(e["loc"]) > form + 2]
+            if within and all(e["type"] == "extra_forbidden" for e in within):  # it has that form, and more
+                first = within[0]
+                loc, form = [*place, *first["loc"][form + 2 :]], None  # without pydantic's name of the form
         said = said_of(kind, first) if form is None else f"it must be {FORMS[str(loc[form])]}"
         field = ".".join(str(part) for part in loc[: None if form is None else form + 1]) or "the body"
         raise WireError(400, f"{field}: {said}", param=str(loc[0]) if loc else None) from None

@@ -8,6 +8,7 @@ has, and `load_pruned` reads it.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from mixadapters.core.columns import distinct_fields
+from mixadapters.core.files import not_finite
 from mixadapters.core.folders import check_folder, folder_aside
 from mixadapters.core.hooks import root_of
 from mixadapters.surgery.bases import BASES
@@ -95,6 +97,13 @@ def load_pruned(folder: str | Path, **options: Any) -> Any:
              if told.get(name)}  # fmt: skip
     if wrong:
         raise ValueError(f"folder={str(folder)!r} does not hold the weights of its model: {wrong}")
+    if broken := not_finite({name: p for name, p in model.named_parameters() if not p.is_meta}):
+        more = f" and {len(broken) - 1} more weights" if broken[1:] else ""
+        warnings.warn(
+            f"folder={str(folder)!r}: {broken[0]!r}{more} hold "
+            "NaN or infinite values: what goes through them will not be finite either. Load an earlier save",
+            stacklevel=2,
+        )
     if layouts is not None:
         model.__class__ = cls
         for layer in base_layers(model):

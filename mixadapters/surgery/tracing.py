@@ -81,7 +81,8 @@ class RouteTable:
 
 def check_labels(labels: Sequence[str] | None, count: int) -> None:
     """Raises ValueError where there is not one for each of so many texts."""
-    if labels is not None and (isinstance(labels, (str, Mapping)) or not isinstance(labels, Collection)):
+    listed = isinstance(labels, Collection) and not isinstance(labels, (str, Mapping))
+    if labels is not None and not (listed and all(isinstance(label, str) for label in labels)):
         raise ValueError(f"labels={labels!r:.80} must be a list with one string for each text")
     if labels is not None and len(labels) != count:
         raise ValueError(f"labels: {len(labels)} for {count} texts; give one for each")

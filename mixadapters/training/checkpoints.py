@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,7 +74,15 @@ def fault(folder: Path) -> str:
         return f"it has no {TRAINER_STATE_NAME}, which is written last"
     except (OSError, ValueError) as error:
         return f"{TRAINER_STATE_NAME} cannot be read: {error}"
-    for weights in sorted(folder.rglob(SAFETENSORS_WEIGHTS_NAME)):
+    try:
+        return _cut_file(folder)
+    except OSError as error:  # a link that leads nowhere, a folder in its place, a file of another user
+        return f"{os.path.relpath(error.filename or folder, folder)} cannot be read: {error.strerror}"
+
+
+def _cut_file(folder: Path) -> str:
+    # Not by a pattern of that name, which passes over links that lead nowhere.
+    for weights in sorted(file for file in folder.rglob("*") if file.name == SAFETENSORS_WEIGHTS_NAME):
         if (size := weights.stat().st_size) != (said := _size_by_header(weights)):
             return f"{weights.relative_to(folder)} has {size} bytes, {said or 'an unknown number'} by its header"
     # Each process writes some of these, and the first may have ended while another was killed.

@@ -167,6 +167,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
     """One vector per text in fp32, (B, d), from hidden (B, T, d) and mask (B, T): the valid tokens' mean or first."""
     if mask.shape != hidden.shape[:2]:
         raise ValueError(f"attention_mask of shape {tuple(mask.shape)} does not fit tokens {tuple(hidden.shape[:2])}")
+    mask = mask.to(hidden.device)
     if pooling == "first":
         first = mask.ne(0).int().argmax(1)  # not 0 where padding is on the left
         return hidden[torch.arange(len(hidden), device=hidden.device), first].float()
@@ -197,8 +198,9 @@ def preservation_loss(deltas: Sequence[Tensor], mask: Tensor) -> Tensor:
     for delta in deltas:
         if delta.shape[:-1] != mask.shape:
             raise ValueError(f"delta {tuple(delta.shape)} does not fit old_attention_mask {tuple(mask.shape)}")
+        valid = valid.to(delta.device)  # layers may lie on several devices
         square = delta.float().square().masked_fill(~valid, 0)
-        total = total + square.sum() / (valid.sum().clamp(min=1) * delta.shape[-1])
+        total = total + (square.sum() / (valid.sum().clamp(min=1) * delta.shape[-1])).to(total.device)
     return total / len(deltas)
 
 

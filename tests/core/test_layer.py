@@ -168,11 +168,10 @@ def test_active_adapters_are_prepared_once_per_forward() -> None:
     mine = layer(nn.Linear(WIDTH, WIDTH), first=first, second=second, third=Squaring())
     assert mine.context.preparing == [mine]
     mine.set_adapter("second")
-    for host in mine.context.preparing:
-        host.prepare()
+    mine.context.prepare()
     assert (first.prepared, second.prepared) == (0, 1)
     mine.enable_adapters(False)
-    mine.prepare()
+    mine.context.prepare()
     assert second.prepared == 1
     assert layer(nn.Linear(WIDTH, WIDTH), plain=Squaring()).context.preparing == []
 

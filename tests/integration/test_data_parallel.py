@@ -143,3 +143,15 @@ def test_what_is_drawn_once_for_a_forward_is_refused(tiny: Any, monkeypatch) -> 
     with pytest.raises(ValueError, match=r"does not reach the copies that nn.DataParallel makes .*torchrun"):
         in_threads(copies(model, monkeypatch), batches)
     assert torch.isfinite(model(**batches[0]).loss)
+
+
+def test_where_nothing_is_drawn_copies_are_not_refused(tiny: Any, monkeypatch) -> None:
+    model = get_peft_model(tiny("llama"), MoSAConfig(r=4, num_experts=2, **TASK)).eval()
+    batches = [{"input_ids": IDS[i : i + 2]} for i in (0, 2)]
+    with torch.no_grad(), model.disable_adapter():
+        outputs = in_threads(copies(model, monkeypatch), batches)
+        torch.testing.assert_close(outputs[0].logits, model(**batches[0]).logits)
+    names = [{**batch, "adapter_names": ["__base__"] * 2} for batch in batches]
+    with torch.no_grad():
+        outputs = in_threads(copies(model, monkeypatch), names)
+        torch.testing.assert_close(outputs[0].logits, model(**names[0]).logits)

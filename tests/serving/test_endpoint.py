@@ -22,6 +22,7 @@ from served import generated, word_tokenizer
 from mixadapters.serving.__main__ import arguments
 from mixadapters.serving.engine import AdapterServer
 from mixadapters.serving.http_server import HttpServer, http_server
+from mixadapters.serving.wire import ChatBody, WireError, read_body
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 TOKEN = "a secret of the test"
@@ -357,6 +358,21 @@ def test_a_message_of_another_role_is_not_to_be_left_out(served) -> None:
     assert "messages.0.role: Input should be 'system'" in error_of(answer)["message"]
     answer = served.post("/v1/chat/completions", model="law", messages=[{"role": "user", "content": 5}])
     assert error_of(answer)["message"].startswith("messages.0.content: it must be a string or a list of {")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [({"type": "text", "text": "w8", "cache_control": {}}, "messages.1.content.1.cache_control: there is no such"),
+     ({"type": "image_url", "image_url": {}}, "messages.1.content: it must be a string or a list of {"),
+     ({"text": 5, "type": "text", "more": 1}, "messages.1.content: it must be a string or a list of {")],
+)  # fmt: skip
+def test_a_part_of_a_message_with_a_field_more_is_named(part: dict[str, Any], message: str) -> None:
+    content = [{"type": "text", "text": "w8"}, part]
+    body = {"model": "law", "messages": [{"role": "user", "content": "w8"}, {"role": "user", "content": content}]}
+    with pytest.raises(WireError) as refused:
+        read_body(ChatBody, json.dumps(body).encode())
+    assert str(refused.value).startswith(message)
+    assert refused.value.body["error"]["param"] == "messages"
 
 
 @pytest.mark.parametrize(

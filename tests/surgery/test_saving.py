@@ -79,6 +79,15 @@ def test_a_cut_model_goes_through_codes_and_back(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(load_pruned(tmp_path / "plain"), BATCH), logits(model, BATCH))
 
 
+def test_weights_that_are_no_numbers_are_said(tmp_path: Path) -> None:
+    model = moe("mixtral")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    save_pruned(model, tmp_path / "cut")
+    with pytest.warns(UserWarning, match=r"cut'?: 'lm_head.weight' hold NaN or infinite values"):
+        load_pruned(tmp_path / "cut")
+
+
 @pytest.mark.parametrize("how", ["copied", "loaded"])
 def test_what_a_trainer_saves_of_an_uneven_base_can_be_read(how: str, tmp_path: Path) -> None:
     """Its own `save_pretrained`, also of a copy, of a loaded one, and once more where it has become even."""

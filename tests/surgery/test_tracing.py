@@ -94,6 +94,7 @@ def layer(experts: list, weights: list | None = None, names: tuple[str, ...] = (
         (lambda: layer([[[0], [1]]], [torch.tensor([[1.0], [torch.nan]])]), "infinite or no number"),
         (lambda: RouteTable([["x"]], [layer([[[0], [1]]])]), r"texts of \[2\] tokens, but the texts have \[1\]"),
         (lambda: RouteTable([["x"]], [], ["one", "two"]), "labels: 2 for 1 texts"),
+        (lambda: RouteTable([["x"]], [], [1]), r"labels=\[1\] must be a list with one string for each text"),
     ],
 )
 def test_what_does_not_fit_is_refused(make, message) -> None:

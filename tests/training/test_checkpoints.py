@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,14 @@ def test_files_that_are_not_read_and_those_of_an_old_torch_are_no_fault(checkpoi
 def test_missing_state_is_a_fault(checkpoint: Path) -> None:
     (checkpoint / "trainer_state.json").unlink()
     assert fault(checkpoint) == "it has no trainer_state.json, which is written last"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "other/adapter_model.safetensors"])
+@pytest.mark.parametrize("what", ["a link to nowhere", "a folder"])
+def test_what_is_no_file_of_weights_is_a_fault(name: str, what: str, checkpoint: Path) -> None:
+    (checkpoint / name).unlink()
+    (checkpoint / name).mkdir() if what == "a folder" else (checkpoint / name).symlink_to(checkpoint / "gone")
+    assert re.fullmatch(f"{name} cannot be read: .+", fault(checkpoint))
 
 
 @pytest.mark.parametrize(

@@ -126,8 +126,9 @@ class Pair:
     def __init__(
         self, first: Tensor, second: Tensor, target: Tensor | None, valid: Tensor | None, ignored: int = -100
     ) -> None:
-        self.first, self.second, self.target, self.valid = first.float(), second.float(), target, valid
-        self.ignored = ignored
+        self.first, self.second, self.ignored = first.float(), second.float(), ignored
+        # A model on several devices may give its logits elsewhere than it takes its inputs.
+        self.target, self.valid = (part if part is None else part.to(first.device) for part in (target, valid))
 
     @classmethod
     def of(cls, context: ForwardContext, logits: Tensor, target: Tensor | None, ignored: int, *, shift: bool) -> Pair:
@@ -190,6 +191,7 @@ class Pair:
 def _mean(values: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None:
         return values.mean()
+    valid = valid.to(values.device)
     return torch.where(valid, values, 0).sum() / valid.sum().clamp(min=1)
 
 
@@ -206,7 +208,7 @@ def _deep_distance(context: ForwardContext, output: Any, config: MoSAConfig) -> 
         square = (hidden[0::2].float() - hidden[1::2].float()).square().mean(-1)
         fits = mask is not None and mask[0::2].shape == square.shape
         distances.append(_mean(square, mask[0::2] if fits and mask is not None else None))
-    return torch.stack(distances).mean()
+    return torch.stack([distance.to(distances[0].device) for distance in distances]).mean()
 
 
 def _dense_ignored(model: nn.Module) -> int | None:
