@@ -49,8 +49,8 @@ class ObjectMaskingCollator:
     - `{"subject": str, "relation": str, "object": str}`: verbalised by `template`, so the span is known and not
       searched for. Values are inserted as they are: braces in them mean nothing.
 
-    Other columns of a row are left out of the batch. `dataset.filter(collator.usable)` removes beforehand the rows
-    that would be refused.
+    Other columns of a row are left out of the batch, and None counts as absent. `dataset.filter(collator.usable)`
+    removes beforehand the rows that would be refused.
 
     The base model's own loss on this batch is the mean over all masked tokens, so long objects weigh more. For the
     mean per text first (specification of the structured loss in MixDA, section 3.2 of the paper) attach
@@ -120,7 +120,8 @@ class ObjectMaskingCollator:
 
     def locate(self, row: Mapping[str, Any], where: str = "the row") -> tuple[str, int, int]:
         """The text of a row, called `where` in messages, and the first and one-past-last character of its object."""
-        if "text" not in row:
+        # A dataset fills up with None what a row lacks.
+        if "text" not in row or (row["text"] is None and row.get("subject") is not None):
             return self._verbalise(row, where)
         text, target = text_of(where, row, "text"), row.get("object")
         if isinstance(target, str):
@@ -204,7 +205,7 @@ class PairCollator:
     """Pairs of texts for the contrastive loss, in one batch so that one forward sees both views.
 
     A row is `{"text": str}` (the text is paired with itself and dropout makes the two views, as in SimCSE) or
-    `{"text": str, "positive": str}`. Other columns are left out of the batch.
+    `{"text": str, "positive": str}`. Other columns are left out of the batch, and None counts as absent.
 
     Partners are neighbours: rows 2i and 2i + 1. A batch that is cut in even parts, by `nn.DataParallel` or by
     accelerate's `dispatch_batches`, therefore keeps its pairs whole; with all anchors first it would tear them apart.
@@ -231,7 +232,7 @@ class PairCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         texts: list[str] = []
         for where, row in numbered(features):
-            partner = "positive" if "positive" in row else "text"
+            partner = "text" if row.get("positive") is None else "positive"
             texts += some_text_of(where, row, "text"), some_text_of(where, row, partner)
         batch = self.tokenizer(
             texts,

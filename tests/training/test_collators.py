@@ -193,6 +193,20 @@ def test_partners_are_neighbours_in_one_batch(tokenizer) -> None:
     assert torch.equal(batch["attention_mask"], expected["attention_mask"])
 
 
+def test_columns_that_a_dataset_fills_with_none_count_as_absent(tokenizer) -> None:
+    pairs = PairCollator(tokenizer, max_length=16)
+    filled = pairs([{"text": "the tower", "positive": None}, {"text": "Paris", "positive": "Rio"}])
+    assert torch.equal(
+        filled["input_ids"], pairs([{"text": "the tower"}, {"text": "Paris", "positive": "Rio"}])["input_ids"]
+    )
+    triple = {"subject": "the tower", "relation": "stands in", "object": "Paris"}
+    other = {"text": "the heart is red", "object": "heart"}
+    objects = ObjectMaskingCollator(tokenizer, max_length=16)
+    filled = objects([{**triple, "text": None}, {**other, "subject": None, "relation": None}])
+    for name, value in objects([triple, other]).items():
+        assert torch.equal(filled[name], value), name
+
+
 def test_pairs_are_cut_to_length() -> None:
     assert PairCollator(wordpiece(), 8)([{"text": "a " * 50}])["input_ids"].shape == (2, 8)
     assert PairCollator(wordpiece())([{"text": "a " * 99}])["input_ids"].shape == (2, 64)

@@ -400,6 +400,19 @@ def test_a_bad_row_is_named_with_its_column_and_a_remedy(row, message) -> None:
         collator()([GOOD, row])
 
 
+def test_an_image_of_values_that_are_no_numbers_is_named() -> None:
+    class Plain:
+        def __call__(self, images: list[np.ndarray], return_tensors: str) -> dict[str, Tensor]:
+            return {"pixel_values": torch.stack([torch.as_tensor(image) for image in images])}
+
+    images, row = collator(), {"prompt": "<image> ?", "answer": "a cat"}
+    images.image_processor = Plain()
+    good, broken = np.zeros((3, 4, 4), dtype=np.float32), np.full((3, 4, 4), np.nan, dtype=np.float32)
+    assert images([{**row, "images": [good]}])["pixel_values"].shape == (1, 3, 4, 4)
+    with pytest.raises(ValueError, match="row 1 of the batch has an image with values that are NaN or infinite"):
+        images([{**row, "images": [good]}, {**row, "images": [broken]}])
+
+
 def test_a_batch_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="has no rows"):
         collator()([])

@@ -172,8 +172,7 @@ class ImageTextCollator(MediaTextCollator):
         if not callable(self.image_processor):
             raise ValueError(f"{images[0][0]} has an image, but image_processor={self.image_processor!r} takes none")
         try:
-            found = self.image_processor(images=[image for _, image in images], return_tensors="pt")
-            return {"pixel_values": found["pixel_values"]}
+            found = self.image_processor(images=[image for _, image in images], return_tensors="pt")["pixel_values"]
         except Exception as error:
             for where, image in images:
                 try:
@@ -184,6 +183,10 @@ class ImageTextCollator(MediaTextCollator):
                         f"{image!r:.80}: {reason}; give RGB images, such as PIL's image.convert('RGB')"
                     ) from error
             raise
+        for (where, image), pixels in zip(images, found, strict=False):
+            if not pixels.isfinite().all():
+                raise ValueError(f"{where} has an image with values that are NaN or infinite, {image!r:.80}")
+        return {"pixel_values": found}
 
 
 @dataclass
