@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
-import sys
 import threading
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -59,28 +59,24 @@ def test_a_folder_that_holds_something_is_refused_and_nothing_is_left_beside_it(
     assert os.listdir(tmp_path) == ["new"]
 
 
-HOLD = """
-import sys
-import threading
-from mixadapters.core.folders import ScratchFolder
-folder = ScratchFolder(sys.argv[1], "adapters-")
-open(folder.name + "/weights", "w").close()
-print(folder.name, flush=True)
-input()
-"""
+def hold(folder: Path, pipe: Connection) -> None:
+    mine = ScratchFolder(folder, "adapters-")
+    (Path(mine.name) / "weights").touch()
+    pipe.send(mine.name)
+    pipe.recv()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_what_a_killed_process_has_left_goes_and_what_others_use_stays(tmp_path: Path) -> None:
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
+    forks = multiprocessing.get_context("fork")  # a new interpreter would import torch and the rest
+    (ours, theirs), (other_ours, other_theirs) = forks.Pipe(), forks.Pipe()
+    running = [forks.Process(target=hold, args=(tmp_path, pipe)) for pipe in (theirs, other_theirs)]
     try:
-        killed, alive = (Path(process.stdout.readline().strip()) for process in running)
+        for process in running:
+            process.start()
+        killed, alive = (Path(pipe.recv()) for pipe in (ours, other_ours))
         running[0].kill()
-        running[0].wait()
+        running[0].join()
         others = ("adapters-of-the-user", "of-another-kind")
         for name in others:
             (tmp_path / name).mkdir()
@@ -98,7 +94,7 @@ def test_what_a_killed_process_has_left_goes_and_what_others_use_stays(tmp_path:
     finally:
         for process in running:
             process.kill()
-            process.communicate()
+            process.join()
 
 
 def test_scratch_folder_leaves_those_that_it_may_not_look_into(

@@ -272,6 +272,18 @@ def test_bias_is_saved_kept_exact_and_follows_its_expert() -> None:
     assert router.balancing.counts.shape == (5,)
 
 
+def test_counts_of_arms_that_have_moved_move_no_bias() -> None:
+    router = make(k=1, bias_update_rate=0.1)
+    selected = torch.tensor([[True, False, False, False]] * 3)
+    router.balancing.count(selected, None)
+    router.reorder(["d", "a", "b", "c"])
+    router.update_bias()
+    assert not router.balancing.bias.any()
+    router.balancing.count(selected, None)  # of arms as they lie now
+    router.update_bias()
+    torch.testing.assert_close(router.balancing.bias, torch.tensor([-0.1, 0.1, 0.1, 0.1]))
+
+
 @pytest.mark.parametrize(("scoring", "rate"), [("sigmoid", 0.01), ("softmax", 0.0005)])
 def test_a_bias_balances_64_experts_without_a_loss(scoring, rate) -> None:
     torch.manual_seed(0)

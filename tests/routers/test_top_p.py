@@ -38,6 +38,12 @@ def test_mass_is_reached_and_minimal(p) -> None:
     assert torch.equal(active(routing), routing.selected.sum(1))
 
 
+def test_mass_that_is_reached_exactly_is_enough() -> None:
+    router = build_router({"kind": "top_p", "init_range": 0.0, "p": 0.5}, 6, list("abcd")).eval()
+    routing = router(TOKENS, ForwardContext())  # a quarter each
+    assert (active(routing) == 2).all()
+
+
 def test_ends_are_dense_and_top_1_and_more_mass_is_more_experts() -> None:
     assert (active(run(p=1)) == 8).all()
     assert (active(run(p=1, init_range=20.0)) == 8).all()  # where one alone rounds to 1

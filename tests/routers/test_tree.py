@@ -109,6 +109,13 @@ def test_entropy_is_that_of_the_leaves_and_makes_splits_saturate() -> None:
     assert (run(router).indices >= 0).sum(1).float().mean() < 3
 
 
+def test_z_loss_is_that_of_the_softmax_over_all_leaves() -> None:
+    router = make(5, k=3, z_coef=1.0)
+    routing = run(router)
+    leaves = routing.logits[:, router.splits.out_features :]
+    torch.testing.assert_close(router.losses(routing, None)["z"][0], leaves.logsumexp(1).square().mean())
+
+
 def test_trees_cannot_gain_or_lose_experts() -> None:
     with pytest.raises(ValueError, match="TreeRouter: its trees have as many leaves as there are experts"):
         make().add_expert("new", 0.1)
@@ -129,6 +136,13 @@ def test_rows_and_columns_of_a_soft_permutation_sum_to_one() -> None:
     torch.testing.assert_close(matrix.sum(0), torch.ones(6), atol=1e-4, rtol=0)
     torch.testing.assert_close(matrix.sum(1), torch.ones(6), atol=1e-4, rtol=0)
     assert permutation.entropy() > 0
+
+
+def test_entropy_of_a_permutation_is_that_of_its_rows_and_of_its_columns() -> None:
+    permutation = Permutation(6)
+    with torch.no_grad():
+        permutation.weight.zero_()  # every arm goes everywhere alike
+    torch.testing.assert_close(permutation.entropy(), torch.tensor(2 * 6 * math.log(6)))
 
 
 def test_hardening_takes_the_best_permutation() -> None:

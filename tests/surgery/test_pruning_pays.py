@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mixadapters import MoAConfig
 from mixadapters.surgery import ExpertUsage, PruneCurve, prune_curve, record_usage
 
-WIDTH, DOMAINS, RANK, STEPS, SEEDS = 16, 8, 2, 250, 5
+WIDTH, DOMAINS, RANK, STEPS, SEEDS = 16, 8, 2, 250, 3
 TASK = (1, 6)  # the domains that the pruned model is for
 
 

@@ -10,7 +10,7 @@ import evaluate
 import pytest
 
 from mixadapters.tasks import get_task
-from mixadapters.tasks.metrics import CLASSES, FOLDER, chosen, score
+from mixadapters.tasks.metrics import CLASSES, FOLDER, SCORES, chosen, score
 
 
 def measure() -> dict[str, Any]:
@@ -92,6 +92,12 @@ def test_every_folder_is_a_module_with_a_test() -> None:
 def test_what_is_no_number_is_not_scored(task: str, bad) -> None:
     with pytest.raises(ValueError, match=f"1 of 3 predictions of task '{task}' are NaN or infinite: not scored"):
         score(get_task(task), [0, bad, 1], [0, 1, 1])
+
+
+@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize(("predicted", "gold"), [([0.1, 0.2], [1.0, 1.0]), ([0.1, 0.1], [1.0, 2.0])])
+def test_what_is_constant_correlates_with_nothing(name: str, predicted: list[float], gold: list[float]) -> None:
+    assert SCORES[name](predicted, gold) == 0
 
 
 def test_nothing_is_not_scored() -> None:

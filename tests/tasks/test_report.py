@@ -76,6 +76,22 @@ def test_metrics_that_are_no_mean_are_resampled_too(monkeypatch) -> None:
     assert 0 < low < 0.3 < high
 
 
+def test_interval_of_a_difference_draws_rows_and_leaves_out_a_twentieth() -> None:
+    """Of half the rows one is right and the other is wrong, which makes it a binomial distribution."""
+    runs = [result("bottleneck", 0, 0), result("lora", 0, 20)]
+    low, high = lines(runs)["lora"].difference_interval
+    wide, right, narrow = (stats.binom(40, 0.5).interval(share)[0] / 40 for share in (0.99, 0.95, 0.9))
+    assert wide < low < (right + narrow) / 2
+    assert wide < 1 - high < (right + narrow) / 2
+
+
+def test_interval_of_a_difference_draws_seeds() -> None:
+    """Of two seeds, of which one gains on every row and the other on none, both may be the same."""
+    runs = [result("lora", seed, 40) for seed in (0, 1)]
+    runs += [result("bottleneck", seed, right) for seed, right in ((0, 0), (1, 40))]
+    assert lines(runs)["lora"].difference_interval == (0, 1)
+
+
 def test_unlike_protocols_and_setups_have_tables_of_their_own() -> None:
     other = [result("lora", 0, 30, protocol={"task": "imdb", "shots": None, "draw": 2}),
              result("lora", 0, 31, setup={"model": "another/model"})]  # fmt: skip

@@ -249,7 +249,7 @@ def learned() -> tuple[nn.Module, Trajectories, Trajectories]:
 
 # The others are the paper's, and here to learn at all.
 @pytest.mark.parametrize(
-    ("kind", "steps", "bound"), [("film", 400, 0.3), ("cross_attention", 60, 0.8), ("offset", 60, 0.8)]
+    ("kind", "steps", "bound"), [("film", 200, 0.4), ("cross_attention", 60, 0.8), ("offset", 60, 0.8)]
 )
 def test_adapters_learn_the_guided_prediction_on_held_out_trajectories(kind, steps, bound, learned, tmp_path) -> None:
     base, train, held_out = learned
