@@ -28,7 +28,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     try:
         (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
         text = None if args.check else read_text(args.domains, args.general, args.later)
-        from demo_run import check, run  # torch and the rest, which take seconds: after what is wrong has been said
+        try:  # torch and the rest, which take seconds: after what is wrong has been said
+            from demo_run import check, run
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"the demo needs {error.name}: run it by `make demo`, or install what it needs, pip install '.[demo]'"
+            ) from error
 
         return check(args) if text is None else run(args, text)
     except ValueError as error:  # of arguments and files, before anything is trained

@@ -32,7 +32,10 @@ import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in getattr(finder, "__module__", "")]
 """
 SHIPPED = (".py", ".yaml", ".json", ".html", ".css", ".js")
-HEAVY = ("triton", "datasets", "evaluate", "diffusers", "matplotlib")
+HEAVY = (
+    "triton", "datasets", "evaluate", "diffusers", "matplotlib", "trl", "sklearn", "pandas", "transformers.trainer",
+    "transformers.training_args",
+)  # fmt: skip
 
 
 def on_the_path(folder: Path) -> str:

@@ -112,7 +112,7 @@ class CompositionRouter:
             from sklearn.pipeline import make_pipeline
             from sklearn.preprocessing import StandardScaler
         except ImportError as error:
-            raise ImportError("classifying requests needs scikit-learn: pip install mixadapters[choose]") from error
+            raise ImportError("classifying requests needs scikit-learn: pip install 'mixadapters[choose]'") from error
         if self.classifier == "knn":
             model: Any = KNeighborsClassifier(self.neighbours, metric="cosine")
         else:

@@ -175,7 +175,7 @@ class GlobalLocalMixture:
         try:
             from sklearn.linear_model import LogisticRegression  # only who fits a gate needs scikit-learn
         except ImportError as error:
-            raise ImportError("fitting a gate needs scikit-learn: pip install mixadapters[choose]") from error
+            raise ImportError("fitting a gate needs scikit-learn: pip install 'mixadapters[choose]'") from error
         others = generic.sample(max(len(features), 256)) if isinstance(generic, FeatureGaussian) else generic
         if features.dim() != 2 or others.dim() != 2 or features.shape[1] != others.shape[1]:
             raise ValueError(f"features {tuple(features.shape)} and generic ones {tuple(others.shape)} must be (N, d)")

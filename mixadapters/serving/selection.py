@@ -245,7 +245,9 @@ class _Program:
         try:
             from scipy.optimize import Bounds, LinearConstraint, milp  # only who chooses needs scipy
         except ImportError as error:
-            raise ImportError("choosing experts under budgets needs scipy: pip install mixadapters[choose]") from error
+            raise ImportError(
+                "choosing experts under budgets needs scipy: pip install 'mixadapters[choose]'"
+            ) from error
         rows, low, high = zip(*self.rows, strict=True)
         found = milp(
             self.worth, integrality=[1] * self.size, bounds=Bounds(0.0, self.upper),

@@ -120,10 +120,8 @@ def test_steps_of_training_and_loaded_weights_are_those_of_eager_mode_and_not_ea
     assert runs[0][0].loss > plain + 0.1  # the auxiliary loss is in it
 
 
-@pytest.mark.parametrize("kind", ["bottleneck", "mixda", "moa"])
-def test_outputs_of_an_encoder(kind: str, tiny: Any, tiny_inputs: Any) -> None:
-    fields = {"gate_granularity": "sequence"} if kind == "mixda" else {}
-    model = made(tiny, kind, "bert", **fields).eval()
+def test_outputs_of_an_encoder(tiny: Any, tiny_inputs: Any) -> None:
+    model = made(tiny, "mixda", "bert", gate_granularity="sequence").eval()
     inputs = tiny_inputs("bert", batch=3, padding="right")
     with torch.no_grad():
         expected = model(**inputs).logits
@@ -131,43 +129,64 @@ def test_outputs_of_an_encoder(kind: str, tiny: Any, tiny_inputs: Any) -> None:
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
+class Compiled(NamedTuple):
+    model: Any
+    run: Any
+    counter: Any
+    inputs: dict[str, Any]
+
+    def check(self, **names: Any) -> Tensor:
+        """The outputs, which must be those of eager mode."""
+        expected = self.model(**self.inputs, **names).logits
+        torch.testing.assert_close(self.run(**self.inputs, **names).logits, expected, **CLOSE)
+        return expected
+
+
+def compiled_pair(kind: str, task_type: str | None, tiny: Any, tiny_inputs: Any) -> Compiled:
+    """A model with two adapters. The question is when a graph is made anew."""
+    model = made(tiny, kind, task_type=task_type)
+    model.add_adapter("second", KINDS[kind](task_type=task_type))
+    counter = CompileCounterWithBackend("eager")
+    run = torch.compile(model.eval(), backend=counter, fullgraph=True)
+    return Compiled(model, run, counter, {**tiny_inputs("llama", batch=3), "use_cache": False})
+
+
+@torch.no_grad()
+def test_adapters_that_are_switched_disabled_or_named_otherwise_are_honoured_after_compiling(
+    tiny: Any, tiny_inputs: Any
+) -> None:
+    pair = compiled_pair("bottleneck", "CAUSAL_LM", tiny, tiny_inputs)
+    for name in ("default", "second", "default"):
+        pair.model.set_adapter(name)
+        plain = pair.check()
+    with pair.model.disable_adapter():
+        assert torch.equal(pair.check(), tiny("llama", num_hidden_layers=1)(**pair.inputs).logits)
+    pair.check()
+    for names in (["second", "__base__", "default"], ["__base__", "default", "second"]):
+        assert not torch.allclose(pair.check(adapter_names=names), plain, atol=1e-3)
+    pair.check()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("kind", "task_type"), [("bottleneck", "CAUSAL_LM"), ("mixda_prefix", None), ("moa_block", None)]
 )
-def test_adapters_that_are_switched_disabled_named_or_loaded_are_honoured_after_compiling(
+def test_adapters_that_are_named_or_loaded_are_honoured_after_compiling(
     kind: str, task_type: str | None, tiny: Any, tiny_inputs: Any
 ) -> None:
-    model = made(tiny, kind, task_type=task_type)
-    model.add_adapter("second", KINDS[kind](task_type=task_type))
-    model.eval()
-    inputs = {**tiny_inputs("llama", batch=3), "use_cache": False}
-    counter = CompileCounterWithBackend("eager")  # the question is when a graph is made anew
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with torch.no_grad():
-        for name in ("default", "second", "default"):
-            model.set_adapter(name)
-            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, **CLOSE)
-        with model.disable_adapter():
-            base = tiny("llama", num_hidden_layers=1)(**inputs).logits
-            torch.testing.assert_close(compiled(**inputs).logits, base, **CLOSE)
-        plain = model(**inputs).logits
-        torch.testing.assert_close(compiled(**inputs).logits, plain, **CLOSE)
-        for names in (["second", "__base__", "default"], ["__base__", "default", "second"]):
-            expected = model(**inputs, adapter_names=names).logits
-            assert not torch.allclose(expected, plain, atol=1e-3)
-            torch.testing.assert_close(compiled(**inputs, adapter_names=names).logits, expected, **CLOSE)
-        torch.testing.assert_close(compiled(**inputs).logits, plain, **CLOSE)
-        frames, other = counter.frame_count, made(tiny, kind, task_type=task_type).eval()
-        set_peft_model_state_dict(model, get_peft_model_state_dict(other))
-        expected = other(**inputs).logits
-        assert not torch.allclose(expected, plain, atol=1e-3)
-        torch.testing.assert_close(compiled(**inputs).logits, expected, **CLOSE)
-    assert counter.frame_count == frames  # weights that are loaded are used without compiling again
+    pair = compiled_pair(kind, task_type, tiny, tiny_inputs)
+    plain = pair.check()
+    assert not torch.allclose(pair.check(adapter_names=["second", "__base__", "default"]), plain, atol=1e-3)
+    frames, other = pair.counter.frame_count, made(tiny, kind, task_type=task_type).eval()
+    set_peft_model_state_dict(pair.model, get_peft_model_state_dict(other))
+    loaded = pair.check()
+    torch.testing.assert_close(loaded, other(**pair.inputs).logits, **CLOSE)
+    assert not torch.allclose(loaded, plain, atol=1e-3)
+    assert pair.counter.frame_count == frames  # weights that are loaded are used without compiling again
 
 
-@pytest.mark.parametrize("kind", ["mixda", "moa_block"])
-def test_checkpointing_in_a_compiled_model(kind: str, tiny: Any, tiny_inputs: Any) -> None:
-    model = made(tiny, kind).train()
+def test_checkpointing_in_a_compiled_model(tiny: Any, tiny_inputs: Any) -> None:
+    model = made(tiny, "moa_block").train()
     inputs = {**tiny_inputs("llama", labels="tokens"), "use_cache": False}
     grads = []
     for compiling in (False, True):

@@ -63,4 +63,4 @@ def test_ranks_and_shares_out_of_range_are_refused() -> None:
         low_rank_sparse(planted(), 2, 1.5)
     with pytest.raises(ValueError, match="share=nan must be a number from 0 to 1"):
         low_rank_sparse_expert(make_expert(), None, "identity", share=float("nan"), keep=0.1)
-    assert [rank_for(20, 20, share) for share in (0.5, 0.0, 1.0)] == [5, 1, 10]
+    assert [rank_for(20, 20, share) for share in (0.5, 0.0, 1.0, 0.51)] == [5, 1, 10, 6]

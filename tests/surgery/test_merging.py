@@ -23,7 +23,7 @@ from mixadapters.surgery.merging import (
     merge_neurons,
     spectral_clusters,
 )
-from mixadapters.surgery.overspecification import overspecification_report
+from mixadapters.surgery.overspecification import overspecification_report, same_cells
 from mixadapters.surgery.usage import ExpertUsage
 from mixadapters.surgery.view import expert_output
 
@@ -374,6 +374,23 @@ def test_spectral_clusters_gather_a_blob_that_the_most_used_would_part() -> None
     used = torch.tensor([9.0, 8, 1, 1, 2, 1])
     assert _grouped(alike[:, [0, 1]], [0, 1], "dominant", used) == [0, 1, 0, 1, 1, 1]
     assert _grouped(alike, [0, 1], "spectral", used) == [0, 0, 0, 4, 4, 4]
+
+
+@pytest.mark.parametrize("seed", [2, 4])
+def test_nobody_is_a_neighbour_of_himself_in_the_graph_of_clusters(seed: int) -> None:
+    points = F.normalize(torch.randn(6, 3, generator=torch.Generator().manual_seed(seed)).double(), dim=1)
+    alike = points @ points.T
+    graph = torch.zeros(6, 6).double()
+    for i in range(6):
+        for j in range(6):
+            if i != j:
+                graph[i, j] = (1 + alike[i, j]) / 2
+    degrees = graph.sum(1)
+    for i in range(6):
+        for j in range(6):
+            graph[i, j] /= (degrees[i] * degrees[j]).sqrt()
+    rows = F.normalize(torch.linalg.eigh(graph).eigenvectors[:, 3:], dim=1)
+    assert spectral_clusters(alike, 3) == same_cells(torch.cdist(rows, rows), float("inf"), 3)
 
 
 def test_groups_by_name_are_merged_and_no_others(tiny: Any, tiny_inputs: Any) -> None:

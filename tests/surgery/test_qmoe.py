@@ -29,6 +29,7 @@ def correlated(rows: int, width: int) -> torch.Tensor:
 def test_levels_are_the_extremes_or_the_means_of_the_large_weights() -> None:
     rows = torch.tensor([[-1.0, -0.5, 0.0, 0.25, 2.0], [1.0, 2.0, 3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     assert levels_of(rows).tolist() == [[-1.0, 2.0], [0.0, 3.0], [0.0, 0.0]]
+    assert levels_of(torch.tensor([[1.0, 3.0], [-3.0, -1.0]])).tolist() == [[0.0, 3.0], [-3.0, 0.0]]  # of one sign
     # means of magnitude .75, 1.2, 0: large are those above .5625, .9, 0
     assert levels_of(rows, "mean").tolist() == [[-1.0, 2.0], [0.0, 2.0], [0.0, 0.0]]
 

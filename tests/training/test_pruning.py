@@ -115,6 +115,20 @@ def test_shares_are_those_of_real_tokens_in_training_since_the_last_look(tiny: A
         assert not callback._sums
 
 
+def test_averages_of_those_that_stay_go_on(tiny: Any, tmp_path: Path) -> None:
+    model = with_a_dead_expert(tiny("llama", num_hidden_layers=2))
+    callback = ExpertPruneCallback(beta=0.5, every=1, ema=0.5)
+    callback.trainer = Trainer(model, arguments(tmp_path))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    keys = [layer.key for layer in expert_layers(model)]
+    for sums in ([0.0, 5.0, 3.0, 2.0], [5.0, 3.0, 2.0]):  # the first goes
+        callback._sums = {key: torch.tensor(sums).double() for key in keys}
+        callback.on_step_end(None, TrainerState(global_step=1), None, model=model, optimizer=optimizer)
+    for shares, weight in callback.averages.values():
+        assert (shares / weight).tolist() == pytest.approx([0.5, 0.3, 0.2])
+    callback.run_ended(model)
+
+
 @contextmanager
 def watched(callback: ExpertPruneCallback, model: nn.Module) -> Iterator[None]:
     callback._watch(model)

@@ -50,7 +50,7 @@ def adapter(tiny) -> Any:
 
 
 def test_the_teacher_is_heard_until_its_share_of_the_run_and_not_after(tiny, rows, tmp_path) -> None:
-    teacher, model, losses = tiny("llama", num_hidden_layers=3), adapter(tiny), Losses()
+    teacher, model, losses = tiny("llama", num_hidden_layers=3).train(), adapter(tiny), Losses()
     callback = StagedDistillCallback(teacher, stop_at=0.5)
     trained(model, rows, tmp_path, [StageCallback("task"), callback, losses])
     assert losses.seen == [True, True, False, False]
