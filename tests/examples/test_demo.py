@@ -6,6 +6,7 @@ import importlib
 import json
 import random
 import re
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,17 @@ def demo(monkeypatch) -> Any:
     files = importlib.import_module("demo_files")
     monkeypatch.setattr(files, "installation", lambda *kinds: {kind: documents(kind) for kind in kinds or WORDS})
     return importlib.import_module("demo")
+
+
+def test_what_the_demo_needs_beside_the_library_is_named_where_it_is_missing(demo, monkeypatch, tmp_path) -> None:
+    text, other, general = (tmp_path / f"{kind}.txt" for kind in ("licences", "code", "general"))
+    for file in (text, other, general):
+        file.write_text("\n\n".join(documents(file.stem)))
+    for name in ("demo_run", "demo_pictures"):  # as where nobody has imported them yet
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"error: the demo needs matplotlib: .*pip install '.\[demo\]'"):
+        demo.main(["--domains", f"law={text}", f"code={other}", "--general", str(general), "--base", "some/model"])
 
 
 @pytest.mark.slow
