@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -237,6 +237,14 @@ def test_nobody_chose_an_expert(case):
 ROUTED = ["sorted, top 2", "runs", "sorted", "runs, top 2", "one expert"]
 
 
+@lru_cache(maxsize=len(ROUTED))
+def unbroken(case: str) -> tuple[Problem, Tensor, dict[str, Tensor]]:
+    """A problem, the gradient of its output, and what the kernels, which take long here, make of them."""
+    p = problem(**{**CASES[case], "without": ("gate", "b_gate")})
+    grad = output_gradient(p)
+    return p, grad, by_kernels(p, grad)
+
+
 def expert_part(p: Problem, name: str, tensor: Tensor, e: int) -> Tensor:
     columns = slice(sum(p.ranks[:e]), sum(p.ranks[: e + 1]))
     if name in ("b_up", "scale"):
@@ -261,9 +269,7 @@ def assert_untouched(p: Problem, clean: dict[str, Tensor], found: dict[str, Tens
 @pytest.mark.parametrize("case", ROUTED)
 @pytest.mark.parametrize("name", ["down", "up", "b_down", "b_up", "scale"])
 def test_a_broken_expert_touches_only_the_rows_that_chose_it(case, name):
-    p = problem(**{**CASES[case], "without": ("gate", "b_gate")})
-    grad = output_gradient(p)
-    clean = by_kernels(p, grad)
+    p, grad, clean = unbroken(case)
     broken, damaged = int(p.indices.max()), getattr(p, name).clone()
     expert_part(p, name, damaged, broken).fill_(float("inf"))
     found = by_kernels(replace(p, **{name: damaged}), grad)
@@ -278,9 +284,7 @@ def test_a_broken_expert_touches_only_the_rows_that_chose_it(case, name):
 @pytest.mark.parametrize("case", ROUTED)
 @pytest.mark.parametrize("name", ["x", "gradient", "base", "weights"])
 def test_a_broken_row_touches_only_the_experts_that_it_chose(case, name):
-    p = problem(**{**CASES[case], "without": ("gate", "b_gate")})
-    grad = output_gradient(p)
-    clean = by_kernels(p, grad)
+    p, grad, clean = unbroken(case)
     for row in (0, len(p.x) - 1):
         broken = (grad if name == "gradient" else getattr(p, name)).clone()
         broken[row] = float("nan")
