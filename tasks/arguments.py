@@ -87,6 +87,7 @@ class TrainArguments(Seq2SeqTrainingArguments):
 
     def changes(self) -> dict[str, Any]:
         """The arguments that may change a result and are not transformers' defaults."""
-        usual = Seq2SeqTrainingArguments("unused")
+        # These set up accelerate's state anew, for all: without `use_cpu` each of several processes would be alone.
+        usual = Seq2SeqTrainingArguments("unused", use_cpu=self.use_cpu)
         names = [f.name for f in fields(Seq2SeqTrainingArguments) if not f.name.startswith(HARMLESS)]
         return {n: str(v) for n in names if (v := getattr(self, n)) != getattr(usual, n)}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import PartialState
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, HfArgumentParser
@@ -419,6 +420,14 @@ def test_methods_that_a_table_cannot_tell_apart_are_refused(encoder, data, tmp_p
     (tmp_path / "lora.json").write_text('{"peft_type": "LORA"}')
     assert run(encoder, data, tmp_path, f"--tasks imdb --methods lora {tmp_path}/lora.json") == 1
     assert "have a name twice, and a table could not tell them apart; rename" in capsys.readouterr().err
+
+
+def test_what_a_command_changes_is_found_without_leaving_other_processes() -> None:
+    """Several on a CPU know of each other by it alone: otherwise each would train by itself."""
+    training = TrainArguments(use_cpu=True, weight_decay=0.5)
+    assert training.device.type == "cpu"
+    assert training.changes()["weight_decay"] == "0.5"
+    assert PartialState()._cpu
 
 
 def test_documented_arguments_exist() -> None:
