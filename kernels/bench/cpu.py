@@ -12,12 +12,14 @@ Writes cpu.json and cpu.png; with --rule rule.json.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -171,14 +173,26 @@ class Setting:
         return found
 
     def beside(self) -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
-        """What the others are held against: one adapter by plain products; ours as the layers of a model call it."""
+        """What the others are held against: one adapter by plain products; ours as the layers of a model call it.
+
+        They share what is derived from the indices, and pack weights in the order in which sequences name them.
+        """
         if self.case.task != "lora":
             return {}
         known = kernels.constant(self.indices.clone())
-        return {
+        found = {
             "one adapter": (self.one_adapter, self.leaves),
             "ours, shared plan": (lambda: self.ours(indices=known), self.leaves),
         }
+        if self.case.sequences == self.case.E:
+            like = copy.copy(self)
+            like.indices = kernels.constant(torch.arange(self.case.E).repeat_interleave(self.run).unsqueeze(1))
+            like.down, like.up = (t.detach()[self.owners] for t in (self.down, self.up))
+            if self.case.training:
+                like.down.requires_grad_()
+                like.up.requires_grad_()
+            found["ours, in order"] = (like.ours, [self.x, self.base, like.down, like.up])
+        return found
 
     def one_adapter(self) -> Tensor:
         return torch.addmm(self.base, F.linear(self.x, self.down[0]) * 2.0, self.up[0])
@@ -195,7 +209,7 @@ class Setting:
     def ours(self, backend: str | None = None, indices: Tensor | None = None) -> Tensor:
         case, mixture = self.case, self.weights is not None
         indices = self.indices if indices is None else indices
-        with kernels.adapter_backend(backend):
+        with nullcontext() if backend is None else kernels.adapter_backend(backend):
             return kernels.lowrank(
                 self.x, self.down.flatten(0, 1), self.up.flatten(0, 1).t(), (case.r,) * case.E,
                 b_down=self.bias.flatten() if mixture else None, weights=self.weights,

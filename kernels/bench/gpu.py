@@ -216,7 +216,7 @@ def problem(setting: Setting | SimpleNamespace, **changes: Any) -> Problem:
         indices=None if mixture and case.k == case.E else setting.indices, base=setting.base.detach(),
         act="gelu" if mixture else "identity", run=setting.run,
     )  # fmt: skip
-    return replace(p, **changes)
+    return p._replace(**changes)
 
 
 def everything(p: Problem, grad: Tensor) -> dict[str, Tensor]:
@@ -259,7 +259,7 @@ def check_invariance(case: Case) -> dict[str, Any]:
     p = problem(Setting(case, DEVICE), batch_invariant=True)
     y = backend.forward(p, False)[0]
     for rows in (1, 3, 17):
-        part = replace(p, x=p.x[:rows], base=p.base[:rows], indices=p.indices[:rows], run=1)
+        part = p._replace(x=p.x[:rows], base=p.base[:rows], indices=p.indices[:rows], run=1)
         if not torch.equal(backend.forward(part, False)[0], y[:rows]):
             return {"passed": False, "rows": rows}
     return {"passed": True}

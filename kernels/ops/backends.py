@@ -80,6 +80,8 @@ def settings() -> tuple[str, bool]:
     Raises:
         ValueError: what is left of blocks that overlapped contradicts itself.
     """
+    if not _blocks:
+        return "", False
     forced, invariant = _settings(_blocks)
     _check(forced, invariant)
     return forced, invariant

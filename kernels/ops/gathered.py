@@ -1,6 +1,8 @@
 """The weights come to the rows: those that a sequence (or row) uses are copied together, and one batched product runs.
 
-Pays where rows are few and their experts many, as in decoding; each row's product is its own.
+Pays where rows are few and their experts many, as in decoding; each row's product is its own. And for sequences that
+name one adapter each: where nothing else is asked, `by_runs` does it by products that torch differentiates itself, a
+call of which takes half of what the operation's takes besides its products.
 """
 
 from __future__ import annotations
@@ -11,10 +13,15 @@ import torch
 from torch import Tensor
 
 from mixadapters.kernels import chain
+from mixadapters.kernels.activations import hidden
 from mixadapters.kernels.problem import Problem
 from mixadapters.kernels.sorting import keeps
 
-__all__ = ["backward", "forward", "keeps", "refuses"]
+__all__ = ["backward", "by_runs", "forward", "keeps", "plain", "refuses"]
+
+# For its gradients `by_runs` keeps the weights of each sequence, unless it reads them where they lie: at most this
+# part of what its rows are.
+KEPT = 1 / 8
 
 
 def refuses(p: Problem) -> str | None:
@@ -24,11 +31,100 @@ def refuses(p: Problem) -> str | None:
 
 
 def forward(p: Problem, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    if not keep and plain(p, training=False):
+        return differentiable(p), ()
     return chain.forward(p, keep, Gathered)
 
 
 def backward(p: Problem, saved: tuple[Tensor, ...], grad: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
     return chain.backward(p, saved, grad, needs, Gathered)
+
+
+def plain(p: Problem, training: bool) -> bool:
+    """Whether `differentiable` runs the problem and keeps what the operation promises."""
+    indices, run = p.indices, p.run
+    if indices is None or p.dropout or p.batch_invariant or p.equal_rank is None or not indices.numel() or run == 1:
+        return False
+    least, most = p.bounds()
+    if least < 0 or most >= len(p.ranks):
+        return False
+    half = chain.wide_dtype(p.x) is not p.x.dtype
+    return takes(run, p.slots * p.ranks[0], half, training) or (training and not half and _chosen(p, run).in_order)
+
+
+def takes(run: int, columns: int, half: bool, training: bool) -> bool:
+    """Whether `differentiable` runs sequences of `run` rows of so many hidden columns, where nothing else is asked."""
+    if training and half:  # torch would add up gradients in half precision
+        return False
+    return run > 1 and (not training or columns <= run * KEPT)
+
+
+def differentiable(p: Problem) -> Tensor:
+    """The output by operations that torch differentiates; for what `plain` takes."""
+    choice = _chosen(p, p.run)
+    return by_runs(p.cast(), choice.experts, in_order=choice.in_order)
+
+
+def by_runs(p: Problem, experts: Tensor, none: Tensor | None = None, in_order: bool = False) -> Tensor:
+    """The output of experts of one rank: B = N / run sequences, each with the weights of its k slots side by side.
+
+    Args: as the fields of `Choice`; no number in `experts` is below 0.
+    """
+    run, (sequences, slots) = p.run, experts.shape
+    flat = None if in_order else experts.reshape(-1)
+    rows = p.x.view(sequences, run, -1)
+    z = _mapped(p, rows, flat, p.down, p.b_down)
+    h = hidden(p.act, z, None if p.gate is None else _mapped(p, rows, flat, p.gate, p.b_gate))
+    scale = p.scale if p.scale is None or flat is None else p.scale.index_select(0, flat)
+    factors = None if p.weights is None else p.weights.view(sequences, run, slots)
+    if scale is not None:
+        scale = scale.view(sequences, 1, slots)
+        factors = scale if factors is None else factors * scale
+    if factors is not None:
+        h = h * factors if slots == 1 else (h.view(sequences, run, slots, -1) * factors.unsqueeze(3)).flatten(2)
+    ups = _of_sequences(p, p.up.t(), flat)
+    if none is not None:  # what stands in for a slot without expert may be infinite, and 0 * inf is no number
+        h = h.view(sequences, run, slots, -1).masked_fill(none[:, None, :, None], 0).flatten(2)
+        ups = ups.view(sequences * slots, p.ranks[0], -1).masked_fill(none.view(-1, 1, 1), 0).view_as(ups)
+    shift = None if p.b_up is None else _shifts(p, factors, flat, none)
+    if p.base is None:
+        return (torch.bmm(h, ups) if shift is None else torch.baddbmm(shift, h, ups)).flatten(0, 1)
+    start = p.base if p.base_weight is None else p.base * p.base_weight.to(p.base.dtype).unsqueeze(1)
+    start = start.view(sequences, run, -1)
+    if none is None and start.dtype == h.dtype:
+        y = torch.baddbmm(start, h, ups)
+        return (y if shift is None else y + shift).view(p.base.shape)
+    delta = torch.bmm(h, ups)
+    y = (start + (delta if shift is None else delta + shift)).to(start.dtype)
+    # Adding a zero turns -0.0 into 0.0.
+    return (y if none is None else torch.where(none.all(1)[:, None, None], start, y)).flatten(0, 1)
+
+
+def _of_sequences(p: Problem, weight: Tensor, flat: Tensor | None) -> Tensor:
+    """(E * n, d) -> (B, k * n, d): of each slot's expert; flat (B * k,), or None where the experts are in order."""
+    by_expert = weight.view(len(p.ranks), -1, weight.shape[1])
+    if flat is None:
+        return by_expert
+    found = by_expert.index_select(0, flat)
+    return found if p.slots == 1 else found.view(p.x.shape[0] // p.run, -1, weight.shape[1])
+
+
+def _mapped(p: Problem, rows: Tensor, flat: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(B, run, k * r)"""
+    z = torch.bmm(rows, _of_sequences(p, weight, flat).transpose(1, 2))
+    return z if bias is None else z + _of_sequences(p, bias.unsqueeze(1), flat).transpose(1, 2)
+
+
+def _shifts(p: Problem, factors: Tensor | None, flat: Tensor | None, none: Tensor | None) -> Tensor:
+    """(B, run, M): what the biases of the outputs add; factors (B, run or 1, k)."""
+    assert p.b_up is not None
+    biases = _of_sequences(p, p.b_up, flat)  # (B, k, M)
+    if factors is None:
+        factors = biases.new_ones(1, 1, 1)
+    factors = factors.expand(biases.shape[0], p.run, p.slots)
+    if none is not None:
+        biases, factors = biases.masked_fill(none.unsqueeze(2), 0), factors.masked_fill(none.unsqueeze(1), 0)
+    return torch.bmm(factors, biases)
 
 
 class Choice(NamedTuple):
@@ -43,6 +139,10 @@ class Choice(NamedTuple):
     # Of an expert narrower than the widest, the last row is read again instead of those it lacks.
     table: Tensor | None  # (E, r) rows of each expert
     lacking: Tensor | None  # (B, 1, k * r)
+
+
+def _chosen(p: Problem, run: int) -> Choice:
+    return p.derived(("gathered", p.ranks, run), lambda: _choose(p, run))
 
 
 def _choose(p: Problem, run: int) -> Choice:
@@ -74,8 +174,7 @@ class Gathered:
 
     def __init__(self, p: Problem, saved: tuple[Tensor, ...] = ()) -> None:
         self.p, run = p, 1 if p.batch_invariant else p.run
-        choice: Choice = p.derived(("gathered", p.ranks, run), lambda: _choose(p, run))
-        self.run, self.rank, self.experts, self.none, self.in_order, self.table, self.lacking = choice
+        self.run, self.rank, self.experts, self.none, self.in_order, self.table, self.lacking = _chosen(p, run)
         self.weights = None if p.weights is None else p.weights.view(-1, run, p.slots)
         self.scale = None
         if p.scale is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixadapters.kernels import backends, reference, registration
 from mixadapters.kernels.activations import ACTIVATIONS
-from mixadapters.kernels.problem import Problem
+from mixadapters.kernels.problem import Problem, autocasts
 
 
 def lowrank(
@@ -69,7 +69,7 @@ def lowrank(
     if act not in ACTIVATIONS:
         raise ValueError(f"act={act!r} is unknown; choose one of {sorted(ACTIVATIONS)}")
     ranks = tuple(ranks)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocasts(x) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dim() == 2 and x.stride(1) != 1:
         x = x.contiguous()

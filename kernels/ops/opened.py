@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mixadapters.kernels import dense
-from mixadapters.kernels.activations import hidden
+from mixadapters.kernels import dense, gathered
 from mixadapters.kernels.problem import Problem, without_autocast
 
 FEW_ROWS = 64  # above, the products outweigh the call
@@ -46,42 +45,16 @@ def _pays(p: Problem) -> bool:
 
 
 def by_runs(p: Problem) -> Tensor:
-    """The output of experts of one rank that rows choose: B = N / run sequences, each with the weights of its k slots.
+    """The output of experts of one rank that rows choose, or not.
 
     Raises:
         RuntimeError: an index names no expert.
     """
     assert p.indices is not None
-    count, rank, run = len(p.ranks), p.ranks[0], p.run
+    count = len(p.ranks)
     torch._assert_async(
         ((p.indices >= -1) & (p.indices < count)).all(),
         f"indices must run from -1 (no expert) to {count - 1}, one less than the {count} experts",
     )
-    experts = p.indices[::run].long()  # (B, k)
-    none, chosen = experts < 0, experts.clamp_min(0)
-    rows = p.x.unflatten(0, (-1, run))
-    z = _affine(p, rows, chosen, p.down, p.b_down)
-    v = None if p.gate is None else _affine(p, rows, chosen, p.gate, p.b_gate)
-    factors = rows.new_ones(1, 1, 1) if p.weights is None else p.weights.unflatten(0, (-1, run))
-    if p.scale is not None:
-        factors = factors * p.scale[chosen].unsqueeze(1)  # (B, run or 1, k)
-    h = hidden(p.act, z, v).unflatten(2, (-1, rank)) * factors.unsqueeze(3)
-    h = h.masked_fill(none[:, None, :, None], 0).flatten(2)
-    # What stands in for a slot without expert may be infinite, and 0 * inf is no number.
-    ups = p.up.t().unflatten(0, (count, rank))[chosen].masked_fill(none[:, :, None, None], 0)
-    delta = torch.bmm(h, ups.flatten(1, 2))
-    if p.b_up is not None:
-        biases = p.b_up[chosen].masked_fill(none.unsqueeze(2), 0)
-        factors = factors.expand(chosen.shape[0], run, -1).masked_fill(none.unsqueeze(1), 0)
-        delta = delta + torch.bmm(factors, biases)
-    start = p.start().unflatten(0, (-1, run))
-    # Adding a zero turns -0.0 into 0.0.
-    y = torch.where(none.all(1)[:, None, None], start, (start + delta).to(start.dtype))
-    return y.flatten(0, 1)
-
-
-def _affine(p: Problem, rows: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """rows (B, run, K) by the maps of each sequence's experts (B, k): (B, run, k * r)."""
-    by_expert = (len(p.ranks), p.ranks[0])
-    z = torch.bmm(rows, weight.unflatten(0, by_expert)[chosen].flatten(1, 2).transpose(1, 2))
-    return z if bias is None else z + bias.unflatten(0, by_expert)[chosen].flatten(1).unsqueeze(1)
+    experts = p.indices[:: p.run].long()
+    return gathered.by_runs(p, experts.clamp_min(0), none=experts < 0)

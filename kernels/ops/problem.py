@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -49,7 +48,11 @@ def constant(indices: Tensor, bounds: tuple[int, int] | None = None) -> Tensor:
 
 def bounds_of(indices: Tensor) -> tuple[int, int]:
     """Bounds of the indices, the least and the greatest unless they were promised; for indices on a CPU."""
-    least, most = _derived(indices, "bounds", indices.aminmax)
+    return _derived(indices, "bounds", lambda: _bounds(indices))
+
+
+def _bounds(indices: Tensor) -> tuple[int, int]:
+    least, most = indices.aminmax()
     return int(least), int(most)
 
 
@@ -64,12 +67,15 @@ def _derived(indices: Tensor | None, key: Hashable, make: Callable[[], T]) -> T:
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """For what is in the dtype of x already; autocast would take float32 sums to half precision as well."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext()
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on where x is."""
+    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)  # to ask for a device takes a while
+
+
+class Problem(NamedTuple):
     """y = base_weight * base + sum_s weights_s * scale_e * (up_e h_e(x') + b_up_e), with e = indices_s.
 
     h_e(x') = act(down_e x' + b_down_e), or act(gate_e x' + b_gate_e) * (down_e x' + b_down_e) with `gate`; x' is x
@@ -175,12 +181,13 @@ class Problem:
 
     def cast(self) -> Problem:
         """All weights in the dtype of x."""
-        wrong = {}
-        for name in PARAMETERS:
-            tensor = getattr(self, name)
-            if tensor is not None and tensor.dtype != self.x.dtype:
-                wrong[name] = tensor.to(self.x.dtype)
-        return replace(self, **wrong) if wrong else self
+        dtype, wrong = self.x.dtype, {}
+        given: tuple[Any, ...] = self
+        for i in _PLACES:
+            tensor = given[i]
+            if tensor is not None and tensor.dtype != dtype:
+                wrong[self._fields[i]] = tensor.to(dtype)
+        return self._replace(**wrong) if wrong else self
 
     def dropped(self, t: Tensor, rows: Tensor | slice | None = None) -> Tensor:
         """Dropout on t (n, K), which stands for these rows of x: x itself or its gradient."""
@@ -201,3 +208,6 @@ class Problem:
         if self.base_weight is None:
             return self.base.clone(memory_format=torch.contiguous_format)
         return self.base * self.base_weight.to(self.base.dtype).unsqueeze(1)
+
+
+_PLACES = tuple(Problem._fields.index(name) for name in PARAMETERS)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,7 +23,7 @@ def forward(p: Problem) -> Tensor:
     result = p.x.dtype if p.base is None else p.base.dtype
     base, base_weight = p.base, p.base_weight
     with without_autocast(p.x):
-        p = replace(p, x=p.x.to(torch.promote_types(p.x.dtype, torch.float32))).cast()
+        p = p._replace(x=p.x.to(torch.promote_types(p.x.dtype, torch.float32))).cast()
         x = p.dropped(p.x)
         delta = x.new_zeros(x.shape[0], p.up.shape[0])
         for e, (first, rank) in enumerate(zip(p.starts, p.ranks, strict=True)):

@@ -1,11 +1,11 @@
 """The operation as torch sees it: two operators, opaque to the compiler, and the autograd function over them."""
 
-from dataclasses import fields
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
-from mixadapters.kernels import backends, opened
+from mixadapters.kernels import backends, gathered, opened
 from mixadapters.kernels.problem import DIFFERENTIABLE, Problem, without_autocast
 
 _PROBLEM = (
@@ -13,7 +13,7 @@ _PROBLEM = (
     "Tensor? indices, Tensor? weights, Tensor? scale, Tensor? base, Tensor? base_weight, str act, float dropout, "
     "Tensor? seed, SymInt run, bool batch_invariant, str backend"
 )
-_NAMES = tuple(field.name for field in fields(Problem))
+_NAMES = Problem._fields
 # Places of a problem's fields among the arguments.
 _BASE, _BASE_WEIGHT = _NAMES.index("base"), _NAMES.index("base_weight")
 _INSIDE = tuple(_NAMES.index(name) for name in DIFFERENTIABLE)  # whose gradients a backend computes
@@ -66,7 +66,7 @@ def _backward_fake(grad, kept, *args):
 
 def _problem(given: list) -> Problem:
     given[_RANKS] = tuple(given[_RANKS])
-    return Problem(*given)
+    return Problem._make(given)
 
 
 def _like(name, field):
@@ -84,6 +84,7 @@ for _name, _real, _fake in (("lowrank", _forward, _forward_fake), ("lowrank_back
     torch.library.register_fake(f"mixadapters::{_name}", _fake, lib=library)
 _forward_op = torch.ops.mixadapters.lowrank.default
 _backward_op = torch.ops.mixadapters.lowrank_backward.default
+_is_transformed = _C._functorch.is_functorch_wrapped_tensor
 
 
 class _Lowrank(torch.autograd.Function):
@@ -91,12 +92,7 @@ class _Lowrank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        direct = nobody_looks_on(args[0])
-        if direct:  # there is no graph, in which what is kept has one layout for all numbers of rows
-            *given, backend = args
-            found = backends.pick(_problem(given), backend, len(args[0]), training=True, layout_fixed=False)
-            args = (*given, backends.name_of(found))
-        run = _forward if direct else _forward_op
+        run = _forward if nobody_looks_on(args[0]) else _forward_op
         y, kept = run(*args, True)
         # The frozen layer's output is kept for its weight's gradient only.
         keeps_base = ctx.needs_input_grad[_BASE_WEIGHT]
@@ -142,19 +138,24 @@ def call(p: Problem, backend: str) -> Tensor:
         y = None if backend else opened.forward(p)
         if y is not None:
             return y
-    args = (*(getattr(p, name) for name in _NAMES), backend)
-    if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in _FLOATS):
-        return _Lowrank.apply(*args)
-    return _forward_op(*args, False)[0]
+    given: tuple[Any, ...] = p
+    if torch.is_grad_enabled() and any(given[i] is not None and given[i].requires_grad for i in _FLOATS):
+        if nobody_looks_on(p.x):  # there is no graph, in which what is kept has one layout for all numbers of rows
+            chosen = backends.pick(p, backend, len(p.x), training=True, layout_fixed=False)
+            if chosen is gathered and gathered.plain(p, training=True):
+                return gathered.differentiable(p)
+            backend = backends.name_of(chosen)
+        return _Lowrank.apply(*p, backend)
+    return _forward_op(*p, backend, False)[0]
 
 
 def nobody_looks_on(x: Tensor) -> bool:
     """Whether torch need not see the operators: it casts, compiles, traces, counts and transforms nothing."""
     return (
         type(x) is Tensor
-        and not torch.is_autocast_enabled(x.device.type)
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._get_tracing_state()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not torch.compiler.is_compiling()  # first: the compiler knows nothing of the others
+        and not _C._is_any_autocast_enabled()
+        and not _C._len_torch_dispatch_stack()
+        and not _C._get_tracing_state()
+        and not _is_transformed(x)
     )

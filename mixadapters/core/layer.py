@@ -186,7 +186,10 @@ class AdapterHost(BaseTunerLayer):
         kept = {} if joining or torch.compiler.is_compiling() else getattr(named, "batches", {})
         if self not in kept:
             asked = {*named, *joining}
-            mine = [name for name in self.adapters if name in asked]
+            # Processes meet in the order of the adapters. Alone, as the rows name them: where each has its own, the
+            # op reads the weights as they are packed.
+            order = self.adapters if several() else dict.fromkeys(named)
+            mine = [name for name in order if name in asked and name in self.adapters]
             place = {name: i for i, name in enumerate(mine)}
             owner = [place.get(name, -1) for name in named]
             kept[self] = MixedBatch([self.adapters[name] for name in mine], owner, self.stack)

@@ -272,6 +272,25 @@ def test_mixed_batch_over_merged_weights_is_refused(x) -> None:
         mine(x)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_adapters_of_a_mixed_batch_stand_as_its_rows_name_them_and_alike_in_all_processes(
+    x, processes, monkeypatch
+) -> None:
+    mine = layer(nn.Linear(WIDTH, WIDTH), first=Affine(0.5), second=Affine(0.2), third=Affine(0.1))
+    place, made = {adapter: name for name, adapter in mine.adapters.items()}, []
+
+    def batch(adapters: list[Adapter], owner: list[int], stack: str) -> Any:
+        made.append(([place[adapter] for adapter in adapters], owner))
+        return lambda x, y, context: y
+
+    monkeypatch.setattr("mixadapters.core.layer.MixedBatch", batch)
+    monkeypatch.setattr("mixadapters.core.layer.several", lambda: processes > 1)
+    names = ["third", "__base__", "first"]
+    mine.context.enter(Record(streams={"": Stream(3, 2)}, values={"adapter_names": names}))
+    mine(x)
+    assert made == [(["third", "first"], [0, -1, 1]) if processes == 1 else (["first", "third"], [1, -1, 0])]
+
+
 def test_hosts_share_one_parent() -> None:
     assert issubclass(MixtureLayer, AdapterHost)
     assert issubclass(HookedLayer, AdapterHost)

@@ -39,6 +39,8 @@ def draw(seed: int, dtype: torch.dtype = torch.float64) -> dict:
     if "w_gate" in given and "b_down" in given:
         given["b_gate"] = make(total)
     if "base" in given and chance.random() < 0.3:
+        given["base"] = given["base"].t().contiguous().t()
+    if "base" in given and chance.random() < 0.3:
         given["base_weight"] = make(rows)
     return given
 

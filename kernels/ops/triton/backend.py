@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import gcd
 from typing import Any
 
@@ -138,8 +137,8 @@ class _Call:
     """A problem with its plan, and how each kernel is launched for it."""
 
     def __init__(self, p: Problem, training: bool, tables: tuple[Tensor, ...] = ()) -> None:
-        self.p = p = replace(
-            p, b_down=_dense(p.b_down), b_up=_dense(p.b_up), b_gate=_dense(p.b_gate), indices=_dense(p.indices),
+        self.p = p = p._replace(
+            b_down=_dense(p.b_down), b_up=_dense(p.b_up), b_gate=_dense(p.b_gate), indices=_dense(p.indices),
             weights=_dense(p.weights), scale=_dense(p.scale), base=_dense(p.base), base_weight=_dense(p.base_weight),
         )  # fmt: skip
         self.plan: Plan = plan(p, training, tables)
