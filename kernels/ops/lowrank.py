@@ -40,7 +40,8 @@ def lowrank(
     With `w_gate` the experts are gated: `act(gate_e x) * down_e x` takes the place of `act(down_e x)`.
     Every float tensor may require a gradient, once; twice under `adapter_backend("reference")`. Computed in the
     dtype of `x`, under autocast in that of autocast, whatever the dtypes of the weights; gradients have the dtypes
-    of what they belong to.
+    of what they belong to. Under transforms of `torch.func` (`vmap`, `jvp`, `grad` ...) the definition runs,
+    `reference`.
 
     Args:
         x: (N, K) input rows.

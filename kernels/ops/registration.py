@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import _C, Tensor
 
-from mixadapters.kernels import backends, gathered, opened
+from mixadapters.kernels import backends, gathered, opened, reference
 from mixadapters.kernels.problem import DIFFERENTIABLE, Problem, without_autocast
 
 _PROBLEM = (
@@ -84,7 +84,6 @@ for _name, _real, _fake in (("lowrank", _forward, _forward_fake), ("lowrank_back
     torch.library.register_fake(f"mixadapters::{_name}", _fake, lib=library)
 _forward_op = torch.ops.mixadapters.lowrank.default
 _backward_op = torch.ops.mixadapters.lowrank_backward.default
-_is_transformed = _C._functorch.is_functorch_wrapped_tensor
 
 
 class _Lowrank(torch.autograd.Function):
@@ -132,21 +131,23 @@ class _Lowrank(torch.autograd.Function):
 
 def call(p: Problem, backend: str) -> Tensor:
     """The operator on a problem, with gradients where any are wanted; backend "" leaves the choice to the rule."""
-    if not torch.is_grad_enabled():
-        if nobody_looks_on(p.x):
+    given: tuple[Any, ...] = p
+    grad = torch.is_grad_enabled() and any(given[i] is not None and given[i].requires_grad for i in _FLOATS)
+    if nobody_looks_on(p.x):
+        if not grad:
             return _run(p, backend, keep=False)[0]
-        y = None if backend else opened.forward(p)
+        # There is no graph, in which what is kept has one layout for all numbers of rows.
+        chosen = backends.pick(p, backend, len(p.x), training=True, layout_fixed=False)
+        if chosen is gathered and gathered.plain(p, training=True):
+            return gathered.differentiable(p)
+        return _Lowrank.apply(*p, backends.name_of(chosen))
+    if _transformed():  # which know what becomes of plain operations alone
+        return reference.forward(p)
+    if not torch.is_grad_enabled() and not backend:
+        y = opened.forward(p)
         if y is not None:
             return y
-    given: tuple[Any, ...] = p
-    if torch.is_grad_enabled() and any(given[i] is not None and given[i].requires_grad for i in _FLOATS):
-        if nobody_looks_on(p.x):  # there is no graph, in which what is kept has one layout for all numbers of rows
-            chosen = backends.pick(p, backend, len(p.x), training=True, layout_fixed=False)
-            if chosen is gathered and gathered.plain(p, training=True):
-                return gathered.differentiable(p)
-            backend = backends.name_of(chosen)
-        return _Lowrank.apply(*p, backend)
-    return _forward_op(*p, backend, False)[0]
+    return _Lowrank.apply(*p, backend) if grad else _forward_op(*p, backend, False)[0]
 
 
 def nobody_looks_on(x: Tensor) -> bool:
@@ -157,5 +158,10 @@ def nobody_looks_on(x: Tensor) -> bool:
         and not _C._is_any_autocast_enabled()
         and not _C._len_torch_dispatch_stack()
         and not _C._get_tracing_state()
-        and not _is_transformed(x)
+        and not _transformed()
     )
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return not torch.compiler.is_compiling() and _C._functorch.peek_interpreter_stack() is not None

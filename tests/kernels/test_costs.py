@@ -59,6 +59,16 @@ def test_what_grouped_gathers_is_mapped_anew_once_it_is_large(half: bool, rows: 
         assert counted[-3] == pytest.approx((rows + more) * 1.024)
 
 
+def test_sequences_save_gathered_its_call_where_plain_products_run_them() -> None:
+    def called(**fields: int) -> float:
+        return costs.counts("gathered", shape(**fields), 1024)[-1]
+
+    assert [called(run=run) for run in (1, 2, 1024)] == [1, 0, 0]
+    assert [called(run=run, training=True) for run in (1, 64, 128)] == [1, 1, 0]  # rank 16
+    assert [called(run=run, slots=2, training=True) for run in (128, 256)] == [1, 0]
+    assert [called(run=1024, half=True, training=training) for training in (False, True)] == [0, 1]
+
+
 def test_every_count_has_a_cost_and_no_cost_is_negative() -> None:
     assert set(costs.COSTS) == set(EVERY)
     for (name, half, training), each in costs.COSTS.items():

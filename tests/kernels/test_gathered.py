@@ -62,10 +62,10 @@ def outcome(given: dict, backend: str, gradient: Tensor | None = None) -> dict[s
     return {"y": y.detach(), **dict(zip(leaves, found, strict=True))}
 
 
-def by_operator(given: dict) -> bool:
+def by_operator(given: dict, backend: str = "gathered") -> bool:
     """Whether the operation's own function stands in the graph of a training call."""
     x = given["x"].clone().requires_grad_()
-    with adapter_backend("gathered"):
+    with adapter_backend(backend):
         names, waiting = set(), [lowrank(**{**given, "x": x}).grad_fn]
     while waiting:
         node = waiting.pop()
@@ -153,6 +153,11 @@ def test_short_sequences_that_name_the_experts_in_order_have_nothing_to_keep() -
     short = given | {"run": 2} | {k: given[k][:rows] for k in ("x", "base", "base_weight", "weights") if k in given}
     assert not by_operator(short | {"indices": torch.arange(EXPERTS).repeat_interleave(2).unsqueeze(1)})
     assert by_operator(short | {"indices": torch.arange(EXPERTS).flip(0).repeat_interleave(2).unsqueeze(1)})
+
+
+@pytest.mark.parametrize("backend", ["segments", "dense"])
+def test_another_backend_that_is_asked_for_runs(backend) -> None:
+    assert by_operator(draw(1, slots=1), backend)
 
 
 @pytest.mark.parametrize("train", [False, True])
