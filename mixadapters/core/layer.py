@@ -185,11 +185,9 @@ class AdapterHost(BaseTunerLayer):
         joining = self._joining(named)
         kept = {} if joining or torch.compiler.is_compiling() else getattr(named, "batches", {})
         if self not in kept:
-            asked = {*named, *joining}
-            # Processes meet in the order of the adapters. Alone, as the rows name them: where each has its own, the
-            # op reads the weights as they are packed.
+            # Processes meet in one order; else the op may read weights as they are packed, where each row has its own.
             order = self.adapters if several() else dict.fromkeys(named)
-            mine = [name for name in order if name in asked and name in self.adapters]
+            mine = [name for name in order if name in self.adapters and (name in named or name in joining)]
             place = {name: i for i, name in enumerate(mine)}
             owner = [place.get(name, -1) for name in named]
             kept[self] = MixedBatch([self.adapters[name] for name in mine], owner, self.stack)
