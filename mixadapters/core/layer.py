@@ -186,8 +186,8 @@ class AdapterHost(BaseTunerLayer):
         kept = {} if joining or torch.compiler.is_compiling() else getattr(named, "batches", {})
         if self not in kept:
             # Processes meet in one order; else the op may read weights as they are packed, where each row has its own.
-            order = self.adapters if several() else dict.fromkeys(named)
-            mine = [name for name in order if name in self.adapters and (name in named or name in joining)]
+            asked = dict.fromkeys([*named, *joining])
+            mine = [n for n in (self.adapters if several() else asked) if n in asked and n in self.adapters]
             place = {name: i for i, name in enumerate(mine)}
             owner = [place.get(name, -1) for name in named]
             kept[self] = MixedBatch([self.adapters[name] for name in mine], owner, self.stack)
