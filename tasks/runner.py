@@ -420,7 +420,8 @@ class Run:
         if self.base.form == "generate":
             options = {"max_new_tokens": self.args.max_new_tokens, "do_sample": False,
                        "num_beams": trainer.args.generation_num_beams or 1}  # fmt: skip
-        read = self._read(trainer.predict(features, **options).predictions)
+        # Of several processes the last batches are filled up with the first rows.
+        read = self._read(trainer.predict(features, **options).predictions)[: len(examples)]
         found = dict(zip(order, read, strict=True))
         return [found[i] for i in range(len(examples))]
 

@@ -430,6 +430,22 @@ def test_what_a_command_changes_is_found_without_leaving_other_processes() -> No
     assert PartialState()._cpu
 
 
+def test_rows_that_fill_up_the_last_batches_of_several_processes_are_no_predictions(
+    encoder, data, tmp_path, monkeypatch
+) -> None:
+    predict = runner_module.TaskTrainer.predict
+
+    def filled(self: Any, features: Any, **options: Any) -> Any:
+        return predict(self, [*features, *features[:3]], **options)
+
+    line = f"--tasks imdb --methods probe --seeds 0 {SHOTS}"
+    assert run(encoder, data, tmp_path / "one", line) == 0
+    monkeypatch.setattr(runner_module.TaskTrainer, "predict", filled)
+    assert run(encoder, data, tmp_path / "several", line) == 0
+    one, several = (results(tmp_path / out)["imdb", "probe", 0]["predictions"] for out in ("one", "several"))
+    assert one == several
+
+
 def test_documented_arguments_exist() -> None:
     parser = HfArgumentParser([RunArguments, TrainArguments])
     known = {name for action in parser._actions for name in action.option_strings}
