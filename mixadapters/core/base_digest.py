@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,19 @@ from mixadapters.core.walking import WRAPPERS, outside_adapters, plain_path
 logger = logging.getLogger(__name__)
 
 SAMPLED = 8  # entries of a weight
+BEFORE_LAYERS = re.compile(r"^.*?(?=\b\w+\.\d+\b)")
 ALIKE = (torch.float64, torch.float32, torch.bfloat16)  # rounded to bfloat16 they say the same
 
 
 @torch.no_grad()
-def base_digest(model: nn.Module) -> str | None:
+def base_digest(model: nn.Module, whole: bool = False) -> str | None:
     """Of some entries of each weight in the layers of a base model, rounded to bfloat16.
 
-    So it is the same in float32 and bfloat16. Embeddings and heads, which a user may make anew, are no part of it.
+    So it is the same in float32 and bfloat16. Embeddings and heads, which a user may make anew, are no part of it, nor
+    is the place of the layers in a model with a head, or in a module of the user's own around it.
+
+    Args:
+        whole: with that place, as it was made before.
 
     Returns:
         None where that says nothing: weights of other types (float16, quantized), shared out over processes, on the
@@ -40,6 +46,8 @@ def base_digest(model: nn.Module) -> str | None:
         if layer_index(path) is None or ".modules_to_save" in path:
             continue
         where = plain_path(WRAPPERS.sub("", path)).replace(".original_module", "")
+        if not whole:
+            where = BEFORE_LAYERS.sub("", where)
         for name, weight in module._parameters.items():
             if weight is None or weight.dim() < 2:
                 continue
@@ -62,7 +70,7 @@ def _entries(weight: Tensor) -> Tensor:
 def warn_of_other_base(model: nn.Module, saved: str | None, who: str) -> None:
     """Log a warning where the weights of the base model are not those that an adapter was saved with."""
     here = None if saved is None else base_digest(model)
-    if here is not None and here != saved:
+    if here is not None and saved not in (here, base_digest(model, whole=True)):
         logger.warning(
             "%s was trained on a base model of other weights than this one: on another checkpoint, or on one into "
             "which something had been merged. Load that, or take `base_digest` out of adapter_config.json if this is "

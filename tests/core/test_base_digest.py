@@ -49,6 +49,32 @@ def test_a_merged_base_is_told_and_another_type_of_the_same_weights_not(
     assert loaded(tiny("llama"), tmp_path, caplog) == []
 
 
+class Around(nn.Module):
+    """A module of the user's own around a pretrained one."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "llama"])
+def test_layers_are_the_same_below_a_head_and_in_a_module_around_them(kind, tiny: Any) -> None:
+    model = tiny(kind)
+    inside = getattr(model, model.base_model_prefix, model)
+    assert base_digest(model) == base_digest(inside) == base_digest(Around(model)) is not None
+    if kind != "t5":  # which has its layers at the top
+        assert base_digest(model, whole=True) != base_digest(inside, whole=True)
+
+
+def test_a_digest_with_the_place_of_the_layers_is_read_as_before(tiny: Any, tmp_path: Path, caplog) -> None:
+    get_peft_model(tiny("llama"), BottleneckConfig(r=2)).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    before = base_digest(tiny("llama"), whole=True)
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_digest": before}))
+    assert loaded(tiny("llama"), tmp_path, caplog) == []
+    assert len(loaded(merged(tiny("llama")), tmp_path, caplog)) == 1
+
+
 def test_how_weights_lie_in_memory_changes_no_digest(tiny: Any) -> None:
     model, apart = tiny("llama"), tiny("llama")
     with torch.no_grad():

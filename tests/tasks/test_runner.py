@@ -36,7 +36,7 @@ def results(out: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
     return {(r["task"], r["method"], r["seed"]): r for r in found}
 
 
-def test_all_methods_run_once_and_are_then_cached(encoder, data, tmp_path, capsys, monkeypatch) -> None:
+def test_all_methods_run_once_and_are_then_cached(encoder, data, tmp_path, capsys, caplog, monkeypatch) -> None:
     methods = "majority tfidf probe lora bottleneck mixda_untuned mixda moa full"
     line = f"--tasks imdb --methods {methods} --seeds 1 {SHOTS} --layers 2"
     assert run(encoder, data, tmp_path, line) == 0
@@ -55,6 +55,7 @@ def test_all_methods_run_once_and_are_then_cached(encoder, data, tmp_path, capsy
     sizes = [found["imdb", m, 1]["trainable_parameters"] for m in ("lora", "moa")]
     assert sizes[0] == sizes[1]
     assert "mixda seed 1: accuracy 0." in capsys.readouterr().out
+    assert not any("base model of other weights" in message for message in caplog.messages)
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("trained again")
