@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,6 +99,9 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"--out {folder} must be a folder that can be written to: {error}") from error
 
 
+PATIENCE = 1.0  # seconds for another command that has only looked whether a result is there, or is just done
+
+
 @contextmanager
 def made_here(file: Path, first: bool) -> Iterator[None]:
     """A block in which no other command makes the same result: both would write the checkpoints of one training.
@@ -120,15 +124,29 @@ def made_here(file: Path, first: bool) -> Iterator[None]:
 
 
 def _lock(path: Path) -> Any:
-    """A file that the system keeps locked until this process closes it or ends; closed where another has it."""
+    """A file that the system keeps locked until this process closes it or ends; closed where another keeps it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(lock.fileno())):  # it was done just now
-            lock.close()
-    except BlockingIOError:
+    end = time.monotonic() + PATIENCE
+    while True:
+        lock = path.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        except OSError:  # a file system without locks
+            return lock
+        else:
+            if _is_still_there(path, lock):
+                return lock
         lock.close()
-    except OSError:  # a file system without locks
-        pass
-    return lock
+        if time.monotonic() > end:
+            return lock
+        time.sleep(PATIENCE / 50)
+
+
+def _is_still_there(path: Path, opened: Any) -> bool:
+    """Whether the open file is that of the path, and not one that whoever had it before has removed."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(opened.fileno()))
+    except FileNotFoundError:
+        return False

@@ -23,6 +23,8 @@ __all__ = ["backward", "by_runs", "forward", "keeps", "plain", "refuses"]
 # part of what its rows are.
 KEPT = 1 / 8
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 
 def refuses(p: Problem) -> str | None:
     if not p.x.is_cpu:
@@ -70,9 +72,9 @@ def by_runs(p: Problem, experts: Tensor, none: Tensor | None = None, in_order: b
 
     Args: as the fields of `Choice`; no number in `experts` is below 0.
     """
-    run, (sequences, slots) = p.run, experts.shape
+    run, (sequences, slots), rank = p.run, experts.shape, p.ranks[0]
     flat = None if in_order else experts.reshape(-1)
-    rows = p.x.view(sequences, run, -1)
+    rows = p.x.view(sequences, run, p.x.shape[1])  # not -1, which is no size where there are no rows
     z = _mapped(p, rows, flat, p.down, p.b_down)
     h = hidden(p.act, z, None if p.gate is None else _mapped(p, rows, flat, p.gate, p.b_gate))
     scale = p.scale if p.scale is None or flat is None else p.scale.index_select(0, flat)
@@ -81,32 +83,41 @@ def by_runs(p: Problem, experts: Tensor, none: Tensor | None = None, in_order: b
         scale = scale.view(sequences, 1, slots)
         factors = scale if factors is None else factors * scale
     if factors is not None:
-        h = h * factors if slots == 1 else (h.view(sequences, run, slots, -1) * factors.unsqueeze(3)).flatten(2)
+        h = h * factors if slots == 1 else (h.view(sequences, run, slots, rank) * factors.unsqueeze(3)).flatten(2)
     ups = _of_sequences(p, p.up.t(), flat)
     if none is not None:  # what stands in for a slot without expert may be infinite, and 0 * inf is no number
-        h = h.view(sequences, run, slots, -1).masked_fill(none[:, None, :, None], 0).flatten(2)
-        ups = ups.view(sequences * slots, p.ranks[0], -1).masked_fill(none.view(-1, 1, 1), 0).view_as(ups)
+        h = h.view(sequences, run, slots, rank).masked_fill(none[:, None, :, None], 0).flatten(2)
+        ups = ups.view(sequences * slots, rank, ups.shape[2]).masked_fill(none.view(-1, 1, 1), 0).view_as(ups)
     shift = None if p.b_up is None else _shifts(p, factors, flat, none)
     if p.base is None:
-        return (torch.bmm(h, ups) if shift is None else torch.baddbmm(shift, h, ups)).flatten(0, 1)
+        return _as_rows(torch.bmm(h, ups) if shift is None else torch.baddbmm(shift, h, ups))
     start = p.base if p.base_weight is None else p.base * p.base_weight.to(p.base.dtype).unsqueeze(1)
-    start = start.view(sequences, run, -1)
+    start = start.view(sequences, run, start.shape[1])
     if none is None and start.dtype == h.dtype:
         y = torch.baddbmm(start, h, ups)
-        return (y if shift is None else y + shift).view(p.base.shape)
+        return _as_rows(y if shift is None else y + shift)
     delta = torch.bmm(h, ups)
     y = (start + (delta if shift is None else delta + shift)).to(start.dtype)
     # Adding a zero turns -0.0 into 0.0.
-    return (y if none is None else torch.where(none.all(1)[:, None, None], start, y)).flatten(0, 1)
+    return _as_rows(y if none is None else torch.where(none.all(1)[:, None, None], start, y))
+
+
+def _as_rows(y: Tensor) -> Tensor:
+    """(B, run, M) -> (N, M), no view: a view that was made without gradients could not be changed in place with them.
+
+    Nobody else has the tensor.
+    """
+    return _unsafe_view(y.contiguous(), (y.shape[0] * y.shape[1], y.shape[2]))
 
 
 def _of_sequences(p: Problem, weight: Tensor, flat: Tensor | None) -> Tensor:
     """(E * n, d) -> (B, k * n, d): of each slot's expert; flat (B * k,), or None where the experts are in order."""
-    by_expert = weight.view(len(p.ranks), -1, weight.shape[1])
+    each, width = weight.shape[0] // len(p.ranks), weight.shape[1]
+    by_expert = weight.view(len(p.ranks), each, width)
     if flat is None:
         return by_expert
     found = by_expert.index_select(0, flat)
-    return found if p.slots == 1 else found.view(p.x.shape[0] // p.run, -1, weight.shape[1])
+    return found if p.slots == 1 else found.view(p.x.shape[0] // p.run, p.slots * each, width)
 
 
 def _mapped(p: Problem, rows: Tensor, flat: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -199,3 +199,14 @@ def test_what_is_kept_for_gradients_stays_a_part_of_the_rows() -> None:
     new = sum(t.numel() for at, t in kept.items() if at not in inputs and t.is_floating_point())
     hidden = run * sequences * rank
     assert hidden <= new <= hidden + 2 * gathered.KEPT * run * sequences * wide
+
+
+def test_an_output_that_was_made_without_gradients_may_be_changed_with_them() -> None:
+    for seed in range(12):
+        given = draw(seed, torch.float32)
+        with adapter_backend("gathered"), torch.no_grad():
+            y = lowrank(**given)
+        more = torch.zeros(y.shape[1], requires_grad=True)
+        y += more  # torch forbids it to views
+        y.sum().backward()
+        assert more.grad.tolist() == [len(y)] * len(more)

@@ -102,3 +102,15 @@ def test_a_number_of_no_expert_is_refused_in_a_compiled_graph(number) -> None:
         with pytest.raises(RuntimeError, match=r"indices must run from -1 \(no expert\) to 3, one less than the 4"):
             compiled(**given)
     torch._dynamo.reset()
+
+
+def test_no_rows_are_no_rows_in_a_compiled_graph() -> None:
+    for seed in range(12):
+        given = draw(seed) | {"run": 1}
+        by_row = {"x", "indices", "weights", "base", "base_weight"}.intersection(given)
+        given |= {name: given[name][:0] for name in by_row}
+        torch._dynamo.reset()
+        with torch.no_grad():
+            y = torch.compile(lowrank, fullgraph=True, backend="eager")(**given)
+        assert y.shape == (0, WIDE[1])
+    torch._dynamo.reset()

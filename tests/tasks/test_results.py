@@ -114,8 +114,9 @@ def test_a_run_whose_result_was_cut_short_runs_again(data, tmp_path, capsys) -> 
     assert read_result(file)["predictions"] == whole["predictions"]
 
 
-def test_two_commands_never_make_one_result_at_a_time(data, tmp_path, capsys) -> None:
+def test_two_commands_never_make_one_result_at_a_time(data, tmp_path, capsys, monkeypatch) -> None:
     """The second would take away the checkpoint that the first is writing, as one that a killed run has left."""
+    monkeypatch.setattr(results_module, "PATIENCE", 0)
     line = f"run --data-dir {data} --out {tmp_path} --tasks imdb --methods majority --seeds 0".split()
     file = tmp_path / "imdb" / "x.json"
     with made_here(file, True):
@@ -135,6 +136,24 @@ def test_two_commands_never_make_one_result_at_a_time(data, tmp_path, capsys) ->
     with made_here(result, True):
         assert cli.main(line) == 1
     assert f"another process is making {result}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(results_module.fcntl is None, reason="the system has no locks of files")
+@pytest.mark.parametrize("meeting", ["it looks", "it is done"])
+def test_a_command_that_only_looks_at_a_result_does_not_stop_another(tmp_path, monkeypatch, meeting: str) -> None:
+    flock, path = results_module.fcntl.flock, tmp_path / "x.lock"
+
+    def meets_another(lock: Any, how: int) -> None:
+        if meeting == "it looks":
+            raise BlockingIOError
+        path.unlink()  # between our opening of the file and our lock on it
+        flock(lock, how)
+
+    ways = iter([meets_another])
+    monkeypatch.setattr(results_module.fcntl, "flock", lambda lock, how: next(ways, flock)(lock, how))
+    with made_here(tmp_path / "x.json", True):
+        assert next(ways, None) is None
+        assert path.exists()
 
 
 def test_writers_at_the_same_time_never_mix(tmp_path, monkeypatch) -> None:

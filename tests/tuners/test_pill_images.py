@@ -413,6 +413,13 @@ def test_an_image_of_values_that_are_no_numbers_is_named() -> None:
         images([{**row, "images": [good]}, {**row, "images": [broken]}])
 
 
+def test_a_processor_may_give_other_arrays_than_tensors() -> None:
+    images = collator()
+    images.image_processor = lambda images, return_tensors: {"pixel_values": np.stack(images)}
+    row = {"prompt": "<image> ?", "answer": "a cat", "images": [np.zeros((3, 4, 4), dtype=np.float32)]}
+    assert images([row])["pixel_values"].shape == (1, 3, 4, 4)
+
+
 def test_a_batch_without_rows_is_refused() -> None:
     with pytest.raises(ValueError, match="has no rows"):
         collator()([])

@@ -184,7 +184,7 @@ class ImageTextCollator(MediaTextCollator):
                     ) from error
             raise
         for (where, image), pixels in zip(images, found, strict=False):
-            if not pixels.isfinite().all():
+            if not torch.as_tensor(pixels).isfinite().all():
                 raise ValueError(f"{where} has an image with values that are NaN or infinite, {image!r:.80}")
         return {"pixel_values": found}
 
