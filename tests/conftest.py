@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.abc
 import importlib.util
 import os
 import sys
@@ -35,21 +34,6 @@ if _package is None or Path(_package.origin or "").resolve().parents[1] != ROOT:
     raise pytest.UsageError(f"mixadapters {_found}, but these tests are those of {ROOT}: pip install -e {ROOT}")
 
 # torch and transformers are imported by the tests, not here: the process that hands tests to workers needs neither.
-
-
-class _BeforeTheLibrary(importlib.abc.MetaPathFinder):
-    """Finds nothing. Before this library is imported for the first time, what starts processes for tests forks off."""
-
-    def find_spec(self, name: str, *_: Any) -> None:
-        if name == "mixadapters":
-            from processes import start_server
-
-            sys.meta_path.remove(self)
-            start_server()
-
-
-if hasattr(os, "fork"):
-    sys.meta_path.insert(0, _BeforeTheLibrary())
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Processes that know torch, transformers and PEFT from the start, but not this library.
 
-To import those takes most of the time of a small process. The process of the tests imports them anyway: a server that
-is forked off it before the tests import this library has them already, and each process is a fork of that server.
+To import those takes most of the time of a small process. One server does it once; each process is a fork of it.
 """
 
 from __future__ import annotations
@@ -13,62 +12,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
-_context = multiprocessing.get_context("fork")
-_server: list[Connection] = []  # the pipe to it, once it runs
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-
-def start_server() -> None:
-    """Fork the server off. `tests/conftest.py` does it, before this library is imported.
-
-    Raises:
-        RuntimeError: it is imported.
-    """
-    import peft  # noqa: F401  # and with it torch and transformers
-    import transformers.trainer  # noqa: F401
-
-    if "mixadapters" in sys.modules:
-        raise RuntimeError("mixadapters is imported, and the processes of the tests would not begin without it")
-    ours, theirs = multiprocessing.Pipe()
-    if os.fork() == 0:
-        ours.close()
-        try:
-            _serve(theirs)
-        finally:
-            os._exit(0)
-    theirs.close()
-    _server.append(ours)
-
-
-def _serve(pipe: Connection) -> None:
-    """Start and end processes until the tests have ended."""
-    running: dict[int, Any] = {}
-    while True:
-        try:
-            verb, *given = pipe.recv()
-        except EOFError:
-            return
-        if verb == "start":
-            process = _context.Process(target=_run, args=given)
-            process.start()
-            running[process.pid] = process
-            pipe.send(process.pid)
-        else:  # "join": the exit code, None where it still ran and was killed
-            number, timeout = given
-            running[number].join(timeout)
-            pipe.send(running[number].exitcode)
-            running[number].kill()
-            running.pop(number).join()
-
-
-def _ask(*request: Any) -> Any:
-    if not _server:
-        start_server()
-    _server[0].send(request)
-    return _server[0].recv()
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "transformers.trainer", "transformers.generation", "peft"])
 
 
 class Process:
@@ -78,15 +28,21 @@ class Process:
         self, code: str, arguments: Sequence[str] = (), cwd: str | Path = ".", **environment: str | int
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._number = _ask("start", code, list(arguments), str(cwd), environment, self._folder.name)
+        self._process = _context.Process(
+            target=_run, args=(code, list(arguments), str(cwd), environment, self._folder.name)
+        )
+        self._process.start()
 
     def finish(self, timeout: float = 240) -> str:
         """What it has printed. Raises RuntimeError with the end of its errors where it fails, or takes too long."""
-        ended = _ask("join", self._number, timeout)
-        late = ended is None
+        self._process.join(timeout)
+        late = self._process.exitcode is None
+        if late:
+            self._process.kill()
+            self._process.join()
         out, errors = ((Path(self._folder.name) / name).read_text(encoding="utf-8") for name in ("out", "errors"))
         self._folder.cleanup()
-        if late or ended:
+        if late or self._process.exitcode:
             raise RuntimeError(f"{f'still running after {timeout} s: ' if late else ''}{errors[-3000:]}")
         return out
 
@@ -112,9 +68,6 @@ def start_together(code: str, arguments: Sequence[str], count: int = 2) -> list[
 @contextmanager
 def one_of_two(rank: int = 0) -> Iterator[None]:
     """This process as one of two, of which the other is not there: collective calls return at once."""
-    import torch
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2)
     try:
         yield
