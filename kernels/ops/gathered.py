@@ -17,7 +17,7 @@ from mixadapters.kernels.activations import hidden
 from mixadapters.kernels.problem import Problem
 from mixadapters.kernels.sorting import keeps
 
-__all__ = ["backward", "by_runs", "forward", "keeps", "plain", "refuses"]
+__all__ = ["backward", "by_runs", "differentiable", "forward", "keeps", "plain", "refuses", "takes"]
 
 # For its gradients `by_runs` keeps the weights of each sequence, unless it reads them where they lie: at most this
 # part of what its rows are.

@@ -6,11 +6,12 @@ import random
 
 import pytest
 import torch
+from problems import WIDE, drawn
 from torch import Tensor
 
 from mixadapters.kernels import adapter_backend, constant, gathered, lowrank, registration
 
-EXPERTS, RANK, WIDE = 3, 2, (6, 5)
+EXPERTS, RANK = 3, 2
 BY_EXPERT = ("w_down", "w_up", "b_down", "b_up", "w_gate", "b_gate", "scale")
 
 
@@ -18,46 +19,25 @@ def draw(seed: int, dtype: torch.dtype = torch.float64, slots: int | None = None
     """Sequences, each with experts of its own, long enough for `gathered.plain` in training."""
     chance, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     slots = slots or chance.randint(1, 2)
-    run, total = round(slots * RANK / gathered.KEPT), EXPERTS * RANK
-    in_order = slots == 1 and chance.random() < 0.4
-    numbers = torch.arange(EXPERTS).unsqueeze(1) if in_order else None
-    if numbers is None:
-        numbers = torch.randint(0, EXPERTS, (chance.randint(1, 5), slots), generator=generator)
-    rows = run * len(numbers)
-
-    def make(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    given = {
-        "x": make(rows, WIDE[0]), "w_down": make(total, WIDE[0]), "w_up": make(WIDE[1], total), "run": run,
-        "ranks": (RANK,) * EXPERTS, "indices": numbers.repeat_interleave(run, 0),
-        "act": chance.choice(["gelu", "silu", "identity"]),
-    }  # fmt: skip
+    run = round(slots * RANK / gathered.KEPT)
+    numbers = torch.randint(0, EXPERTS, (chance.randint(1, 5), slots), generator=generator)
+    if slots == 1 and chance.random() < 0.4:  # in order
+        numbers = torch.arange(EXPERTS).unsqueeze(1)
+    given = drawn(chance, generator, numbers, run, EXPERTS, RANK, dtype)
     if chance.random() < 0.5:  # as packed weights are
         given["w_up"] = given["w_up"].t().contiguous().t()
-    shapes = {
-        "b_down": (total,), "b_up": (EXPERTS, WIDE[1]), "w_gate": (total, WIDE[0]), "scale": (EXPERTS,),
-        "weights": (rows, slots), "base": (rows, WIDE[1]),
-    }  # fmt: skip
-    given |= {name: make(*shape) for name, shape in shapes.items() if chance.random() < 0.6}
-    if "w_gate" in given and "b_down" in given:
-        given["b_gate"] = make(total)
     for name in ("base", "x"):
         if name in given and chance.random() < 0.3:  # as a part of a wider tensor
             given[name] = torch.cat([given[name], given[name]], dim=1)[:, : given[name].shape[1]]
-    if "base" in given and chance.random() < 0.3:
-        given["base"] = given["base"].t().contiguous().t()
-    if "base" in given and chance.random() < 0.3:
-        given["base_weight"] = make(rows)
     return given
 
 
-def outcome(given: dict, backend: str, gradient: Tensor | None = None) -> dict[str, Tensor]:
+def outcome(given: dict, backend: str) -> dict[str, Tensor]:
     """y, and the gradient of every float argument."""
     leaves = {k: v.clone().requires_grad_() for k, v in given.items() if isinstance(v, Tensor) and k != "indices"}
     with adapter_backend(backend):
         y = lowrank(**{**given, **leaves})
-    gradient = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y) if gradient is None else gradient
+    gradient = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)
     found = torch.autograd.grad(y, list(leaves.values()), gradient, materialize_grads=True)
     return {"y": y.detach(), **dict(zip(leaves, found, strict=True))}
 

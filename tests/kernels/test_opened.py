@@ -6,13 +6,14 @@ import random
 
 import pytest
 import torch
+from problems import WIDE, drawn
 from torch import Tensor
 
 from mixadapters.kernels import adapter_backend, lowrank
 from mixadapters.kernels.opened import by_runs
 from mixadapters.kernels.problem import Problem
 
-EXPERTS, RANK, WIDE = 4, 3, (6, 5)
+EXPERTS, RANK = 4, 3
 BY_EXPERT = ("w_down", "w_up", "b_down", "b_up", "w_gate", "b_gate", "scale")
 
 
@@ -20,29 +21,8 @@ def draw(seed: int, dtype: torch.dtype = torch.float64) -> dict:
     """A problem whose rows choose some of its experts, or none."""
     chance, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     run, slots = chance.choice([1, 1, 3]), chance.randint(1, 3)
-    rows, total = run * chance.randint(1, 6), EXPERTS * RANK
-
-    def make(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    indices = torch.randint(-1, EXPERTS, (rows // run, slots), generator=generator)
-    given = {
-        "x": make(rows, WIDE[0]), "w_down": make(total, WIDE[0]), "w_up": make(WIDE[1], total), "run": run,
-        "ranks": (RANK,) * EXPERTS, "indices": indices.repeat_interleave(run, 0),
-        "act": chance.choice(["gelu", "silu", "identity"]),
-    }  # fmt: skip
-    shapes = {
-        "b_down": (total,), "b_up": (EXPERTS, WIDE[1]), "w_gate": (total, WIDE[0]), "scale": (EXPERTS,),
-        "weights": (rows, slots), "base": (rows, WIDE[1]),
-    }  # fmt: skip
-    given |= {name: make(*shape) for name, shape in shapes.items() if chance.random() < 0.6}
-    if "w_gate" in given and "b_down" in given:
-        given["b_gate"] = make(total)
-    if "base" in given and chance.random() < 0.3:
-        given["base"] = given["base"].t().contiguous().t()
-    if "base" in given and chance.random() < 0.3:
-        given["base_weight"] = make(rows)
-    return given
+    numbers = torch.randint(-1, EXPERTS, (chance.randint(1, 6), slots), generator=generator)
+    return drawn(chance, generator, numbers, run, EXPERTS, RANK, dtype)
 
 
 def opened(given: dict) -> Tensor:
