@@ -188,12 +188,16 @@ def read_adapter(
 
 def not_finite(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
     """The keys of weights that hold NaN or infinite values."""
-    return tuple(key for key in sorted(weights) if _has_others(weights[key]))
+    return tuple(key for key in sorted(weights) if has_others(weights[key]))
 
 
-def _has_others(tensor: Tensor) -> bool:
-    wide = tensor.is_floating_point() and tensor.element_size() > 1  # torch looks into none of 8 bits
-    if not wide or bool(tensor.sum().isfinite()):  # one pass, a tenth of the time; only a sum that overflows lies
+def has_others(tensor: Tensor) -> bool:
+    """Whether a tensor of any dtype holds NaN or infinite values."""
+    if not tensor.is_floating_point():
+        return False
+    if tensor.element_size() == 1:  # torch sums none of 8 bits
+        tensor = tensor.float()
+    if bool(tensor.sum().isfinite()):  # one pass, a tenth of the time; only a sum that overflows lies
         return False
     return not bool(tensor.isfinite().all())
 

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor, nn
 
 from mixadapters.core.bank import AdapterBank
-from mixadapters.core.files import PREFIX
+from mixadapters.core.files import PREFIX, has_others
 from mixadapters.tuners.lora import REMEDIES, check_lora, read_factors, refuse_inexact, refuse_saved_modules
 from mixadapters.tuners.sources import places_of
 
@@ -135,7 +135,7 @@ def check_tensors(
                 f"{where}: {key} at {path!r} is {tuple(tensor.shape)} in the source, expected {expected[key]}: was it "
                 "trained on another base model?"
             )
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        if not tensor.is_floating_point() or has_others(tensor):
             raise ValueError(f"{where}: {key} at {path!r} holds values that are not finite numbers")
 
 

@@ -26,7 +26,8 @@ from mixadapters.core.sites import such_as, unwrapped
 from mixadapters.tuners.sources import write_adapter
 
 RUN_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # by servers, as one layer
-EXACT_INITS = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base model's weights alone
+# Those that leave the base model's weights alone; PEFT takes None for False.
+EXACT_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 # Fields that say how the adapter was trained or where it lay, and nothing of what its weights compute.
 SILENT = {
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
@@ -87,7 +88,7 @@ def refuse_inexact(config: LoraConfig, where: str, ignore_modules_to_save: bool 
     """
     default = LoraConfig()
     init = config.init_lora_weights
-    if init not in EXACT_INITS:
+    if (init.lower() if isinstance(init, str) else init) not in EXACT_INITS:
         raise ValueError(
             f"{where} has init_lora_weights={init!r}, which changed the base model's weights; save it with "
             "path_initial_model_for_weight_conversion, which turns it into plain LoRA"

@@ -7,10 +7,11 @@ import os
 import re
 import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path, PurePath
 from typing import Any
 
+import peft
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
@@ -51,12 +52,29 @@ def read_folder(
     try:
         if found is not None and found.other is not None:
             raise ValueError(found.other)
+        if found is not None and isinstance(kind, str):
+            _refuse_newer(PEFT_TYPE_TO_CONFIG_MAPPING[kind], found.config)
         saved = PeftConfig.from_pretrained(source, revision=revision)
         return saved, dict(load_peft_weights(source, device="cpu", revision=revision))
     except (ValueError, OSError, KeyError, TypeError) as error:  # of PEFT, for what is no adapter of its types
         inside = sorted(file.parent.name for file in Path(str(source)).glob(f"*/{CONFIG_NAME}"))
         remedy = f". It holds {inside[:5]}, which are adapter folders: name one of these" if inside else ""
         raise ValueError(f"{where} cannot be read as an adapter folder or hub id: {error}{remedy}") from error
+
+
+def _refuse_newer(cls: type[PeftConfig], config: Mapping[str, Any]) -> None:
+    """Refuse fields that this PEFT does not know, of which it would warn: what is adapted may be more than it reads.
+
+    Those that are turned off do nothing.
+    """
+    known = {field.name for field in fields(cls)}
+    for name, value in config.items():
+        if name not in known and value not in (None, False, "", [], {}):
+            raise ValueError(
+                f"its {CONFIG_NAME} has {name}={value!r:.80}, which {cls.__name__} of PEFT {peft.__version__} does "
+                f"not know (it was saved by {config.get('peft_version', 'another version')!s:.40}): upgrade PEFT, or "
+                "take the field out of the file if it changes nothing of what the adapter computes"
+            )
 
 
 def check_folder(verb: str, folder: Any) -> None:

@@ -65,6 +65,7 @@ STRANGE: dict[str, tuple[dict[str, Any], str]] = {
     "slow exclusions": ({"exclude_modules": SLOW}, "can take very long"),
     "slow ranks": ({"rank_pattern": {SLOW: 4}}, "can take very long"),
     "slow alphas": ({"alpha_pattern": {SLOW: 4}}, "can take very long"),
+    "a field of a newer PEFT": ({"use_new": "yes"}, "use_new='yes', which LoraConfig of PEFT"),
     "slow layers": ({"layers_pattern": [SLOW], "layers_to_transform": [0]}, "can take very long"),
 }
 
@@ -79,6 +80,36 @@ def test_config_of_a_lora_by_which_nothing_can_be_computed_is_refused(form, read
     base = tiny("llama")
     base.config._name_or_path = "org/this"
     refused(base, LORA_READERS[reader](str(tmp_path)), message)
+
+
+@pytest.mark.parametrize("reader", LORA_READERS)
+@pytest.mark.parametrize("fields", [
+    {"init_lora_weights": None}, {"init_lora_weights": "Gaussian"}, {"init_lora_weights": "MiCA"},
+    {"use_new": False, "merge_weights": None},
+])  # fmt: skip
+def test_fields_that_change_nothing_of_what_a_lora_computes_are_taken(fields, reader, tiny, tmp_path) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(tiny("llama"), lora).save_pretrained(tmp_path)
+    rewrite(tmp_path, **fields)
+    get_peft_model(tiny("llama"), LORA_READERS[reader](str(tmp_path)))
+
+
+@pytest.mark.parametrize("reader", LORA_READERS)
+def test_weights_of_eight_bits_are_taken_or_refused_as_others_are(reader, tiny, tmp_path) -> None:
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(tiny("llama"), lora).save_pretrained(tmp_path)
+    weights = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in load_file(tmp_path / WEIGHTS).items()}
+    save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    model = get_peft_model(tiny("llama"), LORA_READERS[reader](str(tmp_path)))
+    parameters = dict(model.named_parameters())
+    for key, tensor in weights.items():
+        module, _, factor = key.removesuffix(".weight").rpartition(".")
+        part = {"lora_A": "down", "lora_B": "up"}[factor]
+        (got,) = (p for n, p in parameters.items() if n.startswith(f"{module}.") and n.endswith(f".one.{part}.weight"))
+        torch.testing.assert_close(got.detach(), tensor.float(), rtol=0, atol=0)
+    weights[key] = weights[key].float().fill_(float("nan")).to(torch.float8_e4m3fn)
+    save_file(weights, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    refused(tiny("llama"), LORA_READERS[reader](str(tmp_path)), "values that are not finite")
 
 
 def save_bottleneck(base: nn.Module, folder: Path, **fields: Any) -> None:
