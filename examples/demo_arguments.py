@@ -44,7 +44,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         """Raises ValueError: a number out of range, text without a model, or an `out` that is a file."""
-        for name in ("seeds", "tokens", "test_tokens", "rank", "batch", "base_tokens", "layers"):
+        for name in ("seeds", "tokens", "test_tokens", "rank", "batch", "base_tokens", "vocabulary", "layers"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"--{name} {value} must be 1 or more")
         if self.length < 2:

@@ -16,12 +16,13 @@ from transformers import (
 )
 
 from mixadapters import GateUsageCallback, MoAConfig, StageCallback
+from mixadapters.core.starting import whole
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("base")
 parser.add_argument("text", help="a text file of all domains, one document a line")
 parser.add_argument("--expert", action="append", required=True, help="name=folder or hub id of a LoRA")
-parser.add_argument("--steps", type=int, default=200)
+parser.add_argument("--steps", type=whole(1), default=200)
 parser.add_argument("--out", default="runs/moa")
 given = parser.parse_args()
 experts = dict(pair.split("=", 1) for pair in given.expert)

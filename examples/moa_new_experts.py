@@ -16,11 +16,12 @@ from transformers import (
 )
 
 from mixadapters import MoAConfig, StageCallback
+from mixadapters.core.starting import whole
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("base")
 parser.add_argument("text", help="a text file, one document a line")
-parser.add_argument("--steps", type=int, default=200)
+parser.add_argument("--steps", type=whole(1), default=200)
 parser.add_argument("--out", default="runs/moa-new", help="a new folder")
 given = parser.parse_args()
 config = MoAConfig(

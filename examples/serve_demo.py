@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from mixadapters import BottleneckConfig, MoAConfig
+from mixadapters.core.starting import whole
 from mixadapters.serving.__main__ import main as serve
 
 WORDS = "the a court river wind stone rate duty class method law says that shall return grow and of is in"
@@ -54,7 +55,7 @@ def prepare(folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=whole(0, 65535), default=8000)
     port = parser.parse_args().port
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # before the server has its own: the folder goes then too
     with tempfile.TemporaryDirectory() as folder:

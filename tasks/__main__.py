@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mixadapters.core.starting import import_what_waits
+from mixadapters.core.starting import import_what_waits, whole
 from mixadapters.tasks.registry import TASKS, get_task
 from mixadapters.tasks.run_arguments import RunArguments, show_help
 
@@ -94,7 +94,7 @@ def shots(arguments: list[str]) -> int:
 def kilt(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m mixadapters.tasks kilt")
     parser.add_argument("files", type=Path, nargs="*", metavar="GOLD GUESS")
-    parser.add_argument("--recall-at", type=int, nargs="+", default=[5], metavar="K", help="places; default: 5")
+    parser.add_argument("--recall-at", type=whole(1), nargs="+", default=[5], metavar="K", help="places; default: 5")
     args = parser.parse_args(arguments)
     if len(args.files) != 2:
         raise ValueError("kilt takes two files, GOLD and GUESS")

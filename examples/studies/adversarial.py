@@ -41,11 +41,11 @@ import torch
 from peft import get_peft_model
 from routers import kept
 from sentences_corpus import minilm_path
+from study_arguments import check_numbers, read_arguments
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoTokenizer,
-    HfArgumentParser,
     Trainer,
     TrainingArguments,
 )
@@ -85,6 +85,9 @@ class Arguments:
     eps: float = 0.1
     beta: float = 6.0
     test_steps: int = field(default=5, metadata={"help": "Of the attack in the test."})
+
+    def __post_init__(self) -> None:
+        check_numbers(self, zero=("beta",))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -180,7 +183,7 @@ def tables(results: list[dict[str, dict[str, float]]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    args = read_arguments(Arguments, argv)
     transformers_logging.set_verbosity_error()
     study, folder = Study(args), Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -25,10 +25,11 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from peft import get_peft_model
 from sklearn.datasets import load_digits
+from study_arguments import check_numbers, read_arguments
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers import logging as transformers_logging
 
 from mixadapters import AGDConfig, StageCallback
@@ -76,6 +77,9 @@ class Arguments:
     whole_rate: float = field(default=1e-3, metadata={"help": "Learning rate where the whole model trains."})
     judge_epochs: int = 25
     timing_rounds: int = 40
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 # --- data, base model, judge --------------------------------------------------------------------------------------
@@ -577,5 +581,5 @@ def main(args: Arguments) -> dict[str, Any]:
 
 if __name__ == "__main__":
     transformers_logging.set_verbosity_error()
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     main(arguments)

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from study_arguments import check_numbers, read_arguments
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers import logging as transformers_logging
 
 from mixadapters import AGDConfig, StageCallback
@@ -59,6 +60,9 @@ class Arguments:
     width: int = field(default=64, metadata={"help": "`r` of the adapters."})
     rate: float = field(default=4e-3, metadata={"help": "Learning rate of adapters."})
     whole_rate: float = field(default=1e-3, metadata={"help": "Learning rate where the whole model trains."})
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 @torch.no_grad()
@@ -189,5 +193,5 @@ def main(args: Arguments) -> dict[str, Any]:
 
 if __name__ == "__main__":
     transformers_logging.set_verbosity_error()
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     print(table(main(arguments)))

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from peft import PeftModel, get_peft_model
+from study_arguments import check_numbers, read_arguments
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from mixadapters import AGDConfig, StageCallback
 from mixadapters.tuners.agd import (
@@ -62,6 +63,9 @@ class Arguments:
     test_scale: float = 5.0
     test_steps: int = 25
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 def recorded(pipe: Any, args: Arguments) -> Trajectories:
@@ -165,5 +169,5 @@ def main(args: Arguments) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    arguments = read_arguments(Arguments)
     print(json.dumps(main(arguments), indent=1))

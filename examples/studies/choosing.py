@@ -42,8 +42,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from sentences_corpus import minilm_path
 from sklearn.linear_model import LogisticRegression
+from study_arguments import check_numbers, read_arguments
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, HfArgumentParser
+from transformers import AutoModel, AutoTokenizer
 from transformers import logging as transformers_logging
 
 from mixadapters.serving import CompositionRouter, ConfidenceCascade, PooledStates, confidence, fit_mapping
@@ -78,6 +79,9 @@ class Arguments:
     rank: int = field(default=16, metadata={"help": "Of an adapter."})
     head_rate: float = 3e-2
     rate: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -376,7 +380,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    args = read_arguments(Arguments, argv)
     transformers_logging.set_verbosity_error()
     study, folder = Study(args), Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from study_arguments import check_numbers, read_arguments
 from torch import Tensor
-from transformers import HfArgumentParser, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from mixadapters.surgery import compress_experts, expert_layers, save_compressed
 
@@ -47,6 +48,9 @@ class Arguments:
     width: int = field(default=128, metadata={"help": "Of the hidden states; experts have four times as many units."})
     batch: int = field(default=16, metadata={"help": "Pieces of text in a batch."})
     length: int = field(default=64, metadata={"help": "Bytes of a piece."})
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 def texts() -> tuple[Tensor, Tensor]:
@@ -138,4 +142,4 @@ def main(args: Arguments) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    main(read_arguments(Arguments))

@@ -43,8 +43,9 @@ from demo_table import mean
 from demo_text import new_tokenizer, token_rows
 from domains_claims import report
 from peft import PeftModel, XLoraConfig, get_peft_model
+from study_arguments import check_numbers, read_arguments
 from torch import Tensor
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoModelForCausalLM
 from transformers import logging as transformers_logging
 
 from mixadapters import BottleneckConfig, MixDAConfig
@@ -132,6 +133,7 @@ class Arguments:
         for name, value in SIZES[self.size].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        check_numbers(self, zero=("cpu_minutes",))
         known_rates = {what for choices in CHOICES.values() for what in choices}
         for what, value in self.given.items():
             if what not in known_rates or not 0 < value < math.inf:
@@ -675,4 +677,4 @@ def main(args: Arguments) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    main(read_arguments(Arguments))

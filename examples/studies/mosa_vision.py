@@ -28,9 +28,10 @@ import torch
 from mosa_vision_data import TEXT_SETS, Rows, load_images, load_pretraining, load_texts
 from peft import LoraConfig, PeftModel, get_peft_model
 from scipy.stats import t as student
+from study_arguments import check_numbers, read_arguments
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModelForImageClassification, HfArgumentParser, ViTConfig, set_seed
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, set_seed
 from transformers import logging as transformers_logging
 
 from mixadapters import MoSAConfig
@@ -68,6 +69,9 @@ class Arguments:
     scale: float = field(default=1.0, metadata={"help": "Factor on the adapter's output (paper: 0.1)."})
     layers: list[int] | None = field(default=None, metadata={"help": "Layers that take adapters. None: all."})
     weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_numbers(self, zero=("layers", "weight_decay"))
 
 
 class Base:
@@ -468,7 +472,7 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    args = read_arguments(Arguments, argv)
     for method in args.methods:
         if method not in METHODS:
             raise SystemExit(f"--methods {method!r} is unknown; choose from {', '.join(METHODS)}")

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from mosa_vision import Arguments, Experiment, interval
-from transformers import HfArgumentParser
+from study_arguments import check_numbers, read_arguments
 from transformers import logging as transformers_logging
 
 METHODS = ("adapter", "mosa")
@@ -41,6 +41,9 @@ class Grid:
     rate: float = field(default=3e-3, metadata={"help": "Of all runs: nothing is tuned."})
     test_rows: int = 500
     pretrain_epochs: int = 12
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 def cell(grid: Grid, width: int, size: int) -> Experiment:
@@ -71,7 +74,7 @@ def table(grid: Grid, runs: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (grid,) = HfArgumentParser(Grid).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
+    grid = read_arguments(Grid, argv)
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
     out, runs = Path(grid.out), []

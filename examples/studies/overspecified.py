@@ -55,10 +55,10 @@ from demo_models import perplexities
 from demo_table import mean, percent
 from peft import PeftModel, get_peft_model
 from routers import kept, table
+from study_arguments import check_numbers, read_arguments
 from surgery import Arguments as SurgeryArguments
 from surgery import Trial, interval, spread, written
 from torch import Tensor
-from transformers import HfArgumentParser
 from transformers import logging as transformers_logging
 
 from mixadapters import MoAConfig
@@ -87,6 +87,7 @@ class Arguments(SurgeryArguments):
     cpu_minutes: float = field(default=8.0, metadata={"help": "Nothing begins after these; run again to go on."})
 
     def __post_init__(self) -> None:
+        check_numbers(self, zero=("cpu_minutes",))
         if unknown := set(self.parts) - set(PARTS):
             raise ValueError(f"parts={sorted(unknown)} are unknown; choose from {list(PARTS)}")
 
@@ -264,4 +265,4 @@ def main(args: Arguments) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    main(read_arguments(Arguments))

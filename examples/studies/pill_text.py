@@ -34,8 +34,9 @@ from demo_files import from_files, installation, parted
 from demo_text import new_tokenizer
 from pill_vqa import Arguments, Comparison, size_of_adapters, spread
 from pill_vqa_data import Row
+from study_arguments import read_arguments
 from torch import nn
-from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
 from mixadapters.tuners.pill import ImageTextCollator
@@ -168,7 +169,7 @@ def percent(values: list[float]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(TextArguments).parse_args_into_dataclasses(argv)
+    args = read_arguments(TextArguments, argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     TextKept(args).main()

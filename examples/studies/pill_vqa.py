@@ -38,6 +38,7 @@ import torch
 from demo_models import Advance, Progress
 from peft import LoraConfig, get_peft_model
 from pill_vqa_data import Questions, Row, load
+from study_arguments import check_numbers, read_arguments
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -45,7 +46,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -111,6 +111,7 @@ class Arguments:
     test_rows: int | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         self.task = self.task or ("easy_vqa" if self.data_dir else "shapes")
         if self.task == "shapes" and self.data_dir:
             raise SystemExit(f"--task shapes draws its images and reads no --data_dir {self.data_dir}; leave one out")
@@ -417,7 +418,7 @@ def spread(values: list[float], sign: str = "") -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    args = read_arguments(Arguments, argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     Comparison(args).main()

@@ -45,8 +45,8 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from study_arguments import check_numbers, read_arguments
 from torch import Tensor, nn
-from transformers import HfArgumentParser
 
 from mixadapters import MoAConfig
 from mixadapters.tasks.report import t_interval
@@ -105,6 +105,7 @@ class Arguments:
     cpu_minutes: float = field(default=15.0, metadata={"help": "No run begins after these; run again to go on."})
 
     def __post_init__(self) -> None:
+        check_numbers(self, zero=("cpu_minutes",))
         if unknown := set(self.parts) - ARMS.keys():
             raise ValueError(f"parts={sorted(unknown)} are unknown; choose from {list(ARMS)}")
         known = [arm for part in self.parts for arm in ARMS[part]]
@@ -451,4 +452,4 @@ def main(args: Arguments) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    main(read_arguments(Arguments))

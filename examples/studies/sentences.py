@@ -23,8 +23,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from sentences_corpus import SentenceData, load_folder, load_installation, minilm_path
 from sklearn.metrics import accuracy_score, f1_score
+from study_arguments import check_numbers, read_arguments
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments, set_seed
 from transformers import logging as transformers_logging
 
 from mixadapters import BottleneckConfig, GateUsageCallback, MixDAConfig, StageCallback
@@ -63,6 +64,9 @@ class Arguments:
     head_rate: float = field(default=3e-2, metadata={"help": "Learning rate of the new head, in all methods."})
     rate: float = field(default=1e-3, metadata={"help": "Learning rate of adapters."})
     check: str | None = field(default=None, metadata={"help": "Only predict with the adapter in this folder."})
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 class TwoRateTrainer(Trainer):
@@ -347,7 +351,7 @@ def plot_gates(history: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(argv)
+    args = read_arguments(Arguments, argv)
     for method in args.methods:
         if method not in METHODS:
             raise SystemExit(f"--methods {method!r} is unknown; choose from {', '.join(METHODS)}")

@@ -34,6 +34,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from mixadapters import BottleneckConfig, MoAConfig
+from mixadapters.core.starting import whole
 from mixadapters.serving import AdapterServer
 
 VOCAB, NEW = 256, 8
@@ -457,10 +458,10 @@ def main(given: list[str] | None = None) -> None:
         "--part", help="one table; default: all",
         choices=["throughput", "first", "many", "loads", "verbs", "memory", "schedules", "soak"],
     )  # fmt: skip
-    parser.add_argument("--adapters", type=int, default=1000)
-    parser.add_argument("--requests", type=int, default=2000, help="of the soak")
-    parser.add_argument("--schedules", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--adapters", type=whole(1), default=1000)
+    parser.add_argument("--requests", type=whole(1), default=2000, help="of the soak")
+    parser.add_argument("--schedules", type=whole(1), default=20)
+    parser.add_argument("--rounds", type=whole(1), default=5)
     options = parser.parse_args(given)
     torch.set_num_threads(1)
     parts: dict[str, Callable[[Path], None]] = {

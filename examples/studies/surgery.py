@@ -54,8 +54,9 @@ from demo_table import mean, percent
 from demo_text import new_tokenizer, token_rows
 from peft import PeftModel, get_peft_model
 from routers import kept, table
+from study_arguments import check_numbers, read_arguments
 from torch import Tensor
-from transformers import AutoModelForCausalLM, HfArgumentParser, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers import logging as transformers_logging
 
 from mixadapters import MoAConfig
@@ -112,6 +113,7 @@ class Arguments:
     cpu_minutes: float = field(default=20.0, metadata={"help": "Nothing begins after these; run again to go on."})
 
     def __post_init__(self) -> None:
+        check_numbers(self, zero=("cpu_minutes",))
         if unknown := set(self.parts) - set(PARTS):
             raise ValueError(f"parts={sorted(unknown)} are unknown; choose from {list(PARTS)}")
 
@@ -473,4 +475,4 @@ def main(args: Arguments) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Arguments).parse_args_into_dataclasses()[0])
+    main(read_arguments(Arguments))

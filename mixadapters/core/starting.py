@@ -1,10 +1,16 @@
-"""A command of this package reads its arguments before the package imports torch and the rest, which takes seconds."""
+"""A command of this package reads its arguments before the package imports torch and the rest, which takes seconds.
+
+`whole` and `number` are types for its `add_argument`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import math
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 _waiting: list[str] = []
@@ -37,3 +43,34 @@ def end_by_signal() -> None:
         sys.exit(128 + number)
 
     signal.signal(signal.SIGTERM, end)
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """A type of arguments: whole numbers from `least` on, to `most` where it is given."""
+
+    def read(given: str) -> int:
+        if not given.isdecimal() or int(given) < least or (most is not None and int(given) > most):
+            raise argparse.ArgumentTypeError(
+                f"{given!r} must be a whole number from {least}{'' if most is None else f' to {most}'}"
+            )
+        return int(given)
+
+    return read
+
+
+def number(least: float | None = None, above: float | None = None) -> Callable[[str], float]:
+    """A type of arguments: finite numbers from `least` on, or above `above`."""
+    limits = "" if least is None else f" from {least:g} on"
+    limits += "" if above is None else f" above {above:g}"
+
+    def read(given: str) -> float:
+        try:
+            found = float(given)
+        except ValueError:
+            found = math.nan
+        too_low = (least is not None and found < least) or (above is not None and found <= above)
+        if not math.isfinite(found) or too_low:
+            raise argparse.ArgumentTypeError(f"{given!r} must be a finite number{limits}")
+        return found
+
+    return read

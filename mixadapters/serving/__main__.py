@@ -7,41 +7,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from mixadapters.core.folders import MODEL_FILE, check_saved
-from mixadapters.core.starting import import_what_waits
+from mixadapters.core.starting import import_what_waits, number, whole
 from mixadapters.serving.hosts import TOKEN, token_for
 
 logger = logging.getLogger("mixadapters.serving")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULERS = ("fair", "fifo")
-
-
-def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    def whole(given: str) -> int:
-        if not given.isdecimal() or int(given) < least or (most is not None and int(given) > most):
-            raise argparse.ArgumentTypeError(
-                f"{given!r} must be a whole number from {least}{f' to {most}' if most else ''}"
-            )
-        return int(given)
-
-    return whole
-
-
-def _seconds(above: float = -1e-9) -> Callable[[str], float]:
-    def seconds(given: str) -> float:
-        found = float(given)
-        if not above < found < math.inf:
-            raise argparse.ArgumentTypeError(
-                f"{given!r} must be seconds{' above 0' if above >= 0 else ', not below 0'}"
-            )
-        return found
-
-    return seconds
 
 
 def _device(given: str) -> str:
@@ -67,24 +42,26 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--router", type=Path, help="folder of a CompositionRouter, which serves the model 'auto'")
     parser.add_argument("--name", help="the base's name as a model; default: the last part of --base")
     parser.add_argument("--host", default="127.0.0.1", help="others than loopback need a token")
-    parser.add_argument("--port", type=_whole(0, 65535), default=8000)
+    parser.add_argument("--port", type=whole(0, 65535), default=8000)
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the base's weights")
     parser.add_argument("--device", type=_device, default="cpu", help="such as cuda, or cuda:1")
     parser.add_argument("--check-base-model", action=argparse.BooleanOptionalAction, default=True,
                         help="refuse LoRA folders that name another base model")  # fmt: skip
     parser.add_argument("--scheduler", choices=SCHEDULERS, default="fair", help="the order of prompts")
     parser.add_argument("--sampling", action="store_true", help="requests may give a temperature")
-    parser.add_argument("--max-requests", type=_whole(1), default=256, help="running or waiting; more get status 429")
-    parser.add_argument("--max-running", type=_whole(1), default=64, help="requests of a step")
-    parser.add_argument("--max-batch-tokens", type=_whole(1), default=512, help="tokens of a step")
+    parser.add_argument("--max-requests", type=whole(1), default=256, help="running or waiting; more get status 429")
+    parser.add_argument("--max-running", type=whole(1), default=64, help="requests of a step")
+    parser.add_argument("--max-batch-tokens", type=whole(1), default=512, help="tokens of a step")
     parser.add_argument(
-        "--cache-tokens", type=_whole(1), default=16384, help="keys and values of all requests together"
+        "--cache-tokens", type=whole(1), default=16384, help="keys and values of all requests together"
     )
-    parser.add_argument("--max-resident", type=_whole(1), default=None, help="adapters on the device; default: all")
+    parser.add_argument("--max-resident", type=whole(1), default=None, help="adapters on the device; default: all")
     parser.add_argument("--offload-folder", type=Path, help="the others wait in files there; default: in host memory")
-    parser.add_argument("--deadline", type=_seconds(above=0.0), default=None, help="seconds for each request")
-    parser.add_argument("--largest-body", type=_whole(1), default=2**20, help="bytes")
-    parser.add_argument("--grace", type=_seconds(), default=30.0, help="seconds that running requests have at the end")
+    parser.add_argument("--deadline", type=number(above=0.0), default=None, help="seconds for each request")
+    parser.add_argument("--largest-body", type=whole(1), default=2**20, help="bytes")
+    parser.add_argument(
+        "--grace", type=number(least=0.0), default=30.0, help="seconds that running requests have at the end"
+    )
     return parser
 
 

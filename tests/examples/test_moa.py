@@ -71,4 +71,4 @@ def test_own_router_routes(folder, capsys) -> None:
 
 @pytest.mark.parametrize("name", ["moa_gather", "moa_arrow", "moa_new_experts", "moa_router"])
 def test_short_examples_are_short(name) -> None:
-    assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < 40
+    assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 40
