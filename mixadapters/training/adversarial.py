@@ -29,8 +29,8 @@ class Seen(NamedTuple):
     """What a forward has made."""
 
     logits: Tensor  # (B, C) or (B, T, C)
-    routings: dict[RoutingKey, Routing]  # of the routers that have decided it
-    mask: Tensor | None  # (B, T) bool: real tokens
+    routings: dict[RoutingKey, Routing]  # of the routers that have decided it; their probs lie where logits do
+    mask: Tensor | None  # (B, T) bool: real tokens; where logits lie
 
     def __repr__(self) -> str:
         return brief(self)
@@ -75,7 +75,7 @@ class EmbeddingAttack:
                         assert clean is not None
                         gain = distance(moved, clean) + router_distance(moved, clean)
                     else:
-                        gain = F.cross_entropy(moved.logits.float(), labels)
+                        gain = F.cross_entropy(moved.logits.float(), labels.to(moved.logits.device))
                 (grad,) = torch.autograd.grad(gain, delta)
                 delta = delta.detach() + self.step_size * unit * grad.sign()
         return self._bounded(delta, unit, inputs)
@@ -83,7 +83,7 @@ class EmbeddingAttack:
     def _bounded(self, delta: Tensor, unit: float, inputs: Mapping[str, Any]) -> Tensor:
         delta = delta.detach().clamp(-self.eps * unit, self.eps * unit)
         mask = inputs.get("attention_mask")
-        return delta if mask is None else delta * mask.unsqueeze(-1).to(delta.dtype)
+        return delta if mask is None else delta * mask.unsqueeze(-1).to(delta)
 
 
 def embeddings_of(model: nn.Module) -> nn.Module:
@@ -138,7 +138,9 @@ def seen(model: nn.Module, logits: Tensor) -> Seen:
     record = find_tuner(model).context.record
     routings = {key: routing for key, routing in record.routings.items() if routing.probs is not None}
     mine = {id(routing.probs): key for key, routing in reversed(routings.items())}  # others follow these
-    return Seen(logits, {key: routings[key] for key in mine.values()}, record.attention_mask)
+    device, mask = logits.device, record.attention_mask  # layers may lie on several devices
+    found = {key: routings[key]._replace(probs=_probs(routings[key]).to(device)) for key in mine.values()}
+    return Seen(logits, found, None if mask is None else mask.to(device))
 
 
 def distance(moved: Seen, clean: Seen) -> Tensor:
@@ -200,6 +202,7 @@ def robustness(model: nn.Module, batches: Iterable[Mapping[str, Any]], attack: E
                 clean = see(model, batch)
                 with perturbed(model, delta):
                     moved = see(model, batch)
+            labels = labels.to(clean.logits.device)
             right += int((clean.logits.argmax(-1) == labels).sum())
             stood += int((moved.logits.argmax(-1) == labels).sum())
             flipped += float(flips(moved, clean)) * len(labels)
@@ -279,7 +282,7 @@ class AdversarialTrainerMixin:
                 more = more + self.router_alpha * _label_loss(clean, inputs["labels"])
         else:
             more = self.beta * distance(moved, clean)
-        loss = loss + more * self._share(num_items_in_batch)
+        loss = loss + more.to(loss.device) * self._share(num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _share(self, num_items_in_batch: Any) -> float:
@@ -303,7 +306,7 @@ def _label_loss(clean: Seen, labels: Tensor) -> Tensor:
     found = []
     for routing in clean.routings.values():
         probs = _probs(routing)
-        wanted = (labels % probs.shape[-1]).repeat_interleave(len(probs) // len(labels))
+        wanted = (labels.to(probs.device) % probs.shape[-1]).repeat_interleave(len(probs) // len(labels))
         chosen = probs.gather(1, wanted.unsqueeze(1)).squeeze(1).clamp_min(1e-12)
         found.append(_mean(-chosen.log(), clean.mask))
     return torch.stack(found).mean()

@@ -61,6 +61,9 @@ class _Devices(TorchFunctionMode):
             found = func(*args, **kwargs)
             moved = device is not None and device != place_of(args[0])
             return _tagged(found.view_as(found) if moved else found, device or place_of(args[0]))
+        if func is torch.autograd.grad:  # from one device to those of `inputs`
+            of = args[1] if isinstance(args[1], (tuple, list)) else [args[1]]
+            return tuple(_tagged(grad, place_of(a)) for grad, a in zip(func(*args, **kwargs), of, strict=True))
         tensors = [a for a in tree_iter((args, kwargs)) if isinstance(a, Tensor)]
         places = {place for a in tensors if (place := place_of(a)) is not None}
         if len(places) > 1 and func not in LENIENT:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
+from placing import FIRST, SECOND, put, two_devices
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
@@ -127,6 +129,40 @@ def test_robustness_falls_with_the_strength_of_the_attack() -> None:
     assert much.robust_accuracy < none.robust_accuracy
     with pytest.raises(ValueError, match="batches are empty"):
         robustness(model, [], EmbeddingAttack())
+
+
+def attacked(tmp_path, spread: bool, apart: str) -> dict[str, Any]:
+    """What attacks and losses are; spread: with the upper layers on another device, and there the field `apart`."""
+    model = made()
+    base = model.get_base_model()
+    upper = (*base.bert.encoder.layer[1:], base.bert.pooler, base.classifier)
+    with two_devices(base, *upper) if spread else nullcontext():
+        batch = {name: value.clone() for name, value in BATCH.items()}
+        if spread:
+            batch = {name: put(value, SECOND if name == apart else FIRST) for name, value in batch.items()}
+        torch.manual_seed(0)
+        attack = EmbeddingAttack(0.3, 3)
+        found = {"moved": attack.find(model, batch), "missed": attack.find(model, batch, batch["labels"])}
+        found["robustness"] = torch.tensor(robustness(model, [batch], attack))
+        if apart == "labels":  # where the logits are: BERT's own loss asks for that
+            arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+            trainer = AdversarialTrainer(
+                model=model, args=arguments, train_dataset=ROWS, eps=0.3, router_alpha=0.5
+            )  # fmt: skip
+            for step in (0, 1):
+                trainer.state.global_step = step
+                loss = trainer.compute_loss(model.train(), dict(batch))
+                loss.backward()
+                found[f"loss {step}"] = loss.detach()
+        return found | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("apart", ["", "labels"])
+def test_layers_on_another_device_change_nothing(tmp_path, apart: str) -> None:
+    wanted, found = (attacked(tmp_path, spread, apart) for spread in (False, True))
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(
