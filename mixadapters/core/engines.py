@@ -1,15 +1,16 @@
-"""What engines that shard a model over processes need of its adapters, and what they leave out without a word."""
+"""What engines that train a model over processes need of its adapters, and what they leave out without a word."""
 
 from __future__ import annotations
 
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mixadapters.core.processes import rank
 from mixadapters.core.rows import saved_modules
@@ -34,10 +35,11 @@ class Engine:
         """Called before each forward of several processes.
 
         Raises:
-            ValueError: parts of adapters are sharded by themselves.
+            ValueError: parts of adapters are sharded by themselves, or weights train of which DDP does not know.
         """
         if trains and not self._checked:
             self._check(root)
+            refuse_untold(root)
             self._checked = True
         # The first forward of all is the best: in later ones DeepSpeed fetches weights before it needs them.
         if not is_partitioned(next(root.parameters())) or not (trains or self._known is None):
@@ -47,6 +49,18 @@ class Engine:
             self._known = set(frozen)
             with gathered_parameters(list(frozen.values())):
                 self.kept = {} if rank() else {name: p.detach().cpu().clone() for name, p in frozen.items()}
+
+    def changed(self) -> None:
+        """Other weights train from now on, or there are others: the next forward looks anew."""
+        self._checked = False
+
+    def refuse_sharded(self, verb: str, hosts: Iterable[Any]) -> None:
+        """Raise ValueError where what `verb` is to change has been shared out: it would change one part of it."""
+        if any(is_sharded(p) for host in hosts for p in host.adapters.parameters()):
+            raise ValueError(
+                f"{verb}: the weights of this model's adapters are shared out over processes (FSDP2 or ZeRO-3), and "
+                "new ones would lie beside them, in each process by itself. Change the model before it is sharded"
+            )
 
     def _check(self, root: nn.Module) -> None:
         for host in root.modules():
@@ -59,6 +73,14 @@ class Engine:
                             "TRANSFORMER_BASED_WRAP)"
                         )
         sharded = any(map(is_sharded, root.parameters()))
+        blocks = loaded("torch.distributed.fsdp", "FSDPModule")
+        whole = [name for name, p in self._own(root) if p.requires_grad and not is_dtensor(p)]
+        if whole and any(isinstance(module, blocks) for module in root.modules()):
+            warnings.warn(
+                f"{whole[0]!r} trains and is not sharded, as it has come after fully_shard or was left out: unless "
+                "you sum its gradients, every process trains a copy of its own. Add adapters before fully_shard",
+                stacklevel=2,
+            )
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not sharded and not on_accelerator(root):
             warnings.warn(
                 "accelerate has been asked for FSDP, which it keeps for GPUs and the like: on the CPU every process "
@@ -77,6 +99,25 @@ class Engine:
             for name, parameter in wrapper.named_parameters():
                 if not name.startswith("original_module."):
                     yield f"{path}.{name}", parameter
+
+
+def refuse_untold(root: nn.Module) -> None:
+    """Raise ValueError where DDP, in whose forward this is, does not sum the gradients of weights that train.
+
+    It takes down which these are when it wraps a model, and says nothing of those that begin to train later.
+    """
+    ddp: Any = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    buckets = getattr(getattr(ddp, "reducer", None), "_get_zeros_like_grad_buckets", None)
+    if buckets is None or not any(module is root for module in ddp.module.modules()):
+        return
+    known = {id(p) for bucket in buckets() for p in bucket.parameters()}
+    known |= {id(p) for name, p in ddp.module.named_parameters() if name in ddp.parameters_to_ignore}
+    if untold := [name for name, p in root.named_parameters() if p.requires_grad and id(p) not in known]:
+        raise ValueError(
+            f"{untold[0]!r} and {len(untold) - 1} other weights train, but did not when DistributedDataParallel "
+            "wrapped the model, which would leave each process its own gradients of them. Set stage and adapters "
+            "before, or wrap the model anew: DistributedDataParallel(ddp.module)"
+        )
 
 
 def loaded(module: str, name: str) -> Any:

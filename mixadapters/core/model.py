@@ -91,6 +91,7 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
             self.single_domain[adapter_name] = domain
         for host in self.hosts():
             host.stages[adapter_name] = patterns
+        self.context.engine.changed()
 
     def patterns_of(self, stage: str, adapter_name: str, domain: str | None = None) -> tuple[str, ...]:
         """Patterns of the parameters that train in a stage. Raises ValueError for a domain that cannot train alone."""
@@ -131,6 +132,7 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
 
     def _keep_stages(self) -> None:
         """PEFT's verbs make adapters trainable as a whole, their heads included: freeze what stages do not train."""
+        self.context.engine.changed()
         for name, stage in self.stage.items():
             patterns = self.patterns_of(stage, name, self.single_domain.get(name))
             for parameter, matches in self._stage_parameters(patterns, name):

@@ -166,7 +166,10 @@ class GateVerbs(RoutingVerbs):
             objectives.remove(router)
 
     def refuse_in_blocks(self, verb: str) -> None:
-        """Raise ValueError where a block is open that knows experts by their numbers, which `verb` would change."""
+        """Raise ValueError where a block is open that knows experts by their numbers, which `verb` would change, or
+        an engine has shared their weights out."""
+        self.context.engine.refuse_sharded(verb, self.hosts())
+        self.context.engine.changed()
         if self.context.held.get(ROUTES):
             raise ValueError(
                 f"{verb}: routes are pinned by numbers of experts, which would mean others: leave pin_routes first"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from processes import one_of_two
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 
 from mixadapters import BottleneckConfig, MixDAConfig
@@ -64,6 +66,72 @@ def test_parts_of_adapters_that_are_sharded_by_themselves_are_refused(tiny: Any)
         host = next(iter(model.base_model.hosts()))
         fully_shard(host.adapters["default"].bank.experts["adapter"].down, mesh=init_device_mesh("cpu", (2,)))
         with pytest.raises(ValueError, match=r"experts\.adapter\.down.*TRANSFORMER_BASED_WRAP"):
+            model(input_ids=IDS, labels=IDS)
+
+
+def turned_on(model: PeftModel) -> None:
+    for name, parameter in model.named_parameters():
+        if ".other." in name:
+            parameter.requires_grad_(True)
+
+
+LATER: dict[str, Callable[[PeftModel], Any]] = {
+    "stage": lambda model: model.base_model.set_stage("task", "default"),
+    "adapter": lambda model: model.set_adapter("other"),
+    "domain": lambda model: model.base_model.add_domain("b", adapter_name="default"),
+    "new adapter": lambda model: (
+        model.add_adapter("new", MixDAConfig(domains=["a"], r=4, task_type="CAUSAL_LM")), model.set_adapter("new"),
+    ),
+    "by hand": turned_on,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("later", LATER)
+def test_weights_of_which_ddp_does_not_know_are_refused(later: str, tiny: Any) -> None:
+    config = MixDAConfig(domains=["a"], r=4, init_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny("llama"), config)
+    model.add_adapter("other", config)
+    model.base_model.set_stage("domain", "default")
+    with one_of_two():
+        wrapped = DistributedDataParallel(model.train())
+        if later != "by hand":  # whoever has looked already looks again
+            wrapped(input_ids=IDS, labels=IDS)
+        LATER[later](model)
+        with pytest.raises(ValueError, match=r"other weights train, but did not when DistributedDataParallel"):
+            wrapped(input_ids=IDS, labels=IDS)
+        DistributedDataParallel(model)(input_ids=IDS, labels=IDS)  # the remedy
+        with torch.no_grad():
+            wrapped(input_ids=IDS, labels=IDS)
+
+
+def test_weights_that_ddp_is_told_to_leave_alone_are_not_missed(tiny: Any) -> None:
+    model = adapted(tiny)
+    others = [name for name, _ in model.named_parameters() if ".other." in name]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, others)
+    with one_of_two():
+        DistributedDataParallel(model)(input_ids=IDS, labels=IDS)
+
+
+def test_adapters_that_come_after_fully_shard_are_said_to_train_apart(tiny: Any) -> None:
+    config = MixDAConfig(domains=["a"], r=4, init_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny("llama"), config).train()
+    with one_of_two():
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        model(input_ids=IDS, labels=IDS)
+        names = [name for name, _ in model.named_parameters()]
+        for change in (
+            lambda tuner: tuner.add_domain("b"), lambda tuner: tuner.remove_domain("a"),
+            lambda tuner: tuner.keep_experts({path: ["a"] for path, _ in tuner._mixtures("default")}),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match=r"shared out over processes.*before it is sharded"):
+                change(model.base_model)
+        assert [name for name, _ in model.named_parameters()] == names
+        model.add_adapter("new", config)
+        model.set_adapter("new")
+        with pytest.warns(UserWarning, match=r"new\..* trains and is not sharded.*Add adapters before fully_shard"):
             model(input_ids=IDS, labels=IDS)
 
 
