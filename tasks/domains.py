@@ -75,7 +75,8 @@ def unlabelled(folder: Path, domain: str, unseen: Collection[str], rng: random.R
 
 def general(folder: Path, rng: random.Random) -> list[str]:
     """Sentences of general English, in random order; the last HELD_OUT are for measuring."""
-    texts = unique(s for n, f in GENERAL.items() for (text,) in read_texts(folder, n, f) for s in split_text(text))
+    found = [text for name, field in GENERAL.items() for (text,) in read_texts(folder, name, field)]
+    texts = unique(sentence for text in found for sentence in split_text(text))
     rng.shuffle(texts)
     return texts
 

@@ -6,6 +6,7 @@ import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def rouge_l(prediction: str, answer: str) -> float:
     said, right = ([s.split() or [""] for s in text.strip().split(".") if s] for text in (prediction, answer))
     if not said or not right:
         return 0.0
-    common = {word for r in right for s in said for word in common_subsequence(r, s)}
+    common = {word for one, other in product(right, said) for word in common_subsequence(one, other)}
     if not common:
         return 0.0
     recall = len(common) / len({w for s in right for w in s})

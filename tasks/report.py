@@ -130,6 +130,7 @@ def _line(name: str, runs: dict[int, dict[str, Any]], against: dict[int, dict[st
     common = sorted(runs.keys() & against.keys())
     gaps = [runs[s]["metrics"][metric] - against[s]["metrics"][metric] for s in common]
     kept = [r["retention"] for r in runs.values() if r.get("retention")]
+    kinds = dict.fromkeys(kind for r in kept for kind in r)
     return Line(
         method=name,
         seeds=sorted(runs),
@@ -140,9 +141,7 @@ def _line(name: str, runs: dict[int, dict[str, Any]], against: dict[int, dict[st
         p=paired_p(gaps),
         trainable=next(iter(runs.values()))["trainable_parameters"],
         head=next(iter(runs.values()))["head_parameters"],
-        retention={
-            k: statistics.mean(r[k] for r in kept if k in r) for k in dict.fromkeys(k for r in kept for k in r)
-        },
+        retention={kind: statistics.mean(r[kind] for r in kept if kind in r) for kind in kinds},
     )
 
 

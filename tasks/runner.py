@@ -135,7 +135,8 @@ class Runner:
 
     def _task(self, task: Task) -> None:
         a, splits = self.args, read_task(task, self.args.data_dir)
-        for seed in a.seeds[:1] if a.dry_run else a.seeds:
+        seeds = a.seeds[:1] if a.dry_run else a.seeds
+        for seed in seeds:
             rows = select(task, splits, seed, a.shots, a.shots_from, a.dev_rows, a.test_rows, a.train_rows)
             for method in a.methods:
                 run = Run(self, task, rows, method, seed)

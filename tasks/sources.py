@@ -147,12 +147,12 @@ def read_task(task: Task, data_dir: str | Path | None, splits: Collection[str] =
         if split not in (task.local if data_dir else task.hub):
             continue
         keep = task.local_where.get(split, {}) if data_dir else {}
-        found[split] = [
-            _example(task, row, f"{split} set, {where}")
-            for where, row in (json_lines(Path(data_dir), task.local[split]) if data_dir else _hub(task, split))
-            if all(lookup(row, f) == v for f, v in keep.items())
-            and not any(lookup(row, f) == v for f, v in task.drop.items())
-        ]
+        rows = json_lines(Path(data_dir), task.local[split]) if data_dir else _hub(task, split)
+        found[split] = []
+        for where, row in rows:
+            kept = all(lookup(row, field) == value for field, value in keep.items())
+            if kept and not any(lookup(row, field) == value for field, value in task.drop.items()):
+                found[split].append(_example(task, row, f"{split} set, {where}"))
         if not found[split]:
             raise NotThere(f"task {task.name!r} has no rows in its {split} set")
     return found

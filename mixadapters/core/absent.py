@@ -140,7 +140,7 @@ def refuse_tokens(given: Any, model: nn.Module, strict: bool) -> None:
         return
     where = f"trainable_token_indices={given}"
     tables = given if isinstance(given, dict) else {None: given}
-    if strict and not all(tables.values() or [[]]):
+    if strict and (not tables or not all(tables.values())):
         raise ValueError(f"{where} names no token; leave it None, or name the rows to train")
     for name, tokens in tables.items():
         if strict and len(set(tokens)) < len(tokens):

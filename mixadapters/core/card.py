@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
+from mixadapters.core.fields import default_of
 from mixadapters.core.folders import ADAPTER_FILE, written_aside
 
 BEGIN, END = "<!-- mixadapters {} -->", "<!-- /mixadapters {} -->"  # of the adapter's folder, seen from the card
@@ -128,10 +129,10 @@ def _changed(config: Any, told: Collection[str]) -> tuple[list[str], list[str]]:
     shown, longer = [], []
     hidden = NO_SETTINGS.union(told, () if config.sites is None else ["target_modules"])
     for f in fields(config):
-        default = f.default_factory() if f.default_factory is not MISSING else f.default
         value = getattr(config, f.name)
         value = sorted(value) if isinstance(value, set) else value
-        if f.name in hidden or f.metadata.get("order") or value == default:  # an order is that of the entries
+        said = f.name in hidden or f.metadata.get("order")  # an order is that of the entries
+        if said or value == default_of(config, f.name):
             continue
         if len(str(value)) < SHORT:
             shown.append(_code(f"{f.name}={value!r}"))

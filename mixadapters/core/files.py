@@ -179,7 +179,7 @@ def read_adapter(
             shapes = {key: weights.shape(key) for key in weights}
             not_real = {key: name for key in weights if (name := weights.dtype(key))[0] not in "FB" or name == "BOOL"}
         else:
-            shapes = {key: tuple(tensor.shape) for key, tensor in weights.items() if isinstance(tensor, Tensor)}
+            shapes = {key: tuple(tensor.shape) for key, tensor in weights.items()}
             not_real = {key: str(tensor.dtype) for key, tensor in weights.items() if not tensor.is_floating_point()}
         other = other_save(weights, config, weights_path)
         broken = () if other else not_finite(weights)
@@ -207,28 +207,34 @@ def other_save(weights: Mapping[str, Any], config: dict[str, Any], path: str) ->
     if config.get("digest") is None:
         return None
     kind, heads = str(config.get("peft_type")), config.get("modules_to_save")
-    found, expected = digest_of(weights, kind, heads), str(config["digest"]).split()
-    tokens = [key for key in weights if key.endswith(TOKENS)]
-    for one in tokens if [found] != expected[:1] and len(tokens) > 1 else ():
-        # Where embeddings are saved beside them, those that two tied tables share come twice.
-        if any(other != one and torch.equal(weights[other], weights[one]) for other in tokens):
-            rest = {key: weights[key] for key in weights if key != one}
-            found = expected[0] if [digest_of(rest, kind, heads)] == expected[:1] else found
-    if [found] == expected[:1]:
-        return _reordered(config, kind, expected[1:])
+    expected, *orders = str(config["digest"]).split() or [""]
+    found = digest_of(weights, kind, heads)
+    if found == expected or any(digest_of(rest, kind, heads) == expected for rest in _without_twins(weights)):
+        return _reordered(config, kind, orders)
     twin = Path(path).with_name(WEIGHTS_NAME)
     if twin.is_file() and str(twin) != str(path):
         with weights_of(twin) as others:
-            if [digest_of(others, kind, heads)] == expected[:1]:
+            if digest_of(others, kind, heads) == expected:
                 return (
                     f"{path} is of an earlier save than {CONFIG_NAME} and {twin.name} beside it, and PEFT reads it "
                     f"first: delete {Path(path).name}"
                 )
     return (
         f"{path} is not what {CONFIG_NAME} was saved with: one of the two is of another save, or was changed (digest "
-        f"{str(found)[:20]}, expected {''.join(expected)[:20]}). If it was changed on purpose, take `digest` out "
+        f"{str(found)[:20]}, expected {expected[:20]}). If it was changed on purpose, take `digest` out "
         f"of {CONFIG_NAME}"
     )
+
+
+def _without_twins(weights: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The weights without one of two keys that hold the same trained tokens, for each such key.
+
+    Where embeddings are saved beside them, tokens that two tied tables share come twice.
+    """
+    tokens = [key for key in weights if key.endswith(TOKENS)]
+    for one in tokens:
+        if any(other != one and torch.equal(weights[other], weights[one]) for other in tokens):
+            yield {key: weights[key] for key in weights if key != one}
 
 
 def _reordered(config: dict[str, Any], kind: str, expected: list[str]) -> str | None:

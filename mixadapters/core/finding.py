@@ -26,6 +26,7 @@ from mixadapters.core.layer import AdapterHost, is_pointwise
 from mixadapters.core.media import generates_beside_media, media_part
 from mixadapters.core.routing import NO_LAYER
 from mixadapters.core.sites import (
+    ARCHITECTURES,
     ROLES,
     find_architecture,
     group_of,
@@ -212,11 +213,7 @@ class SiteFinder(BaseTuner):
     def _group(self, role: str, path: str) -> str:
         if role in ROLES:
             return group_of(role)
-        try:
-            row = find_architecture(self._model_config().get("model_type", "custom"))
-        except ValueError:
-            row = None
-        return sublayer_of(path, row)
+        return sublayer_of(path, ARCHITECTURES.get(self._model_config().get("model_type", "custom")))
 
     def _widths(self, config: MixtureConfig, base: nn.Module, path: str) -> tuple[int, int]:
         if isinstance(base, Conv1D):

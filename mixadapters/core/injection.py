@@ -280,7 +280,8 @@ class Injection(SiteFinder):
     def _check_parts(self, adapter_name: str) -> None:
         """Refuse an adapter, which is in the model, whose keys hold the name of another one."""
         own = (host.adapters[adapter_name] for host in self._own_hosts() if adapter_name in host.adapters)
-        parts = {part for adapter in own for key in adapter.state_dict() for part in key.split(".")}
+        keys = (key for adapter in own for key in adapter.state_dict())
+        parts = {part for key in keys for part in key.split(".")}
         check_apart(adapter_name, self.peft_config.keys() - {adapter_name}, set(), {adapter_name: parts})
 
     def _own_hosts(self) -> Iterator[AdapterHost]:

@@ -205,13 +205,14 @@ def attach(output: Any, loss: Tensor, *, only_one: bool = False, optional: bool 
             "or set the coefficients of its auxiliary losses to 0"
         )
     names.sort(key=lambda name: name != "logits")  # the one that a loop most likely trains on
-    for name in names[:1] if only_one else names:
+    carriers = names[:1] if only_one else names
+    for name in carriers:
         items[name] = _carrying(items[name], loss)
     if isinstance(output, Tensor):
         return items[None]
     if isinstance(output, tuple):
         return tuple(items.values())
-    for name in names:
+    for name in carriers:
         output[name] = items[name]
     return output
 

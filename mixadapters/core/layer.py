@@ -478,7 +478,9 @@ def _refuse_choices(host: AdapterHost, record: Record) -> None:
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
     for name in host.merged_adapters:
-        for part in host.adapters[name].modules() if name in host.adapters else ():
+        if name not in host.adapters:
+            continue
+        for part in host.adapters[name].modules():
             field = getattr(getattr(part, "hard_routes", None), "field", None)
             if field is not None and record.values.get(field) is not None:
                 raise ValueError(

@@ -139,8 +139,10 @@ class Mixture(Adapter):
         plain = record.plain and not (record.grad or fixed or torch.compiler.is_compiling())
         if plain and not (self.tunings or self.watchers):  # nobody has a say in it, and nobody asks
             reads = source if self.router_tap is None else context.tap(self.router_tap)
-            brief = getattr(router, "brief", _nothing)(reads)
-            decided = self._checked(router(reads, context), rows) if brief is None else brief
+            brief = getattr(router, "brief", None)  # which a router that is none of ours has not
+            decided = None if brief is None else brief(reads)
+            if decided is None:
+                decided = self._checked(router(reads, context), rows)
             record.routings[self.key] = decided = _in_dtype(decided, source.dtype)
             return decided
         routing = None if plain else self._given(rows, source, context)
@@ -201,7 +203,9 @@ class Mixture(Adapter):
 
     def _add_losses(self, routing: Routing, mask: Tensor | None, context: ForwardContext) -> None:
         losses = getattr(self.router, "losses", None)
-        for name, (value, weight) in {} if losses is None else losses(routing, mask).items():
+        if losses is None:  # a router that is none of ours
+            return
+        for name, (value, weight) in losses(routing, mask).items():
             context.add_loss(name, value, weight)
 
     def _tell(
@@ -255,10 +259,6 @@ class Mixture(Adapter):
         else:
             weight, new = weight + delta @ weight, old + delta @ old + shift
         return weight, new if bias is not None or bool(shift.any()) else None
-
-
-def _nothing(reads: Tensor) -> None:
-    """What a router that is none of ours has in place of `Router.brief`."""
 
 
 def _in_dtype(routing: Routing, dtype: torch.dtype) -> Routing:

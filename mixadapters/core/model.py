@@ -145,9 +145,11 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
         They belong to the base model, which training must leave as it was: no adapter's file holds them.
         """
         super().train(mode)
+        if not mode:
+            return self
         outside = [module for _, module in outside_adapters(self)]
         saved = {m for part in outside if isinstance(part, AuxiliaryTrainingWrapper) for m in part.modules()}
-        for module in outside if mode else ():
+        for module in outside:
             statistics = getattr(module, "running_mean", None) is not None
             if statistics and module not in saved and not any(p.requires_grad for p in module.parameters()):
                 module.eval()

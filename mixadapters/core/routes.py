@@ -198,5 +198,7 @@ def real_rows(context: ForwardContext, stack: str, rows: int, device: Any) -> Te
     """
     mask, own = context.stream(stack).mask, context.record.own_rows
     mask = mask.reshape(-1) if mask is not None and mask.numel() == rows else None
-    real = own if mask is None else mask if own is None else mask.to(own.device) & own
+    if mask is not None and own is not None:
+        return (mask.to(own.device) & own).to(device)
+    real = own if mask is None else mask
     return None if real is None else real.to(device)

@@ -297,10 +297,14 @@ GROUPS = {  # words in a module's name, for modules that the table does not know
 
 
 def sublayer_of(path: str, row: Architecture | None) -> str:
-    """The sublayer that a module lies in, "attention", "cross_attention" or "ffn"; "" where its name does not tell."""
+    """The sublayer that a module lies in, "attention", "cross_attention" or "ffn"; "" where its name does not tell.
+
+    row: of the model's architecture; None where the table has none.
+    """
+    row = Architecture() if row is None else row
     parts = path.split(".")
     for end in range(len(parts), 0, -1):
-        for role in ROLES if row is not None else ():
+        for role in ROLES:
             if (pattern := getattr(row, role)) and re.fullmatch(pattern, ".".join(parts[:end])):
                 return group_of(role)
     words = [part.replace("_", "").lower() for part in parts]

@@ -219,7 +219,9 @@ class CountsRouter(PooledRouter):
     def counted(self) -> TokenCounts:
         """The counts. Raises ValueError where the router has none yet."""
         table = self.first.table
-        lacking = None if table is None else [] if torch.compiler.is_compiling() else table.missing()
+        lacking: list[str] = []
+        if table is not None and not torch.compiler.is_compiling():  # a graph cannot ask for values
+            lacking = table.missing()
         if table is None or lacking:
             raise ValueError(
                 f"router 'counts' at {self.path!r} has not counted any text of {lacking or self.experts}: call "

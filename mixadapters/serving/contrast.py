@@ -196,7 +196,8 @@ def _choice(form: str, value: Any, experts: list[str], where: str) -> Choice:
             raise ValueError(f"rank={value!r} must be a whole number of 1 to {len(experts)}, the experts of {where}")
         return lambda given: given.topk(value, dim=1).indices[:, -1:]
     numbers = []
-    for one in value if isinstance(value, (list, tuple)) and value else [value]:
+    named = value if isinstance(value, (list, tuple)) and value else [value]
+    for one in named:
         number = experts.index(one) if one in experts else one
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < len(experts):
             raise ValueError(f"experts={value!r}: {one!r} is no expert of {where}; have {experts}")

@@ -203,10 +203,11 @@ def token_experts(routing: Routing, batch: int, mask: Tensor | None = None) -> l
     real = [[True] * rows.shape[1]] * batch if mask is None else (mask != 0).tolist()
     if mask is not None and tuple(mask.shape) != tuple(rows.shape[:2]):
         raise ValueError(f"mask {tuple(mask.shape)} must be {tuple(rows.shape[:2])}, one value for each token")
-    return [
-        [frozenset(e for e in token if e >= 0) for token, counts in zip(tokens, counted, strict=True) if counts]
-        for tokens, counted in zip(rows.tolist(), real, strict=True)
-    ]
+    found = []
+    for tokens, counted in zip(rows.tolist(), real, strict=True):
+        chosen = [token for token, counts in zip(tokens, counted, strict=True) if counts]
+        found.append([frozenset(expert for expert in token if expert >= 0) for token in chosen])
+    return found
 
 
 def expert_aware_batches(

@@ -278,7 +278,8 @@ class Residents:
         return True
 
     def _take_out(self, name: str) -> None:
-        for host, _ in self._parts[name].at if name in self._parts else self.parts_of(name):
+        parts = self._parts[name].at if name in self._parts else self.parts_of(name)
+        for host, _ in parts:
             host.adapters._modules.pop(name, None)
         self._inside.pop(name, None)
         self.context.hosted.discard(name)

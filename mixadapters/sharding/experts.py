@@ -148,8 +148,9 @@ class ExpertSharding:
             if key not in ours:
                 squares[-1] += grad.double().square().sum().to(squares.device)
         norm = float(squares.sum().sqrt())
-        for grad in grads.values() if norm > max_norm else ():
-            grad.mul_(max_norm / (norm + 1e-6))
+        if norm > max_norm:
+            for grad in grads.values():
+                grad.mul_(max_norm / (norm + 1e-6))
         return norm
 
     def _experts(self) -> Iterator[tuple[nn.Parameter, bool]]:

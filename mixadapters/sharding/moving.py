@@ -44,21 +44,29 @@ def move(banks: list[ShardedBank], plans: list[Placement], optimizer: Any = None
 def forget(parameters: list[nn.Parameter], optimizer: Any) -> None:
     """Give up parameters, and what the optimizer keeps for them."""
     empty(parameters)
-    for parameter in parameters if optimizer is not None else ():
-        optimizer.state.pop(parameter, None)
+    if optimizer is not None:
+        for parameter in parameters:
+            optimizer.state.pop(parameter, None)
 
 
 def _kept(banks: list[ShardedBank], optimizer: Any) -> Kept:
     """What the optimizer keeps for the experts that are here, in words."""
+    if optimizer is None:
+        return {}
     found: Kept = {}
-    for number, name, place, parameter in _own(banks) if optimizer is not None else ():
-        found[number, name, place] = {
-            key: (tuple(value.shape), value.dtype, value.device.type == parameter.device.type)
-            if isinstance(value, Tensor) and value.dim()
-            else value.cpu() if isinstance(value, Tensor) else value
-            for key, value in optimizer.state.get(parameter, {}).items()
-        }  # fmt: skip
+    for number, name, place, parameter in _own(banks):
+        state = optimizer.state.get(parameter, {})
+        found[number, name, place] = {key: _in_words(value, parameter) for key, value in state.items()}
     return found
+
+
+def _in_words(value: Any, parameter: nn.Parameter) -> Any:
+    """Of a tensor with axes its shape, its dtype and whether it lies with the parameter; other values as they are."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.dim():
+        return tuple(value.shape), value.dtype, value.device.type == parameter.device.type
+    return value.cpu()
 
 
 def _own(banks: list[ShardedBank]) -> Iterator[tuple[int, str, int, nn.Parameter]]:

@@ -338,7 +338,9 @@ def _merged(
 def _refuse_unlike(layer: ExpertLayer, stands: Sequence[int], weight: str) -> None:
     """Raise ValueError where experts that are to become one have neurons that cannot be merged one to one, or where
     the one that stands for the others has no place for what they add."""
-    for e in set(stands) if weight != "dominant" else ():
+    if weight == "dominant":  # which merges nothing
+        return
+    for e in set(stands):
         members = [other for other, mine in enumerate(stands) if mine == e]
         if layer.activation != "identity":
             _refuse_ranks(layer, members)
@@ -349,13 +351,16 @@ def _refuse_unlike(layer: ExpertLayer, stands: Sequence[int], weight: str) -> No
 def _refuse_without_place(layer: ExpertLayer, e: int, members: Sequence[int]) -> None:
     """Of linear experts: the one that stands, `e`, must have a bias where others have, and a scale."""
     like, biased = layer.weights(e), [layer.names[m] for m in members if layer.weights(m).b_up is not None]
-    lacks = "a scale of 0" if float(like.scale) == 0 else "no bias" if biased and like.b_up is None else ""
-    if lacks:
-        others = f", and {biased} have one" if lacks == "no bias" else ""
-        raise ValueError(
-            f"expert {layer.names[e]!r} at {layer.key!r} would stand for a group and has {lacks}{others}, so the mean "
-            "cannot be written there: keep it as it is (weight='dominant'), or group it otherwise"
-        )
+    if float(like.scale) == 0:
+        lacks = "a scale of 0"
+    elif biased and like.b_up is None:
+        lacks = f"no bias, and {biased} have one"
+    else:
+        return
+    raise ValueError(
+        f"expert {layer.names[e]!r} at {layer.key!r} would stand for a group and has {lacks}, so the mean cannot be "
+        "written there: keep it as it is (weight='dominant'), or group it otherwise"
+    )
 
 
 def _refuse_ranks(layer: ExpertLayer, members: Sequence[int]) -> None:

@@ -373,9 +373,10 @@ def prune_curve(
     check_switches(higher_is_better=higher_is_better)
     if not callable(evaluate):
         raise ValueError(f"evaluate={evaluate!r:.80} must be a function of a model, which gives a loss or an accuracy")
-    check_kind("keeps", () if keeps is None else keeps, Iterable, "a list of numbers of experts")
-    for keep in () if keeps is None else keeps:
-        check_integer("keeps", keep, least=1)
+    if keeps is not None:
+        check_kind("keeps", keeps, Iterable, "a list of numbers of experts")
+        for keep in keeps:
+            check_integer("keeps", keep, least=1)
     layers = layers_to_cut(model, options.get("adapter"))
     most, least = max(len(layer.names) for layer in layers), max(layer.top_k or 1 for layer in layers)
     steps = sorted({most, *(keeps if keeps is not None else _halves(most, least))}, reverse=True)

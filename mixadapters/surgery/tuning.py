@@ -186,8 +186,9 @@ def _by_layer(
 ) -> dict[ExpertLayer, dict[str, float]]:
     found: dict[ExpertLayer, dict[str, float]] = {}
     for place, number in places:
-        one = not isinstance(place, str)
-        for layer, name in [_found(argument, place, layers)] if one else _everywhere(argument, place, layers):
+        by_name = isinstance(place, str)
+        meant = _everywhere(argument, place, layers) if by_name else [_found(argument, place, layers)]
+        for layer, name in meant:
             entry = found.setdefault(layer, {})
             if name in entry:
                 raise ValueError(f"{argument} names expert {name!r} of {layer.key!r} twice")

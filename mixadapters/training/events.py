@@ -76,7 +76,8 @@ def _resumed(trainer: Trainer, given: dict[str, Any]) -> Path | None:
 
 def find_tuner(model: nn.Module) -> MixtureModel:
     """The tuner inside a PeftModel (or around it: DDP, torch.compile). Raises ValueError where there is none."""
-    for module in model.modules() if isinstance(model, nn.Module) else ():
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    for module in modules:
         if isinstance(module, MixtureModel):
             return module
     raise ValueError(

@@ -352,7 +352,11 @@ def _content(row: Any, where: str) -> Any:
         row, mask = row[column], row.get("attention_mask") if column == "input_ids" else None
     if isinstance(row, str):
         return row
-    ids = row.tolist() if hasattr(row, "tolist") else list(row) if isinstance(row, Sequence) else row
+    ids = row
+    if hasattr(row, "tolist"):
+        ids = row.tolist()
+    elif isinstance(row, Sequence):
+        ids = list(row)
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise ValueError(f"{where} holds {row!r:.60}; a text is a string or a list of token ids")
     return ids if mask is None else [i for i, real in zip(ids, mask, strict=True) if real]

@@ -126,9 +126,11 @@ def check_lora(config: LoraConfig, where: str) -> None:
             check_fits(name, getattr(config, name), kind)
         for name in PATTERNS:
             value: Any = getattr(config, name)
-            for pattern in [value] if isinstance(value, str) else value or ():
-                if not isinstance(value, set):  # those are ends of paths
-                    check_pattern(name, pattern)
+            if value is None or isinstance(value, set):  # a set holds ends of paths
+                continue
+            patterns = [value] if isinstance(value, str) else value
+            for pattern in patterns:
+                check_pattern(name, pattern)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 

@@ -248,7 +248,9 @@ class Entries:
         Raises:
             ValueError: it has one that can be no name, but a folder or a hub id.
         """
-        for name in given if isinstance(given, (list, tuple)) and not from_file else ():
+        if from_file or not isinstance(given, (list, tuple)):
+            return
+        for name in given:
             if not isinstance(name, str):
                 continue
             if "/" in name or "\\" in name:

@@ -185,7 +185,9 @@ def _hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _warn_of_others(model_id: Any, loaded: PeftModel) -> None:
     """Say what PEFT passes over: adapters of our types in folders inside, which acted beside the one that it loads."""
-    for path in sorted(Path(model_id).glob(f"*/{CONFIG_NAME}")) if os.path.isdir(model_id) else ():
+    if not os.path.isdir(model_id):
+        return
+    for path in sorted(Path(model_id).glob(f"*/{CONFIG_NAME}")):
         try:
             config, name = read_config(path), path.parent.name
         except ValueError:  # it is not what was to be loaded

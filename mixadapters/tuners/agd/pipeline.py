@@ -282,7 +282,8 @@ def _second_conditions(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 def _refuse_doubled_images(arguments: dict[str, Any]) -> None:
     """Embeddings for an IP-Adapter that hold those of the second pass, which pipelines take for more rows here."""
     prompt, embeds = arguments.get("prompt"), arguments.get("prompt_embeds")
-    count = 1 if isinstance(prompt, str) else len(prompt or ()) if embeds is None else len(embeds)
+    given = (prompt or ()) if embeds is None else embeds
+    count = 1 if isinstance(prompt, str) else len(given)
     for value in arguments.get("ip_adapter_image_embeds") or ():
         if count and len(value) == 2 * count:
             raise ValueError(

@@ -200,7 +200,10 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         entry = config.domains[name]
         for by_module in (entry[key] for key in BY_MODULE if key in entry):
             for module in [m for m in by_module if same_module(m, path)]:
-                by_module.remove(module) if isinstance(by_module, list) else by_module.pop(module)
+                if isinstance(by_module, list):
+                    by_module.remove(module)
+                else:
+                    del by_module[module]
         if mixture.bank.names:
             config.null_arms[path] = getattr(mixture.router, "null_arms", 0)
         else:

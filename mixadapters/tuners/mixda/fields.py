@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
 from typing import Any
+
+from mixadapters.core.fields import default_of
 
 OF_BOTTLENECKS = ("reduction_factor", "adapter_input", "activation", "adapter_glu", "adapter_layer_norm", "gate_input")
 OF_LORA = ("lora_alpha",)
@@ -30,8 +31,8 @@ def check_lora(config: Any) -> None:
             "are the domains'; pass sites={'ffn_output': <regular expression>, 'task': <regular expression>}"
         )
     for name, spec in config.domains.items():
-        for entry in ENTRIES_OF_LORA if not lora else ():
-            if entry in spec:
+        for entry in ENTRIES_OF_LORA:
+            if entry in spec and not lora:
                 raise ValueError(f"domains[{name!r}]: {entry}={spec[entry]!r} is for domain_type='lora'")
         ranks, scales = spec.get("ranks", {}), spec.get("scales", {})
         if lora and (scales.keys() != ranks.keys() or set(spec.get("biases", ())) - ranks.keys()):
@@ -39,7 +40,6 @@ def check_lora(config: Any) -> None:
 
 
 def _refuse(config: Any, names: tuple[str, ...], because: str) -> None:
-    default = {f.name: f.default if f.default is not MISSING else None for f in fields(config)}
     for name in names:
-        if getattr(config, name) != default[name]:
+        if getattr(config, name) != default_of(config, name):
             raise ValueError(f"{name}={getattr(config, name)!r} means nothing with {because}; leave it out")

@@ -195,7 +195,7 @@ class MoAConfig(OverriddenConfig):
             self.router = {"kind": "top_k"}
         elif isinstance(self.router, str):
             self.router = {"kind": self.router}
-        for option, value in self.router.items() if isinstance(self.router, dict) else ():
+        for option, value in (self.router or {}).items():
             refuse_unsaveable(f"router: {option}", value)
         cls, options = router_spec(self)
         refuse_null_arms(cls, options)
@@ -324,8 +324,10 @@ def layer_range(layers: str) -> range:
 
 def check_layers(num_experts: int | dict[str, int]) -> None:
     """Refuse layers that `num_experts` gives two numbers for."""
+    if not isinstance(num_experts, dict):
+        return
     seen: set[int] = set()
-    for layers in num_experts if isinstance(num_experts, dict) else ():
+    for layers in num_experts:
         if twice := seen.intersection(layer_range(layers)):
             raise ValueError(f"num_experts={num_experts} has two numbers for layers {sorted(twice)}")
         seen.update(layer_range(layers))

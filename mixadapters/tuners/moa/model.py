@@ -281,8 +281,9 @@ class MoAModel(ExpertOverriding, ExpertCutting):
 def take_over(model: nn.Module, config: MoAConfig, adapter_name: str, options: dict[str, Any]) -> None:
     """Set options of an adapter's routers, and say so in its config."""
     for module in model.modules():
-        if isinstance(module, ExpertMixture) and module.key.adapter == adapter_name:
-            for name, value in options.items() if not isinstance(module.router, FollowRouter) else ():
+        own = isinstance(module, ExpertMixture) and module.key.adapter == adapter_name
+        if own and not isinstance(module.router, FollowRouter):
+            for name, value in options.items():
                 module.router.set_option(name, module.router.option_at(name, [[0.0, value]], 0.0))
     for name, value in options.items():
         config.note_option(name, value)

@@ -301,7 +301,9 @@ def refuse_all_off(config: MoAConfig, mixtures: Mapping[str, ExpertMixture], lea
     leaving: path -> the names of those that go there.
     """
     off = {tuple(place) for place in config.expert_overrides.get("off", ())}
-    for path, mixture in mixtures.items() if off else ():
+    if not off:  # as in most mixtures, and `leaving` need not be asked
+        return
+    for path, mixture in mixtures.items():
         gone = leaving(path)
         stay = [name for name in mixture.routed_names if name not in gone]
         if stay and all((path, name) in off for name in stay):

@@ -115,9 +115,11 @@ class SplitLinear(nn.Module):
         self.register_buffer("owner", owner, persistent=False)  # follows from the config
         self.register_buffer("drawn", torch.zeros(num_experts, dtype=torch.bool), persistent=False)
         self.weight = plain.weight
-        if not zero:
+        if not zero and init_weights:
+            nn.init.zeros_(self.weight)
+        elif not zero:
             with torch.no_grad():
-                self.weight.zero_() if init_weights else self.weight.copy_(torch.randn_like(self.weight) * 0.1)
+                self.weight.copy_(torch.randn_like(self.weight) * 0.1)
         self.bias = plain.bias
         if plain.bias is not None and per_expert:
             self.bias = nn.Parameter(plain.bias.detach().repeat(num_experts, 1))
