@@ -111,14 +111,23 @@ def made_here(file: Path, first: bool) -> Iterator[None]:
 
     first: whether this process, of several that run one command, is the one that writes. All of them come here.
 
-    Raises ValueError: another command is at it.
+    Raises ValueError, in all of them: another command is at it, or there is no place for the result.
     """
-    lock = _lock(file.with_suffix(".lock")) if first and fcntl is not None else None
+    lock, fault = None, ""
+    if first and fcntl is not None:
+        try:
+            lock = _lock(file.with_suffix(".lock"))
+        except OSError as error:
+            fault = f"{file} cannot be made ({error}): name another --out, or make room for it there"
+        else:
+            if lock.closed:
+                fault = (
+                    f"another process is making {file}; wait for it, or divide --tasks, --methods or --seeds between "
+                    "them"
+                )
     try:
-        if any(gathered(lock is not None and lock.closed)):
-            raise ValueError(
-                f"another process is making {file}; wait for it, or divide --tasks, --methods or --seeds between them"
-            )
+        if said := "".join(gathered(fault)):  # by the first, and the others know of it
+            raise ValueError(said)
         yield
     finally:
         if lock is not None and not lock.closed:

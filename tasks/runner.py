@@ -9,6 +9,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,9 @@ class Runner:
         """General English; empty where the folder has none."""
         try:
             return domains.general(Path(self.args.data_dir or ""), random.Random(13))
-        except NotThere:
+        except NotThere as error:
+            if self.args.data_dir:
+                self.say(f"general text is left out: {error}")
             return []
 
     @cached_property
@@ -162,14 +165,16 @@ class Runner:
     def unseen(self) -> set[str]:
         """Keys of all sentences of dev and test of any task in the folder: domain adapters never read them."""
         found: set[str] = set()
-        for task in TASKS.values():
-            for split in ("dev", "test"):
-                try:
-                    examples = read_task(task, self.args.data_dir, (split,)).get(split, [])
-                except NotThere:
-                    continue
-                texts = (t for e in examples for t in e.texts)
-                found.update(domains.key(s) for text in texts for s in domains.split_text(text))
+        # By file: of a set in several, those that are there count.
+        parts = [(task, split, name) for task in TASKS.values() for split in ("dev", "test")
+                 for name in task.local.get(split, "").split()]  # fmt: skip
+        for task, split, name in parts:
+            try:
+                examples = read_task(replace(task, local={split: name}), self.args.data_dir, (split,))[split]
+            except NotThere:
+                continue
+            texts = (t for e in examples for t in e.texts)
+            found.update(domains.key(s) for text in texts for s in domains.split_text(text))
         return found
 
     def domain_names(self, base: Base, method: str) -> tuple[str, ...]:

@@ -54,17 +54,21 @@ def plain(value: object) -> str:
 def files(folder: Path, names: str) -> list[Path]:
     """The files `folder/<name>*.jsonl` and `.jsonl.gz` for each of the names, split by spaces.
 
-    Raises ValueError: a name has no file (`NotThere`), or a file is there both plain and compressed.
+    Raises ValueError: a name has no file (`NotThere`, which says all that are missing), or a file is there both plain
+        and compressed.
     """
     found: list[Path] = []
+    missing: list[str] = []
     for name in names.split():
         of_name = sorted([*folder.glob(f"{name}*.jsonl"), *folder.glob(f"{name}*.jsonl.gz")])
         if not of_name:
-            raise NotThere(f"--data-dir {folder} has no file {name}*.jsonl or {name}*.jsonl.gz")
+            missing.append(f"no file {name}*.jsonl or {name}*.jsonl.gz")
         for file in of_name:
             if file.with_name(f"{file.name}.gz") in of_name:
                 raise ValueError(f"{file} is there twice, compressed too, and its rows would count twice; remove one")
         found += of_name
+    if missing:
+        raise NotThere(f"--data-dir {folder} has {', '.join(missing)}")
     return found
 
 

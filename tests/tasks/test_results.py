@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -136,6 +137,28 @@ def test_two_commands_never_make_one_result_at_a_time(data, tmp_path, capsys, mo
     with made_here(result, True):
         assert cli.main(line) == 1
     assert f"another process is making {result}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(results_module.fcntl is None, reason="the system has no locks of files")
+@pytest.mark.parametrize("place", ["a folder is there", "its folder is a file", "the disk is full", "it is read-only"])
+def test_every_process_ends_where_the_first_has_no_place_for_the_result(tmp_path, monkeypatch, place: str) -> None:
+    """The others would wait for the first, which has ended."""
+    file = tmp_path / "imdb" / "x.json"
+    if place == "a folder is there":
+        file.with_suffix(".lock").mkdir(parents=True)
+    elif place == "its folder is a file":
+        file.parent.write_text("mine")
+    else:
+        error = OSError(errno.ENOSPC, place) if place == "the disk is full" else PermissionError(errno.EACCES, place)
+        monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(error))
+    told: list[str] = []
+    monkeypatch.setattr(results_module, "gathered", lambda said: [told.append(said) or said, ""])
+    refused = pytest.raises(ValueError, match=r"x\.json cannot be made \(.*\): name another --out, or make room")
+    with refused, made_here(file, True):
+        pass
+    monkeypatch.setattr(results_module, "gathered", lambda said: [*told, said])
+    with pytest.raises(ValueError, match=r"x\.json cannot be made"), made_here(file, False):
+        pass
 
 
 @pytest.mark.skipif(results_module.fcntl is None, reason="the system has no locks of files")

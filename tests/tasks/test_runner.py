@@ -363,6 +363,28 @@ def test_a_test_set_without_its_dev_set_is_unseen_too(encoder, data, tmp_path) -
     assert {row["text"] for row in rows} <= unseen
 
 
+def test_of_a_set_in_several_files_those_that_are_there_are_unseen(data, write, tmp_path, encoder) -> None:
+    """Domain adapters would read its test sentences, as if there were no file of it."""
+    write(
+        data, "reviews/blitzer/kitchen/test", [{"text": "the kettle sings early in the morning", "label": "positive"}]
+    )
+    shutil.rmtree(data / "glue")
+    only = {name: task for name, task in runner_module.TASKS.items() if name == "sentiment"}
+    arguments = RunArguments(["imdb"], str(encoder), str(data), str(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner_module, "TASKS", only)
+        unseen = runner_module.Runner(arguments, TrainArguments(use_cpu=True)).unseen
+    assert unseen == {runner_module.domains.key("the kettle sings early in the morning")}
+
+
+def test_general_text_of_which_a_file_is_missing_is_left_out_by_name(data, encoder, tmp_path, capsys) -> None:
+    (data / "glue/qnli/train.jsonl").unlink()
+    assert run(encoder, data, tmp_path, f"--tasks imdb --methods probe --seeds 0 {SHOTS} --max_steps 1") == 0
+    assert re.search(
+        r"general text is left out: --data-dir .* has no file glue/qnli/train\*\.jsonl or", capsys.readouterr().out
+    )
+
+
 def test_what_became_of_general_text_is_left_out_where_it_is_no_number(
     encoder, data, tmp_path, capsys, monkeypatch
 ) -> None:

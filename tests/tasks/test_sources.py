@@ -12,7 +12,7 @@ import datasets
 import pytest
 
 from mixadapters.tasks import get_task
-from mixadapters.tasks.sources import Example, digest, lookup, read_task, read_texts
+from mixadapters.tasks.sources import Example, NotThere, digest, lookup, read_task, read_texts
 
 
 def test_splits_and_labels(data: Path) -> None:
@@ -174,6 +174,9 @@ def test_values_beside_texts_are_words_or_numbers(tmp_path: Path, write) -> None
 def test_missing_file_and_missing_source_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no file reviews/imdb/train\*\.jsonl"):
         read_task(get_task("imdb"), tmp_path)
+    (tmp_path / "two_a.jsonl").write_text('{"text": "a"}')
+    with pytest.raises(NotThere, match=r"has no file two_b\*\.jsonl or .*, no file two_c\*\.jsonl or "):
+        read_texts(tmp_path, "two_a two_b two_c", "text")
     with pytest.raises(ValueError, match="task 'rct_like' has no source on the hub; pass --data-dir"):
         read_task(get_task("rct_like"), None)
 
