@@ -191,7 +191,7 @@ class ForwardContext(Recording, hooks.Rooted):
         if value is None:
             return None
         length = stream.length or 0
-        if value.dim() < 2:
+        if value.dim() != 2:
             raise ValueError(f"{name} {tuple(value.shape)} must be (B, T), with one value for each token")
         value = value if change is None else change(value)
         if name in record.pinned:

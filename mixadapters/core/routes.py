@@ -78,6 +78,8 @@ class HardRoutes(nn.Module):
                 f"batch, and not {len(numbers)}"
             )
         self._check(numbers, context, key.adapter)
+        if context.record.own_rows is not None:  # those of other adapters may have more numbers, and are left out
+            numbers = numbers.clamp(-1, self.total)
         return self.of(numbers)
 
     def of(self, numbers: Tensor) -> Routing:

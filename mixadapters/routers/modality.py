@@ -36,6 +36,8 @@ class Modalities:
     def ids(self, context: ForwardContext) -> Tensor:
         """(B, T) number of the modality of each token of this forward, -1 for none.
 
+        Rows of a mixed batch that name other adapters may hold what this one does not know: they are -1.
+
         Raises:
             ValueError: nothing says what the tokens are, or they are of a modality that is not among `names`.
         """
@@ -44,10 +46,18 @@ class Modalities:
             found = self._given(context)
             if torch.compiler.is_compiling():
                 return found
+            wrong = None
             if found.numel() and not -1 <= int(found.min()) <= int(found.max()) < len(self.names):
-                raise self._unknown(context, (found < -1) | (found >= len(self.names)))
-            shared[self] = found
-        return shared[self]
+                wrong = (found < -1) | (found >= len(self.names))
+                found = found.masked_fill(wrong, -1)
+            shared[self] = found, wrong
+        found, wrong = shared[self]
+        if wrong is not None:
+            own = context.record.own_rows
+            mine = wrong if own is None else wrong & own.view(wrong.shape).to(wrong.device)
+            if bool(mine.any()):
+                raise self._unknown(context, mine)
+        return found
 
     def _unknown(self, context: ForwardContext, wrong: Tensor) -> ValueError:
         """An error that says what the tokens are of whose modality the config knows nothing. wrong (B, T) bool."""

@@ -343,3 +343,23 @@ def test_numbers_by_token_are_no_numbers_of_two_texts(tiny, tiny_inputs) -> None
         with pytest.raises(ValueError, match=r"domain_ids has one number for each token.*for each row, \(B,\)"):
             call(**inputs, domain_ids=by_token)
     assert model.generate(input_ids=ids, max_new_tokens=2, domain_ids=[0, 1]).shape[0] == 2
+
+
+@pytest.mark.parametrize("by", ["row", "token"])
+@torch.no_grad()
+def test_rows_of_other_adapters_may_have_numbers_that_an_adapter_has_not(tiny, tiny_inputs, by) -> None:
+    model = adapted(tiny)
+    model.add_adapter("more", MixDAConfig(**{**FIELDS, "domains": ["a", "b", "c", "d", "e"]}))
+    inputs = tiny_inputs("llama", batch=3)
+    numbers = torch.tensor([1, 4, 7])
+    if by == "token":
+        numbers = numbers[:, None].expand_as(inputs["input_ids"])
+    together = logits(model, inputs, adapter_names=["default", "more", "__base__"], domain_ids=numbers)
+    for row, name in enumerate(("default", "more")):
+        model.set_adapter(name)
+        alone = {key: value[row : row + 1] for key, value in inputs.items()}
+        expected = logits(model, alone, domain_ids=numbers[row : row + 1])
+        torch.testing.assert_close(together[row], expected[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(together[2], logits(tiny("llama"), inputs)[2])
+    with pytest.raises(ValueError, match=r"domain_ids=\[4\] must lie between -1 \(none\) and 1"):
+        logits(model, inputs, adapter_names=["more", "default", "__base__"], domain_ids=numbers)

@@ -633,6 +633,29 @@ def test_rows_of_a_batch_choose_their_adapters(tiny, tiny_inputs) -> None:
     assert torch.equal(together[2], tiny("llama")(**inputs).logits[2])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("given", ["modality_ids", "tokens"])
+def test_rows_of_other_adapters_may_hold_what_an_adapter_does_not_know(tiny, tiny_inputs, given) -> None:
+    """A row of a clip beside one of an image: each is for an adapter that knows one of the two."""
+    inputs = tiny_inputs("llama", batch=3)
+    ids = mixed(inputs, [0, 1, 1], [2, 0, 2], [2, 1, 2])
+    tokens = {name: TOKEN[name] for name in ("image", "audio")} if given == "tokens" else None
+    inputs["input_ids"] = torch.where(ids > 0, ids + 89, inputs["input_ids"])
+    fields = {"modality_ids": ids} if given == "modality_ids" else {}
+    model = pill(tiny("llama"), token_ids=tokens, modalities=["text", "image"] if given == "modality_ids" else THREE)
+    model.add_adapter("hears", PILLConfig(r=6, modalities=THREE, token_ids=tokens, task_type="CAUSAL_LM"))
+    randomize(model, seed=1)
+    together = model(**inputs, **fields, adapter_names=["default", "hears", "__base__"]).logits
+    for row, name in enumerate(("default", "hears")):
+        model.set_adapter(name)
+        alone = {key: value[row : row + 1] for key, value in {**inputs, **fields}.items()}
+        torch.testing.assert_close(together[row], model(**alone).logits[0], **CLOSE)
+    assert torch.equal(together[2], tiny("llama")(**inputs).logits[2])
+    if given == "modality_ids":
+        with pytest.raises(ValueError, match=r"modality_ids=\[2\], which are not among"):
+            model(**inputs, **fields, adapter_names=["hears", "default", "__base__"])
+
+
 @pytest.mark.parametrize("change", ["switch", "disable", "stage"])
 @torch.no_grad()
 def test_t19_a_cache_of_other_adapters_is_refused(tiny, tiny_inputs, change) -> None:
@@ -822,6 +845,13 @@ def test_numbers_of_modalities_are_integers(tiny, tiny_inputs, field, dtype) -> 
     ids = mixed(inputs, [0, 1]).to(dtype)
     with pytest.raises(ValueError, match=rf"{field} must be whole numbers, not {dtype}"):
         model(**inputs, **{field: ids})
+
+
+@pytest.mark.parametrize("more", [1, 3])
+def test_numbers_of_more_axes_than_tokens_are_refused(tiny, tiny_inputs, more) -> None:
+    model, inputs = pill(tiny("llama")), tiny_inputs("llama")
+    with pytest.raises(ValueError, match=r"modality_ids \(2, \d+, \d\) must be \(B, T\)"):
+        model(**inputs, modality_ids=mixed(inputs).unsqueeze(-1).repeat(1, 1, more))
 
 
 @pytest.mark.parametrize("wrong", [-2, 2, 1 << 40])
