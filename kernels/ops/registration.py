@@ -1,5 +1,6 @@
 """The operation as torch sees it: two operators, opaque to the compiler, and the autograd function over them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -134,13 +135,10 @@ def call(p: Problem, backend: str) -> Tensor:
     given: tuple[Any, ...] = p
     grad = torch.is_grad_enabled() and any(given[i] is not None and given[i].requires_grad for i in _FLOATS)
     if nobody_looks_on(p.x):
-        if not grad:
-            return _run(p, backend, keep=False)[0]
-        # There is no graph, in which what is kept has one layout for all numbers of rows.
-        chosen = backends.pick(p, backend, len(p.x), training=True, layout_fixed=False)
-        if chosen is gathered and gathered.plain(p, training=True):
-            return gathered.differentiable(p)
-        return _Lowrank.apply(*p, backends.name_of(chosen))
+        # With indices that many calls share, asked once for layers that are alike: it takes as long as a small product.
+        x, width = p.x, p.up.shape[0]
+        alike = (p.ranks, p.run, p.batch_invariant, p.dropout > 0, x.dtype, x.is_cpu, x.shape[1], width, backend, grad)
+        return p.derived(("way", *alike), lambda: _way(p, backend, grad))(p)
     if _transformed():  # which know what becomes of plain operations alone
         return reference.forward(p)
     if not torch.is_grad_enabled() and not backend:
@@ -148,6 +146,19 @@ def call(p: Problem, backend: str) -> Tensor:
         if y is not None:
             return y
     return _Lowrank.apply(*p, backend) if grad else _forward_op(*p, backend, False)[0]
+
+
+def _way(p: Problem, backend: str, grad: bool) -> Callable[[Problem], Tensor]:
+    """What runs the problem where nobody looks on: it depends on shapes, dtypes and values of indices alone."""
+    p.check_indices()
+    # There is no graph, in which what is kept has one layout for all numbers of rows.
+    chosen = backends.pick(p, backend, len(p.x), training=grad, layout_fixed=False)
+    if chosen is gathered and gathered.plain(p, grad):
+        return gathered.differentiable
+    if not grad:
+        return lambda p: chosen.forward(p, False)[0]
+    name = backends.name_of(chosen)
+    return lambda p: _Lowrank.apply(*p, name)
 
 
 def nobody_looks_on(x: Tensor) -> bool:
@@ -158,7 +169,7 @@ def nobody_looks_on(x: Tensor) -> bool:
         and not _C._is_any_autocast_enabled()
         and not _C._len_torch_dispatch_stack()
         and not _C._get_tracing_state()
-        and not _transformed()
+        and _C._functorch.peek_interpreter_stack() is None
     )
 
 

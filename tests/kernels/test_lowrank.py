@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixadapters import kernels
-from mixadapters.kernels import ACTIVATIONS, adapter_backend, hashing, lowrank
+from mixadapters.kernels import ACTIVATIONS, adapter_backend, costs, hashing, lowrank
 
 FAST = ("segments", "gathered", "dense")  # run any problem on a CPU
 BACKENDS = (*FAST, "reference")
@@ -334,6 +336,31 @@ def test_constant_indices_change_no_bit_whatever_the_experts(backend) -> None:
                 assert all(map(torch.equal, found, expected))
                 with torch.no_grad():
                     assert torch.equal(lowrank(**{**experts, "indices": promised}), expected[0])
+
+
+@pytest.mark.parametrize("cheapest", ["segments", "grouped", "gathered"])
+def test_constant_indices_serve_layers_that_differ(monkeypatch, cheapest) -> None:
+    """Which way a problem runs is kept with its indices: a layer next to it may be of another kind."""
+    monkeypatch.setattr(costs, "SMALL", 0)
+    monkeypatch.setattr(costs, "cheapest", lambda shape, rows, among: cheapest if cheapest in among else among[-1])
+    indices = torch.arange(4).repeat_interleave(4).unsqueeze(1)
+    promised = kernels.constant(indices.clone())
+    fields = {
+        "dtype": [torch.float32, torch.bfloat16, torch.float64], "width_in": [8, 5], "width_out": [8, 5],
+        "dropout": [0.0, 0.5], "run": [4, 1], "ranks": [(8,) * 4, (4,) * 5, (8, 8, 8, 4)],
+    }  # fmt: skip
+    asked = {"name": [None, "segments", "dense"], "batch_invariant": [False, True]}
+    usual = {name: values[0] for name, values in {**fields, **asked}.items()}
+    alike = [{**usual, name: value} for name, values in {**fields, **asked}.items() for value in values]
+    for change in (*alike, *reversed(alike)):
+        given = problem(rows=16 // change["run"], slots=1, **{name: change[name] for name in fields})
+        forced = change["name"] or change["batch_invariant"]
+        with adapter_backend(change["name"], batch_invariant=change["batch_invariant"]) if forced else nullcontext():
+            with torch.no_grad():
+                assert torch.equal(*(lowrank(**{**given, "indices": i}) for i in (promised, indices))), change
+            assert all(map(torch.equal, *(_gradients({**given, "indices": i}) for i in (promised, indices)))), change
+    with pytest.raises(ValueError, match="indices run from 0 to 3"):
+        lowrank(**{**problem(rows=16, slots=1, ranks=(8,) * 3), "indices": promised})
 
 
 @pytest.mark.parametrize("backend", ["segments", "gathered"])
