@@ -122,8 +122,31 @@ def _of_sequences(p: Problem, weight: Tensor, flat: Tensor | None) -> Tensor:
 
 def _mapped(p: Problem, rows: Tensor, flat: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(B, run, k * r)"""
-    z = torch.bmm(rows, _of_sequences(p, weight, flat).transpose(1, 2))
+    own = _of_sequences(p, weight, flat)
+    z = _Mapped.apply(rows, own) if torch.is_grad_enabled() else torch.bmm(rows, own.transpose(1, 2))
     return z if bias is None else z + _of_sequences(p, bias.unsqueeze(1), flat).transpose(1, 2)
+
+
+class _Mapped(torch.autograd.Function):
+    """rows (B, run, d) by the transposes of own (B, n, d).
+
+    The gradient of the second factor of `bmm` comes with its rows as columns, and that of `own` would be copied to
+    lie as `own` does: 4 % of a training call.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, own):
+        ctx.save_for_backward(rows, own)
+        return torch.bmm(rows, own.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, own = ctx.saved_tensors
+        of_rows, of_own = ctx.needs_input_grad
+        return (
+            torch.bmm(grad, own) if of_rows else None,
+            torch.bmm(grad.transpose(1, 2), rows) if of_own else None,
+        )
 
 
 def _shifts(p: Problem, factors: Tensor | None, flat: Tensor | None, none: Tensor | None) -> Tensor:

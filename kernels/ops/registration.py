@@ -135,7 +135,7 @@ def call(p: Problem, backend: str) -> Tensor:
     given: tuple[Any, ...] = p
     grad = torch.is_grad_enabled() and any(given[i] is not None and given[i].requires_grad for i in _FLOATS)
     if nobody_looks_on(p.x):
-        # With indices that many calls share, asked once for layers that are alike: it takes as long as a small product.
+        # Layers that share their indices and are alike ask once: it takes as long as a small product.
         x, width = p.x, p.up.shape[0]
         alike = (p.ranks, p.run, p.batch_invariant, p.dropout > 0, x.dtype, x.is_cpu, x.shape[1], width, backend, grad)
         return p.derived(("way", *alike), lambda: _way(p, backend, grad))(p)

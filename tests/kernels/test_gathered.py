@@ -102,6 +102,18 @@ def test_a_broken_row_touches_its_own_sequence_alone() -> None:
         assert torch.equal(down, before)
 
 
+def test_gradients_of_weights_lie_as_the_weights_do() -> None:
+    """That of the second factor of `bmm` does not, and would be copied."""
+    rows, own = (torch.randn(3, n, 4, dtype=torch.float64, requires_grad=True) for n in (6, 2))
+    of_rows, of_own = torch.autograd.grad(gathered._Mapped.apply(rows, own).sum(), (rows, own))
+    assert of_rows.is_contiguous()
+    assert of_own.is_contiguous()
+    for wanted in ((True, True), (True, False), (False, True)):
+        given = tuple(t.detach().requires_grad_(want) for t, want in zip((rows, own), wanted, strict=True))
+        assert torch.autograd.gradcheck(gathered._Mapped.apply, given)
+        assert torch.autograd.gradgradcheck(gathered._Mapped.apply, given)
+
+
 CHANGES: dict[str, dict] = {
     "rows that choose by themselves": {"run": 1},
     "dropout": {"dropout": 0.5, "seed": torch.tensor(3)},
