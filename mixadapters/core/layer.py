@@ -32,7 +32,25 @@ def refusal_of(adapter: nn.Module, known: bool) -> str | None:
     return None
 
 
-class AdapterHost(BaseTunerLayer):
+class ForeignVerbs:
+    """What PEFT and diffusers do to every tuner layer of a model, whoever owns it, and what is meant for LoRA."""
+
+    cast_input_dtype_enabled = True  # PEFT switches it off for a while; nothing here casts what a layer reads
+
+    def set_scale(self: Any, adapter_name: str, scale: float) -> None:
+        """Raises ValueError: the adapter is here, and is to have another scale than 1. Others are passed over."""
+        if adapter_name in self.adapters and scale != 1:
+            raise ValueError(
+                f"scale={scale} of adapter {adapter_name!r} at {self.path!r}: it has no scale that could be set. Set "
+                "those of LoRA alone, and disable this adapter to be without it"
+            )
+
+    def scale_layer(self, scale: float) -> None: ...
+
+    def unscale_layer(self, scale: float | None = None) -> None: ...
+
+
+class AdapterHost(ForeignVerbs, BaseTunerLayer):
     """Named adapters at one frozen module. `MixtureLayer` and `HookedLayer` say how they are attached.
 
     The adapters live in the attribute `<prefix>adapters`, so that keys read `<module>.<prefix>adapters.<name>.<...>`.
@@ -410,13 +428,6 @@ class HookedLayer(nn.Module, AdapterHost):
         if names and not self.context.hosted.intersection(names):
             return
         super().set_adapter(names, inference_mode=inference_mode)
-
-    # Called by diffusers on every tuner layer of a model, whoever owns it.
-    def set_scale(self, adapter_name: str, scale: float) -> None: ...
-
-    def scale_layer(self, scale: float) -> None: ...
-
-    def unscale_layer(self, scale: float | None = None) -> None: ...
 
 
 def _of_block(block: nn.Module, usual: tuple[Any, Any]) -> tuple[Any, Any]:

@@ -155,6 +155,14 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
                 module.eval()
         return self
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Raises NotImplementedError: PEFT's LoRA has this verb, and what is not linear has no sum of weights."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no add_weighted_adapter: the sum of experts' weights is no sum of what they "
+            "give. Let the rows of a batch name adapters (adapter_names), or have MoA mix trained ones "
+            "(MoAConfig(experts={'name': 'folder'}))"
+        )
+
     # --- saving, unloading ---------------------------------------------------------------------------
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

@@ -19,6 +19,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -901,3 +902,41 @@ def test_weights_of_eight_bits_are_merged(tiny: Any) -> None:
         host.adapters.to(torch.float8_e4m3fn)
     model.base_model.merge_adapter()
     assert all(host.merged for host in model.base_model.hosts())
+
+
+@every
+def test_peft_may_switch_off_what_it_casts(kind: str, tiny: Any, ids: Any) -> None:
+    """diffusers does so around each layer of a model under layerwise casting."""
+    model = wrap(tiny("llama"), config(kind))
+    before = logits(model, ids)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(logits(model, ids), before)
+    assert all(host.cast_input_dtype_enabled for host in model.base_model.hosts())
+
+
+@one_of_each
+def test_scales_of_lora_pass_over_adapters_and_are_refused_for_them(kind: str, tiny: Any, ids: Any) -> None:
+    model = wrap(tiny("llama"), config(kind))
+    before = logits(model, ids)
+    for host in model.base_model.hosts():
+        host.scale_layer(0.3)
+        host.unscale_layer(0.3)
+        host.unscale_layer()
+        host.set_scale("style", 0.3)
+        host.set_scale("default", 1.0)
+        with pytest.raises(ValueError, match=r"scale=0.3 of adapter 'default' at '.*': it has no scale"):
+            host.set_scale("default", 0.3)
+    assert torch.equal(logits(model, ids), before)
+    with (
+        pytest.raises(ValueError, match="only supported for models with `LoraLayer`s"),
+        rescale_adapter_scale(model, 2),
+    ):
+        pass
+
+
+@one_of_each
+def test_a_weighted_sum_of_adapters_is_refused_by_name(kind: str, tiny: Any) -> None:
+    model = wrap(tiny("llama"), config(kind))
+    with pytest.raises(NotImplementedError, match=r"Model has no add_weighted_adapter: .*adapter_names"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    assert list(model.peft_config) == ["default"]
