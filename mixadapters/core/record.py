@@ -56,6 +56,14 @@ class Record:
     # Of a call outside a forward: the layers that have run in it. When one comes again, another call has begun.
     alone: set[Any] | None = None
 
+    @classmethod
+    def of_pinned(cls, training: bool, held: dict[str, Any], **said: Any) -> Record:
+        """A record that knows the pinned fields, `held`, and no others: of a call outside a forward of the root.
+
+        said: other attributes.
+        """
+        return cls(training, torch.is_grad_enabled(), values=held, pinned=frozenset(held), **said)
+
     @property
     def attention_mask(self) -> Tensor | None:
         """(B, T) bool mask of the only, or the encoder's, stream."""
@@ -250,8 +258,7 @@ class Recording:
         record, held, grad = self.records.thread.record, self.records.held, torch.is_grad_enabled()
         same = record is not None and record.alone is not None and part not in record.alone and record.grad == grad
         if record is None or not same or not _is_same(record.values, held):
-            copies = self.records.thread.copies
-            record = Record(training, grad, values=held, pinned=frozenset(held), copies=copies, alone=set())
+            record = Record.of_pinned(training, held, copies=self.records.thread.copies, alone=set())
             self.enter(record)
         assert record.alone is not None
         first, stack = not record.alone, getattr(part, "stack", "")
