@@ -28,7 +28,7 @@ from mixadapters.core.bank import AdapterBank
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.layer import HookedLayer, MixtureLayer
 from mixadapters.core.mixture import Mixture
-from mixadapters.core.sites import Tap
+from mixadapters.core.taps import Tap
 from mixadapters.routers import DomainGate, SingleRouter
 from mixadapters.tuners.registration import peft_type
 

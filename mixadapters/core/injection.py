@@ -41,7 +41,8 @@ from mixadapters.core.saving import (
     outside_state,
     token_keys,
 )
-from mixadapters.core.sites import Tap, tokens_first
+from mixadapters.core.sites import tokens_first
+from mixadapters.core.taps import Tap
 from mixadapters.core.walking import outside_adapters
 
 

@@ -1,4 +1,4 @@
-"""Where each architecture keeps its sublayers: one table of module paths; and the hook that keeps a module's input.
+"""Where each architecture keeps its sublayers: one table of module paths, and what paths say of a module.
 
 A role is a regular expression for `re.fullmatch` against a module's path in any model, with or without a head. The
 rows say what the models of transformers 5.23 do; a test runs a small model of every one.
@@ -366,34 +366,3 @@ def hidden_size_of(config: Any) -> int | None:
     parts = (config, getattr(config, "text_config", None))
     values = (getattr(part, name, None) for part in parts for name in ("hidden_size", "d_model", "n_embd", "dim"))
     return next((value for value in values if value is not None), None)
-
-
-class Tap:
-    """Keeps what a module receives, for adapters that sit elsewhere: a permanent forward pre-hook.
-
-    The hook is a bound method, so copies and pickles of the model have their own taps on their own context.
-    """
-
-    def __init__(self, path: str, context: Any, turned: bool = False) -> None:
-        self.path = path
-        self.context = context
-        self.turned = turned
-
-    @classmethod
-    def attach(cls, module: nn.Module, path: str, context: Any, turned: bool = False) -> Tap:
-        """Keep the input of `module`, (B, T, d) or (N, d), in `context.record.taps[path]`; the same tap every time.
-
-        turned: the module reads (T, B, d).
-        """
-        for hook in module._forward_pre_hooks.values():
-            owner = getattr(hook, "__self__", None)
-            if isinstance(owner, cls) and owner.path == path and owner.context is context:
-                return owner
-        tap = cls(path, context, turned)
-        module.register_forward_pre_hook(tap.keep, with_kwargs=True)
-        return tap
-
-    def keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        read = args[0] if args else kwargs["hidden_states"]
-        record = self.context.record_at(self, training=module.training)
-        record.taps[self.path] = read.transpose(0, 1) if self.turned else read
