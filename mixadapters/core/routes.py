@@ -176,8 +176,7 @@ def pinned_routing(key: RoutingKey, rows: int, context: ForwardContext, stack: s
                 raise ValueError(
                     f"the route pinned at {key} has {name} for {part.shape[0]} rows, but this forward has {rows}"
                 )
-        moved: dict[str, Any] = {n: p.to(device) for n, p in pin._asdict().items() if isinstance(p, Tensor)}
-        return pin._replace(**moved)
+        return pin.to(device)
     stream = context.stream(stack)
     if pin.shape[0] == rows:
         indices = pin.reshape(rows, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ class Routing(NamedTuple):
 
     def __repr__(self) -> str:
         return brief(self)
+
+    def to(self, device: torch.device | str) -> Routing:
+        """The same on another device: layers of one model may lie on several."""
+        moved: dict[str, Any] = {n: part.to(device) for n, part in self._asdict().items() if isinstance(part, Tensor)}
+        return self._replace(**moved)
 
 
 class RoutingKey(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -109,11 +109,22 @@ def _of_peft(model: nn.Module) -> Iterator[tuple[str, Any]]:
                 waiting.append((f"{path}.{name}" if path else name, child))
 
 
-class OtherLayer:
-    """Tells a layer of PEFT's LoRA the adapter of each row, as PEFT tells it in a model of LoRA alone."""
+class _RowHook:
+    """A hook on a module of PEFT's, which reads there what adapter each row names; one for each context."""
 
-    def __init__(self, path: str, context: Any, stack: str) -> None:
-        self.path, self.context, self.stack = path, context, stack
+    def __init__(self, path: str, context: Any, model: nn.Module) -> None:
+        self.path, self.context = path, context
+        self.stack = media_part(plain_path(path), model)
+
+    @classmethod
+    def sits_on(cls, hooks: Mapping[int, Any], context: Any) -> bool:
+        """Whether one of this class and context is among the hooks of a module."""
+        owners = (getattr(hook, "__self__", None) for hook in hooks.values())
+        return any(isinstance(owner, cls) and owner.context is context for owner in owners)
+
+
+class OtherLayer(_RowHook):
+    """Tells a layer of PEFT's LoRA the adapter of each row, as PEFT tells it in a model of LoRA alone."""
 
     @classmethod
     def attach(cls, layer: Any, path: str, context: Any, model: nn.Module) -> None:
@@ -122,8 +133,7 @@ class OtherLayer:
         Raises:
             ValueError: adapters act there that cannot be told.
         """
-        owners = (getattr(hook, "__self__", None) for hook in layer._forward_pre_hooks.values())
-        if any(isinstance(owner, cls) and owner.context is context for owner in owners):
+        if cls.sits_on(layer._forward_pre_hooks, context):
             return
         if not hasattr(layer, "_mixed_batch_forward"):
             names = sorted(layer._all_available_adapter_names())
@@ -136,8 +146,7 @@ class OtherLayer:
                 f"{path!r} has adapters of another type, which a compiled model cannot prepare for adapter_names: "
                 "call the model with adapter_names once before it is compiled"
             )
-        stack = media_part(plain_path(path), model)
-        layer.register_forward_pre_hook(cls(path, context, stack).tell, with_kwargs=True)
+        layer.register_forward_pre_hook(cls(path, context, model).tell, with_kwargs=True)
 
     def tell(self, layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         names = self.context.records.names
@@ -152,28 +161,23 @@ class OtherLayer:
         return args, {**kwargs, "adapter_names": [order[number] for number in rows.tolist()]}
 
 
-class SavedModule:
+class SavedModule(_RowHook):
     """Rows of a mixed batch through a module that adapters have copies of (`modules_to_save`, tokens to train).
 
     A row uses the copy of the adapter that it names, or the base's module where that has none, as after `set_adapter`.
     """
 
-    def __init__(self, path: str, context: Any, stack: str) -> None:
-        self.path, self.context, self.stack = path, context, stack
-
     @classmethod
     def attach(cls, wrapper: AuxiliaryTrainingWrapper, path: str, context: Any, model: nn.Module) -> None:
         """Hook one up to `wrapper`, once."""
-        owners = (getattr(hook, "__self__", None) for hook in wrapper._forward_hooks.values())
-        if any(isinstance(owner, cls) and owner.context is context for owner in owners):
+        if cls.sits_on(wrapper._forward_hooks, context):
             return
         if torch.compiler.is_compiling():
             raise ValueError(
                 f"{path!r} is a module of several adapters, which a compiled model cannot prepare for adapter_names: "
                 "call the model with adapter_names once before it is compiled"
             )
-        stack = media_part(plain_path(path), model)
-        wrapper.register_forward_hook(cls(path, context, stack).mix, with_kwargs=True)
+        wrapper.register_forward_hook(cls(path, context, model).mix, with_kwargs=True)
 
     def mix(self, module: AuxiliaryTrainingWrapper, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         names = self.context.records.names

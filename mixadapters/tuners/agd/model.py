@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import inspect
 import warnings
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import nn
 
 from mixadapters.core.adapter import Site
 from mixadapters.core.files import being_loaded
+from mixadapters.core.hooks import names_of_arguments
 from mixadapters.core.layer import AdapterHost, HookedLayer
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.walking import outside_adapters
@@ -43,7 +43,7 @@ class AGDModel(MixtureModel):
         super().resolve(config, model_config)
         config.base_class = base
         if config.after_prompt is None:
-            tokens = "input_ids" in inspect.signature(type(self.model).forward).parameters
+            tokens = "input_ids" in names_of_arguments(self.model)
             made_here = being_loaded() is None  # files of an earlier version have no embedding for it
             config.after_prompt = tokens and config.kind == "film" and made_here
         self._read_conditions(config)
@@ -55,7 +55,7 @@ class AGDModel(MixtureModel):
 
     def _read_conditions(self, config: AGDConfig) -> None:
         """Fill in which arguments of the model's forward the adapters read, and how wide they are."""
-        arguments = inspect.signature(type(self.model).forward).parameters
+        arguments = names_of_arguments(self.model)
         widths = _widths_of_conditions(getattr(getattr(self.model, "config", None), "get", lambda name: None))
         if config.conditions is None:
             config.conditions = {"timestep": "timestep"} if "timestep" in arguments else {}
@@ -69,7 +69,7 @@ class AGDModel(MixtureModel):
             if argument.partition(".")[0] not in arguments:
                 raise ValueError(
                     f"conditions={config.conditions}: {type(self.model).__name__} takes no {argument!r}; it takes "
-                    f"{[a for a in arguments if a != 'self']}"
+                    f"{list(arguments)}"
                 )
             size = {"class": "num_classes", "prompt": "prompt_width", "pooled": "pooled_width"}.get(name)
             if size is not None and getattr(config, size) is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mixadapters.core.hooks import root_of
+from mixadapters.core.hooks import names_of_arguments, root_of
 from mixadapters.tuners.agd.calls import model_arguments
 from mixadapters.tuners.agd.guidance import nested
 from mixadapters.tuners.agd.storage import INDEX, read_index, read_shards
@@ -114,7 +113,7 @@ class TrajectoryCollator:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = root_of(model)
-        self.first = list(inspect.signature(type(self.model).forward).parameters)[1]
+        self.first = names_of_arguments(self.model)[0]
 
     def __call__(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
         batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}

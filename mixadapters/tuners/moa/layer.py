@@ -66,7 +66,7 @@ class FollowRouter(Router):
                 f"{given.shape[0]}: use router_scope='module'"
             )
         self._refuse_reentrant(routing, context)
-        return routing if given is None or given.device == tokens.device else _moved(routing, tokens.device)
+        return routing if given is None or given.device == tokens.device else routing.to(tokens.device)
 
     def _refuse_reentrant(self, routing: Routing, context: ForwardContext) -> None:
         """Where another layer's routing has lost its graph, the router would silently not learn from this layer."""
@@ -79,14 +79,6 @@ class FollowRouter(Router):
                 f"reentrant activation checkpointing cuts {self.path!r} off from the router that it shares with "
                 f"{self.key.path!r}: pass gradient_checkpointing_kwargs={{'use_reentrant': False}}"
             )
-
-
-def _moved(routing: Routing, device: torch.device) -> Routing:
-    """On another device, for models that lie on several."""
-    tensors: dict[str, Any] = {
-        name: value.to(device) for name, value in routing._asdict().items() if isinstance(value, Tensor)
-    }
-    return routing._replace(**tensors)
 
 
 class ExpertMixture(Mixture):

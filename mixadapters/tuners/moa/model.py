@@ -240,13 +240,10 @@ class MoAModel(ExpertOverriding, ExpertCutting):
         options = cls.among(options, experts, everyone)
         if "k" in options:
             options["k"] = self.chosen(config, len(experts) + options.get("null_arms", cls.usual_null_arms))
-        defaults: dict[str, Any] = {"first": first} if first is not None and getattr(cls, "shares", False) else {}
-        base: Any = getattr(self.model, "config", None)
-        text = base.get_text_config() if hasattr(base, "get_text_config") else base
-        vocabulary = getattr(text, "vocab_size", None)
-        defaults |= {} if vocabulary is None else {"vocab_size": vocabulary}
+        vocabulary = self._known_tokens()
+        defaults = {} if vocabulary is None else {"vocab_size": vocabulary}
         assert isinstance(config.router, dict)
-        return build_router({"kind": config.router["kind"], **options}, width, experts, **defaults)
+        return build_router({"kind": config.router["kind"], **options}, width, experts, first=first, **defaults)
 
     def chosen(self, config: MoAConfig, arms: int) -> int:
         """How many of `arms` a token uses: layers may have fewer experts than the config asks for."""

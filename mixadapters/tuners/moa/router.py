@@ -61,10 +61,14 @@ def router_spec(config: Any) -> tuple[type[Router], dict[str, Any]]:
 def router_in_words(config: Any) -> list[str]:
     """The router for a model card: its name, its options, and for how many layers it decides once."""
     _, options = router_spec(config)
-    kind = GATHERED if config.router is None else config.router["kind"]
     said = [f"{name}={value!r}" for name, value in options.items() if (name, value) != ("k", None)]
     everyone = ["all experts"] if options.get("k", 0) is None else []
-    return [kind, *everyone, *said, f"router_scope={config.router_scope!r}"]
+    return [_kind_of(config), *everyone, *said, f"router_scope={config.router_scope!r}"]
+
+
+def _kind_of(config: Any) -> str:
+    """The name of the router, also while the config of gathered LoRA names none."""
+    return GATHERED if config.router is None else config.router["kind"]
 
 
 def says_granularity(config: Any) -> bool:
@@ -83,11 +87,10 @@ def spelled_out(config: Any) -> dict[str, Any]:
 def check_scope(config: Any, cls: type[Router]) -> None:
     """Raise ValueError if a router of this class cannot decide for as many layers as the config's `router_scope`."""
     if config.router_scope not in cls.scopes:
-        kind = GATHERED if config.router is None else config.router["kind"]
         by = "by what each layer's experts hold" if "module" in cls.scopes else "once for all layers"
         raise ValueError(
-            f"router_scope={config.router_scope!r} does not go with router {kind!r}, which decides {by}; use "
-            f"router_scope={sorted(cls.scopes)[0]!r}"
+            f"router_scope={config.router_scope!r} does not go with router {_kind_of(config)!r}, which decides {by}; "
+            f"use router_scope={sorted(cls.scopes)[0]!r}"
         )
 
 

@@ -215,8 +215,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
                 mixture.stands.pop(piece, None)
                 if piece in mixture.bank.experts:
                     mixture.bank.remove(piece)
-            if nulls := getattr(mixture.router, "null_arms", 0) - config.num_null_experts:
-                config.null_arms[path] = nulls
+            _note_null_arms(config, path, mixture.router)
             if len(mixture.bank.names) == mixture.shared:
                 self._take_out(adapter_name, path)
                 config.null_arms.pop(path, None)
@@ -252,8 +251,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         config = self._moa(adapter_name)
         for path, router in self._leaders(adapter_name).items():
             config.null_arms.pop(path, None)
-            if nulls := getattr(router, "null_arms", 0) - config.num_null_experts:
-                config.null_arms[path] = nulls
+            _note_null_arms(config, path, router)
 
     def _settle(self, adapter_name: str) -> None:
         """Number everything anew, and train what the stage trains."""
@@ -272,6 +270,12 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         """As many experts per token as a router with so many arms has when it is loaded."""
         if getattr(router, "k", None) is not None and "k" in router.scheduled:
             router.set_option("k", self.chosen(config, arms))
+
+
+def _note_null_arms(config: MoAConfig, path: str, router: Any) -> None:
+    """Have the config say how many null arms removed experts have left in the router at `path`, if any."""
+    if left := getattr(router, "null_arms", 0) - config.num_null_experts:
+        config.null_arms[path] = left
 
 
 def _refuse_other_leaders(plan: Any, before: dict[str, Any]) -> None:

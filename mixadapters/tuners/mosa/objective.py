@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixadapters.core.hooks import names_of_arguments
 from mixadapters.core.joining import predicts_next
 from mixadapters.core.media import refuse_uneven
 from mixadapters.core.sites import has_two_stacks
@@ -48,7 +48,7 @@ class ConsistencyObjective:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        self.names = names_of_arguments(model)
         self.adapters: dict[str, tuple[AdapterHost, MoSAConfig]] = {}  # by name: a layer that holds it, its config
 
     def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -128,7 +128,8 @@ class Pair:
     ) -> None:
         self.first, self.second, self.ignored = first.float(), second.float(), ignored
         # A model on several devices may give its logits elsewhere than it takes its inputs.
-        self.target, self.valid = (part if part is None else part.to(first.device) for part in (target, valid))
+        self.target = None if target is None else target.to(first.device)
+        self.valid = None if valid is None else valid.to(first.device)
 
     @classmethod
     def of(cls, context: ForwardContext, logits: Tensor, target: Tensor | None, ignored: int, *, shift: bool) -> Pair:
