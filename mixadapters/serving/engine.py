@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -15,23 +14,27 @@ from uuid import uuid4
 
 import torch
 from torch import nn
-from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.fields import check_integer, finite
 from mixadapters.core.hooks import root_of
 from mixadapters.core.rows import BASE, RowNames
 from mixadapters.core.streams import PackedRequests, RequestMemory
 from mixadapters.serving.adapters import ServedAdapters
 from mixadapters.serving.manager import ServingManager
 from mixadapters.serving.requests import AdapterUnreadable, Request, ServerBusy, ServerStopped, WrongArgument
-from mixadapters.serving.scheduler import SCHEDULERS
+from mixadapters.serving.settings import (
+    batching_settings,
+    check_numbers,
+    check_sizes,
+    generation_settings,
+    new_tokens,
+    sampling_options,
+    stops_of,
+)
 
 logger = logging.getLogger(__name__)
 AUTO = "auto"  # the name by which a request leaves the choice of its adapter to the router
-NEW_TOKENS = 256  # of a request that does not say how many
-COLDEST = 1e-3  # temperature of a request that samples: logits over a smaller one leave what a float holds
 PATIENCE = 0.5  # seconds that a request waits for room for its adapter while later ones go before it
 
 
@@ -65,7 +68,9 @@ class StepWork:
 
         Others may go before one whose adapter finds none, but not for long: they keep theirs in use.
         """
-        now, ready, broken, blocked = time.monotonic(), [], [], False
+        now, blocked = time.monotonic(), False
+        ready: list[tuple[Request, dict[str, Any]]] = []
+        broken: list[tuple[Request, Exception]] = []
         kept: deque[tuple[Request, dict[str, Any]]] = deque()
         with self._lock:
             for request, options in self._waiting:
@@ -323,8 +328,8 @@ class AdapterServer(StepWork):
             ServerStopped: it does not run.
         """
         ids = self._ids(prompt)
-        check_numbers(self, deadline, temperature, top_p)
-        max_new_tokens = new_tokens(self, len(ids), max_new_tokens)
+        check_numbers(self.sampling, deadline, temperature, top_p)
+        max_new_tokens = new_tokens(self.model, self.capacity, len(ids), max_new_tokens)
         if adapter == AUTO and self.router is not None:
             adapter = self._choose(ids)
         request = Request(
@@ -341,7 +346,7 @@ class AdapterServer(StepWork):
                 )
             self.adapters.hold(adapter)
             self._live[request.request_id] = request
-            self._waiting.append((request, sampling_options(self, temperature, top_p) if self.sampling else {}))
+            self._waiting.append((request, sampling_options(self.model, temperature, top_p) if self.sampling else {}))
             self._wake()
         return request
 
@@ -406,94 +411,3 @@ class AdapterServer(StepWork):
     def unload(self, name: str) -> bool:
         """As `ServedAdapters.unload`."""
         return self.adapters.unload(name)
-
-
-def check_sizes(sizes: dict[str, Any]) -> None:
-    """Refuse sizes of a server that are no positive integers, or too small for each other."""
-    for name, size in sizes.items():
-        check_integer(name, size, least=1)
-    page_size, cache_tokens = sizes["page_size"], sizes["cache_tokens"]
-    if page_size < 4 or cache_tokens < page_size:
-        raise ValueError(f"page_size={page_size} must be 4 or more, and cache_tokens={cache_tokens} hold a page")
-
-
-def batching_settings(
-    sizes: dict[str, Any], share_prefixes: bool, sampling: bool, scheduler: str
-) -> ContinuousBatchingConfig:
-    if scheduler not in SCHEDULERS:
-        raise ValueError(f"scheduler={scheduler!r} must be one of {list(SCHEDULERS)}")
-    return ContinuousBatchingConfig(
-        page_size=sizes["page_size"],
-        num_blocks=sizes["cache_tokens"] // sizes["page_size"],
-        max_batch_tokens=sizes["max_batch_tokens"],
-        max_requests_per_batch=min(sizes["max_running"], sizes["max_batch_tokens"]),
-        allow_block_sharing=share_prefixes,
-        per_request_processors=sampling,
-        scheduler_type=SCHEDULERS[scheduler],
-        # A graph that is replayed, or compiled, would have the adapters of the step that it was made in.
-        use_cuda_graph=False,
-        use_async_batching=False,
-    )
-
-
-def generation_settings(model: Any, sampling: bool) -> GenerationConfig:
-    """What all requests share: the ids that end a text, and whether a step samples.
-
-    transformers makes the parts that read a request's own numbers only where the shared ones are not neutral.
-    """
-    own = model.generation_config
-    ends = own.eos_token_id if own.eos_token_id is not None else -1
-    settings = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=own.pad_token_id)
-    if sampling:
-        settings.update(do_sample=True, temperature=0.5, top_k=1, top_p=0.5)
-    return settings
-
-
-def stops_of(settings: GenerationConfig) -> list[int]:
-    ends = settings.eos_token_id
-    return [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None and end >= 0]
-
-
-def sampling_options(server: AdapterServer, temperature: float | None, top_p: float) -> dict[str, Any]:
-    """A request's own numbers; greedy requests draw among one token."""
-    if not temperature:
-        return {"temperature": 1.0, "top_k": 1, "top_p": 1.0}
-    size = server.model.config.get_text_config().vocab_size
-    return {"temperature": float(temperature), "top_k": size, "top_p": float(top_p)}
-
-
-def new_tokens(server: AdapterServer, prompt: int, wanted: int | None) -> int:
-    """How many tokens a request generates at most. Raises ValueError where there is no room for them."""
-    if wanted is not None:
-        check_integer("max_new_tokens", wanted, least=1)
-    positions = getattr(server.model.config.get_text_config(), "max_position_embeddings", None) or server.capacity
-    most = min(server.capacity, positions)
-    room = f"the {most} tokens of a request (positions of the model: {positions}, cache_tokens: {server.capacity})"
-    if prompt >= most:
-        raise WrongArgument("prompt", f"a prompt of {prompt} tokens leaves none to generate of {room}: shorten it")
-    if wanted is not None and prompt + wanted > most:
-        raise WrongArgument(
-            "max_new_tokens",
-            f"a prompt of {prompt} tokens and max_new_tokens={wanted} are more than {room}: ask for at most "
-            f"{most - prompt}, or shorten the prompt",
-        )
-    return wanted or min(NEW_TOKENS, most - prompt)
-
-
-def check_numbers(server: AdapterServer, deadline: Any, temperature: Any, top_p: Any) -> None:
-    """Raises ValueError for numbers that a request cannot have."""
-    if deadline is not None and not _number(deadline, above=0.0):
-        raise WrongArgument("deadline", f"deadline={deadline!r} must be seconds above 0, or None")
-    if temperature is not None and not (_number(temperature) and (temperature == 0 or temperature >= COLDEST)):
-        raise WrongArgument("temperature", f"temperature={temperature!r} must be 0, or {COLDEST} or more")
-    if not _number(top_p, above=0.0) or top_p > 1:
-        raise WrongArgument("top_p", f"top_p={top_p!r} must be above 0 and at most 1")
-    if temperature and not server.sampling:
-        raise WrongArgument(
-            "temperature",
-            f"temperature={temperature}: this server is greedy; start it with sampling=True (--sampling)",
-        )
-
-
-def _number(value: Any, above: float = -math.inf) -> bool:
-    return finite(value) and value > above
