@@ -163,6 +163,13 @@ def test_code_of_the_readme_ends_in_what_it_promises(offline, tmp_path) -> None:
     run_alone("README.md", "import mixadapters  #")
 
 
+def test_surgery_prints_what_its_page_says(offline, capsys) -> None:
+    _, _, code = BLOCKS["docs/surgery.md"][0]
+    exec(compile(code, "docs/surgery.md", "exec", dont_inherit=True), {"__name__": "__main__"})
+    first = capsys.readouterr().out.splitlines()[0]
+    assert f"\n    {first}\n" in PAGES["docs/surgery.md"]
+
+
 def test_code_of_the_two_stages_ends_in_what_it_promises(offline, tmp_path) -> None:
     names = run_page("docs/two-stages.md")
     for folder in ("biomed", "reviews", "abstracts"):
