@@ -18,7 +18,7 @@ from mixadapters.tasks.sources import Example
 
 def predict(method: str, task: Task, train: Sequence[Example], test: Sequence[Example]) -> list[Any]:
     """Predictions for `test` by "majority" or "tfidf"."""
-    return (majority if method == "majority" else tfidf)(task, train, test)
+    return majority(task, train, test) if method == "majority" else tfidf(task, train, test)
 
 
 def majority(task: Task, train: Sequence[Example], test: Sequence[Example]) -> list[Any]:

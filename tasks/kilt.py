@@ -42,7 +42,7 @@ def rouge_l(prediction: str, answer: str) -> float:
     collected; recall and precision are their number over the distinct words of answer and prediction. Blanks between
     full stops are a sentence of one empty word there, which counts.
     """
-    said, right = ([s.split() or [""] for s in text.strip().split(".") if s] for text in (prediction, answer))
+    said, right = _sentences(prediction), _sentences(answer)
     if not said or not right:
         return 0.0
     common = {word for one, other in product(right, said) for word in common_subsequence(one, other)}
@@ -51,6 +51,11 @@ def rouge_l(prediction: str, answer: str) -> float:
     recall = len(common) / len({w for s in right for w in s})
     precision = len(common) / len({w for s in said for w in s})
     return 2 * precision * recall / (precision + recall)
+
+
+def _sentences(text: str) -> list[list[str]]:
+    """The words of each sentence of a text."""
+    return [sentence.split() or [""] for sentence in text.strip().split(".") if sentence]
 
 
 def common_subsequence(a: Sequence[str], b: Sequence[str]) -> list[str]:

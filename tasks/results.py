@@ -91,7 +91,7 @@ def save_result(file: Path, result: dict[str, Any]) -> None:
         ) from error
 
 
-def check_folder(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Raises ValueError: results cannot go there. The folder is made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

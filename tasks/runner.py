@@ -32,7 +32,7 @@ from mixadapters.tasks.models import Base
 from mixadapters.tasks.protocols import VERSION, Rows, select
 from mixadapters.tasks.provenance import FORMAT, fingerprint, provenance
 from mixadapters.tasks.registry import TASKS, Task, get_task
-from mixadapters.tasks.results import check_folder, made_here, read_result, save_result
+from mixadapters.tasks.results import check_writable, made_here, read_result, save_result
 from mixadapters.tasks.run_arguments import RunArguments
 from mixadapters.tasks.sources import Example, NotThere, check_source, read_task
 
@@ -88,10 +88,10 @@ class Runner:
         if not self.args.keep_going:
             for name in self.args.tasks:
                 self._check(get_task(name))
-        check_folder(self.out)
+        check_writable(self.out)
         for name in (*self.args.tasks, "domains", "trainer"):
             if os.path.lexists(self.out / name):
-                check_folder(self.out / name)
+                check_writable(self.out / name)
         for name in self.args.tasks:
             self._guard(partial(self._task, get_task(name)), name)
         return self.failed

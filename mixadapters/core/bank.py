@@ -33,7 +33,8 @@ class Weights(NamedTuple):
     def tensors(self) -> Iterator[Tensor]:
         """All of them, those of the norm included."""
         for part in self:
-            yield from (t for t in (part if isinstance(part, tuple) else (part,)) if isinstance(t, Tensor))
+            inside = part if isinstance(part, tuple) else (part,)
+            yield from (tensor for tensor in inside if isinstance(tensor, Tensor))
 
 
 class Scale(nn.Module):

@@ -238,12 +238,6 @@ def refuse_unknown(cls: type, given: dict[str, Any]) -> None:
             )
 
 
-def one_of(name: str, value: object, choices: Any) -> None:
-    """Raise ValueError if the field `name` has a value that is not among `choices`."""
-    if value not in list(choices):  # a dict would hash the value
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {list(choices)}.{nearest(str(value), choices)}")
-
-
 def refuse_no_scale(scale: Any) -> None:
     """Raise ValueError for a factor of 0 on what adapters add: nothing would be added, and nothing train."""
     if scale == 0:

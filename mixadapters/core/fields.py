@@ -109,6 +109,12 @@ def check_fits(name: str, value: Any, hint: Any) -> None:
         raise ValueError(f"{name}={_shown(value)} must be {_words(hint)}{_size_of(value)}")
 
 
+def one_of(name: str, value: object, choices: Any) -> None:
+    """Raises ValueError where the value of an argument is not among `choices`."""
+    if value not in list(choices):  # a dict would hash the value
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {list(choices)}.{nearest(str(value), choices)}")
+
+
 def check_switches(**switches: Any) -> None:
     """Raises ValueError where an argument is neither True nor False: any other value would count as one of them."""
     for name, value in switches.items():
@@ -171,7 +177,9 @@ def _numbers(value: Any) -> Iterator[int | float]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    return (s for s in ((value,) if isinstance(value, str) else value or ()) if isinstance(s, str))
+    """A string, or those in a list, a set or the keys of a dict."""
+    inside = (value,) if isinstance(value, str) else value or ()
+    return (one for one in inside if isinstance(one, str))
 
 
 def _message(field: Field[Any], value: Any, hint: Any) -> str:
@@ -197,8 +205,10 @@ def _shown(value: Any) -> str:
 
 
 def _holds_larger(value: Any) -> bool:
-    if isinstance(value, (list, tuple, set, dict)):
-        return any(_holds_larger(item) for item in (value.values() if isinstance(value, dict) else value))
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple, set)):
+        return any(_holds_larger(item) for item in value)
     return isinstance(value, int) and abs(value) > LARGEST
 
 

@@ -106,9 +106,8 @@ class AdapterHost(ForeignVerbs, BaseTunerLayer):
 
     def by_request(self, name: str) -> bool:
         """Whether the adapter of this name keeps something of earlier tokens of a request (`RequestMemory`)."""
-        return name in self.adapters and any(
-            getattr(part, "by_request", False) for part in self.adapters[name].modules()
-        )
+        parts = self.adapters[name].modules() if name in self.adapters else ()
+        return any(getattr(part, "by_request", False) for part in parts)
 
     def add(self, name: str, adapter: Adapter, *, inference_mode: bool = False) -> None:
         self.adapters[name] = adapter
@@ -205,7 +204,8 @@ class AdapterHost(ForeignVerbs, BaseTunerLayer):
         if self not in kept:
             # Processes meet in one order; else the op may read weights as they are packed, where each row has its own.
             asked = dict.fromkeys([*named, *joining])
-            mine = [n for n in (self.adapters if several() else asked) if n in asked and n in self.adapters]
+            order = self.adapters if several() else asked
+            mine = [name for name in order if name in asked and name in self.adapters]
             place = {name: i for i, name in enumerate(mine)}
             owner = [place.get(name, -1) for name in named]
             kept[self] = MixedBatch([self.adapters[name] for name in mine], owner, self.stack)

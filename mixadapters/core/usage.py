@@ -54,9 +54,9 @@ class Usage:
 
     def on_cpu(self) -> Usage:
         copy = Usage(self.arms)
-        copy.weight, copy.entropy, copy.count = (
-            torch.as_tensor(value).cpu() for value in (self.weight, self.entropy, self.count)
-        )
+        copy.weight = torch.as_tensor(self.weight).cpu()
+        copy.entropy = torch.as_tensor(self.entropy).cpu()
+        copy.count = torch.as_tensor(self.count).cpu()
         copy.chosen = None if self.chosen is None else self.chosen.cpu()
         return copy
 

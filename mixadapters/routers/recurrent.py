@@ -61,7 +61,8 @@ class RecurrentRouter(Router):
         self.width, self.normalize = width, normalize
         self.projection = nn.Linear(in_features, width)
         self.__dict__["first"] = first  # no child: its cell lies there, once
-        self.cell = None if first is not None else (nn.GRUCell if cell == "gru" else nn.RNNCell)(width, width)
+        kind_of_cell = nn.GRUCell if cell == "gru" else nn.RNNCell
+        self.cell = kind_of_cell(width, width) if first is None else None
         self.chain = ""
 
     @classmethod

@@ -290,7 +290,9 @@ class ServedAdapters:
 
     def _enlist(self, name: str, remembers: bool, source: Source | None) -> None:
         with self._lock:
-            (self._remembering.add if remembers else self._remembering.discard)(name)
+            self._remembering.discard(name)
+            if remembers:
+                self._remembering.add(name)
             self._served[name] = source
             self._versions[name] += 1
 

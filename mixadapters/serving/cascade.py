@@ -345,7 +345,6 @@ def _replaced(sequences: Tensor, rows: Tensor, better: Tensor, pad: int | None) 
     length = max(sequences.shape[1], better.shape[1])
     if sequences.shape[1] != better.shape[1] and pad is None:
         raise ValueError("answers have different lengths, and pad_token_id=None: pass one")
-    whole, others = (
-        nn.functional.pad(part, (0, length - part.shape[1]), value=pad or 0) for part in (sequences, better)
-    )
+    whole = nn.functional.pad(sequences, (0, length - sequences.shape[1]), value=pad or 0)
+    others = nn.functional.pad(better, (0, length - better.shape[1]), value=pad or 0)
     return whole.index_copy(0, rows.nonzero()[:, 0], others.to(whole))

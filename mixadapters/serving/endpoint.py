@@ -257,9 +257,8 @@ class Endpoint:
         for request in requests:
             found = [piece async for piece in pieces(request, self.server.tokenizer, stops, http, answer)]
             choices.append(("".join(text for text, _ in found), found[-1][1] or "stop"))
-        prompt, generated = (
-            sum(map(len, lists)) for lists in zip(*((r.prompt, r.tokens) for r in requests), strict=True)
-        )
+        prompt = sum(len(request.prompt) for request in requests)
+        generated = sum(len(request.tokens) for request in requests)
         return answer.completion(choices, usage_of(prompt, generated))
 
     async def _events(

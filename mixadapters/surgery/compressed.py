@@ -22,8 +22,7 @@ from peft.utils import CONFIG_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mixadapters.core.config import one_of
-from mixadapters.core.fields import check_kind
+from mixadapters.core.fields import check_kind, one_of
 from mixadapters.core.files import digest_of, read_config, weights_of
 from mixadapters.core.folders import check_folder, folder_aside, new_folder
 from mixadapters.surgery.choices import CODECS

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.bank import Weights
-from mixadapters.core.config import one_of
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import check_integer, check_number, check_share, check_switches
+from mixadapters.core.fields import check_integer, check_number, check_share, check_switches, one_of
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.surgery.choices import CODECS, COMPRESSIONS, ROUNDINGS, SCALES
 from mixadapters.surgery.layers import ExpertLayer, Routed

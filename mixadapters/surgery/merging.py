@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixadapters.core.bank import Weights, norm_folded
-from mixadapters.core.config import one_of
-from mixadapters.core.fields import check_integer, check_switches
+from mixadapters.core.fields import check_integer, check_switches, one_of
 from mixadapters.core.registry import nearest
 from mixadapters.routers.permutation import assignment
 from mixadapters.surgery.choices import (

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixadapters.core.config import one_of
-from mixadapters.core.fields import check_integer, check_kind, check_switches
+from mixadapters.core.fields import check_integer, check_kind, check_switches, one_of
 from mixadapters.surgery.choices import CRITERIA, SCOPES, Criterion, Scope
 from mixadapters.surgery.layers import ExpertLayer, expert_layers, require_layers
 from mixadapters.surgery.layouts import settle_config

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixadapters.core.bank import Weights
-from mixadapters.core.config import one_of
+from mixadapters.core.fields import one_of
 from mixadapters.surgery.choices import CODECS, ROUNDINGS, SCALES
 from mixadapters.surgery.codec import EncodedRows, PackedRows, decode, encode, pack, unpack
 from mixadapters.surgery.function import hidden_of, read_by
@@ -69,9 +69,9 @@ def levels_of(rows: Tensor, scale: str = "minmax") -> Tensor:
         low, high = rows.amin(1).clamp_max(0), rows.amax(1).clamp_min(0)
     else:
         large = rows.abs() > LARGE * rows.abs().mean(1, keepdim=True)
-        low, high = (
-            (rows * part).sum(1) / part.sum(1).clamp_min(1) for part in (large & (rows < 0), large & (rows > 0))
-        )
+        below, above = large & (rows < 0), large & (rows > 0)
+        low = (rows * below).sum(1) / below.sum(1).clamp_min(1)
+        high = (rows * above).sum(1) / above.sum(1).clamp_min(1)
     return torch.stack([low, high], 1).to(torch.bfloat16).to(rows.dtype)
 
 

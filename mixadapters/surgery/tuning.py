@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixadapters.core.config import one_of
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import check_kind, finite
+from mixadapters.core.fields import check_kind, finite, one_of
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import Routing, chosen_experts

@@ -171,9 +171,8 @@ class LayerUsage:
 
     def refuse_broken(self, key: str) -> None:
         """Raise ValueError where what was recorded is no finite number. key: of the layer, for the message."""
-        if not all(bool(t.isfinite().all()) for t in (self.mass, self.saliency, self.entropy)) or bool(
-            self.logits.isnan().any()
-        ):
+        sums = all(bool(t.isfinite().all()) for t in (self.mass, self.saliency, self.entropy))
+        if not sums or bool(self.logits.isnan().any()):
             raise ValueError(
                 f"the usage of {key!r} holds NaN or infinite values, which the model has computed: an expert, "
                 "its router or a layer before has broken weights, or overflows its dtype; mend that and record anew"

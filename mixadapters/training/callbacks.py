@@ -68,7 +68,7 @@ class StageCallback(OfAdapter, RunCallback):
         check_stage(stage)
         self.stage, self.domain = stage, domain
         self.is_for(adapter_name)
-        self.noted = stage if domain is None else f"{stage} {domain}"  # in checkpoints
+        self.noted = stage_in_words(stage, domain)  # in checkpoints
         such = "such as [PreservationObjective()] of mixadapters.training.objectives"
         check_kind("objectives", objectives, (list, tuple), f"a list of objectives, {such}")
         self.objectives, self.check_head = list(objectives), check_head
@@ -177,9 +177,8 @@ class StageCallback(OfAdapter, RunCallback):
             )
         if (now, domain) != (self.stage, self.domain):
             raise ValueError(
-                f"the model has been set to stage={now if domain is None else f'{now} {domain}'!r} since this Trainer "
-                f"was made for stage={self.noted!r}; make "
-                "the Trainer of a stage when the run before it has ended"
+                f"the model has been set to stage={stage_in_words(now, domain)!r} since this Trainer was made for "
+                f"stage={self.noted!r}; make the Trainer of a stage when the run before it has ended"
             )
         if self.resumed is None and state.global_step:  # a Trainer whose `train` does not call that of transformers
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
@@ -236,6 +235,11 @@ class StageCallback(OfAdapter, RunCallback):
         context.loss_scale = None
         context.steps.ended(self.adapter_name)
         self.resumed = None
+
+
+def stage_in_words(stage: Any, domain: str | None) -> Any:
+    """A stage as checkpoints and messages name it: with the domain that trains alone, if one does."""
+    return stage if domain is None else f"{stage} {domain}"
 
 
 def check_stage(stage: Any) -> None:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mixadapters.core.config import one_of
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import check_integer, check_kind, check_number
+from mixadapters.core.fields import check_integer, check_kind, check_number, one_of
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.routing import RoutingKey

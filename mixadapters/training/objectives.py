@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixadapters.core.config import one_of
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import check_number
+from mixadapters.core.fields import check_number, one_of
 from mixadapters.core.processes import gathered
 
 if TYPE_CHECKING:

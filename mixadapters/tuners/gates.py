@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixadapters.core.config import one_of
 from mixadapters.core.context import ROUTES, ForwardContext
 from mixadapters.core.evaluation import in_evaluation
-from mixadapters.core.fields import check_integer
+from mixadapters.core.fields import check_integer, one_of
 from mixadapters.core.inspection import RoutingVerbs
 from mixadapters.core.media import reads_media
 from mixadapters.core.names import UNNAMED, of_active

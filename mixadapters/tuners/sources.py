@@ -77,7 +77,7 @@ def _refuse_newer(cls: type[PeftConfig], config: Mapping[str, Any]) -> None:
             )
 
 
-def check_folder(verb: str, folder: Any) -> None:
+def check_new_folder(verb: str, folder: Any) -> None:
     """Refuse what is no path of a folder to write to, or holds something, such as what was gathered."""
     if not isinstance(folder, (str, os.PathLike)) or Path(folder).is_file():
         raise ValueError(f"{verb}: folder={folder!r} is no folder; give the path of a new one")

@@ -13,7 +13,7 @@ import pytest
 from mixadapters.tasks import __main__ as cli
 from mixadapters.tasks import results as results_module
 from mixadapters.tasks.report import read_results
-from mixadapters.tasks.results import check_folder, made_here, read_result, save_result, write_whole
+from mixadapters.tasks.results import check_writable, made_here, read_result, save_result, write_whole
 
 RESULT = {
     "format": 1, "task": "imdb", "method": "lora", "seed": 0, "protocol": {"task": "imdb", "shots": 4, "draw": 2},
@@ -225,11 +225,11 @@ def test_a_result_that_finds_no_room_anywhere_is_printed(tmp_path, monkeypatch, 
 
 
 def test_a_folder_that_takes_no_files_is_refused(tmp_path, monkeypatch) -> None:
-    check_folder(tmp_path / "a" / "b")
+    check_writable(tmp_path / "a" / "b")
     assert not list((tmp_path / "a" / "b").iterdir())
     (tmp_path / "a" / "writable").write_text("mine")
-    check_folder(tmp_path / "a")
+    check_writable(tmp_path / "a")
     assert (tmp_path / "a" / "writable").read_text() == "mine"
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ValueError, match=r"--out .*c must be a folder that can be written to: .*No space left"):
-        check_folder(tmp_path / "c")
+        check_writable(tmp_path / "c")

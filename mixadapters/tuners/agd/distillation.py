@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixadapters.core.config import one_of
 from mixadapters.core.context import ForwardContext
-from mixadapters.core.fields import check_number, finite
+from mixadapters.core.fields import check_number, finite, one_of
 from mixadapters.core.media import generates_beside_media
 from mixadapters.core.numbers import real_numbers
 from mixadapters.tuners.agd.calls import timestep_factor
@@ -77,10 +76,9 @@ class GuidanceDistillation:
         if values.get("guidance_scale") is None:
             raise ValueError("the batch has no guidance_scale, so there is nothing to distil")
         prediction = prediction_of(output).float()
-        scale, timestep = (
-            real_numbers(name, held[name], prediction.device).expand(len(prediction))
-            for name, held in (("guidance_scale", values), ("timestep", inputs))
-        )
+        rows, device = len(prediction), prediction.device
+        scale = real_numbers("guidance_scale", values["guidance_scale"], device).expand(rows)
+        timestep = real_numbers("timestep", inputs["timestep"], device).expand(rows)
         target = values.get("target")
         if target is None:
             target = self._target(module, inputs, values["unconditional"], scale, timestep)
@@ -254,13 +252,16 @@ def guided_log_probabilities(
     kept, seen = real & ~prompt | _last(prompt), seen or {}
     types = {n: v for n, v in seen.items() if n.endswith("token_type_ids")}  # Molmo2 wants them in training
     without = {} if isinstance(module, nn.Module) and ForwardContext.find(module) is None else BASE
-    conditional, unconditional = (
-        module(
-            input_ids=tokens, attention_mask=mask.long(), use_cache=False, **without,
-            **(seen if seen and mask is real else {**types, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}),
-        ).logits.float().log_softmax(-1)
-        for mask in (real, kept)
-    )  # fmt: skip
+
+    def predicted(mask: Tensor, given: Mapping[str, Any]) -> Tensor:
+        output = module(input_ids=tokens, attention_mask=mask.long(), use_cache=False, **without, **given)
+        return output.logits.float().log_softmax(-1)
+
+    def counted(mask: Tensor) -> dict[str, Any]:
+        return {**types, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+    conditional = predicted(real, seen or counted(real))
+    unconditional = predicted(kept, counted(kept))
     weight = real_numbers("guidance_scale", scale, tokens.device).expand(len(tokens)).view(-1, 1, 1)
     return (unconditional + weight * (conditional - unconditional)).log_softmax(-1)
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from mixadapters.core.config import one_of
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.fields import one_of
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.numbers import real_numbers
 from mixadapters.tuners.agd.calls import CALLS, denoiser_of, null_class, refuse_distilled

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mixadapters.tuners.agd.calls import CALLS, denoiser_of, null_class, refuse_distilled
 from mixadapters.tuners.agd.encoding import encode_both
@@ -63,10 +63,8 @@ def encode_prompts(
             parts.append(encode_both(pipe, given))
             order += chunk
     back = torch.tensor(order).argsort()
-    conditions, unconditional = (
-        {name: torch.cat([part[half][name].cpu() for part in parts])[back] for name in parts[0][half]}
-        for half in (0, 1)
-    )
+    conditions = _joined([first for first, _ in parts], back)
+    unconditional = _joined([second for _, second in parts], back)
     if alike:
         unconditional = {name: value[:1] for name, value in unconditional.items()}
     height, width = size or (side * _pixels_of(pipe) for side in usual_shape(pipe, model)[-2:])
@@ -75,6 +73,11 @@ def encode_prompts(
         row = value.to(dtype) if name != "style" else value
         conditions[name] = row.expand(len(prompts), *row.shape[1:])
     return conditions, unconditional
+
+
+def _joined(parts: Sequence[Conditions], order: Tensor) -> Conditions:
+    """The rows of all parts, on the CPU, in this order."""
+    return {name: torch.cat([part[name].cpu() for part in parts])[order] for name in parts[0]}
 
 
 def known_model(pipe: Any) -> nn.Module:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from mixadapters.core.config import one_of
-from mixadapters.core.fields import check_integer, fits
+from mixadapters.core.fields import check_integer, fits, one_of
 from mixadapters.core.hooks import root_of
 from mixadapters.tuners.agd.guidance import (
     Conditions,

@@ -4,12 +4,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from mixadapters.core.config import MixtureConfig, one_of
+from mixadapters.core.config import MixtureConfig
+from mixadapters.core.fields import one_of
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.routers.base import COEFFICIENTS, registered_by
 from mixadapters.routers.pooling import GRANULARITIES, POOLS
 from mixadapters.tuners.bottleneck.config import BottleneckConfig
-from mixadapters.tuners.mixda.fields import check_lora
+from mixadapters.tuners.mixda.fields import refuse_fields_of_others
 from mixadapters.tuners.mixda.router import OPTION_OF, competes, read_router, router_spec
 from mixadapters.tuners.registration import peft_type
 from mixadapters.tuners.sources import Entries, entries_in_words, expert_options, sources_to_origins
@@ -192,7 +193,7 @@ class MixDAConfig(MixtureConfig):
             self.domains = {name: self.domains[name] for name in self.domain_order}
         self.domain_order = list(self.domains)
         read_router(self)
-        check_lora(self)
+        refuse_fields_of_others(self)
         if self.gate_input == "ffn_intermediate" and self.adapter_input == "ffn_input":
             raise ValueError(
                 "gate_input='ffn_intermediate' with adapter_input='ffn_input' is not possible: the gate would need "

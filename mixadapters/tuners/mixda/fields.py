@@ -13,7 +13,7 @@ OF_BOTTLENECK_TASKS = ("task_reduction_factor", "task_activation")
 OF_LORA_TASKS = ("task_lora_alpha", "task_target_modules")
 
 
-def check_lora(config: Any) -> None:
+def refuse_fields_of_others(config: Any) -> None:
     """Refuse what domains, or the task adapter, of the config's types would pass over.
 
     Raises:

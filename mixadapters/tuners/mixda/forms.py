@@ -24,7 +24,7 @@ from mixadapters.tuners.lora import Factors, save_lora
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.lora import pattern_of
 from mixadapters.tuners.mixda.router import OPTION_OF, read_router, weights_of
-from mixadapters.tuners.sources import check_folder, check_new, write_adapter
+from mixadapters.tuners.sources import check_new, check_new_folder, write_adapter
 
 
 class DomainForms(MixtureModel):
@@ -61,7 +61,7 @@ class DomainForms(MixtureModel):
         check_switches(pad_ranks=pad_ranks)
         config = self.config_of(adapter_name)
         check_known("domain", name, config.domains)
-        check_folder("export_domain", folder)
+        check_new_folder("export_domain", folder)
         if config.combine == "convex":
             raise ValueError(
                 "export_domain: with combine='convex' a domain stands for the whole output of a layer, and an adapter "

@@ -132,7 +132,8 @@ def lora_task_pattern(targets: Any, model_type: str, model: nn.Module) -> str:
     if targets is not None:
         return suffixes(targets)
     row = ARCHITECTURES.get(model_type, Architecture())
-    found = [pattern for pattern in ((row.query, row.value) if row.value else (row.qkv,)) if pattern]
+    wanted = (row.query, row.value) if row.value else (row.qkv,)
+    found = [pattern for pattern in wanted if pattern]
     if not found:
         raise ValueError(f"{model_type!r} models have no modules of query and value that the table knows; pass "
                          f"task_target_modules{such_as(model)}")  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mixadapters.core.config import one_of
+from mixadapters.core.fields import one_of
 from mixadapters.core.names import UNNAMED, of_active
 from mixadapters.surgery.mixtures import deciding_router, mixture_layers
 from mixadapters.surgery.tuning import (

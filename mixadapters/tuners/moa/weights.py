@@ -17,7 +17,7 @@ from mixadapters.tuners.gathering import Gathered
 from mixadapters.tuners.lora import Factors, save_lora
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
-from mixadapters.tuners.sources import check_folder
+from mixadapters.tuners.sources import check_new_folder
 
 
 class ExpertWeights(MixtureModel):
@@ -76,7 +76,7 @@ class ExpertWeights(MixtureModel):
         check_known("expert", name, config.all_names())
         if config.expert_type != "lora":
             raise ValueError(f"export_expert writes LoRA, and expert_type={config.expert_type!r}")
-        check_folder("export_expert", folder)
+        check_new_folder("export_expert", folder)
         factors = {}
         for path, mixture in self._mixtures(adapter_name):
             by_name = dict(zip(mixture.bank.names, mixture.bank.weights(None), strict=True))

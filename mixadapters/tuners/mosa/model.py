@@ -24,7 +24,7 @@ from mixadapters.tuners.bottleneck.model import EXPERT, bottleneck
 from mixadapters.tuners.mosa.config import MoSAConfig
 from mixadapters.tuners.mosa.objective import ConsistencyObjective
 from mixadapters.tuners.mosa.split import HALVES, PassRouter, SplitBank, SplitMixture
-from mixadapters.tuners.sources import check_folder, write_adapter
+from mixadapters.tuners.sources import check_new_folder, write_adapter
 
 
 class MoSAModel(MixtureModel):
@@ -146,7 +146,7 @@ class MoSAModel(MixtureModel):
         Raises:
             ValueError: `folder` is none, or holds something already.
         """
-        check_folder("save_merged", folder)
+        check_new_folder("save_merged", folder)
         config, weights = self.merge_experts(adapter_name)
         inference_mode, config.inference_mode = config.inference_mode, True
         write_adapter(folder, config, weights)

@@ -3,7 +3,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from mixadapters.core.config import MixtureConfig, one_of
+from mixadapters.core.config import MixtureConfig
+from mixadapters.core.fields import one_of
 from mixadapters.core.names import check_name
 from mixadapters.routers.modality import TOKEN_TYPES, Modalities
 from mixadapters.tuners.pill.inputs import check_token_ids
