@@ -6,6 +6,7 @@ Surgery and loaders share it, so it looks at modules alone.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
@@ -81,9 +82,30 @@ def recount(module: Any, before: int, now: int) -> None:
 
 
 def hook_saving(root: nn.Module) -> None:
-    """Have `save_pretrained` of a base whose experts have been cut, which Trainers call, write what can be read."""
+    """Have `save_pretrained` of a base whose experts have been cut, which Trainers call, write what can be read, and
+    forwards refuse a loss that there is not."""
     if isinstance(root, PreTrainedModel):
         root.__dict__["save_pretrained"] = MethodType(save_cut, root)  # a copy of the model has one of its own
+        if refuse_router_loss not in root._forward_pre_hooks.values():
+            root.register_forward_pre_hook(refuse_router_loss, with_kwargs=True)
+
+
+def refuse_router_loss(root: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError where a forward asks for the load-balancing loss of transformers, and layers differ.
+
+    It joins the logits of all routers into one tensor, and would end in an error of its axes.
+    """
+    asked = kwargs.get("output_router_logits")
+    if asked is None:
+        asked = getattr(root.config, "output_router_logits", False)
+    if asked and hasattr(sys.modules[type(root).__module__], "load_balancing_loss_func"):
+        columns = sorted({len(layout["columns"]) for layout in layouts_of(root).values()})
+        if len(columns) > 1:
+            raise ValueError(
+                f"output_router_logits=True: the layers have {' and '.join(map(str, columns))} experts now, and "
+                "transformers' load-balancing loss is for layers that have as many: turn it off (also in the config), "
+                "or prune with scope='layer'"
+            )
 
 
 def save_cut(root: Any, folder: str | Path, *args: Any, **options: Any) -> bool:

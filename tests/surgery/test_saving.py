@@ -128,6 +128,25 @@ def test_stock_transformers_refuses_unequal_counts_aloud(tmp_path: Path) -> None
         AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
 
 
+def test_the_loss_of_routers_is_refused_where_layers_have_other_numbers_of_experts(tmp_path: Path) -> None:
+    """transformers joins the logits of all layers. Of layers that have as many, and after a merge, it goes on."""
+    labels = {**batch(), "labels": batch()["input_ids"]}
+    model = moe("mixtral")
+    merge_experts(model, used(model), 3)
+    assert model(**labels, output_router_logits=True).loss.isfinite()
+    for layer, kept in zip(expert_layers(model := moe("mixtral"), ""), ([0, 1, 2], [1, 2, 3, 4]), strict=True):
+        layer.keep(kept)
+    assert model(**labels).loss.isfinite()
+    save_pruned(model, tmp_path / "cut")
+    for uneven in (model, copy.deepcopy(model), load_pruned(tmp_path / "cut")):
+        with pytest.raises(ValueError, match=r"output_router_logits=True: the layers have 3 and 4 experts now"):
+            uneven(**labels, output_router_logits=True)
+        uneven.config.output_router_logits = True
+        with pytest.raises(ValueError, match=r"output_router_logits=True"):
+            uneven(**labels)
+        assert uneven(**labels, output_router_logits=False).loss.isfinite()
+
+
 def test_a_merged_base_comes_back(tmp_path: Path) -> None:
     model = moe("mixtral")
     merge_experts(model, used(model), 4)
