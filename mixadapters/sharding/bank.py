@@ -86,6 +86,26 @@ class ShardedBank(AdapterBank):
             "them here: do that in `with sharding.whole():`, or after sharding.close()"
         )
 
+    def refuse_change(self, verb: str) -> None:
+        raise ValueError(
+            f"{verb}: the experts of this adapter are spread over processes: do that in `with sharding.whole():`, in "
+            "every process, or after sharding.close()"
+        )
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise RuntimeError(
+            "the experts of this layer are spread over processes, and a copy would have a part of them: copy the "
+            "model in `with sharding.whole():`, or after sharding.close()"
+        )
+
+    def read_again(self, names: Sequence[str]) -> bool:
+        """Take up what has become of the experts while all of them were here. Whether those of `names` have stayed."""
+        self.shapes = {name: [p.shape for p in expert.parameters()] for name, expert in self.experts.items()}
+        if self.names == list(names):
+            return True
+        self.used = self.used.new_zeros(len(self.experts))
+        return False
+
     def pack(self, context: ForwardContext | None) -> Callable[..., Tensor]:
         return self.run
 

@@ -47,6 +47,7 @@ class ExpertSharding:
         self, model: nn.Module, mixtures: dict[str, Mixture], group: Any, every: int, copies: int, optimizer: Any
     ) -> None:
         self.model, self.mixtures, self.group = model, mixtures, group
+        self._roots = (model, root_of(model))
         self.every, self.copies = every, copies
         self.rank, self.processes = dist.get_rank(group), dist.get_world_size(group)
         self.wholes = {path: mixture.bank for path, mixture in mixtures.items()}
@@ -181,7 +182,7 @@ class ExpertSharding:
             raise RuntimeError("every process holds all experts already")
         everywhere = tuple(range(self.processes))
         plans = [Placement((everywhere,) * len(bank.experts), self.processes) for bank in self.banks.values()]
-        self._placements = [bank.placement for bank in self.banks.values()]
+        self._before_whole = [(bank.placement, bank.names) for bank in self.banks.values()]
         move(list(self.banks.values()), plans, optimizer)
         for handle in self._handles:
             handle.remove()
@@ -191,9 +192,11 @@ class ExpertSharding:
             mixture.bank = self.wholes[path]
 
     def spread(self, optimizer: Any = None) -> None:
-        """The end of `gather`: each process keeps its part, and gives up the rest."""
-        for bank, placement in zip(self.banks.values(), self._placements, strict=True):
-            bank.place(placement)
+        """The end of `gather`: each process keeps its part, and gives up the rest. Where experts have come or gone,
+        those of the layer are dealt evenly."""
+        for bank, (placement, names) in zip(self.banks.values(), self._before_whole, strict=True):
+            stayed = bank.read_again(names)
+            bank.place(placement if stayed else even_placement(len(bank.experts), self.processes))
             self._forget_others(bank, optimizer)
         self._begin()
 
@@ -241,7 +244,7 @@ class ExpertSharding:
             self._before = register_module_forward_pre_hook(self._look_at_experts)
 
     def _look_at_experts(self, module: nn.Module, args: tuple) -> None:
-        if module is self.model or module is root_of(self.model):
+        if any(module is one for one in self._roots):
             for bank in self.banks.values():
                 bank.refuse_sharded()
             self._stop_looking()

@@ -115,7 +115,8 @@ class MixtureExperts(ExpertLayer):
     # --- weights ----------------------------------------------------------------------------------------------
 
     def weights(self, e: int) -> Weights:
-        """Raises ValueError where the experts' weights are computed, and no parameters."""
+        """Raises ValueError where the experts' weights are computed, and no parameters, or lie in other processes."""
+        self.mixture.bank.refuse_change("surgery")
         if not keeps(self.mixture.bank):
             raise ValueError(f"the experts at {self.key!r} compute their weights, so none can be read or written")
         bank, name = self.mixture.bank, self.names[e]

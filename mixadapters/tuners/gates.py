@@ -164,10 +164,12 @@ class GateVerbs(RoutingVerbs):
         finally:
             objectives.remove(router)
 
-    def refuse_in_blocks(self, verb: str) -> None:
+    def refuse_in_blocks(self, verb: str, adapter_name: str) -> None:
         """Raise ValueError where a block is open that knows experts by their numbers, which `verb` would change, or
-        an engine has shared their weights out."""
+        their weights are shared out over processes."""
         self.context.engine.refuse_sharded(verb, self.hosts())
+        for _, mixture in self._mixtures(adapter_name):
+            mixture.bank.refuse_change(verb)
         self.context.engine.changed()
         if self.context.held.get(ROUTES):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mixadapters import MoAConfig
 from mixadapters.sharding import Placement, shard_experts
+from mixadapters.surgery.layers import expert_layers
 
 pytestmark = pytest.mark.usefixtures("group")
 
@@ -62,6 +64,60 @@ def test_whole_experts_are_dealt_and_gathered_once(model: Any) -> None:
             with pytest.raises(RuntimeError, match="holds all experts"):
                 call()
     assert not sharding.is_whole
+
+
+CHANGES: dict[str, Any] = {
+    "add": lambda tuner: tuner.add_expert("new"),
+    "remove": lambda tuner: tuner.remove_expert("expert0"),
+    "keep": lambda tuner: tuner.keep_experts({path: ["expert0", "expert2"] for path, _ in tuner._mixtures("default")}),
+    "spawn": lambda tuner: tuner.spawn_experts("expert0", ["new"]),
+    "resize": lambda tuner: tuner.resize_expert(next(iter(tuner._mixtures("default")))[0], "expert1", 5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_experts_come_and_go_where_all_of_them_are_here(model: Any, change: str) -> None:
+    alone = copy.deepcopy(model)
+    sharding = shard_experts(model)
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match=r"experts of this adapter are spread over processes: do that in"):
+        CHANGES[change](model.base_model)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert set(model.base_model.mixtures().values()) == set(sharding.mixtures.values())
+    with sharding.whole():
+        torch.manual_seed(1)
+        CHANGES[change](model.base_model)
+    torch.manual_seed(1)
+    CHANGES[change](alone.base_model)
+    (bank,) = sharding.banks.values()
+    assert len(bank.placement.holders) == len(bank.used) == len(bank.shapes) == len(bank.experts)
+    for each in (model, alone):
+        each.zero_grad()
+        step(each)
+    after = dict(alone.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.numel():
+            expected = torch.zeros_like(parameter) if after[name].grad is None else after[name].grad
+            torch.testing.assert_close(parameter.grad, expected, msg=name)
+
+
+def test_spread_experts_are_neither_copied_nor_read_by_surgery(model: Any) -> None:
+    sharding = shard_experts(model)
+    with pytest.raises(RuntimeError, match=r"a copy would have a part of them"):
+        copy.deepcopy(model)
+    (layer,) = expert_layers(model)
+    with pytest.raises(ValueError, match=r"surgery: the experts of this adapter are spread over processes"):
+        layer.weights(0)
+    with sharding.whole():
+        assert layer.weights(0).down.shape[0] == 2
+        copy.deepcopy(model)
+
+
+def test_an_adapter_that_is_deleted_leaves_no_watch_behind(model: Any) -> None:
+    """What looks at the next forward is called in that of every module there is."""
+    shard_experts(model)
+    model.delete_adapter("default")
+    torch.nn.Linear(2, 2)(torch.zeros(1, 2))
 
 
 @pytest.mark.parametrize("norm", [0.0, -1.0, float("nan")])

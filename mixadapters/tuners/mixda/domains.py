@@ -97,7 +97,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         """
         config = self.config_of(adapter_name)
         require_surgery(config, "add_domain")
-        self.refuse_in_blocks("add_domain")
+        self.refuse_in_blocks("add_domain", adapter_name)
         others_of_model = self.peft_config.keys() - {adapter_name}
         check_new("domain", name, list(config.domains), others_of_model, share=share, r=r, source=source, like=like)
         given = MixDAConfig(domains={name: source}, r=r, domain_type=config.domain_type)  # checks them
@@ -161,7 +161,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         config = self.config_of(adapter_name)
         check_known("domain", name, config.domains)
         require_surgery(config, "remove_domain")
-        self.refuse_in_blocks("remove_domain")
+        self.refuse_in_blocks("remove_domain", adapter_name)
         for path, mixture in list(self._mixtures(adapter_name)):
             if name in mixture.bank.experts:
                 self._take_domain(config, path, mixture, name, renormalize, everywhere=True)
@@ -175,7 +175,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         check_switches(renormalize=renormalize)
         config, mixtures = self.config_of(adapter_name), dict(self._mixtures(adapter_name))
         require_surgery(config, "remove_domain")
-        self.refuse_in_blocks("cutting domains")
+        self.refuse_in_blocks("cutting domains", adapter_name)
         lost: dict[str, list[str]] = {}
         for path, names in kept.items():
             have = mixtures[path].bank.names if path in mixtures else []

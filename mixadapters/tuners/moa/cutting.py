@@ -114,7 +114,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
                 f"segments={config.segments}: pieces of one expert cannot leave by themselves; use remove_expert, or "
                 "a mixture without segments"
             )
-        self.refuse_in_blocks("cutting experts")
+        self.refuse_in_blocks("cutting experts", adapter_name)
         return config, dict(self._mixtures(adapter_name))
 
     def _lost(self, path: str, mixture: ExpertMixture, kept: Sequence[str]) -> list[str]:

@@ -244,7 +244,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         config.expert_order = list(config.experts)
 
     def _require(self, adapter_name: str, verb: str) -> None:
-        self.refuse_in_blocks(verb)
+        self.refuse_in_blocks(verb, adapter_name)
         _require_verb(next(iter(self._leaders(adapter_name).values())), verb)
 
     def gates_changed(self, adapter_name: str) -> None:
