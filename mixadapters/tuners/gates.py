@@ -168,7 +168,7 @@ class GateVerbs(RoutingVerbs):
         """Raise ValueError where a block is open that knows experts by their numbers, which `verb` would change, or
         their weights are shared out over processes."""
         self.context.engine.refuse_sharded(verb, self.hosts())
-        for _, mixture in self._mixtures(adapter_name):
+        for mixture in self.mixtures(adapter_name).values():
             mixture.bank.refuse_change(verb)
         self.context.engine.changed()
         if self.context.held.get(ROUTES):
