@@ -607,3 +607,34 @@ def test_callbacks_and_surgery_mean_the_active_adapter(tiny, tiny_inputs, tmp_pa
     tuner.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match=r"experts of the adapters \['default', 'other'\]: say which"):
         prune_experts(model, None, 1, criterion="random")
+
+
+@pytest.mark.parametrize(
+    "router",
+    [{"kind": "top_k", "noise": 3.0}, {"kind": "top_k", "jitter": 0.5}, {"kind": "dense_to_sparse"}],
+    ids=["noise", "jitter", "gumbel"],
+)
+def test_what_a_mixed_batch_draws_does_not_follow_the_order_in_which_adapters_were_added(
+    tiny, tiny_inputs, router
+) -> None:
+    config = {"num_experts": 4, "r": 3, "target_modules": ["q_proj"], "router": router, "lora_dropout": 0.2}
+    names = ["law", "code", "tax"]
+    inputs = tiny_inputs("llama", batch=4)
+
+    def seen(order: list[str], weights: dict[str, Tensor], rows: list[str]) -> Tensor:
+        model = get_peft_model(tiny("llama"), MoAConfig(**config), order[0])
+        for name in order[1:]:
+            model.add_adapter(name, MoAConfig(**config))
+        adapters = {name: p for name, p in model.named_parameters() if ".moa_adapters." in name}
+        with torch.no_grad():
+            for name, parameter in adapters.items():
+                parameter.copy_(weights.setdefault(name, 0.5 * torch.randn(parameter.shape)))
+        torch.manual_seed(3)
+        return model.train()(**inputs, adapter_names=rows).logits
+
+    weights: dict[str, Tensor] = {}
+    rows = ["code", "law", "__base__", "tax"]
+    wanted = seen(names, weights, rows)
+    assert torch.equal(seen(names[::-1], weights, rows), wanted)
+    assert torch.equal(seen(["tax", "law", "code"], weights, rows), wanted)
+    assert not torch.equal(seen(names, weights, rows[::-1]).flip(0), wanted)

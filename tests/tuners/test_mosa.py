@@ -271,6 +271,14 @@ def test_m07_sum_is_as_many_times_the_learned_part_as_there_are_experts(tiny) ->
     torch.testing.assert_close(total(x, Routing(), None), 3 * mean(x, Routing(), None))
 
 
+def test_m07_biases_of_the_experts_are_averaged_or_added_up_as_their_weights(tiny) -> None:
+    part = parts(mosa(tiny("llama"), split="up", biases="per_expert"))[0]
+    biases = torch.stack([part.of_expert(torch.tensor(i))[1] for i in range(part.num_experts)])
+    assert (biases[0] - biases[1]).abs().max() > 1e-3
+    torch.testing.assert_close(part.merged("mean")[1], biases.mean(0))
+    torch.testing.assert_close(part.merged("sum")[1], biases.sum(0))
+
+
 # --- M8, M9: the optimizer ---------------------------------------------------------------------------------------
 
 
@@ -475,6 +483,17 @@ def test_m10_another_partition_than_the_saved_one_is_refused(tiny, tmp_path, cha
     target = mosa(tiny("llama"), **changed)
     with pytest.raises(ValueError, match=message):
         target.load_adapter(tmp_path, "default", is_trainable=True)
+
+
+@pytest.mark.parametrize("half", ["down", "up"])
+def test_m10_a_file_in_which_one_half_was_dealt_otherwise_is_refused(tiny, tmp_path, monkeypatch, half: str) -> None:
+    """The config cannot say so: by another generator of torch, for one."""
+    with monkeypatch.context() as patch:
+        dealt = lambda shape, n, kind, name, seed: deal(shape, n, kind, name, seed + name.endswith(f".{half}"))  # noqa: E731
+        patch.setattr("mixadapters.tuners.mosa.split.deal", dealt)
+        mosa(tiny("llama"), split="both").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the entries at .*partition' were dealt to other experts when it was saved"):
+        PeftModel.from_pretrained(tiny("llama"), tmp_path)
 
 
 def test_m10_saved_adapter_evaluates_the_same_and_goes_on_drawing(tiny, tiny_inputs, tmp_path) -> None:
