@@ -1133,10 +1133,11 @@ def test_outputs_and_labels_without_known_classes_are_refused(name) -> None:
     model.unload()
 
 
-def test_answers_weigh_their_two_ends_alike() -> None:
+@pytest.mark.parametrize("aux_ce", [0.0, 0.5])
+def test_answers_weigh_their_two_ends_alike(aux_ce: float) -> None:
     torch.manual_seed(0)
     base = without_dropout(transformers.BertForQuestionAnswering(transformers.BertConfig(vocab_size=50, **SMALL)))
-    model = mosa(base, consistency=0.7, scale=1.0)
+    model = mosa(base, consistency=0.7, aux_ce=aux_ce, scale=1.0)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.mul_(4)
@@ -1148,7 +1149,8 @@ def test_answers_weigh_their_two_ends_alike() -> None:
     for column, targets in enumerate(ends.values()):
         kept = targets < 7
         distance = symmetric_kl(first[..., column], second[..., column]).mean()
-        loss += (F.cross_entropy(first[kept, :, column], targets[kept]) + 0.7 * distance) / 2
+        entropies = [F.cross_entropy(logits[kept, :, column], targets[kept]) for logits in (first, second)]
+        loss += (entropies[0] + aux_ce * entropies[1] + 0.7 * distance) / 2
     torch.testing.assert_close(output.loss.detach(), loss, atol=1e-5, rtol=1e-4)
 
 
