@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -13,6 +14,16 @@ from mixadapters.serving.scheduler import SCHEDULERS
 
 NEW_TOKENS = 256  # of a request that does not say how many
 COLDEST = 1e-3  # temperature of a request that samples: logits over a smaller one leave what a float holds
+
+
+# Of a generation config: what changes the tokens of `generate` even where it is greedy, and the value that does not.
+UNSERVED = {
+    "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "bad_words_ids": None,
+    "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None, "min_length": 0,
+    "min_new_tokens": 0, "forced_bos_token_id": None, "forced_eos_token_id": None, "guidance_scale": 1.0,
+    "exponential_decay_length_penalty": None, "stop_strings": None, "watermarking_config": None, "penalty_alpha": 0.0,
+    "dola_layers": None,
+}  # fmt: skip
 
 
 def check_sizes(sizes: dict[str, Any]) -> None:
@@ -47,8 +58,17 @@ def generation_settings(model: Any, sampling: bool) -> GenerationConfig:
     """What all requests share: the ids that end a text, and whether a step samples.
 
     transformers makes the parts that read a request's own numbers only where the shared ones are not neutral.
+    Continuous batching passes over most other settings, which a warning names.
     """
     own = model.generation_config
+    asked = {name: getattr(own, name, None) for name in UNSERVED}
+    said = [f"{name}={v!r:.60}" for name, v in asked.items() if v is not None and v not in (UNSERVED[name], [], {})]
+    if said:
+        warnings.warn(
+            f"the model's generation_config has {', '.join(said)}, which continuous batching passes over: requests "
+            "get other tokens than `generate` gives. Take it out of model.generation_config if that is meant",
+            stacklevel=3,
+        )
     ends = own.eos_token_id if own.eos_token_id is not None else -1
     settings = GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=own.pad_token_id)
     if sampling:

@@ -218,6 +218,21 @@ def test_what_no_request_can_have_is_refused_before_it_waits(server, arguments, 
     assert server.waiting == 0
 
 
+@pytest.mark.parametrize(
+    "asked", [{"repetition_penalty": 1.05}, {"suppress_tokens": [5]}, {"num_beams": 2}, {"forced_eos_token_id": 0}]
+)
+def test_settings_of_the_model_that_no_request_gets_are_said(causal, asked) -> None:
+    """Those of sampling are for `generate` alone, which samples where a request says nothing."""
+    model = causal()
+    model.generation_config.update(
+        do_sample=True, temperature=0.7, top_k=20, top_p=0.8, num_beams=1, suppress_tokens=[]
+    )
+    AdapterServer(model, **SMALL)
+    model.generation_config.update(**asked)
+    with pytest.warns(UserWarning, match=rf"generation_config has {next(iter(asked))}=.*other tokens than `generate`"):
+        AdapterServer(model, **SMALL)
+
+
 def test_sampling_server_is_greedy_where_no_temperature_is_given(causal, folders, alone) -> None:
     with AdapterServer(causal(), sampling=True, **SMALL) as server:
         server.load("a0", folders["a0"])
