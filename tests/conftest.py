@@ -52,6 +52,16 @@ def tiny_inputs() -> Callable[..., Any]:
     return tiny_bases.tiny_inputs
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Graphs of other tests count as recompilations, after some of which torch compiles no more."""
+    import torch
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     import torch

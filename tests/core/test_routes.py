@@ -306,8 +306,8 @@ def test_a_pin_of_another_number_of_rows_is_refused_by_name(tiny, tiny_inputs, p
 # --- with the compiler -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_publishing_leaves_one_graph_and_the_routing_can_be_read(tiny, tiny_inputs) -> None:
-    torch._dynamo.reset()
     model = adapted(tiny, "llama")
     inputs = {**tiny_inputs("llama", batch=2), "use_cache": False}
     expected = logits(model, inputs)
@@ -318,7 +318,6 @@ def test_publishing_leaves_one_graph_and_the_routing_can_be_read(tiny, tiny_inpu
     assert found.keys() == routings.keys()
     for key, routing in routings.items():
         torch.testing.assert_close(found[key].weights, routing.weights)
-    torch._dynamo.reset()
 
 
 @torch.no_grad()

@@ -67,8 +67,3 @@ def test_own_router_routes(folder, capsys) -> None:
     with ROUTERS.temporarily():
         run("moa_router", "base")
     assert "gate/mean/weight/code" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["moa_gather", "moa_arrow", "moa_new_experts", "moa_router"])
-def test_short_examples_are_short(name) -> None:
-    assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) <= 40

@@ -72,6 +72,6 @@ def test_without_the_right_arguments_they_say_what_they_take(name, given, monkey
         runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
 
 
-@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("name", [*SHORT, "moa_gather", "moa_arrow", "moa_new_experts", "moa_router"])
 def test_short_examples_are_short(name) -> None:
-    assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 40
+    assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 40

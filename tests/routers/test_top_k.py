@@ -305,12 +305,12 @@ def test_a_bias_balances_64_experts_without_a_loss(scoring, rate) -> None:
     assert spread() <= 1.2
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_counting_goes_on_under_the_compiler_and_after_a_meta_device() -> None:
     with torch.device("meta"):
         router = build_router({"kind": "top_k", "k": 2, "bias_update_rate": 0.1}, D, NAMES)
     router.load_state_dict(make(k=2, bias_update_rate=0.1).state_dict(), assign=True)
     router.train()
-    torch._dynamo.reset()
     compiled = torch.compile(router, fullgraph=True, backend="eager")
     for step in (1, 2):
         compiled(TOKENS, context_of(TOKENS, True))

@@ -168,7 +168,9 @@ def test_request_whose_time_is_up_fails_whether_somebody_waits_or_not(server, wa
         with pytest.raises(DeadlineExceeded, match=r"not done in 0\.05 s"):
             request.result()
     else:
-        time.sleep(0.4)
+        ended = threading.Event()
+        request.when_done(ended.set)
+        assert ended.wait(30)
     assert request.done
     assert isinstance(request.error, DeadlineExceeded)
     assert server.waiting == 0

@@ -808,14 +808,7 @@ def test_threads_have_their_own_scale(made) -> None:
 # --- compiling ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _fresh_compiler() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_in_one_graph_and_not_again_when_the_scale_changes() -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -837,7 +830,7 @@ def test_compiled_in_one_graph_and_not_again_when_the_scale_changes() -> None:
     assert counter.frame_count == first
 
 
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiling_the_repeated_blocks_alone(made) -> None:
     model, inputs = randomize(adapt(made("unet"))), inputs_of("unet")
     expected = [run(model, inputs, w) for w in (1.0, 3.0, 5.0)]

@@ -627,14 +627,7 @@ def test_ip_adapter_loads_and_guides_beside_the_adapters(tmp_path) -> None:
     assert (both - before).abs().max() > 1e-4
 
 
-@pytest.fixture
-def _fresh_compiler() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_pipeline_guides_without_compiling_again(tmp_path) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 

@@ -426,11 +426,11 @@ def test_generated_tokens_are_text(tiny, tiny_inputs) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("given", ["modality_ids", "tokens"])
 def test_compiled_forward_is_one_graph_for_any_ids(tiny, tiny_inputs, given) -> None:
     model = pill(tiny("llama", num_hidden_layers=2), token_ids={"image": [90]} if given == "tokens" else None)
     model(**tiny_inputs("llama"), modality_ids=mixed(tiny_inputs("llama")))  # weights find their place in memory
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     fast = torch.compile(model, fullgraph=True, backend=counter)
     for seed in (0, 1):
