@@ -12,13 +12,32 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from mixadapters.core.fields import check_number, finite
+from mixadapters.core.model import MixtureModel
 from mixadapters.core.names import UNNAMED
 from mixadapters.routers.permutation import assignment
 from mixadapters.routers.schedules import Points, check_schedules
 from mixadapters.training.events import OfAdapter, RunCallback, find_tuner, progress
 
 
-class RouterScheduleCallback(OfAdapter, RunCallback):
+class _MovesRouters(OfAdapter, RunCallback):
+    """Part of a callback that moves something of the routers of an adapter with the steps of a run."""
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        tuner = find_tuner(model)
+        self.find_adapter(tuner)
+        self.prepare(tuner)
+
+    def prepare(self, tuner: MixtureModel) -> None:
+        """Called when a Trainer is made. Raises ValueError where the adapter has nothing that this would move."""
+        raise NotImplementedError
+
+    def run_ended(self, model: nn.Module) -> None:
+        find_tuner(model).context.steps.ended(self.adapter_name)
+
+
+class RouterScheduleCallback(_MovesRouters):
     """Lets options of routers follow the training: `{"temperature": [[0, 2.0], [0.6, 0.3]]}`, piecewise linear over
     step / max_steps, for temperature, k, p, noise, jitter and the coefficients of losses.
 
@@ -40,11 +59,7 @@ class RouterScheduleCallback(OfAdapter, RunCallback):
         self.schedules = schedules
         self.is_for(adapter_name)
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        tuner = find_tuner(model)
-        self.find_adapter(tuner)
+    def prepare(self, tuner: MixtureModel) -> None:
         if self.schedules is not None:
             tuner.set_schedules(self.schedules, self.adapter_name)
         if not any("set_progress" in getattr(r, "moved_by", ()) for r in tuner.routers_of(self.adapter_name)):
@@ -64,11 +79,8 @@ class RouterScheduleCallback(OfAdapter, RunCallback):
         # Before the Trainer saves: a checkpoint after step n holds what step n + 1 is to begin with.
         find_tuner(model).set_progress(progress(state), self.adapter_name)
 
-    def run_ended(self, model: nn.Module) -> None:
-        find_tuner(model).context.steps.ended(self.adapter_name)
 
-
-class BalanceBiasCallback(OfAdapter, RunCallback):
+class BalanceBiasCallback(_MovesRouters):
     """After each step of the optimizer moves the biases by which routers balance their experts (`bias_update_rate`),
     by the rows that all processes have routed in the step, accumulated micro-batches included.
 
@@ -82,11 +94,7 @@ class BalanceBiasCallback(OfAdapter, RunCallback):
     def __init__(self, adapter_name: str = UNNAMED) -> None:
         self.is_for(adapter_name)
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        tuner = find_tuner(model)
-        self.find_adapter(tuner)
+    def prepare(self, tuner: MixtureModel) -> None:
         if not any(getattr(r, "balancing", None) for r in tuner.routers_of(self.adapter_name)):
             raise ValueError(
                 f"no router of adapter {self.adapter_name!r} balances by a bias: set router_bias_update_rate, or "
@@ -98,11 +106,8 @@ class BalanceBiasCallback(OfAdapter, RunCallback):
     ) -> None:
         find_tuner(model).update_biases(self.adapter_name)
 
-    def run_ended(self, model: nn.Module) -> None:
-        find_tuner(model).context.steps.ended(self.adapter_name)
 
-
-class PermutationSearchCallback(OfAdapter, RunCallback):
+class PermutationSearchCallback(_MovesRouters):
     """Searches the permutations that routers learn ("tree" with `learn_permutation`) in the first part of a run.
 
     tau and the number of Sinkhorn iterations go from their first to their last value, log-linearly; then each
@@ -133,11 +138,7 @@ class PermutationSearchCallback(OfAdapter, RunCallback):
         self.fraction, self.tau, self.iterations = fraction, tau, iterations
         self.is_for(adapter_name)
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        tuner = find_tuner(model)
-        self.find_adapter(tuner)
+    def prepare(self, tuner: MixtureModel) -> None:
         if not any(getattr(r, "permutation", None) for r in tuner.routers_of(self.adapter_name)):
             raise ValueError(
                 f"no router of adapter {self.adapter_name!r} learns a permutation: use "
@@ -159,9 +160,6 @@ class PermutationSearchCallback(OfAdapter, RunCallback):
         find_tuner(model).search_permutation(
             progress(state) / self.fraction, tau=self.tau, iterations=self.iterations, adapter_name=self.adapter_name
         )
-
-    def run_ended(self, model: nn.Module) -> None:
-        find_tuner(model).context.steps.ended(self.adapter_name)
 
 
 def _is_pair(value: Any) -> bool:

@@ -84,7 +84,9 @@ class ExpertOverriding(ExpertSpawning):
             layers = mixture_layers(self, adapter_name)
             off, on, scale, mode = places_of(config.expert_overrides)
             there = {(layer.path, name) for layer in layers for name in layer.names}
-            on, scale = ({place: x for place, x in given.items() if place in there} for given in (on, scale))
-            tunings = read_places(layers, [place for place in off if place in there], on, scale)
+            off = [place for place in off if place in there]
+            on = {place: share for place, share in on.items() if place in there}
+            scale = {place: factor for place, factor in scale.items() if place in there}
+            tunings = read_places(layers, off, on, scale)
             self._begin_overrides(tunings, mode)
             config.expert_overrides = written_places(tunings, mode)
