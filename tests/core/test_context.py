@@ -770,7 +770,7 @@ def test_embeddings_images_and_foreign_masks_are_read() -> None:
     assert read_stream({"input_ids": IDS, "past_key_values": object()}).cache is None
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (2, 5), (2, 1), (3, 4), (4,), ()])
+@pytest.mark.parametrize("shape", [(2, 3), (2, 5), (2, 1), (3, 4), (4, 4), (4,), ()])
 def test_a_mask_that_does_not_fit_the_tokens_is_refused(shape: tuple[int, ...]) -> None:
     message = rf"attention_mask of shape {re.escape(str(shape))} does not fit 2 rows of 4 tokens; give one value"
     with pytest.raises(ValueError, match=message):

@@ -170,6 +170,16 @@ def test_losses_ride_on_every_tensor_with_a_gradient(kind: type) -> None:
         attach(CausalLMOutput(logits=torch.ones(2)), loss)
 
 
+def test_where_one_output_carries_a_loss_it_is_the_logits() -> None:
+    """A graph is compiled so, and loops train on these."""
+    loss = torch.ones((), requires_grad=True)
+    states, logits = (torch.ones(2, requires_grad=True) * 1 for _ in range(2))
+    output = attach({"encoder_last_hidden_state": states, "logits": logits}, loss, only_one=True)
+    assert output["encoder_last_hidden_state"] is states
+    output["logits"].sum().backward()
+    assert loss.grad == 1
+
+
 def test_a_loop_that_accumulates_must_say_how_much_a_part_weighs() -> None:
     state = GradientState()
     before = state.sync_gradients

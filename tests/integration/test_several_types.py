@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
+from peft.tuners.ia3 import IA3Layer
 from torch import Tensor
 
 from mixadapters import BottleneckConfig, ForwardContext, MixDAConfig, MoAConfig
@@ -104,6 +105,10 @@ def test_types_that_know_no_rows_refuse_adapter_names(tiny, tiny_inputs) -> None
     model.add_adapter(IA3Config(target_modules=["k_proj"], feedforward_modules=[]), adapter_name="ia3")
     with pytest.raises(ValueError, match=r"does not reach Linear at .*k_proj', with the adapters .'ia3'"):
         rows(model, inputs, ["bottleneck0", "__base__"])
+    for layer in (m for m in model.modules() if isinstance(m, IA3Layer)):
+        layer.enable_adapters(False)
+    together = rows(model, inputs, ["bottleneck0", "__base__"])  # where they are disabled, nothing has to reach them
+    torch.testing.assert_close(together[1:], tiny("llama")(**{k: v[1:] for k, v in inputs.items()}).logits)
     base = tiny("llama")
     inject_adapter_in_model(MAKERS["mixda"](), base, adapter_name="ours")
     outer = get_peft_model(base, LoraConfig(r=3, target_modules=["q_proj"]), adapter_name="lora")
