@@ -12,11 +12,14 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol
 
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+from transformers.generation.continuous_batching import continuous_api
+from transformers.utils.versions import require_version
 
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.streams import PackedRequests
 
+# Earlier ones know no pause, or refuse the forwards that are tried in it.
+require_version("transformers>=5.19", "the server needs its continuous batching: pip install -U transformers")
 SALTED = 4  # tokens at the beginning of a prefix that are salted: no page of the cache is shorter
 
 
@@ -39,7 +42,7 @@ class Work(Protocol):
         """The loop has ended, by this error if by one."""
 
 
-class Deliveries(OutputRouter):
+class Deliveries(continuous_api.OutputRouter):
     """Hands each output to the server at once."""
 
     def __init__(self, deliver: Callable[[Any], None]) -> None:
@@ -54,7 +57,7 @@ class Deliveries(OutputRouter):
             self._deliver(output)
 
 
-class ServingManager(ContinuousBatchingManager):
+class ServingManager(continuous_api.ContinuousBatchingManager):
     """A manager of continuous batching whose steps know the adapter of each request."""
 
     def __init__(self, context: ForwardContext, work: Work, **arguments: Any) -> None:

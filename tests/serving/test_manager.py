@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
+import runpy
 from types import SimpleNamespace
 
 import pytest
 from transformers.generation.continuous_batching import cache, input_outputs, requests
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 
+from mixadapters.serving import manager
 from mixadapters.serving.manager import SALTED, ServingManager, salt_prefixes, salted
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+@pytest.mark.parametrize("version", ["5.0.0", "5.18.0"])
+def test_a_transformers_without_what_the_server_needs_is_named(version, monkeypatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with pytest.raises(ImportError, match=rf"transformers>=5\.19 is required.*{version}(.|\n)*the server needs"):
+        runpy.run_path(manager.__file__)
 
 
 def test_salted_tokens_are_equal_only_for_equal_tokens_and_salts() -> None:
