@@ -1,9 +1,7 @@
 """All experts as one product of rank R; the weights of the mixture scale the columns in between.
 
-A row that has not chosen an expert has zeros in its columns, but the products still multiply them: 0 * inf is no
-number. So where something is infinite or no number, what rows and experts share is computed again by `segments`. A few
-rows without gradient are not even given zeros: what they have not chosen is weighed by 0, and the output says whether
-that was a number.
+What a row has not chosen is weighed by 0, but the products still multiply it: 0 * inf is no number. So where something
+is infinite or no number, what rows and experts share is computed again by `segments`.
 """
 
 from __future__ import annotations
@@ -28,30 +26,27 @@ def keeps(p: Problem) -> tuple[Tensor, ...]:
 
 
 def forward(p: Problem, keep: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-    few = (
-        p.indices is not None and not keep and p.x.shape[0] < p.down.shape[0]
-    )  # of whose output `_smaller` looks at all
-    y, kept = chain.forward(p, keep, Weighted if few else Dense)
-    if p.indices is not None and not _finite(*_smaller(p, y, p.up, p.b_up)):
-        y = segments.forward(p, keep=False)[0]
-    return y, kept
+    return chain.forward(p, keep, Dense)
 
 
 def backward(p: Problem, saved: tuple[Tensor, ...], grad: Tensor, needs: frozenset[str]) -> dict[str, Tensor]:
     out = chain.backward(p, saved, grad, needs, Dense)
     if p.indices is not None:
+        # That of `weights` is read off what rows have chosen.
         results = [gradient for name, gradient in out.items() if name not in ("x", "weights")]
         if "x" in out:
-            results += _smaller(p, out["x"], p.down, p.gate)
+            # Hidden values that are infinite show in the gradients of all that made them.
+            shown = "down" in out and (p.gate is None or "gate" in out)
+            results += _smaller(p, out["x"], p.down, p.gate) if shown else [out["x"]]
         if not _finite(*results):
             _, kept = segments.forward(p, keep=True)
             return segments.backward(p, kept, grad, needs)
     return out
 
 
-def _smaller(p: Problem, result: Tensor, *weights: Tensor | None) -> list[Tensor]:
-    """What to look at for numbers that are infinite in a product of these weights: it, or them."""
-    given = [weight for weight in weights if weight is not None]
+def _smaller(p: Problem, result: Tensor, *factors: Tensor | None) -> list[Tensor]:
+    """What to look at for numbers that are infinite in a product of these factors: it, or them."""
+    given = [factor for factor in factors if factor is not None]
     return [result] if p.x.shape[0] < p.down.shape[0] else given
 
 
@@ -65,10 +60,8 @@ class Dense:
 
     def __init__(self, p: Problem, saved: tuple[Tensor, ...] = ()) -> None:
         self.p, self.scale = p, p.scale
-        self.weights, self.chosen = _table(p)
+        self.weights = p.weights if p.indices is None else _weights(p)
         self.factors = chain.product(self.weights, p.scale)  # (N, E), (E,) or None
-        if self.factors is not None and self.chosen is not None and p.scale is not None:
-            self.factors = torch.where(self.chosen, self.factors, 0)
 
     def keep(self, z: Tensor, v: Tensor | None) -> tuple[Tensor, ...]:
         return (z,) if v is None else (z, v)
@@ -83,12 +76,10 @@ class Dense:
         return [products.mm(rows, weight.t(), bias) for weight, bias in maps]
 
     def weighted(self, h: Tensor) -> Tensor:
-        if self.factors is None:
-            return h
-        return self.cleared(_by_expert(h, self.p.ranks, self.factors))
+        return h if self.factors is None else _by_expert(h, self.p.ranks, self.factors)
 
     def cleared(self, h: Tensor) -> Tensor:
-        return h if self.chosen is None else _mask(h, self.chosen, self.p.ranks)
+        return h  # it has been weighed
 
     def add_up(self, h: Tensor) -> Tensor:
         p = self.p
@@ -103,6 +94,8 @@ class Dense:
         if p.b_up is not None:
             # The experts' own biases, one for each row that chose them.
             y += p.b_up.sum(0) if self.factors is None else self.factors.to(p.b_up.dtype) @ p.b_up
+        if p.indices is not None and not _finite(*_smaller(p, y, h, p.up, p.b_up)):
+            return segments.forward(p, keep=False)[0]
         if p.indices is not None and p.base is not None and not p.every_slot_chosen():
             none = (p.indices < 0).all(1, keepdim=True)
             # Adding a zero turns -0.0 into 0.0.
@@ -140,25 +133,18 @@ class Dense:
             dots = torch.stack([part.sum(1) for part in h.split(self.p.ranks, dim=1)], dim=1)
         if self.p.b_up is not None:
             dots += rows @ self.p.b_up.t()
-        return dots if self.chosen is None else dots.masked_fill_(~self.chosen, 0)
+        return dots
 
     def by_row(self, dots: Tensor) -> Tensor:
-        if self.p.indices is None:
+        indices = self.p.indices
+        if indices is None:
             return dots
-        slots = self.p.indices.clamp_min(0).long()
-        return dots.gather(1, slots).masked_fill_(self.p.indices < 0, 0)
+        if self.p.every_slot_chosen():
+            return dots.gather(1, indices.long())
+        return dots.gather(1, indices.clamp_min(0).long()).masked_fill_(indices < 0, 0)
 
     def by_expert(self, dots: Tensor) -> Tensor:
         return dots.sum(0)
-
-
-class Weighted(Dense):
-    """Nothing is cleared: what a row has not chosen has a weight of 0 there. Right where the output is finite."""
-
-    def __init__(self, p: Problem, saved: tuple[Tensor, ...] = ()) -> None:
-        self.p, self.scale, self.chosen = p, p.scale, None
-        self.weights = _weights(p)
-        self.factors = chain.product(self.weights, p.scale)
 
 
 def _weights(p: Problem) -> Tensor:
@@ -177,19 +163,6 @@ def _weights(p: Problem) -> Tensor:
     return table.to(p.x.dtype)
 
 
-def _table(p: Problem) -> tuple[Tensor | None, Tensor | None]:
-    """Weights (N, E) of each expert for each row, and which experts a row chose (N, E)."""
-    if p.indices is None:
-        return p.weights, None
-    experts = len(p.ranks)
-    if p.slots == 1:
-        chosen = p.indices == torch.arange(experts, device=p.x.device)
-        return chosen.to(p.x.dtype) if p.weights is None else torch.where(chosen, p.weights, 0), chosen
-    columns = p.indices.where(p.indices >= 0, experts).long()
-    chosen = torch.zeros(columns.shape[0], experts + 1, dtype=torch.bool, device=p.x.device)
-    return _weights(p), chosen.scatter_(1, columns, True)[:, :experts]
-
-
 def _by_expert(h: Tensor, ranks: Sequence[int], factors: Tensor) -> Tensor:
     """h (N, R) times the factor of the expert that each column belongs to."""
     if len(ranks) == 1:
@@ -197,14 +170,6 @@ def _by_expert(h: Tensor, ranks: Sequence[int], factors: Tensor) -> Tensor:
     if _same(ranks):
         return (h.view(-1, len(ranks), ranks[0]) * factors.unsqueeze(-1)).view_as(h)
     return h * factors.index_select(-1, _owners(ranks, h.device))
-
-
-def _mask(h: Tensor, chosen: Tensor, ranks: Sequence[int]) -> Tensor:
-    """In place: what a row has not chosen is 0, also where it was no number."""
-    if _same(ranks):
-        h.view(-1, len(ranks), ranks[0]).masked_fill_(~chosen.unsqueeze(2), 0)
-        return h
-    return h.masked_fill_(~chosen.index_select(1, _owners(ranks, h.device)), 0)
 
 
 def _same(ranks: Sequence[int]) -> bool:

@@ -15,6 +15,8 @@ BROKEN = (float("inf"), float("-inf"), float("nan"), 3e38)
 BY_EXPERT = ("w_down", "w_up", "b_down", "b_up", "w_gate", "b_gate", "scale")
 BY_ROW = ("x", "base", "weights", "base_weight")
 DRAWN = 48  # problems, among which any two choices of `draw`, and of what is broken, come together
+# What wants gradients: everything, as in training, or what lies before frozen experts, with a part of these.
+WANTED = (None, ("x",), ("x", "w_down"), ("x", "w_down", "w_gate"))
 
 
 def draw(seed: int, *, equal: bool) -> tuple[dict, random.Random]:
@@ -32,7 +34,8 @@ def draw(seed: int, *, equal: bool) -> tuple[dict, random.Random]:
     indices = torch.randint(-1, experts, (rows // run, slots), generator=generator)
     given = {
         "x": leaf(rows, wide[0]), "w_down": leaf(total, wide[0]), "w_up": leaf(wide[1], total), "ranks": ranks,
-        "indices": indices.repeat_interleave(run, 0), "run": run, "act": chance.choice(["gelu", "silu", "identity"]),
+        "indices": indices.repeat_interleave(run, 0), "run": run,
+        "act": chance.choice(["gelu", "silu", "relu", "identity"]),
     }  # fmt: skip
     optional = {
         "b_down": (total,), "b_up": (experts, wide[1]), "w_gate": (total, wide[0]), "scale": (experts,),
@@ -46,9 +49,12 @@ def draw(seed: int, *, equal: bool) -> tuple[dict, random.Random]:
     return given, chance
 
 
-def outcome(given: dict, backend: str, out_gradient: Tensor) -> dict[str, Tensor]:
-    """y, and the gradient of every float argument."""
-    leaves = {k: v.clone().requires_grad_() for k, v in given.items() if isinstance(v, Tensor) and k != "indices"}
+def outcome(
+    given: dict, backend: str, out_gradient: Tensor, wanted: tuple[str, ...] | None = None
+) -> dict[str, Tensor]:
+    """y, and the gradients of these float arguments. None: of every one."""
+    floats = {k: v for k, v in given.items() if isinstance(v, Tensor) and k != "indices"}
+    leaves = {k: v.clone().requires_grad_() for k, v in floats.items() if wanted is None or k in wanted}
     with torch.enable_grad(), adapter_backend(backend):
         y = lowrank(**{**given, **leaves})
     found = torch.autograd.grad(y, list(leaves.values()), out_gradient, materialize_grads=True)
@@ -89,12 +95,13 @@ def assert_clean(
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("wanted", WANTED)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_broken_expert_touches_only_the_rows_that_chose_it(backend) -> None:
+def test_a_broken_expert_touches_only_the_rows_that_chose_it(backend, wanted) -> None:
     for seed in range(DRAWN):
         given, chance = draw(seed, equal=backend == "grouped")
         out_gradient = torch.randn(len(given["x"]), 12, generator=torch.Generator().manual_seed(seed))
-        sound = outcome(given, backend, out_gradient)
+        sound = outcome(given, backend, out_gradient, wanted)
         broken = chance.randrange(len(given["ranks"]))
         for name in [n for n in BY_EXPERT if n in given]:
             damaged = {**given, name: given[name].clone()}
@@ -104,7 +111,7 @@ def test_a_broken_expert_touches_only_the_rows_that_chose_it(backend) -> None:
             apart = (given["indices"] != broken).all(1)
             # A row that chose it may spoil what it shares with others; those that no such row chose are free of it.
             touched = {broken, *given["indices"][~apart].flatten().tolist()}
-            found = outcome(damaged, backend, out_gradient)
+            found = outcome(damaged, backend, out_gradient, wanted)
             assert_clean(damaged, sound, found, set(range(len(given["ranks"]))) - touched, apart)
 
 
@@ -152,6 +159,20 @@ def test_experts_that_nobody_chose_get_gradients_of_zero_however_broken(backend)
     found = outcome(given, backend, torch.ones(len(given["x"]), 12))
     for name in [n for n in BY_EXPERT if n in given]:
         assert (part_of(name, found[name], last, given["ranks"]) == 0).all(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gate_that_is_minus_infinite_and_cut_off_touches_only_the_rows_that_chose_it(backend) -> None:
+    """All hidden values are 0, and so are their gradients: nothing shows but the weight itself."""
+    given, _ = draw(1, equal=True)
+    experts = len(given["ranks"])
+    rows = {"x": torch.ones(20, 8), "indices": torch.arange(20).remainder(experts).unsqueeze(1), "run": 1}
+    plain = {name: given[name] for name in ("w_down", "w_up", "ranks")}
+    given = {**plain, **rows, "act": "relu", "w_gate": torch.randn(len(given["w_down"]), 8)}
+    damaged = {**given, "w_gate": given["w_gate"].clone()}
+    part_of("w_gate", damaged["w_gate"], 0, given["ranks"]).fill_(-torch.inf)
+    sound, found = (outcome(one, backend, torch.ones(20, 12)) for one in (given, damaged))
+    assert_clean(given, sound, found, set(range(1, experts)), given["indices"][:, 0] != 0)
 
 
 def test_a_broken_neighbour_changes_no_bit_where_rows_are_invariant() -> None:

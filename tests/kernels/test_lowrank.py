@@ -199,7 +199,8 @@ def test_expert_that_overflows_leaves_the_rows_of_others_alone(backend, ranks, s
     with torch.no_grad():
         given["w_down"][ranks[0] :] = 3e38
     y, gradients = run(given, backend)
-    assert torch.equal(y[::2], sound[::2])
+    # `dense` leaves them to `segments`, where a sum is of another order.
+    torch.testing.assert_close(y[::2], sound[::2], rtol=1e-5 if backend == "dense" else 0, atol=0)
     assert not y[1::2].isfinite().all()
     assert gradients["x"][::2].isfinite().all()
 
