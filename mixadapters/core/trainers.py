@@ -11,6 +11,7 @@ from weakref import ref
 
 import torch
 from accelerate.state import GradientState
+from torch.utils.data import IterableDataset
 
 from mixadapters.core.engines import loaded
 
@@ -150,7 +151,8 @@ def warn_of_lacking(trainer: Any, dataset: Any, fields: Iterable[str]) -> None:
 def columns(dataset: Any) -> set[str] | None:
     """The names of what a row of `dataset` holds; None where it does not say so without being run through."""
     names = getattr(dataset, "column_names", None)
-    if names is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+    streams = isinstance(dataset, IterableDataset)  # some have a length, and a __getitem__ that refuses
+    if names is None and hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not streams:
         with torch.random.fork_rng():
             row = dataset[0] if len(dataset) else ()
         names = row if isinstance(row, Mapping) else ()

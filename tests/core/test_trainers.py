@@ -81,6 +81,17 @@ class Drawn(Rows):
         return {"input_ids": ids, "labels": ids, "domain_ids": index % 2}
 
 
+def test_a_stream_that_knows_its_length_is_not_asked_for_a_row() -> None:
+    class Counted(IterableDataset):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            return ({"input_ids": ids} for ids in IDS)
+
+        def __len__(self) -> int:
+            return len(IDS)
+
+    assert columns(Counted()) is None
+
+
 def test_a_look_at_a_row_draws_no_numbers(mixture: nn.Module, tmp_path: Path) -> None:
     before = torch.get_rng_state()
     assert columns(Drawn()) == {"input_ids", "labels", "domain_ids"}
