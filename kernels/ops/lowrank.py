@@ -38,10 +38,10 @@ def lowrank(
     """y = base_weight * base + sum_s weight_s * scale_e * (up_e(act(down_e x)) + b_up_e), with e = indices_s.
 
     With `w_gate` the experts are gated: `act(gate_e x) * down_e x` takes the place of `act(down_e x)`.
-    Every float tensor may require a gradient, once; twice under `adapter_backend("reference")`. Computed in the
-    dtype of `x`, under autocast in that of autocast, whatever the dtypes of the weights; gradients have the dtypes
-    of what they belong to. Under transforms of `torch.func` (`vmap`, `jvp`, `grad` ...) the definition runs,
-    `reference`.
+    Every float tensor may require a gradient. Computed in the dtype of `x`, under autocast in that of autocast,
+    whatever the dtypes of the weights; gradients have the dtypes of what they belong to. Where they are to be
+    differentiated in turn (`create_graph`) or are many at a time (`is_grads_batched`), and under transforms of
+    `torch.func` (`vmap`, `jvp`, `grad` ...), the definition runs, `reference`: slower, and with any derivative.
 
     Args:
         x: (N, K) input rows.

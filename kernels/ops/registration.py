@@ -102,11 +102,6 @@ class _Lowrank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            raise RuntimeError(
-                "lowrank gives first derivatives; to differentiate twice, run the forward under "
-                'mixadapters.kernels.adapter_backend("reference")'
-            )
         args = list(ctx.others)
         saved = ctx.saved_tensors  # once: checkpointing refuses to unpack again
         for i, tensor in zip(_TENSORS, saved, strict=False):
@@ -120,14 +115,35 @@ class _Lowrank(torch.autograd.Function):
             wide = torch.promote_types(grad.dtype, torch.float32)
             out[_BASE_WEIGHT] = (grad.to(wide) * base).sum(1).to(base_weight.dtype)
         args[_BASE] = args[_BASE_WEIGHT] = None
-        asked = [needs[i] for i in _INSIDE]
-        if any(asked):
+        asked = [i for i in _INSIDE if needs[i]]
+        if asked and _by_definition(grad):
+            found = _gradients(args, grad, asked)
+        elif asked:
             run = _backward if nobody_looks_on(grad) else _backward_op
-            found = iter(run(grad, saved[len(_TENSORS) :], *args, asked))
-            for i in _INSIDE:
-                if needs[i]:
-                    out[i] = next(found)
+            found = run(grad, saved[len(_TENSORS) :], *args, [needs[i] for i in _INSIDE])
+        else:
+            found = []
+        for i, gradient in zip(asked, found, strict=True):
+            out[i] = gradient
         return tuple(out)
+
+
+def _by_definition(grad: Tensor) -> bool:
+    """Whether gradients are to be differentiated (`create_graph`), or are many at a time (`is_grads_batched`)."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or _C._functorch.is_legacy_batchedtensor(grad)
+
+
+def _gradients(args: list[Any], grad: Tensor, asked: list[int]) -> tuple[Tensor, ...]:
+    """Those of the fields at these places, by plain operations that torch differentiates in turn."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), without_autocast(args[0]):
+        # Views of them: one may be computed from another, and each gradient is of the operation alone.
+        given = [arg.view_as(arg) if i in asked else arg for i, arg in enumerate(args[:-1])]
+        y = reference.forward(_problem(given))
+        wanted = [given[i] for i in asked]
+        return torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=again, materialize_grads=True)
 
 
 def call(p: Problem, backend: str) -> Tensor:

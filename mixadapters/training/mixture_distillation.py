@@ -7,7 +7,7 @@ features, and the student takes a few steps towards it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,6 @@ from mixadapters.core.fields import check_integer, check_kind, check_number, one
 from mixadapters.core.mixture import Mixture
 from mixadapters.core.model import MixtureModel
 from mixadapters.core.routing import RoutingKey
-from mixadapters.kernels import adapter_backend
 
 Batch = dict[str, Any]  # arguments of a model
 Features = Callable[[nn.Module, Batch], Tensor]  # -> (R, d), of the same rows for teacher and student
@@ -336,9 +335,6 @@ def _write(own: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
 
 @contextmanager
 def _differentiable(twice: bool) -> Iterator[None]:
-    """By operations that can be differentiated twice, if they are to be."""
-    with ExitStack() as stack:
-        if twice:
-            stack.enter_context(adapter_backend("reference"))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    """With attention that can be differentiated twice, if it is to be."""
+    with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
         yield

@@ -1,4 +1,4 @@
-"""Gradients of each sample alone, as differential privacy and influence functions need them, by torch.func."""
+"""Gradients of each sample alone, as differential privacy and influence functions need them, and of gradients."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from mixadapters import BottleneckConfig, MixDAConfig, MoAConfig
+from mixadapters.kernels import adapter_backend
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "bottleneck": lambda: BottleneckConfig(reduction_factor=4, init_weights=False),
@@ -42,3 +43,23 @@ def test_vmap_over_samples_gives_the_gradients_of_each(config) -> None:
                 expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 torch.testing.assert_close(found[name][i], expected, msg=lambda m, n=name: f"{n}: {m}")
     assert max(t.abs().max() for t in found.values()) > 0
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_gradient_penalty_trains(config) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny("llama", attn_implementation="eager"), CONFIGS[config]()).eval()
+    ids = torch.randint(3, 15, (3, 6))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def slopes() -> list[Tensor]:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        first = torch.autograd.grad(loss, parameters, create_graph=True, materialize_grads=True)
+        penalty = torch.stack([slope.square().sum() for slope in first]).sum()
+        return list(torch.autograd.grad(penalty, parameters, materialize_grads=True))
+
+    found = slopes()
+    with adapter_backend("reference"):
+        expected = slopes()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert max(slope.abs().max() for slope in found) > 0

@@ -261,13 +261,49 @@ def test_only_what_wants_a_gradient_gets_one(backend, wanted) -> None:
             assert given[name].grad is None
 
 
-def test_second_derivatives_are_those_of_the_reference_and_otherwise_refused() -> None:
-    given = problem(rows=3, act="silu")
-    for backend in FAST:
-        with adapter_backend(backend), pytest.raises(RuntimeError, match="differentiate twice"):
-            torch.autograd.grad(lowrank(**given).sum(), given["x"], create_graph=True)[0].sum().backward()
-    with adapter_backend("reference"):
-        assert torch.autograd.gradgradcheck(lambda x: lowrank(**{**given, "x": x}), given["x"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("more", [{}, {"glu": True, "base_weight": True}, {"slots": None}, {"dropout": 0.3}])
+def test_second_derivatives(backend, more) -> None:
+    given = problem(rows=3, act="silu", **more)
+    leaves = {name: t for name, t in given.items() if isinstance(t, Tensor) and t.requires_grad}
+
+    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+        y = lowrank(**{**given, **dict(zip(leaves, tensors, strict=True))})
+        return torch.autograd.grad(y.square().sum(), tensors, create_graph=True)
+
+    with adapter_backend(backend):
+        assert torch.autograd.gradcheck(gradients, tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_what_is_computed_from_one_another_are_of_the_operation_alone(backend) -> None:
+    """Base and weights come from the rows, as in a model: what the rows get by way of them, autograd adds, once."""
+    given = problem(rows=4, width_in=3, width_out=3, act="silu", base_weight=True)
+    x = given["x"].detach().requires_grad_()
+
+    def slope(name: str) -> Tensor:
+        with adapter_backend(name):
+            rows = x.sin()
+            y = lowrank(**{**given, "x": rows, "base": rows.exp(), "weights": rows[:, :2].cos()})
+            (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            return torch.autograd.grad(first.square().sum(), x)[0]
+
+    torch.testing.assert_close(slope(backend), slope("reference"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_many_gradients_at_a_time(backend, dtype) -> None:
+    given = problem(rows=4, act="silu", dtype=dtype)
+    leaves = [t for t in given.values() if isinstance(t, Tensor) and t.requires_grad]
+    with adapter_backend(backend):
+        y = lowrank(**given)
+        many = torch.randn(3, *y.shape, dtype=y.dtype)
+        found = torch.autograd.grad(y, leaves, many, is_grads_batched=True, retain_graph=True)
+        for i, one in enumerate(many):
+            expected = torch.autograd.grad(y, leaves, one, retain_graph=True)
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a[i], b, **({} if dtype is torch.float64 else {"rtol": 0.05, "atol": 0.05}))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
