@@ -1,6 +1,6 @@
 """The operation as torch sees it: two operators, opaque to the compiler, and the autograd function over them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ class _Lowrank(torch.autograd.Function):
         for i, tensor in zip(_TENSORS, saved, strict=False):
             args[i] = tensor
         needs = ctx.needs_input_grad
-        out = [None] * len(args)
+        out: list[Tensor | None] = [None] * len(args)
         base, base_weight = args[_BASE], args[_BASE_WEIGHT]
         if needs[_BASE]:
             out[_BASE] = grad if base_weight is None else grad * base_weight.to(grad.dtype).unsqueeze(1)
@@ -116,13 +116,12 @@ class _Lowrank(torch.autograd.Function):
             out[_BASE_WEIGHT] = (grad.to(wide) * base).sum(1).to(base_weight.dtype)
         args[_BASE] = args[_BASE_WEIGHT] = None
         asked = [i for i in _INSIDE if needs[i]]
+        found: Sequence[Tensor] = ()
         if asked and _by_definition(grad):
             found = _gradients(args, grad, asked)
         elif asked:
             run = _backward if nobody_looks_on(grad) else _backward_op
             found = run(grad, saved[len(_TENSORS) :], *args, [needs[i] for i in _INSIDE])
-        else:
-            found = []
         for i, gradient in zip(asked, found, strict=True):
             out[i] = gradient
         return tuple(out)
