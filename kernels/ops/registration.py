@@ -1,6 +1,6 @@
 """The operation as torch sees it: two operators, opaque to the compiler, and the autograd function over them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ _INSIDE = tuple(_NAMES.index(name) for name in DIFFERENTIABLE)  # whose gradient
 _FLOATS = (*_INSIDE, _BASE, _BASE_WEIGHT)
 _RANKS = _NAMES.index("ranks")
 _TENSORS = (*_FLOATS, _NAMES.index("indices"), _NAMES.index("seed"))
+_PLAIN = "plain"  # by operations that torch differentiates, `gathered.differentiable`
 
 library = torch.library.Library("mixadapters", "DEF")
 library.define(f"lowrank({_PROBLEM}, bool keep) -> (Tensor, Tensor[])")
@@ -153,7 +154,10 @@ def call(p: Problem, backend: str) -> Tensor:
         # Layers that share their indices and are alike ask once: it takes as long as a small product.
         x, width = p.x, p.up.shape[0]
         alike = (p.ranks, p.run, p.batch_invariant, p.dropout > 0, x.dtype, x.is_cpu, x.shape[1], width, backend, grad)
-        return p.derived(("way", *alike), lambda: _way(p, backend, grad))(p)
+        way = p.derived(("way", *alike), lambda: _way(p, backend, grad))
+        if way == _PLAIN:
+            return gathered.differentiable(p)
+        return _Lowrank.apply(*p, way) if grad else backends.module(way).forward(p, False)[0]
     if _transformed():  # which know what becomes of plain operations alone
         return reference.forward(p)
     if not torch.is_grad_enabled() and not backend:
@@ -163,17 +167,15 @@ def call(p: Problem, backend: str) -> Tensor:
     return _Lowrank.apply(*p, backend) if grad else _forward_op(*p, backend, False)[0]
 
 
-def _way(p: Problem, backend: str, grad: bool) -> Callable[[Problem], Tensor]:
-    """What runs the problem where nobody looks on: it depends on shapes, dtypes and values of indices alone."""
+def _way(p: Problem, backend: str, grad: bool) -> str:
+    """Which backend runs the problem where nobody looks on, or `_PLAIN`. Shapes, dtypes and values of indices decide.
+
+    A word, as it goes along where indices are pickled, in a routing that somebody keeps.
+    """
     p.check_indices()
     # There is no graph, in which what is kept has one layout for all numbers of rows.
     chosen = backends.pick(p, backend, len(p.x), training=grad, layout_fixed=False)
-    if chosen is gathered and gathered.plain(p, grad):
-        return gathered.differentiable
-    if not grad:
-        return lambda p: chosen.forward(p, False)[0]
-    name = backends.name_of(chosen)
-    return lambda p: _Lowrank.apply(*p, name)
+    return _PLAIN if chosen is gathered and gathered.plain(p, grad) else backends.name_of(chosen)
 
 
 def nobody_looks_on(x: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -373,6 +374,18 @@ def test_constant_indices_change_no_bit_whatever_the_experts(backend) -> None:
                 assert all(map(torch.equal, found, expected))
                 with torch.no_grad():
                     assert torch.equal(lowrank(**{**experts, "indices": promised}), expected[0])
+
+
+@pytest.mark.parametrize("run", [1, 8])
+@pytest.mark.parametrize("training", [False, True])
+def test_constant_indices_that_have_run_can_be_pickled(run, training) -> None:
+    """They are those of routings, which callers write to files."""
+    given = problem(rows=16 // run, slots=1, run=run)
+    given["indices"] = kernels.constant(given["indices"].clamp_min(0))
+    with torch.set_grad_enabled(training):
+        y = lowrank(**given)
+        again = pickle.loads(pickle.dumps(given["indices"]))
+        assert torch.equal(lowrank(**{**given, "indices": again}), y)
 
 
 @pytest.mark.parametrize("cheapest", ["segments", "grouped", "gathered"])
