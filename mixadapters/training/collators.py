@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from mixadapters.core.columns import (
     numbered,
@@ -283,7 +283,8 @@ class WithGeneralText:
         if not callable(collator):
             raise TypeError(f"collator={collator!r} cannot be called; give what Trainer takes as data_collator")
         require_padding(tokenizer)
-        indexed = hasattr(general, "__len__") and hasattr(general, "__getitem__")
+        refuses = Dataset.__getitem__  # torch's own, which streams have, also those that know their length
+        indexed = hasattr(general, "__len__") and getattr(type(general), "__getitem__", refuses) is not refuses
         if not indexed or isinstance(general, (str, bytes, Mapping)):
             raise TypeError(
                 f"general={type(general).__name__} has no length, or no texts by number; give a list of texts or a "

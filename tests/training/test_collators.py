@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from mixadapters.training import collators
@@ -402,6 +403,16 @@ def test_what_is_no_tokenizer_is_named(kind) -> None:
         kind("bert")
 
 
+class Counted(IterableDataset):
+    """A stream that knows its length; torch gives it a __getitem__ that refuses."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["the heart", "a nerve"])
+
+    def __len__(self) -> int:
+        return 2
+
+
 DRAWN = {"general": ["the heart", "a nerve"], "max_length": 8, "batch_size": 1}
 
 
@@ -411,6 +422,7 @@ DRAWN = {"general": ["the heart", "a nerve"], "max_length": 8, "batch_size": 1}
         ({"general": "the heart"}, "general=str"),
         ({"general": {"text": ["the heart"]}}, "general=dict"),
         ({"general": iter(["the heart"])}, "general=list_iterator"),
+        ({"general": Counted()}, "general=Counted has no length, or no texts by number"),
         ({"general": []}, "batch_size=1 must be from 1 to .* 0"),
         *(({"max_length": value}, "max_length=") for value in (0, 2, 2.5, "8", True)),
         *(({"batch_size": value}, "batch_size=") for value in (0, 3, 1.5, "1", True)),
