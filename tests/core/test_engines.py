@@ -154,6 +154,9 @@ def test_weights_that_an_engine_has_frozen_come_from_what_is_kept_and_from_files
     complete(given, model)
     assert set(own_keys(model, "mixda_", "default")) <= given.keys()
     assert all(torch.equal(given[name], whole[name]) for name in whole if name in given)
+    given = {name: tensor + 1 for name, tensor in whole.items()}
+    complete(given, model)  # what is there stays
+    assert all(torch.equal(given[name], tensor + 1) for name, tensor in whole.items())
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1)

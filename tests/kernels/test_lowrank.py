@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mixadapters import kernels
-from mixadapters.kernels import ACTIVATIONS, adapter_backend, costs, hashing, lowrank
+from mixadapters.kernels import ACTIVATIONS, adapter_backend, costs, grouped, hashing, lowrank
 
 FAST = ("segments", "gathered", "dense")  # run any problem on a CPU
 BACKENDS = (*FAST, "reference")
@@ -217,6 +217,18 @@ def test_experts_nobody_chose_get_a_zero_gradient_not_none(backend) -> None:
         assert (given[name].grad[5:] != 0).any()
 
 
+def test_experts_nobody_chose_get_a_zero_gradient_where_grouped_mm_leaves_them_unwritten(monkeypatch) -> None:
+    def unwritten(*args: Tensor, offs: Tensor) -> Tensor:
+        out = torch.nn.functional.grouped_mm(*args, offs=offs)
+        if out.dim() == 3:
+            out[offs.diff(prepend=offs.new_zeros(1)) == 0] = torch.nan
+        return out
+
+    monkeypatch.setattr(grouped, "grouped_mm", unwritten)
+    given = problem(width_in=4, width_out=4, ranks=(4, 4, 4), slots=1, routing="last", dtype=torch.float32)
+    assert_same(given, run(given, "grouped"), run(given, "reference"), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("backend", [*FAST, "grouped"])
 @pytest.mark.parametrize("glu", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -317,6 +329,16 @@ def test_weights_follow_the_dtype_of_the_rows_and_the_result_that_of_the_base(ba
         assert lowrank(**{**given, "base": None}).dtype == torch.bfloat16
     y.sum().backward()
     assert given["w_down"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("more", [{}, {"slots": None}, {"slots": 1, "routing": "last"}], ids=["2", "all", "one"])
+def test_a_base_of_another_dtype_than_the_rows_is_added_to(backend, more) -> None:
+    given = problem(rows=64, dtype=torch.float32, **more)
+    expected = row_by_row(**given)
+    with adapter_backend(backend):
+        y = lowrank(**{**given, "x": given["x"].bfloat16()})
+    torch.testing.assert_close(y, expected, atol=0.3, rtol=0.05)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -31,6 +31,8 @@ def test_salted_tokens_are_equal_only_for_equal_tokens_and_salts() -> None:
     assert len(seen) == 9
     assert salted(TOKENS, "a/1") == salted(list(TOKENS), "a/1")
     assert salted(TOKENS, "a/1")[SALTED:] == TOKENS[SALTED:]
+    for other in (TOKENS, salted(TOKENS, "b/1")):  # each of the first tells them apart: one alone may be another's
+        assert not any(a == b for a, b in zip(salted(TOKENS, "a/1")[:SALTED], other, strict=False))
     assert all(-(2**31) <= token < 2**31 for token in salted([0, 2**31 - 1, 7], "a/1"))
 
 

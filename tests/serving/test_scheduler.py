@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mixadapters.serving import AdapterServer
-from mixadapters.serving.scheduler import TURNS
+from mixadapters.serving.scheduler import TURNS, FairScheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 TOKENS = 32  # of a step
@@ -78,6 +79,14 @@ def test_requests_that_are_put_back_for_want_of_room_keep_their_turn_and_tokens(
     read = sum(sum(step.values()) for step in steps)
     assert read > sum(map(len, prompts)) + 5 * 60  # some was read again
     assert tight == whole
+
+
+def test_request_that_is_put_back_is_older_than_those_that_came_after_it() -> None:
+    scheduler = FairScheduler(None, 0.1, 8)
+    first, second = (SimpleNamespace(request_id=name, remaining_prefill_tokens=SHORT) for name in ("first", "second"))
+    for state in (first, second, first):
+        scheduler.add_waiting_request(state)
+    assert scheduler._in_order([second, first]) == [first, second]
 
 
 def test_unknown_scheduler_is_refused(causal) -> None:

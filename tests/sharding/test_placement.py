@@ -57,6 +57,8 @@ def test_few_enough_busy_experts_lie_everywhere() -> None:
 def test_places_for_copies_go_to_whichever_expert_has_most_for_each() -> None:
     plan = plan_placement([8.0, 4.0, 1.0, 1.0], 4, 1, t=4, m=1)
     assert [len(held) for held in plan.holders] == [4, 2, 1, 1]
+    plan = plan_placement([100.0, 4.0, 1.0, 1.0], 4, 1, t=4, m=1)  # to an expert that lies everywhere goes no more
+    assert [len(held) for held in plan.holders] == [4, 2, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -338,9 +338,19 @@ def test_refused_injection_leaves_the_model_as_it_was(tiny, tiny_inputs) -> None
 def test_nested_targets_are_refused(tiny) -> None:
     with pytest.raises(ValueError, match=r"'model.layers.0.mlp.down_proj' lies inside 'model.layers.0.mlp'"):
         get_peft_model(tiny("llama"), BottleneckConfig(target_modules=["mlp", "down_proj"]))
-    model = get_peft_model(tiny("llama"), BottleneckConfig(target_modules=["mlp"]))
-    with pytest.raises(ValueError, match="lies inside"):
-        model.add_adapter("second", BottleneckConfig(target_modules=["down_proj"]))
+    for first, second in (("mlp", "down_proj"), ("down_proj", "mlp")):
+        model = get_peft_model(tiny("llama"), BottleneckConfig(target_modules=[first]))
+        with pytest.raises(ValueError, match="lies inside"):
+            model.add_adapter("second", BottleneckConfig(target_modules=[second]))
+
+
+def test_all_linear_leaves_out_the_head_also_where_it_has_an_adapter(tiny) -> None:
+    model = get_peft_model(tiny("llama"), BottleneckConfig(r=2, target_modules=["lm_head", "q_proj"]))
+    model.add_adapter("second", BottleneckConfig(r=2, target_modules="all-linear"))
+    hosts = {host.path: set(host.adapters) for host in model.base_model.hosts()}
+    assert hosts["lm_head"] == {"default"}
+    assert hosts["model.layers.0.self_attn.q_proj"] == {"default", "second"}
+    assert hosts["model.layers.0.self_attn.k_proj"] == {"second"}
 
 
 def test_modules_that_take_no_adapter_are_refused(tiny) -> None:
