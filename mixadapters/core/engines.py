@@ -73,9 +73,7 @@ class Engine:
                             "TRANSFORMER_BASED_WRAP)"
                         )
         sharded = any(map(is_sharded, root.parameters()))
-        blocks = loaded("torch.distributed.fsdp", "FSDPModule")
-        whole = [name for name, p in self._own(root) if p.requires_grad and not is_dtensor(p)]
-        if whole and any(isinstance(module, blocks) for module in root.modules()):
+        if whole := self._left_out(root):
             warnings.warn(
                 f"{whole[0]!r} trains and is not sharded, as it has come after fully_shard or was left out: unless "
                 "you sum its gradients, every process trains a copy of its own. Add adapters before fully_shard",
@@ -89,6 +87,21 @@ class Engine:
                 stacklevel=2,
             )
 
+    def _left_out(self, root: nn.Module) -> list[str]:
+        """The names of weights of adapters that train and are not shared out, in blocks of FSDP2 that are.
+
+        Of a block that is whole now, as that of the root in its forward, there is no telling.
+        """
+        kind = loaded("torch.distributed.fsdp", "FSDPModule")
+        blocks = [path for path, module in root.named_modules() if isinstance(module, kind)]
+        if not blocks:
+            return []
+        own = {name: p for name, p in self._own(root) if p.requires_grad}
+        others = root.named_parameters()
+        whole = {_nearest(name, blocks) for name, p in others if name not in own and not is_dtensor(p)}
+        plain = [name for name, p in own.items() if not is_dtensor(p)]
+        return [name for name in plain if _nearest(name, blocks) not in {None, *whole}]
+
     def _own(self, root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """The weights of adapters in `root` and of the modules that are saved with them, by their names in it."""
         for path, host in root.named_modules():
@@ -99,6 +112,12 @@ class Engine:
             for name, parameter in wrapper.named_parameters():
                 if not name.startswith("original_module."):
                     yield f"{path}.{name}", parameter
+
+
+def _nearest(name: str, paths: Iterable[str]) -> str | None:
+    """The innermost of the modules at these paths that a parameter lies in; None: in none of them."""
+    around = [path for path in paths if not path or name.startswith(f"{path}.")]
+    return max(around, key=len, default=None)
 
 
 def refuse_untold(root: nn.Module) -> None:

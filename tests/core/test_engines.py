@@ -12,6 +12,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from processes import one_of_two
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 
@@ -239,3 +240,18 @@ def test_a_loss_stays_in_outputs_that_have_no_place_for_one() -> None:
     again = _pytree.tree_unflatten(values, spec)
     assert (float(again.loss), float(output["loss"])) == (3.0, 3.0)
     assert torch.equal(again.sample, output.sample)
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_weights_that_the_root_has_gathered_are_not_said_to_be_left_out(blocks: bool, tiny: Any) -> None:
+    """A head that is saved lies in no block, but in what the root shares out."""
+    config = BottleneckConfig(r=4, modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny("llama"), config).train()
+    with one_of_two():
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.get_base_model().model.layers if blocks else ():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for _ in range(2):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            assert all(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)
