@@ -147,6 +147,14 @@ def test_the_loss_of_routers_is_refused_where_layers_have_other_numbers_of_exper
         assert uneven(**labels, output_router_logits=False).loss.isfinite()
 
 
+def test_models_that_compute_no_loss_of_routers_give_the_logits_of_layers_that_differ() -> None:
+    body = moe("mixtral").model
+    for layer, kept in zip(expert_layers(body, ""), ([0, 1, 2], [1, 2, 3, 4]), strict=True):
+        layer.keep(kept)
+    given = {name: value for name, value in batch().items() if name != "labels"}
+    assert [part.shape[-1] for part in body(**given, output_router_logits=True).router_logits] == [3, 4]
+
+
 def test_a_merged_base_comes_back(tmp_path: Path) -> None:
     model = moe("mixtral")
     merge_experts(model, used(model), 4)
