@@ -193,7 +193,7 @@ def not_finite(weights: Mapping[str, Tensor]) -> tuple[str, ...]:
 
 def has_others(tensor: Tensor) -> bool:
     """Whether a tensor of any dtype holds NaN or infinite values."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.dtype == torch.float4_e2m1fn_x2:  # 4 bits have none
         return False
     if tensor.element_size() == 1:  # torch sums none of 8 bits
         tensor = tensor.float()

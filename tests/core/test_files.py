@@ -257,7 +257,9 @@ def test_finite_weights_whose_sum_is_not_are_finite() -> None:
     large, small = torch.full((9,), 6e4, dtype=torch.float16), torch.ones(3)
     assert not large.sum().isfinite()
     both = torch.tensor([torch.inf, -torch.inf])
-    assert not_finite({"large": large, "both": both, "small": small, "ints": torch.arange(3)}) == ("both",)
+    narrow = torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)  # has no other numbers
+    given = {"large": large, "both": both, "small": small, "ints": torch.arange(3), "narrow": narrow}
+    assert not_finite(given) == ("both",)
 
 
 def test_a_source_in_a_file_is_not_followed_and_an_origin_names_no_local_path(tiny: Any, tmp_path: Path) -> None:
