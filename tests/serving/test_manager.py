@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import runpy
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +24,16 @@ def test_a_transformers_without_what_the_server_needs_is_named(version, monkeypa
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     with pytest.raises(ImportError, match=rf"transformers>=5\.19 is required.*{version}(.|\n)*the server needs"):
         runpy.run_path(manager.__file__)
+
+
+def test_what_needs_no_server_is_imported_with_any_transformers() -> None:
+    """`manager` refuses an earlier one when it is imported."""
+    code = (
+        "import sys; from mixadapters.serving import CompositionRouter, ConfidenceCascade, UnknownAdapter; "
+        "assert 'mixadapters.serving.manager' not in sys.modules; "
+        "from mixadapters.serving import AdapterServer; assert 'mixadapters.serving.manager' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_salted_tokens_are_equal_only_for_equal_tokens_and_salts() -> None:
