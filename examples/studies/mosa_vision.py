@@ -71,7 +71,7 @@ class Arguments:
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
-        check_numbers(self, zero=("layers", "weight_decay"))
+        check_numbers(self, zero=("shots", "layers", "weight_decay"))
 
 
 class Base:
