@@ -130,13 +130,13 @@ class Residents:
         return Parts(self.model.peft_config[name], self.parts_of(name))
 
     def enlist(self, name: str, form: Form | None = None) -> None:
-        """An adapter that is in the model is one of ours from now on; another may leave for it."""
+        """An adapter that is in the model is one of ours from now on; it or another may leave it for that."""
         self._parts[name] = self.parts_in(name)
         if form is not None:
             self._forms[name] = form
         self._inside[name] = next(self._stays)
         try:
-            self._make_room(name)
+            self._make_room()
         except AdapterUnreadable:
             self.forget(name)
             raise
@@ -265,12 +265,12 @@ class Residents:
     def _mark_of(self, path: Path) -> str:
         return f"{self._mark} {path.name}"
 
-    def _make_room(self, kept: str) -> None:
-        while self.most is not None and len(self._inside) > self.most and self._evict_one(kept):
+    def _make_room(self) -> None:
+        while self.most is not None and len(self._inside) > self.most and self._evict_one():
             pass
 
-    def _evict_one(self, kept: str | None = None) -> bool:
-        name = next((name for name in self._inside if name != kept and self.idle(name)), None)
+    def _evict_one(self) -> bool:
+        name = next((name for name in self._inside if self.idle(name)), None)
         if name is None:
             return False
         self._put_away(name)

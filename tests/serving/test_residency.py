@@ -92,6 +92,20 @@ def test_adapter_in_use_stays_and_who_waits_for_its_place_gets_it(server, alone)
         assert len(held[1].result(60).tokens) == 120
 
 
+def test_adapter_that_comes_while_all_others_are_in_use_is_not_one_too_many(server, folders, alone) -> None:
+    server.adapters._forms.clear()  # so that it comes into the model, to be tried
+    with server:
+        held = [server.submit(PROMPT, name, max_new_tokens=120) for name in ("a0", "a1")]
+        for request in held:
+            next(iter(request))
+        server.load("late", folders["a2"])
+        assert inside(server) == {"a0", "a1"}
+        for request in held:
+            request.cancel()
+        assert server.submit(PROMPT, "late", max_new_tokens=6).result(30).tokens == alone["a2"]
+        assert len(inside(server)) == 2
+
+
 def test_request_that_waits_is_not_passed_for_ever(server, alone, monkeypatch) -> None:
     """Though those that are in the model are always in use: a next request for each comes before the last one ends."""
     monkeypatch.setattr("mixadapters.serving.engine.PATIENCE", 0.05)
@@ -217,6 +231,20 @@ def test_others_go_on_while_weights_are_read(filed, alone, monkeypatch) -> None:
         for _ in range(2):
             filed.submit(PROMPT, max_new_tokens=2).result(30)
     assert not filed.adapters.residents._readings
+
+
+def test_weights_that_nobody_waits_for_are_forgotten_once_they_have_been_read(filed, monkeypatch) -> None:
+    may, read = threading.Event(), Reading._read
+    monkeypatch.setattr(Reading, "_read", lambda self: (may.wait(30), read(self)))
+    residents, far = filed.adapters.residents, min(set(NAMES) - inside(filed))
+    assert not residents.use(far)
+    residents.drop_unwanted(lambda name: False)
+    assert residents.coming(far)  # and whoever asks by then need not have it read again
+    may.set()
+    while residents.coming(far):
+        time.sleep(0.005)
+    residents.drop_unwanted(lambda name: False)
+    assert not residents._readings
 
 
 def spoil(server: AdapterServer, names: list[str], how: str) -> Path:
