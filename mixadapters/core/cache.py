@@ -17,7 +17,8 @@ NAMES = tuple(dict.fromkeys((CACHE, "past_key_values", "cache_params")))  # the 
 # In outputs that know the new name the old ones are properties, which say in the log that they are old.
 IN_OUTPUTS = NAMES[:1] if CACHE == "cache" else NAMES
 
-# A layer that holds no keys: what counts, offloads or masks the layers of a cache passes over those.
+# A layer that holds no keys: what counts, offloads or masks the layers of a cache passes over those. transformers has
+# it from version 5.23 on.
 _Layer: Any = getattr(cache_utils, "DummyLayer", cache_utils.CacheLayerMixin)
 # Of what a model keeps of earlier tokens in a form of its own, to which a router can add nothing.
 FOREIGN = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
@@ -73,6 +74,9 @@ class RouterStateLayer(_Layer):
 
     def get_max_length(self) -> int:
         return -1
+
+    def update(self, *_: Any) -> Any:
+        raise NotImplementedError("the layer of a cache in which routers keep their state holds no keys and values")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.first.get_mask_sizes(query_length)

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 
 import pytest
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, StaticCache
+from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig, StaticCache, cache_utils
 from transformers.cache_utils import DynamicLayer
 
 from mixadapters.core.cache import RouterStateLayer, router_state, settle
@@ -59,25 +60,50 @@ def make(kind: str):
     return StaticCache(config=config, max_cache_len=8) if kind.endswith("static") else DynamicCache(config=config)
 
 
+# What versions of transformers ask of a cache; those that a version does not know, nothing in it asks.
+QUESTIONS = {
+    "get_seq_length": lambda c: int(c.get_seq_length()),
+    "get_max_length": lambda c: c.get_max_length(),
+    "get_mask_sizes": lambda c: c.get_mask_sizes(2, 0),
+    "is_compileable": lambda c: c.is_compileable,
+    "is_croppable": lambda c: c.is_croppable,
+    "is_initialized": lambda c: c.is_initialized,
+    "is_sliding": lambda c: [c.is_sliding.index(value) for value in (True, False) if value in c.is_sliding],
+    "is_dummy": lambda c: [dummy for dummy in c.is_dummy if not dummy],
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
 @pytest.mark.parametrize("kind", ["dynamic", "static", "sliding dynamic", "sliding static"])
-def test_what_asks_a_cache_gets_the_same_answers_with_and_without_state(kind) -> None:
+def test_what_asks_a_cache_gets_the_same_answers_with_and_without_state(kind, question) -> None:
     plain, kept = make(kind), make(kind)
+    if not hasattr(type(plain), question):
+        pytest.skip(f"this version of transformers has no {question}")
     router_state(kept)["vector"] = torch.ones(2, 2)
     keys = torch.zeros(2, 2, 3, 4)
     for cache in (plain, kept):
         for layer in range(2):
             cache.update(keys, keys, layer)
-    for ask in (
-        lambda c: int(c.get_seq_length()),
-        lambda c: c.get_max_length(),
-        lambda c: c.get_mask_sizes(2, 0),
-        lambda c: c.is_compileable,
-        lambda c: c.is_croppable,
-        lambda c: c.is_initialized,
-        lambda c: [c.is_sliding.index(value) for value in (True, False) if value in c.is_sliding],
-        lambda c: [layer for layer, dummy in zip(c.layers, c.is_dummy, strict=True) if not dummy].__len__(),
-    ):
-        assert ask(plain) == ask(kept)
+    ask = QUESTIONS[question]
+    assert ask(plain) == ask(kept)
+
+
+def test_state_needs_nothing_of_a_layer_but_what_the_oldest_supported_transformers_has(monkeypatch) -> None:
+    """Before version 5.23 there are no dummy layers: all layers are of `CacheLayerMixin`, which is abstract."""
+    monkeypatch.delattr(cache_utils, "DummyLayer", raising=False)
+    spec = importlib.util.find_spec("mixadapters.core.cache")
+    old = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(old)
+    assert issubclass(old.RouterStateLayer, cache_utils.CacheLayerMixin)
+    cache = DynamicCache(config=CONFIG)
+    old.router_state(cache)["vector"] = torch.ones(2, 2)
+    keys = torch.zeros(2, 2, 3, 4)
+    for layer in range(2):
+        cache.update(keys, keys, layer)
+    cache.reorder_cache(torch.tensor([1]))
+    assert cache.is_initialized
+    assert cache.is_compileable is DynamicCache(config=CONFIG).is_compileable
+    assert torch.equal(old.router_state(cache)["vector"], torch.ones(1, 2))
 
 
 def test_state_moves_with_the_rows() -> None:
