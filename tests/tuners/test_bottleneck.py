@@ -335,6 +335,13 @@ def test_refused_injection_leaves_the_model_as_it_was(tiny, tiny_inputs) -> None
     assert torch.equal(logits(model, tiny_inputs("llama")), logits(tiny("llama"), tiny_inputs("llama")))
 
 
+def test_adapters_read_at_the_block_of_their_own_layer(tiny) -> None:
+    model = get_peft_model(tiny("llama"), BottleneckConfig(r=2, placement="parallel", adapter_input="residual"))
+    taps = {host.path: host.adapters["default"].tap for host in model.base_model.hosts()}
+    assert len(taps) > 1
+    assert all(tap.startswith(path.rpartition(".")[0] + ".") for path, tap in taps.items())
+
+
 def test_nested_targets_are_refused(tiny) -> None:
     with pytest.raises(ValueError, match=r"'model.layers.0.mlp.down_proj' lies inside 'model.layers.0.mlp'"):
         get_peft_model(tiny("llama"), BottleneckConfig(target_modules=["mlp", "down_proj"]))
