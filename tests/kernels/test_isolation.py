@@ -98,7 +98,7 @@ def assert_clean(
 @pytest.mark.parametrize("wanted", WANTED)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_broken_expert_touches_only_the_rows_that_chose_it(backend, wanted) -> None:
-    for seed in range(DRAWN):
+    for seed in range(DRAWN if wanted is None else DRAWN // 3):
         given, chance = draw(seed, equal=backend == "grouped")
         out_gradient = torch.randn(len(given["x"]), 12, generator=torch.Generator().manual_seed(seed))
         sound = outcome(given, backend, out_gradient, wanted)
