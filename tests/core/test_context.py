@@ -5,6 +5,7 @@ import io
 import re
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,6 +27,12 @@ pytestmark = [
 ]
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 MIXDA = {"domains": ["a", "b"], "r": 3, "task_r": 2, "domain_layers": [0, 1]}
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny: Any) -> Any:
+    """Models of two layers, a first and a last one, where a test asks for no more."""
+    return partial(tiny, layers=2)
 
 
 def adapt(base: nn.Module, config: Any, **others: Any) -> PeftModel:

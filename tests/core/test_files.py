@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ CONFIGS: dict[str, Any] = {
 every = pytest.mark.parametrize("kind", CONFIGS)
 IDS = torch.arange(5, 13)[None]
 Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny: Any) -> Any:
+    """Models of two layers, a first and a last one, where a test asks for no more."""
+    return partial(tiny, layers=2)
 
 
 @torch.no_grad()

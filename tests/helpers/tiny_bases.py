@@ -10,7 +10,7 @@ import transformers
 from originals import Original
 from torch import Tensor, nn
 
-# One letter per axis: d = WIDTH, the FFN intermediate is FFN wide; four layers, so that every third has one.
+# One letter per axis: d = WIDTH, the FFN intermediate is FFN wide; four layers: MixDA adapts two of them by default.
 VOCAB, WIDTH, FFN, LAYERS, HEADS, POSITIONS, LABELS = 96, 32, 48, 4, 4, 64, 3
 IMAGE, PATCH = 16, 8
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -131,6 +131,10 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "bart": ("BartConfig", _BART, "encoder-decoder"),
 }
 
+# What the configurations call the number of layers, of either stack.
+_DEPTH = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers"}
+_DEPTH |= {"decoder_layers"}
+
 # head -> Auto class; None, the default, is the head that a checkpoint of the kind usually has
 HEADS_OF_MODELS = {
     "base": transformers.AutoModel,
@@ -174,19 +178,21 @@ def _enlarge(model: nn.Module) -> None:
 _made: dict[str, Original] = {}
 
 
-def tiny(kind: str, head: str | None = None, **overrides: Any) -> nn.Module:
+def tiny(kind: str, head: str | None = None, layers: int = LAYERS, **overrides: Any) -> nn.Module:
     """A tiny random model in eval mode, a fresh copy with the same weights at every call.
 
     `kind` is a key of ``KINDS``; `head` one of "base", "causal_lm", "masked_lm", "seq2seq_lm",
     "sequence_classification", "token_classification", "image_classification", by default the one whose output has
-    ``logits`` over the vocabulary (or labels, for images); `overrides` are fields of the configuration.
-    Width 32, FFN 48 (per expert 24 in Qwen3-MoE), 4 layers, 4 heads, 96 tokens, 3 labels.
+    ``logits`` over the vocabulary (or labels, for images); `layers` the number of layers of each stack; `overrides`
+    are fields of the configuration.
+    Width 32, FFN 48 (per expert 24 in Qwen3-MoE), 4 heads, 96 tokens, 3 labels.
     """
     head = head or _usual_head(kind)
-    key = repr((kind, head, sorted(overrides.items(), key=str)))
+    key = repr((kind, head, layers, sorted(overrides.items(), key=str)))
     if key not in _made:
         config_class, arguments, _ = KINDS[kind]
-        config = getattr(transformers, config_class)(**{**arguments, **overrides})
+        depth = dict.fromkeys(_DEPTH & arguments.keys(), layers)
+        config = getattr(transformers, config_class)(**{**arguments, **depth, **overrides})
         state = torch.get_rng_state()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

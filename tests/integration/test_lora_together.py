@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ KINDS = {
 }
 every = pytest.mark.parametrize("kind", KINDS)
 either_first = pytest.mark.parametrize("lora_first", [False, True])
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny: Any) -> Any:
+    """Models of two layers, a first and a last one, where a test asks for no more."""
+    return partial(tiny, layers=2)
 
 
 def lora(**fields: Any) -> LoraConfig:

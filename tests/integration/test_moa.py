@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,6 +37,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "pregate": {"router": "pregate", "router_scope": "model"},
 }
 every_form = pytest.mark.parametrize("form", FORMS)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny: Any) -> Any:
+    """Models of two layers, a first and a last one, where a test asks for no more."""
+    return partial(tiny, layers=2)
 
 
 def stir(model: nn.Module, seed: int = 1) -> nn.Module:
@@ -72,31 +79,34 @@ WAYS: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "static": {"cache_implementation": "static", "disable_compile": True},
     "chunked": {"prefill_chunk_size": 3},
-    "assisted": {},
 }
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", WAYS)
 @every_form
-def test_every_way_to_generate_is_the_one_without_cache(form, way, tiny, tiny_inputs) -> None:
-    model, inputs = of_form(tiny, form), tiny_inputs("llama", batch=1 if way == "assisted" else 2, padding="left")
-    options = WAYS[way] | ({"assistant_model": tiny("llama")} if way == "assisted" else {})
-    reference = {name: value for name, value in options.items() if name.startswith("num_")}
-    expected = model.generate(**inputs, **SETTINGS, **reference, use_cache=False)
-    if form.startswith("request") and way == "chunked":
-        with pytest.raises(ValueError, match=r"granularity='request'.*prefill_chunk_size"):
-            model.generate(**inputs, **SETTINGS, **options)
-        return
-    assert torch.equal(model.generate(**inputs, **SETTINGS, **options), expected)
-    with model.disable_adapter():
-        assert not torch.equal(model.generate(**inputs, **SETTINGS, **reference), expected)
+def test_every_way_to_generate_is_the_one_without_cache(form, tiny, tiny_inputs) -> None:
+    model, inputs = of_form(tiny, form), tiny_inputs("llama", padding="left")
+    expected = {}
+    for beams in (1, 3):
+        reference = {"num_beams": beams, "num_return_sequences": min(beams, 2)}
+        expected[beams] = model.generate(**inputs, **SETTINGS, **reference, use_cache=False)
+        with model.disable_adapter():
+            assert not torch.equal(model.generate(**inputs, **SETTINGS, **reference), expected[beams])
+    for way, options in WAYS.items():
+        if form.startswith("request") and way == "chunked":
+            with pytest.raises(ValueError, match=r"granularity='request'.*prefill_chunk_size"):
+                model.generate(**inputs, **SETTINGS, **options)
+            continue
+        assert torch.equal(model.generate(**inputs, **SETTINGS, **options), expected[options.get("num_beams", 1)]), way
+    alone = {name: value[:1] for name, value in inputs.items()}  # assisted decoding takes one row
+    assert torch.equal(model.generate(**alone, **SETTINGS, assistant_model=tiny("llama")), expected[1][:1])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("scope", ["module", "block", "model"])
 def test_what_is_generated_for_a_request_follows_from_its_prompt_alone(scope, tiny, tiny_inputs) -> None:
-    model, inputs = of_form(tiny, f"request, {scope}"), tiny_inputs("llama", padding="left")
+    model = build(tiny("llama", layers=3), **FORMS[f"request, {scope}"])
+    inputs = tiny_inputs("llama", padding="left")
     tokens = model.generate(**inputs, **SETTINGS)
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 6), value=1)
     prompt = torch.nn.functional.pad(inputs["attention_mask"], (0, 6))

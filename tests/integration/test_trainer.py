@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ HEADS = {  # kind of the tiny model, its head, options, labels
     "masked": ("bert", "masked_lm", NO_DROPOUT, "tokens"),
     "causal": ("llama", "causal_lm", {}, "tokens"),
 }
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny: Any) -> Any:
+    """Models of two layers, a first and a last one, where a test asks for no more."""
+    return partial(tiny, layers=2)
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
@@ -424,7 +431,7 @@ def texts(first: int, last: int, count: int, own: int = 0) -> list[str]:
 def base(tiny: Any, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny masked language model that knows general text, saved as a checkpoint would be."""
     torch.manual_seed(0)
-    model = tiny("bert", **NO_DROPOUT).train()
+    model = tiny("bert", layers=4, **NO_DROPOUT).train()
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.2)
     rows = [tokenizer(text) for text in texts(0, 91, 91)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

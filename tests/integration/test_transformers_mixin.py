@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ KINDS = {
     "moa": (MoAConfig, {"num_experts": 3, "r": 4, "router_scope": "block"}),
 }
 every = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny: Any) -> Any:
+    """Models of two layers, a first and a last one, where a test asks for no more."""
+    return partial(tiny, layers=2)
 
 
 def config(kind: str, **fields: Any) -> Any:

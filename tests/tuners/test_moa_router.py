@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import peft
@@ -21,6 +22,12 @@ from mixadapters.tuners.moa.router import router_spec
 TARGETS = {"llama": ["q_proj", "down_proj"], "bert": ["query", "value"], "t5": ["q", "wo"]}
 SO_FAR = {"router": {"kind": "arrow", "k": None, "granularity": "causal_prefix"}}
 BY_TOKEN = {"router": {"kind": "arrow", "k": None}}
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny: Any) -> Any:
+    """Models of two layers, a first and a last one, where a test asks for no more."""
+    return partial(tiny, layers=2)
 
 
 @pytest.fixture

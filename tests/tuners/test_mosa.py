@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ pytestmark = [
 ONE_PASS = {"consistency": 0.0}
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGES = {"image_size": 16, "patch_size": 4, "num_labels": 3}
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny: Any) -> Any:
+    """Models of two layers, a first and a last one, where a test asks for no more."""
+    return partial(tiny, layers=2)
 
 
 def mosa(model: nn.Module, **fields: Any) -> PeftModel:
@@ -81,13 +88,13 @@ def test_m01_map_does_not_depend_on_dtype_order_or_global_seed(tiny) -> None:
     maps = {}
     for dtype, first in itertools.product((torch.float32, torch.bfloat16, torch.float16), (0, 1)):
         torch.manual_seed(first)
-        model = get_peft_model(tiny("llama").to(dtype), MoSAConfig(r=8), autocast_adapter_dtype=False)
+        model = get_peft_model(tiny("llama", layers=4).to(dtype), MoSAConfig(r=8), autocast_adapter_dtype=False)
         maps[dtype, first] = [part.owner for part in parts(model)]
     for owners in maps.values():
         assert all(torch.equal(a, b) for a, b in zip(owners, maps[torch.float32, 0], strict=True))
     owners = maps[torch.float32, 0]
     assert not torch.equal(owners[0], owners[1])  # each layer has its own
-    backwards = get_peft_model(tiny("llama"), MoSAConfig(r=8, layers_to_transform=[3, 1]))
+    backwards = get_peft_model(tiny("llama", layers=4), MoSAConfig(r=8, layers_to_transform=[3, 1]))
     assert all(torch.equal(a.owner, owners[i]) for a, i in zip(parts(backwards), (1, 3), strict=True))
     other = get_peft_model(tiny("llama"), MoSAConfig(r=8, partition_seed=1))
     assert not torch.equal(parts(other)[0].owner, owners[0])
@@ -181,7 +188,7 @@ def test_m03_one_expert_is_the_plain_adapter_bit_for_bit(tiny, tiny_inputs, fiel
             set_peft_model_state_dict(model, weights[1])
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         history = []
-        for step in range(50):
+        for step in range(30):
             outputs = model(**tiny_inputs("llama", length=4, labels="tokens", seed=step % 3))
             outputs.loss.backward()
             history.append(outputs.loss.detach())
@@ -831,7 +838,7 @@ def test_m15_lora_saved_merged_is_stock_lora_with_the_same_outputs(tiny, tiny_in
 )
 def test_m15_adapter_saved_merged_is_a_bottleneck_with_the_same_outputs(tiny, tiny_inputs, tmp_path, fields) -> None:
     inputs = tiny_inputs("vit")
-    model = mosa(tiny("vit"), layers_to_transform=[0, 2], modules_to_save=["classifier"], **fields).eval()
+    model = mosa(tiny("vit"), layers_to_transform=[0], modules_to_save=["classifier"], **fields).eval()
     expected = model(**inputs).logits
     model.base_model.save_merged(tmp_path)
     plain = PeftModel.from_pretrained(tiny("vit"), tmp_path).eval()
@@ -1348,11 +1355,11 @@ def test_wrong_fields_are_refused_by_name(fields, message) -> None:
         MoSAConfig(**fields)
 
 
-@pytest.mark.parametrize("fields", [{"deep_layers": 99}, {"deep_layers": 5, "deep_weight": 0.1}, {"deep_weight": 0.1}])
+@pytest.mark.parametrize("fields", [{"deep_layers": 99}, {"deep_layers": 3, "deep_weight": 0.1}, {"deep_weight": 0.1}])
 def test_more_hidden_states_than_the_model_has_are_refused(tiny, fields) -> None:
-    with pytest.raises(ValueError, match=r"deep_layers=\d+: the model has 4 layers.* set deep_layers from 1 to 4"):
+    with pytest.raises(ValueError, match=r"deep_layers=\d+: the model has 2 layers.* set deep_layers from 1 to 2"):
         mosa(tiny("vit"), **fields)
-    mosa(tiny("vit"), **{**fields, "deep_layers": 4})
+    mosa(tiny("vit"), **{**fields, "deep_layers": 2})
     mosa(tiny("vit"))  # the paper's 6 are not used
 
 
