@@ -19,7 +19,7 @@ FLOORS = ("kernels", "core", "routers", "surgery", "tuners", "training", "shardi
 SHARED_METHODS = frozenset({"bottleneck"})
 # The files of core that meet PEFT: what is said, and the parts of the tuner. The rest knows torch only.
 CORE_FILES_WITH_PEFT = frozenset(
-    {"config", "finding", "files", "injection", "layer", "model", "rows", "saving", "walking"}
+    {"config", "finding", "files", "injection", "layer", "merging", "model", "rows", "saving", "walking"}
 )
 HUGGING_FACE = frozenset({"peft", "transformers", "accelerate", "datasets", "evaluate", "diffusers", "trl"})
 # Reading a table is nobody's business but the reader's; this is what changes one.

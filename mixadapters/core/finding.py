@@ -22,7 +22,7 @@ from mixadapters.core.absent import module_names
 from mixadapters.core.adapter import Site
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.files import being_loaded
-from mixadapters.core.layer import AdapterHost, is_pointwise
+from mixadapters.core.layer import AdapterHost
 from mixadapters.core.media import generates_beside_media, media_part
 from mixadapters.core.routing import NO_LAYER
 from mixadapters.core.sites import (
@@ -32,6 +32,7 @@ from mixadapters.core.sites import (
     group_of,
     hidden_size_of,
     is_causal,
+    is_pointwise,
     layer_index,
     stack_of,
     sublayer_of,

@@ -9,16 +9,16 @@ from itertools import chain
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from mixadapters.core.adapter import Adapter
 from mixadapters.core.context import ForwardContext
+from mixadapters.core.merging import Merging
 from mixadapters.core.mixed import MixedBatch
 from mixadapters.core.processes import several
 from mixadapters.core.record import Record
+from mixadapters.core.sites import is_pointwise
 from mixadapters.core.walking import outside_adapters
 
 
@@ -50,7 +50,7 @@ class ForeignVerbs:
     def unscale_layer(self, scale: float | None = None) -> None: ...
 
 
-class AdapterHost(ForeignVerbs, BaseTunerLayer):
+class AdapterHost(ForeignVerbs, Merging):
     """Named adapters at one frozen module. `MixtureLayer` and `HookedLayer` say how they are attached.
 
     The adapters live in the attribute `<prefix>adapters`, so that keys read `<module>.<prefix>adapters.<name>.<...>`.
@@ -58,7 +58,6 @@ class AdapterHost(ForeignVerbs, BaseTunerLayer):
 
     context: ForwardContext
     prefix: str
-    path: str
     closed: str | None = None  # why no other adapter may come now
 
     def _begin(self, base: nn.Module, context: ForwardContext, prefix: str, path: str, in_features: int,
@@ -71,7 +70,6 @@ class AdapterHost(ForeignVerbs, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: list[str] = []
-        self._before_merge: tuple[Tensor, Tensor | None] | None = None
         self._stride: tuple[int, ...] | None = base.stride if is_pointwise(base) else None
         self.tokens_first = False  # whether the module reads (T, B, K), not (B, T, K)
         self.turned = self._stride is not None  # whether its rows or channels are not where linear layers have them
@@ -189,7 +187,7 @@ class AdapterHost(ForeignVerbs, BaseTunerLayer):
                         record.observed += deltas
             return y
         if self.merged and record.values:
-            _refuse_choices(self, record)
+            self.refuse_choices(record)
         if record.values.get("adapter_names") is not None:
             return self._mixed()(x, y, self.context)
         for name in names:
@@ -223,87 +221,6 @@ class AdapterHost(ForeignVerbs, BaseTunerLayer):
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         found = super()._get_base_layer_device_and_dtype(base_layer)
         return found if found[0] is not None else _of_block(base_layer, found)
-
-    # --- merging ----------------------------------------------------------------------------------------------
-
-    def to_merge(self, adapter_names: list[str] | None) -> list[str]:
-        """The adapters here that a merge of these names, or of the active ones, would fold in, in order."""
-        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.adapters]
-        active = [n for n in self.active_adapters if n in self.adapters and n not in self.merged_adapters]
-        inside = [n for n in names if n in active]
-        if inside != active[: len(inside)]:
-            raise ValueError(
-                f"cannot merge {names} at {self.path!r}: the active adapters act one after the other, {active}; merge "
-                "them in this order, from the first"
-            )
-        return names
-
-    def folded(self, adapter_names: list[str], safe: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Weight (M, K) and bias of the frozen layer with the named adapters folded in.
-
-        Raises:
-            ValueError: an adapter equals no linear layer, or with `safe` is not finite; the message says which, where
-                and why.
-        """
-        base = self.get_base_layer()
-        if not isinstance(base, Conv1D) and not hasattr(base, "in_features") and not is_pointwise(base):
-            raise ValueError(f"cannot merge at {self.path!r}: {type(base).__name__} is not a linear layer")
-        weight, bias = self.get_base_weight(), getattr(base, "bias", None)
-        shape = weight.shape
-        weight = weight.T if isinstance(base, Conv1D) else weight.flatten(1)
-        bias = None if bias is None else bias.data
-        for name in adapter_names:
-            try:
-                weight, new_bias = self.adapters[name].fold(weight, bias)
-            except ValueError as reason:
-                raise ValueError(f"adapter {name!r} at {self.path!r} cannot be merged: {reason}") from None
-            if bias is None and new_bias is not None:
-                raise ValueError(
-                    f"adapter {name!r} at {self.path!r} cannot be merged: it has a bias and the layer has none; train "
-                    "with use_bias=False"
-                )
-            bias = new_bias
-        if safe and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
-            broken = adapter_names[-1]
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {broken} seems to be broken")
-        return (weight.T if isinstance(base, Conv1D) else weight.reshape(shape)), bias
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters into the frozen weight. Raises ValueError, before any change, where that is not exact."""
-        names = self.to_merge(adapter_names)
-        if not names:
-            return
-        weight, bias = self.folded(names, safe_merge)
-        base = self.get_base_layer()
-        if self._before_merge is None:
-            old = getattr(base, "bias", None)
-            kept = base.weight if self._is_torchao else self.get_base_weight().clone()
-            self._before_merge = (kept, None if old is None else old.data.clone())
-        self._set(weight, bias)
-        self.merged_adapters += names
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restore the frozen weight: bit for bit, except where bitsandbytes or HQQ quantizes it anew."""
-        if self._before_merge is not None:
-            kept, bias = self._before_merge
-            if self._is_torchao:
-                self.get_base_layer().weight = kept
-            self._set(None if self._is_torchao else kept, bias)
-            self._before_merge = None
-        self.merged_adapters.clear()
-
-    @property
-    def _is_torchao(self) -> bool:
-        return getattr(self.quantization_backend, "backend_name", None) == "torchao"
-
-    def _set(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        base = self.get_base_layer()
-        if weight is not None:
-            self.set_base_weight(weight.to(self.get_base_weight().dtype).contiguous())
-        if bias is not None:
-            base.bias.data = bias.to(base.bias.dtype)
 
 
 class MixtureLayer(nn.Module, AdapterHost):
@@ -445,14 +362,6 @@ def in_stage(name: str, patterns: tuple[str, ...]) -> bool:
     return wanted and not any(fnmatch(name, pattern[1:]) for pattern in patterns if pattern[0] == "!")
 
 
-def is_pointwise(module: nn.Module) -> bool:
-    """Whether `module` is a convolution that is a linear layer at every place."""
-    if not isinstance(module, nn.modules.conv._ConvNd) or module.transposed:
-        return False
-    padded = isinstance(module.padding, str) or any(module.padding)
-    return all(size == 1 for size in module.kernel_size) and module.groups == 1 and not padded
-
-
 def _rows_first(
     x: Tensor, y: Tensor, stride: tuple[int, ...] | None, tokens_first: bool
 ) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
@@ -480,24 +389,6 @@ def _adapted(host: AdapterHost, x: Tensor, output: Any, names: list[str], record
     with _trained_as_before(host, names, record) if record.checkpointed else NOTHING:
         y = host.apply_adapters(x, y, names, record)
     return (y, *output[1:]) if isinstance(output, tuple) else y
-
-
-def _refuse_choices(host: AdapterHost, record: Record) -> None:
-    """Raise ValueError where the batch chooses adapters, or experts of one, and a merged one acts on all rows."""
-    if record.values.get("adapter_names") is not None:
-        raise ValueError(  # as PEFT says it
-            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-        )
-    for name in host.merged_adapters:
-        if name not in host.adapters:
-            continue
-        for part in host.adapters[name].modules():
-            field = getattr(getattr(part, "hard_routes", None), "field", None)
-            if field is not None and record.values.get(field) is not None:
-                raise ValueError(
-                    f"{field} chooses experts of adapter {name!r}, which is merged, so that no row has a choice: "
-                    "unmerge it, or leave the field out"
-                )
 
 
 NOTHING = nullcontext()

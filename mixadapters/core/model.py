@@ -10,15 +10,15 @@ from torch import nn
 
 from mixadapters.core.calls import ModelCalls
 from mixadapters.core.cutting import CuttingVerbs
-from mixadapters.core.files import not_finite
 from mixadapters.core.injection import Injection
 from mixadapters.core.inspection import RoutingVerbs
 from mixadapters.core.layer import AdapterHost, HookedLayer, in_stage
+from mixadapters.core.merging import refuse_merge
 from mixadapters.core.names import UNNAMED, Unnamed, of_active
 from mixadapters.core.progress import StepVerbs
 from mixadapters.core.registry import nearest
 from mixadapters.core.saving import SavedForm
-from mixadapters.core.walking import outside_adapters, plain_path
+from mixadapters.core.walking import outside_adapters
 
 
 class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, CuttingVerbs):
@@ -172,7 +172,7 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
             setattr(parent, child_name, new_module)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._refuse_merge(adapter_names, safe_merge)
+        refuse_merge(self.model, self.hosts(), adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(
@@ -180,45 +180,8 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
         adapter_names: list[str] | None = None,
     ) -> nn.Module:  # fmt: skip
         if merge:
-            self._refuse_merge(adapter_names, safe_merge)
+            refuse_merge(self.model, self.hosts(), adapter_names, safe_merge)
         context = self.context
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         context.detach(model)
         return model
-
-    def _refuse_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Ask every layer before the first is changed: each merge is exact, and touches no other module."""
-        owners: dict[tuple[bool, int], list[str]] = {}
-        for key, parameter in self.model.named_parameters(remove_duplicate=False):
-            if not parameter.is_meta and parameter.numel():
-                owners.setdefault(_memory_of(parameter), []).append(plain_path(key))
-        for host in self.hosts():
-            names = host.to_merge(adapter_names)
-            if not names:
-                continue
-            for name in names:
-                _refuse_broken(host, name)
-            host.folded(names, safe_merge)
-            for parameter in host.get_base_layer().parameters(recurse=False):
-                others = {n.rpartition(".")[0] for n in owners.get(_memory_of(parameter), ())} - {host.path}
-                if others:
-                    raise ValueError(
-                        f"cannot merge at {host.path!r}: its weight is also that of {sorted(others)}, which would "
-                        "change too. Untie them first (tie_word_embeddings=False, and a copy of the weight)"
-                    )
-
-
-def _memory_of(parameter: nn.Parameter) -> tuple[bool, int]:
-    """The same for parameters that share their memory. Quantized ones have no address of their own: the object."""
-    address = parameter.data_ptr()
-    return bool(address), address or id(parameter)
-
-
-def _refuse_broken(host: AdapterHost, adapter_name: str) -> None:
-    """Raise ValueError, as PEFT does where `safe_merge`, for weights by which an unloaded model would lose its own."""
-    weights = {key: p.detach() for key, p in host.adapters[adapter_name].named_parameters() if not p.is_meta}
-    if broken := not_finite(weights):
-        raise ValueError(
-            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: {broken[0]!r} at "
-            f"{host.path!r} holds NaN or infinite values"
-        )

@@ -359,6 +359,14 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether `module` is a convolution that is a linear layer at every place."""
+    if not isinstance(module, nn.modules.conv._ConvNd) or module.transposed:
+        return False
+    padded = isinstance(module.padding, str) or any(module.padding)
+    return all(size == 1 for size in module.kernel_size) and module.groups == 1 and not padded
+
+
 def hidden_size_of(config: Any) -> int | None:
     """Width d of the model; None where the config does not give it, or stages differ."""
     if getattr(config, "depths", None) is not None:
