@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,15 +12,14 @@ from uuid import uuid4
 
 import torch
 from torch import nn
-from transformers.generation.continuous_batching.requests import RequestStatus
 
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.hooks import root_of
-from mixadapters.core.rows import BASE, RowNames
-from mixadapters.core.streams import PackedRequests, RequestMemory
+from mixadapters.core.rows import BASE
 from mixadapters.serving.adapters import ServedAdapters
+from mixadapters.serving.book import RequestBook
 from mixadapters.serving.manager import ServingManager
-from mixadapters.serving.requests import AdapterUnreadable, Request, ServerBusy, ServerStopped, WrongArgument
+from mixadapters.serving.requests import Request, WrongArgument
 from mixadapters.serving.settings import (
     batching_settings,
     check_numbers,
@@ -33,138 +30,10 @@ from mixadapters.serving.settings import (
     stops_of,
 )
 
-logger = logging.getLogger(__name__)
 AUTO = "auto"  # the name by which a request leaves the choice of its adapter to the router
-PATIENCE = 0.5  # seconds that a request waits for room for its adapter while later ones go before it
 
 
-class StepWork:
-    """Part of the server: what the manager's thread asks of it, before, in and after its steps."""
-
-    adapters: ServedAdapters
-    _lock: threading.Lock
-    _live: dict[str, Request]
-    _waiting: deque[tuple[Request, dict[str, Any]]]
-    _roster: RowNames
-    _stays: list[int | None]
-    _manager: ServingManager | None
-    _error: Exception | None
-    _accepts: bool
-
-    def _forget(self, request: Request) -> bool:
-        raise NotImplementedError
-
-    def before_step(self) -> None:
-        now = time.monotonic()
-        with self._lock:
-            overdue = [request for request in self._live.values() if request.overdue(now)]
-        for request in overdue:
-            request.expire()
-        self.adapters.sweep()
-        self._begin()
-
-    def _begin(self) -> None:
-        """Give the manager the requests whose adapters are in the model, or find room there.
-
-        Others may go before one whose adapter finds none, but not for long: they keep theirs in use.
-        """
-        now, blocked = time.monotonic(), False
-        ready: list[tuple[Request, dict[str, Any]]] = []
-        broken: list[tuple[Request, Exception]] = []
-        kept: deque[tuple[Request, dict[str, Any]]] = deque()
-        with self._lock:
-            for request, options in self._waiting:
-                age = now - request.created
-                if request.request_id not in self._live:  # given up
-                    continue
-                try:
-                    begins = (not blocked or request.adapter == BASE) and self.adapters.begin(request.adapter)
-                except Exception as error:  # whatever it is, it would end the loop, and with it all requests
-                    broken.append((request, error))
-                    continue
-                if not begins:
-                    blocked = blocked or (age > PATIENCE and not self.adapters.residents.coming(request.adapter))
-                    kept.append((request, options))
-                    continue
-                request.began = age
-                ready.append((request, options))
-            self._waiting = kept
-        for request, why in broken:
-            logger.error("a request of adapter %r fails: %s: %s", request.adapter, type(why).__name__, why)
-            self._forget(request)
-            if not isinstance(why, AdapterUnreadable):
-                reason = f"{type(why).__name__}, see the server's log"
-                why = AdapterUnreadable(f"adapter {request.adapter!r} cannot come into the model: {reason}")
-            request.fail(why)
-        for request, options in ready:
-            assert self._manager is not None
-            self._manager.add_request(
-                request.prompt, request.request_id, max_new_tokens=request.max_new_tokens, streaming=True, **options
-            )
-
-    def packed(self, ids: Sequence[str], lengths: Sequence[int], past: Sequence[int]) -> PackedRequests:
-        with self._lock:
-            live = [request.adapter for request in self._live.values()]
-            known = [self._live.get(i) for i in ids]  # None: given up, whatever comes
-        names = [BASE if request is None else request.adapter for request in known]
-        roster = self._roster_for(set(names), live)
-        place = {name: number for number, name in enumerate(roster)}
-        memories = [self._memory(request, *step) for request, *step in zip(known, past, lengths, strict=True)]
-        return PackedRequests(tuple(lengths), roster, tuple(place[name] for name in names), memories)
-
-    def _memory(self, request: Request | None, past: int, length: int) -> RequestMemory | None:
-        """What gates keep of a request. It lives as long as this, and begins anew where the request is read again."""
-        if request is None or not self.adapters.remembers(request.adapter):
-            return None
-        if not request.memory.read(past, length):
-            raise RuntimeError(
-                f"request {request.request_id} goes on at token {past}, which its gates have not reached"
-            )
-        return request.memory
-
-    def _roster_for(self, wanted: set[str], live: list[str]) -> RowNames:
-        """The adapters of this step, and of those that come: what layers have packed for it serves the next steps."""
-        if wanted == {BASE}:
-            return RowNames([BASE])
-        residents = self.adapters.residents
-        if self._stays != [residents.stay(name) for name in self._roster] or not wanted.issubset(self._roster):
-            coming = [name for name in live if name in residents]
-            self._roster = RowNames(dict.fromkeys([BASE, *coming, *sorted(wanted)]))
-            self._stays = [residents.stay(name) for name in self._roster]
-        return self._roster
-
-    def salt(self, request_id: str) -> str:
-        with self._lock:
-            request = self._live.get(request_id)
-        if request is None or self.adapters.remembers(request.adapter):  # a gate must see every token of its request
-            return request_id
-        return self.adapters.salt(request.adapter)
-
-    def deliver(self, output: Any) -> None:
-        with self._lock:
-            request = self._live.get(output.request_id)
-        if request is None:  # given up
-            return
-        request.advance(output.generated_tokens)
-        if output.status == RequestStatus.FAILED:
-            self._forget(request)
-            request.fail(ServerStopped(f"request {request.request_id} failed: {output.error}"))
-        elif output.is_finished():
-            self._forget(request)
-            request.finish()
-
-    def ended(self, error: Exception | None) -> None:
-        self._accepts, self._error = False, error
-        with self._lock:
-            left = list(self._live.values())
-        for request in left:
-            self._forget(request)
-            request.fail(ServerStopped(f"the server has ended before request {request.request_id} was done"))
-        if error is not None:
-            logger.error("the server has ended by an error: %s", error)
-
-
-class AdapterServer(StepWork):
+class AdapterServer:
     """Requests that each name an adapter, generated together by transformers' continuous batching.
 
     A request gets the tokens that it would get alone, whatever others run beside it. Use it as a context manager, or
@@ -228,23 +97,17 @@ class AdapterServer(StepWork):
         self.capacity = cache_tokens // page_size * page_size
         self.context = ForwardContext.of(self.model)
         self.router, self._alone = router, threading.RLock()
-        self._manager: ServingManager | None = None
         self.adapters = ServedAdapters(
             self.model,
             self._changing,
             max_resident,
             check_base_model,
             None if offload_folder is None else Path(offload_folder),
-            self._wake,
+            lambda: self._book.wake(),
         )
         self._refuse_auto(*self.adapters.names)
         self._settings = generation_settings(self.model, sampling)
-        self._lock = threading.Lock()
-        self._live: dict[str, Request] = {}
-        self._waiting = deque()  # for a step, or for their adapter
-        self._roster, self._stays = RowNames([BASE]), [None]
-        self._error: Exception | None = None
-        self._accepts = False
+        self._book = RequestBook(self.adapters)
 
     # --- begin and end ------------------------------------------------------------------------------------------
 
@@ -257,42 +120,41 @@ class AdapterServer(StepWork):
 
     def start(self) -> None:
         """Begin to serve. Raises RuntimeError where it does already."""
-        if self._manager is not None:
+        if self._book.manager is not None:
             raise RuntimeError("the server runs already; stop it first")
-        self._error = None
-        self._manager = ServingManager(
-            self.context,
-            self,
-            model=self.model,
-            generation_config=self._settings,
-            continuous_batching_config=self._batching,
+        self._book.open(
+            ServingManager(
+                self.context,
+                self._book,
+                model=self.model,
+                generation_config=self._settings,
+                continuous_batching_config=self._batching,
+            )
         )
-        self._manager.start()
-        self._accepts = True
 
     def stop(self, timeout: float | None = 30.0) -> None:
         """Take no more requests, let those that run end, and those that have not after `timeout` seconds fail."""
-        manager = self._manager
+        manager = self._book.manager
         if manager is None:
             return
-        self._accepts = False
+        self._book.accepts = False
         end = None if timeout is None else time.monotonic() + timeout
-        while self._waiting and manager.is_running() and (end is None or time.monotonic() < end):
+        while self._book.waiting and manager.is_running() and (end is None or time.monotonic() < end):
             time.sleep(0.01)
         manager.stop(block=True, timeout=None if end is None else max(0.0, end - time.monotonic()))
         if manager.is_running():
             manager.stop(block=True, hard_stop=True)
-        self._manager = None
+        self._book.manager = None
 
     @property
     def running(self) -> bool:
         """Whether it takes requests."""
-        return self._accepts and self._manager is not None and self._manager.is_running()
+        return self._book.running
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """No forward of the model runs inside, and no other block of this kind."""
-        manager = self._manager
+        manager = self._book.manager
         if manager is not None and threading.current_thread() is manager._generation_thread:
             yield  # between steps, and not while it is paused
             return
@@ -334,25 +196,11 @@ class AdapterServer(StepWork):
             adapter = self._choose(ids)
         request = Request(
             f"request-{uuid4().hex}", ids, adapter, max_new_tokens=max_new_tokens, deadline=deadline,
-            stops=stops_of(self._settings), give_up=self._give_up,
+            stops=stops_of(self._settings), give_up=self._book.give_up,
+            sampling=sampling_options(self.model, temperature, top_p) if self.sampling else {},
         )  # fmt: skip
-        with self._lock:
-            if not self.running:
-                raise ServerStopped(f"the server does not run{f': {self._error}' if self._error else ''}; start it")
-            if len(self._live) >= self.max_requests:
-                raise ServerBusy(
-                    f"the server holds {len(self._live)} requests, and takes no more than {self.max_requests}: try "
-                    "again later"
-                )
-            self.adapters.hold(adapter)
-            self._live[request.request_id] = request
-            self._waiting.append((request, sampling_options(self.model, temperature, top_p) if self.sampling else {}))
-            self._wake()
+        self._book.add(request, self.max_requests)
         return request
-
-    def _wake(self) -> None:
-        if self._manager is not None:
-            self._manager.wake()
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -387,19 +235,7 @@ class AdapterServer(StepWork):
     @property
     def waiting(self) -> int:
         """Requests that it holds, running or waiting."""
-        return len(self._live)
-
-    def _give_up(self, request: Request) -> None:
-        if self._forget(request) and self._manager is not None:
-            self._manager.cancel_request(request.request_id)
-
-    def _forget(self, request: Request) -> bool:
-        with self._lock:
-            known = self._live.pop(request.request_id, None) is not None
-        if known:
-            request.memory.state = {}
-            self.adapters.release(request.adapter, request.began is not None)
-        return known
+        return len(self._book)
 
     # --- adapters -----------------------------------------------------------------------------------------------
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from mixadapters.core.streams import RequestMemory
 
@@ -64,6 +64,7 @@ class Request:
         deadline: seconds from now in which it must be done; None: no limit.
         stops: token ids that end a text.
         give_up: called with the request when it is cancelled or its time is up.
+        sampling: what the manager is told of it besides; {} where the server does not sample.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class Request:
         deadline: float | None,
         stops: Collection[int],
         give_up: Callable[[Request], None],
+        sampling: Mapping[str, Any] | None = None,
     ) -> None:
         self.request_id, self.prompt, self.adapter = request_id, prompt, adapter
         self.max_new_tokens, self.stops = max_new_tokens, frozenset(stops)
+        self.sampling = dict(sampling or {})
         self.created = time.monotonic()
         self.deadline = None if deadline is None else self.created + deadline
         self.began: float | None = None  # seconds after its creation: its adapter was there, and steps could hold it

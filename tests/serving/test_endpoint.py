@@ -711,8 +711,8 @@ def test_arguments_out_of_range_are_refused_before_anything_is_read(wrong, capsy
 def test_signal_lets_requests_end_and_fails_those_that_do_not(causal, folder, monkeypatch) -> None:
     monkeypatch.delenv("MIXADAPTERS_TOKEN", raising=False)
     found, thread = running(causal(), folder, "--grace", "0.3")
-    slow, step = threading.Event(), found.engine.before_step
-    monkeypatch.setattr(found.engine, "before_step", lambda: (slow.is_set() and time.sleep(0.05), step()))
+    slow, step = threading.Event(), found.engine._book.before_step
+    monkeypatch.setattr(found.engine._book, "before_step", lambda: (slow.is_set() and time.sleep(0.05), step()))
     stream = found.client.completions.create(model="law", prompt=WORDS, max_tokens=250, stream=True)
     first = next(iter(stream))
     slow.set()

@@ -98,7 +98,7 @@ def test_same_prompt_under_two_adapters_shares_no_prefix(server, alone) -> None:
 
 
 def test_requests_of_one_adapter_share_a_prefix(server) -> None:
-    cache = server._manager.batch_processor.cache
+    cache = server._book.manager.batch_processor.cache
     found, search = [], cache.search_prefix_match
     cache.search_prefix_match = lambda *args: found.append(search(*args)) or found[-1]
     try:
@@ -436,7 +436,7 @@ def test_step_that_fails_ends_the_server_and_no_request_hangs(causal, monkeypatc
         request = server.submit([5], max_new_tokens=3)
         with pytest.raises(ServerStopped, match="division by zero"):
             request.result(30)
-        server._manager._generation_thread.join(10)
+        server._book.manager._generation_thread.join(10)
         with pytest.raises(ServerStopped, match="division by zero"):
             server.submit([5], max_new_tokens=2)
 

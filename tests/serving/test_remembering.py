@@ -89,13 +89,13 @@ def test_each_request_gets_what_it_gets_alone(causal, folders, asked, seed) -> N
 def test_request_that_is_put_back_for_want_of_room_begins_anew(causal, folders, asked) -> None:
     again: list[str] = []
     with server_of(causal(), folders, cache_tokens=160) as server:
-        packed = server.packed
+        packed = server._book.packed
 
         def noted(ids: Any, lengths: Any, past: Any) -> Any:
             again.extend(one for one, before in zip(ids, past, strict=True) if before == 0)
             return packed(ids, lengths, past)
 
-        server.packed = noted  # type: ignore[method-assign]
+        server._book.packed = noted  # type: ignore[method-assign]
         requests = [server.submit(prompt, name, max_new_tokens=12) for prompt, name, _ in asked]
         found = [request.result(60).tokens for request in requests]
     assert len(again) > len(set(again))

@@ -108,7 +108,7 @@ def test_adapter_that_comes_while_all_others_are_in_use_is_not_one_too_many(serv
 
 def test_request_that_waits_is_not_passed_for_ever(server, alone, monkeypatch) -> None:
     """Though those that are in the model are always in use: a next request for each comes before the last one ends."""
-    monkeypatch.setattr("mixadapters.serving.engine.PATIENCE", 0.05)
+    monkeypatch.setattr("mixadapters.serving.book.PATIENCE", 0.05)
     stop, busy = threading.Event(), []
 
     def again(name: str) -> None:
@@ -143,7 +143,7 @@ def test_what_steps_have_packed_ends_with_the_stay_of_an_adapter(server) -> None
         while not server.adapters.begin(name):  # in files it is read first
             time.sleep(0.005)
         server.adapters.release(name, began=True)
-        return server._roster_for({"a0"}, ["a0"]) if name == "a0" else None
+        return server._book.roster_for({"a0"}, ["a0"]) if name == "a0" else None
 
     first = used("a0")
     assert used("a0") is first
@@ -214,7 +214,7 @@ def test_adapters_outside_the_model_take_no_memory_and_their_files_go_with_them(
 def test_others_go_on_while_weights_are_read(filed, alone, monkeypatch) -> None:
     may, read = threading.Event(), Reading._read
     monkeypatch.setattr(Reading, "_read", lambda self: (may.wait(30), read(self)))
-    monkeypatch.setattr("mixadapters.serving.engine.PATIENCE", 0.0)
+    monkeypatch.setattr("mixadapters.serving.book.PATIENCE", 0.0)
     (near, *_), (far, *_) = sorted(inside(filed)), sorted(set(NAMES) - inside(filed))
     with filed:
         late = filed.submit(PROMPT, far, max_new_tokens=6)

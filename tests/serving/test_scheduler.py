@@ -22,13 +22,13 @@ def run(model: Any, prompts: list[list[int]], new: int = 3, **options: Any) -> t
     server = AdapterServer(model, **sizes | options)
     steps: list[dict[int, int]] = []
     number: dict[str, int] = {}
-    packed = server.packed
+    packed = server._book.packed
 
     def noted(ids: Any, lengths: Any, past: Any) -> Any:
         steps.append({number[one]: length for one, length in zip(ids, lengths, strict=True)})
         return packed(ids, lengths, past)
 
-    server.packed = noted  # type: ignore[method-assign]
+    server._book.packed = noted  # type: ignore[method-assign]
     with server:
         with server._changing():
             requests = [server.submit(prompt, max_new_tokens=new) for prompt in prompts]
