@@ -67,7 +67,7 @@ def floor(module: str) -> str | None:
 
 
 # Modules of tuners/ that belong to no method.
-GROUND = ([], *([name] for name in ("registration", "sources", "gates", "surgery", "lora", "gathering")))
+GROUND = ([], *([name] for name in ("registration", "sources", "fitting", "surgery", "lora", "gathering")))
 
 
 def method(module: str) -> str | None:
@@ -98,7 +98,7 @@ def complaint(module: str, imported: str) -> str | None:
         return f"{here} is below {there}"
     if here == there == "tuners" and module != "mixadapters.tuners":
         mine, other = method(module), method(imported)
-        # registration.py, sources.py, gates.py and surgery.py are the ground floor of the tuners: they know no method.
+        # The ground floor of the tuners knows no method.
         if other not in (None, mine) and (mine in SHARED_METHODS or other not in SHARED_METHODS or mine is None):
             return f"{mine or module} may not import its sibling {other}"
     return None

@@ -44,7 +44,7 @@ def refuse_idle(record: Record, output: Any) -> None:
     if stepping and isinstance(loss, Tensor) and not loss.requires_grad:
         raise ValueError(
             "nothing in this model trains: its loss depends on no parameter that requires a gradient. Gathered "
-            "experts are frozen, and a gate of counted tokens has fit_gate in place of training; choose what trains "
+            "experts are frozen, and a router of counted tokens has fit_gate in place of training; choose what trains "
             "by model.base_model.set_stage(...), or load an adapter with is_trainable=True"
         )
 

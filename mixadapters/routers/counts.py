@@ -1,4 +1,4 @@
-"""A gate that needs no gradient: which domain the tokens read so far are of, by how often each domain uses them.
+"""A router that needs no gradient: which domain the tokens read so far are of, by how often each domain uses them.
 
 Naive Bayes over token ids. Weights are a softmax of log p(tokens so far | domain) / temperature, over the domains and
 general text, whose share is left to the frozen layer. One decision serves all layers of a model. Source: the idea of
@@ -241,7 +241,7 @@ class CountsRouter(PooledRouter):
     # --- domains that come and go -----------------------------------------------------------------------------
 
     def add_expert(self, name: str, share: float) -> None:
-        """A new arm; it has to be counted before the next forward (`share` is for learned gates).
+        """A new arm; it has to be counted before the next forward (`share` is for learned routers).
 
         Raises:
             ValueError: the name is taken.

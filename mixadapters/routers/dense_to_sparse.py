@@ -1,4 +1,4 @@
-"""A gate that starts dense and ends sparse."""
+"""A router that starts dense and ends sparse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether data can tell the parameters of a gate apart."""
+"""Whether data can tell the parameters of a router apart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mixadapters.routers.score import exact, features
 
 
 class Identifiability(NamedTuple):
-    """Of the parameters of an output layer and the temperature, how many directions change the gate's distribution."""
+    """How many directions of an output layer's parameters and the temperature change the router's distribution."""
 
     parameters: int
     rank: int
@@ -25,11 +25,11 @@ class Identifiability(NamedTuple):
 
 @torch.no_grad()
 def gate_identifiability(router: LearnedRouter, x: Tensor) -> Identifiability:
-    """The rank of the Jacobian of the gate's distribution at x (N, d) by output weights, biases and temperature.
+    """The rank of the Jacobian of the router's distribution at x (N, d) by output weights, biases and temperature.
 
-    A linear gate has d + 2 null directions (any vector added to all rows of the weights, any number to the biases, and
-    the temperature, which is one more scale of the weights); a homogeneous activation has two, since the temperature
-    remains one; any other has one. Source: Nguyen et al. 2024 (arXiv 2401.13875).
+    A linear router has d + 2 null directions (any vector added to all rows of the weights, any number to the biases,
+    and the temperature, which is one more scale of the weights); a homogeneous activation has two, since the
+    temperature remains one; any other has one. Source: Nguyen et al. 2024 (arXiv 2401.13875).
 
     Raises:
         ValueError: fewer than as many points as parameters.
@@ -38,10 +38,10 @@ def gate_identifiability(router: LearnedRouter, x: Tensor) -> Identifiability:
     read = features(exact(x.reshape(-1, x.shape[-1]).double(), router.normalize), router.hidden.eval())
     start = torch.full((1,), router.temperature, dtype=torch.float64, device=x.device).log()
 
-    def gate(weight: Tensor, bias: Tensor, log_temperature: Tensor) -> Tensor:
+    def distribution(weight: Tensor, bias: Tensor, log_temperature: Tensor) -> Tensor:
         logits = router.logits(read, weight, bias, log_temperature)
         return router.weigh(logits if router.activation else logits / log_temperature.exp())
 
-    parts = torch.func.jacrev(gate, argnums=(0, 1, 2))(weight, bias, start)
+    parts = torch.func.jacrev(distribution, argnums=(0, 1, 2))(weight, bias, start)
     jacobian = torch.cat([part.flatten(2) if part.dim() > 2 else part for part in parts], -1).flatten(0, 1)
     return Identifiability(jacobian.shape[1], int(torch.linalg.matrix_rank(jacobian, rtol=1e-9)))

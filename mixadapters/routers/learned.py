@@ -35,7 +35,7 @@ class LearnedRouter(PooledRouter, ArmSurgery):
     takes mass from the experts.
 
     Args:
-        hidden: widths of ReLU layers before the output; [] is a linear gate.
+        hidden: widths of ReLU layers before the output; [] is a linear router.
         granularity: one of GRANULARITIES. "sequence" pools over the whole sequence, so it is for encoders;
             "causal_prefix" pools the logits of positions up to each token; "request" pools the prompt, once.
         pool: one of POOLS, for "sequence". "last" reads the last position, padding or not (the released code).
@@ -46,8 +46,8 @@ class LearnedRouter(PooledRouter, ArmSurgery):
         temperature: divides the logits.
         null_arms: how many arms without expert there are.
         init_range: standard deviation of the output layer's weights at the start.
-        jitter: in training, multiplies what the gate reads by numbers between 1 - jitter and 1 + jitter (Fedus et al.
-            2021, section 2.4).
+        jitter: in training, multiplies what the router reads by numbers between 1 - jitter and 1 + jitter (Fedus et
+            al. 2021, section 2.4).
         noise: in training, adds Gaussian noise of the standard deviation noise / A to A logits (Riquelme et al. 2021).
         activation: of the output layer: act(W x) / temperature + b (Nguyen et al. 2024, arXiv 2401.13875). None:
             (W x + b) / temperature.

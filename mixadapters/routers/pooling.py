@@ -1,6 +1,6 @@
 """Which tokens decide together: one small class per granularity, from hidden states to the logits of each token.
 
-A gate with memory (`causal_prefix`, `request`) keeps what it needs of earlier tokens with the key-value cache.
+A router with memory (`causal_prefix`, `request`) keeps what it needs of earlier tokens with the key-value cache.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Pooling:
 
     def refuse_documents(self, stream: Stream) -> None:
         """Raise ValueError where the rows of a forward hold several documents, one after the other."""
-        refuse_documents(stream, f"a gate per {self.granularity}", f"use {self.field}='token' or 'causal_prefix'")
+        refuse_documents(stream, f"a router per {self.granularity}", f"use {self.field}='token' or 'causal_prefix'")
 
     @property
     def said(self) -> str:
@@ -85,7 +85,7 @@ class SequencePooling(Pooling):
         """Raises ValueError at causal sites."""
         if site.causal:
             raise ValueError(
-                f"{self.said} at {site.path!r}: the gate of a causal decoder would see the future; "
+                f"{self.said} at {site.path!r}: the router of a causal decoder would see the future; "
                 "use 'token', 'causal_prefix' or 'request'"
             )
         super().bind(site)
@@ -117,10 +117,10 @@ class Remembering(Pooling):
 
     def __init__(self, pool: str = "masked_mean", *, total: bool = False) -> None:
         super().__init__(pool, total=total)
-        self.mark = uuid4().hex  # tells the gates of several adapters at one site apart
+        self.mark = uuid4().hex  # tells the routers of several adapters at one site apart
 
     def key(self, context: ForwardContext) -> str:
-        """Of what it keeps. Layers that share weights share their gate, which runs several times in a forward."""
+        """Of what it keeps. Layers that share weights share their router, which runs several times in a forward."""
         runs = context.record.runs
         runs[self.mark] = runs.get(self.mark, 0) + 1
         return f"{self.path}/{self.mark}/{runs[self.mark]}"
@@ -146,7 +146,7 @@ class Remembering(Pooling):
         state = context.record.router_state if state is None else state
         if key not in state and stream.cached:  # in this order: to look into a static cache breaks a compiled graph
             raise ValueError(
-                f"the key-value cache holds tokens that the gate at {self.path!r} has not seen ({self.said}): "
+                f"the key-value cache holds tokens that the router at {self.path!r} has not seen ({self.said}): "
                 "fill the cache by a forward of this model with these adapters active"
             )
         return state, key
@@ -313,11 +313,11 @@ def holds_documents(stream: Stream) -> bool:
     return bool(drops.any())
 
 
-def refuse_documents(stream: Stream, gate: str, remedy: str) -> None:
+def refuse_documents(stream: Stream, router: str, remedy: str) -> None:
     """Raise ValueError where the rows of a forward hold several documents, one after the other."""
     if holds_documents(stream):
         raise ValueError(
-            f"position_ids restart inside a row: several documents are packed into it, and {gate} would mix them; "
+            f"position_ids restart inside a row: several documents are packed into it, and {router} would mix them; "
             f"{remedy}, or do not pack"
         )
 

@@ -19,11 +19,11 @@ from mixadapters.routers.options import check_options
 class SparseRouter(LearnedRouter):
     """A learned router that chooses. What falls to arms without expert, and to none, is left to the frozen layer.
 
-    Weights start as N(0, init_range^2): the logits of a gate of zeros are tied, and ties always go to the first.
+    Weights start as N(0, init_range^2): the logits of a router of zeros are tied, and ties always go to the first.
 
     Args:
         scoring_func: what weighs the arms: "softmax" over them, or "sigmoid" of each.
-        norm_topk_prob: make the weights of the chosen arms of each row sum to 1. False: where a gate is undecided
+        norm_topk_prob: make the weights of the chosen arms of each row sum to 1. False: where a router is undecided
             less is added to the frozen layer.
         routed_scaling_factor: multiplies the weights.
         capacity_factor: in training, an expert takes at most capacity_factor * k * N / E of the N rows; others are

@@ -1,4 +1,4 @@
-"""Against the collapse of a gate: a least weight for every arm, and experts that are absent at times in training."""
+"""Against the collapse of a router: a least weight for every arm, and experts that are absent at times in training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mixadapters.routers.options import check_options
 
 
 class SpreadingRouter(LearnedRouter):
-    """Part of gates that weigh every expert.
+    """Part of routers that weigh every expert.
 
     Args:
         min_weight: the least weight of an expert, and of the frozen arm. Null arms have none.

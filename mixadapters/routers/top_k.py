@@ -19,7 +19,7 @@ from mixadapters.routers.schedules import Points
 from mixadapters.routers.score import exact, linear
 from mixadapters.routers.sparse import SparseRouter
 
-# The options of a gate that asks for nothing: a softmax of W x + b for each token, and an expert for each arm.
+# The options of a router that asks for nothing: a softmax of W x + b for each token, and an expert for each arm.
 PLAIN = ("softmax", False, 1.0, 1.0, None, False, 0, None, (), "token", 1)
 
 
@@ -49,7 +49,7 @@ class TopKRouter(SparseRouter):
         self.balancing = ChoiceBias(len(self.arms)) if bias_update_rate else None
 
     def brief(self, tokens: Tensor) -> Routing | None:
-        """For a linear gate without options, as most are: a step of decoding passes here once for each layer."""
+        """For a linear router without options, as most are: a step of decoding passes here once for each layer."""
         parts: Any = self._modules
         layers, output = parts["hidden"]._modules, parts["output"]
         said = (

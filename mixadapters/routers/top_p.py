@@ -17,7 +17,8 @@ class TopPRouter(SparseRouter):
     """The fewest arms whose probabilities sum to p or more, weighed by them.
 
     Source: Huang et al. 2024 (arXiv 2403.07652), which trains it with balance_coef=1e-2 and entropy_coef=1e-4: without
-    a price on entropy a gate spreads to use more experts. With few experts p must exceed the usual top-1 probability.
+    a price on entropy a router spreads to use more experts. With few experts p must exceed the usual top-1
+    probability.
 
     Args:
         p: the probability to be reached.

@@ -156,7 +156,7 @@ class ServedAdapters:
             self._running[name] -= began
 
     def remembers(self, name: str) -> bool:
-        """Whether the adapter has gates that keep something of a request's earlier tokens."""
+        """Whether the adapter has routers that keep something of a request's earlier tokens."""
         return name in self._remembering
 
     def salt(self, name: str) -> str:

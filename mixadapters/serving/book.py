@@ -166,12 +166,12 @@ class RequestBook:
         return PackedRequests(tuple(lengths), roster, tuple(place[name] for name in names), memories)
 
     def _memory(self, request: Request | None, past: int, length: int) -> RequestMemory | None:
-        """What gates keep of a request. It lives as long as this, and begins anew where the request is read again."""
+        """What routers keep of a request: it lives as long, and begins anew where the request is read again."""
         if request is None or not self.adapters.remembers(request.adapter):
             return None
         if not request.memory.read(past, length):
             raise RuntimeError(
-                f"request {request.request_id} goes on at token {past}, which its gates have not reached"
+                f"request {request.request_id} goes on at token {past}, which its routers have not reached"
             )
         return request.memory
 
@@ -192,7 +192,7 @@ class RequestBook:
     def salt(self, request_id: str) -> str:
         with self._lock:
             request = self._live.get(request_id)
-        if request is None or self.adapters.remembers(request.adapter):  # a gate must see every token of its request
+        if request is None or self.adapters.remembers(request.adapter):  # a router must see every token of its request
             return request_id
         return self.adapters.salt(request.adapter)
 

@@ -54,7 +54,7 @@ class Parts(NamedTuple):
 
     @property
     def remember(self) -> bool:
-        """Whether it has gates that keep something of a request's earlier tokens."""
+        """Whether it has routers that keep something of a request's earlier tokens."""
         return any(getattr(part, "by_request", False) for _, adapter in self.at for part in adapter.modules())
 
     def copied(self, name: str) -> Parts:
@@ -80,7 +80,7 @@ class Form:
     parts: Parts
     places: dict[str, str]
     dtypes: dict[str, torch.dtype]
-    remembers: bool  # whether such adapters have gates that keep something of a request's earlier tokens
+    remembers: bool  # whether such adapters have routers that keep something of a request's earlier tokens
 
     @property
     def open(self) -> bool:

@@ -86,7 +86,7 @@ class Request:
         self.deadline = None if deadline is None else self.created + deadline
         self.began: float | None = None  # seconds after its creation: its adapter was there, and steps could hold it
         self.first_token: float | None = None  # seconds after its creation
-        self.memory = RequestMemory()  # of its adapter's gates
+        self.memory = RequestMemory()  # of its adapter's routers
         self._give_up = give_up
         self._changed = threading.Condition()
         self._tokens: list[int] = []

@@ -100,7 +100,7 @@ def select_experts(
 ) -> Selection:
     """The experts to keep, such that requests are served best within all budgets; each category has its best of them.
 
-    Exact to 1e-9 of the largest score. A gate that was trained over all experts is masked to these, by `mask_gate`.
+    Exact to 1e-9 of the largest score. A router that was trained over all experts is masked to these, by `mask_gate`.
 
     Source: Jin et al. 2025 (MoE^2), experts of edge servers under budgets of energy and delay; theirs searches by
     monotonic optimisation.
@@ -133,7 +133,7 @@ def select_experts(
 
 
 def mask_gate(probs: Tensor, arms: Sequence[str], kept: Iterable[str]) -> Tensor:
-    """probs (N, A) of a gate over `arms` -> the same gate over those that are kept: 0 elsewhere, and rows sum to 1.
+    """probs (N, A) of a router over `arms` -> those over the arms that are kept: 0 elsewhere, and rows sum to 1.
 
     A row whose kept arms had nothing gets equal shares of them.
 

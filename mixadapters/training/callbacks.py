@@ -1,4 +1,4 @@
-"""Trainer callbacks: what trains in a stage, and how the gates spread their weight."""
+"""Trainer callbacks: what trains in a stage, and how the routers spread their weight."""
 
 from __future__ import annotations
 
@@ -359,8 +359,8 @@ class GateUsageCallback(TrainerCallback):
         context = context_within(model)
         if context is None:
             raise ValueError(
-                f"GateUsageCallback: {type(model).__name__} holds no adapter of mixadapters, so that no gate spreads "
-                "any weight: leave the callback out"
+                f"GateUsageCallback: {type(model).__name__} holds no adapter of mixadapters, so that no router "
+                "spreads any weight: leave the callback out"
             )
         context.usage.reset()  # what a run that has failed, or a loop, has left
         context.loss_log.clear()
@@ -390,7 +390,7 @@ def context_within(model: nn.Module) -> ForwardContext | None:
 
 
 def collect_usage(model: nn.Module, per_layer: bool = False) -> dict[str, float]:
-    """The gate usage and auxiliary losses of `model`, reset by reading: of all processes, which all call this."""
+    """The router usage and auxiliary losses of `model`, reset by reading: of all processes, which all call this."""
     context = context_within(model)
     if context is None:
         return {}

@@ -498,7 +498,7 @@ def test_two_gates_share_a_cache_without_mixing_their_state() -> None:
 def test_cache_that_the_gate_has_not_seen_is_refused(granularity) -> None:
     router, tokens, cache = make(granularity=granularity), torch.randn(1, 1, D), DynamicCache(config=ONE_LAYER)
     cache.update(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2), 0)
-    with pytest.raises(ValueError, match="holds tokens that the gate at 'site' has not seen"):
+    with pytest.raises(ValueError, match="holds tokens that the router at 'site' has not seen"):
         run(router, tokens, cache=cache, past=4)
     with pytest.raises(ValueError, match=r"on a sequence that a cache begins; to generate, call model\.eval"):
         run(router, tokens, cache=cache, past=4, training=True, prompt_mask=torch.ones(1, 1))

@@ -18,7 +18,7 @@ from mixadapters.core.names import UNNAMED, check_known, of_active
 from mixadapters.core.registry import nearest
 from mixadapters.core.routes import row_numbers
 from mixadapters.routers.counts import CountsRouter
-from mixadapters.tuners.gates import GateVerbs
+from mixadapters.tuners.fitting import FittingVerbs
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.router import require_surgery
 from mixadapters.tuners.sources import check_new, same_module
@@ -28,7 +28,7 @@ BY_MODULE = ("ranks", "scales", "biases")  # entries of a domain
 NEW_ARM_SHARE = 0.05  # of the frozen arm's mass that a domain added later starts with
 
 
-class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
+class DomainVerbs(FittingVerbs, SurgeryVerbs, MixtureModel):
     """Part of MixDA's tuner. The model says where domains go and what they are made of."""
 
     def domain_paths(self, config: MixDAConfig) -> list[str]:
@@ -120,7 +120,7 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
             for _, mixture in self._mixtures(adapter_name):
                 if like in mixture.bank.experts:
                     mixture.bank.copy(name, like)
-        self.gates_changed(adapter_name)
+        self.arms_changed(adapter_name)
         self._renumber(adapter_name)
 
     def _add_expert(self, adapter_name: str, path: str, name: str, rank: int, share: float) -> None:
@@ -216,10 +216,10 @@ class DomainVerbs(GateVerbs, SurgeryVerbs, MixtureModel):
         for name in names:
             del config.domains[name]
         config.domain_order = list(config.domains)
-        self.gates_changed(adapter_name)
+        self.arms_changed(adapter_name)
         self._renumber(adapter_name)
 
-    def gates_changed(self, adapter_name: str) -> None:
+    def arms_changed(self, adapter_name: str) -> None:
         config = self.config_of(adapter_name)
         null_arms = self.settle_counts(adapter_name, config.domains)
         if null_arms is not None:

@@ -165,7 +165,7 @@ class MixDAModel(LoRADomains, DomainVerbs, DomainForms):
         for name, weights in self._gathered.items():
             self.fill(adapter_name, name, weights)
         self._gathered = {}
-        self.gates_changed(adapter_name)
+        self.arms_changed(adapter_name)
 
     def build(self, config: MixDAConfig, site: Site) -> Adapter | None:
         steps: dict[str, Adapter] = {}

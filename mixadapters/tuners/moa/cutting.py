@@ -55,7 +55,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
                 for name in names:
                     self._remove_arm(config, router, name, renormalize, mixtures)
         self._forget(config, mixtures)
-        self.gates_changed(adapter_name)
+        self.arms_changed(adapter_name)
         self._settle(adapter_name)
 
     @of_active

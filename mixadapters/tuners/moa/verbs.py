@@ -13,7 +13,7 @@ from torch import Tensor
 from mixadapters.core.fields import check_switches
 from mixadapters.core.names import UNNAMED, check_known, of_active
 from mixadapters.core.routes import row_numbers
-from mixadapters.tuners.gates import GateVerbs
+from mixadapters.tuners.fitting import FittingVerbs
 from mixadapters.tuners.gathering import Gathered
 from mixadapters.tuners.moa.config import MoAConfig, check_experts, refuse_while_standing
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
@@ -26,7 +26,7 @@ COPIED = ("ranks", "scales", "biases", "same_as")  # of an entry: a copy has no 
 NEW_ARM_SHARE = 0.05  # of the weight that an expert added later starts with
 
 
-class ExpertVerbs(GateVerbs, ExpertWeights):
+class ExpertVerbs(FittingVerbs, ExpertWeights):
     """Part of MoA's tuner. The model says where experts go and what they are made of."""
 
     _plan: Any
@@ -247,7 +247,7 @@ class ExpertVerbs(GateVerbs, ExpertWeights):
         self.refuse_in_blocks(verb, adapter_name)
         _require_verb(next(iter(self._leaders(adapter_name).values())), verb)
 
-    def gates_changed(self, adapter_name: str) -> None:
+    def arms_changed(self, adapter_name: str) -> None:
         config = self._moa(adapter_name)
         for path, router in self._leaders(adapter_name).items():
             config.null_arms.pop(path, None)

@@ -1,4 +1,4 @@
-"""Gates that are fitted without gradients: by counted tokens, or by regression on what each gate reads."""
+"""Routers that are fitted without gradients: by counted tokens, or by regression on what each router reads."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from mixadapters.surgery.tracing import padded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PLACES = 16  # tokens of a text whose features a learned gate is fitted on
+PLACES = 16  # tokens of a text whose features a learned router is fitted on
 PENALTY = 1e-4  # on the squared weights of the regression
 TOKENIZED_AT_ONCE = 1000  # texts
 
 
-class GateVerbs(RoutingVerbs):
-    """Part of a tuner whose adapters have gates."""
+class FittingVerbs(RoutingVerbs):
+    """Part of a tuner whose adapters have routers."""
 
     model: nn.Module
     peft_config: dict[str, Any]
@@ -52,11 +52,11 @@ class GateVerbs(RoutingVerbs):
         batch_size: int = 16,
         adapter_name: str = UNNAMED,
     ) -> dict[str, int]:
-        """Fit the gates of an adapter by example text, without training.
+        """Fit the routers of an adapter by example text, without training.
 
         "counts" fits the router of that name: how often each domain's text has each token. Its text is best that of
         the domain's own training. Domains that are not named keep their counts, so one that was added needs its own
-        text only. "features" fits learned gates that are linear, each by a logistic regression of the domain on what
+        text only. "features" fits learned routers that are linear, each by a logistic regression of the domain on what
         it reads, in one forward pass; all domains are fitted together.
 
         Args:
@@ -105,7 +105,7 @@ class GateVerbs(RoutingVerbs):
         rows = {arm: token_rows(text, tokenizer, _where(arm)) for arm, text in given.items()}
         if method == "counts":
             self._fit_counts(counting[0].first, rows)
-            self.gates_changed(adapter_name)
+            self.arms_changed(adapter_name)
         else:
             leaves = any(FROZEN in router.arms or not router.competes for router in learned)
             if general is not None and not leaves:
@@ -116,7 +116,7 @@ class GateVerbs(RoutingVerbs):
             self._fit_features(learned, rows, max_length, batch_size)
         return {arm: sum(map(len, found)) for arm, found in rows.items()}
 
-    def gates_changed(self, adapter_name: str) -> None:
+    def arms_changed(self, adapter_name: str) -> None:
         """For a tuner to note in its config what arms there are now."""
 
     # --- whole models -----------------------------------------------------------------------------------------
@@ -131,8 +131,8 @@ class GateVerbs(RoutingVerbs):
         """Weigh the experts by how well each alone has predicted the text so far, in the forwards of a block.
 
         `with tuner.posterior(): trainer.evaluate()`, or `model.generate(...)`. For causal language models; nothing is
-        trained, and the mixture's own gates are not asked. Each row runs once for each expert and once for the frozen
-        model, so a forward costs as much as one of K + 1 times the rows, in time and in memory.
+        trained, and the mixture's own routers are not asked. Each row runs once for each expert and once for the
+        frozen model, so a forward costs as much as one of K + 1 times the rows, in time and in memory.
 
         Args:
             choose_after: from this token of a text on it has one arm, the likeliest; `generate` then runs that alone.
@@ -239,11 +239,12 @@ class GateVerbs(RoutingVerbs):
     ) -> None:
         if has_two_stacks(self.model):
             raise ValueError("method='features' reads text through one stack, and this model has an encoder and a "
-                             "decoder; use router='counts', or train the gate")  # fmt: skip
+                             "decoder; use router='counts', or train the router")  # fmt: skip
         for router in routers:
             if len(router.hidden) > 1 or router.activation is not None:
                 raise ValueError(
-                    f"method='features' fits linear gates; that at {router.path!r} has hidden layers or an activation"
+                    f"method='features' fits linear routers; that at {router.path!r} has hidden layers or an "
+                    "activation"
                 )
         reader = _Reader(self.context)
         hooks = [router.register_forward_pre_hook(reader) for router in routers]
@@ -258,7 +259,7 @@ class GateVerbs(RoutingVerbs):
             for hook in hooks:
                 hook.remove()
         if silent := [router.path for router in routers if router not in reader.seen]:
-            raise ValueError(f"method='features': the gates at {silent} did not run; set_adapter to theirs first")
+            raise ValueError(f"method='features': the routers at {silent} did not run; set_adapter to theirs first")
         for router in routers:
             weight, bias = _regression(router, reader.seen[router])
             router.output.weight.copy_(weight * router.temperature)
@@ -266,7 +267,7 @@ class GateVerbs(RoutingVerbs):
 
 
 class _Reader:
-    """Keeps what each gate makes its logits of, at some tokens of each text."""
+    """Keeps what each router makes its logits of, at some tokens of each text."""
 
     def __init__(self, context: ForwardContext) -> None:
         self.context, self.arm = context, ""

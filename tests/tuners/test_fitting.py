@@ -271,7 +271,7 @@ def test_regression_refuses_what_it_cannot_fit(tiny) -> None:
     with pytest.raises(ValueError, match=r"give the text of \['b', 'frozen'\] too"):
         model.base_model.fit_gate({"a": TEXTS["a"]})
     model = mixture(tiny, router={"kind": "softmax", "hidden": [4]}, fit=False)
-    with pytest.raises(ValueError, match=r"fits linear gates; that at '.*' has hidden layers"):
+    with pytest.raises(ValueError, match=r"fits linear routers; that at '.*' has hidden layers"):
         model.base_model.fit_gate(TEXTS, GENERAL)
     model = mixture(tiny, "t5", router="softmax", fit=False)
     with pytest.raises(ValueError, match="this model has an encoder and a decoder"):
