@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import math
 import re
 import zlib
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixadapters.core.columns import distinct_fields
+from mixadapters.core.json_text import parse_json
 from mixadapters.tasks.registry import SPLITS, Task
 
 
@@ -100,8 +99,8 @@ def rows_of(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line.strip():
             raise ValueError(f"{where}: the line is blank, which only the last may be; remove it")
         try:
-            row = json.loads(line, object_pairs_hook=distinct_fields)
-        except (ValueError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise ValueError(f"{where}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise ValueError(f"{where}: must be an object with named fields, got {line.strip()[:40]}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -80,12 +79,3 @@ def check_characters(where: str, column: str, text: str) -> None:
             f"{where} has {column}={text!r:.80} with half of a surrogate pair at character {error.start}, which no "
             "tokenizer takes; read the text anew, as UTF-8"
         ) from None
-
-
-def distinct_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads(object_pairs_hook=...)`. Raises ValueError for a field that is named twice."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
-        raise ValueError(f"a field is named twice: {twice[:3]!s:.200}")
-    return fields

@@ -27,7 +27,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mixadapters.core.columns import distinct_fields
+from mixadapters.core.json_text import parse_json
 
 LARGEST_CONFIG = 64 * 2**20  # bytes
 PREFIX = "base_model.model."  # of the keys in a file
@@ -86,10 +86,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
     try:
         if os.path.getsize(path) > LARGEST_CONFIG:
             raise ValueError(f"it has more than {LARGEST_CONFIG} bytes")
-        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=distinct_fields)
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
-    except (ValueError, RecursionError) as error:  # JSON and Unicode errors among them
+    except ValueError as error:  # JSON and Unicode errors among them
         raise ValueError(f"{path} is no adapter config: {error}") from error
     return content
 

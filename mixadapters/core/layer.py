@@ -13,6 +13,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from mixadapters.core.adapter import Adapter
+from mixadapters.core.bound_hooks import unhook
 from mixadapters.core.context import ForwardContext
 from mixadapters.core.merging import Merging
 from mixadapters.core.mixed import MixedBatch
@@ -324,10 +325,7 @@ class HookedLayer(nn.Module, AdapterHost):
     def remove(self) -> None:
         """Leave the target as it was."""
         target = self.get_base_layer()
-        for key, hook in list(target._forward_hooks.items()):
-            if getattr(hook, "__self__", None) is self:
-                del target._forward_hooks[key]
-                target._forward_hooks_with_kwargs.pop(key, None)
+        unhook(target, self)
         delattr(target, self.attribute)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

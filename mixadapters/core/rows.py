@@ -11,6 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
+from mixadapters.core.bound_hooks import owners
 from mixadapters.core.media import media_part
 from mixadapters.core.processes import several
 from mixadapters.core.walking import plain_path
@@ -119,8 +120,7 @@ class _RowHook:
     @classmethod
     def sits_on(cls, hooks: Mapping[int, Any], context: Any) -> bool:
         """Whether one of this class and context is among the hooks of a module."""
-        owners = (getattr(hook, "__self__", None) for hook in hooks.values())
-        return any(isinstance(owner, cls) and owner.context is context for owner in owners)
+        return any(isinstance(owner, cls) and owner.context is context for owner in owners(hooks))
 
 
 class OtherLayer(_RowHook):

@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from mixadapters.core.bound_hooks import owners
+
 
 class Tap:
     """Keeps what a module receives, for adapters that sit elsewhere: a permanent forward pre-hook.
@@ -24,8 +26,7 @@ class Tap:
 
         turned: the module reads (T, B, d).
         """
-        for hook in module._forward_pre_hooks.values():
-            owner = getattr(hook, "__self__", None)
+        for owner in owners(module._forward_pre_hooks):
             if isinstance(owner, cls) and owner.path == path and owner.context is context:
                 return owner
         tap = cls(path, context, turned)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.bank import Weights
+from mixadapters.core.bound_hooks import unhook
 from mixadapters.core.hooks import root_of
 from mixadapters.core.routing import chosen_experts
 from mixadapters.core.sites import unwrapped
@@ -93,10 +94,8 @@ class ExpertMap(nn.Module):
 def detach_map(experts: nn.Module) -> None:
     """Take the map off, where there is one."""
     found = experts._modules.pop("expert_map", None)
-    for key, hook in list(experts._forward_pre_hooks.items()):
-        if found is not None and getattr(hook, "__self__", None) is found:
-            del experts._forward_pre_hooks[key]
-            experts._forward_pre_hooks_with_kwargs.pop(key, None)
+    if found is not None:
+        unhook(experts, found)
 
 
 def _arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

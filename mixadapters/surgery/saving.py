@@ -7,7 +7,6 @@ has, and `load_pruned` reads it.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +18,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from mixadapters.core.columns import distinct_fields
 from mixadapters.core.files import not_finite
 from mixadapters.core.folders import check_folder, folder_aside
 from mixadapters.core.hooks import root_of
+from mixadapters.core.json_text import parse_json
 from mixadapters.surgery.bases import BASES
 from mixadapters.surgery.blocks import BaseExperts, base_layers
 from mixadapters.surgery.layouts import EXPERTS_FILE, FORMAT, holds_experts, hook_saving, save_cut
@@ -129,7 +128,7 @@ def _read_layouts(file: Path) -> dict[str, dict[str, Any]]:
     try:
         if file.stat().st_size > LARGEST_FILE:
             raise ValueError(f"it is larger than {LARGEST_FILE} bytes")
-        said = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=distinct_fields)
+        said = parse_json(file.read_text(encoding="utf-8"))
         if not isinstance(said, dict) or said.keys() != {"format", "layers"} or said["format"] != FORMAT:
             raise ValueError(f"it is not of format {FORMAT}")
         layers = said["layers"]
@@ -137,7 +136,7 @@ def _read_layouts(file: Path) -> dict[str, dict[str, Any]]:
             raise ValueError("it names no layers")
         for path, layout in layers.items():
             _check_layout(path, layout)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{str(file)!r} does not say which experts the layers have: {error}") from None
     return layers
 

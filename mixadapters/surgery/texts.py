@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mixadapters.core.columns import check_characters, distinct_fields
+from mixadapters.core.columns import check_characters
+from mixadapters.core.json_text import parse_json
 
 LONGEST = 1 << 20  # bytes of a line
 MOST_LABELS = 256
@@ -95,8 +95,8 @@ def _objects(path: Path, text_field: str, label_field: str) -> Iterator[tuple[st
         if not line.strip():
             continue
         try:
-            row: Any = json.loads(line, object_pairs_hook=distinct_fields)
-        except (ValueError, RecursionError) as error:
+            row: Any = parse_json(line)
+        except ValueError as error:
             raise ValueError(f"{where} is no JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
             have = f"; it has {sorted(row)[:10]}" if isinstance(row, dict) else ""
