@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from mixadapters.core.bank import Weights
-from mixadapters.core.bound_hooks import unhook
 from mixadapters.core.hooks import root_of
-from mixadapters.core.routing import chosen_experts
 from mixadapters.core.sites import unwrapped
 from mixadapters.core.walking import plain_path
 from mixadapters.surgery.bases import BASES, Base
+from mixadapters.surgery.expert_map import ExpertMap, arguments, detach_map
 from mixadapters.surgery.layouts import FUSED, holds_experts, hook_saving, recount
-from mixadapters.surgery.view import ExpertLayer, Routed, Watcher, check_map, check_model, check_order, context_of
+from mixadapters.surgery.view import ExpertLayer, Watcher, check_map, check_model, check_order, context_of
+from mixadapters.surgery.watching import WatchedBlock, each_expert, standing_in
 
 
 def base_layers(model: nn.Module) -> list[ExpertLayer]:
@@ -64,44 +64,6 @@ def _refuse_form(root: nn.Module, module: nn.Module, name: str) -> None:
             f"the experts at {name!r} are sharded, or have no weights yet ({type(held[0].data).__name__} on "
             f"{held[0].device}): load the model whole, on one device or by device_map"
         )
-
-
-class ExpertMap(nn.Module):
-    """Which expert takes the rows of each of the router's columns; -1: none does, and the row's weight is lost.
-
-    A module of the experts' module, before whose forward it renumbers what the router has chosen.
-    """
-
-    numbers: Tensor
-
-    def __init__(self, numbers: Sequence[int] | Tensor, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        numbers = torch.as_tensor(numbers, dtype=torch.long, device=device)
-        self.register_buffer("numbers", numbers, persistent=False)  # `save_pruned` says it; a plain load would not fit
-
-    def forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Renumbers the arguments of the experts' module."""
-        x, indices, weights = _arguments(args, kwargs)
-        found = self.numbers[indices]
-        return (x, found.clamp_min(0), weights * (found >= 0)), {}
-
-    def attach(self, experts: nn.Module) -> None:
-        detach_map(experts)
-        experts.expert_map = self
-        experts.register_forward_pre_hook(self.forward, with_kwargs=True)
-
-
-def detach_map(experts: nn.Module) -> None:
-    """Take the map off, where there is one."""
-    found = experts._modules.pop("expert_map", None)
-    if found is not None:
-        unhook(experts, found)
-
-
-def _arguments(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, indices and weights: in this order everywhere, under several names."""
-    x, indices, weights = (*args, *kwargs.values())
-    return x, indices, weights
 
 
 class BaseExperts(ExpertLayer):
@@ -224,7 +186,9 @@ class BaseExperts(ExpertLayer):
     @torch.no_grad()
     def run(self, e: int, x: Tensor) -> Tensor:
         x = x.to(self._down.dtype)
-        return _each(type(self.experts).forward, self.experts, x, x.new_full((len(x), 1), e, dtype=torch.long))[:, 0]
+        return each_expert(type(self.experts).forward, self.experts, x, x.new_full((len(x), 1), e, dtype=torch.long))[
+            :, 0
+        ]
 
     def router_rows(self) -> Tensor | None:
         rows = _found(self.block, self.base.rows[0])[2]
@@ -328,7 +292,7 @@ class BaseExperts(ExpertLayer):
         """
 
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            x, indices, weights = _arguments(args, kwargs)
+            x, indices, weights = arguments(args, kwargs)
             if self.map is None:
                 return (x, *choose(indices, weights)), {}
             experts, weights = choose(self.map.numbers[indices], weights)
@@ -348,14 +312,14 @@ class BaseExperts(ExpertLayer):
     def watch(self, callback: Watcher, outputs: bool = False) -> Iterator[None]:
         with ExitStack() as stack:
             context = stack.enter_context(context_of(self.root))
-            watched = _Watched(self, callback, context, outputs)
+            watched = WatchedBlock(self, callback, context, outputs)
             stack.callback(self.gate.register_forward_hook(watched.see_logits).remove)
             pre_hook = self.experts.register_forward_pre_hook(watched.see_choice, with_kwargs=True, prepend=True)
             stack.callback(pre_hook.remove)
             for number in self.experts.__dict__.get("rechoosing", ()):  # who watches sees what comes of these
                 self.experts._forward_pre_hooks.move_to_end(number, last=False)
             if outputs:
-                stack.enter_context(_standing_in(self.experts, watched.forward))
+                stack.enter_context(standing_in(self.experts, watched.forward))
             yield
 
 
@@ -401,78 +365,6 @@ def _check_columns(layer: BaseExperts, stay: Sequence[int], total: int) -> None:
                 f"which {[len(group) for group in members]} would stay: keep as many of each, two or more, in "
                 "their order"
             )
-
-
-class _Watched:
-    """Gathers what one block does in a forward: its logits, its choice, and where asked what each expert gives."""
-
-    def __init__(self, layer: BaseExperts, callback: Watcher, context: Any, outputs: bool) -> None:
-        self.layer, self.callback, self.context, self.outputs = layer, callback, context, outputs
-        self.logits: Tensor | None = None
-        self.choice: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def see_logits(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.logits = output[0].detach().reshape(-1, output[0].shape[-1])
-
-    def see_choice(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.choice = _arguments(args, kwargs)
-        if not self.outputs:
-            self.tell(None)
-
-    def forward(self, plain: Callable[..., Tensor], x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """What the experts' module gives, put together from what each expert gives."""
-        each = _each(plain, self.layer.experts, x, indices)  # (N, k, M)
-        self.tell(each.detach())
-        return (each * weights.unsqueeze(-1)).sum(1).to(x.dtype)
-
-    def tell(self, each: Tensor | None) -> None:
-        assert self.choice is not None
-        record = self.context.record
-        if record.closed or self.context.records.again:  # checkpointing runs the block again
-            return
-        x, indices, weights = (t.detach() for t in self.choice)
-        stream, count = self.context.stream(), len(x)
-        mask = None if stream.mask is None or stream.mask.numel() != count else stream.mask.reshape(-1)
-        logits, probs, numbers = self.logits, None, self.layer.map
-        if logits is not None:
-            probs = logits.float().softmax(-1) if self.layer.base.scores == "softmax" else logits.float().sigmoid()
-            probs = probs / probs.sum(-1, keepdim=True)
-        if numbers is not None:
-            indices = numbers.numbers[indices]
-            logits = None if logits is None else joined_logits(logits, numbers.numbers, len(self.layer.names))
-        used = indices >= 0
-        self.callback(Routed(
-            x, indices, weights, logits, probs, mask,
-            None if each is None else lambda: each.float().norm(dim=-1) * used,
-            None if each is None else lambda: each * used.unsqueeze(-1),
-        ))  # fmt: skip
-
-
-def joined_logits(logits: Tensor, numbers: Tensor, experts: int) -> Tensor:
-    """logits (N, A) of columns -> (N, E) of the experts that take their rows: of several the log of their sum."""
-    spread = chosen_experts(numbers.view(-1, 1), experts).t()  # (E, A)
-    return torch.where(spread, logits.unsqueeze(1), -torch.inf).logsumexp(-1)
-
-
-@contextmanager
-def _standing_in(experts: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """`forward(plain, x, indices, weights)` in place of the module's own, which it is given."""
-    before = experts.__dict__.get("forward")
-    plain = type(experts).forward if before is None else (lambda module, *args: before(*args))
-    experts.__dict__["forward"] = lambda *args, **kwargs: forward(plain, *_arguments(args, kwargs))
-    try:
-        yield
-    finally:
-        del experts.__dict__["forward"]
-        if before is not None:
-            experts.__dict__["forward"] = before
-
-
-def _each(plain: Callable[..., Tensor], experts: nn.Module, x: Tensor, indices: Tensor) -> Tensor:
-    """x (N, K), indices (N, k) -> (N, k, M) of each expert: each choice as a row of its own, of weight 1."""
-    count, k = indices.shape
-    rows = x.repeat_interleave(k, 0)
-    return plain(experts, rows, indices.reshape(-1, 1), x.new_ones(count * k, 1)).view(count, k, -1)
 
 
 def _found(block: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:

@@ -1,9 +1,7 @@
 """Several experts become one, and the router stays as it is.
 
 Source: Li et al. 2024 (MC-SMoE, arXiv 2310.01334): align neurons, group by the router's logits around the experts that
-are used most, average by usage. Spectral grouping is that of UNCURL (Sarkar et al. 2024, arXiv 2409.01483). LoRA
-experts are averaged as products and factored anew: a mean of factors depends on how each product happens to be
-factored.
+are used most, average by usage.
 """
 
 from __future__ import annotations
@@ -15,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mixadapters.core.bank import Weights, norm_folded
+from mixadapters.core.bank import Weights
 from mixadapters.core.fields import check_integer, check_switches, one_of
-from mixadapters.core.registry import nearest
 from mixadapters.routers.permutation import assignment
+from mixadapters.surgery.averaging import merge_lora, merge_neurons
 from mixadapters.surgery.choices import (
     AVERAGINGS,
     GROUPINGS,
@@ -31,9 +28,9 @@ from mixadapters.surgery.choices import (
     Scope,
     Similarity,
 )
+from mixadapters.surgery.grouping import grouped, likeness, named_groups, refuse_ranks
 from mixadapters.surgery.layers import ExpertLayer
 from mixadapters.surgery.layouts import settle_config
-from mixadapters.surgery.overspecification import same_cells
 from mixadapters.surgery.pruning import check_usage, choose_kept, layers_to_cut, scores_of
 from mixadapters.surgery.usage import ExpertUsage
 from mixadapters.surgery.view import expert_output, refuse_broken
@@ -154,14 +151,14 @@ def merge_experts(
         refuse_broken(layer)
     used = {layer.key: scores_of(layer, usage, "usage") for layer in layers}
     if isinstance(groups, Mapping):
-        stands = _named_groups(layers, groups, used)
+        stands = named_groups(layers, groups, used)
     else:
         stay = choose_kept(layers, used, groups, None, scope, "groups")
         stands = {}
         for layer in layers:
             among = stay[layer.key] if grouping == "dominant" else range(len(layer.names))
-            alike = _likeness(layer, usage, similarity, _inputs(layer, inputs, seed), among)
-            stands[layer.key] = _grouped(alike, stay[layer.key], grouping, used[layer.key])
+            alike = likeness(layer, usage, similarity, _inputs(layer, inputs, seed), among)
+            stands[layer.key] = grouped(alike, stay[layer.key], grouping, used[layer.key])
     for layer in layers:
         _refuse_unlike(layer, stands[layer.key], weight)
         _inputs(layer, inputs, seed)
@@ -203,34 +200,6 @@ def _check_choice(groups: Any, similarity: str, grouping: str, weight: str, scop
     one_of("scope", scope, SCOPES)
 
 
-def _named_groups(
-    layers: Sequence[ExpertLayer], groups: Mapping[str, Sequence[Sequence[str]]], used: Mapping[str, Tensor]
-) -> dict[str, list[int]]:
-    """For each expert of each layer the one of its group that is used most.
-
-    Raises:
-        ValueError: a layer or an expert that there is not, or one that is in two groups.
-    """
-    keys = [layer.key for layer in layers]
-    if unknown := [key for key in groups if key not in keys]:
-        raise ValueError(f"groups names the layer {unknown[0]!r}; have {keys[:4]}.{nearest(unknown[0], keys)}")
-    found = {}
-    for layer in layers:
-        stands, seen = list(range(len(layer.names))), set[str]()
-        for group in groups.get(layer.key, ()):
-            if isinstance(group, str) or any(name not in layer.names or name in seen for name in group):
-                raise ValueError(
-                    f"groups[{layer.key!r}] has {group!r}: a group is a list of names of {layer.names}, each in one "
-                    "group"
-                )
-            seen.update(group)
-            members = [layer.names.index(name) for name in group]
-            first = max(members, key=lambda e: float(used[layer.key][e]), default=0)
-            stands = [first if e in members else other for e, other in enumerate(stands)]
-        found[layer.key] = stands
-    return found
-
-
 def _inputs(layer: ExpertLayer, inputs: Mapping[str, Tensor] | None, seed: int) -> Tensor:
     """(n, K) rows on which the experts of a layer are compared."""
     like = layer.weights(0).down
@@ -242,78 +211,6 @@ def _inputs(layer: ExpertLayer, inputs: Mapping[str, Tensor] | None, seed: int) 
         what = None if given is None else tuple(given.shape)
         raise ValueError(f"inputs[{layer.key!r}] is {what}: give rows (n, {layer.width}) that its experts read")
     return given.to(like.device, like.dtype)
-
-
-def _likeness(layer: ExpertLayer, usage: ExpertUsage, similarity: str, read: Tensor, among: Sequence[int]) -> Tensor:
-    """(E, n) float64, how similar the experts of a layer are to those `among` them: cosines."""
-    if similarity == "router_logits":
-        features = usage[layer.key].logits.double().T
-        if not features.shape[1]:
-            raise ValueError(
-                f"the usage of {layer.key!r} has no logits to compare: record with samples above 0, or choose another "
-                "similarity"
-            )
-    elif similarity == "router_weight":
-        rows = layer.router_rows()
-        if rows is None:
-            raise ValueError(f"the router at {layer.key!r} has no row for each expert: choose another similarity")
-        features = rows.double()
-    elif similarity == "output":
-        features = torch.stack([layer.run(e, read).double().flatten() for e in range(len(layer.names))])
-    else:
-        return _likeness_of_weights(layer, among)
-    features = F.normalize(features, dim=-1)
-    return (features @ features[list(among)].T).cpu()
-
-
-def _likeness_of_weights(layer: ExpertLayer, among: Sequence[int]) -> Tensor:
-    """[e, n]: of an expert that is aligned to the other."""
-    every = [_plain(layer.weights(e)) for e in range(len(layer.names))]
-
-    def alike(e: int, other: int) -> float:
-        if layer.activation == "identity":
-            a, b = every[e].up @ every[e].down, every[other].up @ every[other].down
-        else:
-            _refuse_ranks(layer, [e, other])
-            a, b = _flat(aligned(every[e], every[other])), _flat(every[other])
-        return float(F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
-
-    return torch.tensor([[alike(e, other) for other in among] for e in range(len(every))], dtype=torch.float64)
-
-
-def _grouped(alike: Tensor, stay: Sequence[int], grouping: str, used: Tensor) -> list[int]:
-    """For each expert the one that stands for it, of as many as `stay`.
-
-    Args:
-        alike: of `_likeness`, (E, n) among those that stay; for "spectral" (E, E).
-        stay: experts around which the others gather; for "spectral", of them the number alone.
-        used: (E,) how much each expert is used; in a spectral cluster the one that is used most stands for all.
-    """
-    if grouping == "dominant":
-        best = alike.argmax(1).tolist()
-        return [e if e in stay else stay[best[e]] for e in range(len(alike))]
-    stands = list(range(len(alike)))
-    for cluster in spectral_clusters(alike, len(stay)):
-        first = max(cluster, key=lambda e: float(used[e]))
-        for e in cluster:
-            stands[e] = first
-    return stands
-
-
-def spectral_clusters(alike: Tensor, count: int) -> list[list[int]]:
-    """So many clusters of the graph whose edges are (1 + cosine) / 2 of alike (E, E), which is symmetric.
-
-    The rows of the largest eigenvectors of the normalised graph (Ng, Jordan and Weiss 2001), parted by complete
-    linkage instead of by k-means, whose outcome depends on a draw.
-    """
-    edges = ((1 + alike) / 2).clamp_min(0).fill_diagonal_(0)
-    root = edges.sum(1).clamp_min(1e-12).rsqrt()
-    vectors = torch.linalg.eigh(root.unsqueeze(1) * edges * root).eigenvectors[:, -count:]
-    vectors = F.normalize(vectors, dim=1)
-    return same_cells(torch.cdist(vectors, vectors), math.inf, count)
-
-
-# --- what a group becomes -------------------------------------------------------------------------------------
 
 
 def _merged(
@@ -342,7 +239,7 @@ def _refuse_unlike(layer: ExpertLayer, stands: Sequence[int], weight: str) -> No
     for e in set(stands):
         members = [other for other, mine in enumerate(stands) if mine == e]
         if layer.activation != "identity":
-            _refuse_ranks(layer, members)
+            refuse_ranks(layer, members)
         elif len(members) > 1:
             _refuse_without_place(layer, e, members)
 
@@ -360,116 +257,6 @@ def _refuse_without_place(layer: ExpertLayer, e: int, members: Sequence[int]) ->
         f"expert {layer.names[e]!r} at {layer.key!r} would stand for a group and has {lacks}, so the mean cannot be "
         "written there: keep it as it is (weight='dominant'), or group it otherwise"
     )
-
-
-def _refuse_ranks(layer: ExpertLayer, members: Sequence[int]) -> None:
-    ranks = {layer.names[e]: layer.weights(e).down.shape[0] for e in members}
-    if len(set(ranks.values())) > 1:
-        raise ValueError(f"experts at {layer.key!r} have different widths, {ranks}: neurons are merged one to one")
-
-
-def merge_lora(experts: Sequence[Weights], parts: Sequence[float], like: Weights) -> Weights:
-    """The mean of linear experts of these parts, of the rank and the scale of `like`: the best by SVD.
-
-    The products scale * up down are averaged, and the mean is factored anew.
-    """
-    plain = [_plain(weights) for weights in experts]
-    # All products at once: [U_1 .. U_n] [p_1 D_1; ...; p_n D_n], whose SVD needs matrices of the ranks' sum alone.
-    ups = torch.cat([w.up.double() for w in plain], 1)
-    downs = torch.cat([w.down.double() * part for w, part in zip(plain, parts, strict=True)])
-    q_up, r_up = torch.linalg.qr(ups)
-    q_down, r_down = torch.linalg.qr(downs.T)
-    left, values, right = torch.linalg.svd(r_up @ r_down.T)
-    rank = like.down.shape[0]
-    root = values[:rank].sqrt()
-    count, scale = len(root), float(like.scale)
-    up, down = q_up @ left[:, :count] * root / scale, (q_down @ right[:count].T * root).T
-    if count < rank:  # a width below the rank
-        up, down = F.pad(up, (0, rank - count)), F.pad(down, (0, 0, 0, rank - count))
-    bias = None
-    if any(w.b_up is not None or w.b_down is not None for w in plain):
-        bias = torch.stack([part * _bias_of(w) for w, part in zip(plain, parts, strict=True)]).sum(0) / scale
-    dtype = like.up.dtype
-    return like._replace(
-        down=down.to(dtype), up=up.to(dtype), b_up=None if bias is None or like.b_up is None else bias.to(dtype),
-        b_down=None if like.b_down is None else torch.zeros_like(like.b_down), norm=_no_norm(like),
-    )  # fmt: skip
-
-
-def merge_neurons(experts: Sequence[Weights], parts: Sequence[float], like: Weights, align: bool = True) -> Weights:
-    """The mean of experts of one width of these parts, neuron by neuron, of the scale of `like`.
-
-    align: permute the neurons of each to those of `like` first, which changes none of them.
-    """
-    first = _plain(like)
-    plain = [_plain(weights) for weights in experts]
-    plain = [aligned(weights, first) if align else weights for weights in plain]
-
-    def mean(name: str) -> Tensor | None:
-        tensors = [getattr(weights, name) for weights in plain]
-        if tensors[0] is None:
-            return None
-        stacked = torch.stack([part * tensor.double() for part, tensor in zip(parts, tensors, strict=True)])
-        return stacked.sum(0).to(like.up.dtype)
-
-    scale = float(like.scale)
-    up, b_up, down = mean("up"), mean("b_up"), mean("down")
-    assert up is not None
-    assert down is not None
-    return like._replace(
-        down=down, up=up / scale, b_down=mean("b_down"), b_up=None if b_up is None else b_up / scale,
-        gate=mean("gate"), b_gate=mean("b_gate"), norm=_no_norm(like),
-    )  # fmt: skip
-
-
-def aligned(weights: Weights, like: Weights) -> Weights:
-    """An expert with its neurons in the order in which they are most like those of `like`; it does the same as before.
-
-    The permutation of the largest sum of products of what neurons read and write.
-    """
-    found = like.down.double() @ weights.down.double().T + like.up.double().T @ weights.up.double()
-    for name in ("gate", "b_down", "b_gate"):
-        mine, theirs = getattr(like, name), getattr(weights, name)
-        if mine is not None and theirs is not None:
-            mine, theirs = (t.double().view(len(t), -1) for t in (mine, theirs))
-            found = found + mine @ theirs.T
-    _, places = assignment()(found.cpu().numpy(), maximize=True)
-    order = torch.as_tensor(places, device=weights.down.device)
-
-    def taken(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[order]
-
-    return weights._replace(
-        down=weights.down[order], up=weights.up[:, order], b_down=taken(weights.b_down), gate=taken(weights.gate),
-        b_gate=taken(weights.b_gate),
-    )  # fmt: skip
-
-
-def _plain(weights: Weights) -> Weights:
-    """An expert without norm and scale of its own: these are in its matrices."""
-    down, b_down = norm_folded(weights.down, weights.b_down, weights.norm)
-    gate, b_gate = norm_folded(weights.gate, weights.b_gate, weights.norm)
-    scale = weights.scale
-    b_up = None if weights.b_up is None else weights.b_up * scale
-    return Weights(down, weights.up * scale, b_down, b_up, gate, b_gate)
-
-
-def _bias_of(weights: Weights) -> Tensor:
-    """What a linear expert adds to a row of zeros."""
-    bias = torch.zeros_like(weights.up[:, 0]) if weights.b_up is None else weights.b_up
-    return bias if weights.b_down is None else bias + weights.up @ weights.b_down
-
-
-def _no_norm(like: Weights) -> tuple[Tensor, Tensor] | None:
-    return None if like.norm is None else (torch.ones_like(like.norm[0]), torch.zeros_like(like.norm[1]))
-
-
-def _flat(weights: Weights) -> Tensor:
-    tensors = (weights.down, weights.up.T, weights.gate, weights.b_down, weights.b_gate)
-    return torch.cat([tensor.flatten() for tensor in tensors if tensor is not None])
-
-
-# --- how far from the experts it is ---------------------------------------------------------------------------
 
 
 @torch.no_grad()

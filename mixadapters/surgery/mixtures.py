@@ -19,9 +19,10 @@ from mixadapters.routers.modality import ModalityRouter
 from mixadapters.routers.recurrent import RecurrentRouter
 from mixadapters.routers.task import TaskRouter
 from mixadapters.routers.tree import TreeRouter
-from mixadapters.surgery.blocks import joined_logits, type_of
+from mixadapters.surgery.blocks import type_of
 from mixadapters.surgery.function import expert_norms
 from mixadapters.surgery.view import ExpertLayer, Routed, Watcher, check_map, check_model, check_order, expert_output
+from mixadapters.surgery.watching import joined_logits
 
 DENSE_AT_MOST = 8  # experts for each that a row uses, up to which those of all rows are computed together
 

@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from mixadapters.kernels import ACTIVATIONS
 from mixadapters.surgery.bases import BASES
-from mixadapters.surgery.blocks import BaseExperts, _check_columns, joined_logits
+from mixadapters.surgery.blocks import BaseExperts, _check_columns
 from mixadapters.surgery.layers import expert_layers
 from mixadapters.surgery.usage import record_usage
 from mixadapters.surgery.view import Routed, expert_output
+from mixadapters.surgery.watching import joined_logits
 
 KINDS = sorted(BASES)
 # One of each form in which experts and routers lie.

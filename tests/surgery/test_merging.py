@@ -15,14 +15,9 @@ from torch.nn import functional as F
 from mixadapters import MixDAConfig, MoAConfig
 from mixadapters.core.bank import Weights
 from mixadapters.surgery import expert_layers, prune_experts, record_usage
-from mixadapters.surgery.merging import (
-    _grouped,
-    aligned,
-    merge_experts,
-    merge_lora,
-    merge_neurons,
-    spectral_clusters,
-)
+from mixadapters.surgery.averaging import aligned, merge_lora, merge_neurons
+from mixadapters.surgery.grouping import grouped, spectral_clusters
+from mixadapters.surgery.merging import merge_experts
 from mixadapters.surgery.overspecification import overspecification_report, same_cells
 from mixadapters.surgery.usage import ExpertUsage
 from mixadapters.surgery.view import expert_output
@@ -348,7 +343,7 @@ def test_usage_weighs_the_members(tiny: Any, tiny_inputs: Any) -> None:
 
 
 @pytest.mark.parametrize("similarity", ["router_logits", "router_weight", "weight", "output"])
-def test_similar_experts_are_grouped(similarity: Any, tiny: Any, tiny_inputs: Any) -> None:
+def test_similar_experts_aregrouped(similarity: Any, tiny: Any, tiny_inputs: Any) -> None:
     model = moa(tiny, num_experts_per_tok=1)
     for layer in expert_layers(model):
         double(layer, 2, 0)
@@ -372,8 +367,8 @@ def test_spectral_clusters_gather_a_blob_that_the_most_used_would_part() -> None
     assert spectral_clusters(torch.ones(4, 4).double(), 1) == [[0, 1, 2, 3]]
     assert len(spectral_clusters(torch.ones(4, 4).double(), 3)) == 3
     used = torch.tensor([9.0, 8, 1, 1, 2, 1])
-    assert _grouped(alike[:, [0, 1]], [0, 1], "dominant", used) == [0, 1, 0, 1, 1, 1]
-    assert _grouped(alike, [0, 1], "spectral", used) == [0, 0, 0, 4, 4, 4]
+    assert grouped(alike[:, [0, 1]], [0, 1], "dominant", used) == [0, 1, 0, 1, 1, 1]
+    assert grouped(alike, [0, 1], "spectral", used) == [0, 0, 0, 4, 4, 4]
 
 
 @pytest.mark.parametrize("seed", [2, 4])
