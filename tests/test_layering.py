@@ -67,7 +67,10 @@ def floor(module: str) -> str | None:
 
 
 # Modules of tuners/ that belong to no method.
-GROUND = ([], *([name] for name in ("registration", "sources", "fitting", "surgery", "lora", "gathering")))
+GROUND = (
+    [],
+    *([name] for name in ("registration", "sources", "fitting", "posterior", "surgery", "lora", "gathering")),
+)
 
 
 def method(module: str) -> str | None:

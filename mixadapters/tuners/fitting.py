@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -11,18 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixadapters.core.context import ROUTES, ForwardContext
+from mixadapters.core.context import ForwardContext
 from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import check_integer, one_of
 from mixadapters.core.inspection import RoutingVerbs
-from mixadapters.core.media import reads_media
 from mixadapters.core.names import UNNAMED, of_active
 from mixadapters.core.registry import nearest
 from mixadapters.core.routing import FROZEN
-from mixadapters.core.sites import has_two_stacks, is_causal
+from mixadapters.core.sites import has_two_stacks
 from mixadapters.routers.counts import CountsRouter, count_tokens
 from mixadapters.routers.learned import LearnedRouter
-from mixadapters.routers.posterior import PosteriorRouter
 from mixadapters.routers.score import exact
 from mixadapters.surgery.tracing import padded
 
@@ -80,17 +77,13 @@ class FittingVerbs(RoutingVerbs):
             raise ValueError(f"tokenizer={tokenizer!r:.80} must be a tokenizer of transformers")
         mixtures = list(self.mixtures(adapter_name).values())
         names = list(dict.fromkeys(name for mixture in mixtures for name in mixture.expert_names))
-        if not isinstance(texts, Mapping) or not (texts or general is not None):
-            raise ValueError(f"texts={texts!r:.80} must map domains to their text")
-        for name in texts:
-            if name not in names:
-                raise ValueError(f"texts: unknown domain {name!r}; have {names}.{nearest(name, names)}")
+        _refuse_domains(texts, general, names)
         counting = [m.router for m in mixtures if isinstance(m.router, CountsRouter)]
         learned = [m.router for m in mixtures if isinstance(m.router, LearnedRouter) and not m.router.needs_fit]
         method = method or ("counts" if counting else "features")
-        wanted: dict[str, Sequence[Any]] = {"counts": counting, "features": learned}
-        one_of("method", method, wanted)
-        if not wanted[method]:
+        fitted: dict[str, Sequence[Any]] = {"counts": counting, "features": learned}
+        one_of("method", method, fitted)
+        if not fitted[method]:
             have = sorted({type(mixture.router).__name__ for mixture in mixtures})
             raise ValueError(
                 f"method={method!r}: adapter {adapter_name!r} has no router that it fits, but {have}; make it with "
@@ -107,78 +100,12 @@ class FittingVerbs(RoutingVerbs):
             self._fit_counts(counting[0].first, rows)
             self.arms_changed(adapter_name)
         else:
-            leaves = any(FROZEN in router.arms or not router.competes for router in learned)
-            if general is not None and not leaves:
-                raise ValueError("general: these routers have no arm that leaves text to the frozen model; give none")
-            wanted_arms = [*names, FROZEN] if leaves else names
-            if lacking := [name for name in wanted_arms if name not in rows]:
-                raise ValueError(f"method='features' fits all arms together; give the text of {lacking} too")
+            _refuse_arms(learned, names, rows)
             self._fit_features(learned, rows, max_length, batch_size)
         return {arm: sum(map(len, found)) for arm, found in rows.items()}
 
     def arms_changed(self, adapter_name: str) -> None:
         """For a tuner to note in its config what arms there are now."""
-
-    # --- whole models -----------------------------------------------------------------------------------------
-
-    def row_arms(self, adapter_name: str) -> list[str]:
-        """The experts that rows can be routed to by number, in order."""
-        raise NotImplementedError
-
-    @of_active
-    @contextmanager
-    def posterior(self, *, choose_after: int | None = None, adapter_name: str = UNNAMED) -> Iterator[PosteriorRouter]:
-        """Weigh the experts by how well each alone has predicted the text so far, in the forwards of a block.
-
-        `with tuner.posterior(): trainer.evaluate()`, or `model.generate(...)`. For causal language models; nothing is
-        trained, and the mixture's own routers are not asked. Each row runs once for each expert and once for the
-        frozen model, so a forward costs as much as one of K + 1 times the rows, in time and in memory.
-
-        Args:
-            choose_after: from this token of a text on it has one arm, the likeliest; `generate` then runs that alone.
-
-        Raises:
-            ValueError: the model does not predict next tokens, or choose_after is no number of tokens.
-        """
-        self.config_of(adapter_name)  # refuses unknown names
-        mixtures = self.mixtures(adapter_name)
-        if not mixtures:
-            raise ValueError(f"adapter_name={adapter_name!r} has no mixture; have {list(self.peft_config)}")
-        of_text = (item for item in mixtures.items() if not reads_media(item[1].stack))
-        key, mixture = next(of_text, next(iter(mixtures.items())))
-        config = self.model.config.to_dict() if hasattr(self.model, "config") else {}
-        if has_two_stacks(self.model) or not is_causal(key.path, self.model, config):
-            raise ValueError(
-                f"the posterior weighs predictions of the next token, and {type(self.model).__name__} makes none; use "
-                "router='counts'"
-            )
-        assert mixture.hard_routes is not None
-        field = mixture.hard_routes.field
-        router = PosteriorRouter(field, self.row_arms(adapter_name), self.vocab_size(), choose_after)
-        objectives = self.context.objectives
-        if any(isinstance(objective, PosteriorRouter) for objective in objectives):
-            raise ValueError("a block of `posterior` is open already; leave it first")
-        objectives.append(router)
-        try:
-            yield router
-        finally:
-            objectives.remove(router)
-
-    def refuse_in_blocks(self, verb: str, adapter_name: str) -> None:
-        """Raise ValueError where a block is open that knows experts by their numbers, which `verb` would change, or
-        their weights are shared out over processes."""
-        self.context.engine.refuse_sharded(verb, self.hosts())
-        for mixture in self.mixtures(adapter_name).values():
-            mixture.bank.refuse_change(verb)
-        self.context.engine.changed()
-        if self.context.held.get(ROUTES):
-            raise ValueError(
-                f"{verb}: routes are pinned by numbers of experts, which would mean others: leave pin_routes first"
-            )
-        if any(isinstance(objective, PosteriorRouter) for objective in self.context.objectives):
-            raise ValueError(
-                f"{verb}: a block of posterior weighs the experts that there were when it began: leave it first"
-            )
 
     # --- counted tokens ---------------------------------------------------------------------------------------
 
@@ -264,6 +191,24 @@ class FittingVerbs(RoutingVerbs):
             weight, bias = _regression(router, reader.seen[router])
             router.output.weight.copy_(weight * router.temperature)
             router.output.bias.copy_(bias * router.temperature)
+
+
+def _refuse_domains(texts: Any, general: Any, names: Sequence[str]) -> None:
+    """Raise ValueError where `texts` is no text of the domains `names`, or nothing is given."""
+    if not isinstance(texts, Mapping) or not (texts or general is not None):
+        raise ValueError(f"texts={texts!r:.80} must map domains to their text")
+    for name in texts:
+        if name not in names:
+            raise ValueError(f"texts: unknown domain {name!r}; have {names}.{nearest(name, names)}")
+
+
+def _refuse_arms(routers: Sequence[LearnedRouter], names: Sequence[str], rows: Mapping[str, Any]) -> None:
+    """Raise ValueError where `rows` lack a kind of text that routers of the domains `names` tell apart."""
+    leaves = any(FROZEN in router.arms or not router.competes for router in routers)
+    if FROZEN in rows and not leaves:
+        raise ValueError("general: these routers have no arm that leaves text to the frozen model; give none")
+    if lacking := [name for name in ([*names, FROZEN] if leaves else names) if name not in rows]:
+        raise ValueError(f"method='features' fits all arms together; give the text of {lacking} too")
 
 
 class _Reader:

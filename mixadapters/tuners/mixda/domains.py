@@ -21,6 +21,7 @@ from mixadapters.routers.counts import CountsRouter
 from mixadapters.tuners.fitting import FittingVerbs
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.router import require_surgery
+from mixadapters.tuners.posterior import PosteriorVerbs
 from mixadapters.tuners.sources import check_new, same_module
 from mixadapters.tuners.surgery import SurgeryVerbs
 
@@ -28,7 +29,7 @@ BY_MODULE = ("ranks", "scales", "biases")  # entries of a domain
 NEW_ARM_SHARE = 0.05  # of the frozen arm's mass that a domain added later starts with
 
 
-class DomainVerbs(FittingVerbs, SurgeryVerbs, MixtureModel):
+class DomainVerbs(FittingVerbs, PosteriorVerbs, SurgeryVerbs, MixtureModel):
     """Part of MixDA's tuner. The model says where domains go and what they are made of."""
 
     def domain_paths(self, config: MixDAConfig) -> list[str]:

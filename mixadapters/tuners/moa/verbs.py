@@ -19,6 +19,7 @@ from mixadapters.tuners.moa.config import MoAConfig, check_experts, refuse_while
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.moa.sources import gather
 from mixadapters.tuners.moa.weights import ExpertWeights
+from mixadapters.tuners.posterior import PosteriorVerbs
 from mixadapters.tuners.sources import check_new
 
 CHANGING = ("experts", "num_experts", "expert_order", "target_modules")  # fields that coming and going changes
@@ -26,7 +27,7 @@ COPIED = ("ranks", "scales", "biases", "same_as")  # of an entry: a copy has no 
 NEW_ARM_SHARE = 0.05  # of the weight that an expert added later starts with
 
 
-class ExpertVerbs(FittingVerbs, ExpertWeights):
+class ExpertVerbs(FittingVerbs, PosteriorVerbs, ExpertWeights):
     """Part of MoA's tuner. The model says where experts go and what they are made of."""
 
     _plan: Any
