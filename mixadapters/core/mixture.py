@@ -243,22 +243,27 @@ class Mixture(Adapter):
             raise ValueError(f"a bottleneck with its own {what} is not linear, so no single weight equals it")
         if self.tap is not None or (self.insertion == "parallel" and weight.shape[1] != bank.in_features):
             raise ValueError("its input is not the input of the layer that it would be folded into")
-        delta = weight.new_zeros(bank.out_features, bank.in_features)
-        shift = weight.new_zeros(bank.out_features)
-        for expert, w in zip(bank.weights(None), weights, strict=True):
-            factor = w * (expert.scale.to(weight.dtype) if isinstance(expert.scale, Tensor) else expert.scale)
-            up = expert.up.to(weight.dtype)
-            delta = delta + factor * (up @ expert.down.to(weight.dtype))
-            if expert.b_down is not None:
-                shift = shift + factor * (up @ expert.b_down.to(weight.dtype))
-            if expert.b_up is not None:
-                shift = shift + factor * expert.b_up.to(weight.dtype)
+        delta, shift = self._sum_of_experts(weights, weight)
         old = weight.new_zeros(bank.out_features) if bias is None else bias
         if self.insertion == "parallel":
             weight, new = weight + delta, old + shift
         else:
             weight, new = weight + delta @ weight, old + delta @ old + shift
         return weight, new if bias is not None or bool(shift.any()) else None
+
+    def _sum_of_experts(self, weights: list[float], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Product (M, K) and bias (M,) of the linear experts at these weights, in the dtype of `like`."""
+        delta = like.new_zeros(self.bank.out_features, self.bank.in_features)
+        shift = like.new_zeros(self.bank.out_features)
+        for expert, w in zip(self.bank.weights(None), weights, strict=True):
+            factor = w * (expert.scale.to(like.dtype) if isinstance(expert.scale, Tensor) else expert.scale)
+            up = expert.up.to(like.dtype)
+            delta = delta + factor * (up @ expert.down.to(like.dtype))
+            if expert.b_down is not None:
+                shift = shift + factor * (up @ expert.b_down.to(like.dtype))
+            if expert.b_up is not None:
+                shift = shift + factor * expert.b_up.to(like.dtype)
+        return delta, shift
 
 
 def _in_dtype(routing: Routing, dtype: torch.dtype) -> Routing:

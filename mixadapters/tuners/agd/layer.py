@@ -173,23 +173,22 @@ class GuidanceAdapter(Adapter):
             inputs["timestep"] = _rows("timestep", inputs["timestep"], stream.batch, device, single=True)
         inputs = {name: value.to(device) for name, value in inputs.items()}
         negative = negative and {name: value.to(device) for name, value in negative.items()}
-        interval = record.values.get("guidance_interval")
-        if interval is not None:
-            if "timestep" not in inputs:
-                raise ValueError(f"guidance_interval={interval} needs adapters that read the timestep")
-            low, high = check_interval("guidance_interval", interval)
-            scale = torch.where((inputs["timestep"] >= low) & (inputs["timestep"] <= high), scale, 1.0)
+        scale = _within(record.values.get("guidance_interval"), scale, inputs.get("timestep"))
         with torch.autocast(device.type, enabled=False):
             features = self.trunk(scale, inputs, negative)
         if config.after_prompt:
-            place = context.token_field("prompt_mask", self.stack, places)
-            if place is None:
-                raise ValueError(
-                    "the adapters read which tokens follow the prompt (after_prompt): pass prompt_mask (B, T), 1 on "
-                    "the prompt; `generate` knows it"
-                )
-            features = features._replace(place=place.to(device))
+            features = features._replace(place=self._places(context).to(device))
         record.shared[self] = features
+
+    def _places(self, context: ForwardContext) -> Tensor:
+        """(B, T) of each token whether it follows the prompt, as `places` has it."""
+        place: Tensor | None = context.token_field("prompt_mask", self.stack, places)
+        if place is None:
+            raise ValueError(
+                "the adapters read which tokens follow the prompt (after_prompt): pass prompt_mask (B, T), 1 on the "
+                "prompt; `generate` knows it"
+            )
+        return place
 
     def _conditions_in(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What the adapters read, by its name, as far as it is among the arguments of a forward."""
@@ -337,6 +336,16 @@ def check_interval(name: str, interval: Any) -> tuple[Any, Any]:
     if len(ends) != 2 or not all(isinstance(e, (int, float, Tensor)) and not isinstance(e, bool) for e in ends):
         raise ValueError(f"{name}={interval!r} must be two numbers, the least timestep to be guided and the largest")
     return ends
+
+
+def _within(interval: Any, scale: Tensor, timestep: Tensor | None) -> Tensor:
+    """scale (B,), and 1 in rows whose timestep (B,) lies outside the interval, where there is one."""
+    if interval is None:
+        return scale
+    if timestep is None:
+        raise ValueError(f"guidance_interval={interval} needs adapters that read the timestep")
+    low, high = check_interval("guidance_interval", interval)
+    return torch.where((timestep >= low) & (timestep <= high), scale, 1.0)
 
 
 def _rows(name: str, value: Any, batch: int, device: torch.device, *, single: bool = False) -> Tensor:

@@ -147,15 +147,8 @@ class OnePass:
             arguments["guidance_scale"] = scale
             with context.pin_in_thread(guidance_scale=None):
                 return plain(*given.args, **given.kwargs)
-        if asked and self.negative_prompts == "refuse":
-            raise ValueError(
-                f"{asked} would do nothing: they belong to a second pass, and adapters imitate guidance by the rule "
-                "and against the unconditional prediction that they were trained with. Leave them out"
-                f"{_off(asked)}, or choose "
-                "OnePass(pipe, negative_prompts='two_passes') or 'ignore'; record(rule=...) distils other rules"
-            )
         if asked:
-            warnings.warn(f"{asked} are ignored: guidance comes from adapters", stacklevel=3)
+            self._pass_over(asked)
         arguments.update({name: default for name, (_, default) in second.items() if name in arguments})
         if "true_cfg_scale" in arguments:  # an empty negative prompt would have asked for a second pass
             arguments["true_cfg_scale"] = 1.0
@@ -169,6 +162,17 @@ class OnePass:
         _watch_callbacks(pipe, arguments, rows)
         with context.pin_in_thread(**held):
             return plain(*given.args, **given.kwargs)
+
+    def _pass_over(self, asked: list[str]) -> None:
+        """Say that arguments of a second pass do nothing. Raises ValueError where that is to be refused."""
+        if self.negative_prompts == "refuse":
+            raise ValueError(
+                f"{asked} would do nothing: they belong to a second pass, and adapters imitate guidance by the rule "
+                "and against the unconditional prediction that they were trained with. Leave them out"
+                f"{_off(asked)}, or choose "
+                "OnePass(pipe, negative_prompts='two_passes') or 'ignore'; record(rule=...) distils other rules"
+            )
+        warnings.warn(f"{asked} are ignored: guidance comes from adapters", stacklevel=4)
 
     def _rows(self, pipe: Any, model: nn.Module, scale: Any, arguments: dict[str, Any]) -> Tensor:
         """The scale as a tensor of its own, () or (B,)."""

@@ -42,15 +42,8 @@ def encode_prompts(
     call = CALLS[type(model).__name__]
     if not call.encodings(model.config):
         raise ValueError(f"{type(pipe).__name__} takes no prompts; give class_labels")
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts={prompts!r}: give a list of one or several, a trajectory for each")
     alike = negative_prompt is None or isinstance(negative_prompt, str)
-    negatives: list[Any] = [negative_prompt] * len(prompts) if alike else list(negative_prompt or ())
-    for name, texts in (("prompts", list(prompts)), ("negative_prompt", [n for n in negatives if n is not None])):
-        if wrong := [text for text in texts if not isinstance(text, str)]:
-            raise ValueError(f"{name} holds {wrong[0]!r}, which is no text")
-    if len(negatives) != len(prompts):
-        raise ValueError(f"negative_prompt has {len(negatives)} entries for {len(prompts)} prompts; give one for each")
+    negatives = _negatives(prompts, negative_prompt)
     order: list[int] = []
     parts: list[tuple[Conditions, Conditions]] = []
     # None is not the empty prompt: SDXL has zeros for it.
@@ -73,6 +66,20 @@ def encode_prompts(
         row = value.to(dtype) if name != "style" else value
         conditions[name] = row.expand(len(prompts), *row.shape[1:])
     return conditions, unconditional
+
+
+def _negatives(prompts: Any, negative_prompt: Any) -> list[str | None]:
+    """A negative prompt for each prompt. Raises ValueError where one of both is no text, or their numbers differ."""
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts={prompts!r}: give a list of one or several, a trajectory for each")
+    alike = negative_prompt is None or isinstance(negative_prompt, str)
+    negatives = [negative_prompt] * len(prompts) if alike else list(negative_prompt or ())
+    for name, texts in (("prompts", list(prompts)), ("negative_prompt", [n for n in negatives if n is not None])):
+        if wrong := [text for text in texts if not isinstance(text, str)]:
+            raise ValueError(f"{name} holds {wrong[0]!r}, which is no text")
+    if len(negatives) != len(prompts):
+        raise ValueError(f"negative_prompt has {len(negatives)} entries for {len(prompts)} prompts; give one for each")
+    return negatives
 
 
 def _joined(parts: Sequence[Conditions], order: Tensor) -> Conditions:
