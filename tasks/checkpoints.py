@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mixadapters.tasks.results import write_whole
+from mixadapters.training.checkpoints import checkpoint_folder
 
 MARK = "complete.json"  # file -> bytes, written when all files of a checkpoint are
 
@@ -21,7 +22,7 @@ class MarkCheckpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any) -> None:
         PartialState().wait_for_everyone()
-        folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = checkpoint_folder(args, state)
         if state.is_world_process_zero and folder.is_dir():
             files = sorted(f for f in folder.rglob("*") if f.is_file())
             sizes = {f.relative_to(folder).as_posix(): f.stat().st_size for f in files}

@@ -198,30 +198,45 @@ class CompositionRouter:
             raise ValueError(f"{path} is missing: name a folder that CompositionRouter.save wrote")
         content = read_config(path)
         try:
-            if content.pop("format", None) != FORMAT:
-                raise ValueError(f"format must be {FORMAT}")
-            categories = content.pop("categories", None)
-            if not isinstance(categories, list) or not all(isinstance(name, str) for name in categories):
-                raise ValueError(f"categories={categories!r} must be a list of names")
-            if unknown := set(content) - set(OPTIONS):
-                raise ValueError(f"unknown fields {sorted(unknown)}")
-            if missing := [name for name in OPTIONS if name not in content]:  # by another value it would choose others
-                raise ValueError(f"{missing[0]} is missing")
+            categories = _read_settings(content)
             if not (Path(folder) / TEXTS).is_file():
                 raise ValueError(f"{TEXTS} is missing")
             router = cls(embed, **content)
-            with weights_of(Path(folder) / TEXTS) as weights:
-                if set(weights) != {"features", "labels"}:
-                    raise ValueError(f"{TEXTS} must hold features and labels, and holds {sorted(weights)}")
-                features, labels = weights["features"], weights["labels"]
-            whole = features.is_floating_point() and labels.dtype == torch.long
-            if features.dim() != 2 or labels.shape != features.shape[:1] or not whole:
-                raise ValueError(f"{TEXTS}: features must be (N, d), real numbers, and labels (N,), whole ones")
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(categories):
-                raise ValueError(f"{TEXTS}: labels must be numbers of the {len(categories)} categories")
-            return router.fit_features(features, [categories[i] for i in labels.tolist()])
+            features, labels = _read_samples(Path(folder) / TEXTS, len(categories))
+            return router.fit_features(features, [categories[i] for i in labels])
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} cannot be loaded: {error}") from error
+
+
+def _read_settings(content: dict[str, Any]) -> list[str]:
+    """Take the categories out of what a file says of a router, and leave its options. Raises ValueError for others."""
+    if content.pop("format", None) != FORMAT:
+        raise ValueError(f"format must be {FORMAT}")
+    categories = content.pop("categories", None)
+    if not isinstance(categories, list) or not all(isinstance(name, str) for name in categories):
+        raise ValueError(f"categories={categories!r} must be a list of names")
+    if unknown := set(content) - set(OPTIONS):
+        raise ValueError(f"unknown fields {sorted(unknown)}")
+    if missing := [name for name in OPTIONS if name not in content]:  # by another value it would choose others
+        raise ValueError(f"{missing[0]} is missing")
+    return categories
+
+
+def _read_samples(path: Path, categories: int) -> tuple[Tensor, list[int]]:
+    """Features (N, d) of the samples in a file, and the number of each one's category. Raises ValueError for others.
+
+    categories: how many there are.
+    """
+    with weights_of(path) as weights:
+        if set(weights) != {"features", "labels"}:
+            raise ValueError(f"{TEXTS} must hold features and labels, and holds {sorted(weights)}")
+        features, labels = weights["features"], weights["labels"]
+    whole = features.is_floating_point() and labels.dtype == torch.long
+    if features.dim() != 2 or labels.shape != features.shape[:1] or not whole:
+        raise ValueError(f"{TEXTS}: features must be (N, d), real numbers, and labels (N,), whole ones")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < categories:
+        raise ValueError(f"{TEXTS}: labels must be numbers of the {categories} categories")
+    return features, labels.tolist()
 
 
 def _checked(mapping: Mapping[str, str]) -> dict[str, str]:

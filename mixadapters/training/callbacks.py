@@ -11,7 +11,7 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint
 
 from mixadapters.core.config import MixtureConfig
 from mixadapters.core.context import ForwardContext, Objective
@@ -28,6 +28,7 @@ from mixadapters.training.checkpoints import (
     STAGE_FILE,
     adapters_in,
     begun_anew,
+    checkpoint_folder,
     fault,
     lay_out_moments,
     note_stages,
@@ -169,19 +170,9 @@ class StageCallback(OfAdapter, RunCallback):
     ) -> None:  # fmt: skip
         self.trainer = trainer_above()
         tuner = find_tuner(model)
-        now, domain = tuner.stage.get(self.adapter_name), tuner.single_domain.get(self.adapter_name)
-        if (now, domain) != (self.stage, self.domain) and not self.set_up:
-            raise ValueError(
-                f"StageCallback({self.stage!r}) was added when the Trainer had been made, whose optimizer may hold "
-                "other parameters than the stage's: pass it in Trainer(..., callbacks=[...])"
-            )
-        if (now, domain) != (self.stage, self.domain):
-            raise ValueError(
-                f"the model has been set to stage={stage_in_words(now, domain)!r} since this Trainer was made for "
-                f"stage={self.noted!r}; make the Trainer of a stage when the run before it has ended"
-            )
+        self._refuse_other_stage(tuner)
         if self.resumed is None and state.global_step:  # a Trainer whose `train` does not call that of transformers
-            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            folder = checkpoint_folder(args, state)
             if self.trainer is not None and folder.is_dir():
                 self.run_begins(self.trainer, folder)
         if self.resumed is not None and shards(self.trainer):
@@ -192,16 +183,35 @@ class StageCallback(OfAdapter, RunCallback):
                 lay_out_moments(optimizer)
         self._attach(tuner.context)
         tuner.set_progress(progress(state), self.adapter_name)
-        base = tuner.model
-        has_head = "MaskedLM" in type(base).__name__ or "CausalLM" in type(base).__name__
-        if self.check_head and self.stage == "domain" and has_head and state.global_step == 0:
-            with torch.random.fork_rng(enabled=True):
-                batch = next(iter(train_dataloader))
-            if "labels" in batch:
-                device = next(base.parameters()).device
-                named = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "labels") if k in batch}
-                # What is sharded runs from its outermost module alone, which gathers it.
-                require_pretrained_head(self.trainer.model_wrapped if self.trainer and several() else base, named)
+        if self.check_head and self.stage == "domain" and state.global_step == 0:
+            self._check_head(tuner.model, train_dataloader)
+
+    def _refuse_other_stage(self, tuner: MixtureModel) -> None:
+        """Raises ValueError where the model is in another stage than the Trainer was made for."""
+        now, domain = tuner.stage.get(self.adapter_name), tuner.single_domain.get(self.adapter_name)
+        if (now, domain) == (self.stage, self.domain):
+            return
+        if not self.set_up:
+            raise ValueError(
+                f"StageCallback({self.stage!r}) was added when the Trainer had been made, whose optimizer may hold "
+                "other parameters than the stage's: pass it in Trainer(..., callbacks=[...])"
+            )
+        raise ValueError(
+            f"the model has been set to stage={stage_in_words(now, domain)!r} since this Trainer was made for "
+            f"stage={self.noted!r}; make the Trainer of a stage when the run before it has ended"
+        )
+
+    def _check_head(self, base: nn.Module, batches: Any) -> None:
+        """Refuses a language model whose head has not been trained, by its loss on the first batch."""
+        if not any(kind in type(base).__name__ for kind in ("MaskedLM", "CausalLM")):
+            return
+        with torch.random.fork_rng(enabled=True):
+            batch = next(iter(batches))
+        if "labels" in batch:
+            device = next(base.parameters()).device
+            named = {k: batch[k].to(device) for k in ("input_ids", "attention_mask", "labels") if k in batch}
+            # What is sharded runs from its outermost module alone, which gathers it.
+            require_pretrained_head(self.trainer.model_wrapped if self.trainer and several() else base, named)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -225,7 +235,7 @@ class StageCallback(OfAdapter, RunCallback):
         find_tuner(model).set_progress(progress(state), self.adapter_name)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = checkpoint_folder(args, state)
         if args.should_save and folder.is_dir():
             callbacks = [self] if self.trainer is None else self.trainer.callback_handler.callbacks
             note_stages(folder, {c.adapter_name: c.noted for c in callbacks if isinstance(c, StageCallback)})

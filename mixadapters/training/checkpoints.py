@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mixadapters.core.folders import written_aside
 
@@ -21,6 +23,11 @@ TORCH_FILES = frozenset({".pt", ".pth", ".bin"})
 READ = ("optimizer", "scheduler", "scaler", "rng_state", "adapter_model", "pytorch_model")  # how those begin
 LEGACY = b"\x80\x02"  # begins a file of torch that is no zip archive
 LONGEST_HEADER = 100_000_000  # bytes; what safetensors itself takes
+
+
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where Trainer saves at the step that it has made."""
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def note_stages(folder: Path, stages: Mapping[str, str]) -> None:
