@@ -101,6 +101,10 @@ class SiteFinder(BaseTuner):
         """The layers of this model that hold adapters."""
         return (module for _, module in outside_adapters(self.model) if isinstance(module, AdapterHost))
 
+    def placed(self, adapter_name: str) -> dict[AdapterHost, Any]:
+        """The layers that hold an adapter -> what it is there."""
+        return {host: host.adapters[adapter_name] for host in self.hosts() if adapter_name in host.adapters}
+
     def host_at(self, path: str, missing_ok: bool = False) -> Any:
         """The host at the module `path`. Raises ValueError where there is none, unless `missing_ok`: then None."""
         host = next((h for h in self.hosts() if h.path == path and h.prefix == self.prefix), None)

@@ -174,7 +174,7 @@ class Injection(SiteFinder):
         had_context = ForwardContext.find(model) is not None
         # Those of other adapters PEFT puts back itself.
         trained = [(parameter, parameter.requires_grad) for parameter in own_parameters(model)]
-        places = {host: host.adapters[adapter_name] for host in self.hosts() if adapter_name in host.adapters}
+        places = self.placed(adapter_name)
         hosts = set(self.hosts())
         context = ForwardContext.of(model)
         self._injecting = adapter_name
@@ -274,19 +274,17 @@ class Injection(SiteFinder):
         check_name("adapter_name", adapter_name, self.prefix)
         refuse_taken(self.model, adapter_name, BaseTunerLayer)
         others = [name for name in self.peft_config if name != adapter_name]
-        found = (pair for host in self._own_hosts() for pair in host.adapters.items() if pair[0] != adapter_name)
+        own = (host for host in self.hosts() if host.prefix == self.prefix)
+        found = (pair for host in own for pair in host.adapters.items() if pair[0] != adapter_name)
         keys = {other: {adapter_name} for other, adapter in found if holds(adapter, adapter_name)}
         check_apart(adapter_name, others, base_parts(self.model), keys)
 
     def _check_parts(self, adapter_name: str) -> None:
         """Refuse an adapter, which is in the model, whose keys hold the name of another one."""
-        own = (host.adapters[adapter_name] for host in self._own_hosts() if adapter_name in host.adapters)
+        own = (adapter for host, adapter in self.placed(adapter_name).items() if host.prefix == self.prefix)
         keys = (key for adapter in own for key in adapter.state_dict())
         parts = {part for key in keys for part in key.split(".")}
         check_apart(adapter_name, self.peft_config.keys() - {adapter_name}, set(), {adapter_name: parts})
-
-    def _own_hosts(self) -> Iterator[AdapterHost]:
-        return (host for host in self.hosts() if host.prefix == self.prefix)
 
 
 def refuse_within(model: nn.Module) -> None:

@@ -101,10 +101,9 @@ class MixtureModel(ModelCalls, Injection, SavedForm, RoutingVerbs, StepVerbs, Cu
         return self.peft_config[adapter_name].trained_in(stage)
 
     def _stage_parameters(self, patterns: tuple[str, ...], adapter_name: str) -> Iterator[tuple[nn.Parameter, bool]]:
-        for host in self.hosts():
-            if adapter_name in host.adapters:
-                for name, parameter in host.adapters[adapter_name].named_parameters():
-                    yield parameter, in_stage(name, patterns)
+        for adapter in self.placed(adapter_name).values():
+            for name, parameter in adapter.named_parameters():
+                yield parameter, in_stage(name, patterns)
         for _, module in outside_adapters(self.model):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 for name, parameter in module.named_parameters():

@@ -126,7 +126,7 @@ class DomainVerbs(FittingVerbs, PosteriorVerbs, SurgeryVerbs, MixtureModel):
 
     def _add_expert(self, adapter_name: str, path: str, name: str, rank: int, share: float) -> None:
         config = self.config_of(adapter_name)
-        own = (p for h in self.hosts() if adapter_name in h.adapters for p in h.adapters[adapter_name].parameters())
+        own = (p for adapter in self.placed(adapter_name).values() for p in adapter.parameters())
         dtype = next((p.dtype for p in own), None)
         host = self.host_at(path, missing_ok=True)
         new: Any
@@ -233,9 +233,8 @@ class DomainVerbs(FittingVerbs, PosteriorVerbs, SurgeryVerbs, MixtureModel):
             mixture.hard_routes.number([number_of[name] for name in mixture.bank.names], len(number_of))
         stage, domain = self.stage.get(adapter_name), self.single_domain.get(adapter_name)
         if self.config_of(adapter_name).inference_mode:
-            for host in self.hosts():
-                if adapter_name in host.adapters:
-                    host.adapters[adapter_name].requires_grad_(False)
+            for adapter in self.placed(adapter_name).values():
+                adapter.requires_grad_(False)
         elif stage is not None and number_of:
             self.set_stage(stage, adapter_name, domain if domain in number_of else None)
 
@@ -265,6 +264,5 @@ class DomainVerbs(FittingVerbs, PosteriorVerbs, SurgeryVerbs, MixtureModel):
         return (f"domain.bank.experts.{escape(domain)}.*",)
 
     def _mixtures(self, adapter_name: str) -> Iterator[tuple[str, Mixture]]:
-        for host in self.hosts():
-            if adapter_name in host.adapters and "domain" in host.adapters[adapter_name].steps:
-                yield host.path, host.adapters[adapter_name].domain
+        chains = self.placed(adapter_name).items()
+        return ((host.path, chain.domain) for host, chain in chains if "domain" in chain.steps)

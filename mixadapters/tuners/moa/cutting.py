@@ -101,7 +101,7 @@ class ExpertCutting(SurgeryVerbs, ExpertVerbs):
     def _ready(self, paths: Mapping[str, Any], adapter_name: str) -> tuple[MoAConfig, dict[str, ExpertMixture]]:
         """The config and the mixtures by path. Raises ValueError where nothing may be cut now."""
         config = self._moa(adapter_name)
-        hosts = {host.path: host for host in self.hosts() if adapter_name in host.adapters}
+        hosts = {host.path: host for host in self.placed(adapter_name)}
         for path in paths:
             if path not in hosts:
                 raise ValueError(f"{path!r} has no experts of {adapter_name!r}.{nearest(path, list(hosts))}")

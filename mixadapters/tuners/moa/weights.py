@@ -101,9 +101,8 @@ class ExpertWeights(MixtureModel):
             self.set_stage(self.stage[adapter_name], adapter_name)
         elif config.frozen_experts():
             patterns = config.trained_in("task")
-            for host in self.hosts():
-                if adapter_name in host.adapters:
-                    host.stages[adapter_name] = patterns
+            for host in self.placed(adapter_name):
+                host.stages[adapter_name] = patterns
             for parameter, matches in self._stage_parameters(patterns, adapter_name):
                 if not matches:
                     parameter.requires_grad_(False)
@@ -120,6 +119,4 @@ class ExpertWeights(MixtureModel):
         return config
 
     def _mixtures(self, adapter_name: str) -> Iterator[tuple[str, ExpertMixture]]:
-        for host in self.hosts():
-            if adapter_name in host.adapters:
-                yield host.path, host.adapters[adapter_name]
+        return ((host.path, mixture) for host, mixture in self.placed(adapter_name).items())

@@ -69,7 +69,7 @@ class MoSAModel(MixtureModel):
         if mine is None:
             mine = ConsistencyObjective(self.model)
             objectives.insert(0, mine)  # the others see the rows of the first pass
-        host = next((h for h in self.hosts() if adapter_name in h.adapters), None)
+        host = next(iter(self.placed(adapter_name)), None)
         if host is not None:
             mine.adapters[adapter_name] = host, config
 
@@ -113,10 +113,9 @@ class MoSAModel(MixtureModel):
             ValueError: unknown adapter name.
         """
         config = self.config_of(adapter_name)
-        hosts = [host for host in self.hosts() if adapter_name in host.adapters]
-        weights = self._modules_to_save(adapter_name)
-        for host in hosts:
-            bank = host.adapters[adapter_name].bank
+        placed, weights = self.placed(adapter_name), self._modules_to_save(adapter_name)
+        for host, adapter in placed.items():
+            bank = adapter.bank
             ((_, expert),) = bank.experts.items()
             (plain,) = bank.weights(None)
             where = f"{PREFIX}{host.path}."
@@ -133,10 +132,10 @@ class MoSAModel(MixtureModel):
         weights = {name: tensor.detach().clone().contiguous() for name, tensor in weights.items()}
         if config.base == "adapter":
             return config.plain(), weights
-        ranks = {h.path: h.adapters[adapter_name].bank.weights(None)[0].down.shape[0] for h in hosts}
+        ranks = {host.path: adapter.bank.weights(None)[0].down.shape[0] for host, adapter in placed.items()}
         return config.plain_lora(
             sorted(ranks), {path: rank for path, rank in ranks.items() if rank != config.r},
-            fan_in_fan_out=any(isinstance(h.get_base_layer(), Conv1D) for h in hosts),
+            fan_in_fan_out=any(isinstance(host.get_base_layer(), Conv1D) for host in placed),
         ), weights  # fmt: skip
 
     @of_active

@@ -186,9 +186,9 @@ class PILLModel(MixtureModel):
     def set_stage(self, stage: str, adapter_name: str = UNNAMED, domain: str | None = None) -> None:
         super().set_stage(stage, adapter_name, domain)
         self.peft_config[adapter_name].stage = stage
-        for host in self.hosts():
-            if adapter_name in host.adapters and isinstance(gate := host.adapters[adapter_name], ValueGate):
-                gate.open = stage == "align"
+        for adapter in self.placed(adapter_name).values():
+            if isinstance(adapter, ValueGate):
+                adapter.open = stage == "align"
 
     def at_work(self) -> str:
         """Which adapters act in the next forward."""
