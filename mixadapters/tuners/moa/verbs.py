@@ -95,9 +95,14 @@ class ExpertVerbs(FittingVerbs, PosteriorVerbs, ExpertWeights):
         if like is not None:
             check_experts([name], from_file=False)
             self._add_copy(name, like, share, adapter_name)
-            self.fit_router(adapter_name, missing_ok=True)
-            self._settle(adapter_name)
-            return
+        else:
+            self._add_new(name, source, r, share, adapter_name)
+        self.fit_router(adapter_name, missing_ok=True)
+        self._settle(adapter_name)
+
+    def _add_new(self, name: str, source: Any, r: int | None, share: float, adapter_name: str) -> None:
+        """An expert of zeros, or one that is gathered from a source."""
+        config = self._moa(adapter_name)
         spec = check_experts({name: source}, from_file=False)[name]
         found = gather(self, config, name, spec) if "source" in spec else None
         paths = [path for path, _ in self._mixtures(adapter_name)]
@@ -110,8 +115,6 @@ class ExpertVerbs(FittingVerbs, PosteriorVerbs, ExpertWeights):
         self._add(name, spec, share, adapter_name)
         if found is not None:
             self.fill(adapter_name, name, found)
-        self.fit_router(adapter_name, missing_ok=True)
-        self._settle(adapter_name)
 
     def _add_copy(self, name: str, like: str, share: float, adapter_name: str) -> None:
         """A new expert with the modules, ranks and weights of another."""
