@@ -63,15 +63,13 @@ class Engine:
             )
 
     def _check(self, root: nn.Module) -> None:
-        for host in root.modules():
-            if getattr(host, "context", None) is self.context and hasattr(host, "adapters"):
-                for path, part in host.adapters.named_modules():
-                    if isinstance(part, loaded("torch.distributed.fsdp", "FSDPModule")):
-                        raise ValueError(
-                            f"FSDP shards the part {path!r} of the adapters at {host.path!r} by itself, but experts "
-                            "are read together: wrap whole transformer blocks (fsdp_auto_wrap_policy: "
-                            "TRANSFORMER_BASED_WRAP)"
-                        )
+        for _, host in self._hosts(root):
+            for path, part in host.adapters.named_modules():
+                if isinstance(part, loaded("torch.distributed.fsdp", "FSDPModule")):
+                    raise ValueError(
+                        f"FSDP shards the part {path!r} of the adapters at {host.path!r} by itself, but experts are "
+                        "read together: wrap whole transformer blocks (fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP)"
+                    )
         sharded = any(map(is_sharded, root.parameters()))
         if whole := self._left_out(root):
             warnings.warn(
@@ -102,12 +100,17 @@ class Engine:
         plain = [name for name, p in own.items() if not is_dtensor(p)]
         return [name for name in plain if _nearest(name, blocks) not in {None, *whole}]
 
-    def _own(self, root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """The weights of adapters in `root` and of the modules that are saved with them, by their names in it."""
+    def _hosts(self, root: nn.Module) -> Iterator[tuple[str, Any]]:
+        """The layers with adapters in `root`, with their paths."""
         for path, host in root.named_modules():
             if getattr(host, "context", None) is self.context and hasattr(host, "adapters"):
-                for name, parameter in host.adapters.named_parameters():
-                    yield f"{path}.{host.prefix}adapters.{name}", parameter
+                yield path, host
+
+    def _own(self, root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights of adapters in `root` and of the modules that are saved with them, by their names in it."""
+        for path, host in self._hosts(root):
+            for name, parameter in host.adapters.named_parameters():
+                yield f"{path}.{host.prefix}adapters.{name}", parameter
         for path, wrapper in saved_modules(root):
             for name, parameter in wrapper.named_parameters():
                 if not name.startswith("original_module."):

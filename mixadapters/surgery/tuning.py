@@ -56,25 +56,15 @@ class LayerTuning:
     kept: bool = False  # whether a config holds it, and not a block
 
     def __call__(self, routing: Routing, names: list[str]) -> Routing:
-        indices, weights = routing.indices, routing.weights
-        sparse = indices is not None
-        if weights is None:
-            count = routing.indices.shape[1] if routing.indices is not None else len(names)
-            like = next(t for t in (routing.probs, routing.logits, routing.indices) if t is not None)
-            weights = torch.ones(len(like), count, device=like.device)
-            weights = weights if indices is None else weights * (indices >= 0)
-        slots = (
-            torch.arange(len(names), device=weights.device).expand(len(weights), -1) if indices is None else indices
-        )
-        slots, weights = self.choose(slots, weights, names)
-        if not sparse:
-            return routing._replace(weights=weights)
-        off = self.numbers(self.off, names, slots)
-        slots = slots.masked_fill(torch.isin(slots, off), -1)
+        weights = _weights_of(routing, len(names))
+        if routing.indices is None:
+            every = torch.arange(len(names), device=weights.device).expand(len(weights), -1)
+            return routing._replace(weights=self.choose(every, weights, names)[1])
+        slots, weights = self.choose(routing.indices, weights, names)
+        slots = slots.masked_fill(torch.isin(slots, self.numbers(self.off, names, slots)), -1)
         selected = routing.selected
         if selected is not None:
-            chosen = chosen_experts(slots, len(names))
-            selected = torch.cat([chosen, selected[:, len(names) :]], 1)
+            selected = torch.cat([chosen_experts(slots, len(names)), selected[:, len(names) :]], 1)
         return routing._replace(indices=slots, weights=weights, selected=selected, run=1)
 
     def choose(self, indices: Tensor, weights: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -105,6 +95,16 @@ class LayerTuning:
         return torch.tensor(
             [i for i, name in enumerate(names) if name in chosen], device=like.device, dtype=like.dtype
         )
+
+
+def _weights_of(routing: Routing, experts: int) -> Tensor:
+    """The weights of a routing (N, k), or (N, E) where it has no indices; 1 where it says none, 0 in empty slots."""
+    if routing.weights is not None:
+        return routing.weights
+    if routing.indices is not None:
+        return (routing.indices >= 0).float()
+    like = next(part for part in (routing.probs, routing.logits) if part is not None)
+    return torch.ones(len(like), experts, device=like.device)
 
 
 def _with_sum(weights: Tensor, whole: Tensor) -> Tensor:
