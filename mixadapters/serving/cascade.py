@@ -10,11 +10,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixadapters.core.fields import check_kind, check_share
+from mixadapters.core.fields import check_kind, check_share, one_of
 from mixadapters.core.media import placeholders_of, refuse_unpaired
 from mixadapters.core.registry import nearest
 from mixadapters.core.rows import BASE
 from mixadapters.core.showing import brief
+
+DISPERSIONS = ("variance", "entropy")
 
 
 def confidence(logits: Tensor, dispersion: Literal["variance", "entropy"] = "variance") -> Tensor:
@@ -31,13 +33,12 @@ def confidence(logits: Tensor, dispersion: Literal["variance", "entropy"] = "var
     classes = logits.shape[-1]
     if classes < 2:
         raise ValueError(f"confidence needs two classes or more, and logits {tuple(logits.shape)} have {classes}")
+    one_of("dispersion", dispersion, DISPERSIONS)
     probs = logits.detach().float().softmax(-1)
     if dispersion == "variance":
         spread = (probs.square().sum(-1) - 1 / classes) / (1 - 1 / classes)
-    elif dispersion == "entropy":
-        spread = 1 + torch.special.xlogy(probs, probs).sum(-1) / log(classes)
     else:
-        raise ValueError(f"dispersion={dispersion!r} must be 'variance' or 'entropy'")
+        spread = 1 + torch.special.xlogy(probs, probs).sum(-1) / log(classes)
     return spread.clamp(0.0, 1.0)
 
 
@@ -99,8 +100,7 @@ class ConfidenceCascade:
         dispersion: Literal["variance", "entropy"] = "variance",
     ) -> None:
         check_share("threshold", threshold)
-        if dispersion not in ("variance", "entropy"):
-            raise ValueError(f"dispersion={dispersion!r} must be 'variance' or 'entropy'")
+        one_of("dispersion", dispersion, DISPERSIONS)
         for name, expert in (("weak", weak), ("strong", strong)):
             if isinstance(expert, str):  # what only generates cannot be called, and who only calibrates needs none
                 raise ValueError(f"{name}={expert!r:.80} must be a model, or a function that makes logits")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mixadapters.core.fields import check_integer, check_kind, check_share
+from mixadapters.core.fields import check_integer, check_kind, check_share, one_of
 from mixadapters.core.files import read_config, weights_of
 from mixadapters.core.folders import written_aside
 from mixadapters.core.rows import BASE
@@ -58,8 +58,7 @@ class CompositionRouter:
         max_entropy: float = 1.0,
         fallback: str = BASE,
     ) -> None:
-        if classifier not in ("logistic", "knn"):
-            raise ValueError(f"classifier={classifier!r} must be 'logistic' or 'knn'")
+        one_of("classifier", classifier, ("logistic", "knn"))
         check_integer("neighbours", neighbours, least=1)
         check_share("max_entropy", max_entropy)
         if not isinstance(fallback, str) or not fallback:

@@ -13,7 +13,7 @@ from typing import Generic, Literal, TypeVar
 
 from torch import Tensor
 
-from mixadapters.core.fields import check_integer, check_kind
+from mixadapters.core.fields import check_integer, check_kind, one_of
 from mixadapters.core.routing import Routing
 
 K = TypeVar("K", bound=Hashable)
@@ -57,8 +57,7 @@ class ExpertCache(Generic[K, V]):
         check_integer("capacity", capacity, least=1)
         if not callable(load):
             raise ValueError(f"load={load!r:.80} must be a function from an expert to what is kept of it")
-        if policy not in ("belady", "lru"):
-            raise ValueError(f"policy={policy!r} must be 'belady' or 'lru'")
+        one_of("policy", policy, ("belady", "lru"))
         if (plan is not None) != (policy == "belady"):
             raise ValueError(f"policy={policy!r} {'needs a' if plan is None else 'reads no'} plan")
         self.capacity, self.policy = capacity, policy

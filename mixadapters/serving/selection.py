@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mixadapters.core.fields import check_integer, check_kind, finite
+from mixadapters.core.fields import check_integer, check_kind, check_number, finite, one_of
 from mixadapters.core.registry import nearest
 
 Scores = Mapping[str, Mapping[str, float]]  # category -> expert -> how well it does there; more is better
@@ -33,13 +33,10 @@ class Budget:
     per: Literal["request", "kept", "slowest"] = "request"
 
     def __post_init__(self) -> None:
-        if self.per not in ("request", "kept", "slowest"):
-            raise ValueError(f"per={self.per!r} must be 'request', 'kept' or 'slowest'")
-        if not (finite(self.limit) and self.limit >= 0):
-            raise ValueError(f"limit={self.limit!r} must be a finite number of 0 or more")
+        one_of("per", self.per, ("request", "kept", "slowest"))
+        check_number("limit", self.limit, least=0)
         for name, cost in self.cost.items():
-            if not (finite(cost) and cost >= 0):
-                raise ValueError(f"cost[{name!r}]={cost!r} must be a finite number of 0 or more")
+            check_number(f"cost[{name!r}]", cost, least=0)
 
     def spent(self, mapping: Mapping[str, str], share: Mapping[str, float]) -> float:
         """What this mapping of categories to experts costs."""
@@ -161,8 +158,7 @@ def _names(scores: Scores) -> tuple[list[str], list[str]]:
     for category in categories:
         _same_names(f"scores[{category!r}]", scores[category], experts, "expert")
         for expert, score in scores[category].items():
-            if not finite(score):
-                raise ValueError(f"scores[{category!r}][{expert!r}]={score!r} must be a finite number")
+            check_number(f"scores[{category!r}][{expert!r}]", score)
     return categories, experts
 
 

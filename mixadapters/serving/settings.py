@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from mixadapters.core.fields import check_integer, finite
+from mixadapters.core.fields import check_integer, finite, one_of
 from mixadapters.serving.requests import WrongArgument
 from mixadapters.serving.scheduler import SCHEDULERS
 
@@ -38,8 +38,7 @@ def check_sizes(sizes: dict[str, Any]) -> None:
 def batching_settings(
     sizes: dict[str, Any], share_prefixes: bool, sampling: bool, scheduler: str
 ) -> ContinuousBatchingConfig:
-    if scheduler not in SCHEDULERS:
-        raise ValueError(f"scheduler={scheduler!r} must be one of {list(SCHEDULERS)}")
+    one_of("scheduler", scheduler, SCHEDULERS)
     return ContinuousBatchingConfig(
         page_size=sizes["page_size"],
         num_blocks=sizes["cache_tokens"] // sizes["page_size"],

@@ -126,7 +126,7 @@ def test_a_saved_router_chooses_as_before(tmp_path) -> None:
     ("change", "message"),
     [
         (lambda config, _: config.update(format=2), "format must be 1"),
-        (lambda config, _: config.update(classifier="pickle"), "classifier='pickle' must be"),
+        (lambda config, _: config.update(classifier="pickle"), "classifier='pickle' is unknown"),
         (lambda config, _: config.update(code="os"), r"unknown fields \['code'\]"),
         (lambda config, _: config.update(categories=["law"]), "labels must be numbers of the 1 categories"),
         (lambda config, _: config.update(categories="law"), "categories='law' must be a list"),
@@ -157,7 +157,7 @@ def test_a_folder_without_a_router_is_named(tmp_path) -> None:
 def test_what_cannot_be_learned_or_chosen_is_refused(adapted, tiny_inputs) -> None:
     features, kinds = clusters(12)
     for arguments, message in [
-        ({"classifier": "tree"}, "classifier='tree' must be"),
+        ({"classifier": "tree"}, "classifier='tree' is unknown"),
         ({"neighbours": 0}, "neighbours=0 must be"),
         ({"max_entropy": 2.0}, "max_entropy=2.0 must be"),
         ({"fallback": ""}, "fallback='' must be"),

@@ -131,7 +131,7 @@ def test_a_step_whose_loading_failed_can_be_taken_again() -> None:
     ("arguments", "message"),
     [
         ({"capacity": 0}, "capacity=0 must be an integer, at least 1"),
-        ({"policy": "fifo"}, "policy='fifo' must be"),
+        ({"policy": "fifo"}, "policy='fifo' is unknown"),
         ({"policy": "belady"}, "policy='belady' needs a plan"),
         ({"plan": [{1}]}, "policy='lru' reads no plan"),
     ],

@@ -90,5 +90,5 @@ def test_request_that_is_put_back_is_older_than_those_that_came_after_it() -> No
 
 
 def test_unknown_scheduler_is_refused(causal) -> None:
-    with pytest.raises(ValueError, match=r"scheduler='fast' must be one of \['fair', 'fifo'\]"):
+    with pytest.raises(ValueError, match=r"scheduler='fast' is unknown; choose one of \['fair', 'fifo'\]"):
         AdapterServer(causal(), scheduler="fast")

@@ -145,7 +145,7 @@ def test_small_differences_between_scores_decide() -> None:
         ),
         ({"scores": {"law": {"a": float("nan"), "b": 1.0}}}, r"scores\['law'\]\['a'\]=nan must be a finite number"),
         ({"cost": {"a": 1.0}}, r"the costs of budget 0 .* missing \['b'\]"),
-        ({"cost": {"a": -1.0, "b": 1.0}}, r"cost\['a'\]=-1.0 must be a finite number of 0 or more"),
+        ({"cost": {"a": -1.0, "b": 1.0}}, r"cost\['a'\]=-1.0 must be a finite number, at least 0"),
         ({"budget": -1.0}, "limit=-1.0 must be"),
         ({"share": {"law": -1.0}}, "share=.* must be numbers of 0 or more"),
         ({"share": {"code": 1.0}}, r"share must have one number for each category"),
@@ -156,7 +156,7 @@ def test_bad_numbers_and_names_are_refused(arguments, message) -> None:
     given = {"scores": {"law": {"a": 1.0, "b": 0.5}}, "cost": {"a": 2.0, "b": 1.0}, "budget": 1.5}
     with pytest.raises(ValueError, match=message):
         fit_mapping(**{**given, **arguments})
-    with pytest.raises(ValueError, match="per='token' must be"):
+    with pytest.raises(ValueError, match="per='token' is unknown"):
         Budget({"a": 1.0}, 1.0, "token")
     with pytest.raises(ValueError, match="count=0 must be"):
         select_experts(given["scores"], count=0)

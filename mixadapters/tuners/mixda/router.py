@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mixadapters.core.fields import check_number
+from mixadapters.core.fields import check_number, one_of
 from mixadapters.core.registry import nearest
 from mixadapters.routers import ROUTERS, Router, SoftmaxGate, build_router
 from mixadapters.routers.arms import ArmSurgery
@@ -62,8 +62,8 @@ def read_router(config: Any) -> None:
             refuse_unsaveable(f"router: {option}", value)
     for name, option in OPTION_OF.items():
         setattr(config, name, deepcopy(spec.get(option)))
-    if config.gate_input not in (None, *INPUTS):
-        raise ValueError(f"router: input={config.gate_input!r} is unknown; choose one of {[None, *INPUTS]}")
+    if config.gate_input is not None:
+        one_of("router: input", config.gate_input, INPUTS)
     cls, options = read_spec(router_spec(config))
     refuse_null_arms(cls, options)
     if config.combine == "convex" and "convex" not in options_of(cls):
