@@ -285,8 +285,8 @@ def digest_of(weights: Mapping[str, Any], kind: str, heads: Any) -> str | None:
         heads: its `modules_to_save`.
     """
     total, empty, own = hashlib.sha256(), True, f".{kind.lower()}_adapters."
-    for key in sorted(weights, key=_plain):
-        name = _plain(key)
+    for key in sorted(weights, key=_without_prefix):
+        name = _without_prefix(key)
         # PEFT goes by the end of a module's name: "head" saves "lm_head" too.
         head = heads and any(f"{head}." in name for head in heads) and not BESIDE & set(name.split("."))
         if head or own in name or name.endswith(TOKENS):
@@ -297,7 +297,7 @@ def digest_of(weights: Mapping[str, Any], kind: str, heads: Any) -> str | None:
     return None if empty else f"sha256:{total.hexdigest()}"
 
 
-def _plain(key: str) -> str:
+def _without_prefix(key: str) -> str:
     return key.removeprefix(PREFIX)
 
 

@@ -65,7 +65,7 @@ class CompositionRouter:
             raise ValueError(f"fallback={fallback!r} must be the name of an adapter, or {BASE!r}")
         if not callable(embed):
             raise ValueError(f"embed={embed!r:.80} must make features of tokens, such as PooledStates(model)")
-        self.embed, self.mapping = embed, None if mapping is None else _checked(mapping)
+        self.embed, self.mapping = embed, None if mapping is None else _checked_mapping(mapping)
         self.classifier, self.neighbours = classifier, neighbours
         self.max_entropy, self.fallback = max_entropy, fallback
         self.categories: tuple[str, ...] = ()
@@ -120,7 +120,7 @@ class CompositionRouter:
 
     def map_to(self, mapping: Mapping[str, str]) -> None:
         """Send categories to other adapters. Raises ValueError where a category has none."""
-        mapping = _checked(mapping)
+        mapping = _checked_mapping(mapping)
         if missing := sorted(set(self.categories) - mapping.keys()):
             raise ValueError(f"mapping={mapping} has no adapter for {missing}")
         self.mapping = mapping
@@ -238,7 +238,7 @@ def _read_samples(path: Path, categories: int) -> tuple[Tensor, list[int]]:
     return features, labels.tolist()
 
 
-def _checked(mapping: Mapping[str, str]) -> dict[str, str]:
+def _checked_mapping(mapping: Mapping[str, str]) -> dict[str, str]:
     pairs = dict(mapping) if isinstance(mapping, Mapping) else None
     if not pairs or not all(isinstance(word, str) and word for pair in pairs.items() for word in pair):
         raise ValueError(f"mapping={mapping!r} must be category -> name of an adapter")

@@ -146,8 +146,8 @@ class BaseExperts(ExpertLayer):
         (gate, down), (b_gate, b_down) = self._parted(first), self._parted(bias)
         up, b_up = self._down[e], self.experts._parameters.get("down_proj_bias")
         up = up.t() if self._transposed else up
-        return Weights(down.detach(), up.detach(), _plain(b_down), None if b_up is None else _plain(b_up[e]),
-                       _plain(gate), _plain(b_gate))  # fmt: skip
+        return Weights(down.detach(), up.detach(), _detached(b_down), None if b_up is None else _detached(b_up[e]),
+                       _detached(gate), _detached(b_gate))  # fmt: skip
 
     def _first(self, e: int, end: str) -> Tensor | None:
         """What the expert multiplies its input by, (2 r, K) or (r, K); or its bias."""
@@ -191,7 +191,7 @@ class BaseExperts(ExpertLayer):
         ]
 
     def router_rows(self) -> Tensor | None:
-        rows = _found(self.block, self.base.rows[0])[2]
+        rows = _tensor_at(self.block, self.base.rows[0])[2]
         if self.map is None:
             return rows.detach()
         columns = [self.map.numbers.tolist().index(e) for e in range(len(self.names))]
@@ -199,7 +199,7 @@ class BaseExperts(ExpertLayer):
 
     @property
     def router_entries(self) -> int:
-        return int(_found(self.block, self.base.rows[0])[2].numel())
+        return int(_tensor_at(self.block, self.base.rows[0])[2].numel())
 
     # --- cutting ----------------------------------------------------------------------------------------------
 
@@ -240,9 +240,9 @@ class BaseExperts(ExpertLayer):
 
     def _keep_columns(self, stay: Sequence[int]) -> None:
         """Shrink the router, and whatever has an entry for each of its columns."""
-        before = _found(self.block, self.base.rows[0])[2].shape[0]
+        before = _tensor_at(self.block, self.base.rows[0])[2].shape[0]
         for row in self.base.rows:
-            owner, name, tensor = _found(self.block, row)
+            owner, name, tensor = _tensor_at(self.block, row)
             axis = tensor.dim() - 1 if tensor.shape[0] == 1 else 0  # (E, d), (E,) or (1, E)
             new = tensor.detach().index_select(axis, torch.tensor(stay, device=tensor.device))
             if isinstance(tensor, nn.Parameter):
@@ -367,12 +367,12 @@ def _check_columns(layer: BaseExperts, stay: Sequence[int], total: int) -> None:
             )
 
 
-def _found(block: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
+def _tensor_at(block: nn.Module, name: str) -> tuple[nn.Module, str, Tensor]:
     """The module, the name in it and the tensor of a name inside `block`."""
     path, _, last = name.rpartition(".")
     owner = block.get_submodule(path)
     return owner, last, getattr(owner, last)
 
 
-def _plain(tensor: Tensor | None) -> Tensor | None:
+def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()

@@ -186,7 +186,7 @@ def _by_layer(
     found: dict[ExpertLayer, dict[str, float]] = {}
     for place, number in places:
         by_name = isinstance(place, str)
-        meant = _everywhere(argument, place, layers) if by_name else [_found(argument, place, layers)]
+        meant = _everywhere(argument, place, layers) if by_name else [_expert_at(argument, place, layers)]
         for layer, name in meant:
             entry = found.setdefault(layer, {})
             if name in entry:
@@ -211,7 +211,7 @@ def _follows(layer: ExpertLayer) -> bool:
     return isinstance(layer, MixtureExperts) and bool(getattr(layer.mixture.router, "follows", False))
 
 
-def _found(argument: str, place: Place, layers: Sequence[ExpertLayer]) -> tuple[ExpertLayer, str]:
+def _expert_at(argument: str, place: Place, layers: Sequence[ExpertLayer]) -> tuple[ExpertLayer, str]:
     """The layer and the name of an expert."""
     if not isinstance(place, Sequence) or len(place) < 2:
         example = next(((layer.key, layer.names[0]) for layer in layers), "")

@@ -327,7 +327,7 @@ class _Recorder:
         draws = torch.rand(count, generator=self.drawn, dtype=torch.float64).to(device)
         seen = _Seen(routed)
         self._of(self.usage, device).add(seen, routed.mask, draws)
-        labels = _checked(self.usage.labels)
+        labels = _checked_labels(self.usage.labels)
         if labels is None:
             return
         known = list(dict.fromkeys(labels))
@@ -377,7 +377,7 @@ def record_usage(
     check_integer("samples", samples, least=0)
     check_integer("seed", seed)
     layers = require_layers(expert_layers(model, adapter))
-    usage = ExpertUsage(labels=_checked(labels))
+    usage = ExpertUsage(labels=_checked_labels(labels))
     with ExitStack() as stack:
         context = stack.enter_context(context_of(model))
         for layer in layers:
@@ -388,7 +388,7 @@ def record_usage(
         one.layers = {layer.key: one.layers[layer.key].cpu() for layer in layers if layer.key in one.layers}
 
 
-def _checked(labels: Any) -> Sequence[str] | None:
+def _checked_labels(labels: Any) -> Sequence[str] | None:
     given = () if labels is None else labels
     if isinstance(given, str) or not isinstance(given, Iterable) or not all(isinstance(one, str) for one in given):
         raise ValueError(f"labels={labels!r} must be a list of strings, one for each row of the batch")
