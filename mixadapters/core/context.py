@@ -34,12 +34,15 @@ class Objective(Protocol):
     """Changes what a root forward computes: its inputs, its outputs, its loss.
 
     Active in training; also in evaluation where the class says `in_eval = True`. A class that says `passing = True` is
-    attached for a block or a run only, and is not in copies of the model that are made then.
+    attached for a block or a run only, and is not in copies of the model that are made then. Any class with these
+    methods is one, derived from this or not.
     """
 
-    takes: tuple[str, ...]  # arguments that it removes from the forward of the base model
+    takes: tuple[str, ...] = ()  # arguments that it removes from the forward of the base model
 
-    def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]: ...
+    def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Arguments of the base model's forward in place of these."""
+        return args, kwargs
 
     def after(self, context: ForwardContext, module: nn.Module, output: Any) -> Any: ...
 

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isfinite, log, nan
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.evaluation import in_evaluation
 from mixadapters.core.fields import check_number, one_of
 from mixadapters.core.processes import gathered
 
-if TYPE_CHECKING:
-    from mixadapters.core.context import ForwardContext
 
-
-class ContrastiveObjective:
+class ContrastiveObjective(Objective):
     """The main loss for sentence encoders: a text is to be nearer to its partner than to the batch's other texts.
 
     InfoNCE over cosine similarities, from anchors to positives and back, averaged (SimCSE, arXiv 2104.08821, for the
@@ -48,9 +46,6 @@ class ContrastiveObjective:
         one_of("pooling", pooling, ("mean", "first"))
         self.temperature, self.pooling = temperature, pooling
 
-    def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, kwargs
-
     def after(self, context: ForwardContext, module: nn.Module, output: Any) -> Any:
         pairs = context.record.values.get("labels")
         if pairs is None:
@@ -71,7 +66,7 @@ class ContrastiveObjective:
         return output
 
 
-class MaskedObjectObjective:
+class MaskedObjectObjective(Objective):
     """The masked-object loss as the mean over a text's masked tokens, then over the batch's texts.
 
     The base model's own loss weighs texts by the length of their object instead. Takes `labels` (B, T), so the model
@@ -80,9 +75,6 @@ class MaskedObjectObjective:
 
     takes: tuple[str, ...] = ("labels",)
     in_eval = True
-
-    def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, kwargs
 
     def after(self, context: ForwardContext, module: nn.Module, output: Any) -> Any:
         labels, logits = context.record.values.get("labels"), getattr(output, "logits", None)
@@ -99,7 +91,7 @@ class MaskedObjectObjective:
         return output
 
 
-class PreservationObjective:
+class PreservationObjective(Objective):
     """The old-domain loss L_S: on general text, an adapter is to leave its frozen layer's output as it is.
 
     L_S = 1/L * sum over the L adapters of the mean, over valid tokens and the width, of delta^2, where delta is the
@@ -122,9 +114,6 @@ class PreservationObjective:
         check_number("weight", weight, least=0)
         check_number("knowledge_weight", knowledge_weight, least=0)
         self.weight, self.knowledge_weight = weight, knowledge_weight
-
-    def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, kwargs
 
     def after(self, context: ForwardContext, module: nn.Module, output: Any) -> Any:
         values = context.record.values

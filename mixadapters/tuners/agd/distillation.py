@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixadapters.core.context import ForwardContext
+from mixadapters.core.context import ForwardContext, Objective
 from mixadapters.core.fields import check_number, finite, one_of
 from mixadapters.core.media import generates_beside_media
 from mixadapters.core.numbers import real_numbers
@@ -23,7 +23,7 @@ OF_TEXT = frozenset({"input_ids", "inputs_embeds", "attention_mask", "labels", "
 BASE = {"guidance_scale": None}  # a forward without guidance, whatever is pinned
 
 
-class GuidanceDistillation:
+class GuidanceDistillation(Objective):
     """Makes the main loss the squared distance of a denoiser's prediction to its guided self.
 
         L = mean |student - target|^2 / ((w - 1)^2 + delta)         ("normalized"; "native": without the divisor)
@@ -60,9 +60,6 @@ class GuidanceDistillation:
         if not callable(rule):
             raise ValueError(f"rule={rule!r:.80} must be a function such as classifier_free")
         self.loss, self.delta, self.timestep_weights, self.rule = loss, delta, timestep_weights, rule
-
-    def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, kwargs
 
     def after(self, context: ForwardContext, module: nn.Module, output: Any) -> Any:
         values, inputs = context.record.values, context.record.inputs
@@ -195,7 +192,7 @@ def relative_error(
     return (bins[0] / bins[1]).tolist()
 
 
-class LanguageGuidanceDistillation:
+class LanguageGuidanceDistillation(Objective):
     """Makes the main loss KL(teacher || student) on the tokens that follow a prompt, for causal language models.
 
     The teacher is the guidance of `generate(guidance_scale=w)` (Sanchez et al. 2023): with log-probabilities c of the
@@ -211,9 +208,6 @@ class LanguageGuidanceDistillation:
 
     def __init__(self, teacher: nn.Module | None = None) -> None:
         self.teacher = teacher
-
-    def before(self, context: ForwardContext, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return args, kwargs
 
     def after(self, context: ForwardContext, module: nn.Module, output: Any) -> Any:
         record = context.record
