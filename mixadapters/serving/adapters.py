@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,17 @@ class Source(NamedTuple):
         return cls(path, tuple(found))
 
 
+@dataclass(eq=False)
+class Served:
+    """What is noted of an adapter that requests may name."""
+
+    source: Source | None  # None: it came with the model
+    remembers: bool  # whether it has routers that keep something of a request's earlier tokens
+    users: int = 0  # requests that name it
+    running: int = 0  # those of them that steps may hold
+    leaving: bool = False  # whether it goes when nobody uses it any more
+
+
 class ServedAdapters:
     """The adapters of one model, by the names that requests give.
 
@@ -74,20 +86,14 @@ class ServedAdapters:
         self.check_base_model = check_base_model
         self.context = ForwardContext.of(model)
         self._lock = threading.Lock()
-        self._users: Counter[str] = Counter()  # requests that name it
-        self._running: Counter[str] = Counter()  # those of them that steps may hold
+        self._served: dict[str, Served] = {}
         self._versions: Counter[str] = Counter()  # how often a name has been given to an adapter
         self._refused: dict[str, str] = {}  # adapters that are there and cannot be served -> why
-        self._leaving: set[str] = set()
         self._coming: set[str] = set()
         self._forms: WeakValueDictionary[str, Form] = WeakValueDictionary()  # as long as one of them is served
-        self._remembering: set[str] = set()
-        self._served: dict[str, Source | None] = {}  # None: it came with the model
         self.hits = self.misses = 0
         self._names_inside = frozenset({*base_parts(model), *foreign_names(model)})
-        self.residents = Residents(
-            model, self.context, max_resident, lambda name: not self._running[name], offload_folder, ready
-        )
+        self.residents = Residents(model, self.context, max_resident, self._is_idle, offload_folder, ready)
         self._trials = Trials(model, self.residents)
         for name in list(getattr(model, "peft_config", {})):
             if name in self.context.hosted:
@@ -103,7 +109,10 @@ class ServedAdapters:
     def names(self) -> list[str]:
         """Those that requests may name, beside "__base__"."""
         with self._lock:
-            return [name for name in self._served if name not in self._leaving]
+            return self._names()
+
+    def _names(self) -> list[str]:
+        return [name for name, served in self._served.items() if not served.leaving]
 
     def hold(self, name: str) -> None:
         """A request uses the adapter from now on.
@@ -114,19 +123,21 @@ class ServedAdapters:
         """
         with self._lock:
             refuse(name, self._refused.get(name))
-            if name != BASE and (name not in self._served or name in self._leaving):
+            if name == BASE:
+                return
+            served = self._served.get(name)
+            if served is None or served.leaving:
                 raise self._unknown(name)
-            self._users[name] += 1
-            if name != BASE:
-                resident = name in self.residents
-                self.hits, self.misses = self.hits + resident, self.misses + (not resident)
+            served.users += 1
+            resident = name in self.residents
+            self.hits, self.misses = self.hits + resident, self.misses + (not resident)
 
     def _unknown(self, name: str) -> UnknownAdapter:
-        have = [other for other in self._served if other not in self._leaving]
-        gone = " (it is being unloaded)" if name in self._leaving else ""
+        have, leaving = self._names(), name in self._served
+        gone = " (it is being unloaded)" if leaving else ""
         shown = f"{[BASE, *have]}" if len(have) < SHOWN else f"{len(have)} others"
         said = f"no adapter {name!r:.100}{gone}; have {shown}.{nearest(name[:100], have)}"
-        return UnknownAdapter(said, leaving=name in self._leaving)
+        return UnknownAdapter(said, leaving=leaving)
 
     def begin(self, name: str) -> bool:
         """A request of the adapter may be in the next steps. To be called where no forward runs.
@@ -137,27 +148,35 @@ class ServedAdapters:
         Raises:
             AdapterUnreadable: its weights cannot be read, from its folder neither, or there is no room for others.
         """
-        if name != BASE:
-            try:
-                inside = self.residents.use(name)
-            except ValueError as error:
-                self._read_again(name, error)
-                inside = self.residents.use(name)
-            if not inside:
-                return False
+        if name == BASE:
+            return True
+        try:
+            inside = self.residents.use(name)
+        except ValueError as error:
+            self._read_again(name, error)
+            inside = self.residents.use(name)
         with self._lock:
-            self._running[name] += 1
-        return True
+            self._served[name].running += inside
+        return inside
 
     def release(self, name: str, began: bool) -> None:
         """A request uses it no more."""
-        with self._lock:
-            self._users[name] -= 1
-            self._running[name] -= began
+        if name != BASE:
+            with self._lock:
+                self._served[name].users -= 1
+                self._served[name].running -= began
+
+    def _is_idle(self, name: str) -> bool:
+        """Whether no step holds a request of the adapter."""
+        return name not in self._served or not self._served[name].running
+
+    def _is_wanted(self, name: str) -> bool:
+        """Whether a request names the adapter."""
+        return name in self._served and self._served[name].users > 0
 
     def remembers(self, name: str) -> bool:
         """Whether the adapter has routers that keep something of a request's earlier tokens."""
-        return name in self._remembering
+        return name in self._served and self._served[name].remembers
 
     def salt(self, name: str) -> str:
         """Requests of other adapters, or of earlier ones of the name, have another."""
@@ -208,7 +227,7 @@ class ServedAdapters:
         Raises:
             AdapterUnreadable: that is not there any more, or holds something else by now.
         """
-        said, source = f"adapter {name!r} cannot come into the model: {error}", self._served.get(name)
+        said, source = f"adapter {name!r} cannot come into the model: {error}", self._served[name].source
         if source is None:
             raise AdapterUnreadable(f"{said}. It came with the model, and no folder has it: start the server anew")
         if source != Source.of(source.folder):
@@ -267,7 +286,7 @@ class ServedAdapters:
         with self._lock:
             if name not in self._served:
                 raise self._unknown(name)
-            self._leaving.add(name)
+            self._served[name].leaving = True
         with self.changing():
             self.sweep()
         return name not in self._served
@@ -275,13 +294,12 @@ class ServedAdapters:
     def sweep(self) -> None:
         """Take out the adapters that are to go and that no request uses. To be called where no forward runs."""
         with self._lock:
-            going = [name for name in self._leaving if not self._users[name]]
+            going = [name for name, served in self._served.items() if served.leaving and not served.users]
             for name in going:
-                self._leaving.discard(name)
                 del self._served[name]
         for name in going:
             self.residents.forget(name)
-        self.residents.drop_unwanted(lambda name: bool(self._users[name]))
+        self.residents.drop_unwanted(self._is_wanted)
 
     def _enlist_resident(self, name: str, form: Form | None = None, source: Source | None = None) -> None:
         remembers = self.residents.parts_in(name).remember
@@ -290,10 +308,7 @@ class ServedAdapters:
 
     def _enlist(self, name: str, remembers: bool, source: Source | None) -> None:
         with self._lock:
-            self._remembering.discard(name)
-            if remembers:
-                self._remembering.add(name)
-            self._served[name] = source
+            self._served[name] = Served(source, remembers)
             self._versions[name] += 1
 
 
