@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +19,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from mixadapters.core.bank import Weights
 from mixadapters.core.fields import check_fits
 from mixadapters.core.files import PREFIX
 from mixadapters.core.patterns import check_pattern
@@ -79,6 +80,14 @@ class Factors(NamedTuple):
     up: Tensor  # (M, r)
     scale: float
     b_up: Tensor | None = None  # (M,)
+
+
+def factors_of(experts: Sequence[Weights]) -> Factors:
+    """What linear experts of one scale add together: one LoRA, of their ranks side by side."""
+    biases = [w.b_up.detach() for w in experts if w.b_up is not None]
+    down, up = torch.cat([w.down for w in experts]), torch.cat([w.up for w in experts], 1)
+    b_up = torch.stack(biases).sum(0) if biases else None
+    return Factors(down.detach(), up.detach(), float(experts[0].scale), b_up)
 
 
 def refuse_inexact(config: LoraConfig, where: str, ignore_modules_to_save: bool = False) -> None:

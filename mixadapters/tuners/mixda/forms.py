@@ -20,7 +20,7 @@ from mixadapters.core.names import UNNAMED, check_known, of_active
 from mixadapters.routers.fixed import ConstantRouter
 from mixadapters.tuners.bottleneck.config import BottleneckConfig, placement_taps
 from mixadapters.tuners.bottleneck.model import EXPERT
-from mixadapters.tuners.lora import Factors, save_lora
+from mixadapters.tuners.lora import factors_of, save_lora
 from mixadapters.tuners.mixda.config import MixDAConfig
 from mixadapters.tuners.mixda.lora import pattern_of
 from mixadapters.tuners.mixda.router import OPTION_OF, read_router, weights_of
@@ -69,13 +69,8 @@ class DomainForms(MixtureModel):
             )
         mixtures = {path: m for path, m in self._mixtures(adapter_name) if name in m.bank.experts}
         if config.domain_type == "lora":
-            held = {path: m.bank.weights(None)[m.bank.names.index(name)] for path, m in mixtures.items()}
-            factors = {
-                path: Factors(
-                    w.down.detach(), w.up.detach(), float(w.scale), None if w.b_up is None else w.b_up.detach()
-                )
-                for path, w in held.items()
-            }
+            own = {path: m.bank.weights(None)[m.bank.names.index(name)] for path, m in mixtures.items()}
+            factors = {path: factors_of([expert]) for path, expert in own.items()}
             save_lora(factors, folder, config, pad_ranks, self.model)
             return
         if pad_ranks:

@@ -14,7 +14,7 @@ from mixadapters.core.model import MixtureModel
 from mixadapters.core.names import UNNAMED, check_known, of_active
 from mixadapters.surgery.splitting import segment
 from mixadapters.tuners.gathering import Gathered
-from mixadapters.tuners.lora import Factors, save_lora
+from mixadapters.tuners.lora import factors_of, save_lora
 from mixadapters.tuners.moa.config import MoAConfig
 from mixadapters.tuners.moa.layer import ExpertMixture, FollowRouter
 from mixadapters.tuners.sources import check_new_folder
@@ -83,11 +83,7 @@ class ExpertWeights(MixtureModel):
             held = [mixture.holder_of(piece) for piece in config.pieces(name)]
             parts = [by_name[piece] for piece in held if piece is not None]
             if parts:
-                biases = [w.b_up for w in parts if w.b_up is not None]
-                factors[path] = Factors(
-                    torch.cat([w.down for w in parts]).detach(), torch.cat([w.up for w in parts], 1).detach(),
-                    float(parts[0].scale), sum(biases[1:], biases[0]).detach() if biases else None,
-                )  # fmt: skip
+                factors[path] = factors_of(parts)
         save_lora(factors, folder, config, pad_ranks, self.model)
 
     def set_trainable(self, adapter_name: str) -> None:
