@@ -27,12 +27,18 @@ def forward(p: Problem) -> Tensor | None:
 
     The rows must be known to be few, so that no graph is compiled for few rows beside that for many.
     """
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or not p.x.is_cpu or p.batch_invariant:
+    if not torch.compiler.is_compiling() or _exporting() or not p.x.is_cpu or p.batch_invariant:
         return None
     with without_autocast(p.x):
         if p.indices is None:
             return dense.forward(p, keep=False)[0] if statically_known_true(p.x.shape[0] <= FEW_ROWS) else None
         return by_runs(p.cast()) if _pays(p) else None
+
+
+@torch.compiler.assume_constant_result
+def _exporting() -> bool:
+    """Whether the graph is for `torch.export`: what the compiler of torch 2.11 itself says of every graph."""
+    return torch.compiler.is_exporting()
 
 
 def _pays(p: Problem) -> bool:

@@ -46,7 +46,8 @@ def by_operator(given: dict, backend: str = "gathered") -> bool:
     """Whether the operation's own function stands in the graph of a training call."""
     x = given["x"].clone().requires_grad_()
     with adapter_backend(backend):
-        names, waiting = set(), [lowrank(**{**given, "x": x}).grad_fn]
+        y = lowrank(**{**given, "x": x})  # to be kept: a graph lives no longer than its output
+    names, waiting = set(), [y.grad_fn]
     while waiting:
         node = waiting.pop()
         names.add(type(node).__name__)
