@@ -130,12 +130,13 @@ def _counts(layer: Any) -> bool:
 def _sums_up(cache: Any) -> bool:
     """Whether no layer of a cache knows how many tokens it holds."""
     layers = getattr(cache, "layers", [])
-    return bool(layers) and not any(map(_counts, layers))
+    return len(layers) > 0 and not any(map(_counts, layers))
 
 
 def made_cache(output: Any) -> Any:
     """The cache that the output of a forward holds; None without one."""
-    found = next((cache for name in IN_OUTPUTS if (cache := getattr(output, name, None)) is not None), None)
+    caches = (getattr(output, name, None) for name in IN_OUTPUTS)
+    found = next((cache for cache in caches if cache is not None), None)
     return found if hasattr(found, "get_seq_length") else None
 
 

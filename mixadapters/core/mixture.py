@@ -157,7 +157,7 @@ class Mixture(Adapter):
                 routing = self._beside(self._checked(change(routing), rows), source.dtype)
         routing = _in_dtype(routing, source.dtype)
         if not self.always_first:
-            record.routings[self.key] = routing
+            record.routings[self.key] = Routing(*routing)  # torch 2.11 cannot make again what `_replace` has made
         if trains or context.observers or self.watchers:
             mask = real_rows(context, self.stack, rows, source.device)
             if trains:
