@@ -79,6 +79,26 @@ def test_a_cut_model_goes_through_codes_and_back(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(load_pruned(tmp_path / "plain"), BATCH), logits(model, BATCH))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["mixtral", "deepseek_v3"])
+def test_what_was_loaded_in_16_bits_comes_back_bit_for_bit(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Also through codes. A model that is cast is rounded where transformers loads float32, without surgery too."""
+    moe(kind).save_pretrained(tmp_path / "whole")
+    model = type(moe(kind)).from_pretrained(tmp_path / "whole", dtype=dtype).eval()  # type: ignore[attr-defined]
+    expert_layers(model)[0].keep([5, 0, 2])
+    save_pruned(model, tmp_path / "cut")
+    save_compressed(model, tmp_path / "codes", codec="packed")
+    for again in (load_pruned(tmp_path / "cut"), load_compressed(tmp_path / "codes").eval()):
+        assert {p.dtype for p in again.parameters()} == {dtype}
+        assert torch.equal(logits(again, BATCH), logits(model, BATCH))
+    cast = moe(kind).to(dtype)
+    cast.save_pretrained(tmp_path / "cast")  # type: ignore[operator]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "cast")
+    assert {name: value.dtype for name, value in loaded.named_buffers()} != {
+        name: value.dtype for name, value in cast.named_buffers()
+    }
+
+
 def test_weights_that_are_no_numbers_are_said(tmp_path: Path) -> None:
     model = moe("mixtral")
     with torch.no_grad():
