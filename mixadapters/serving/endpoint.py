@@ -220,8 +220,7 @@ class Endpoint:
         self, http: HttpRequest, body: Generation, prompts: list[str | list[int]], most: int | None, *, chat: bool
     ) -> Response:
         stops = body.stops
-        if body.stream and len(prompts) > 1:
-            raise WireError(400, "stream=true takes one prompt", param="prompt")
+        check_count(len(prompts), bool(body.stream), self.server.max_requests)
         if body.model in self.left_out or body.model == BASE:
             raise self._no_model(body.model)
         adapter = BASE if body.model == self.base else body.model
@@ -357,6 +356,15 @@ async def pieces(
         text + ("" if stopping.stopped else stopping.rest()),
         "stop" if stopping.stopped else result.finish_reason,
     )
+
+
+def check_count(prompts: int, streams: bool, held: int) -> None:
+    """Raises WireError for more prompts than a stream or the server takes, for which waiting does not help."""
+    if streams and prompts > 1:
+        raise WireError(400, "stream=true takes one prompt", param="prompt")
+    if prompts > held:
+        said = f"prompt: {prompts} prompts, and the server holds {held} requests: send fewer at a time"
+        raise WireError(400, said, param="prompt")
 
 
 def without_paths(text: str) -> str:

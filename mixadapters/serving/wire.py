@@ -21,6 +21,7 @@ from pydantic import (
 from mixadapters.core.registry import nearest
 
 MOST_STOPS = 4  # as OpenAI's
+LONGEST_NAME = 100  # characters of a field that an answer says again
 # Fields that take values of several types, of each of which pydantic says what is wrong.
 FORMS = {
     "prompt": "a string, a list of strings, a list of ids or a list of such lists",
@@ -219,7 +220,8 @@ def read_body(kind: type[Body], content: bytes) -> Any:
                 loc, form = [*place, *first["loc"][form + 2 :]], None  # without pydantic's name of the form
         said = said_of(kind, first) if form is None else f"it must be {FORMS[str(loc[form])]}"
         field = ".".join(str(part) for part in loc[: None if form is None else form + 1]) or "the body"
-        raise WireError(400, f"{field}: {said}", param=str(loc[0]) if loc else None) from None
+        param = str(loc[0])[:LONGEST_NAME] if loc else None
+        raise WireError(400, f"{field[:LONGEST_NAME]}: {said}", param=param) from None
     except (ValueError, RecursionError) as error:
         raise WireError(400, f"the body is no JSON: {type(error).__name__}") from None
 

@@ -333,6 +333,7 @@ def error_of(answer: Answer) -> dict[str, Any]:
         ({"model": "law", "prompt": "w8", "stop": [""]}, "stop", "1 to 200"),
         ({"model": "law", "prompt": "w8", "stop": list("abcde")}, "stop", "at most 4"),
         ({"model": "law", "prompt": ["w8", "w9"], "stream": True}, "prompt", "one prompt"),
+        ({"model": "law", "prompt": ["w8"] * 9}, "prompt", "9 prompts, and the server holds 8 requests: send fewer"),
     ],
 )
 def test_bodies_that_ask_for_nothing_that_there_is(served, body, param, message) -> None:
@@ -424,6 +425,9 @@ def test_replies_do_not_say_where_models_lie(served, folder, monkeypatch) -> Non
 
 def test_long_names_are_not_said_again(served) -> None:
     name = "x" * 3000
+    answer = served.post("/v1/completions", model="law", prompt="w8", **{name: 1})
+    assert answer.status_code == 400
+    assert len(answer.text) < 500
     for answer in (
         served.post("/v1/completions", model=name, prompt="w8"),
         served.post("/v1/unload_lora_adapter", lora_name=name),
