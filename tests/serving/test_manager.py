@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import runpy
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
+from processes import Process
 from transformers.generation.continuous_batching import cache, input_outputs, requests
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 
@@ -33,7 +32,7 @@ def test_what_needs_no_server_is_imported_with_any_transformers() -> None:
         "assert 'mixadapters.serving.manager' not in sys.modules; "
         "from mixadapters.serving import AdapterServer; assert 'mixadapters.serving.manager' in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    Process(code).finish()
 
 
 def test_salted_tokens_are_equal_only_for_equal_tokens_and_salts() -> None:
