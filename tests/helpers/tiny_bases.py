@@ -10,7 +10,7 @@ import transformers
 from originals import Original
 from torch import Tensor, nn
 
-# One letter per axis: d = WIDTH, the FFN intermediate is FFN wide; four layers: MixDA adapts two of them by default.
+# One letter per axis: d = WIDTH, the FFN intermediate is FFN wide; four layers: a first, a last and two between.
 VOCAB, WIDTH, FFN, LAYERS, HEADS, POSITIONS, LABELS = 96, 32, 48, 4, 4, 64, 3
 IMAGE, PATCH = 16, 8
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

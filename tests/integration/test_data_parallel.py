@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
@@ -28,6 +29,12 @@ CONFIGS: dict[str, Any] = {
     "mixda": lambda: MixDAConfig(domains=["a", "b"], r=4, task_r=3, **TASK),
     "pill": lambda: PILLConfig(r=4, **TASK),
 }
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny: Any) -> Any:
+    """Models of three layers where a test asks for no more: MixDA adapts two of them by default."""
+    return partial(tiny, layers=3)
 
 
 def copies(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:

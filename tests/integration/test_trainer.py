@@ -41,8 +41,8 @@ HEADS = {  # kind of the tiny model, its head, options, labels
 
 @pytest.fixture(scope="session")
 def tiny(tiny: Any) -> Any:
-    """Models of two layers, a first and a last one, where a test asks for no more."""
-    return partial(tiny, layers=2)
+    """Models of three layers where a test asks for no more: MixDA adapts two of them by default."""
+    return partial(tiny, layers=3)
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:

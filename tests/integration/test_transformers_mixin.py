@@ -28,8 +28,8 @@ every = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(scope="session")
 def tiny(tiny: Any) -> Any:
-    """Models of two layers, a first and a last one, where a test asks for no more."""
-    return partial(tiny, layers=2)
+    """Models of three layers where a test asks for no more: MixDA adapts two of them by default."""
+    return partial(tiny, layers=3)
 
 
 def config(kind: str, **fields: Any) -> Any:
