@@ -320,11 +320,11 @@ def measure(case: Case, seconds: float, among: tuple[str, ...] = ()) -> dict[str
 
 
 def chosen(case: Case) -> str:
-    name = kernels.choose_backend(
+    return kernels.choose_backend(
         case.T, case.k, case.E, case.E * case.r, DTYPES[case.dtype],
         run=case.T // (case.sequences or case.T), width=case.d, training=case.training,
+        refused=() if case.grouped_takes_it else ("grouped",),
     )  # fmt: skip
-    return "segments" if name == "grouped" and not case.grouped_takes_it else name
 
 
 def report_rule(results: list[dict]) -> dict[str, float]:

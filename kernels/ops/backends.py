@@ -182,6 +182,7 @@ def choose_backend(
     training: bool = False,
     layout_fixed: bool = False,
     batch_invariant: bool = False,
+    refused: tuple[str, ...] = (),
 ) -> str:
     """The backend for `rows` rows that each use `slots` of `num_experts` experts, on a CPU or without triton.
 
@@ -193,13 +194,15 @@ def choose_backend(
         width: of the rows, input and output on average.
         training: whether a backward follows.
         layout_fixed: what is kept for it must not depend on the number of rows. All but dense keep the same.
+        refused: the backends that cannot run it, as "grouped" widths that are no multiples of 16 bytes.
     """
     forced, _ = settings()
     if forced:
         return forced
     if batch_invariant:
         return "gathered"
-    return _by_costs(_shape(slots, num_experts, total_rank, dtype, run, width, training), rows, layout_fixed)
+    shape = _shape(slots, num_experts, total_rank, dtype, run, width, training)
+    return _by_costs(shape, rows, layout_fixed, refused)
 
 
 def _shape(

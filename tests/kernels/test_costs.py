@@ -56,7 +56,17 @@ def test_what_grouped_gathers_is_mapped_anew_once_it_is_large(half: bool, rows: 
     for more, mapped in ((0, 0.0), (1, (rows + 1) * 1.024)):
         counted = costs.counts("grouped", shape(width=1024, half=half), rows + more)
         assert counted[-1] == pytest.approx(mapped)
-        assert counted[-3] == pytest.approx((rows + more) * 1.024)
+        assert counted[-4] == pytest.approx((rows + more) * 1.024)
+
+
+def test_grouped_asks_every_expert_and_multiplies_for_those_that_have_rows() -> None:
+    for rows, met in ((1, 1), (2, 2 - 1 / 8), (10_000, 8)):
+        assert costs.counts("grouped", shape(experts=8), rows)[-3:-1] == (8, pytest.approx(met))
+
+
+def test_dense_weights_every_hidden_value_where_a_row_has_several_experts() -> None:
+    weighted = [costs.counts("dense", shape(experts=8, rank=16, slots=slots), 1000)[-1] for slots in (1, 2, 4)]
+    assert weighted == [0, 128, 128]
 
 
 def test_sequences_save_gathered_its_call_where_plain_products_run_them() -> None:
