@@ -343,7 +343,7 @@ def test_usage_weighs_the_members(tiny: Any, tiny_inputs: Any) -> None:
 
 
 @pytest.mark.parametrize("similarity", ["router_logits", "router_weight", "weight", "output"])
-def test_similar_experts_aregrouped(similarity: Any, tiny: Any, tiny_inputs: Any) -> None:
+def test_similar_experts_are_grouped(similarity: Any, tiny: Any, tiny_inputs: Any) -> None:
     model = moa(tiny, num_experts_per_tok=1)
     for layer in expert_layers(model):
         double(layer, 2, 0)

@@ -139,19 +139,35 @@ def test_a_layer_that_reads_other_tokens_than_its_router_is_named(tiny, tiny_inp
 
 def test_followers_learn_and_teach_the_router_they_share(tiny, tiny_inputs) -> None:
     """The gradient of one router is the sum over its layers, with recomputation too."""
-    grads = []
+    inputs, grads = tiny_inputs("llama", labels="tokens"), []
     for checkpointing in (False, True):
-        model = build(tiny("llama"), router_scope="model", target_modules=["q_proj", "down_proj"])
+        targets = ["q_proj", "down_proj"]  # all experts, so that the loss is smooth
+        model = build(tiny("llama"), router_scope="model", target_modules=targets, num_experts_per_tok=None)
         randomize(model).train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-        model(**tiny_inputs("llama", labels="tokens")).loss.backward()
+        model(**inputs).loss.backward()
         grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
     assert grads[0].keys() == grads[1].keys()
     for name in grads[0]:
         torch.testing.assert_close(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-6)
-    assert any("router" in name and bool(grad.any()) for name, grad in grads[0].items())
+    taught = {name: grad for name, grad in grads[0].items() if "router" in name and grad.any()}
+    assert taught
+    for name, grad in taught.items():
+        step = 1e-3 * grad / grad.norm()
+        slope = (loss_beside(model, name, step, inputs) - loss_beside(model, name, -step, inputs)) / 2e-3
+        assert slope == pytest.approx(float(grad.norm()), rel=0.02)
+
+
+@torch.no_grad()
+def loss_beside(model: nn.Module, name: str, step: Tensor, inputs: Any) -> float:
+    parameter = model.get_parameter(name)
+    before = parameter.clone()
+    parameter.add_(step)
+    loss = float(model(**inputs).loss)
+    parameter.copy_(before)
+    return loss
 
 
 def test_reentrant_recomputation_with_a_router_for_all_layers_is_refused(tiny, tiny_inputs) -> None:
