@@ -113,7 +113,7 @@ def offline(tiny, tmp_path, monkeypatch) -> Iterator[None]:
             monkeypatch.setitem(whole, name, None)
             del whole[name]
     monkeypatch.chdir(tmp_path)
-    for folder in ("runs/law", "runs/code", "runs/all", "user/chat"):
+    for folder in ("runs/law", "runs/code", "runs/chat", "runs/all", "user/chat"):
         lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
         model = peft.get_peft_model(load(transformers.AutoModelForCausalLM, "Qwen/Qwen3-0.6B"), lora)
         model.save_pretrained(folder)

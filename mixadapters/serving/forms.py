@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mixadapters.core.adapter import Adapter
 from mixadapters.core.files import PREFIX, Safetensors, SavedAdapter, other_save, read_config, weights_of
+from mixadapters.core.folders import nearest_folder
 from mixadapters.core.layer import AdapterHost
 from mixadapters.core.routing import RoutingKey
 from mixadapters.tuners.registration import config_class
@@ -116,11 +117,16 @@ def read_folder(folder: str | Path, forms: Mapping[str, Form]) -> Found:
         forms: by their keys.
 
     Raises:
-        ValueError: the folder holds no adapter with weights in safetensors, none of our types or LoRA, or files of
-            two saves.
+        ValueError: there is no such folder, or it holds no adapter with weights in safetensors, none of our types or
+            LoRA, or files of two saves.
     """
     folder = Path(folder)
     path, config = folder / SAFETENSORS_WEIGHTS_NAME, folder / CONFIG_NAME
+    if not folder.is_dir():
+        raise ValueError(
+            f"{str(folder)!r}: there is no such folder.{nearest_folder(str(folder))} The server reads no hub ids: "
+            "fetch the adapter by huggingface_hub.snapshot_download first, and give its folder"
+        )
     if not path.is_file():
         raise ValueError(f"{str(folder)!r} holds no {SAFETENSORS_WEIGHTS_NAME}; save the adapter there")
     said = read_config(config) if config.is_file() else {}

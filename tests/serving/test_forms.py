@@ -170,6 +170,9 @@ def test_one_of_two_loads_of_a_name_gets_it(causal, folders, monkeypatch) -> Non
     for _ in range(2):
         with pytest.raises(ValueError, match="holds no adapter_model"):
             server.load("y", folders["lora0"].parent)
+    missing = folders["lora0"].parent / "lora00"
+    with pytest.raises(ValueError, match=r"lora00': there is no such folder\. Did you mean 'lora0'\?.* no hub ids"):
+        server.load("y", missing)
 
 
 def test_adapter_that_finds_no_place_fails_its_request_alone(causal, folders, alone, monkeypatch) -> None:
