@@ -123,7 +123,7 @@ def test_a_value_that_no_router_takes_is_refused_before_the_run(tiny: Any, tmp_p
 
 
 def test_layers_with_fewer_experts_choose_among_those_they_have(tiny: Any) -> None:
-    model = moa(tiny("llama"), num_experts={"0": 2, "1": 4}, schedules={"k": [[0, 4], [1, 1]]})
+    model = moa(tiny("llama", layers=3), num_experts={"0-1": 2, "2": 4}, schedules={"k": [[0, 4], [1, 1]]})
     for done, chosen in ((0.0, {2, 4}), (0.4, {2, 3}), (1.0, {1})):
         model.base_model.set_progress(done)
         assert {router.k for router in routers(model)} == chosen
