@@ -186,9 +186,8 @@ class BaseExperts(ExpertLayer):
     @torch.no_grad()
     def run(self, e: int, x: Tensor) -> Tensor:
         x = x.to(self._down.dtype)
-        return each_expert(type(self.experts).forward, self.experts, x, x.new_full((len(x), 1), e, dtype=torch.long))[
-            :, 0
-        ]
+        every = x.new_full((len(x), 1), e, dtype=torch.long)
+        return each_expert(type(self.experts).forward, self.experts, x, every)[:, 0]
 
     def router_rows(self) -> Tensor | None:
         rows = _tensor_at(self.block, self.base.rows[0])[2]
