@@ -311,6 +311,10 @@ class Exclusion:
 
 EXCLUDE = [
     Exclusion(
+        r"tiny-dummy-qwen2|Roberta|DebertaV2",
+        "their layers are those of Llama, BERT and DeBERTa, with which the same tests run",
+    ),
+    Exclusion(
         r"test_passing_input_embeds_works\[PILLConfig", "embeddings do not say which tokens are images: it raises"
     ),
     Exclusion(
@@ -364,7 +368,7 @@ EXCLUDE = [
     ),
 ]
 ALL_TYPES = [r"test_from_peft_type$"]
-AT_LEAST = {"BOTTLENECK": 1850, "MIXDA": 1000, "MOA": 1500, "MOSA": 700, "PILL": 120}
+AT_LEAST = {"BOTTLENECK": 1630, "MIXDA": 880, "MOA": 1600, "MOSA": 660, "PILL": 120}
 FILES_NOT_RUN = {
     "test_torch_compile.py": "trains on a data set from the hub",
     "test_vision_models.py": "downloads an image when it is imported",
