@@ -8,8 +8,8 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -85,7 +85,7 @@ def hook_saving(root: nn.Module) -> None:
     """Have `save_pretrained` of a base whose experts have been cut, which Trainers call, write what can be read, and
     forwards refuse a loss that there is not."""
     if isinstance(root, PreTrainedModel):
-        root.__dict__["save_pretrained"] = MethodType(save_cut, root)  # a copy of the model has one of its own
+        root.__dict__["save_pretrained"] = partial(save_cut, root)  # copies and pickles of the model have their own
         if refuse_router_loss not in root._forward_pre_hooks.values():
             root.register_forward_pre_hook(refuse_router_loss, with_kwargs=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import weakref
 from pathlib import Path
 from typing import Any
@@ -108,14 +109,15 @@ def test_weights_that_are_no_numbers_are_said(tmp_path: Path) -> None:
         load_pruned(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("how", ["copied", "loaded"])
+@pytest.mark.parametrize("how", ["copied", "pickled", "loaded"])
 def test_what_a_trainer_saves_of_an_uneven_base_can_be_read(how: str, tmp_path: Path) -> None:
-    """Its own `save_pretrained`, also of a copy, of a loaded one, and once more where it has become even."""
+    """Its own `save_pretrained`, also of a copy, a pickle, a loaded one, and once more where it has become even."""
     model = moe("mixtral")
     layers = expert_layers(model)
     layers[0].keep([0, 2])
     model.save_pretrained(tmp_path / "cut")
-    again = load_pruned(tmp_path / "cut") if how == "loaded" else copy.deepcopy(model)
+    make = {"copied": copy.deepcopy, "pickled": lambda m: pickle.loads(pickle.dumps(m))}
+    again = load_pruned(tmp_path / "cut") if how == "loaded" else make[how](model)
     layers[0].set_weights(0, layers[0].weights(1))  # of the first model alone
     again.save_pretrained(tmp_path / "again")
     torch.testing.assert_close(logits(load_pruned(tmp_path / "again"), BATCH), logits(again, BATCH))
