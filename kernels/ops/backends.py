@@ -194,8 +194,14 @@ def choose_backend(
         width: of the rows, input and output on average.
         training: whether a backward follows.
         layout_fixed: what is kept for it must not depend on the number of rows. All but dense keep the same.
-        refused: the backends that cannot run it, as "grouped" widths that are no multiples of 16 bytes.
+        refused: those of `costs.BACKENDS` that cannot run it, as "grouped" widths that are no multiples of 16 bytes.
+
+    Raises:
+        ValueError: `refused` names another, or "dense", which refuses nothing.
     """
+    if unknown := set(refused) - set(costs.BACKENDS) | set(refused) & {"dense"}:
+        able = [name for name in costs.BACKENDS if name != "dense"]
+        raise ValueError(f"refused={list(refused)}: {sorted(unknown)} is none of those that may refuse, {able}")
     forced, _ = settings()
     if forced:
         return forced

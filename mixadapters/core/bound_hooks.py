@@ -22,4 +22,5 @@ def unhook(module: nn.Module, owner: Any) -> None:
         hooks = getattr(module, kind)
         for key in [key for key, found in zip(hooks, owners(hooks), strict=True) if found is owner]:
             del hooks[key]
-            getattr(module, f"{kind}_with_kwargs").pop(key, None)
+            for flags in (f"{kind}_with_kwargs", "_forward_hooks_always_called"):  # no two hooks have one key
+                getattr(module, flags).pop(key, None)

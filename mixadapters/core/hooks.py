@@ -20,6 +20,7 @@ from torch import nn
 
 from mixadapters import kernels
 from mixadapters.core import generation
+from mixadapters.core.bound_hooks import owners, unhook
 from mixadapters.core.cache import claim, count_read, made_cache, settle
 from mixadapters.core.fields import check_kind
 from mixadapters.core.joining import countable, join_losses, refuse_idle
@@ -346,8 +347,7 @@ def attach(hooks: RootHooks, model: nn.Module) -> None:
 
 def find(cls: type, model: nn.Module) -> Any:
     """The context of class `cls` that is hooked up to `model`, or None."""
-    for hook in model._forward_pre_hooks.values():
-        owner = getattr(hook, "__self__", None)
+    for owner in owners(model._forward_pre_hooks):
         if isinstance(owner, RootHooks) and isinstance(owner.context, cls):
             return owner.context
     return None
@@ -356,13 +356,9 @@ def find(cls: type, model: nn.Module) -> Any:
 def detach(context: Any, model: nn.Module) -> None:
     """Take the hooks of `context` off `model` and everything in it."""
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if getattr(getattr(hook, "__self__", None), "context", None) is context:
-                    del hooks[key]
-                    flags = ("_pre_hooks_with_kwargs", "_hooks_with_kwargs", "_hooks_always_called")
-                    for extra in (f"_forward{flag}" for flag in flags):
-                        getattr(module, extra).pop(key, None)
+        for owner in [*owners(module._forward_pre_hooks), *owners(module._forward_hooks)]:
+            if getattr(owner, "context", None) is context:
+                unhook(module, owner)
         function = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(function, Checkpointed):
             module._gradient_checkpointing_func = function.function

@@ -17,7 +17,7 @@ from mixadapters.routers.posterior import PosteriorRouter
 
 
 class PosteriorVerbs(RoutingVerbs):
-    """Part of a tuner whose experts can be compared as whole models."""
+    """Part of a tuner whose experts can be compared as whole models. Other parts do what is not here."""
 
     model: nn.Module
     peft_config: dict[str, Any]

@@ -20,7 +20,7 @@ class Listener:
 def hook_up(module: nn.Module, listener: Listener) -> None:
     module.register_forward_pre_hook(listener.before)
     module.register_forward_pre_hook(listener.before_all, with_kwargs=True)
-    module.register_forward_hook(listener.after, with_kwargs=True)
+    module.register_forward_hook(listener.after, with_kwargs=True, always_call=True)
 
 
 def test_owners_come_in_order_and_functions_have_none() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixadapters.kernels import adapter_backend, backends, choose_backend, costs, lowrank, products
+from mixadapters.kernels.problem import Problem
 
 
 def arguments(rows=64, experts=8, rank=8, width=32, slots=1, dtype=torch.float32):
@@ -152,6 +153,20 @@ def test_what_the_cheapest_refuse_goes_to_the_next_that_does_not(monkeypatch) ->
         monkeypatch.setattr(backends.module(name), "refuses", lambda p: "not here")
     torch.testing.assert_close(lowrank(**given), expected)
     assert asked == [costs.BACKENDS, costs.BACKENDS[:2], costs.BACKENDS[:1]]
+
+
+def test_rule_leaves_out_whom_it_is_told_to_as_the_operation_does() -> None:
+    """Hidden rows of 24 bytes, which grouped_mm does not take."""
+    usual = {"rows": 1024, "slots": 1, "experts": 16, "rank": 6, "width": 256}
+    given = arguments(rows=1024, experts=16, rank=6, width=256)
+    p = Problem(given["x"], given["w_down"], given["w_up"], given["ranks"], indices=given["indices"])
+    assert backends.module("grouped").refuses(p) is not None
+    assert rule(**usual) == "grouped"
+    runs = backends.pick(p, "", len(p.x), training=False, layout_fixed=False)
+    assert rule(**usual, refused=("grouped",)) == backends.name_of(runs) != "grouped"
+    for wrong in ("dense", "groped"):
+        with pytest.raises(ValueError, match=f"{wrong}.*is none of those that may refuse"):
+            rule(**usual, refused=(wrong,))
 
 
 @pytest.mark.parametrize("usual", ["dense", "segments"])
